@@ -1,0 +1,19 @@
+"""The router z-loss: mean logsumexp(logits)^2 (ST-MoE, 2202.08906, eq. 5)."""
+
+from moe_jax.types import Balancer, Mean
+
+
+def build(coefficient: float) -> Balancer:
+  """Args: coefficient: 1e-3 in ST-MoE and OLMoE. Summed over layers."""
+
+  def loss(state, stats, so_far_E):
+    del state, so_far_E
+    total = coefficient * stats.z.sum()
+    return Mean(total, stats.tokens.sum().astype(total.dtype))
+
+  return Balancer(
+    init=lambda num_experts: {},
+    select=lambda state, score_TE: score_TE,
+    loss=loss,
+    update=lambda state, stats, step: state,
+  )

@@ -1,0 +1,87 @@
+"""Rows sorted by expert: dropless, or bounded by expert or by bucket.
+
+MegaBlocks (2211.15841) without padding; the experts use a grouped matmul.
+"""
+
+import flax.struct
+import jax.numpy as jnp
+
+from moe_jax import dispatchers
+from moe_jax.dispatchers import gather
+from moe_jax.types import Array, Dispatcher, Rows
+
+
+@flax.struct.dataclass
+class Plan:
+  """assignment_N: (g * T + t) * K + k of the row's owner, G * T * K for none.
+  row_GTK: the row of an assignment, N if it has none."""
+
+  assignment_N: Array
+  row_GTK: Array
+  tokens_per_expert_GE: Array
+  weight_GTK: Array
+  kept_GTK: Array
+  weight_input: bool = flax.struct.field(pytree_node=False)
+
+  def dispatch(self, x_GTD: Array) -> Rows:
+    top_k = self.row_GTK.shape[2]
+    x_ND = _take(_flat(x_GTD), self.assignment_N // top_k)
+    if self.weight_input:
+      weight_N = _take(self.weight_GTK.reshape(-1), self.assignment_N)
+      x_ND *= weight_N[:, None].astype(x_ND.dtype)
+    return Rows(x_ND, self.tokens_per_expert_GE)
+
+  def combine(self, rows: Rows) -> Array:
+    weight_GTK = self.weight_GTK
+    if self.weight_input:
+      weight_GTK = jnp.ones_like(weight_GTK)
+    return gather.weighted_sum(_take(rows.x, self.row_GTK), weight_GTK)
+
+
+def build(order: str = "token") -> Dispatcher:
+  """Args: order: who gets slots first, "token" or "choice" (`slots.rank`)."""
+  dispatchers.check_order(order)
+
+  def plan(routing, num_experts, bound):
+    slot_GTK, kept_GTK = dispatchers.assign(routing, num_experts, bound, order)
+    groups, tokens, top_k = kept_GTK.shape
+    rows = tokens * top_k
+    if bound is not None:
+      rows = min(rows, bound.slots * bound.expert_buckets)
+    rows *= groups
+
+    group_G11 = jnp.arange(groups)[:, None, None]
+    count_GE = jnp.zeros((groups, num_experts), jnp.int32)
+    count_GE = count_GE.at[group_G11, routing.expert_TK].add(
+      kept_GTK.astype(jnp.int32)
+    )
+    start_EG = jnp.cumsum(count_GE.T.reshape(-1)) - count_GE.T.reshape(-1)
+    start_EG = start_EG.reshape(num_experts, groups)
+    row_GTK = start_EG[routing.expert_TK, group_G11] + slot_GTK
+    row_GTK = jnp.where(kept_GTK, row_GTK, rows)
+    assignment_N = jnp.full(rows, kept_GTK.size, jnp.int32)
+    assignment_N = assignment_N.at[row_GTK.reshape(-1)].set(
+      jnp.arange(kept_GTK.size, dtype=jnp.int32), mode="drop"
+    )
+    return Plan(
+      assignment_N,
+      row_GTK,
+      count_GE,
+      routing.weight_TK,
+      kept_GTK,
+      routing.weight_input,
+    )
+
+  return Dispatcher(
+    plan,
+    causal=lambda top_k, bound: dispatchers.causal(order, top_k, bound),
+    ragged=True,
+  )
+
+
+def _flat(x_GTD):
+  return x_GTD.reshape(-1, x_GTD.shape[-1])
+
+
+def _take(x, index):
+  return x.at[index].get(mode="fill", fill_value=0)

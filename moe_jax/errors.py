@@ -1,0 +1,19 @@
+"""Errors that tell the user what to do."""
+
+import difflib
+
+
+class ConfigError(ValueError):
+  """Something that was asked for cannot be done; says what to do instead.
+
+  Commands print its sentence without a traceback and exit with code 2.
+  """
+
+
+def did_you_mean(word: str, known) -> str:
+  """'; did you mean "x"?' with the nearest known word, or a list of them."""
+  known = sorted(known)
+  near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+  if near:
+    return f'; did you mean "{near[0]}"?'
+  return f"; known: {', '.join(known)}"

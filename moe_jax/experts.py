@@ -1,0 +1,134 @@
+"""The expert networks, and the dense network they replace."""
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import grouped_matmul
+from moe_jax.errors import ConfigError, did_you_mean
+from moe_jax.types import Experts, Mlp, Rows
+
+# Activation, and whether a second matrix gates it.
+ACTIVATIONS = {
+  "relu": (jax.nn.relu, False),
+  "gelu": (jax.nn.gelu, False),
+  "swiglu": (jax.nn.silu, True),
+  "geglu": (jax.nn.gelu, True),
+}
+
+
+def build(
+  d_expert: int,
+  activation: str = "swiglu",
+  use_bias: bool = False,
+  init_scale: float = 1.0,
+  backend: str | None = None,
+) -> Experts:
+  """E networks down(act(gate x) * up x), or down(act(up x)) if not gated.
+
+  Args:
+    d_expert: F, the hidden width of one expert.
+    activation: "relu", "gelu" (two matrices), "swiglu" or "geglu" (three;
+      2002.05202).
+    use_bias: a bias after each matrix.
+    init_scale: variance of the weights times fan-in (Switch takes 0.1).
+    backend: of `grouped_matmul`, for ragged rows.
+  """
+  check(activation)
+  if backend is not None:
+    grouped_matmul.check(backend)
+
+  def init(rng, num_experts, d_model):
+    one = lambda rng: init_mlp(  # noqa: E731
+      rng, d_model, d_expert, activation, use_bias, init_scale
+    )
+    return jax.vmap(one)(jax.random.split(rng, num_experts))
+
+  def apply(params, rows: Rows) -> Rows:
+    counts_GE = rows.tokens_per_expert_GE
+    if counts_GE is None:
+      matmul = lambda x, w: jnp.einsum(  # noqa: E731
+        "GECD,EDF->GECF", x, w
+      )
+      bias = lambda b: b[:, None, :]  # noqa: E731
+    else:
+      count_E = counts_GE.sum(0)
+      matmul = lambda x, w: grouped_matmul.grouped_matmul(  # noqa: E731
+        x, w, count_E, backend=backend
+      )
+      expert_N = jnp.repeat(
+        jnp.arange(count_E.size),
+        count_E,
+        total_repeat_length=rows.x.shape[0],
+      )
+      bias = lambda b: b[expert_N]  # noqa: E731
+    return Rows(mlp(params, rows.x, activation, matmul, bias), counts_GE)
+
+  axes = mlp_axes(activation, use_bias)
+  return Experts(init, {k: ("expert", *v) for k, v in axes.items()}, apply)
+
+
+def dense(
+  hidden: int,
+  activation: str = "swiglu",
+  use_bias: bool = False,
+  init_scale: float = 1.0,
+) -> Mlp:
+  """One network of any hidden width, for dense layers and shared experts."""
+  check(activation)
+  return Mlp(
+    init=lambda rng, d_model: init_mlp(
+      rng, d_model, hidden, activation, use_bias, init_scale
+    ),
+    axes=mlp_axes(activation, use_bias),
+    apply=lambda params, x: mlp(params, x, activation),
+  )
+
+
+def mlp(params, x, activation, matmul=jnp.matmul, bias=lambda b: b):
+  """One dense network, or many at once with their own matmul and bias."""
+
+  def linear(name, x):
+    y = matmul(x, params[name])
+    if f"{name}_bias" in params:
+      y += bias(params[f"{name}_bias"])
+    return y
+
+  act, gated = ACTIVATIONS[activation]
+  hidden = (
+    act(linear("gate", x)) * linear("up", x) if gated else act(linear("up", x))
+  )
+  return linear("down", hidden)
+
+
+def init_mlp(rng, d_model, hidden, activation, use_bias, init_scale=1.0):
+  """The parameters of one network: {gate,} up, down and their biases."""
+  initializer = jax.nn.initializers.variance_scaling(
+    init_scale, "fan_in", "truncated_normal"
+  )
+  shapes = {"up": (d_model, hidden), "down": (hidden, d_model)}
+  if ACTIVATIONS[activation][1]:
+    shapes["gate"] = (d_model, hidden)
+  rngs = dict(zip(sorted(shapes), jax.random.split(rng, len(shapes))))
+  params = {name: initializer(rngs[name], shapes[name]) for name in shapes}
+  if use_bias:
+    params |= {f"{k}_bias": jnp.zeros(s[1]) for k, s in shapes.items()}
+  return params
+
+
+def mlp_axes(activation: str, use_bias: bool) -> dict[str, tuple[str, ...]]:
+  """Logical axes of the parameters of one network."""
+  axes = {"up": ("embed", "mlp"), "down": ("mlp", "embed")}
+  if ACTIVATIONS[activation][1]:
+    axes["gate"] = ("embed", "mlp")
+  if use_bias:
+    axes |= {f"{k}_bias": v[1:] for k, v in axes.items()}
+  return axes
+
+
+def check(activation: str) -> None:
+  """Raises ConfigError unless there is such an activation."""
+  if activation not in ACTIVATIONS:
+    raise ConfigError(
+      f'there is no activation "{activation}"'
+      + did_you_mean(activation, ACTIVATIONS)
+    )

@@ -1,0 +1,148 @@
+"""The mesh, what is sharded over which of its axes, and the sharded layer."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import grouped_matmul, layer
+from moe_jax.errors import ConfigError
+from moe_jax.types import Array, Axes, Side
+
+AXES = ("data", "fsdp", "expert", "tensor")
+TOKENS = ("data", "fsdp", "expert")
+
+# Logical axis of a parameter or activation -> mesh axes. One table for all.
+RULES = (
+  ("batch", TOKENS),
+  ("expert", "expert"),
+  ("embed", "fsdp"),
+  ("mlp", "tensor"),
+  ("heads", "tensor"),
+  ("kv_heads", "tensor"),
+  ("vocab", "tensor"),
+  ("layers", None),
+)
+
+
+def make_mesh(
+  sizes: tuple[int, int, int, int], devices=None
+) -> jax.sharding.Mesh:
+  """The mesh (data, fsdp, expert, tensor); unused axes have length 1.
+
+  Args:
+    sizes: length of each axis, >= 1; -1 for one of them takes what is left.
+    devices: what to use; None: all of them.
+
+  Raises:
+    ConfigError: the product is not the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = list(sizes)
+  if len(sizes) != len(AXES) or any(s < 1 and s != -1 for s in sizes):
+    raise ConfigError(
+      f"mesh = {tuple(sizes)} needs a length >= 1 for each of {AXES}"
+    )
+  if sizes.count(-1) == 1:
+    known = -math.prod(sizes)
+    if len(devices) % known == 0:
+      sizes[sizes.index(-1)] = len(devices) // known
+  if math.prod(sizes) != len(devices):
+    raise ConfigError(
+      f"mesh = {tuple(sizes)} over {AXES} needs {math.prod(sizes)} devices, but"
+      f" there are {len(devices)}; change config.mesh, or on CPU set"
+      " XLA_FLAGS=--xla_force_host_platform_device_count=N"
+    )
+  return jax.sharding.Mesh(
+    np.asarray(devices).reshape(sizes),
+    AXES,
+    axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
+  )
+
+
+def token_shards(mesh: jax.sharding.Mesh | None) -> int:
+  """Over how many devices the batch is split."""
+  return 1 if mesh is None else math.prod(mesh.shape[a] for a in TOKENS)
+
+
+def spec(names: tuple[str | None, ...]) -> jax.sharding.PartitionSpec:
+  """The PartitionSpec of an array with these logical axes."""
+  return nn.logical_to_mesh_axes(names, RULES)
+
+
+def constrain(x: Array, names, mesh: jax.sharding.Mesh | None) -> Array:
+  """x with its sharding pinned; x itself without a mesh."""
+  if mesh is None:
+    return x
+  sharding = jax.NamedSharding(mesh, spec(names))
+  return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def shardings(boxed, mesh: jax.sharding.Mesh):
+  """Shardings of a tree of linen parameters with logical axis names."""
+  return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+
+
+def check(recipe: layer.Recipe, mesh: jax.sharding.Mesh, d_hidden: int) -> None:
+  """Raises ConfigError where experts or their widths do not divide."""
+  expert, tensor = mesh.shape["expert"], mesh.shape["tensor"]
+  if recipe.num_experts % expert:
+    raise ConfigError(
+      f"num_experts = {recipe.num_experts} does not divide over the mesh axis"
+      f" expert = {expert}; change one so that the second divides the first"
+    )
+  bound = recipe.bound
+  if bound is not None and bound.expert_buckets % expert:
+    raise ConfigError(
+      f"expert_buckets = {bound.expert_buckets} does not divide over the mesh"
+      f" axis expert = {expert}; choose a multiple of it"
+    )
+  if d_hidden % tensor:
+    raise ConfigError(
+      f"d_expert = {d_hidden} does not divide over the mesh axis"
+      f" tensor = {tensor}; change one so that the second divides the first"
+    )
+
+
+def sharded(recipe: layer.Recipe, mesh: jax.sharding.Mesh | None):
+  """`moe_ffn` of this recipe over a mesh; the same numbers as without one.
+
+  Args:
+    recipe: the parts of the layer.
+    mesh: from `make_mesh`; None runs on one device.
+
+  Returns:
+    f(params, balance, x_GTD, side, rng_G, collect=None), as `layer.moe_ffn`,
+    where G is the global number of groups and divides over the token axes.
+  """
+  if mesh is None:
+    return lambda *args, collect=None: layer.moe_ffn(
+      recipe, *args, collect=collect
+    )
+  axes = Axes(platform=mesh.devices.flat[0].platform)
+  tokens, everywhere = jax.P(TOKENS), jax.P()
+  weights = {"router": everywhere, "experts": _specs(recipe.experts)}
+  if recipe.shared is not None:
+    weights["shared"] = _specs(recipe.shared)
+
+  def run(params, balance, x_GTD, side: Side, rng_G, collect=None):
+    def body(params, balance, x_GTD, side, rng_G):
+      return layer.moe_ffn(
+        recipe, params, balance, x_GTD, side, rng_G, axes=axes, collect=collect
+      )
+
+    return jax.shard_map(
+      body,
+      mesh=mesh,
+      in_specs=(weights, everywhere, tokens, tokens, tokens),
+      out_specs=(tokens, tokens, tokens),
+      check_vma=recipe.checked,
+    )(params, balance, x_GTD, side, rng_G)
+
+  return run
+
+
+def _specs(experts):
+  return {name: spec(axes) for name, axes in experts.axes.items()}

@@ -1,0 +1,80 @@
+"""Parts by name: a router, balancer, dispatcher, ... is one file."""
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import pathlib
+import pkgutil
+import sys
+
+from moe_jax.errors import ConfigError, did_you_mean
+
+
+def load(kind: str, name: str, *, plugins: tuple[str, ...] = (), **options):
+  """Calls `build(**options)` of moe_jax/<kind>/<name>.py or of a plugin.
+
+  Args:
+    kind: folder: "routers", "balancers", "dispatchers", "models", "datasets".
+    name: file name without ".py".
+    plugins: folders that are looked through first, for <kind>/<name>.py.
+    **options: what the file's `build` takes; hashable.
+
+  Returns:
+    What `build` returns. Equal options give the same object, so that it can
+    be a static argument of jit and a field of a linen module.
+
+  Raises:
+    ConfigError: no such name or option; names the nearest known one.
+  """
+  return _build(kind, name, tuple(plugins), tuple(sorted(options.items())))
+
+
+def names(kind: str, plugins: tuple[str, ...] = ()) -> list[str]:
+  """The names that `load` knows for a kind, sorted."""
+  package = importlib.import_module(f"moe_jax.{kind}")
+  found = {m.name for m in pkgutil.iter_modules(package.__path__)}
+  for folder in plugins:
+    found |= {p.stem for p in pathlib.Path(folder, kind).glob("*.py")}
+  return sorted(found)
+
+
+@functools.lru_cache(maxsize=None)
+def _build(kind, name, plugins, options):
+  build = _module(kind, name, plugins).build
+  known = inspect.signature(build).parameters
+  for option, _ in options:
+    if option not in known:
+      raise ConfigError(
+        f'{kind}/{name} has no option "{option}"' + did_you_mean(option, known)
+      )
+  missing = [
+    p.name
+    for p in known.values()
+    if p.default is p.empty and p.name not in dict(options)
+  ]
+  if missing:
+    raise ConfigError(f"{kind}/{name} needs the option(s) {', '.join(missing)}")
+  return build(**dict(options))
+
+
+@functools.lru_cache(maxsize=None)
+def _module(kind, name, plugins):
+  for folder in plugins:
+    path = pathlib.Path(folder, kind, f"{name}.py")
+    if path.exists():
+      return _import_file(path, f"moe_jax_plugins.{kind}.{name}")
+  if name not in names(kind):
+    raise ConfigError(
+      f'there is no "{name}" in {kind}'
+      + did_you_mean(name, names(kind, plugins))
+    )
+  return importlib.import_module(f"moe_jax.{kind}.{name}")
+
+
+def _import_file(path, module_name):
+  spec = importlib.util.spec_from_file_location(module_name, path)
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[module_name] = module
+  spec.loader.exec_module(module)
+  return module
