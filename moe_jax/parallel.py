@@ -4,10 +4,9 @@ import math
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import grouped_matmul, layer
+from moe_jax import layer
 from moe_jax.errors import ConfigError
 from moe_jax.types import Array, Axes, Side
 

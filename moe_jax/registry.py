@@ -39,7 +39,7 @@ def names(kind: str, plugins: tuple[str, ...] = ()) -> list[str]:
   return sorted(found)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _build(kind, name, plugins, options):
   build = _module(kind, name, plugins).build
   known = inspect.signature(build).parameters
@@ -58,7 +58,7 @@ def _build(kind, name, plugins, options):
   return build(**dict(options))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _module(kind, name, plugins):
   for folder in plugins:
     path = pathlib.Path(folder, kind, f"{name}.py")

@@ -159,7 +159,8 @@ class Dispatcher(NamedTuple):
   plan: (Routing with leading G, num_experts, Bound | None) -> Plan.
   causal: (top_k, Bound | None) -> bool, whether a token's slots are
     independent of the tokens after it.
-  ragged: whether its Rows are ragged rows.
+  ragged: whether its Rows are ragged rows; if not, it needs a Bound with one
+    bucket per expert.
   """
 
   plan: Callable[..., Any]

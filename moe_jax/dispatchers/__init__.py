@@ -61,12 +61,12 @@ def causal(order: str, top_k: int, bound: Bound | None) -> bool:
   return order == "token" or top_k == 1 or bound is None
 
 
-def check(name: str, order: str, bound: Bound | None, num_experts: int) -> None:
+def check_bound(bound: Bound | None, num_experts: int) -> None:
   """Raises ConfigError for a bound that slots [E, C] cannot hold."""
   if bound is None or bound.expert_buckets != num_experts:
     raise ConfigError(
-      f"the dispatcher {name} gives every expert the same number of slots:"
-      f" it needs a capacity_factor and expert_buckets = {num_experts};"
+      "the dispatchers einsum and gather give every expert the same number of"
+      f" slots: they need a capacity_factor and expert_buckets = {num_experts};"
       " use the dispatcher sorted for dropless or bucket-bounded routing"
     )
 

@@ -36,7 +36,7 @@ def build(order: str = "token") -> Dispatcher:
   dispatchers.check_order(order)
 
   def plan(routing, num_experts, bound):
-    dispatchers.check("einsum", order, bound, num_experts)
+    dispatchers.check_bound(bound, num_experts)
     slot_GTK, kept_GTK = dispatchers.assign(routing, num_experts, bound, order)
     weight_GTK = routing.weight_TK
     dtype = weight_GTK.dtype

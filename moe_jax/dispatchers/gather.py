@@ -57,7 +57,7 @@ def build(order: str = "token") -> Dispatcher:
   dispatchers.check_order(order)
 
   def plan(routing, num_experts, bound):
-    dispatchers.check("gather", order, bound, num_experts)
+    dispatchers.check_bound(bound, num_experts)
     slot_GTK, kept_GTK = dispatchers.assign(routing, num_experts, bound, order)
     places = num_experts * bound.slots
     place_GTK = routing.expert_TK * bound.slots + slot_GTK

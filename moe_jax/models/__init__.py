@@ -1,0 +1,118 @@
+"""Models by name, built from a config; below here there is no config."""
+
+from collections.abc import Mapping
+
+import jax
+
+from moe_jax import experts, grouped_matmul, layer, registry
+from moe_jax.errors import ConfigError
+from moe_jax.models import moe
+
+
+def build(
+  config: Mapping,
+  *,
+  vocab_size: int,
+  seq_len: int,
+  batch_size: int,
+  mesh: jax.sharding.Mesh | None = None,
+  plugins: tuple[str, ...] = (),
+):
+  """The model of `config.model`, after checking all that can be checked.
+
+  Args:
+    config: the section `model` of a config, see `configs/base.py`.
+    vocab_size: V, of the data.
+    seq_len: L.
+    batch_size: sequences in one micro-batch.
+    mesh: from `parallel.make_mesh`; None: one device.
+    plugins: folders with routers, balancers, ... of the user.
+
+  Returns:
+    A linen module; `model.arch` holds what it is made of.
+
+  Raises:
+    ConfigError: impossible values, naming them and the remedy.
+  """
+  options = dict(config)
+  name, layer_options = options.pop("name"), dict(options.pop("moe"))
+  if "moe" in (*options["prefix"], *options["pattern"]):
+    recipe, grouping = _moe(layer_options, mesh, plugins)
+    moe.check(
+      recipe,
+      grouping,
+      length=seq_len,
+      batch=batch_size,
+      d_expert=layer_options["d_expert"],
+      mesh=mesh,
+    )
+    options |= {"recipe": recipe, "grouping": grouping}
+  model = registry.load(
+    "models",
+    name,
+    plugins=plugins,
+    vocab_size=vocab_size,
+    mesh=mesh,
+    **{k: _hashable(v) for k, v in options.items()},
+  )
+  for train in (True, False):
+    model.arch.check_causal(seq_len, train)
+  return model
+
+
+def _moe(options, mesh, plugins):
+  """Recipe and grouping from the section `model.moe`."""
+  num_experts, top_k = options["num_experts"], options["top_k"]
+  if top_k > num_experts:
+    raise ConfigError(
+      f"model.moe.top_k = {top_k} is more than model.moe.num_experts ="
+      f" {num_experts}; lower top_k or raise num_experts"
+    )
+
+  def part(kind, section, **more):
+    section = {k: _hashable(v) for k, v in dict(section).items()}
+    name = section.pop("name")
+    return registry.load(kind, name, plugins=plugins, **section, **more)
+
+  platform = jax.default_backend()
+  if mesh is not None:
+    platform = mesh.devices.flat[0].platform
+  backend = options["grouped_matmul"] or grouped_matmul.backend_for(platform)
+  activation, d_expert = options["activation"], options["d_expert"]
+  shared = None
+  if options["num_shared_experts"]:
+    shared = experts.dense(
+      options["num_shared_experts"] * d_expert,
+      activation,
+      options["use_bias"],
+      options["init_scale"],
+    )
+  recipe = layer.Recipe(
+    num_experts=num_experts,
+    router=part("routers", options["router"], top_k=top_k),
+    dispatcher=part("dispatchers", options["dispatcher"]),
+    experts=experts.build(
+      d_expert,
+      activation,
+      options["use_bias"],
+      options["init_scale"],
+      backend,
+    ),
+    balancers=tuple(
+      (label, part("balancers", section))
+      for label, section in sorted(dict(options["balancers"]).items())
+    ),
+    shared=shared,
+    checked=backend not in grouped_matmul.UNCHECKED,
+  )
+  grouping = moe.Grouping(
+    options["tokens_per_group"],
+    options["capacity_factor"],
+    options["eval_capacity_factor"],
+    options["expert_buckets"],
+  )
+  return recipe, grouping
+
+
+def _hashable(value):
+  return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,197 @@
+"""Batches by step: what a step sees depends on its number alone.
+
+The training stream is an endless row of windows, each epoch a new permutation
+of all of them. Row r of the global batch at step s is element
+s * batch_size + r of the stream, so that a run resumes at any step with no
+state to restore, and every host of a pod sees the same global batch.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from moe_jax import tokens
+from moe_jax.errors import ConfigError
+
+Batch = dict[str, np.ndarray]
+
+
+def train_batches(
+  corpus: tokens.Corpus,
+  *,
+  seq_len: int,
+  batch_size: int,
+  seed: int,
+  accumulation: int | None = None,
+) -> "TrainBatches":
+  """Returns the training batches, to be indexed by step.
+
+  A window is seq_len + 1 tokens of one domain: the next window begins with the
+  last token of this one, so every token but a domain's first is a target once
+  an epoch (fewer than seq_len at the end of a domain are left out).
+
+  Args:
+    corpus: from `tokens.prepare`.
+    seq_len: L, tokens of a row, >= 1.
+    batch_size: B, rows of a step, >= 1.
+    seed: of the order, >= 0.
+    accumulation: A, micro-batches of a step, which divides B; adds a leading
+      axis. None for no such axis.
+
+  Returns:
+    Batches by step: `inputs` and `targets` int32 [B, L], `mask` bool [B, L]
+    (True: a real token), `domain` int32 [B], number of the row's domain;
+    [A, B/A, ...] with accumulation, the rows in the same order.
+
+  Raises:
+    ConfigError: an impossible number, or a corpus shorter than one window.
+  """
+  _check(seq_len=seq_len, batch_size=batch_size)
+  if accumulation is not None:
+    _check(accumulation=accumulation)
+    if batch_size % accumulation:
+      raise ConfigError(
+        f"batch_size {batch_size} is not a multiple of accumulation "
+        f"{accumulation}; change one of them"
+      )
+  if seed < 0:
+    raise ConfigError(f"the data seed is {seed}; give one that is 0 or more")
+  windows = _Windows(corpus, "train", seq_len, whole=True)
+  if not len(windows):
+    raise ConfigError(
+      f"no domain of dataset {corpus.name} has the {seq_len + 1} training "
+      f"tokens that a row of seq_len {seq_len} needs, but "
+      f"{corpus.num_tokens['train']}; use a shorter seq_len or more data"
+    )
+  return TrainBatches(windows, batch_size, seed, accumulation)
+
+
+class TrainBatches:
+  """Batches by step, without an end; see `train_batches`."""
+
+  def __init__(self, windows, batch_size, seed, accumulation):
+    import grain  # Slow to import: only for who reads data.
+
+    self.num_windows = len(windows)
+    self._windows = windows
+    self._accumulation = accumulation
+    self._numbers = (
+      grain.MapDataset.range(len(windows))
+      .seed(seed)
+      .shuffle()
+      .repeat()
+      .batch(batch_size)
+    )
+
+  def __getitem__(self, step: int) -> Batch:
+    """Returns the global batch of a step, counted from 0."""
+    if step < 0:
+      raise IndexError(f"step {step} is before the first one, 0")
+    batch = self._windows.batch(self._numbers[step])
+    if self._accumulation is None:
+      return batch
+    return {
+      key: value.reshape(self._accumulation, -1, *value.shape[1:])
+      for key, value in batch.items()
+    }
+
+
+def validation_batches(
+  corpus: tokens.Corpus,
+  *,
+  seq_len: int,
+  batch_size: int,
+  max_batches_per_domain: int | None = None,
+) -> Iterator[tuple[str, Batch]]:
+  """Returns the validation batches of every domain, always in the same order.
+
+  Every token but a domain's first is a target exactly once: the last row and
+  the last batch of a domain are padded, with `mask` False.
+
+  Args:
+    corpus: from `tokens.prepare`.
+    seq_len: L, tokens of a row, >= 1.
+    batch_size: B, rows of a batch, >= 1.
+    max_batches_per_domain: the first so many of each domain; None for all.
+
+  Returns:
+    Pairs of a domain's name and a batch as in `train_batches`; a batch has rows
+    of one domain. A domain with fewer than two tokens has none.
+
+  Raises:
+    ConfigError: an impossible number, or no validation tokens.
+  """
+  _check(seq_len=seq_len, batch_size=batch_size)
+  if max_batches_per_domain is not None:
+    _check(max_batches_per_domain=max_batches_per_domain)
+  windows = _Windows(corpus, "validation", seq_len, whole=False)
+  if not len(windows):
+    raise ConfigError(
+      f"dataset {corpus.name} has no two validation tokens in a row, but "
+      f"{corpus.num_tokens['validation']}; use more data"
+    )
+  return _validation(windows, batch_size, max_batches_per_domain)
+
+
+def _validation(windows, batch_size, max_batches):
+  for domain, first, end in windows.ranges():
+    if max_batches is not None:
+      end = min(end, first + max_batches * batch_size)
+    for start in range(first, end, batch_size):
+      numbers = range(start, min(start + batch_size, end))
+      batch = windows.batch(numbers, rows=batch_size)
+      batch["domain"][:] = windows.corpus.domains.index(domain)
+      yield domain, batch
+
+
+class _Windows:
+  """The windows of a split, numbered through all domains.
+
+  Args:
+    whole: leave out the shorter window at the end of a domain.
+  """
+
+  def __init__(self, corpus, split, seq_len, *, whole):
+    self.corpus = corpus
+    self._seq_len = seq_len
+    # Plain arrays: a slice of a np.memmap costs several times as much.
+    self._tokens = [np.asarray(corpus.tokens(split, d)) for d in corpus.domains]
+    targets = np.array([max(t.size - 1, 0) for t in self._tokens])
+    counts = targets // seq_len if whole else -(-targets // seq_len)
+    self._ends = np.cumsum(counts)
+    self._firsts = self._ends - counts
+
+  def __len__(self):
+    return int(self._ends[-1]) if self._ends.size else 0
+
+  def ranges(self):
+    """Yields (domain, number of its first window, number after its last)."""
+    yield from zip(
+      self.corpus.domains, self._firsts.tolist(), self._ends.tolist()
+    )
+
+  def batch(self, numbers, rows=None):
+    """Returns the batch of these windows, padded to a number of rows."""
+    rows = len(numbers) if rows is None else rows
+    window = np.zeros((rows, self._seq_len + 1), np.int32)
+    mask = np.zeros((rows, self._seq_len), np.bool_)
+    domain = np.zeros(rows, np.int32)
+    domain[: len(numbers)] = np.searchsorted(self._ends, numbers, side="right")
+    for row, number in enumerate(numbers):
+      start = (number - self._firsts[domain[row]]) * self._seq_len
+      read = self._tokens[domain[row]][start : start + self._seq_len + 1]
+      window[row, : read.size] = read
+      mask[row, : read.size - 1] = True
+    return {
+      # Copies: a view of one would change with the other.
+      "inputs": window[:, :-1].copy(),
+      "targets": window[:, 1:].copy(),
+      "mask": mask,
+      "domain": domain,
+    }
+
+
+def _check(**numbers):
+  for name, value in numbers.items():
+    if value < 1:
+      raise ConfigError(f"{name} is {value}; give 1 or more")

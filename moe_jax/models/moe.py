@@ -1,0 +1,165 @@
+"""The thin linen module around `layer.moe_ffn`."""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_jax import dispatchers, layer, parallel, slots
+from moe_jax.errors import ConfigError
+from moe_jax.types import Array, Side, Stats
+
+
+class Grouping(NamedTuple):
+  """How tokens form groups and how many rows experts may get in each.
+
+  tokens_per_group: T, or "sequence". Whole sequences or whole fractions.
+  capacity_factor: slots over balanced load; None: dropless.
+  eval_capacity_factor: the same outside training; None: as in training.
+  expert_buckets: buckets of experts that share slots; None: one per expert.
+  """
+
+  tokens_per_group: int | str = "sequence"
+  capacity_factor: float | None = None
+  eval_capacity_factor: float | None = None
+  expert_buckets: int | None = None
+
+  def resolve(
+    self, recipe: layer.Recipe, length: int, train: bool
+  ) -> tuple[int, layer.Recipe]:
+    """T and the recipe with its bound, for sequences of this length.
+
+    Raises:
+      ConfigError: groups that cut across sequences, or a capacity of zero.
+    """
+    tokens = self.tokens_per_group
+    tokens = length if tokens == "sequence" else tokens
+    if tokens < 1 or (tokens % length and length % tokens):
+      raise ConfigError(
+        f"tokens_per_group = {tokens} is neither a multiple nor a divisor of the"
+        f' sequence length {length}; "sequence" always fits'
+      )
+    bound = self._bound(recipe, tokens, train)
+    if not recipe.dispatcher.ragged:
+      dispatchers.check_bound(bound, recipe.num_experts)
+    sequences = max(1, tokens // length)
+    return tokens, dataclasses.replace(recipe, bound=bound, sequences=sequences)
+
+  def _bound(self, recipe, tokens, train):
+    factor = self.capacity_factor
+    if not train and self.eval_capacity_factor is not None:
+      factor = self.eval_capacity_factor
+    if factor is None:
+      return None
+    top_k = recipe.router.top_k
+    buckets = self.expert_buckets or recipe.num_experts
+    if recipe.num_experts % buckets:
+      raise ConfigError(
+        f"expert_buckets = {buckets} does not divide num_experts ="
+        f" {recipe.num_experts}"
+      )
+    bound = slots.capacity(factor, tokens, top_k, buckets)
+    if bound.slots < 1:
+      raise ConfigError(
+        f"the capacity rounds to zero: capacity_factor = {factor} times"
+        f" {tokens} tokens_per_group times top_k = {top_k} over {buckets}"
+        " buckets of experts is below 1; raise capacity_factor or"
+        " tokens_per_group"
+      )
+    return bound
+
+
+class MoE(nn.Module):
+  """Declares parameters, forms groups, calls the layer."""
+
+  recipe: layer.Recipe
+  grouping: Grouping
+  mesh: jax.sharding.Mesh | None = None
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BLD: Array,
+    mask_BL: Array,
+    rng_G: Array | None = None,
+    *,
+    train: bool = False,
+    collect: str | None = None,
+  ) -> tuple[Array, Stats, dict[str, Array]]:
+    _, length, d_model = x_BLD.shape
+    tokens, recipe = self.grouping.resolve(self.recipe, length, train)
+    num_experts = recipe.num_experts
+    params = {
+      "router": self._declare(
+        "router",
+        recipe.router.axes,
+        lambda rng: recipe.router.init(rng, d_model, num_experts),
+      ),
+      "experts": self._declare(
+        "experts",
+        recipe.experts.axes,
+        lambda rng: recipe.experts.init(rng, num_experts, d_model),
+      ),
+    }
+    if recipe.shared is not None:
+      params["shared"] = self._declare(
+        "shared",
+        recipe.shared.axes,
+        lambda rng: recipe.shared.init(rng, d_model),
+      )
+    balance = {
+      label: self.variable("balance", label, balancer.init, num_experts).value
+      for label, balancer in recipe.balancers
+    }
+    y_GTD, stats, collected = parallel.sharded(recipe, self.mesh)(
+      params,
+      balance,
+      x_BLD.reshape(-1, tokens, d_model),
+      Side(mask_BL.reshape(-1, tokens)),
+      rng_G,
+      collect=collect,
+    )
+    return y_GTD.reshape(x_BLD.shape), stats, collected
+
+  def _declare(self, name, axes, init):
+    """A dict of parameters at moe/<name>, each with its logical axes."""
+
+    def boxed(rng):
+      return {
+        k: nn.LogicallyPartitioned(v, axes[k]) for k, v in init(rng).items()
+      }
+
+    return self.param(name, boxed)
+
+
+def check(
+  recipe: layer.Recipe,
+  grouping: Grouping,
+  *,
+  length: int,
+  batch: int,
+  d_expert: int,
+  mesh: jax.sharding.Mesh | None,
+) -> None:
+  """Raises ConfigError for what would fail, or lie, on this mesh or batch."""
+  for train in (True, False):
+    tokens, resolved = grouping.resolve(recipe, length, train)
+    if mesh is not None:
+      parallel.check(resolved, mesh, d_expert)
+  shards, per_group = parallel.token_shards(mesh), max(1, tokens // length)
+  if batch % (shards * per_group):
+    raise ConfigError(
+      f"a micro-batch of {batch} sequences does not divide into {shards} token"
+      f" shards of whole groups of {per_group} sequences; make data.batch_size"
+      f" over train.accumulation a multiple of {shards * per_group}"
+    )
+
+
+def keys(rng: Array, batch: int, length: int, grouping: Grouping, first=0):
+  """One key per group of a batch; `first` is its first sequence's index."""
+  tokens = grouping.tokens_per_group
+  tokens = length if tokens == "sequence" else tokens
+  groups = batch * length // tokens
+  return layer.group_keys(rng, groups, jnp.asarray(first) * length // tokens)

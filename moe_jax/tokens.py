@@ -1,0 +1,398 @@
+"""Text to tokens, once: a memory-mapped cache of a prepared TFDS dataset.
+
+A token is a byte, and token 256 ends a document. The cache is a folder with one
+flat uint16 file for each split and domain, and an index.json that says what is
+in it and where it came from. It appears as a whole or not at all.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import inspect
+import io
+import json
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import logging
+
+from moe_jax import registry
+from moe_jax.errors import ConfigError, did_you_mean
+
+END_OF_DOCUMENT = 256
+VOCAB_SIZE = 257
+SPLITS = ("train", "validation")
+
+_FORMAT = 1  # Raise it when the files mean something else than before.
+_DTYPE = np.dtype("<u2")
+_VALIDATION_PART = 16  # Held out where a dataset has no validation split.
+_READ_AT_ONCE = 256  # Documents.
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """A prepared cache.
+
+  Attributes:
+    name: name of the dataset.
+    directory: the cache's folder; a built-in dataset's documents lie there too,
+      as a TFDS dataset.
+    fingerprint: sha256 of every token, by split and domain. Equal for equal
+      content, wherever it was prepared.
+    vocab_size: number of different tokens.
+    domains: names of the domains; a domain's number is its place here.
+    num_tokens: tokens by split, then domain.
+    num_documents: documents by split, then domain.
+    sources: what the text was made of: name to version.
+  """
+
+  name: str
+  directory: pathlib.Path
+  fingerprint: str
+  vocab_size: int
+  domains: tuple[str, ...]
+  num_tokens: Mapping[str, Mapping[str, int]] = dataclasses.field(compare=False)
+  num_documents: Mapping[str, Mapping[str, int]] = dataclasses.field(
+    compare=False
+  )
+  sources: Mapping[str, str] = dataclasses.field(compare=False)
+
+  def tokens(self, split: str, domain: str) -> np.ndarray:
+    """Returns the tokens of a domain, one document after the other.
+
+    Args:
+      split: "train" or "validation".
+      domain: one of `domains`.
+
+    Returns:
+      Read-only uint16 [N], mapped from the file: only what is read is loaded.
+
+    Raises:
+      ConfigError: no such split or domain.
+    """
+    for word, known in ((split, SPLITS), (domain, self.domains)):
+      if word not in known:
+        raise ConfigError(
+          f'dataset {self.name} has no "{word}"' + did_you_mean(word, known)
+        )
+    size = self.num_tokens[split][domain]
+    if not size:  # An empty file cannot be mapped.
+      return np.zeros(0, _DTYPE)
+    path = self.directory / _file_name(split, self.domains.index(domain))
+    return np.memmap(path, _DTYPE, "r", shape=(size,))
+
+
+def prepare(
+  name: str,
+  *,
+  data_dir: str | os.PathLike | None = None,
+  cache_dir: str | os.PathLike | None = None,
+  plugins: tuple[str, ...] = (),
+  fingerprint: str | None = None,
+) -> Corpus:
+  """Returns the tokens of a dataset; makes its cache where there is none yet.
+
+  Args:
+    name: a dataset of `registry.names("datasets")`; with `data_dir`, any word
+      to call it by.
+    data_dir: folder of a prepared TFDS dataset (the one with dataset_info.json)
+      in array_record or parquet format. It has a feature `text`, may have a
+      feature `domain` (text or class label), and has a split `train`; documents
+      are held out of it by their hash if there is no split `validation`.
+    cache_dir: where the caches lie; $XDG_CACHE_HOME/moe_jax or
+      ~/.cache/moe_jax by default.
+    plugins: folders with datasets of your own, see registry.load.
+    fingerprint: only this content will do. A run that resumes passes the one
+      that it recorded, and so keeps its data when a dependency has changed.
+
+  Returns:
+    The corpus.
+
+  Raises:
+    ConfigError: no such dataset, folder, feature, split or content.
+  """
+  root = _cache_root(cache_dir)
+  prefix = re.sub(r"[^\w.-]", "_", name)
+  if fingerprint is not None:
+    for entry in sorted(root.glob(f"{prefix}-*")):
+      corpus = _open(entry)
+      if corpus is not None and corpus.fingerprint == fingerprint:
+        return corpus
+  source = _from_directory(data_dir) if data_dir else _built_in(name, plugins)
+  entry = root / f"{prefix}-{_key(source.versions)}"
+  corpus = _open(entry)
+  if corpus is None:
+    corpus = _make(name, source, entry)
+  if fingerprint not in (None, corpus.fingerprint):
+    raise ConfigError(
+      f"dataset {name} has fingerprint {corpus.fingerprint}, but {fingerprint} "
+      f"was asked for and is not in {root}; install the versions that it was "
+      "made from (run.json has them), or start a new run"
+    )
+  return corpus
+
+
+class _Source(NamedTuple):
+  """Where documents come from."""
+
+  versions: dict[str, str]  # What the content depends on.
+  builder: Callable[[pathlib.Path], Any]  # scratch folder -> prepared builder.
+
+
+def _built_in(name, plugins):
+  known = registry.names("datasets", plugins)
+  if name not in known:
+    raise ConfigError(
+      f'there is no built-in dataset "{name}" (for another one, set data_dir '
+      "to the folder of a prepared TFDS dataset)" + did_you_mean(name, known)
+    )
+  builder_class = registry.load("datasets", name, plugins=tuple(plugins))
+  versions = {name: str(builder_class.VERSION)}
+  # A dataset that depends on more than its version says so.
+  versions |= getattr(builder_class, "sources", dict)()
+
+  def prepared(folder):
+    import tensorflow_datasets as tfds  # Slow to import: only if needed.
+    from etils import epath
+
+    # TFDS would import a plugin's package to find it, but it is a lone file.
+    builder_class.code_path = epath.Path(inspect.getfile(builder_class))
+    tfds.disable_progress_bar()  # It takes seconds, and logs are kept.
+    builder = builder_class(data_dir=folder, file_format="array_record")
+    with contextlib.redirect_stdout(io.StringIO()):  # It names scratch paths.
+      builder.download_and_prepare(download_dir=folder / "downloads")
+    shutil.rmtree(folder / "downloads", ignore_errors=True)
+    return builder
+
+  return _Source(versions, prepared)
+
+
+def _from_directory(data_dir):
+  from etils import epath  # Buckets too, where their client is installed.
+
+  folder = epath.Path(data_dir).expanduser()
+  if not (folder / "dataset_info.json").exists():
+    reason = "has no dataset_info.json" if folder.exists() else "does not exist"
+    raise ConfigError(
+      f"data_dir {folder} {reason}; give the folder of one version of a "
+      "prepared TFDS dataset, such as ~/tensorflow_datasets/NAME/1.0.0"
+    )
+  stats = [(f.name, f.stat()) for f in sorted(folder.iterdir())]
+  files = "".join(f"{name} {s.length} {s.mtime}\n" for name, s in stats)
+  versions = {"data_dir": str(folder), "files": _sha256(files)}
+  return _Source(versions, lambda _: _open_builder(folder))
+
+
+def _open_builder(folder):
+  import tensorflow_datasets as tfds
+
+  builder = tfds.builder_from_directory(folder)
+  form = builder.info.file_format.value
+  if form not in ("array_record", "parquet"):
+    raise ConfigError(
+      f"data_dir {folder} is in {form} format, which only TensorFlow reads; "
+      'prepare the dataset with file_format="array_record"'
+    )
+  for what, word, known in (
+    ("feature", "text", builder.info.features),
+    ("split", "train", builder.info.splits),
+  ):
+    if word not in known:
+      raise ConfigError(
+        f'data_dir {folder} has no {what} "{word}", but {sorted(known)}; '
+        "prepare a copy of the dataset that has one"
+      )
+  return builder
+
+
+def _make(name, source, entry):
+  """Prepares beside the final place and moves the whole there at the end."""
+  logging.info("Preparing dataset %s in %s, once", name, entry)
+  start = time.monotonic()
+  with _scratch_folder(entry) as scratch:
+    new = scratch / "new"
+    new.mkdir()
+    index = _write_tokens(source.builder(new), new)
+    index |= {"format": _FORMAT, "name": name, "sources": source.versions}
+    (new / "index.json").write_text(json.dumps(index, indent=2) + "\n")
+    if entry.exists() and _open(entry) is None:
+      entry.rename(scratch / "broken")
+    try:
+      new.rename(entry)
+    except OSError:  # Another process was faster: its content is the same.
+      if _open(entry) is None:
+        raise
+  corpus = _open(entry)
+  logging.info(
+    "Prepared dataset %s: tokens %s in %.1f s",
+    name,
+    corpus.num_tokens,
+    time.monotonic() - start,
+  )
+  return corpus
+
+
+@contextlib.contextmanager
+def _scratch_folder(entry):
+  try:
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    folder = tempfile.mkdtemp(dir=entry.parent, prefix=f".{entry.name}-")
+  except OSError as error:
+    raise ConfigError(
+      f"cannot write the token cache {entry}: {error}; set cache_dir or "
+      "XDG_CACHE_HOME to a folder that can be written"
+    ) from error
+  try:
+    yield pathlib.Path(folder)
+  finally:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_tokens(builder, folder):
+  """Writes a file for each split and domain; returns what the index says."""
+  domains = _label_names(builder)
+  shards = {}  # (split, domain) -> its _Shard.
+  with contextlib.ExitStack() as stack:
+    for split, domain, text in _documents(builder):
+      if domain not in domains:
+        domains.append(domain)
+      shard = shards.get((split, domain))
+      if shard is None:
+        path = folder / _file_name(split, domains.index(domain))
+        shard = shards[split, domain] = _Shard(
+          stack.enter_context(path.open("wb"))
+        )
+      shard.write(text)
+  empty = _Shard(None)
+  table = {
+    split: {domain: shards.get((split, domain), empty) for domain in domains}
+    for split in SPLITS
+  }
+  return {
+    "fingerprint": _sha256(_by_shard(table, lambda s: s.digest.hexdigest())),
+    "vocab_size": VOCAB_SIZE,
+    "domains": domains,
+    "num_tokens": _by_shard(table, lambda s: s.num_tokens),
+    "num_documents": _by_shard(table, lambda s: s.num_documents),
+  }
+
+
+@dataclasses.dataclass
+class _Shard:
+  """A file of tokens that grows."""
+
+  file: Any
+  digest: Any = dataclasses.field(default_factory=hashlib.sha256)
+  num_tokens: int = 0
+  num_documents: int = 0
+
+  def write(self, text):
+    tokens = np.full(len(text) + 1, END_OF_DOCUMENT, _DTYPE)
+    tokens[:-1] = np.frombuffer(text, np.uint8)
+    content = tokens.tobytes()
+    self.file.write(content)
+    self.digest.update(content)
+    self.num_tokens += tokens.size
+    self.num_documents += 1
+
+
+def _by_shard(table, get):
+  return {
+    split: {domain: get(shard) for domain, shard in row.items()}
+    for split, row in table.items()
+  }
+
+
+def _label_names(builder):
+  """Names of the domains where the dataset knows them, in its order."""
+  features = builder.info.features
+  if "domain" not in features:
+    return []
+  return list(getattr(features["domain"], "names", None) or ())
+
+
+def _documents(builder):
+  """Yields (split, domain, text as bytes) of every document."""
+  names = _label_names(builder)
+  held_out = "validation" in builder.info.splits
+  for split in SPLITS if held_out else ("train",):
+    source = builder.as_data_source(split=split)
+    for start in range(0, len(source), _READ_AT_ONCE):
+      stop = min(start + _READ_AT_ONCE, len(source))
+      for example in source.__getitems__(list(range(start, stop))):
+        text = _as_bytes(example["text"])
+        domain = example.get("domain", "text")
+        domain = names[domain] if names else _as_bytes(domain).decode()
+        yield (split if held_out else _split_of(text)), domain, text
+
+
+def _as_bytes(value):
+  return value if isinstance(value, bytes) else str(value).encode()
+
+
+def _split_of(text):
+  part = int(hashlib.sha256(text).hexdigest(), 16) % _VALIDATION_PART
+  return "validation" if part == 0 else "train"
+
+
+def _open(entry):
+  """The corpus of a cache folder; None if it is not there or not whole."""
+  try:
+    index = json.loads((entry / "index.json").read_text())
+    corpus = Corpus(
+      name=index["name"],
+      directory=entry,
+      fingerprint=index["fingerprint"],
+      vocab_size=index["vocab_size"],
+      domains=tuple(index["domains"]),
+      num_tokens=index["num_tokens"],
+      num_documents=index["num_documents"],
+      sources=index["sources"],
+    )
+    whole = index["format"] == _FORMAT and _sizes_are_right(corpus)
+  except (FileNotFoundError, NotADirectoryError):
+    whole = False
+  except (ValueError, KeyError, TypeError):  # Not the index that we write.
+    whole = False
+  if whole:
+    return corpus
+  if entry.exists():
+    logging.warning("The token cache %s is damaged and not used", entry)
+  return None
+
+
+def _sizes_are_right(corpus):
+  return all(
+    (corpus.directory / _file_name(split, number)).stat().st_size
+    == corpus.num_tokens[split][domain] * _DTYPE.itemsize
+    for split in SPLITS
+    for number, domain in enumerate(corpus.domains)
+    if corpus.num_tokens[split][domain]
+  )
+
+
+def _cache_root(cache_dir):
+  if cache_dir is not None:
+    return pathlib.Path(cache_dir).expanduser().absolute()
+  home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+  return pathlib.Path(home).expanduser().absolute() / "moe_jax"
+
+
+def _file_name(split, domain_number):
+  return f"{split}-{domain_number:03d}.tokens"
+
+
+def _key(versions):
+  return _sha256([_FORMAT, versions])[:16]
+
+
+def _sha256(value):
+  text = json.dumps(value, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,234 @@
+"""Batches by step: the same ones whatever was read before, and nothing lost."""
+
+import collections
+
+import numpy as np
+import pytest
+
+from moe_jax import batches, tokens
+from moe_jax.errors import ConfigError
+
+SEQ_LEN = 7
+DOMAINS = ("code", "empty", "tiny", "prose")
+SIZES = {
+  "train": {"code": 502, "empty": 0, "tiny": 5, "prose": 141},
+  "validation": {"code": 100, "empty": 0, "tiny": 1, "prose": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+  """Random tokens, so that no two windows are equal."""
+  folder = tmp_path_factory.mktemp("corpus")
+  rng = np.random.default_rng(0)
+  for split, sizes in SIZES.items():
+    for number, size in enumerate(sizes.values()):
+      path = folder / f"{split}-{number:03d}.tokens"
+      rng.integers(0, 257, size).astype("<u2").tofile(path)
+  return make_corpus(folder, SIZES)
+
+
+def make_corpus(folder, num_tokens):
+  return tokens.Corpus(
+    name="random",
+    directory=folder,
+    fingerprint="",
+    vocab_size=257,
+    domains=DOMAINS,
+    num_tokens=num_tokens,
+    num_documents={},
+    sources={},
+  )
+
+
+def train(corpus, **kwargs):
+  kwargs = {"seq_len": SEQ_LEN, "batch_size": 8, "seed": 3, **kwargs}
+  return batches.train_batches(corpus, **kwargs)
+
+
+def assert_equal(a, b):
+  assert a.keys() == b.keys()
+  for key in a:
+    np.testing.assert_array_equal(a[key], b[key], err_msg=key, strict=True)
+
+
+def rows(stream, number):
+  """The first rows of a stream: a list of (domain, tokens read)."""
+  found = []
+  for step in range(number):
+    batch = stream[step]
+    read = np.concatenate([batch["inputs"], batch["targets"][:, -1:]], axis=1)
+    found += [
+      (d, *row) for d, row in zip(batch["domain"].tolist(), read.tolist())
+    ]
+    if len(found) >= number:
+      return [tuple(row) for row in found[:number]]
+
+
+def expected_windows(corpus):
+  """Every training window, by a plain loop."""
+  windows = []
+  for number, domain in enumerate(DOMAINS):
+    text = corpus.tokens("train", domain).tolist()
+    start = 0
+    while start + SEQ_LEN + 1 <= len(text):
+      windows.append((number, *text[start : start + SEQ_LEN + 1]))
+      start += SEQ_LEN
+  return windows
+
+
+def test_a_batch_is_what_it_says(corpus):
+  batch = train(corpus)[0]
+  shapes = {k: (v.shape, v.dtype.name) for k, v in batch.items()}
+  assert shapes == {
+    "inputs": ((8, SEQ_LEN), "int32"),
+    "targets": ((8, SEQ_LEN), "int32"),
+    "mask": ((8, SEQ_LEN), "bool"),
+    "domain": ((8,), "int32"),
+  }
+  assert batch["mask"].all()
+
+
+def test_targets_are_the_next_tokens(corpus):
+  text = corpus.tokens("train", "code").tolist()
+  batch = train(corpus, batch_size=64)[0]
+  np.testing.assert_array_equal(
+    batch["inputs"][:, 1:], batch["targets"][:, :-1]
+  )
+  for i in np.flatnonzero(batch["domain"] == 0):
+    window = [*batch["inputs"][i].tolist(), int(batch["targets"][i, -1])]
+    starts = range(0, len(text), SEQ_LEN)
+    assert any(text[s : s + SEQ_LEN + 1] == window for s in starts)
+
+
+def test_every_epoch_is_another_permutation_of_all_windows(corpus):
+  windows = expected_windows(corpus)
+  n = len(windows)
+  assert n == 71 + 20 and len(set(windows)) == n
+  stream = train(corpus)
+  assert stream.num_windows == n
+  read = rows(stream, 3 * n)
+  epochs = [read[i * n : (i + 1) * n] for i in range(3)]
+  for epoch in epochs:
+    assert collections.Counter(epoch) == collections.Counter(windows)
+    assert epoch != windows
+  assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_a_step_does_not_depend_on_what_was_read_before(corpus):
+  stream = train(corpus)
+  in_order = [stream[step] for step in range(30)]
+  for step in (29, 4, 4, 17):
+    assert_equal(train(corpus)[step], in_order[step])
+    assert_equal(stream[step], in_order[step])
+    assert_equal(stream[np.int64(step)], in_order[step])
+
+
+def test_a_row_depends_on_its_place_in_the_stream_alone(corpus):
+  """So a pod of any size, or any accumulation, reads the same rows."""
+  assert rows(train(corpus), 96) == rows(train(corpus, batch_size=3), 96)
+  whole, halves = train(corpus)[5], train(corpus, batch_size=4)
+  for key, value in whole.items():
+    two = np.concatenate([halves[10][key], halves[11][key]])
+    np.testing.assert_array_equal(value, two)
+
+
+def test_accumulation_only_adds_an_axis(corpus):
+  whole, split = train(corpus)[5], train(corpus, accumulation=2)[5]
+  assert split["inputs"].shape == (2, 4, SEQ_LEN)
+  assert split["domain"].shape == (2, 4)
+  assert_equal(whole, {k: np.concatenate(v) for k, v in split.items()})
+  one = train(corpus, accumulation=1)[5]
+  assert_equal({k: v[None] for k, v in whole.items()}, one)
+
+
+def test_seeds_give_unrelated_orders(corpus):
+  """Not the next epoch of the neighbour, either."""
+  n = train(corpus).num_windows
+  orders = [rows(train(corpus, seed=seed), 2 * n) for seed in (3, 4)]
+  epochs = [tuple(o[i : i + n]) for o in orders for i in (0, n)]
+  assert len(set(epochs)) == 4
+  assert orders[0] == rows(train(corpus), 2 * n)
+
+
+def test_inputs_and_targets_share_no_memory(corpus):
+  batch = train(corpus)[0]
+  assert not np.shares_memory(batch["inputs"], batch["targets"])
+
+
+def validate(corpus, **kwargs):
+  kwargs = {"seq_len": SEQ_LEN, "batch_size": 4, **kwargs}
+  return list(batches.validation_batches(corpus, **kwargs))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_validation_loses_no_token_and_repeats_none(corpus, batch_size):
+  inputs, targets = collections.defaultdict(list), collections.defaultdict(list)
+  for domain, batch in validate(corpus, batch_size=batch_size):
+    assert batch["inputs"].shape == (batch_size, SEQ_LEN)
+    assert (batch["domain"] == DOMAINS.index(domain)).all()
+    inputs[domain] += batch["inputs"][batch["mask"]].tolist()
+    targets[domain] += batch["targets"][batch["mask"]].tolist()
+  assert list(targets) == ["code", "prose"]
+  for domain in targets:
+    text = corpus.tokens("validation", domain).tolist()
+    assert inputs[domain] == text[:-1]
+    assert targets[domain] == text[1:]
+
+
+def test_validation_pads_the_last_row_and_the_last_batch(corpus):
+  found = [(domain, batch["mask"].sum(1)) for domain, batch in validate(corpus)]
+  # 99 targets of code: 14 rows of 7 and one of 1; 7 of prose: one row.
+  full = [7, 7, 7, 7]
+  expected = [("code", full)] * 3 + [("code", [7, 7, 1, 0])]
+  expected += [("prose", [7, 0, 0, 0])]
+  assert [(d, m.tolist()) for d, m in found] == expected
+  mask = validate(corpus)[3][1]["mask"]
+  assert mask[2].tolist() == [True] + [False] * 6
+
+
+def test_validation_is_the_same_every_time_and_can_be_cut(corpus):
+  whole = validate(corpus)
+  for (domain, batch), (other, again) in zip(whole, validate(corpus)):
+    assert domain == other
+    assert_equal(batch, again)
+  cut = validate(corpus, max_batches_per_domain=2)
+  assert [domain for domain, _ in cut] == ["code", "code", "prose"]
+  for (_, batch), (_, expected) in zip(cut, [*whole[:2], whole[4]]):
+    assert_equal(batch, expected)
+
+
+@pytest.mark.parametrize(
+  ("kwargs", "match"),
+  [
+    ({"seq_len": 502}, "has the 503 training tokens.*use a shorter seq_len"),
+    ({"seq_len": 0}, "seq_len is 0; give 1 or more"),
+    ({"batch_size": 0}, "batch_size is 0"),
+    ({"accumulation": 0}, "accumulation is 0"),
+    ({"accumulation": 3}, "batch_size 8 is not a multiple of accumulation 3"),
+    ({"seed": -1}, "the data seed is -1"),
+  ],
+)
+def test_impossible_training_batches_are_refused(corpus, kwargs, match):
+  with pytest.raises(ConfigError, match=match):
+    train(corpus, **kwargs)
+
+
+def test_the_longest_possible_row_is_allowed(corpus):
+  assert train(corpus, seq_len=501).num_windows == 1
+
+
+def test_there_is_no_step_before_the_first(corpus):
+  with pytest.raises(IndexError, match="step -1"):
+    train(corpus)[-1]
+
+
+def test_impossible_validation_batches_are_refused_at_the_call(corpus):
+  with pytest.raises(ConfigError, match="max_batches_per_domain is 0"):
+    batches.validation_batches(
+      corpus, seq_len=4, batch_size=1, max_batches_per_domain=0
+    )
+  none = {**SIZES, "validation": {**dict.fromkeys(DOMAINS, 0), "tiny": 1}}
+  short = make_corpus(corpus.directory, none)
+  with pytest.raises(ConfigError, match="no two validation tokens"):
+    batches.validation_batches(short, seq_len=4, batch_size=1)

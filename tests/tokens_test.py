@@ -1,0 +1,355 @@
+"""The token cache: its content, its life, and datasets of others."""
+
+import collections
+import itertools
+import json
+import os
+import pathlib
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from moe_jax import tokens
+from moe_jax.errors import ConfigError
+
+PLUGIN = '''
+import tensorflow_datasets as tfds
+
+class Fable(tfds.core.GeneratorBasedBuilder):
+  """A small dataset."""
+  VERSION = tfds.core.Version("1.0.0")
+  ending = "."
+
+  @classmethod
+  def sources(cls):
+    return {"ending": cls.ending}
+
+  def _info(self):
+    return tfds.core.DatasetInfo(
+      builder=self,
+      features=tfds.features.FeaturesDict({
+        "text": tfds.features.Text(),
+        "domain": tfds.features.ClassLabel(names=["fox", "none", "crow"]),
+      }),
+    )
+
+  def _split_generators(self, dl_manager):
+    return {
+      "train": self._generate_examples(range(40)),
+      "validation": self._generate_examples(range(40, 45)),
+    }
+
+  def _generate_examples(self, numbers):
+    for i in numbers:
+      text = f"{i} grapes, caf\\u00e9{self.ending}"
+      yield i, {"text": text, "domain": "crow" if i % 3 else "fox"}
+
+def build():
+  return Fable
+'''
+
+
+@pytest.fixture(scope="session")
+def plugin(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("plugin")
+  (folder / "datasets").mkdir()
+  (folder / "datasets" / "fable.py").write_text(PLUGIN)
+  return str(folder)
+
+
+@pytest.fixture
+def prepare(plugin, tmp_path):
+  def prepare(**kwargs):
+    kwargs = {"cache_dir": tmp_path / "cache", **kwargs}
+    return tokens.prepare("fable", plugins=(plugin,), **kwargs)
+
+  return prepare
+
+
+@pytest.fixture
+def fable_class(plugin):
+  return tokens.registry.load("datasets", "fable", plugins=(plugin,))
+
+
+def split_at_ends(array):
+  """The documents of a token array."""
+  ends = np.flatnonzero(array == 256)
+  assert ends.size == 0 or ends[-1] == array.size - 1
+  starts = [0, *(ends + 1)]
+  return [bytes(array[a:b].tolist()) for a, b in zip(starts, ends)]
+
+
+def everything(corpus):
+  return {
+    (split, domain): sorted(split_at_ends(corpus.tokens(split, domain)))
+    for split in ("train", "validation")
+    for domain in corpus.domains
+  }
+
+
+def fable(numbers):
+  return sorted(f"{i} grapes, café.".encode() for i in numbers)
+
+
+def test_every_document_is_there_as_bytes_and_an_end(prepare):
+  corpus = prepare()
+  assert corpus.vocab_size == 257
+  assert corpus.domains == ("fox", "none", "crow")
+  assert everything(corpus) == {
+    ("train", "fox"): fable(range(0, 40, 3)),
+    ("train", "none"): [],
+    ("train", "crow"): fable(i for i in range(40) if i % 3),
+    ("validation", "fox"): fable([42]),
+    ("validation", "none"): [],
+    ("validation", "crow"): fable([40, 41, 43, 44]),
+  }
+  assert corpus.num_documents["train"] == {"fox": 14, "none": 0, "crow": 26}
+  assert corpus.sources == {"fable": "1.0.0", "ending": "."}
+  array = corpus.tokens("train", "fox")
+  assert array.dtype == np.uint16
+  assert array.size == corpus.num_tokens["train"]["fox"]
+  with pytest.raises(ValueError, match="read-only"):
+    array[0] = 0
+
+
+def test_a_word_that_the_corpus_lacks_is_refused(prepare):
+  corpus = prepare()
+  with pytest.raises(ConfigError, match='"trian"; did you mean "train"'):
+    corpus.tokens("trian", "fox")
+  with pytest.raises(ConfigError, match='"foxes"; did you mean "fox"'):
+    corpus.tokens("train", "foxes")
+
+
+def forbid_writing(monkeypatch):
+  def write(*_):
+    raise AssertionError("the cache was made again")
+
+  monkeypatch.setattr(tokens, "_write_tokens", write)
+
+
+def test_a_cache_is_made_once(prepare, monkeypatch):
+  first = prepare()
+  forbid_writing(monkeypatch)
+  assert prepare() == first
+
+
+def test_the_cache_lies_under_xdg_cache_home(prepare, monkeypatch, tmp_path):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+  corpus = prepare(cache_dir=None)
+  assert corpus.directory.parent == tmp_path / "home" / "moe_jax"
+  monkeypatch.delenv("XDG_CACHE_HOME")
+  monkeypatch.setenv("HOME", str(tmp_path / "other"))
+  corpus = prepare(cache_dir=None)
+  assert corpus.directory.parent == tmp_path / "other/.cache/moe_jax"
+
+
+def truncate(path):
+  os.truncate(path, path.stat().st_size - 2)
+
+
+@pytest.mark.parametrize(
+  ("file", "damage"),
+  [
+    ("train-002.tokens", truncate),
+    ("validation-000.tokens", pathlib.Path.unlink),
+    ("index.json", truncate),
+    ("index.json", lambda path: path.write_text("[]")),
+    ("index.json", lambda path: path.write_text("{}")),
+    ("index.json", pathlib.Path.unlink),
+  ],
+)
+def test_a_damaged_cache_is_made_again(prepare, file, damage):
+  first = prepare()
+  content = everything(first)
+  damage(first.directory / file)
+  again = prepare()
+  assert again == first
+  assert everything(again) == content
+
+
+def test_an_interrupted_preparation_leaves_nothing(prepare, monkeypatch):
+  corpus = prepare()
+  root = corpus.directory.parent
+  (corpus.directory / "index.json").unlink()
+  before = os.listdir(root)
+
+  def write(builder, folder):
+    (folder / "train-000.tokens").write_bytes(b"half")
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(tokens, "_write_tokens", write)
+    prepare()
+  assert os.listdir(root) == before
+  assert prepare() == corpus
+
+
+def test_of_two_processes_at_once_the_first_one_wins(prepare, monkeypatch):
+  write = tokens._write_tokens
+  winner = []
+
+  def write_slowly(builder, folder):
+    if not winner:
+      winner.append(None)
+      winner[0] = prepare()  # The other process comes and goes.
+      (winner[0].directory / "mark").touch()
+    return write(builder, folder)
+
+  monkeypatch.setattr(tokens, "_write_tokens", write_slowly)
+  loser = prepare()
+  assert loser == winner[0]
+  assert (loser.directory / "mark").exists()
+  assert os.listdir(loser.directory.parent) == [loser.directory.name]
+
+
+def test_a_run_keeps_its_data_when_a_source_has_changed(
+  prepare, fable_class, monkeypatch
+):
+  old = prepare()
+  monkeypatch.setattr(fable_class, "ending", "!")
+  new = prepare()
+  assert new.fingerprint != old.fingerprint
+  assert new.directory != old.directory
+  assert prepare(fingerprint=old.fingerprint) == old
+  assert prepare(fingerprint=new.fingerprint) == new
+  with pytest.raises(ConfigError, match="was asked for and is not in"):
+    prepare(fingerprint="0" * 64)
+
+
+def test_the_fingerprint_says_where_a_text_is(make_dataset, tmp_path):
+  """The same texts under another domain, or split, are other content."""
+
+  def fingerprint(domain, train, validation):
+    splits = {
+      "train": [{"text": train, "domain": domain}],
+      "validation": [{"text": validation, "domain": domain}],
+    }
+    folder = make_dataset(splits)
+    return tokens.prepare("it", data_dir=folder, cache_dir=tmp_path).fingerprint
+
+  assert fingerprint("a", "one", "two") == fingerprint("a", "one", "two")
+  assert fingerprint("a", "one", "two") != fingerprint("b", "one", "two")
+  assert fingerprint("a", "one", "two") != fingerprint("a", "two", "one")
+
+
+def test_an_unknown_dataset_names_the_known_ones(tmp_path):
+  with pytest.raises(ConfigError, match='did you mean "python_sources"'):
+    tokens.prepare("python_source", cache_dir=tmp_path)
+
+
+def test_a_cache_that_cannot_be_written_is_named(prepare, tmp_path):
+  (tmp_path / "file").touch()
+  with pytest.raises(ConfigError, match="set cache_dir or XDG_CACHE_HOME"):
+    prepare(cache_dir=tmp_path / "file" / "cache")
+
+
+class SomebodysOwn(tfds.core.GeneratorBasedBuilder):
+  """A dataset that this package knows nothing of."""
+
+  VERSION = tfds.core.Version("2.1.0")
+  splits = {}  # Split -> examples; set before a builder is made.
+
+  def _info(self):
+    (first, *_) = itertools.chain(*self.splits.values())
+    return tfds.core.DatasetInfo(
+      builder=self,
+      features=tfds.features.FeaturesDict(
+        {key: tfds.features.Text() for key in first}
+      ),
+    )
+
+  def _split_generators(self, dl_manager):
+    return {k: self._generate_examples(v) for k, v in self.splits.items()}
+
+  def _generate_examples(self, examples):
+    yield from enumerate(examples)
+
+
+@pytest.fixture
+def make_dataset(tmp_path_factory, monkeypatch):
+  def make_dataset(splits, file_format="array_record"):
+    monkeypatch.setattr(SomebodysOwn, "splits", splits)
+    builder = SomebodysOwn(
+      data_dir=tmp_path_factory.mktemp("tfds"), file_format=file_format
+    )
+    builder.download_and_prepare()
+    return builder.data_dir
+
+  return make_dataset
+
+
+@pytest.mark.parametrize("file_format", ["array_record", "parquet"])
+def test_a_prepared_dataset_of_others_is_read(
+  make_dataset, tmp_path, file_format
+):
+  folder = make_dataset(
+    {
+      "train": [
+        {"text": "one", "domain": "tales", "url": "x"},
+        {"text": "zwei", "domain": "Märchen", "url": "y"},
+      ],
+      "validation": [{"text": "", "domain": "new/here", "url": "z"}],
+    },
+    file_format,
+  )
+  corpus = tokens.prepare("mine", data_dir=folder, cache_dir=tmp_path)
+  assert sorted(corpus.domains) == ["Märchen", "new/here", "tales"]
+  found = {k: v for k, v in everything(corpus).items() if v}
+  assert found == {
+    ("train", "tales"): [b"one"],
+    ("train", "Märchen"): [b"zwei"],
+    ("validation", "new/here"): [b""],
+  }
+  assert corpus.sources["data_dir"] == folder
+  assert tokens.prepare("mine", data_dir=folder, cache_dir=tmp_path) == corpus
+
+
+def test_without_a_validation_split_documents_are_held_out(
+  make_dataset, tmp_path
+):
+  texts = [f"text {i % 400}" for i in range(600)]  # Some are there twice.
+  folder = make_dataset({"train": [{"text": text} for text in texts]})
+  corpus = tokens.prepare("a/b", data_dir=folder, cache_dir=tmp_path)
+  found = everything(corpus)
+  train, validation = found["train", "text"], found["validation", "text"]
+  assert collections.Counter(train + validation) == collections.Counter(
+    text.encode() for text in texts
+  )
+  assert not set(train) & set(validation)
+  assert 0.03 < len(validation) / 600 < 0.12
+
+
+def test_other_content_in_the_same_folder_is_noticed(make_dataset, tmp_path):
+  folder = pathlib.Path(make_dataset({"train": [{"text": "abc"}] * 20}))
+  first = tokens.prepare("mine", data_dir=folder, cache_dir=tmp_path)
+  other = pathlib.Path(make_dataset({"train": [{"text": "xyz"}] * 20}))
+  for file in other.iterdir():
+    (folder / file.name).write_bytes(file.read_bytes())
+    os.utime(folder / file.name, (10**9, 10**9))
+  again = tokens.prepare("mine", data_dir=folder, cache_dir=tmp_path)
+  assert again.fingerprint != first.fingerprint
+
+
+def test_a_missing_folder_says_what_to_give(make_dataset, tmp_path):
+  with pytest.raises(ConfigError, match="nowhere does not exist; give"):
+    tokens.prepare("mine", data_dir=tmp_path / "nowhere", cache_dir=tmp_path)
+  folder = pathlib.Path(make_dataset({"train": [{"text": "abc"}]}))
+  with pytest.raises(ConfigError, match="has no dataset_info.json; give"):
+    tokens.prepare("mine", data_dir=folder.parent, cache_dir=tmp_path)
+
+
+def test_a_dataset_that_cannot_serve_says_why(make_dataset, tmp_path):
+  def refused(folder, match):
+    with pytest.raises(ConfigError, match=match):
+      tokens.prepare("mine", data_dir=folder, cache_dir=tmp_path / "cache")
+    assert os.listdir(tmp_path / "cache") == []
+
+  folder = make_dataset({"train": [{"prose": "abc"}]})
+  refused(folder, r'no feature "text", but \[\'prose\'\]')
+  folder = make_dataset({"test": [{"text": "abc"}]})
+  refused(folder, r'no split "train", but \[\'test\'\]')
+  info = pathlib.Path(folder) / "dataset_info.json"
+  content = json.loads(info.read_text())
+  info.write_text(json.dumps({**content, "fileFormat": "tfrecord"}))
+  refused(folder, "is in tfrecord format, which only TensorFlow reads")
