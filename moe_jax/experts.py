@@ -1,5 +1,7 @@
 """The expert networks, and the dense network they replace."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -16,6 +18,7 @@ ACTIVATIONS = {
 }
 
 
+@functools.cache
 def build(
   d_expert: int,
   activation: str = "swiglu",
@@ -67,6 +70,7 @@ def build(
   return Experts(init, {k: ("expert", *v) for k, v in axes.items()}, apply)
 
 
+@functools.cache
 def dense(
   hidden: int,
   activation: str = "swiglu",

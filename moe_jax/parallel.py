@@ -61,6 +61,16 @@ def make_mesh(
   )
 
 
+def mesh_or_none(sizes) -> jax.sharding.Mesh | None:
+  """`make_mesh`, or None for a single device.
+
+  Raises:
+    ConfigError: as `make_mesh`.
+  """
+  mesh = make_mesh(tuple(sizes))
+  return mesh if mesh.size > 1 else None
+
+
 def token_shards(mesh: jax.sharding.Mesh | None) -> int:
   """Over how many devices the batch is split."""
   return 1 if mesh is None else math.prod(mesh.shape[a] for a in TOKENS)

@@ -15,6 +15,7 @@ are counted. Groups come from the config, never from the devices.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,6 +24,9 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+# Parts compare by identity: the registry gives the same object for the same
+# options, which is what makes them static arguments and linen fields.
+_part = dataclasses.dataclass(frozen=True, eq=False)
 
 
 @flax.struct.dataclass
@@ -135,7 +139,8 @@ class Stats:
   extra: Mapping[str, Array] = flax.struct.field(default_factory=dict)
 
 
-class Router(NamedTuple):
+@_part
+class Router:
   """Scores tokens and chooses their experts. Knows no mesh and no capacity.
 
   init: (rng, d_model, num_experts) -> params, a flat dict of arrays.
@@ -153,7 +158,8 @@ class Router(NamedTuple):
   top_k: int
 
 
-class Dispatcher(NamedTuple):
+@_part
+class Dispatcher:
   """Lays tokens out for their experts and brings the results back.
 
   plan: (Routing with leading G, num_experts, Bound | None) -> Plan.
@@ -168,7 +174,8 @@ class Dispatcher(NamedTuple):
   ragged: bool
 
 
-class Experts(NamedTuple):
+@_part
+class Experts:
   """The networks that are the experts.
 
   init: (rng, num_experts, d_model) -> params.
@@ -181,7 +188,8 @@ class Experts(NamedTuple):
   apply: Callable[[Mapping[str, Array], Rows], Rows]
 
 
-class Mlp(NamedTuple):
+@_part
+class Mlp:
   """A dense network: what experts replace, and what shared experts are.
 
   init: (rng, d_model) -> params; axes: {parameter: logical axis names};
@@ -193,7 +201,8 @@ class Mlp(NamedTuple):
   apply: Callable[[Mapping[str, Array], Array], Array]
 
 
-class Balancer(NamedTuple):
+@_part
+class Balancer:
   """A way to keep experts equally loaded.
 
   init: (num_experts) -> state, a dict of arrays.

@@ -110,7 +110,7 @@ class MoE(nn.Module):
         lambda rng: recipe.shared.init(rng, d_model),
       )
     balance = {
-      label: self.variable("balance", label, balancer.init, num_experts).value
+      label: self._state(label, balancer)
       for label, balancer in recipe.balancers
     }
     y_GTD, stats, collected = parallel.sharded(recipe, self.mesh)(
@@ -122,6 +122,13 @@ class MoE(nn.Module):
       collect=collect,
     )
     return y_GTD.reshape(x_BLD.shape), stats, collected
+
+  def _state(self, label, balancer):
+    """A balancer's state in the collection `balance`, if it has any."""
+    init = lambda: balancer.init(self.recipe.num_experts)  # noqa: E731
+    if not jax.eval_shape(init):
+      return {}
+    return self.variable("balance", label, init).value
 
   def _declare(self, name, axes, init):
     """A dict of parameters at moe/<name>, each with its logical axes."""

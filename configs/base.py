@@ -1,0 +1,89 @@
+"""Every knob and its default. Other configs import this and change a few.
+
+This is a model of a few hundred thousand parameters for a laptop.
+
+  python -m moe_jax.main --config=configs/base.py --workdir=runs/base
+"""
+
+from ml_collections import ConfigDict, FieldReference, config_dict
+
+
+def get_config() -> ConfigDict:
+  c = ConfigDict()
+  c.seed = 0  # initial parameters, order of the data, noise of the router
+  c.mesh = (
+    1,
+    1,
+    1,
+    1,
+  )  # devices along data, fsdp, expert, tensor; -1: the rest
+  c.plugins = ()  # folders with routers/NAME.py, balancers/NAME.py, ... of yours
+
+  c.data = ConfigDict()
+  c.data.name = "python_sources"  # a dataset of moe_jax/datasets or a plugin
+  c.data.dir = config_dict.placeholder(str)  # or a prepared TFDS directory
+  c.data.cache_dir = config_dict.placeholder(str)  # None: ~/.cache/moe_jax
+  c.data.seq_len = 256  # tokens in a sequence
+  c.data.batch_size = 16  # sequences in a step, over all devices
+
+  c.model = ConfigDict()
+  c.model.name = "transformer"  # a file of moe_jax/models
+  c.model.d_model = 128  # width of the residual stream
+  c.model.num_layers = 4  # prefix plus a whole number of patterns
+  c.model.prefix = ()  # kinds of the first layers, "dense" or "moe"
+  c.model.pattern = ("moe",)  # kinds of the layers that repeat after them
+  c.model.num_heads = 4  # query heads
+  c.model.num_kv_heads = 2  # key and value heads; divides num_heads
+  c.model.head_dim = 32  # width of a head, even
+  c.model.d_ff = 512  # hidden width of dense layers
+  c.model.activation = "swiglu"  # of dense layers: relu, gelu, swiglu, geglu
+  c.model.rope_theta = 10_000.0  # base of the rotary frequencies
+  c.model.norm_eps = 1e-6  # of RMSNorm
+  c.model.tie_embeddings = True  # output layer = transposed embedding
+  c.model.remat = "none"  # or "block": recompute blocks in the backward pass
+  c.model.dtype = "float32"  # of activations; parameters are float32
+  c.model.allow_noncausal = False  # let routing look at later tokens
+
+  moe = c.model.moe = ConfigDict()
+  moe.num_experts = 8  # E, routed experts of a layer
+  moe.top_k = 2  # K, experts per token
+  moe.d_expert = 128  # F, hidden width of one expert
+  moe.num_shared_experts = 0  # experts that every token passes, as one wide one
+  moe.activation = "swiglu"  # of experts: relu, gelu, swiglu, geglu
+  moe.use_bias = False  # biases in experts
+  moe.init_scale = 1.0  # variance of expert weights times fan-in (Switch: 0.1)
+  moe.tokens_per_group = FieldReference("sequence", object)  # or a number
+  moe.capacity_factor = 2.0  # slots over balanced load; None: dropless (sorted)
+  moe.eval_capacity_factor = config_dict.placeholder(float)  # None: the same
+  moe.expert_buckets = config_dict.placeholder(int)  # None: one per expert
+  moe.grouped_matmul = config_dict.placeholder(str)  # None: the platform's
+  # A file of moe_jax/routers and its options.
+  moe.router = ConfigDict({"name": "top_k", "renormalize": True})
+  # A file of moe_jax/dispatchers and its options.
+  moe.dispatcher = ConfigDict({"name": "gather", "order": "token"})
+  # Any number of files of moe_jax/balancers, by a label of yours.
+  moe.balancers = ConfigDict()
+
+  c.optim = ConfigDict()
+  c.optim.name = "adamw"  # or "sgd"
+  c.optim.learning_rate = 3e-3  # at the end of the warm-up
+  c.optim.warmup_steps = 20  # linear
+  c.optim.schedule = "cosine"  # after it: constant, cosine, wsd
+  c.optim.decay_steps = 0  # wsd: length of the final decay
+  c.optim.final_fraction = 0.1  # of the learning rate, at the last step
+  c.optim.weight_decay = 0.1  # decoupled; not on scales, biases, embedding
+  c.optim.b1 = 0.9  # AdamW
+  c.optim.b2 = 0.95  # AdamW
+  c.optim.eps = 1e-8  # AdamW
+  c.optim.clip_norm = FieldReference(1.0, float)  # of the gradient; None: no
+
+  c.train = ConfigDict()
+  c.train.num_steps = 300  # optimizer steps
+  c.train.accumulation = 1  # micro-batches in a step; divides data.batch_size
+  c.train.log_every = 10  # steps between lines of metrics.jsonl
+
+  c.eval = ConfigDict()
+  c.eval.every = 0  # steps between evaluations; 0: at the end only
+  c.eval.batch_size = 16  # sequences
+  c.eval.batches_per_domain = config_dict.placeholder(int)  # None: all
+  return c

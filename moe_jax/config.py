@@ -1,0 +1,151 @@
+"""Configs: one Python file each, variants by name, overrides by dotted key."""
+
+import argparse
+import ast
+import importlib.util
+import inspect
+import json
+import pathlib
+import sys
+
+import ml_collections
+
+from moe_jax.errors import ConfigError, did_you_mean
+
+
+def load(spec: str, overrides=()) -> ml_collections.ConfigDict:
+  """The locked config of FILE[:VARIANT] with overrides applied.
+
+  Args:
+    spec: path of a Python file with `get_config()`, or with
+      `get_config(variant)` for a ":VARIANT".
+    overrides: texts such as "model.moe.top_k=4"; values as Python writes
+      them, or bare words.
+
+  Raises:
+    ConfigError: no such file, variant or key, or a value of another type.
+  """
+  path, _, variant = spec.partition(":")
+  get_config = _get_config(pathlib.Path(path))
+  if variant and not inspect.signature(get_config).parameters:
+    raise ConfigError(f'{path} has no variants, so it has no ":{variant}"')
+  config = get_config(variant) if variant else get_config()
+  config.lock()
+  for text in overrides:
+    override(config, text)
+  return config
+
+
+def override(config: ml_collections.ConfigDict, text: str) -> None:
+  """Sets one dotted key, "optim.learning_rate=1e-3".
+
+  A whole section is set by a dict: "model.moe.router={'name': 'random'}".
+  """
+  key, equals, value = text.partition("=")
+  if not equals:
+    raise ConfigError(f'"{text}" is not KEY=VALUE')
+  *sections, last = key.split(".")
+  section = config
+  for i, name in enumerate([*sections, last]):
+    if not isinstance(section, ml_collections.ConfigDict) or (
+      name not in section
+    ):
+      _unknown_key(section, sections[:i], key, name)
+    if i < len(sections):
+      section = section[name]
+  old, value = section[last], _parse(value)
+  if isinstance(old, ml_collections.ConfigDict):
+    if not isinstance(value, dict):
+      raise ConfigError(f"config.{key} is a section; set it by a dict")
+    with section.unlocked():
+      section[last] = ml_collections.ConfigDict(value)
+    return
+  try:
+    section[last] = value
+  except (TypeError, ValueError):
+    raise ConfigError(
+      f"config.{key} = {value!r} is of type {type(value).__name__}, but its"
+      f" default {old!r} is of type {type(old).__name__}"
+    ) from None
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+  """The config as JSON text, keys sorted."""
+  return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+  """A parser with the flags that every command on a config has."""
+  parser = argparse.ArgumentParser(
+    description=description,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    epilog="Any value of the config is set by --config.SECTION.KEY=VALUE.",
+  )
+  parser.add_argument(
+    "--config", required=True, metavar="FILE[:VARIANT]", help="the config"
+  )
+  return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv=None):
+  """(arguments, loaded config) from a command line.
+
+  Raises:
+    ConfigError: an unknown flag or anything `load` refuses.
+  """
+  args, rest = parser.parse_known_args(argv)
+  prefix = "--config."
+  unknown = [r for r in rest if not r.startswith(prefix)]
+  if unknown:
+    flags = [s for a in parser._actions for s in a.option_strings]
+    raise ConfigError(
+      f'unknown argument "{unknown[0]}"'
+      + did_you_mean(unknown[0].partition("=")[0], flags)
+    )
+  overrides = [r[len(prefix) :] for r in rest]
+  return args, load(args.config, overrides)
+
+
+def run(main) -> None:
+  """Calls main() and turns a ConfigError into one sentence and exit code 2."""
+  try:
+    sys.exit(main())
+  except ConfigError as e:
+    print(f"error: {e}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _get_config(path):
+  if not path.is_file():
+    folder = path.parent
+    known = [str(p) for p in folder.glob("*.py")] if folder.is_dir() else []
+    hint = did_you_mean(str(path), known) if known else ""
+    raise ConfigError(f'there is no config file "{path}"{hint}')
+  spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+  module = importlib.util.module_from_spec(spec)
+  # Configs import each other as `configs.base` from the folder above theirs.
+  sys.path.insert(0, str(path.resolve().parent.parent))
+  try:
+    spec.loader.exec_module(module)
+  finally:
+    sys.path.pop(0)
+  if not hasattr(module, "get_config"):
+    raise ConfigError(f"{path} has no function get_config()")
+  return module.get_config
+
+
+def _parse(text):
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text  # A bare word.
+
+
+def _unknown_key(section, parents, key, name):
+  place = ".".join(["config", *parents])
+  if not isinstance(section, ml_collections.ConfigDict):
+    raise ConfigError(f"config.{key}: {place} is a value, not a section")
+  raise ConfigError(
+    f'config.{key}: there is no "{name}" in {place}'
+    + did_you_mean(name, section.keys())
+  )

@@ -1,0 +1,103 @@
+"""The validation split: loss and routing metrics, whole and by domain."""
+
+import functools
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import losses, metrics
+from moe_jax.types import Mean
+
+
+def eval_step(params, balance, batch, *, model):
+  """Sums of one batch.
+
+  Args:
+    params, balance: the model's collections.
+    batch: inputs, targets, mask [B, L].
+
+  Returns:
+    {"loss": Mean of nats per token, "bytes": number of targets that are
+    bytes, "stats": summed over groups}.
+  """
+  logits_BLV, aux = model.apply(
+    {"params": params, "balance": balance}, batch["inputs"], batch["mask"]
+  )
+  return {
+    "loss": losses.cross_entropy(logits_BLV, batch["targets"], batch["mask"]),
+    "bytes": metrics.byte_tokens(batch["targets"], batch["mask"]),
+    "stats": statistics(aux),
+  }
+
+
+def statistics(aux):
+  """{segment: {position: Stats}} out of a model's aux, summed over groups."""
+  return {
+    segment: {
+      position: metrics.sum_groups(entry["stats"])
+      for position, entry in positions.items()
+    }
+    for segment, positions in aux.items()
+  }
+
+
+def evaluate(
+  step: Callable, batches: Iterable, *, segments, recipe
+) -> dict[str, float]:
+  """All metrics of the split.
+
+  Args:
+    step: batch -> what `eval_step` returns; may run ahead of the host.
+    batches: (domain, batch) pairs.
+    segments: `Architecture.segments`.
+    recipe: of the MoE layers, or None.
+
+  Returns:
+    The metrics of design: loss, bits_per_byte, routing ones from the counts
+    of the whole split, `max_vio_global` with its floor, and by domain
+    `max_vio_global/<domain>` and `bits_per_byte/<domain>`.
+  """
+  by_domain = {}
+  for domain, batch in batches:
+    by_domain.setdefault(domain, []).append(step(batch))
+  sums = {k: _add(jax.device_get(v)) for k, v in by_domain.items()}
+  total = _add(list(sums.values()))
+  out = summarize(total, segments, recipe)
+  if recipe is not None:
+    out["max_vio_global"] = out["max_vio"]
+  for domain, part in sums.items():
+    found = summarize(part, segments, recipe)
+    out[f"bits_per_byte/{domain}"] = found["bits_per_byte"]
+    if recipe is not None:
+      out[f"max_vio_global/{domain}"] = found["max_vio"]
+  return out
+
+
+def summarize(sums, segments, recipe) -> dict[str, float]:
+  """Metrics of summed batches, divided."""
+  means = loss_means(sums)
+  if recipe is not None:
+    layers = metrics.by_layer(sums["stats"], segments)
+    means |= metrics.routing(layers, recipe.router.top_k)
+  out = metrics.divide(means)
+  if recipe is not None:
+    out["max_vio_floor"] = metrics.max_vio_floor(
+      int(sums["loss"].weight), recipe.num_experts, recipe.router.top_k
+    )
+  return out
+
+
+def loss_means(sums) -> dict[str, Mean]:
+  """Cross-entropy in nats per token and in bits per byte of text."""
+  nats = sums["loss"].total
+  return {
+    "loss": sums["loss"],
+    "bits_per_byte": Mean(nats / jnp.log(2).item(), sums["bytes"]),
+  }
+
+
+def _add(trees):
+  return functools.reduce(
+    lambda a, b: jax.tree.map(lambda x, y: x + y, a, b), trees
+  )

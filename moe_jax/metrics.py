@@ -1,0 +1,171 @@
+"""The one set of metrics, same names for every router, on host arrays.
+
+Everything arrives as sums and is divided once, here. `max_vio` and its kin
+are not means of tokens: they are computed from the counts of a whole step (or
+a whole split) and then averaged over layers and steps.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from moe_jax.types import Mean, Stats
+
+
+def sum_groups(stats: Stats) -> Stats:
+  """Sums over groups and sequences, kept as axes of length 1: [R, 1, 1, ...].
+
+  Args:
+    stats: of the layers of one segment, leading [R, G, S] (`extra`: [R, G]).
+  """
+  extra = {k: v.sum(1, keepdims=True) for k, v in stats.extra.items()}
+  stats = stats.replace(extra={})
+  total = jax.tree.map(lambda x: x.sum((1, 2), keepdims=True), stats)
+  return total.replace(extra=extra)
+
+
+def by_layer(tree: Mapping, segments) -> dict[str, Stats]:
+  """{layer number as two digits: its entry}, in the model's order.
+
+  Args:
+    tree: {segment: {position in the pattern: arrays [R, ...]}}.
+    segments: (name, pattern, repeats, first layer), `Architecture.segments`.
+  """
+  layers = {}
+  for name, pattern, repeats, first in segments:
+    for position, entry in tree.get(name, {}).items():
+      for r in range(repeats):
+        number = first + r * len(pattern) + int(position)
+        layers[f"{number:02d}"] = jax.tree.map(lambda x, r=r: x[r], entry)
+  return dict(sorted(layers.items()))
+
+
+def routing(layers: Mapping[str, Stats], top_k: int) -> dict[str, Mean]:
+  """All routing metrics of one step or one split.
+
+  Args:
+    layers: from `by_layer`, summed over groups, as numpy arrays.
+    top_k: K.
+
+  Returns:
+    {name: Mean}; add the Means of several steps and divide once.
+  """
+  if not layers:
+    return {}
+  out: dict[str, Mean] = {}
+
+  def add(name, total, weight=1.0):
+    out[name] = out.get(name, Mean(0.0, 0.0)) + Mean(
+      float(total), float(weight)
+    )
+
+  for number, s in layers.items():
+    count_E, prob_E = s.count_E.reshape(-1), s.prob_E.reshape(-1)
+    tokens = float(s.tokens.sum())
+    add("max_vio", max_vio(count_E))
+    add(f"max_vio/{number}", max_vio(count_E))
+    add("min_vio", min_vio(count_E))
+    add("load_cv", load_cv(count_E))
+    add("dead_experts", (count_E == 0).sum())
+    add("balance_loss", balance_loss(count_E, prob_E))
+    add("z_loss", s.z.sum(), tokens)
+    add("router_entropy", s.entropy.sum(), tokens)
+    add("router_confidence", s.confidence.sum(), tokens)
+    dropped = {cause: float(n.sum()) for cause, n in s.dropped.items()}
+    add("dropped", sum(dropped.values()), tokens * top_k)
+    for cause, n in dropped.items():
+      add(f"dropped/{cause}", n, tokens * top_k)
+  return out
+
+
+def max_vio(count_E) -> float:
+  """(max load - mean load) / mean load (2408.15664, 4.1)."""
+  mean = np.mean(count_E)
+  return float((np.max(count_E) - mean) / mean) if mean else 0.0
+
+
+def min_vio(count_E) -> float:
+  """(mean load - min load) / mean load; 1 with a dead expert."""
+  mean = np.mean(count_E)
+  return float((mean - np.min(count_E)) / mean) if mean else 0.0
+
+
+def load_cv(count_E) -> float:
+  """Standard deviation of the loads over their mean."""
+  mean = np.mean(count_E)
+  return float(np.std(count_E) / mean) if mean else 0.0
+
+
+def balance_loss(count_E, prob_E) -> float:
+  """E sum f P, whatever was trained on: 1 at balance (2101.03961, eq. 4)."""
+  count_E, prob_E = np.asarray(count_E, float), np.asarray(prob_E, float)
+  if not count_E.sum() or not prob_E.sum():
+    return 0.0
+  shares = count_E / count_E.sum() * prob_E / prob_E.sum()
+  return float(len(count_E) * shares.sum())
+
+
+def bias_range(balance: Mapping) -> Mean:
+  """max - min of the selection bias, averaged over layers; 0 without one."""
+  leaves = jax.tree_util.tree_leaves_with_path(balance)
+  ranges = [
+    np.ptp(np.asarray(x).reshape(-1, x.shape[-1]), axis=-1)
+    for path, x in leaves
+    if getattr(path[-1], "key", None) == "bias_E"
+  ]
+  if not ranges:
+    return Mean(0.0, 1.0)
+  ranges = np.concatenate(ranges)
+  return Mean(float(ranges.sum()), float(len(ranges)))
+
+
+@functools.cache
+def max_vio_floor(tokens: int, num_experts: int, top_k: int) -> float:
+  """Mean MaxVio when each token draws K distinct experts uniformly.
+
+  Simulated from a fixed seed, exactly for small splits; for many tokens from
+  the multivariate normal limit of the same counts, whose error is far below
+  the spread.
+  """
+  if tokens == 0 or top_k == num_experts:
+    return 0.0
+  rng = np.random.default_rng(0)
+  draws = 64
+  share = top_k / num_experts
+  if tokens * num_experts * draws <= 2e7:
+    score = rng.random((draws, tokens, num_experts), dtype=np.float32)
+    chosen = np.argpartition(score, top_k - 1, axis=-1)[..., :top_k]
+    counts = np.stack(
+      [np.bincount(c.reshape(-1), minlength=num_experts) for c in chosen]
+    )
+  else:
+    noise = rng.standard_normal((4096, num_experts))
+    noise -= noise.mean(1, keepdims=True)
+    variance = tokens * share * (1 - share) * num_experts / (num_experts - 1)
+    counts = tokens * share + math.sqrt(variance) * noise
+  return float(np.mean([max_vio(c) for c in counts]))
+
+
+def divide(means: Mapping[str, Mean]) -> dict[str, float]:
+  """The one division."""
+  return {
+    k: float(m.total) / float(m.weight) if m.weight else 0.0
+    for k, m in means.items()
+  }
+
+
+def add_up(several: list[Mapping[str, Mean]]) -> dict[str, Mean]:
+  """Sums of Means by name."""
+  total: dict[str, Mean] = {}
+  for means in several:
+    for name, mean in means.items():
+      total[name] = total[name] + mean if name in total else mean
+  return total
+
+
+def byte_tokens(targets, mask):
+  """How many of the targets are bytes (and not the end of a document)."""
+  return (mask & (targets < 256)).sum()

@@ -1,0 +1,131 @@
+"""Total and active parameters of any config, without allocating any.
+
+python -m moe_jax.params --config=configs/base.py
+"""
+
+import json
+import sys
+
+from moe_jax import config as config_lib
+from moe_jax.errors import ConfigError
+
+BYTES = {"f32": 4, "bf16": 2, "f16": 2, "f8": 1}
+
+
+def count(model, seq_len: int) -> dict[str, int]:
+  """Numbers of parameters.
+
+  Active counts, for one token, the chosen K of E routed experts and
+  everything else once.
+
+  Args:
+    model: from `models.build`.
+    seq_len: any length the model accepts.
+
+  Returns:
+    total, active, active_without_embedding, and by part: embedding, head,
+    attention, dense (feed-forward layers), experts, shared, router, norm.
+  """
+  import flax.linen as nn
+  import jax
+  import jax.numpy as jnp
+
+  from moe_jax import parallel
+
+  arch = model.arch
+  tokens = max(1, parallel.token_shards(arch.mesh))
+  if arch.grouping is not None:
+    per_group, _ = arch.grouping.resolve(arch.recipe, seq_len, True)
+    tokens *= max(1, per_group // seq_len)
+  shapes = jax.eval_shape(
+    lambda: nn.unbox(
+      model.init(jax.random.key(0), jnp.zeros((tokens, seq_len), jnp.int32))
+    )["params"]
+  )
+  parts: dict[str, int] = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+    part = _part([getattr(p, "key", "") for p in path])
+    parts[part] = parts.get(part, 0) + leaf.size
+  total = sum(parts.values())
+  active = total
+  if arch.recipe is not None:
+    idle = arch.recipe.num_experts - arch.recipe.router.top_k
+    active -= parts.get("experts", 0) // arch.recipe.num_experts * idle
+  return {
+    "total": total,
+    "active": active,
+    "active_without_embedding": active - parts["embedding"],
+    **parts,
+  }
+
+
+def kv_cache_per_token(model) -> int:
+  """Numbers that attention keeps for every token of a context."""
+  arch = model.arch
+  return 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim
+
+
+def describe(model_config) -> dict:
+  """The resolved routing and balancing recipe, with no hidden defaults."""
+  return {
+    k: v.to_dict() if hasattr(v, "to_dict") else v
+    for k, v in model_config.moe.items()
+  }
+
+
+def _part(keys):
+  if "moe" in keys:
+    return {"experts": "experts", "shared": "shared", "router": "router"}[
+      keys[keys.index("moe") + 1]
+    ]
+  if "mlp" in keys:
+    return "dense"
+  if "attention" in keys:
+    return "attention"
+  if keys[-1] == "scale":
+    return "norm"
+  return keys[-1]
+
+
+def main(argv=None) -> int:
+  """The command: a table on stdout, JSON to a file."""
+  parser = config_lib.parser("Counts the parameters of a config.")
+  parser.add_argument("--json", metavar="PATH", help="also write JSON there")
+  parser.add_argument(
+    "--bytes", choices=BYTES, default="bf16", help="for the sizes in bytes"
+  )
+  parser.add_argument(
+    "--vocab_size", type=int, default=257, help="V; 257 for byte tokens"
+  )
+  args, config = config_lib.parse(parser, argv)
+
+  from moe_jax import models
+
+  model = models.build(
+    config.model,
+    vocab_size=args.vocab_size,
+    seq_len=config.data.seq_len,
+    batch_size=config.data.batch_size // config.train.accumulation,
+    plugins=config.plugins,
+  )
+  found = count(model, config.data.seq_len)
+  width = BYTES[args.bytes]
+  found[f"weights_bytes_{args.bytes}"] = found["total"] * width
+  found[f"kv_cache_bytes_per_token_{args.bytes}"] = (
+    kv_cache_per_token(model) * width
+  )
+  for name, value in found.items():
+    print(f"{name:36}{value:>24,}")
+  if args.json:
+    try:
+      with open(args.json, "w") as f:
+        json.dump(found, f, indent=2)
+    except OSError as e:
+      raise ConfigError(
+        f"cannot write --json={args.json} ({e.strerror}); choose another path"
+      ) from None
+  return 0
+
+
+if __name__ == "__main__":
+  config_lib.run(lambda: main(sys.argv[1:]))
