@@ -127,7 +127,7 @@ def train_step(state: TrainState, batch, *, model, optimizer):
       arch.recipe, state.balance, sums["stats"], state.step
     ),
   )
-  sums["grad_norm"] = optax.global_norm(grads)
+  sums["grad_norm"] = optax.tree.norm(grads)
   sums["balance"] = state.balance
   return state, sums
 

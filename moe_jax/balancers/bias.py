@@ -43,7 +43,7 @@ def build(
   return Balancer(
     init=lambda num_experts: {"bias_E": jnp.zeros(num_experts)},
     select=lambda state, score_TE: (
-      score_TE + state["bias_E"].astype(score_TE.dtype)
+      score_TE + state["bias_E"].astype(score_TE.dtype)[None, :]
     ),
     loss=None,
     update=update,

@@ -68,11 +68,12 @@ def attend(q_BLHh, k, v, mask_BL):
   q = q_BLHh.reshape(batch, length, groups, heads // groups, head_dim)
   dtype = jnp.promote_types(q.dtype, jnp.float32)
   scores = jnp.einsum("BLJjh,BMJh->BJjLM", q, k, preferred_element_type=dtype)
-  causal_LM = jnp.tril(jnp.ones((length, length), bool))
+  causal_1LM = jnp.tril(jnp.ones((1, length, length), bool))
   # A padded query still sees itself, so that no softmax is empty.
-  visible = causal_LM & (mask_BL[:, None, :] | jnp.eye(length, dtype=bool))
+  itself_1LM = jnp.eye(length, dtype=bool)[None]
+  visible_BLM = causal_1LM & (mask_BL[:, None, :] | itself_1LM)
   scores = jnp.where(
-    visible[:, None, None], scores / head_dim**0.5, jnp.finfo(dtype).min
+    visible_BLM[:, None, None], scores / head_dim**0.5, jnp.finfo(dtype).min
   )
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   y = jnp.einsum("BJjLM,BMJh->BLJjh", weights, v)

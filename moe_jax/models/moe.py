@@ -110,7 +110,7 @@ class MoE(nn.Module):
         lambda rng: recipe.shared.init(rng, d_model),
       )
     balance = {
-      label: self._state(label, balancer)
+      label: self._balancer_state(label, balancer)
       for label, balancer in recipe.balancers
     }
     y_GTD, stats, collected = parallel.sharded(recipe, self.mesh)(
@@ -123,7 +123,7 @@ class MoE(nn.Module):
     )
     return y_GTD.reshape(x_BLD.shape), stats, collected
 
-  def _state(self, label, balancer):
+  def _balancer_state(self, label, balancer):
     """A balancer's state in the collection `balance`, if it has any."""
     init = lambda: balancer.init(self.recipe.num_experts)  # noqa: E731
     if not jax.eval_shape(init):

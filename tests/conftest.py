@@ -1,0 +1,58 @@
+"""Eight virtual CPU devices, strict numerics, and no skipped tests."""
+
+import os
+import platform
+import sys
+
+_DEVICES = "--xla_force_host_platform_device_count"
+
+# jax reads these when it is imported, and so do the commands that tests start.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+others = os.environ.get("XLA_FLAGS", "").split()
+others = [flag for flag in others if not flag.startswith(_DEVICES)]
+os.environ["XLA_FLAGS"] = " ".join([*others, f"{_DEVICES}=8"])
+# Every pytest worker may load the TPU compiler, which else serves one process.
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+
+hypothesis.settings.register_profile(
+  "moe_jax",
+  deadline=None,  # The first example of a test compiles.
+  derandomize=True,
+  max_examples=25,
+  database=None,
+)
+hypothesis.settings.load_profile("moe_jax")
+
+
+def pytest_collection_modifyitems(config, items):
+  """Leaves out what this platform has no TPU compiler for."""
+  if sys.platform == "linux" and platform.machine() == "x86_64":
+    return
+  left_out = [i for i in items if i.get_closest_marker("aot")]
+  items[:] = [i for i in items if i not in left_out]
+  config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+  return _fail_if_skipped((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report():
+  return _fail_if_skipped((yield))
+
+
+def _fail_if_skipped(report):
+  """A skipped test proves nothing: install what it needs, or mark it slow."""
+  if report.skipped and not hasattr(report, "wasxfail"):
+    reason = report.longrepr
+    if isinstance(reason, tuple):  # Path, line, reason.
+      reason = reason[-1]
+    report.outcome = "failed"
+    report.longrepr = f"{report.nodeid}: a skip is a failure here. {reason}"
+  return report

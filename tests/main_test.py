@@ -1,0 +1,172 @@
+"""Commands: what they refuse, and how they say so."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+from moe_jax import config as config_lib
+from moe_jax import main, params, run_directory
+from moe_jax.errors import ConfigError
+
+# The tests see eight devices.
+ON_THE_MESH = ["--config=configs/tiny.py", "--config.mesh=(8,1,1,1)"]
+
+
+@pytest.mark.parametrize(
+  ("flags", "words"),
+  [
+    (["model.moe.num_expert=4"], ["num_expert", "num_experts"]),
+    (["modle.d_model=4"], ["modle", "model"]),
+    (["train.num_steps=ten"], ["train.num_steps", "ten", "int"]),
+    (["model.moe=3"], ["model.moe", "section"]),
+    (["model.moe.top_k=9"], ["top_k = 9", "num_experts = 4"]),
+    (["model.moe.capacity_factor=0.001"], ["capacity_factor = 0.001", "zero"]),
+    (["mesh=(1,1,8,1)"], ["num_experts = 4", "expert = 8"]),
+    (["mesh=(2,1,1,1)"], ["(2, 1, 1, 1)", "2 devices", "8"]),
+    (["mesh=(0,1,1,1)"], ["(0, 1, 1, 1)", ">= 1"]),
+    (["mesh=(1,1,1,8)", "model.moe.d_expert=12"], ["12", "tensor = 8"]),
+    (["data.dir=/no/such/corpus"], ["/no/such/corpus"]),
+    (["data.name=python_source"], ["python_source", "python_sources"]),
+    (["model.moe.router={'name': 'topk'}"], ["topk", "top_k"]),
+    (
+      ["model.moe.router={'name': 'top_k', 'sore': 'sigmoid'}"],
+      ["sore", "score"],
+    ),
+    (
+      ["model.moe.router={'name': 'top_k', 'score': 'sigmod'}"],
+      ["sigmod", "sigmoid"],
+    ),
+    (["model.moe.balancers={'a': {'name': 'switch'}}"], ["coefficient"]),
+    (["model.moe.capacity_factor=None"], ["sorted", "capacity_factor"]),
+    (["model.moe.dispatcher.order=choice"], ["future", "allow_noncausal"]),
+    (["model.moe.tokens_per_group=100"], ["100", "64"]),
+    (["model.moe.expert_buckets=3"], ["expert_buckets = 3"]),
+    (["model.pattern=('sparse',)"], ["sparse"]),
+    (["model.num_layers=5", "model.pattern=('dense','moe')"], ["5"]),
+    (["model.num_kv_heads=3"], ["num_kv_heads = 3"]),
+    (["model.remat=all"], ["remat", "block"]),
+    (["optim.name=adam"], ["adam", "adamw"]),
+    (["optim.schedule=cosin"], ["cosin", "cosine"]),
+    (["optim.warmup_steps=99"], ["warmup_steps = 99"]),
+    (["train.accumulation=3"], ["accumulation = 3", "batch_size = 8"]),
+    (["train.accumulation=2"], ["micro-batch", "4", "8"]),
+    (["train.num_steps=0"], ["num_steps", "0"]),
+    (["model.moe.grouped_matmul=refrence"], ["refrence", "reference"]),
+  ],
+)
+def test_impossible_values_are_one_clear_sentence(
+  flags, words, tmp_path, monkeypatch
+):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(_cache()))
+  flags = [f"--config.{flag}" for flag in flags]
+  with pytest.raises(ConfigError) as e:
+    main.main([*ON_THE_MESH, *flags, f"--workdir={tmp_path / 'run'}"])
+  assert all(word in str(e.value) for word in words), str(e.value)
+  assert "\n" not in str(e.value)
+  assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_exit_code_2_and_no_traceback(tmp_path):
+  blocked = tmp_path / "file"
+  blocked.write_text("")
+  for flags in (
+    [f"--workdir={blocked / 'run'}"],
+    [f"--workdir={tmp_path / 'run'}", "--config.seeed=1"],
+    [f"--workdir={tmp_path / 'run'}", "--wrokdir=1"],
+  ):
+    done = subprocess.run(
+      [sys.executable, "-m", "moe_jax.main", *ON_THE_MESH, *flags],
+      capture_output=True,
+      text=True,
+      env={**os.environ, "XDG_CACHE_HOME": str(_cache())},
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_run_writes_its_files_and_is_never_overwritten(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(_cache()))
+  command = [
+    *ON_THE_MESH,
+    "--config.train.num_steps=6",
+    "--config.eval.every=3",
+    "--config.eval.batches_per_domain=1",
+    f"--workdir={tmp_path / 'run'}",
+  ]
+  assert main.main(command) == 0
+  run = json.loads((tmp_path / "run" / "run.json").read_text())
+  assert run["mesh"] == {"data": 8, "fsdp": 1, "expert": 1, "tensor": 1}
+  assert run["recipe"]["top_k"] == 2 and run["data"]
+  assert run["parameters"]["total"] > run["parameters"]["active"]
+  config = json.loads((tmp_path / "run" / "config.json").read_text())
+  assert config["train"]["num_steps"] == 6
+  train = run_directory.read_metrics(tmp_path / "run", "train")
+  assert [line["step"] for line in train] == [5, 6]
+  validation = run_directory.read_metrics(tmp_path / "run", "validation")
+  assert [line["step"] for line in validation] == [3, 6]
+  documented = _documented_metrics()
+  for name in {k for line in train + validation for k in line}:
+    assert name.split("/")[0] in documented | {"step", "split"}, name
+  before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+  with pytest.raises(ConfigError, match="already holds a run"):
+    main.main(command)
+  assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_params_counts_by_hand(tmp_path, capsys):
+  path = tmp_path / "params.json"
+  params.main(["--config=configs/tiny.py", f"--json={path}", "--bytes=f32"])
+  found = json.loads(path.read_text())
+  d, layers, experts, hidden, vocab, heads = 32, 2, 4, 32, 257, 2
+  expert = 3 * d * hidden
+  attention = 2 * d * heads * 16 + 2 * d * 1 * 16
+  embedding = vocab * d
+  rest = layers * (attention + d * experts + 2 * d) + embedding + d
+  assert found["total"] == rest + layers * experts * expert
+  assert found["active"] == rest + layers * 2 * expert
+  assert found["active_without_embedding"] == found["active"] - embedding
+  assert found["weights_bytes_f32"] == 4 * found["total"]
+  assert found["kv_cache_bytes_per_token_f32"] == 4 * 2 * layers * 16
+  assert f"{found['total']:,}" in capsys.readouterr().out
+
+
+def test_a_variant_and_a_missing_file_are_refused():
+  with pytest.raises(ConfigError, match="no variants"):
+    config_lib.load("configs/tiny.py:big")
+  with pytest.raises(ConfigError, match="configs/tiny.py"):
+    config_lib.load("configs/tny.py")
+
+
+def test_overrides_keep_types_and_replace_whole_sections():
+  config = config_lib.load(
+    "configs/tiny.py",
+    (
+      "optim.learning_rate=1",
+      "model.moe.tokens_per_group=128",
+      "model.moe.capacity_factor=None",
+      "model.moe.balancers={'z': {'name': 'z_loss', 'coefficient': 1e-3}}",
+    ),
+  )
+  assert isinstance(config.optim.learning_rate, float)
+  assert config.model.moe.tokens_per_group == 128
+  assert config.model.moe.capacity_factor is None
+  assert config.model.moe.balancers.z.coefficient == 1e-3
+
+
+def _cache():
+  """One prepared corpus for all tests of a machine's user."""
+  return pathlib.Path(tempfile.gettempdir(), f"moe_jax_tests_{os.getuid()}")
+
+
+def _documented_metrics():
+  """The first column of docs/metrics.md."""
+  with open("docs/metrics.md") as f:
+    rows = [line.split("|")[1].strip() for line in f if line.startswith("| `")]
+  return {row.strip("`").split("/")[0] for row in rows}
