@@ -47,24 +47,39 @@ def build(
     return jax.vmap(one)(jax.random.split(rng, num_experts))
 
   def apply(params, rows: Rows) -> Rows:
-    counts_GE = rows.tokens_per_expert_GE
-    if counts_GE is None:
-      matmul = lambda x, w: jnp.einsum(  # noqa: E731
-        "GECD,EDF->GECF", x, w
-      )
-      bias = lambda b: b[:, None, :]  # noqa: E731
-    else:
-      count_E = counts_GE.sum(0)
-      matmul = lambda x, w: grouped_matmul.grouped_matmul(  # noqa: E731
+    if rows.tokens_per_expert_GE is None:
+      return slotted(params, rows)
+    return ragged(params, rows)
+
+  def slotted(params, rows):
+    groups, _, slots, _ = rows.x.shape
+    # One batch axis, so that each expert is one matrix product.
+    x_END = rows.x.swapaxes(0, 1).reshape(rows.x.shape[1], groups * slots, -1)
+    y_END = mlp(
+      params,
+      x_END,
+      activation,
+      matmul=lambda x, w: jnp.einsum("END,EDF->ENF", x, w),
+      bias=lambda b_EF: b_EF[:, None, :],
+    )
+    y_EGCD = y_END.reshape(y_END.shape[0], groups, slots, -1)
+    return Rows(y_EGCD.swapaxes(0, 1))
+
+  def ragged(params, rows):
+    count_E = rows.tokens_per_expert_GE.sum(0)
+    expert_N = jnp.repeat(
+      jnp.arange(count_E.size), count_E, total_repeat_length=rows.x.shape[0]
+    )
+    y_ND = mlp(
+      params,
+      rows.x,
+      activation,
+      matmul=lambda x, w: grouped_matmul.grouped_matmul(
         x, w, count_E, backend=backend
-      )
-      expert_N = jnp.repeat(
-        jnp.arange(count_E.size),
-        count_E,
-        total_repeat_length=rows.x.shape[0],
-      )
-      bias = lambda b: b[expert_N]  # noqa: E731
-    return Rows(mlp(params, rows.x, activation, matmul, bias), counts_GE)
+      ),
+      bias=lambda b_EF: b_EF[expert_N],
+    )
+    return Rows(y_ND, rows.tokens_per_expert_GE)
 
   axes = mlp_axes(activation, use_bias)
   return Experts(init, {k: ("expert", *v) for k, v in axes.items()}, apply)

@@ -21,7 +21,7 @@ def main(argv=None) -> int:
 
   print(
     "routing and balancing:",
-    json.dumps(params.describe(config.model)),
+    json.dumps(params.describe(config.model, config.plugins)),
     flush=True,
   )
   found = train.train_and_evaluate(config, args.workdir)

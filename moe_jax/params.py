@@ -7,6 +7,7 @@ import json
 import sys
 
 from moe_jax import config as config_lib
+from moe_jax import registry
 from moe_jax.errors import ConfigError
 
 BYTES = {"f32": 4, "bf16": 2, "f16": 2, "f8": 1}
@@ -65,12 +66,21 @@ def kv_cache_per_token(model) -> int:
   return 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim
 
 
-def describe(model_config) -> dict:
+def describe(model_config, plugins: tuple[str, ...] = ()) -> dict:
   """The resolved routing and balancing recipe, with no hidden defaults."""
-  return {
-    k: v.to_dict() if hasattr(v, "to_dict") else v
-    for k, v in model_config.moe.items()
+
+  def part(kind, section):
+    options = registry.resolved(kind, plugins=plugins, **section)
+    return {"name": section["name"], **options}
+
+  recipe = model_config.moe.to_dict()
+  recipe["router"] = part("routers", recipe["router"])
+  recipe["dispatcher"] = part("dispatchers", recipe["dispatcher"])
+  recipe["balancers"] = {
+    label: part("balancers", section)
+    for label, section in recipe["balancers"].items()
   }
+  return recipe
 
 
 def _part(keys):

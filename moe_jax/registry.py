@@ -39,6 +39,18 @@ def names(kind: str, plugins: tuple[str, ...] = ()) -> list[str]:
   return sorted(found)
 
 
+def resolved(
+  kind: str, name: str, *, plugins: tuple[str, ...] = (), **options
+) -> dict:
+  """The options of a part: the given ones, and the defaults of the others."""
+  build = _module(kind, name, tuple(plugins)).build
+  known = inspect.signature(build).parameters
+  defaults = {
+    n: p.default for n, p in known.items() if p.default is not p.empty
+  }
+  return {**defaults, **options}
+
+
 @functools.cache
 def _build(kind, name, plugins, options):
   build = _module(kind, name, plugins).build

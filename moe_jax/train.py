@@ -330,39 +330,57 @@ def run(program: Program, seed: int, directory, progress) -> dict[str, float]:
   Returns:
     The final metrics of the validation split.
   """
-  config, arch = program.config, program.model.arch
+  config = program.config
   directory.describe(
     seed=seed,
     data=program.corpus.fingerprint,
     data_sources=program.corpus.sources,
     mesh=dict(zip(parallel.AXES, config.mesh)),
-    recipe=params.describe(config.model),
+    recipe=params.describe(config.model, config.plugins),
     parameters=params.count(program.model, config.data.seq_len),
     compile_seconds=program.compile_seconds,
   )
   state, stream = program.init(jax.random.key(seed)), program.batches(seed)
-  pending, final = [], {}
-  since = time.monotonic()
-  for step in range(config.train.num_steps):
+  every, end = config.eval.every or config.train.num_steps, 0
+  while end < config.train.num_steps:
+    start, end = end, min(end + every, config.train.num_steps)
+    state = loop(program, state, stream, range(start, end), directory, progress)
+    final = program.evaluate(state)
+    directory.log(end, "validation", final)
+  return final
+
+
+def loop(program: Program, state, stream, steps: range, directory, progress):
+  """Trains for some steps; every `train.log_every` of them writes a line.
+
+  The host only waits for the devices when it writes.
+
+  Args:
+    program, directory, progress: as in `run`.
+    state: TrainState before the first step.
+    stream: batches by step.
+    steps: which steps, counted from 0.
+
+  Returns:
+    TrainState after the last step.
+  """
+  pending, since = [], time.monotonic()
+  for step in steps:
     state, sums = program.train_step(state, program.put(stream[step]))
     pending.append(sums)
-    last = step + 1 == config.train.num_steps
-    if last or (step + 1) % config.train.log_every == 0:
-      found = step_metrics(jax.device_get(pending), arch)
-      found["tokens_per_second"] = sum(
-        float(s["loss"].weight) for s in pending
-      ) / (time.monotonic() - since)
-      directory.log(step + 1, "train", found)
-      progress.update(
-        len(pending),
-        f"loss {found['loss']:.3f}, max_vio {found.get('max_vio', 0):.2f}",
-      )
+    done = step + 1
+    if done % program.config.train.log_every == 0 or done == steps.stop:
+      pending = jax.device_get(pending)
+      found = step_metrics(pending, program.model.arch)
+      tokens = sum(float(s["loss"].weight) for s in pending)
+      found["tokens_per_second"] = tokens / (time.monotonic() - since)
+      directory.log(done, "train", found)
+      note = f"loss {found['loss']:.3f}"
+      if "max_vio" in found:
+        note += f", max_vio {found['max_vio']:.2f}"
+      progress.update(len(pending), note)
       pending, since = [], time.monotonic()
-    if last or (config.eval.every and (step + 1) % config.eval.every == 0):
-      final = program.evaluate(state)
-      directory.log(step + 1, "validation", final)
-      since = time.monotonic()
-  return final
+  return state
 
 
 def step_metrics(steps: list[dict], arch) -> dict[str, float]:

@@ -61,6 +61,39 @@ def causal(order: str, top_k: int, bound: Bound | None) -> bool:
   return order == "token" or top_k == 1 or bound is None
 
 
+@jax.custom_vjp
+def take(x_ND: Array, index: Array, inverse_NK: Array) -> Array:
+  """Rows of x by index, zeros where it is out of range.
+
+  Its gradient is a gather too, where autodiff would scatter row by row.
+
+  Args:
+    x_ND: rows.
+    index: int32 of any shape, at most N.
+    inverse_NK: where each row of x went in the flat index; out of range for
+      none. Every in-range entry of the index must appear once.
+  """
+  del inverse_NK
+  return _take(x_ND, index)
+
+
+def _take(x_ND, index):
+  return x_ND.at[index].get(mode="fill", fill_value=0)
+
+
+def _take_forward(x_ND, index, inverse_NK):
+  return _take(x_ND, index), inverse_NK
+
+
+def _take_backward(inverse_NK, dy):
+  dy_MD = dy.reshape(-1, dy.shape[-1])
+  choices = range(inverse_NK.shape[1])
+  return sum(_take(dy_MD, inverse_NK[:, k]) for k in choices), None, None
+
+
+take.defvjp(_take_forward, _take_backward)
+
+
 def check_bound(bound: Bound | None, num_experts: int) -> None:
   """Raises ConfigError for a bound that slots [E, C] cannot hold."""
   if bound is None or bound.expert_buckets != num_experts:

@@ -1,7 +1,6 @@
 """Slots filled by gathering tokens, and emptied by gathering slots."""
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 
 from moe_jax import dispatchers
@@ -10,46 +9,66 @@ from moe_jax.types import Array, Dispatcher, Rows
 
 @flax.struct.dataclass
 class Plan:
-  """assignment_GEC: t * K + k of the slot's owner, T * K for an empty slot.
-  place_GTK: e * C + c of an assignment's slot, E * C if it has none."""
+  """owner_N: (g * T + t) * K + k of the assignment in a slot, out of range for
+  an empty one; slots are in the order [G, E, C].
+  slot_GTK: the slot of an assignment, N if it has none."""
 
-  assignment_GEC: Array
-  place_GTK: Array
+  owner_N: Array
+  slot_GTK: Array
   weight_GTK: Array
   kept_GTK: Array
+  num_experts: int = flax.struct.field(pytree_node=False)
   weight_input: bool = flax.struct.field(pytree_node=False)
 
   def dispatch(self, x_GTD: Array) -> Rows:
-    top_k = self.place_GTK.shape[2]
-
-    def one_group(x_TD, weight_TK, assignment_EC):
-      x_ECD = _take(x_TD, assignment_EC // top_k)
-      if self.weight_input:
-        weight_EC = _take(weight_TK.reshape(-1), assignment_EC)
-        x_ECD *= weight_EC[..., None].astype(x_ECD.dtype)
-      return x_ECD
-
-    return Rows(
-      jax.vmap(one_group)(x_GTD, self.weight_GTK, self.assignment_GEC)
+    groups = x_GTD.shape[0]
+    x_ND = to_rows(
+      x_GTD, self.owner_N, self.slot_GTK, self.weight_GTK, self.weight_input
     )
+    return Rows(x_ND.reshape(groups, self.num_experts, -1, x_ND.shape[-1]))
 
   def combine(self, rows: Rows) -> Array:
-    x_GND = rows.x.reshape(rows.x.shape[0], -1, rows.x.shape[-1])
-    return weighted_sum(
-      jax.vmap(_take)(x_GND, self.place_GTK),
-      jnp.ones_like(self.weight_GTK) if self.weight_input else self.weight_GTK,
+    x_ND = rows.x.reshape(-1, rows.x.shape[-1])
+    return from_rows(
+      x_ND, self.owner_N, self.slot_GTK, self.weight_GTK, self.weight_input
     )
 
 
-def weighted_sum(x_GTKD: Array, weight_GTK: Array) -> Array:
-  """sum_k weight * x, added up in the weights' dtype, returned in x's."""
+def to_rows(x_GTD, owner_N, row_GTK, weight_GTK, weight_input):
+  """Every row's token, scaled by the weight if that is for the input."""
+  top_k = row_GTK.shape[2]
+  x_ND = dispatchers.take(
+    x_GTD.reshape(-1, x_GTD.shape[-1]),
+    owner_N // top_k,
+    row_GTK.reshape(-1, top_k),
+  )
+  if weight_input:
+    weight_N1 = dispatchers.take(
+      weight_GTK.reshape(-1, 1), owner_N, row_GTK.reshape(-1, 1)
+    )
+    x_ND *= weight_N1.astype(x_ND.dtype)
+  return x_ND
+
+
+def from_rows(x_ND, owner_N, row_GTK, weight_GTK, weight_input):
+  """sum_k weight * row, in the weights' dtype, returned in x's."""
+  y_GTKD = dispatchers.take(x_ND, row_GTK, owner_N[:, None])
+  if weight_input:
+    weight_GTK = jnp.ones_like(weight_GTK)
   y_GTD = jnp.einsum(
     "GTK,GTKD->GTD",
     weight_GTK,
-    x_GTKD,
+    y_GTKD,
     preferred_element_type=weight_GTK.dtype,
   )
-  return y_GTD.astype(x_GTKD.dtype)
+  return y_GTD.astype(x_ND.dtype)
+
+
+def owners(row_GTK: Array, num_rows: int) -> Array:
+  """The inverse of row_GTK: the flat assignment of every row."""
+  none = jnp.full(num_rows, row_GTK.size, jnp.int32)
+  owner = jnp.arange(row_GTK.size, dtype=jnp.int32)
+  return none.at[row_GTK.reshape(-1)].set(owner, mode="drop")
 
 
 def build(order: str = "token") -> Dispatcher:
@@ -59,21 +78,17 @@ def build(order: str = "token") -> Dispatcher:
   def plan(routing, num_experts, bound):
     dispatchers.check_bound(bound, num_experts)
     slot_GTK, kept_GTK = dispatchers.assign(routing, num_experts, bound, order)
-    places = num_experts * bound.slots
-    place_GTK = routing.expert_TK * bound.slots + slot_GTK
-    place_GTK = jnp.where(kept_GTK, place_GTK, places)
-
-    def owners(place_TK):
-      none = jnp.full(places, place_TK.size, jnp.int32)
-      owner = jnp.arange(place_TK.size, dtype=jnp.int32)
-      return none.at[place_TK.reshape(-1)].set(owner, mode="drop")
-
-    assignment_GEC = jax.vmap(owners)(place_GTK)
+    slots = num_experts * bound.slots
+    rows = kept_GTK.shape[0] * slots
+    group_G11 = jnp.arange(kept_GTK.shape[0])[:, None, None]
+    slot_GTK += group_G11 * slots + routing.expert_TK * bound.slots
+    slot_GTK = jnp.where(kept_GTK, slot_GTK, rows)
     return Plan(
-      assignment_GEC.reshape(-1, num_experts, bound.slots),
-      place_GTK,
+      owners(slot_GTK, rows),
+      slot_GTK,
       routing.weight_TK,
       kept_GTK,
+      num_experts,
       routing.weight_input,
     )
 
@@ -82,7 +97,3 @@ def build(order: str = "token") -> Dispatcher:
     causal=lambda top_k, bound: dispatchers.causal(order, top_k, bound),
     ragged=False,
   )
-
-
-def _take(x, index):
-  return x.at[index].get(mode="fill", fill_value=0)

@@ -13,10 +13,10 @@ from moe_jax.types import Array, Dispatcher, Rows
 
 @flax.struct.dataclass
 class Plan:
-  """assignment_N: (g * T + t) * K + k of the row's owner, G * T * K for none.
-  row_GTK: the row of an assignment, N if it has none."""
+  """owner_N: (g * T + t) * K + k of the assignment in a row, out of range for
+  none. row_GTK: the row of an assignment, N if it has none."""
 
-  assignment_N: Array
+  owner_N: Array
   row_GTK: Array
   tokens_per_expert_GE: Array
   weight_GTK: Array
@@ -24,18 +24,15 @@ class Plan:
   weight_input: bool = flax.struct.field(pytree_node=False)
 
   def dispatch(self, x_GTD: Array) -> Rows:
-    top_k = self.row_GTK.shape[2]
-    x_ND = _take(_flat(x_GTD), self.assignment_N // top_k)
-    if self.weight_input:
-      weight_N = _take(self.weight_GTK.reshape(-1), self.assignment_N)
-      x_ND *= weight_N[:, None].astype(x_ND.dtype)
+    x_ND = gather.to_rows(
+      x_GTD, self.owner_N, self.row_GTK, self.weight_GTK, self.weight_input
+    )
     return Rows(x_ND, self.tokens_per_expert_GE)
 
   def combine(self, rows: Rows) -> Array:
-    weight_GTK = self.weight_GTK
-    if self.weight_input:
-      weight_GTK = jnp.ones_like(weight_GTK)
-    return gather.weighted_sum(_take(rows.x, self.row_GTK), weight_GTK)
+    return gather.from_rows(
+      rows.x, self.owner_N, self.row_GTK, self.weight_GTK, self.weight_input
+    )
 
 
 def build(order: str = "token") -> Dispatcher:
@@ -59,12 +56,8 @@ def build(order: str = "token") -> Dispatcher:
     start_EG = start_EG.reshape(num_experts, groups)
     row_GTK = start_EG[routing.expert_TK, group_G11] + slot_GTK
     row_GTK = jnp.where(kept_GTK, row_GTK, rows)
-    assignment_N = jnp.full(rows, kept_GTK.size, jnp.int32)
-    assignment_N = assignment_N.at[row_GTK.reshape(-1)].set(
-      jnp.arange(kept_GTK.size, dtype=jnp.int32), mode="drop"
-    )
     return Plan(
-      assignment_N,
+      gather.owners(row_GTK, rows),
       row_GTK,
       count_GE,
       routing.weight_TK,
@@ -77,11 +70,3 @@ def build(order: str = "token") -> Dispatcher:
     causal=lambda top_k, bound: dispatchers.causal(order, top_k, bound),
     ragged=True,
   )
-
-
-def _flat(x_GTD):
-  return x_GTD.reshape(-1, x_GTD.shape[-1])
-
-
-def _take(x, index):
-  return x.at[index].get(mode="fill", fill_value=0)
