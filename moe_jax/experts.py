@@ -103,20 +103,25 @@ def dense(
   )
 
 
-def mlp(params, x, activation, matmul=jnp.matmul, bias=lambda b: b):
-  """One dense network, or many at once with their own matmul and bias."""
+def mlp(params, x, activation, matmul=jnp.matmul, bias=None):
+  """One dense network, or many at once with their own matmul and bias.
+
+  bias: maps a bias to what is added to the rows; None: the same for all.
+  """
 
   def linear(name, x):
     y = matmul(x, params[name])
-    if f"{name}_bias" in params:
-      y += bias(params[f"{name}_bias"])
-    return y
+    if f"{name}_bias" not in params:
+      return y
+    b = params[f"{name}_bias"]
+    return y + (
+      b.reshape((1,) * (y.ndim - 1) + b.shape) if bias is None else bias(b)
+    )
 
   act, gated = ACTIVATIONS[activation]
-  hidden = (
-    act(linear("gate", x)) * linear("up", x) if gated else act(linear("up", x))
-  )
-  return linear("down", hidden)
+  if gated:
+    return linear("down", act(linear("gate", x)) * linear("up", x))
+  return linear("down", act(linear("up", x)))
 
 
 def init_mlp(rng, d_model, hidden, activation, use_bias, init_scale=1.0):

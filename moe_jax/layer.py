@@ -147,11 +147,12 @@ def report(recipe: Recipe, routing: Routing, kept_GTK, mask_GT) -> Stats:
   def by_sequence(value):
     value = jnp.where(_like(mask_GT, value), value, 0)
     shape = (groups, recipe.sequences, -1, *value.shape[2:])
-    return value.reshape(shape).sum(2)
+    # Without the dtype, integers grow to int64 in float64 mode.
+    return value.reshape(shape).sum(2, dtype=value.dtype)
 
-  def by_expert(value_GTK, choices=slice(None)):
-    value = value_GTK[..., choices].reshape(groups, recipe.sequences, -1)
-    expert = routing.expert_TK[..., choices].reshape(value.shape)
+  def by_expert(value_GTK, which=slice(None)):
+    value = value_GTK[..., which].reshape(groups, recipe.sequences, -1)
+    expert = routing.expert_TK[..., which].reshape(value.shape)
     g, s = jnp.indices(value.shape[:2], sparse=True)
     counts = jnp.zeros(
       (groups, recipe.sequences, recipe.num_experts), value.dtype
@@ -160,6 +161,9 @@ def report(recipe: Recipe, routing: Routing, kept_GTK, mask_GT) -> Stats:
 
   def whole(flags):
     return flags.astype(jnp.int32)
+
+  def choices(flags_GTK):
+    return by_sequence(flags_GTK.sum(-1, dtype=jnp.int32))
 
   full = valid_GTK & ~kept_GTK
   ordinary = (
@@ -184,9 +188,9 @@ def report(recipe: Recipe, routing: Routing, kept_GTK, mask_GT) -> Stats:
     weight_E=by_expert(jnp.where(valid_GTK, routing.weight_TK, 0)),
     kept_E=by_expert(whole(kept_GTK)),
     dropped={
-      "capacity": by_sequence(whole(full if ordinary else none).sum(-1)),
-      "buffer": by_sequence(whole(none if ordinary else full).sum(-1)),
-      "unrouted": by_sequence(whole(~valid_GTK).sum(-1)),
+      "capacity": choices(full if ordinary else none),
+      "buffer": choices(none if ordinary else full),
+      "unrouted": choices(~valid_GTK),
     },
     z=by_sequence(z),
     entropy=by_sequence(jax.scipy.special.entr(prob).sum(-1)),

@@ -27,7 +27,10 @@ def load(kind: str, name: str, *, plugins: tuple[str, ...] = (), **options):
   Raises:
     ConfigError: no such name or option; names the nearest known one.
   """
-  return _build(kind, name, tuple(plugins), tuple(sorted(options.items())))
+  # 1, 1.0 and True are equal, but not the same option.
+  items = tuple(sorted(options.items()))
+  types = tuple(type(value) for _, value in items)
+  return _build(kind, name, tuple(plugins), items, types)
 
 
 def names(kind: str, plugins: tuple[str, ...] = ()) -> list[str]:
@@ -35,7 +38,7 @@ def names(kind: str, plugins: tuple[str, ...] = ()) -> list[str]:
   package = importlib.import_module(f"moe_jax.{kind}")
   found = {m.name for m in pkgutil.iter_modules(package.__path__)}
   for folder in plugins:
-    found |= {p.stem for p in pathlib.Path(folder, kind).glob("*.py")}
+    found |= {p.stem for p in pathlib.Path(folder, kind).glob("[!_]*.py")}
   return sorted(found)
 
 
@@ -52,7 +55,8 @@ def resolved(
 
 
 @functools.cache
-def _build(kind, name, plugins, options):
+def _build(kind, name, plugins, options, types):
+  del types
   build = _module(kind, name, plugins).build
   known = inspect.signature(build).parameters
   for option, _ in options:

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from moe_jax.errors import ConfigError
 from moe_jax.types import Array, Bound
 
 ORDERS = ("token", "choice")
@@ -18,8 +19,20 @@ def capacity(
     top_k: experts per token.
     expert_buckets: buckets of experts that share slots; as many as experts
       for ordinary capacity.
+
+  Raises:
+    ConfigError: it rounds to zero.
   """
-  return Bound(int(factor * tokens * top_k / expert_buckets), expert_buckets)
+  # 1.15 * 100 is 114.99999999999999.
+  slots = int(factor * tokens * top_k / expert_buckets + 1e-9)
+  if slots < 1:
+    raise ConfigError(
+      f"the capacity rounds to zero: capacity_factor = {factor} times"
+      f" {tokens} tokens_per_group times top_k = {top_k} over {expert_buckets}"
+      " buckets of experts is below 1; raise capacity_factor or"
+      " tokens_per_group"
+    )
+  return Bound(slots, expert_buckets)
 
 
 def rank(bucket_TK, priority_TK, num_buckets: int, order: str) -> Array:
@@ -49,17 +62,14 @@ def rank(bucket_TK, priority_TK, num_buckets: int, order: str) -> Array:
 
 def _turns(tokens, top_k, priority_TK, order):
   """Indices into the flat [T * K], in the order in which slots are given."""
-  choice = jnp.arange(top_k)[None, :] * jnp.ones((tokens, 1), jnp.int32)
-  token = jnp.arange(tokens)[:, None] * jnp.ones((1, top_k), jnp.int32)
-  keys = {"token": (choice, token), "choice": (token, choice)}[order]
+  turn_TK = jnp.arange(tokens * top_k, dtype=jnp.int32).reshape(tokens, top_k)
   if priority_TK is None:
-    if order == "token":
-      return jnp.arange(tokens * top_k, dtype=jnp.int32)
-    return jnp.arange(tokens * top_k).reshape(tokens, top_k).T.reshape(-1)
-  if order == "token":
-    keys = (choice, token, -priority_TK)
-  else:
-    keys = (token, -priority_TK, choice)
+    return (turn_TK if order == "token" else turn_TK.T).reshape(-1)
+  token, choice = turn_TK // top_k, turn_TK % top_k
+  keys = {
+    "token": (choice, token, -priority_TK),
+    "choice": (token, -priority_TK, choice),
+  }[order]
   return jnp.lexsort([k.reshape(-1) for k in keys])
 
 

@@ -2,6 +2,11 @@
 
 from moe_jax.types import Balancer, Mean
 
+CONTRACT_EXCEPTIONS = {
+  "uniform": "is about logits, not loads",
+  "collapse": "is about logits, not loads",
+}
+
 
 def build(coefficient: float) -> Balancer:
   """Args: coefficient: 1e-3 in ST-MoE and OLMoE. Summed over layers."""

@@ -78,7 +78,7 @@ def take(x_ND: Array, index: Array, inverse_NK: Array) -> Array:
 
 
 def _take(x_ND, index):
-  return x_ND.at[index].get(mode="fill", fill_value=0)
+  return jnp.asarray(x_ND).at[index].get(mode="fill", fill_value=0)
 
 
 def _take_forward(x_ND, index, inverse_NK):

@@ -53,8 +53,16 @@ def grouped_matmul(
     rows.
   """
   backend = backend or backend_for(jax.default_backend())
-  matmul = importlib.import_module(f"{__name__}.{backend}").matmul
+  matmul = _load(backend).matmul
   live = jnp.arange(x_ND.shape[0]) < tokens_per_expert_E.sum()
   x_ND = jnp.where(live[:, None], x_ND, 0)
   y_NF = matmul(x_ND, w_EDF, tokens_per_expert_E)
   return jnp.where(live[:, None], y_NF, 0)
+
+
+def _load(backend):
+  try:
+    return importlib.import_module(f"{__name__}.{backend}")
+  except ModuleNotFoundError:
+    check(backend)
+    raise

@@ -60,15 +60,7 @@ class Grouping(NamedTuple):
         f"expert_buckets = {buckets} does not divide num_experts ="
         f" {recipe.num_experts}"
       )
-    bound = slots.capacity(factor, tokens, top_k, buckets)
-    if bound.slots < 1:
-      raise ConfigError(
-        f"the capacity rounds to zero: capacity_factor = {factor} times"
-        f" {tokens} tokens_per_group times top_k = {top_k} over {buckets}"
-        " buckets of experts is below 1; raise capacity_factor or"
-        " tokens_per_group"
-      )
-    return bound
+    return slots.capacity(factor, tokens, top_k, buckets)
 
 
 class MoE(nn.Module):

@@ -6,6 +6,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.types import Router, Routing
 
+CONTRACT_EXCEPTIONS = {
+  "gradient": "has no parameters at all",
+  "expert_symmetry": "draws by number of expert",
+  "token_symmetry": "draws by place",
+}
+
 
 def build(top_k: int) -> Router:
   """Args: top_k: K. Without a key (evaluation) one fixed draw is used.

@@ -11,10 +11,23 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.errors import ConfigError, did_you_mean
 from moe_jax.types import Router, Routing
 
+
+def _log_softplus(logits):
+  """log(log(1 + e^x)), which is x itself long before e^x underflows."""
+  small = logits < -20
+  safe = jnp.where(small, 0, logits)
+  return jnp.where(small, logits, jnp.log(jax.nn.softplus(safe)))
+
+
 SCORES = {
   "softmax": jax.nn.softmax,
   "sigmoid": jax.nn.sigmoid,
-  "sqrt_softplus": lambda logits: jnp.sqrt(jax.nn.softplus(logits)),
+  "sqrt_softplus": lambda logits: jnp.exp(_log_softplus(logits) / 2),
+}
+LOG_SCORES = {
+  "softmax": lambda logits: logits,
+  "sigmoid": jax.nn.log_sigmoid,
+  "sqrt_softplus": lambda logits: _log_softplus(logits) / 2,
 }
 GROUP_SCORES = {
   "max": lambda score_TGE: score_TGE.max(-1),
@@ -124,22 +137,25 @@ def build(
       score_TE = SCORES[score](logits_TE)
     expert_TK = choose(jax.lax.stop_gradient(select(score_TE)))
     # Not top_k's values: a recompute must read what this pass chose.
-    chosen_TK = jnp.take_along_axis(score_TE, expert_TK, axis=-1)
-    if not score_before_top_k:
+    chosen_TK = jnp.take_along_axis(logits_TE, expert_TK, axis=-1)
+    # Scores over their sum, also where they all underflow.
+    shares_TK = jax.nn.softmax(LOG_SCORES[score](chosen_TK))
+    if score_before_top_k:
+      chosen_TK = jnp.take_along_axis(score_TE, expert_TK, axis=-1)
+    else:
       chosen_TK = SCORES[score](chosen_TK)
-    weight_TK = chosen_TK
-    if renormalize:
-      weight_TK = weight_TK / (weight_TK.sum(-1, keepdims=True) + 1e-20)
+    weight_TK = shares_TK if renormalize else chosen_TK
     valid_TK = jnp.broadcast_to(side.mask_T[:, None], expert_TK.shape)
     if second_expert == "random" and rng is not None:
       draw_T = jax.random.uniform(rngs[2], side.mask_T.shape, dtype)
-      valid_TK = valid_TK.at[:, 1].min(draw_T < 2 * _second_share(chosen_TK))
+      valid_TK = valid_TK.at[:, 1].min(draw_T < 2 * shares_TK[:, 1])
     return Routing(
       expert_TK=expert_TK,
       weight_TK=weight_TK * scale,
       valid_TK=valid_TK,
       priority_TK=best_first(chosen_TK) if priority == "score" else None,
-      prob_TE=_probabilities(score, logits_TE),
+      # Again scores over their sum (2412.19437, 2.1.2).
+      prob_TE=jax.nn.softmax(LOG_SCORES[score](logits_TE)),
       logits_TE=logits_TE,
       weight_input=apply_to == "input",
     )
@@ -170,18 +186,6 @@ def build(
     causal=priority == "none",
     top_k=top_k,
   )
-
-
-def _probabilities(score, logits_TE):
-  """Rows that sum to 1: softmax, or scores over their sum (2412.19437, 2.1.2)."""
-  score_TE = SCORES[score](logits_TE)
-  if score == "softmax":
-    return score_TE
-  return score_TE / score_TE.sum(-1, keepdims=True)
-
-
-def _second_share(chosen_TK):
-  return chosen_TK[:, 1] / chosen_TK.sum(-1)
 
 
 def _one_of(option, value, known):

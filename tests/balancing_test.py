@@ -1,0 +1,179 @@
+"""Auxiliary-loss-free balancing does what it is for."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import layer, registry
+from moe_jax.types import Side, Stats
+from tests import oracle
+
+T, E, K = 1024, 8, 2
+STEPS, LAST = 400, 100
+
+
+def stats_of(count_E) -> Stats:
+  """Statistics in which only the loads are set, [1, 1, E]."""
+  count_GSE = jnp.asarray(count_E, jnp.int32).reshape(1, 1, -1)
+  none = jnp.zeros((1, 1))
+  return Stats(
+    tokens=count_GSE.sum(-1) // K,
+    count_E=count_GSE,
+    first_choice_E=count_GSE,
+    prob_E=jnp.zeros(count_GSE.shape),
+    weight_E=jnp.zeros(count_GSE.shape),
+    kept_E=count_GSE,
+    dropped={},
+    z=none,
+    entropy=none,
+    confidence=none,
+  )
+
+
+def max_vio(count_E):
+  """Of loads with any leading axes."""
+  count_E = np.float64(count_E)
+  return count_E.max(-1) / count_E.mean(-1) - 1
+
+
+def random_floor(seed=0, trials=300):
+  """MaxVio of T tokens that each draw K distinct experts uniformly."""
+  rng = np.random.default_rng(seed)
+  chosen = rng.random((trials, T, E)).argsort(-1)[..., :K]
+  counts = (chosen[..., None] == np.arange(E)).sum((1, 2))
+  assert np.isclose(max_vio(counts[0]), oracle.max_vio(counts[0]))
+  return max_vio(counts).mean()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def loads(balancer, router, skew_E, rng):
+  """Loads of every step of route, count, update on fresh scores."""
+  params = {"kernel": jnp.eye(E)}
+  mask_T = jnp.ones(T, bool)
+
+  def one_step(state, step):
+    # With the identity as its kernel the router's logits are its input.
+    x_TD = jax.random.normal(jax.random.fold_in(rng, step), (T, E))
+    routing = router.route(
+      params,
+      x_TD + skew_E[None],
+      num_experts=E,
+      select=functools.partial(balancer.select, state),
+      side=Side(mask_T),
+      rng=None,
+    )
+    count_E = jnp.zeros(E, jnp.int32).at[routing.expert_TK].add(1)
+    return balancer.update(state, stats_of(count_E), step), count_E
+
+  state, count_E = jax.lax.scan(
+    one_step, balancer.init(E), jnp.arange(STEPS, dtype=jnp.int32)
+  )
+  return state, count_E
+
+
+@pytest.mark.parametrize(
+  "score,rule,rate",
+  [
+    ("sigmoid", "sign", 2e-3),
+    ("sigmoid", "proportional", 2e-2),
+    ("softmax", "sign", 1e-3),
+  ],
+)
+def test_bias_balances(score, rule, rate):
+  """Down to what a random router would do, from many times that."""
+  balancer = registry.load("balancers", "bias", rate=rate, rule=rule)
+  router = registry.load("routers", "top_k", top_k=K, score=score)
+  skew_E = jnp.linspace(-0.5, 0.5, E)
+  state, count_E = loads(balancer, router, skew_E, jax.random.key(0))
+  count_E = np.asarray(count_E)
+  assert (count_E.sum(1) == T * K).all()
+  floor = random_floor()
+  assert max_vio(count_E[:5]).mean() > 5 * floor
+  assert max_vio(count_E[-LAST:]).mean() < 1.5 * floor
+  # The more an expert is liked, the lower its bias.
+  assert (np.diff(state["bias_E"]) < 0).all()
+
+
+@pytest.mark.parametrize("rule", ["sign", "proportional"])
+@pytest.mark.parametrize("centered", [False, True])
+def test_update_against_the_oracle(rule, centered):
+  balancer = registry.load(
+    "balancers", "bias", rate=0.01, rule=rule, centered=centered
+  )
+  rng = np.random.default_rng(0)
+  state, bias_E = balancer.init(E), np.zeros(E)
+  update = jax.jit(balancer.update)
+  for step in range(20):
+    count_E = rng.integers(0, 30, E)
+    state = update(state, stats_of(count_E), step)
+    bias_E = oracle.bias_update(bias_E, count_E, 0.01, rule, centered)
+    np.testing.assert_allclose(state["bias_E"], bias_E, atol=1e-6)
+  if centered:
+    assert abs(state["bias_E"].mean()) < 1e-6
+
+
+def test_rules_by_hand():
+  """Loads 0, 2, 4, 10 of mean 4."""
+  stats = stats_of([0, 2, 4, 10])
+  sign = registry.load("balancers", "bias", rate=0.5)
+  state = sign.update(sign.init(4), stats, 0)
+  np.testing.assert_array_equal(state["bias_E"], [0.5, 0.5, 0, -0.5])
+  proportional = registry.load(
+    "balancers", "bias", rate=0.5, rule="proportional"
+  )
+  state = proportional.update(proportional.init(4), stats, 0)
+  np.testing.assert_allclose(state["bias_E"], [0.5, 0.25, 0, -0.75])
+
+
+def test_freeze():
+  balancer = registry.load("balancers", "bias", rate=0.5, freeze_after=2)
+  stats, state = stats_of([0, 2, 4, 10]), balancer.init(4)
+  biases = []
+  for step in range(4):
+    state = jax.jit(balancer.update)(state, stats, step)
+    biases.append(np.asarray(state["bias_E"]))
+  np.testing.assert_array_equal(biases[0], [0.5, 0.5, 0, -0.5])
+  np.testing.assert_array_equal(biases[1], 2 * biases[0])
+  np.testing.assert_array_equal(biases[2], biases[1])
+  np.testing.assert_array_equal(biases[3], biases[1])
+
+
+def test_centered_chooses_the_same():
+  """Subtracting one number from all scores changes no choice."""
+  router = registry.load("routers", "top_k", top_k=K, score="sigmoid")
+  skew_E = jnp.linspace(-0.5, 0.5, E)
+  results = []
+  for centered in (False, True):
+    balancer = registry.load(
+      "balancers", "bias", rate=2e-3, rule="proportional", centered=centered
+    )
+    results.append(loads(balancer, router, skew_E, jax.random.key(1)))
+  (state, _), (centered_state, _) = results
+  assert abs(state["bias_E"].mean()) < 1e-5, "proportional sums to zero itself"
+  np.testing.assert_allclose(
+    centered_state["bias_E"], state["bias_E"], atol=1e-4
+  )
+
+
+def test_biases_of_several_balancers_add_up():
+  balancer = registry.load("balancers", "bias", rate=1.0)
+  recipe = layer.Recipe(
+    num_experts=E,
+    router=registry.load("routers", "top_k", top_k=1),
+    dispatcher=registry.load("dispatchers", "gather"),
+    experts=None,
+    balancers=(("a", balancer), ("b", balancer)),
+  )
+  first, second = np.zeros((2, E), np.float32)
+  first[2] = second[5] = 10
+  both = {"a": {"bias_E": first}, "b": {"bias_E": second + 2 * first}}
+  x_GTD = np.zeros((1, 4, E), np.float32)
+  side = Side(np.ones((1, 4), bool))
+  params = {"kernel": np.eye(E, dtype=np.float32)}
+  route = functools.partial(layer.route, recipe, params)
+  assert (route(both, x_GTD, side, None).expert_TK == 2).all()
+  swapped = {"a": {"bias_E": second}, "b": {"bias_E": first * 0}}
+  assert (route(swapped, x_GTD, side, None).expert_TK == 5).all()

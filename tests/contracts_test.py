@@ -1,0 +1,906 @@
+"""Every router, balancer and dispatcher keeps the contract of its kind.
+
+The files of `moe_jax/{routers,balancers,dispatchers}` are found by themselves,
+and so are those of the plugin folders in the environment variable
+MOE_JAX_PLUGINS (separated as in PATH). A file may hold
+
+  CONTRACT_OPTIONS = {...}: what its `build` is called with here.
+  CONTRACT_EXCEPTIONS = {property: reason}: what it does not keep, and why;
+    the properties are PROPERTIES below.
+"""
+
+import functools
+import inspect
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import experts, layer, registry, slots
+from moe_jax.errors import ConfigError
+from moe_jax.types import Bound, Mean, Router, Routing, Side, Stats
+
+# All different, so that an axis is known by its length.
+G, T, S, D, E, F = 2, 12, 3, 8, 6, 5
+TIGHT, BUCKETS = Bound(2, E), Bound(5, 2)
+PLUGINS = tuple(
+  filter(None, os.environ.get("MOE_JAX_PLUGINS", "").split(os.pathsep))
+)
+PROPERTIES = {
+  "routers": (
+    "shapes",
+    "weights",
+    "extreme",
+    "gradient",
+    "expert_symmetry",
+    "token_symmetry",
+    "padding",
+    "capacity",
+    "causality",
+    "groups",
+    "one_trace",
+  ),
+  "dispatchers": (
+    "layout",
+    "padding",
+    "capacity",
+    "causality",
+    "groups",
+    "one_trace",
+  ),
+  "balancers": (
+    "select",
+    "update",
+    "splitting",
+    "empty",
+    "loss",
+    "uniform",
+    "collapse",
+  ),
+}
+DEFAULTS = {"top_k": 2, "coefficient": 1.0, "rate": 1e-3}
+# More settings of a file, for what depends on the router alone.
+VARIANTS = {
+  "top_k": (
+    {"top_k": 2, "score": "sigmoid", "renormalize": True, "scale": 2.5},
+    {"top_k": 3, "score": "sqrt_softplus", "score_before_top_k": False},
+    {"top_k": 2, "score_before_top_k": False, "apply_to": "input"},
+    {"top_k": 2, "priority": "score", "renormalize": True},
+    {"top_k": 2, "second_expert": "random", "jitter": 0.1, "noise": 0.1},
+  )
+}
+# More settings for what depends on the pair of router and dispatcher.
+PAIRED = {"top_k": ({"top_k": 2, "priority": "score"},)}
+
+
+# What is tested.
+
+
+def module_of(kind, name):
+  return registry._module(kind, name, PLUGINS)
+
+
+def options_of(kind, name):
+  """CONTRACT_OPTIONS, or a default for each option that is needed."""
+  module = module_of(kind, name)
+  if hasattr(module, "CONTRACT_OPTIONS"):
+    return dict(module.CONTRACT_OPTIONS)
+  known = inspect.signature(module.build).parameters
+  return {
+    option: value
+    for option, value in DEFAULTS.items()
+    if option in known and known[option].default is inspect.Parameter.empty
+  }
+
+
+def keeps(kind, name, property_name):
+  return property_name not in getattr(
+    module_of(kind, name), "CONTRACT_EXCEPTIONS", {}
+  )
+
+
+def case(*values):
+  """A pytest parameter whose name shows names and options."""
+
+  def words(value):
+    if isinstance(value, tuple):
+      return "-".join(words(v) for v in value)
+    return str(value)
+
+  return pytest.param(*values, id="-".join(words(v) for v in values))
+
+
+def parts(kind, property_name, more=None):
+  """(name, options) of all files that keep a property, as parameters."""
+  found = []
+  for name in registry.names(kind, PLUGINS):
+    if not keeps(kind, name, property_name):
+      continue
+    variants = [options_of(kind, name)]
+    if name not in _plugin_names(kind):
+      variants += (more or {}).get(name, ())
+    found += [case(name, tuple(sorted(v.items()))) for v in variants]
+  return found
+
+
+def _plugin_names(kind):
+  return {n for f in PLUGINS for n in registry.names(kind, (f,))} - set(
+    registry.names(kind)
+  )
+
+
+def layouts(property_name):
+  """(dispatcher, options, bound): each order, each bound it can hold."""
+  found = []
+  for name in registry.names("dispatchers", PLUGINS):
+    if not keeps("dispatchers", name, property_name):
+      continue
+    base = options_of("dispatchers", name)
+    known = inspect.signature(module_of("dispatchers", name).build).parameters
+    orders = slots.ORDERS if "order" in known else (None,)
+    for order in orders:
+      options = base if order is None else base | {"order": order}
+      options = tuple(sorted(options.items()))
+      dispatcher = load("dispatchers", name, options)
+      for bound in (TIGHT, BUCKETS):
+        if holds(dispatcher, bound):
+          found.append((name, options, bound))
+  return found
+
+
+@functools.cache
+def holds(dispatcher, bound):
+  """Whether a dispatcher can lay out under such a bound."""
+  try:
+    jax.eval_shape(lambda r: dispatcher.plan(r, E, bound), any_routing(0))
+  except ConfigError:
+    return False
+  return True
+
+
+def pairs(property_name):
+  """Router and layout, for all that keep the property both."""
+  return [
+    case(*router.values, *layout)
+    for router in parts("routers", property_name, PAIRED)
+    for layout in layouts(property_name)
+  ]
+
+
+def load(kind, name, options):
+  return registry.load(kind, name, plugins=PLUGINS, **dict(options))
+
+
+# Inputs.
+
+
+def tokens(seed, skew=0.0, padded=0.25):
+  """x, mask, and features, all [G, T, ...]; skew draws them to few experts."""
+  rng = np.random.default_rng(seed)
+  towards_D = np.random.default_rng(99).normal(size=D)
+  x_GTD = rng.normal(size=(G, T, D)) + skew * towards_D
+  return {
+    "x": x_GTD.astype(np.float32),
+    "mask": rng.random((G, T)) >= padded,
+    "token_id": rng.integers(0, 1000, (G, T)).astype(np.int32),
+    "position": np.tile(np.arange(T, dtype=np.int32), (G, 1)),
+  }
+
+
+def side_of(tokens):
+  features = {k: tokens[k] for k in ("token_id", "position")}
+  return Side(tokens["mask"], features)
+
+
+def where(mask_GT, these, those):
+  """Tokens of the one where the mask says so, of the other elsewhere."""
+  return jax.tree.map(
+    lambda a, b: np.where(mask_GT.reshape(G, T, *[1] * (a.ndim - 2)), a, b),
+    these,
+    those,
+  )
+
+
+def permuted(tokens, order_GT):
+  return jax.tree.map(
+    lambda a: np.stack([row[o] for row, o in zip(a, order_GT)]), tokens
+  )
+
+
+def any_routing(seed, top_k=2, groups=G, weight_input=False):
+  """Valid decisions of no router in particular."""
+  rng = np.random.default_rng(seed)
+  expert = rng.permuted(np.tile(np.arange(E), (groups, T, 1)), axis=-1)
+  return Routing(
+    expert_TK=expert[..., :top_k].astype(np.int32),
+    weight_TK=rng.random((groups, T, top_k)).astype(np.float32),
+    valid_TK=rng.random((groups, T, top_k)) < 0.8,
+    weight_input=weight_input,
+  )
+
+
+# Routers alone.
+
+
+@functools.cache
+def router_program(name, options):
+  """params and the jitted (params, tokens, keys or None) -> Routing."""
+  router = load("routers", name, options)
+  params = router.init(jax.random.key(0), D, E)
+  params = jax.tree.map(lambda w: np.asarray(w) * 2, params)
+
+  @jax.jit
+  def run(params, tokens, rng_G):
+    recipe = layer.Recipe(E, router, None, None)
+    side = side_of(tokens)
+    return layer.route(recipe, params, {}, tokens["x"], side, rng_G)
+
+  return params, run
+
+
+def keys(seed=0):
+  return layer.group_keys(jax.random.key(seed), G)
+
+
+@pytest.mark.parametrize("name,options", parts("routers", "shapes", VARIANTS))
+def test_router_shapes(name, options):
+  router = load("routers", name, options)
+  params, _ = router_program(name, options)
+  assert set(params) == set(router.axes)
+  for leaf, names in router.axes.items():
+    assert params[leaf].ndim == len(names)
+  top_k, recipe = router.top_k, layer.Recipe(E, router, None, None)
+  for dtype in (np.float32, jnp.bfloat16):
+    routing = jax.eval_shape(
+      functools.partial(layer.route, recipe),
+      params,
+      {},
+      tokens(0)["x"].astype(dtype),
+      side_of(tokens(0)),
+      None,
+    )
+    shapes = {
+      "expert_TK": ((G, T, top_k), np.int32),
+      "weight_TK": ((G, T, top_k), np.float32),
+      "valid_TK": ((G, T, top_k), bool),
+      "priority_TK": ((G, T, top_k), np.float32),
+      "prob_TE": ((G, T, E), np.float32),
+      "logits_TE": ((G, T, E), np.float32),
+    }
+    for field, (shape, kind) in shapes.items():
+      value = getattr(routing, field)
+      if value is None:
+        assert field in ("priority_TK", "prob_TE", "logits_TE")
+        continue
+      assert value.shape == shape and value.dtype == kind, field
+
+
+def check_decision(routing, mask_GT):
+  expert_GTK = routing.expert_TK
+  assert (expert_GTK >= 0).all() and (expert_GTK < E).all()
+  sorted_GTK = np.sort(expert_GTK, axis=-1)
+  assert (np.diff(sorted_GTK, axis=-1) > 0).all(), "an expert chosen twice"
+  assert np.isfinite(routing.weight_TK).all()
+  assert (routing.weight_TK >= 0).all()
+  assert not routing.valid_TK[~mask_GT].any()
+  assert routing.valid_TK[mask_GT].any()
+  if routing.prob_TE is not None:
+    assert (routing.prob_TE >= 0).all()
+    np.testing.assert_allclose(routing.prob_TE.sum(-1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("name,options", parts("routers", "weights", VARIANTS))
+def test_router_weights(name, options):
+  params, run = router_program(name, options)
+  for seed in range(3):
+    tokens_ = tokens(seed, skew=seed)
+    for rng_G in (None, keys(seed)):
+      routing = jax.device_get(run(params, tokens_, rng_G))
+      check_decision(routing, tokens_["mask"])
+
+
+@functools.cache
+def router_gradient(name, options):
+  """Jitted gradients of a projection of the weights, and of all outputs."""
+  router = load("routers", name, options)
+  rng = np.random.default_rng(7)
+  weights_GTK = rng.normal(size=(G, T, router.top_k)).astype(np.float32)
+
+  def project(params, tokens):
+    recipe = layer.Recipe(E, router, None, None)
+    side = side_of(tokens)
+    routing = layer.route(recipe, params, {}, tokens["x"], side, None)
+    weight_GTK = jnp.where(routing.valid_TK, routing.weight_TK, 0)
+    total = weights = (weights_GTK * weight_GTK).sum()
+    if routing.prob_TE is not None:
+      total += (routing.prob_TE**2).sum()
+    if routing.logits_TE is not None:
+      total += (jax.nn.logsumexp(routing.logits_TE, axis=-1) ** 2).sum()
+    return weights, total
+
+  def gradients(params, tokens):
+    return [
+      jax.grad(lambda params: project(params, tokens)[i])(params)  # noqa: B023
+      for i in (0, 1)
+    ]
+
+  run = jax.jit(gradients)
+  return lambda params, tokens: jax.device_get(run(params, tokens))
+
+
+@pytest.mark.parametrize("name,options", parts("routers", "gradient", VARIANTS))
+def test_router_gradient(name, options):
+  """The weights alone carry a gradient to every parameter."""
+  params, _ = router_program(name, options)
+  gradients = jax.tree.leaves(router_gradient(name, options)(params, tokens(0)))
+  assert gradients
+  for leaf in gradients:
+    assert np.isfinite(leaf).all()
+    assert abs(leaf).max() > 1e-4
+
+
+@pytest.mark.parametrize("name,options", parts("routers", "extreme", VARIANTS))
+def test_router_extremes(name, options):
+  """Zero inputs tie all experts; large ones saturate every score."""
+  params, run = router_program(name, options)
+  for size in (0.0, 30.0, 1000.0):
+    tokens_ = tokens(1)
+    tokens_["x"] = tokens_["x"] * np.float32(size)
+    routing = jax.device_get(run(params, tokens_, None))
+    check_decision(routing, tokens_["mask"])
+    gradients = router_gradient(name, options)(params, tokens_)
+    for leaf in jax.tree.leaves(gradients):
+      assert np.isfinite(leaf).all(), size
+
+
+@pytest.mark.parametrize(
+  "name,options", parts("routers", "expert_symmetry", VARIANTS)
+)
+def test_router_expert_symmetry(name, options):
+  """Experts that are renumbered are chosen under their new numbers."""
+  params, run = router_program(name, options)
+  order_E = np.array([3, 0, 5, 1, 4, 2])  # New expert i is the old order[i].
+  renumbered = jax.tree.map(
+    lambda w: functools.reduce(
+      lambda w, axis: np.take(w, order_E, axis) if w.shape[axis] == E else w,
+      range(w.ndim),
+      w,
+    ),
+    params,
+  )
+  for seed in range(3):
+    before, after = jax.device_get(
+      [run(p, tokens(seed), None) for p in (params, renumbered)]
+    )
+    np.testing.assert_array_equal(order_E[after.expert_TK], before.expert_TK)
+    np.testing.assert_array_equal(after.valid_TK, before.valid_TK)
+    np.testing.assert_allclose(after.weight_TK, before.weight_TK, atol=1e-6)
+    if before.prob_TE is not None:
+      np.testing.assert_allclose(
+        after.prob_TE, before.prob_TE[..., order_E], atol=1e-6
+      )
+
+
+@pytest.mark.parametrize(
+  "name,options", parts("routers", "token_symmetry", VARIANTS)
+)
+def test_router_token_symmetry(name, options):
+  """A token's experts do not depend on where in its group it stands."""
+  params, run = router_program(name, options)
+  order_GT = np.stack([np.random.default_rng(g).permutation(T) for g in (1, 2)])
+  for seed in range(3):
+    before, after = tokens(seed), permuted(tokens(seed), order_GT)
+    before, after = jax.device_get(
+      [run(params, t, None) for t in (before, after)]
+    )
+    for field in ("expert_TK", "valid_TK", "weight_TK", "prob_TE"):
+      if getattr(before, field) is not None:
+        np.testing.assert_allclose(
+          getattr(after, field),
+          permuted(getattr(before, field), order_GT),
+          atol=1e-6,
+          err_msg=field,
+        )
+
+
+@pytest.mark.parametrize("name,options", parts("routers", "groups", VARIANTS))
+def test_router_groups(name, options):
+  """All groups at once choose as they do one by one, with noise too."""
+  router = load("routers", name, options)
+  params, run = router_program(name, options)
+  tokens_ = tokens(0)
+
+  @jax.jit
+  def route_one(tokens, rng):
+    return router.route(
+      params,
+      tokens["x"],
+      num_experts=E,
+      select=lambda score_TE: score_TE,
+      side=side_of(tokens),
+      rng=rng,
+    )
+
+  together = jax.device_get(run(params, tokens_, keys()))
+  for g in range(G):
+    alone = route_one(jax.tree.map(lambda a, g=g: a[g], tokens_), keys()[g])
+    jax.tree.map(
+      lambda a, b, g=g: np.testing.assert_allclose(a[g], b, atol=1e-6),
+      together,
+      jax.device_get(alone),
+    )
+
+
+# Routers and dispatchers in the layer.
+
+
+class Program:
+  """The layer of a router and a layout: first the one, then the other.
+
+  The two are jitted apart, so that all routers share a layout's program.
+  """
+
+  def __init__(self, router, router_options, dispatcher, options, bound):
+    self.recipe = layer.Recipe(
+      num_experts=E,
+      router=load("routers", router, router_options),
+      dispatcher=load("dispatchers", dispatcher, options),
+      experts=experts.build(F, "gelu"),
+      bound=bound,
+      sequences=S,
+    )
+    self.params, self.route = router_program(router, router_options)
+    self.lay_out = layout_program(dispatcher, options, bound)
+
+  def __call__(self, tokens):
+    routing = self.route(self.params, tokens, None)
+    if routing.logits_TE is None:
+      routing = routing.replace(logits_TE=jnp.zeros((G, T, E)))
+    return jax.device_get(self.lay_out(routing, tokens))
+
+
+@functools.cache
+def layout_program(dispatcher, options, bound):
+  """The jitted (Routing, tokens) -> y, Stats."""
+  rng = np.random.default_rng(3)
+  params = {
+    "router": {},
+    "experts": {
+      "up": rng.normal(size=(E, D, F)).astype(np.float32),
+      "down": rng.normal(size=(E, F, D)).astype(np.float32),
+    },
+  }
+
+  @jax.jit
+  def run(routing, tokens):
+    repeat = Router(
+      init=None,
+      axes={},
+      route=lambda params, x_TD, *, side, **_: side.features["routing"],
+      causal=True,
+      top_k=2,
+    )
+    recipe = layer.Recipe(
+      num_experts=E,
+      router=repeat,
+      dispatcher=load("dispatchers", dispatcher, options),
+      experts=experts.build(F, "gelu"),
+      bound=bound,
+      sequences=S,
+    )
+    side = Side(tokens["mask"], {"routing": routing})
+    return layer.moe_ffn(recipe, params, {}, tokens["x"], side)[:2]
+
+  return run
+
+
+program = functools.cache(Program)
+PAIR = "router,router_options,dispatcher,options,bound"
+
+
+def close(a, b):
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), a, b
+  )
+
+
+@pytest.mark.parametrize(PAIR, pairs("padding"))
+def test_padding(router, router_options, dispatcher, options, bound):
+  """It takes no slot, gets no output, and what it holds changes nothing."""
+  run = program(router, router_options, dispatcher, options, bound)
+  movable = keeps("routers", router, "token_symmetry")
+  for seed in range(3):
+    tokens_ = tokens(seed, skew=1.0, padded=0.5)
+    mask_GT = tokens_["mask"]
+    y_GTD, stats = run(tokens_)
+    assert (y_GTD[~mask_GT] == 0).all()
+    np.testing.assert_array_equal(
+      stats.tokens, mask_GT.reshape(G, S, -1).sum(-1)
+    )
+    top_k = run.recipe.router.top_k
+    assert (stats.count_E.sum(-1) <= top_k * stats.tokens).all()
+
+    other = tokens(seed + 100, skew=-5.0) | {"mask": mask_GT}
+    filled = where(mask_GT, tokens_, other)
+    close(run(filled), (y_GTD, stats))
+
+    if movable:
+      # Behind all other tokens instead of among them.
+      order_GT = np.argsort(~mask_GT, axis=1, kind="stable")
+      moved_GTD, moved_stats = run(permuted(tokens_, order_GT))
+      close(moved_GTD, permuted(y_GTD, order_GT))
+      close(moved_stats.kept_E.sum(1), stats.kept_E.sum(1))
+
+
+@pytest.mark.parametrize(PAIR, pairs("capacity"))
+def test_capacity(router, router_options, dispatcher, options, bound):
+  """No bucket receives more than its slots, nor less than it could."""
+  run = program(router, router_options, dispatcher, options, bound)
+  full = 0
+  for seed in range(5):
+    _, stats = run(tokens(seed, skew=seed / 2, padded=0.1))
+    count_GB = stats.count_E.sum(1).reshape(G, bound.expert_buckets, -1).sum(-1)
+    kept_GE = stats.kept_E.sum(1)
+    kept_GB = kept_GE.reshape(G, bound.expert_buckets, -1).sum(-1)
+    np.testing.assert_array_equal(kept_GB, np.minimum(count_GB, bound.slots))
+    assert (stats.kept_E <= stats.count_E).all()
+    cause = "capacity" if bound.expert_buckets == E else "buffer"
+    dropped_GS = (stats.count_E - stats.kept_E).sum(-1)
+    np.testing.assert_array_equal(stats.dropped[cause], dropped_GS)
+    unrouted_GS = stats.dropped["unrouted"]
+    total_GS = stats.count_E.sum(-1) + unrouted_GS
+    top_k = run.recipe.router.top_k
+    np.testing.assert_array_equal(total_GS, top_k * stats.tokens)
+    full += (kept_GB == bound.slots).sum()
+  assert full > 0
+
+
+def changes(run, draws):
+  """By how much y changes with the tokens behind a cut: before it, behind it.
+
+  Both are the largest change of each of some draws.
+  """
+  before, behind = [], []
+  for seed in range(draws):
+    these, others = tokens(seed, skew=0.3), tokens(seed + 100, skew=0.3)
+    early_GT = np.broadcast_to(np.arange(T) < (4, 8)[seed % 2], (G, T))
+    change_GT = run(these)[0] - run(where(early_GT, these, others))[0]
+    change_GT = abs(change_GT).max(-1)
+    before.append(change_GT[early_GT].max())
+    behind.append(change_GT[~early_GT].max())
+  return np.array(before), np.array(behind)
+
+
+@pytest.mark.parametrize(PAIR, pairs("causality"))
+def test_causality(router, router_options, dispatcher, options, bound):
+  """As declared: later tokens leave no trace, or in some draw they do."""
+  run = program(router, router_options, dispatcher, options, bound)
+  before, behind = changes(run, draws=20)
+  assert (behind > 1e-2).any()
+  if run.recipe.causal:
+    assert (before < 1e-4).all()
+  else:
+    assert (before > 1e-2).any()
+
+
+@pytest.mark.parametrize(PAIR, pairs("groups"))
+def test_groups(router, router_options, dispatcher, options, bound):
+  """A group's result is its own: the same beside any other, in any place."""
+  run = program(router, router_options, dispatcher, options, bound)
+  these = tokens(0, skew=0.5)
+  twice = jax.tree.map(lambda a: np.stack([a[0], a[0]]), these)
+  swapped = jax.tree.map(lambda a: a[::-1], these)
+  first = lambda result: jax.tree.map(lambda a: a[0], result)  # noqa: E731
+  last = lambda result: jax.tree.map(lambda a: a[1], result)  # noqa: E731
+  close(first(run(these)), first(run(twice)))
+  close(first(run(these)), last(run(twice)))
+  close(first(run(these)), last(run(swapped)))
+
+
+@pytest.mark.parametrize(PAIR, pairs("one_trace"))
+def test_one_trace(router, router_options, dispatcher, options, bound):
+  """Whatever the loads, there is one program."""
+  run = program(router, router_options, dispatcher, options, bound)
+  run(tokens(0))
+  traces = run.route._cache_size(), run.lay_out._cache_size()
+  for skew, padded in ((0.0, 0.0), (5.0, 0.0), (0.0, 1.0)):
+    y_GTD, stats = run(tokens(0, skew, padded))
+    for leaf in (y_GTD, *jax.tree.leaves(stats)):
+      assert np.isfinite(leaf).all()
+  assert traces == (run.route._cache_size(), run.lay_out._cache_size())
+
+
+@pytest.mark.parametrize("dispatcher", ["gather", "sorted"])
+def test_one_choice_is_causal(dispatcher):
+  """Switch's order of slots does not matter."""
+  options = (("order", "choice"),)
+  run = program("top_k", (("top_k", 1),), dispatcher, options, TIGHT)
+  assert run.recipe.causal
+  before, _ = changes(run, draws=10)
+  assert (before < 1e-4).all()
+
+
+# Dispatchers alone.
+
+
+@pytest.mark.parametrize(
+  "name,options,bound", [case(*layout) for layout in layouts("layout")]
+)
+def test_layout(name, options, bound):
+  """With experts that do nothing, y = sum of w x over the kept choices."""
+  dispatcher = load("dispatchers", name, options)
+
+  @jax.jit
+  def run(routings, x_GTD):
+    results = []
+    for routing in routings:
+      plan = dispatcher.plan(routing, E, bound)
+      rows = plan.dispatch(x_GTD)
+      results.append((rows, plan.combine(rows), plan.kept_GTK))
+    return results
+
+  for seed in range(3):
+    x_GTD = tokens(seed)["x"]
+    routings = [any_routing(seed, weight_input=w) for w in (False, True)]
+    results = jax.device_get(run(routings, x_GTD))
+    for routing, result in zip(routings, results, strict=True):
+      check_layout(dispatcher, bound, routing, x_GTD, *result)
+
+
+def check_layout(dispatcher, bound, routing, x_GTD, rows, y_GTD, kept_GTK):
+  assert not kept_GTK[~routing.valid_TK].any() and kept_GTK.any()
+  weight_GT = np.where(kept_GTK, routing.weight_TK, 0).sum(-1)
+  np.testing.assert_allclose(y_GTD, weight_GT[..., None] * x_GTD, atol=1e-5)
+  kept_GE = np.zeros((G, E), int)
+  np.add.at(kept_GE, (np.arange(G)[:, None, None], routing.expert_TK), kept_GTK)
+  assert (rows.tokens_per_expert_GE is not None) == dispatcher.ragged
+  if dispatcher.ragged:
+    np.testing.assert_array_equal(rows.tokens_per_expert_GE, kept_GE)
+    check_rows(rows, x_GTD, routing, kept_GTK)
+  else:
+    assert rows.x.shape == (G, E, bound.slots, D)
+    filled_GE = (rows.x != 0).any(-1).sum(-1)
+    np.testing.assert_array_equal(filled_GE, kept_GE)
+
+
+def check_rows(rows, x_GTD, routing, kept_GTK):
+  """Rows stand by expert, and inside an expert by group."""
+  row = 0
+  for e in range(E):
+    for g in range(G):
+      here_TK = (routing.expert_TK[g] == e) & kept_GTK[g]
+      weight_T = (here_TK * routing.weight_TK[g]).sum(1)
+      want = x_GTD[g] * (weight_T[:, None] if routing.weight_input else 1)
+      want = want[here_TK.any(1)]
+      mine = rows.x[row : row + len(want)]
+      np.testing.assert_allclose(
+        mine[np.argsort(mine[:, 0])],
+        want[np.argsort(want[:, 0])],
+        rtol=1e-6,
+      )
+      row += len(want)
+  assert (rows.x[row:] == 0).all()
+
+
+@pytest.mark.parametrize(
+  "name,options,bound",
+  # The first order and bound of each dispatcher.
+  [case(*v) for v in {v[0]: v for v in layouts("groups")[::-1]}.values()],
+)
+def test_one_group_alone(name, options, bound):
+  """A program of one group gives what the program of all groups gives."""
+  run = layout_program(name, options, bound)
+  routing, tokens_ = any_routing(0), tokens(0)
+  routing = routing.replace(
+    prob_TE=np.full((G, T, E), 1 / E, np.float32),
+    logits_TE=np.zeros((G, T, E), np.float32),
+  )
+  together = jax.device_get(run(routing, tokens_))
+  for g in range(G):
+    one = functools.partial(jax.tree.map, lambda a, g=g: a[g : g + 1])
+    close(one(together), jax.device_get(run(one(routing), one(tokens_))))
+
+
+# Balancers.
+
+K, TOKENS = 2, 12  # Tokens of a sequence; E, 3 and 2 divide K * TOKENS.
+
+
+def stats_of(count_GSE, prob_GSE, tokens_GS, z_GS=None) -> Stats:
+  count_GSE = np.asarray(count_GSE, np.int32)
+  zeros_GS = np.zeros(count_GSE.shape[:2], np.float32)
+  return Stats(
+    tokens=np.asarray(tokens_GS, np.int32),
+    count_E=count_GSE,
+    first_choice_E=count_GSE // K,
+    prob_E=np.asarray(prob_GSE, np.float32),
+    weight_E=np.asarray(prob_GSE, np.float32),
+    kept_E=count_GSE,
+    dropped={
+      cause: np.zeros(count_GSE.shape[:2], np.int32)
+      for cause in ("capacity", "buffer", "unrouted")
+    },
+    z=zeros_GS if z_GS is None else np.asarray(z_GS, np.float32),
+    entropy=zeros_GS,
+    confidence=zeros_GS,
+  )
+
+
+def even_stats(experts_used=E) -> Stats:
+  """All sequences alike, evenly over the first experts; one is empty."""
+  share_E = (np.arange(E) < experts_used) / experts_used
+  tokens_GS = np.full((G, S), TOKENS)
+  tokens_GS[1, 2] = 0
+  count_GSE = tokens_GS[..., None] * share_E * K
+  return stats_of(
+    np.round(count_GSE), tokens_GS[..., None] * share_E, tokens_GS
+  )
+
+
+def random_stats(seed) -> Stats:
+  rng = np.random.default_rng(seed)
+  expert = rng.random((G, S, TOKENS, E)) ** 2
+  expert = (expert + np.linspace(0, 0.5, E)).argsort(-1)[..., :K]
+  count_GSE = (expert[..., None] == np.arange(E)).sum((2, 3))
+  prob_GSE = rng.dirichlet(np.ones(E), (G, S)) * TOKENS
+  z_GS = rng.random((G, S)) * TOKENS
+  return stats_of(count_GSE, prob_GSE, np.full((G, S), TOKENS), z_GS)
+
+
+def value(balancer, stats, so_far_E=None):
+  """The loss as a number, jitted."""
+  so_far_E = np.zeros(E, np.int32) if so_far_E is None else so_far_E
+  loss = jax.jit(balancer.loss)(balancer.init(E), stats, so_far_E)
+  assert isinstance(loss, Mean)
+  assert np.shape(loss.total) == np.shape(loss.weight) == ()
+  assert float(loss.weight) >= 0
+  return float(loss.value())
+
+
+def losses(property_name):
+  """Every balancer that adds a loss, in each of its scopes and counts."""
+  found = []
+  for name in registry.names("balancers", PLUGINS):
+    if not keeps("balancers", name, property_name):
+      continue
+    base = options_of("balancers", name)
+    if load("balancers", name, base.items()).loss is None:
+      continue
+    module = module_of("balancers", name)
+    known = inspect.signature(module.build).parameters
+    scopes = getattr(module, "SCOPES", (None,)) if "scope" in known else (None,)
+    for scope in scopes:
+      options = base if scope is None else base | {"scope": scope}
+      found.append(case(name, tuple(sorted(options.items()))))
+    if "count" in known and name not in _plugin_names("balancers"):
+      options = base | {"count": "first", "scope": "group"}
+      found.append(case(name, tuple(sorted(options.items()))))
+  return found
+
+
+@pytest.mark.parametrize("name,options", parts("balancers", "select"))
+def test_balancer_select(name, options):
+  """It gives scores of the same shape and dtype, and leaves the state alone."""
+  balancer = load("balancers", name, options)
+  state = balancer.update(balancer.init(E), random_stats(0), 0)
+  before = jax.tree.map(np.array, state)
+  for dtype in (np.float32, jnp.bfloat16):
+    score_TE = jnp.asarray(tokens(0)["x"][0][:, :E], dtype)
+    selection_TE = balancer.select(state, score_TE)
+    assert selection_TE.shape == score_TE.shape
+    assert selection_TE.dtype == score_TE.dtype
+    assert jnp.isfinite(selection_TE).all()
+  jax.tree.map(np.testing.assert_array_equal, state, before)
+
+
+@pytest.mark.parametrize("name,options", parts("balancers", "update"))
+def test_balancer_update(name, options):
+  """The state keeps its shape and stays finite, without any token too."""
+  balancer = load("balancers", name, options)
+  update = jax.jit(balancer.update)
+  first = state = balancer.init(E)
+  empty = jax.tree.map(np.zeros_like, random_stats(0))
+  for step in range(5):
+    stats = empty if step == 3 else random_stats(step)
+    state = update(state, stats, step)
+    assert jax.tree.structure(state) == jax.tree.structure(first)
+    jax.tree.map(check_same_kind, state, first)
+    for leaf in jax.tree.leaves(state):
+      assert jnp.isfinite(leaf).all()
+
+
+def check_same_kind(a, b):
+  assert a.shape == b.shape and a.dtype == b.dtype
+
+
+@pytest.mark.parametrize("name,options", parts("balancers", "splitting"))
+def test_balancer_splitting(name, options):
+  """Only what a step counts in all moves the state, not in which group."""
+  balancer = load("balancers", name, options)
+  state = balancer.update(balancer.init(E), random_stats(0), 0)
+  stats = random_stats(1)
+  want = balancer.update(state, stats, 1)
+  flat = jax.tree.map(lambda a: a.reshape(1, G * S, *a.shape[2:]), stats)
+  tall = jax.tree.map(lambda a: a.reshape(G * S, 1, *a.shape[2:]), stats)
+  whole = jax.tree.map(lambda a: a.sum((0, 1), keepdims=True), stats)
+  for other in (flat, tall, whole):
+    got = balancer.update(state, other, 1)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), got, want
+    )
+
+
+@pytest.mark.parametrize("name,options", parts("balancers", "empty"))
+def test_balancer_empty(name, options):
+  """Sequences and groups of padding count for nothing."""
+  balancer = load("balancers", name, options)
+  stats = random_stats(0)
+  longer = jax.tree.map(
+    lambda a: np.pad(a, [(0, 1), (0, 2)] + [(0, 0)] * (a.ndim - 2)), stats
+  )
+  state = balancer.init(E)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7),
+    balancer.update(state, longer, 0),
+    balancer.update(state, stats, 0),
+  )
+  if balancer.loss is not None:
+    np.testing.assert_allclose(
+      value(balancer, longer), value(balancer, stats), rtol=1e-6
+    )
+    nothing = jax.tree.map(np.zeros_like, stats)
+    assert value(balancer, nothing) == 0
+
+
+@pytest.mark.parametrize("name,options", losses("loss"))
+def test_balancer_loss(name, options):
+  """At least 0, finite, and so is its gradient."""
+  balancer = load("balancers", name, options)
+  for seed in range(3):
+    assert 0 <= value(balancer, random_stats(seed)) < np.inf
+
+  def loss(prob_E, z, stats):
+    stats = stats.replace(prob_E=prob_E, z=z)
+    return balancer.loss(
+      balancer.init(E), stats, jnp.zeros(E, jnp.int32)
+    ).value()
+
+  gradient = jax.jit(jax.grad(loss, (0, 1)))
+  nothing = jax.tree.map(np.zeros_like, random_stats(0))
+  for stats in (random_stats(0), even_stats(), nothing):
+    for leaf in gradient(stats.prob_E, stats.z, stats):
+      assert jnp.isfinite(leaf).all()
+  gradients = gradient(*(lambda s: (s.prob_E, s.z, s))(random_stats(0)))
+  assert max(abs(np.asarray(g)).max() for g in gradients) > 1e-4
+
+
+@pytest.mark.parametrize("name,options", losses("uniform"))
+def test_balancer_uniform(name, options):
+  """A load loss is 1 at f = P = 1/E, whatever K and the scope."""
+  balancer = load("balancers", name, options)
+  for so_far in (0, 7):
+    so_far_E = np.full(E, so_far, np.int32)
+    assert abs(value(balancer, even_stats(), so_far_E) - 1) <= 1e-6
+
+
+@pytest.mark.parametrize("name,options", losses("collapse"))
+def test_balancer_collapse(name, options):
+  """And E/m where loads and probabilities sit evenly on m >= K experts."""
+  balancer = load("balancers", name, options)
+  for m in (2, 3):
+    got = value(balancer, even_stats(experts_used=m))
+    assert abs(got - E / m) <= 1e-5
+
+
+# The exceptions themselves.
+
+
+@pytest.mark.parametrize("kind", sorted(PROPERTIES))
+def test_exceptions_have_reasons(kind):
+  for name in registry.names(kind, PLUGINS):
+    exceptions = getattr(module_of(kind, name), "CONTRACT_EXCEPTIONS", {})
+    for property_name, reason in exceptions.items():
+      assert property_name in PROPERTIES[kind], (name, property_name)
+      assert len(reason) > 10, (name, property_name)

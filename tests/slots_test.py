@@ -1,0 +1,160 @@
+"""Who gets which slot, against the oracle's queue."""
+
+import functools
+
+import hypothesis
+import hypothesis.extra.numpy as arrays
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import dispatchers, slots
+from moe_jax.errors import ConfigError
+from moe_jax.types import Bound, Routing
+from tests import oracle
+
+G, T, E = 2, 7, 6
+
+
+@st.composite
+def routings(draw, top_k):
+  """expert_GTK, distinct for a token, valid_GTK and coarse priorities."""
+  seed = draw(st.integers(0, 2**32 - 1))
+  rng = np.random.default_rng(seed)
+  # Experts from 1 to E of them, so that queues get long.
+  used = draw(st.integers(top_k, E))
+  order_GTE = rng.permuted(np.tile(np.arange(used), (G, T, 1)), axis=-1)
+  few = arrays.arrays(bool, (G, T, top_k))
+  priority_GTK = draw(arrays.arrays(np.int8, (G, T, top_k), elements=LEVELS))
+  return (
+    order_GTE[..., :top_k].astype(np.int32),
+    draw(st.one_of(few, st.just(np.ones((G, T, top_k), bool)))),
+    priority_GTK.astype(np.float32) / 2,
+  )
+
+
+LEVELS = st.integers(-2, 2)
+
+
+@functools.cache
+def assign(order, buckets, prioritised):
+  """dispatchers.assign, jitted over the number of slots too."""
+
+  @jax.jit
+  def run(expert_GTK, valid_GTK, priority_GTK, num_slots):
+    routing = Routing(
+      expert_TK=expert_GTK,
+      weight_TK=jnp.ones(expert_GTK.shape),
+      valid_TK=valid_GTK,
+      priority_TK=priority_GTK if prioritised else None,
+    )
+    bound = None if buckets is None else Bound(num_slots, buckets)
+    return dispatchers.assign(routing, E, bound, order)
+
+  return run
+
+
+@pytest.mark.parametrize("order", slots.ORDERS)
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("buckets", [None, E, 2])
+@pytest.mark.parametrize("prioritised", [False, True])
+def test_assign(order, top_k, buckets, prioritised):
+  @hypothesis.given(routings(top_k), st.integers(1, T * top_k))
+  def check(routing, num_slots):
+    slot_GTK, kept_GTK = jax.device_get(
+      assign(order, buckets, prioritised)(*routing, num_slots)
+    )
+    assert slot_GTK.dtype == np.int32 and kept_GTK.dtype == bool
+    bound = None if buckets is None else (num_slots, buckets)
+    for g in range(G):
+      expert_TK, valid_TK, priority_TK = (part[g] for part in routing)
+      line = functools.partial(
+        oracle.assign_slots,
+        expert_TK,
+        priority_TK=priority_TK if prioritised else None,
+        num_experts=E,
+        order=order,
+      )
+      _, want_TK = line(valid_TK, bound=bound)
+      np.testing.assert_array_equal(kept_GTK[g], want_TK)
+      # A bucket decides who is in; inside an expert the rows are dense.
+      slot_TK, _ = line(want_TK, bound=None)
+      np.testing.assert_array_equal(slot_GTK[g][want_TK], slot_TK[want_TK])
+
+  check()
+
+
+@pytest.mark.parametrize("order", slots.ORDERS)
+@pytest.mark.parametrize("prioritised", [False, True])
+def test_rank(order, prioritised):
+  """Queues of any length, the dropped ones included; no bucket is E."""
+  rank = jax.jit(slots.rank, static_argnums=(2, 3))
+
+  @hypothesis.given(routings(3))
+  def check(routing):
+    expert_TK, valid_TK, priority_TK = (part[0] for part in routing)
+    priority_TK = priority_TK if prioritised else None
+    bucket_TK = np.where(valid_TK, expert_TK, E)
+    rank_TK = np.asarray(rank(bucket_TK, priority_TK, E, order))
+    want_TK, _ = oracle.assign_slots(
+      expert_TK,
+      valid_TK,
+      priority_TK,
+      num_experts=E,
+      bound=(1, E),
+      order=order,
+    )
+    assert rank_TK.dtype == np.int32
+    np.testing.assert_array_equal(rank_TK[valid_TK], want_TK[valid_TK])
+
+  check()
+
+
+@hypothesis.given(
+  arrays.arrays(np.int32, 50, elements=st.integers(0, 9)),
+)
+def test_both_ways_to_sort(key_N):
+  """One number of (key, index), and what replaces it where that overflows."""
+  want_N = np.argsort(key_N, kind="stable")
+  for num_keys in (10, 2**31 // 50, 2**31 // 50 + 1, 2**40):
+    np.testing.assert_array_equal(
+      slots._stable_argsort(key_N, num_keys), want_N, err_msg=str(num_keys)
+    )
+
+
+def test_packing_reaches_the_largest_number():
+  """The last key that is packed does not overflow; the next is not packed."""
+  size = 50
+  for num_keys in (2**31 // size, 2**31 // size + 1):
+    key_N = np.arange(num_keys - size, num_keys, dtype=np.int32)[::-1]
+    np.testing.assert_array_equal(
+      slots._stable_argsort(key_N, num_keys), np.arange(size)[::-1]
+    )
+
+
+def test_capacity():
+  assert slots.capacity(1.0, 16, 1, 8) == Bound(2, 8)
+  assert slots.capacity(1.25, 16, 2, 8) == Bound(5, 8)
+  # Switch rounds down.
+  assert slots.capacity(1.0, 15, 1, 8) == Bound(1, 8)
+  assert slots.capacity(1.99, 8, 1, 8) == Bound(1, 8)
+  assert slots.capacity(2.0, 8, 2, 2) == Bound(16, 2)
+
+
+@hypothesis.given(
+  st.integers(1, 400), st.integers(1, 512), st.integers(1, 8), st.booleans()
+)
+@hypothesis.example(115, 100, 1, False)
+def test_capacity_is_the_exact_floor(percent, tokens, top_k, many):
+  """1.15 * 100 is 115 slots, whatever the rounding of 1.15."""
+  buckets = 8 if many else 1
+  exact = percent * tokens * top_k // (100 * buckets)
+  hypothesis.assume(exact >= 1)
+  assert slots.capacity(percent / 100, tokens, top_k, buckets).slots == exact
+
+
+def test_a_capacity_of_zero_is_refused():
+  with pytest.raises(ConfigError, match="rounds to zero"):
+    slots.capacity(1.0, 4, 1, 8)
