@@ -14,9 +14,11 @@ import statistics
 import time
 
 from moe_jax import batches, tokens
+from moe_jax import config as config_lib
 
 
-def main():
+def main() -> int:
+  """The command."""
   args = _arguments()
   start = time.perf_counter()
   corpus = tokens.prepare(args.dataset, data_dir=args.data_dir)
@@ -38,6 +40,7 @@ def main():
   print(json.dumps(result, indent=2))
   if args.json:
     args.json.write_text(json.dumps(result, indent=2) + "\n")
+  return 0
 
 
 def measure(stream, tokens_per_step: int, steps: int, runs: int) -> list[float]:
@@ -68,4 +71,4 @@ def _arguments():
 
 
 if __name__ == "__main__":
-  main()
+  config_lib.run(main)

@@ -86,4 +86,9 @@ def get_config() -> ConfigDict:
   c.eval.every = 0  # steps between evaluations; 0: at the end only
   c.eval.batch_size = 16  # sequences
   c.eval.batches_per_domain = config_dict.placeholder(int)  # None: all
+  # A misspelt key is an error, but for the options of parts, which the parts
+  # themselves check.
+  c.lock()
+  for section in (moe.router, moe.dispatcher, moe.balancers):
+    section.unlock()
   return c

@@ -112,7 +112,8 @@ def validation_batches(
     corpus: from `tokens.prepare`.
     seq_len: L, tokens of a row, >= 1.
     batch_size: B, rows of a batch, >= 1.
-    max_batches_per_domain: the first so many of each domain; None for all.
+    max_batches_per_domain: so many of each domain, spread evenly over its
+      documents; None for all.
 
   Returns:
     Pairs of a domain's name and a batch as in `train_batches`; a batch has rows
@@ -135,10 +136,12 @@ def validation_batches(
 
 def _validation(windows, batch_size, max_batches):
   for domain, first, end in windows.ranges():
-    if max_batches is not None:
-      end = min(end, first + max_batches * batch_size)
-    for start in range(first, end, batch_size):
-      numbers = range(start, min(start + batch_size, end))
+    chosen = range(first, end)
+    rows = None if max_batches is None else max_batches * batch_size
+    if rows is not None and rows < len(chosen):
+      chosen = np.linspace(first, end - 1, rows).astype(int).tolist()
+    for start in range(0, len(chosen), batch_size):
+      numbers = chosen[start : start + batch_size]
       batch = windows.batch(numbers, rows=batch_size)
       batch["domain"][:] = windows.corpus.domains.index(domain)
       yield domain, batch

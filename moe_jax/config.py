@@ -29,8 +29,13 @@ def load(spec: str, overrides=()) -> ml_collections.ConfigDict:
   get_config = _get_config(pathlib.Path(path))
   if variant and not inspect.signature(get_config).parameters:
     raise ConfigError(f'{path} has no variants, so it has no ":{variant}"')
-  config = get_config(variant) if variant else get_config()
-  config.lock()
+  try:
+    config = get_config(variant) if variant else get_config()
+  except (AttributeError, KeyError, TypeError) as e:
+    sentence = str(e.args[0]).split("\n")[0] if e.args else str(e)
+    raise ConfigError(f"{path}: {sentence}") from None
+  if not config.is_locked:
+    config.lock()
   for text in overrides:
     override(config, text)
   return config
@@ -47,18 +52,16 @@ def override(config: ml_collections.ConfigDict, text: str) -> None:
   *sections, last = key.split(".")
   section = config
   for i, name in enumerate([*sections, last]):
-    if not isinstance(section, ml_collections.ConfigDict) or (
-      name not in section
-    ):
+    is_section = isinstance(section, ml_collections.ConfigDict)
+    is_new = is_section and not section.is_locked and name is last
+    if not is_section or (name not in section and not is_new):
       _unknown_key(section, sections[:i], key, name)
     if i < len(sections):
       section = section[name]
-  old, value = section[last], _parse(value)
-  if isinstance(old, ml_collections.ConfigDict):
-    if not isinstance(value, dict):
-      raise ConfigError(f"config.{key} is a section; set it by a dict")
-    with section.unlocked():
-      section[last] = ml_collections.ConfigDict(value)
+  value = _parse(value)
+  old = section.get(last, value)
+  if isinstance(section.get(last), ml_collections.ConfigDict):
+    _set_section(config, key, section, last, value)
     return
   try:
     section[last] = value
@@ -67,6 +70,18 @@ def override(config: ml_collections.ConfigDict, text: str) -> None:
       f"config.{key} = {value!r} is of type {type(value).__name__}, but its"
       f" default {old!r} is of type {type(old).__name__}"
     ) from None
+
+
+def _set_section(config, key, parent, name, value):
+  """Replaces the options of a part, or sets known keys of a fixed section."""
+  if not isinstance(value, dict):
+    raise ConfigError(f"config.{key} is a section; set it by a dict")
+  if parent[name].is_locked:
+    for k, v in value.items():
+      override(config, f"{key}.{k}={v!r}")
+    return
+  with parent.unlocked():
+    parent[name] = ml_collections.ConfigDict(value)
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:

@@ -1,28 +1,43 @@
 """The validation split: loss and routing metrics, whole and by domain."""
 
-import functools
+import math
 from collections.abc import Callable, Iterable
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from moe_jax import losses, metrics
+from moe_jax.models import moe
 from moe_jax.types import Mean
 
 
-def eval_step(params, balance, batch, *, model):
+def eval_step(params, balance, batch, index, *, model):
   """Sums of one batch.
 
   Args:
     params, balance: the model's collections.
     batch: inputs, targets, mask [B, L].
+    index: number of the batch, for a router that draws at evaluation too.
 
   Returns:
     {"loss": Mean of nats per token, "bytes": number of targets that are
     bytes, "stats": summed over groups}.
   """
+  batch_size, length = batch["inputs"].shape
+  rng_G = None
+  if model.arch.grouping is not None:
+    rng_G = moe.keys(
+      jax.random.key(0),
+      batch_size,
+      length,
+      model.arch.grouping,
+      index * batch_size,
+    )
   logits_BLV, aux = model.apply(
-    {"params": params, "balance": balance}, batch["inputs"], batch["mask"]
+    {"params": params, "balance": balance},
+    batch["inputs"],
+    batch["mask"],
+    rng_G,
   )
   return {
     "loss": losses.cross_entropy(logits_BLV, batch["targets"], batch["mask"]),
@@ -48,7 +63,7 @@ def evaluate(
   """All metrics of the split.
 
   Args:
-    step: batch -> what `eval_step` returns; may run ahead of the host.
+    step: (batch, its number) -> what `eval_step` returns; may run ahead of the host.
     batches: (domain, batch) pairs.
     segments: `Architecture.segments`.
     recipe: of the MoE layers, or None.
@@ -59,8 +74,8 @@ def evaluate(
     `max_vio_global/<domain>` and `bits_per_byte/<domain>`.
   """
   by_domain = {}
-  for domain, batch in batches:
-    by_domain.setdefault(domain, []).append(step(batch))
+  for index, (domain, batch) in enumerate(batches):
+    by_domain.setdefault(domain, []).append(step(batch, index))
   sums = {k: _add(jax.device_get(v)) for k, v in by_domain.items()}
   total = _add(list(sums.values()))
   out = summarize(total, segments, recipe)
@@ -93,11 +108,11 @@ def loss_means(sums) -> dict[str, Mean]:
   nats = sums["loss"].total
   return {
     "loss": sums["loss"],
-    "bits_per_byte": Mean(nats / jnp.log(2).item(), sums["bytes"]),
+    "bits_per_byte": Mean(nats / math.log(2), sums["bytes"]),
   }
 
 
 def _add(trees):
-  return functools.reduce(
-    lambda a, b: jax.tree.map(lambda x, y: x + y, a, b), trees
-  )
+  # Counts beyond 2^24 are not exact in float32.
+  trees = [jax.tree.map(lambda x: np.asarray(x, np.float64), t) for t in trees]
+  return jax.tree.map(lambda *x: sum(x), *trees)

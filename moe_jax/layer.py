@@ -28,6 +28,7 @@ class Recipe:
 
   num_experts: E.
   sequences: S, into how many equal parts the statistics of a group are cut.
+  groups_per_sequence: how many groups make up a sequence, if S is 1.
   bound: how many rows experts may receive per group; None: dropless.
   balancers: (label, Balancer) pairs; their selections are applied in turn.
   shared: a dense network every token passes, added unscaled; None: no
@@ -42,6 +43,7 @@ class Recipe:
   experts: Experts
   bound: Bound | None = None
   sequences: int = 1
+  groups_per_sequence: int = 1
   balancers: tuple[tuple[str, Balancer], ...] = ()
   shared: Mlp | None = None
   checked: bool = True
@@ -131,10 +133,11 @@ def read(params, logical_axes, dtype, axes: Axes | None):
   """Weights as the experts see them: whole in D, in the compute dtype."""
   params = {k: w.astype(dtype) for k, w in params.items()}
   params = exchange.gather_weights(params, logical_axes, axes)
-  if "down_bias" in params:
-    bias = exchange.once(params["down_bias"], axes)
-    params = {**params, "down_bias": bias}
-  return params
+  return {
+    # Added to every shard's part of the sum over F, so in all but one as 0.
+    k: w if "mlp" in logical_axes[k] else exchange.once(w, axes)
+    for k, w in params.items()
+  }
 
 
 def report(recipe: Recipe, routing: Routing, kept_GTK, mask_GT) -> Stats:
@@ -196,6 +199,7 @@ def report(recipe: Recipe, routing: Routing, kept_GTK, mask_GT) -> Stats:
     entropy=by_sequence(jax.scipy.special.entr(prob).sum(-1)),
     confidence=by_sequence(confidence),
     extra=routing.extra,
+    groups_per_sequence=recipe.groups_per_sequence,
   )
 
 

@@ -37,10 +37,12 @@ def balance(
   total = jnp.zeros(())
   for segment, positions in stats.items():
     for position, stats_R in positions.items():
+      # Empty where no balancer has any state.
+      states = state.get(segment, {}).get(position, {}).get("moe", {})
       for label, balancer in recipe.balancers:
         if balancer.loss is None:
           continue
-        state_R = state[segment][position]["moe"].get(label, {})
+        state_R = states.get(label, {})
         losses_R = jax.vmap(balancer.loss)(
           state_R, stats_R, so_far[segment][position]
         )

@@ -126,27 +126,38 @@ def bias_range(balance: Mapping) -> Mean:
 def max_vio_floor(tokens: int, num_experts: int, top_k: int) -> float:
   """Mean MaxVio when each token draws K distinct experts uniformly.
 
-  Simulated from a fixed seed, exactly for small splits; for many tokens from
-  the multivariate normal limit of the same counts, whose error is far below
-  the spread.
+  Simulated from a fixed seed; beyond two million choices per draw from the
+  multivariate normal limit of the same counts.
   """
   if tokens == 0 or top_k == num_experts:
     return 0.0
   rng = np.random.default_rng(0)
-  draws = 64
-  share = top_k / num_experts
-  if tokens * num_experts * draws <= 2e7:
-    score = rng.random((draws, tokens, num_experts), dtype=np.float32)
-    chosen = np.argpartition(score, top_k - 1, axis=-1)[..., :top_k]
-    counts = np.stack(
-      [np.bincount(c.reshape(-1), minlength=num_experts) for c in chosen]
-    )
+  if tokens * top_k <= 2_000_000:
+    draws = max(16, min(200, 10_000_000 // (tokens * top_k)))
+    counts = [
+      _uniform_loads(rng, tokens, num_experts, top_k) for _ in range(draws)
+    ]
   else:
+    share = top_k / num_experts
     noise = rng.standard_normal((4096, num_experts))
     noise -= noise.mean(1, keepdims=True)
     variance = tokens * share * (1 - share) * num_experts / (num_experts - 1)
     counts = tokens * share + math.sqrt(variance) * noise
   return float(np.mean([max_vio(c) for c in counts]))
+
+
+def _uniform_loads(rng, tokens, num_experts, top_k):
+  """Loads of one draw. Tokens that drew an expert twice draw again."""
+  if top_k > num_experts / 2:  # Easier to say who is left out.
+    left_out = num_experts - top_k
+    return tokens - _uniform_loads(rng, tokens, num_experts, left_out)
+  load_E, todo = np.zeros(num_experts, int), tokens
+  while todo:
+    drawn = np.sort(rng.integers(num_experts, size=(todo, top_k)), axis=1)
+    distinct = (np.diff(drawn, axis=1) > 0).all(1)
+    load_E += np.bincount(drawn[distinct].reshape(-1), minlength=num_experts)
+    todo -= int(distinct.sum())
+  return load_E
 
 
 def divide(means: Mapping[str, Mean]) -> dict[str, float]:

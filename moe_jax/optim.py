@@ -58,7 +58,9 @@ def schedule(config: Mapping, num_steps: int) -> optax.Schedule:
   if name == "constant":
     after = optax.constant_schedule(peak)
   elif name == "cosine":
-    after = optax.cosine_decay_schedule(peak, rest, config["final_fraction"])
+    after = optax.cosine_decay_schedule(
+      peak, max(rest - 1, 1), config["final_fraction"]
+    )
   elif name == "wsd":
     if not 0 < decay <= rest:
       raise ConfigError(
@@ -68,7 +70,9 @@ def schedule(config: Mapping, num_steps: int) -> optax.Schedule:
     after = optax.join_schedules(
       [
         optax.constant_schedule(peak),
-        optax.linear_schedule(peak, final, decay),
+        optax.linear_schedule(
+          peak * (1 - 1 / decay) + final / decay, final, max(decay - 1, 1)
+        ),
       ],
       [rest - decay],
     )

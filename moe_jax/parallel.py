@@ -21,7 +21,7 @@ RULES = (
   ("mlp", "tensor"),
   ("heads", "tensor"),
   ("kv_heads", "tensor"),
-  ("vocab", "tensor"),
+  ("vocab", None),  # 257 bytes and a mark divide over nothing.
   ("layers", None),
 )
 
@@ -44,10 +44,12 @@ def make_mesh(
     raise ConfigError(
       f"mesh = {tuple(sizes)} needs a length >= 1 for each of {AXES}"
     )
-  if sizes.count(-1) == 1:
+  if sizes.count(-1) > 1:
+    raise ConfigError(f"mesh = {tuple(sizes)} has more than one -1; keep one")
+  if -1 in sizes:
     known = -math.prod(sizes)
-    if len(devices) % known == 0:
-      sizes[sizes.index(-1)] = len(devices) // known
+    # Rounded down, so that the product below is wrong if it does not divide.
+    sizes[sizes.index(-1)] = max(1, len(devices) // known)
   if math.prod(sizes) != len(devices):
     raise ConfigError(
       f"mesh = {tuple(sizes)} over {AXES} needs {math.prod(sizes)} devices, but"
@@ -69,6 +71,13 @@ def mesh_or_none(sizes) -> jax.sharding.Mesh | None:
   """
   mesh = make_mesh(tuple(sizes))
   return mesh if mesh.size > 1 else None
+
+
+def platform(mesh: jax.sharding.Mesh | None) -> str:
+  """What it runs on: "cpu", "gpu", "tpu"."""
+  if mesh is None:
+    return jax.default_backend()
+  return mesh.devices.flat[0].platform
 
 
 def token_shards(mesh: jax.sharding.Mesh | None) -> int:
@@ -94,9 +103,9 @@ def shardings(boxed, mesh: jax.sharding.Mesh):
   return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
 
 
-def check(recipe: layer.Recipe, mesh: jax.sharding.Mesh, d_hidden: int) -> None:
-  """Raises ConfigError where experts or their widths do not divide."""
-  expert, tensor = mesh.shape["expert"], mesh.shape["tensor"]
+def check(recipe: layer.Recipe, mesh: jax.sharding.Mesh) -> None:
+  """Raises ConfigError where experts or their buckets do not divide."""
+  expert = mesh.shape["expert"]
   if recipe.num_experts % expert:
     raise ConfigError(
       f"num_experts = {recipe.num_experts} does not divide over the mesh axis"
@@ -108,11 +117,21 @@ def check(recipe: layer.Recipe, mesh: jax.sharding.Mesh, d_hidden: int) -> None:
       f"expert_buckets = {bound.expert_buckets} does not divide over the mesh"
       f" axis expert = {expert}; choose a multiple of it"
     )
-  if d_hidden % tensor:
-    raise ConfigError(
-      f"d_expert = {d_hidden} does not divide over the mesh axis"
-      f" tensor = {tensor}; change one so that the second divides the first"
-    )
+
+
+def check_widths(mesh: jax.sharding.Mesh, **widths: tuple[int, str]) -> None:
+  """Raises ConfigError for a width that its mesh axis does not divide.
+
+  Args:
+    mesh: from `make_mesh`.
+    **widths: by the name of the config's key, (width, mesh axis).
+  """
+  for key, (width, axis) in widths.items():
+    if width % mesh.shape[axis]:
+      raise ConfigError(
+        f"{key} = {width} does not divide over the mesh axis {axis} ="
+        f" {mesh.shape[axis]}; change one so that the second divides the first"
+      )
 
 
 def sharded(recipe: layer.Recipe, mesh: jax.sharding.Mesh | None):
@@ -130,7 +149,7 @@ def sharded(recipe: layer.Recipe, mesh: jax.sharding.Mesh | None):
     return lambda *args, collect=None: layer.moe_ffn(
       recipe, *args, collect=collect
     )
-  axes = Axes(platform=mesh.devices.flat[0].platform)
+  axes = Axes(platform=platform(mesh))
   tokens, everywhere = jax.P(TOKENS), jax.P()
   weights = {"router": everywhere, "experts": _specs(recipe.experts)}
   if recipe.shared is not None:

@@ -70,8 +70,9 @@ def describe(model_config, plugins: tuple[str, ...] = ()) -> dict:
   """The resolved routing and balancing recipe, with no hidden defaults."""
 
   def part(kind, section):
-    options = registry.resolved(kind, plugins=plugins, **section)
-    return {"name": section["name"], **options}
+    name, options = registry.split(kind, section)
+    options = registry.resolved(kind, name, plugins=plugins, **options)
+    return {"name": name, **options}
 
   recipe = model_config.moe.to_dict()
   recipe["router"] = part("routers", recipe["router"])
@@ -111,11 +112,14 @@ def main(argv=None) -> int:
 
   from moe_jax import models
 
+  accumulation = config.train.accumulation
+  if accumulation < 1:
+    raise ConfigError(f"train.accumulation = {accumulation} is not 1 or more")
   model = models.build(
     config.model,
     vocab_size=args.vocab_size,
     seq_len=config.data.seq_len,
-    batch_size=config.data.batch_size // config.train.accumulation,
+    batch_sizes=(config.data.batch_size // accumulation,),
     plugins=config.plugins,
   )
   found = count(model, config.data.seq_len)

@@ -30,6 +30,12 @@ def load(kind: str, name: str, *, plugins: tuple[str, ...] = (), **options):
   # 1, 1.0 and True are equal, but not the same option.
   items = tuple(sorted(options.items()))
   types = tuple(type(value) for _, value in items)
+  for option, value in items:
+    if isinstance(value, dict | list | set):
+      raise ConfigError(
+        f"{kind}/{name}: the option {option} = {value!r} is of type"
+        f" {type(value).__name__}; options are numbers, words or tuples"
+      )
   return _build(kind, name, tuple(plugins), items, types)
 
 
@@ -40,6 +46,22 @@ def names(kind: str, plugins: tuple[str, ...] = ()) -> list[str]:
   for folder in plugins:
     found |= {p.stem for p in pathlib.Path(folder, kind).glob("[!_]*.py")}
   return sorted(found)
+
+
+def split(kind: str, section) -> tuple[str, dict]:
+  """(name, options) of a part as a config has it: a mapping with its name.
+
+  Raises:
+    ConfigError: it is something else.
+  """
+  try:
+    options = dict(section)
+    return options.pop("name"), options
+  except (TypeError, ValueError, KeyError):
+    raise ConfigError(
+      f"one of the {kind} is {section!r}; give a dict with its name and"
+      f' options, such as {{"name": "{names(kind)[0]}"}}'
+    ) from None
 
 
 def resolved(
@@ -76,7 +98,19 @@ def _build(kind, name, plugins, options, types):
 
 @functools.cache
 def _module(kind, name, plugins):
+  module = _find(kind, name, plugins)
+  if not hasattr(module, "build"):
+    raise ConfigError(f'"{name}" in {kind} has no function build(...)')
+  return module
+
+
+def _find(kind, name, plugins):
   for folder in plugins:
+    if not pathlib.Path(folder).is_dir():
+      raise ConfigError(
+        f"the plugin folder {pathlib.Path(folder).absolute()} is not there;"
+        " correct config.plugins"
+      )
     path = pathlib.Path(folder, kind, f"{name}.py")
     if path.exists():
       return _import_file(path, f"moe_jax_plugins.{kind}.{name}")

@@ -7,11 +7,13 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from moe_jax import (
   batches,
   evaluate,
+  grouped_matmul,
   losses,
   metrics,
   models,
@@ -46,7 +48,8 @@ class TrainState:
 def init_state(rng: Array, *, model, optimizer, seq_len: int, batch: int):
   """A new TrainState, parameters boxed with their logical axes."""
   tokens_BL = jnp.zeros((batch, seq_len), jnp.int32)
-  variables = model.init(rng, tokens_BL)
+  init_rng, rng = jax.random.split(rng)
+  variables = model.init(init_rng, tokens_BL)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     rng=rng,
@@ -172,6 +175,10 @@ class Program:
     for key in ("num_steps", "log_every"):
       if config.train[key] < 1:
         raise ConfigError(f"train.{key} is at least 1, not {config.train[key]}")
+    if config.eval.every < 0:
+      raise ConfigError(
+        f"eval.every = {config.eval.every} is negative; 0 evaluates at the end"
+      )
     self.config = config
     self.mesh = parallel.mesh_or_none(config.mesh)
     self.corpus = tokens.prepare(
@@ -184,12 +191,20 @@ class Program:
       config.model,
       vocab_size=self.corpus.vocab_size,
       seq_len=data.seq_len,
-      batch_size=data.batch_size // accumulation,
+      batch_sizes=(data.batch_size // accumulation, config.eval.batch_size),
       mesh=self.mesh,
       plugins=config.plugins,
     )
     self.optimizer = optim.build(config.optim, config.train.num_steps)
+    self.validation()  # Refuses now, not after training.
     self._compile()
+
+  @property
+  def mesh_shape(self) -> dict[str, int]:
+    """Devices along each axis."""
+    return (
+      dict(self.mesh.shape) if self.mesh else dict.fromkeys(parallel.AXES, 1)
+    )
 
   def batches(self, seed: int):
     """The training batches of a seed, by step."""
@@ -209,24 +224,28 @@ class Program:
       return batch
     return jax.device_put(batch, self._sharding(None, parallel.TOKENS))
 
+  def validation(self):
+    """(domain, batch) pairs of the validation split."""
+    config = self.config
+    return batches.validation_batches(
+      self.corpus,
+      seq_len=config.data.seq_len,
+      batch_size=config.eval.batch_size,
+      max_batches_per_domain=config.eval.batches_per_domain,
+    )
+
   def evaluate(self, state: TrainState) -> dict[str, float]:
     """All metrics of the validation split."""
-    config = self.config
 
-    def step(batch):
+    def step(batch, index):
       batch = {k: batch[k] for k in ("inputs", "targets", "mask")}
       if self.mesh is not None:
         batch = jax.device_put(batch, self._sharding(parallel.TOKENS))
-      return self.eval_step(state.params, state.balance, batch)
+      return self.eval_step(state.params, state.balance, batch, np.int32(index))
 
     return evaluate.evaluate(
       step,
-      batches.validation_batches(
-        self.corpus,
-        seq_len=config.data.seq_len,
-        batch_size=config.eval.batch_size,
-        max_batches_per_domain=config.eval.batches_per_domain,
-      ),
+      self.validation(),
       segments=self.model.arch.segments,
       recipe=self.model.arch.recipe,
     )
@@ -250,7 +269,7 @@ class Program:
           in_shardings=(state, micro), out_shardings=(state, all_of_it)
         ),
         "eval": dict(
-          in_shardings=(state.params, state.balance, rows),
+          in_shardings=(state.params, state.balance, rows, all_of_it),
           out_shardings=all_of_it,
         ),
       }
@@ -275,7 +294,12 @@ class Program:
         functools.partial(evaluate.eval_step, model=self.model),
         **shardings.get("eval", {}),
       )
-      .lower(state.params, state.balance, eval_batch)
+      .lower(
+        state.params,
+        state.balance,
+        eval_batch,
+        jax.ShapeDtypeStruct((), jnp.int32),
+      )
       .compile()
     )
     self.compile_seconds = time.monotonic() - started
@@ -335,7 +359,10 @@ def run(program: Program, seed: int, directory, progress) -> dict[str, float]:
     seed=seed,
     data=program.corpus.fingerprint,
     data_sources=program.corpus.sources,
-    mesh=dict(zip(parallel.AXES, config.mesh)),
+    mesh=program.mesh_shape,
+    grouped_matmul=grouped_matmul.backend_for(parallel.platform(program.mesh))
+    if config.model.moe.grouped_matmul is None
+    else config.model.moe.grouped_matmul,
     recipe=params.describe(config.model, config.plugins),
     parameters=params.count(program.model, config.data.seq_len),
     compile_seconds=program.compile_seconds,

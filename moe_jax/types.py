@@ -124,6 +124,8 @@ class Stats:
   entropy: sum of the entropy of prob_TE, in nats.
   confidence: sum of the probability of the chosen experts.
   extra: what the router reported, one entry per group [G, ...].
+  groups_per_sequence: above 1 where groups are fractions of a sequence, whose
+    entries then lie one after the other along G.
   """
 
   tokens: Array
@@ -137,6 +139,7 @@ class Stats:
   entropy: Array
   confidence: Array
   extra: Mapping[str, Array] = flax.struct.field(default_factory=dict)
+  groups_per_sequence: int = flax.struct.field(pytree_node=False, default=1)
 
 
 @_part
@@ -149,6 +152,8 @@ class Router:
     group. select maps scores_TE to the scores that choose; rng None means no noise.
   causal: whether a token's choice is independent of the tokens after it.
   top_k: K.
+  always_draws: whether it needs a key outside training too; else it is given
+    none there.
   """
 
   init: Callable[..., dict[str, Array]]
@@ -156,6 +161,7 @@ class Router:
   route: Callable[..., Routing]
   causal: bool
   top_k: int
+  always_draws: bool = False
 
 
 @_part

@@ -29,7 +29,19 @@ ON_THE_MESH = ["--config=configs/tiny.py", "--config.mesh=(8,1,1,1)"]
     (["mesh=(1,1,8,1)"], ["num_experts = 4", "expert = 8"]),
     (["mesh=(2,1,1,1)"], ["(2, 1, 1, 1)", "2 devices", "8"]),
     (["mesh=(0,1,1,1)"], ["(0, 1, 1, 1)", ">= 1"]),
-    (["mesh=(1,1,1,8)", "model.moe.d_expert=12"], ["12", "tensor = 8"]),
+    (["mesh=(1,1,1,8)"], ["num_heads = 2", "tensor = 8"]),
+    (["mesh=(-1,3,1,1)"], ["3, 1, 1)", "8"]),
+    (["mesh=(-1,-1,1,1)"], ["more than one -1"]),
+    (["train={'num_stepz': 3}"], ["num_stepz", "num_steps"]),
+    (["eval.every=-1"], ["eval.every = -1"]),
+    (["eval.batch_size=3"], ["batch", "3"]),
+    (["plugins=('no_such_folder',)"], ["no_such_folder"]),
+    (["model.moe.balancers={'loss': 0.01}"], ["0.01", "name"]),
+    (["model.moe.router.top_k=1"], ["top_k"]),
+    (["model.moe.top_k=1"], ["renormalize"]),
+    (["model.moe.tokens_per_group=seqence"], ["seqence", "sequence"]),
+    (["model.dtype=bf16"], ["bf16", "bfloat16"]),
+    (["model.name=attention"], ["attention"]),
     (["data.dir=/no/such/corpus"], ["/no/such/corpus"]),
     (["data.name=python_source"], ["python_source", "python_sources"]),
     (["model.moe.router={'name': 'topk'}"], ["topk", "top_k"]),
@@ -108,7 +120,7 @@ def test_a_run_writes_its_files_and_is_never_overwritten(tmp_path, monkeypatch):
   config = json.loads((tmp_path / "run" / "config.json").read_text())
   assert config["train"]["num_steps"] == 6
   train = run_directory.read_metrics(tmp_path / "run", "train")
-  assert [line["step"] for line in train] == [5, 6]
+  assert [line["step"] for line in train] == [3, 5, 6]
   validation = run_directory.read_metrics(tmp_path / "run", "validation")
   assert [line["step"] for line in validation] == [3, 6]
   documented = _documented_metrics()

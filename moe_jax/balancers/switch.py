@@ -40,6 +40,11 @@ def build(
     tokens, prob = stats.tokens, stats.prob_E
     if scope in ("micro_batch", "global_batch"):
       count, prob, tokens = count.sum((0, 1)), prob.sum((0, 1)), tokens.sum()
+    elif scope == "sequence":
+      count, prob, tokens = (
+        _whole_sequences(x, stats.groups_per_sequence)
+        for x in (count, prob, tokens)
+      )
     elif scope == "group":
       count, prob, tokens = count.sum(1), prob.sum(1), tokens.sum(1)
     if scope == "global_batch":
@@ -60,6 +65,11 @@ def _load_loss(count_E, prob_E):
   f_E = count_E / jnp.maximum(count_E.sum(-1, keepdims=True), 1)
   prob_E = prob_E / _positive(prob_E.sum(-1, keepdims=True))
   return prob_E.shape[-1] * (f_E.astype(prob_E.dtype) * prob_E).sum(-1)
+
+
+def _whole_sequences(x, groups):
+  """Sums the groups of a sequence, where they are fractions of one."""
+  return x.reshape(-1, groups, *x.shape[1:]).sum(1, dtype=x.dtype)
 
 
 def _positive(x):

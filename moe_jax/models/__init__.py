@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import jax
 
-from moe_jax import experts, grouped_matmul, layer, registry
+from moe_jax import experts, grouped_matmul, layer, parallel, registry
 from moe_jax.errors import ConfigError
 from moe_jax.models import moe
 
@@ -14,7 +14,7 @@ def build(
   *,
   vocab_size: int,
   seq_len: int,
-  batch_size: int,
+  batch_sizes: tuple[int, ...],
   mesh: jax.sharding.Mesh | None = None,
   plugins: tuple[str, ...] = (),
 ):
@@ -24,7 +24,7 @@ def build(
     config: the section `model` of a config, see `configs/base.py`.
     vocab_size: V, of the data.
     seq_len: L.
-    batch_size: sequences in one micro-batch.
+    batch_sizes: sequences in one micro-batch, and in an evaluation batch.
     mesh: from `parallel.make_mesh`; None: one device.
     plugins: folders with routers, balancers, ... of the user.
 
@@ -38,15 +38,11 @@ def build(
   name, layer_options = options.pop("name"), dict(options.pop("moe"))
   if "moe" in (*options["prefix"], *options["pattern"]):
     recipe, grouping = _moe(layer_options, mesh, plugins)
-    moe.check(
-      recipe,
-      grouping,
-      length=seq_len,
-      batch=batch_size,
-      d_expert=layer_options["d_expert"],
-      mesh=mesh,
-    )
+    for batch in batch_sizes:
+      moe.check(recipe, grouping, length=seq_len, batch=batch, mesh=mesh)
     options |= {"recipe": recipe, "grouping": grouping}
+  if mesh is not None:
+    _check_widths(mesh, options, layer_options)
   model = registry.load(
     "models",
     name,
@@ -60,8 +56,23 @@ def build(
   return model
 
 
+def _check_widths(mesh, options, layer_options):
+  """Attention, dense layers and experts over the mesh axes that split them."""
+  widths = {
+    "model.d_model": (options["d_model"], "fsdp"),
+    "model.num_heads": (options["num_heads"], "tensor"),
+    "model.num_kv_heads": (options["num_kv_heads"], "tensor"),
+    "model.d_ff": (options["d_ff"], "tensor"),
+    "model.moe.d_expert": (layer_options["d_expert"], "tensor"),
+  }
+  parallel.check_widths(mesh, **widths)
+
+
 def _moe(options, mesh, plugins):
   """Recipe and grouping from the section `model.moe`."""
+  for key in ("num_experts", "top_k", "d_expert"):
+    if not isinstance(options[key], int) or options[key] < 1:
+      raise ConfigError(f"model.moe.{key} = {options[key]!r} is not 1 or more")
   num_experts, top_k = options["num_experts"], options["top_k"]
   if top_k > num_experts:
     raise ConfigError(
@@ -70,14 +81,16 @@ def _moe(options, mesh, plugins):
     )
 
   def part(kind, section, **more):
-    section = {k: _hashable(v) for k, v in dict(section).items()}
-    name = section.pop("name")
+    name, section = registry.split(kind, section)
+    section = {k: _hashable(v) for k, v in section.items()}
+    twice = set(section) & set(more)
+    if twice:
+      raise ConfigError(f"{sorted(twice)} of {name} is set by model.moe itself")
     return registry.load(kind, name, plugins=plugins, **section, **more)
 
-  platform = jax.default_backend()
-  if mesh is not None:
-    platform = mesh.devices.flat[0].platform
-  backend = options["grouped_matmul"] or grouped_matmul.backend_for(platform)
+  backend = options["grouped_matmul"] or grouped_matmul.backend_for(
+    parallel.platform(mesh)
+  )
   activation, d_expert = options["activation"], options["d_expert"]
   shared = None
   if options["num_shared_experts"]:

@@ -1,6 +1,7 @@
 """The thin linen module around `layer.moe_ffn`."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -35,6 +36,10 @@ class Grouping(NamedTuple):
       ConfigError: groups that cut across sequences, or a capacity of zero.
     """
     tokens = self.tokens_per_group
+    if not isinstance(tokens, int) and tokens != "sequence":
+      raise ConfigError(
+        f'tokens_per_group is a number or "sequence", not {tokens!r}'
+      )
     tokens = length if tokens == "sequence" else tokens
     if tokens < 1 or (tokens % length and length % tokens):
       raise ConfigError(
@@ -44,18 +49,28 @@ class Grouping(NamedTuple):
     bound = self._bound(recipe, tokens, train)
     if not recipe.dispatcher.ragged:
       dispatchers.check_bound(bound, recipe.num_experts)
-    sequences = max(1, tokens // length)
-    return tokens, dataclasses.replace(recipe, bound=bound, sequences=sequences)
+    return tokens, dataclasses.replace(
+      recipe,
+      bound=bound,
+      sequences=max(1, tokens // length),
+      groups_per_sequence=max(1, length // tokens),
+    )
 
   def _bound(self, recipe, tokens, train):
     factor = self.capacity_factor
     if not train and self.eval_capacity_factor is not None:
       factor = self.eval_capacity_factor
+    if factor is None and self.expert_buckets is not None:
+      raise ConfigError(
+        f"expert_buckets = {self.expert_buckets} bounds nothing without a"
+        " capacity_factor; set one, or leave out expert_buckets"
+      )
     if factor is None:
       return None
     top_k = recipe.router.top_k
-    buckets = self.expert_buckets or recipe.num_experts
-    if recipe.num_experts % buckets:
+    buckets = self.expert_buckets
+    buckets = recipe.num_experts if buckets is None else buckets
+    if buckets < 1 or recipe.num_experts % buckets:
       raise ConfigError(
         f"expert_buckets = {buckets} does not divide num_experts ="
         f" {recipe.num_experts}"
@@ -75,6 +90,7 @@ class MoE(nn.Module):
     self,
     x_BLD: Array,
     mask_BL: Array,
+    features: Mapping[str, Array],
     rng_G: Array | None = None,
     *,
     train: bool = False,
@@ -105,12 +121,16 @@ class MoE(nn.Module):
       label: self._balancer_state(label, balancer)
       for label, balancer in recipe.balancers
     }
+
+    def in_groups(feature_BL):
+      return feature_BL.reshape(-1, tokens)
+
     y_GTD, stats, collected = parallel.sharded(recipe, self.mesh)(
       params,
       balance,
       x_BLD.reshape(-1, tokens, d_model),
-      Side(mask_BL.reshape(-1, tokens)),
-      rng_G,
+      Side(*jax.tree.map(in_groups, (mask_BL, dict(features)))),
+      rng_G if train or recipe.router.always_draws else None,
       collect=collect,
     )
     return y_GTD.reshape(x_BLD.shape), stats, collected
@@ -139,14 +159,13 @@ def check(
   *,
   length: int,
   batch: int,
-  d_expert: int,
   mesh: jax.sharding.Mesh | None,
 ) -> None:
   """Raises ConfigError for what would fail, or lie, on this mesh or batch."""
   for train in (True, False):
     tokens, resolved = grouping.resolve(recipe, length, train)
     if mesh is not None:
-      parallel.check(resolved, mesh, d_expert)
+      parallel.check(resolved, mesh)
   shards, per_group = parallel.token_shards(mesh), max(1, tokens // length)
   if batch % (shards * per_group):
     raise ConfigError(

@@ -64,6 +64,18 @@ class Architecture:
     for kind in (*self.prefix, *self.pattern):
       if kind not in ("dense", "moe"):
         raise ConfigError(f'a layer is "dense" or "moe", not "{kind}"')
+    for name in (
+      "vocab_size",
+      "d_model",
+      "num_layers",
+      "num_heads",
+      "num_kv_heads",
+      "head_dim",
+      "d_ff",
+    ):
+      value = getattr(self, name)
+      if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"model.{name} = {value!r} is not 1 or more")
     rest = self.num_layers - len(self.prefix)
     if not self.pattern or rest < 0 or rest % len(self.pattern):
       raise ConfigError(
@@ -82,6 +94,10 @@ class Architecture:
     if self.remat not in REMAT:
       raise ConfigError(f'remat is one of {tuple(REMAT)}, not "{self.remat}"')
     experts.check(self.activation)
+    if self.dtype not in ("float32", "bfloat16", "float64"):
+      raise ConfigError(
+        f'dtype = "{self.dtype}" is not "float32", "bfloat16" or "float64"'
+      )
 
   @property
   def segments(self) -> tuple[tuple[str, tuple[str, ...], int, int], ...]:
@@ -161,8 +177,8 @@ class Block(nn.Module):
   arch: Architecture
 
   @nn.compact
-  def __call__(self, x_BLD, mask_BL, rng_G, layer_index, train, collect):
-    m = self.arch
+  def __call__(self, x_BLD, inputs, layer_index, train, collect):
+    m, (mask_BL, features, rng_G) = self.arch, inputs
     names = ("batch", None, None)
     h = RMSNorm(m.norm_eps, name="attention_norm")(x_BLD)
     x_BLD += attention.Attention(
@@ -181,7 +197,7 @@ class Block(nn.Module):
       if rng_G is not None:
         rng_G = jax.vmap(jax.random.fold_in, (0, None))(rng_G, layer_index)
       y, stats, collected = moe.MoE(m.recipe, m.grouping, m.mesh, name="moe")(
-        h, mask_BL, rng_G, train=train, collect=collect
+        h, mask_BL, features, rng_G, train=train, collect=collect
       )
       aux = {"stats": stats, **collected}
     return parallel.constrain(x_BLD + y, names, m.mesh), aux
@@ -194,17 +210,17 @@ class Repeat(nn.Module):
   arch: Architecture
 
   @nn.compact
-  def __call__(self, x_BLD, layer_index, mask_BL, rng_G, train, collect):
+  def __call__(self, x_BLD, layer_index, inputs, train, collect):
     block = Block
     policy = REMAT[self.arch.remat]
     if policy is not None:
       block = nn.remat(
-        Block, policy=policy, prevent_cse=False, static_argnums=(5, 6)
+        Block, policy=policy, prevent_cse=False, static_argnums=(4, 5)
       )
     aux = {}
     for i, kind in enumerate(self.pattern):
       x_BLD, found = block(kind, self.arch, name=str(i))(
-        x_BLD, mask_BL, rng_G, layer_index + i, train, collect
+        x_BLD, inputs, layer_index + i, train, collect
       )
       if found:
         aux[str(i)] = found
@@ -244,6 +260,11 @@ class Transformer(nn.Module):
     arch.check_causal(tokens_BL.shape[1], train)
     if mask_BL is None:
       mask_BL = jnp.ones(tokens_BL.shape, bool)
+    position_1L = jnp.arange(tokens_BL.shape[1])[None, :]
+    features = {
+      "token_id": tokens_BL,
+      "position": jnp.broadcast_to(position_1L, tokens_BL.shape),
+    }
     embedding_VD = self.param(
       "embedding",
       nn.with_logical_partitioning(
@@ -260,14 +281,13 @@ class Transformer(nn.Module):
         Repeat,
         variable_axes={"params": 0, "balance": 0},
         split_rngs={"params": True},
-        in_axes=(0,) + (nn.broadcast,) * 4,
+        in_axes=(0,) + (nn.broadcast,) * 3,
         length=repeats,
         metadata_params={nn.PARTITION_NAME: "layers"},
       )(pattern, arch, name=name)(
         x_BLD,
         first + len(pattern) * jnp.arange(repeats),
-        mask_BL,
-        rng_G,
+        (mask_BL, features, rng_G),
         train,
         collect,
       )

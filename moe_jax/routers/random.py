@@ -14,7 +14,7 @@ CONTRACT_EXCEPTIONS = {
 
 
 def build(top_k: int) -> Router:
-  """Args: top_k: K. Without a key (evaluation) one fixed draw is used.
+  """Args: top_k: K. Without any key one fixed draw is used for every group.
 
   Weights are 1/K, probabilities 1/E; it has no parameters, no logits and
   nothing that a balancer could change.
@@ -38,4 +38,4 @@ def build(top_k: int) -> Router:
       prob_TE=jnp.full(shape, 1 / num_experts, dtype),
     )
 
-  return Router(init, {}, route, causal=True, top_k=top_k)
+  return Router(init, {}, route, causal=True, top_k=top_k, always_draws=True)

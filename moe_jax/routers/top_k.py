@@ -50,7 +50,7 @@ def build(
   second_expert: str = "all",
   apply_to: str = "output",
   priority: str = "none",
-  precision: str | None = None,
+  precision: str = "highest",
   init_scale: float = 1.0,
 ) -> Router:
   """The router.
@@ -77,7 +77,8 @@ def build(
     apply_to: weights multiply the expert's "output", or its "input" (Llama 4).
     priority: "none", or "score": tokens with the larger best score take their
       slots first (batch prioritised routing, 2106.05974). Not causal.
-    precision: of the router's matmul: None, "default", "high", "highest".
+    precision: of the router's matmul on accelerators: "highest" is float32;
+      "high" and "default" round the inputs, and flip choices.
     init_scale: W is truncated normal with variance init_scale / D.
 
   Raises:
@@ -89,8 +90,17 @@ def build(
   _one_of("second_expert", second_expert, ("all", "random"))
   _one_of("apply_to", apply_to, ("output", "input"))
   _one_of("priority", priority, ("none", "score"))
+  _one_of("precision", precision, ("default", "high", "highest"))
   if top_k < 1:
     raise ConfigError(f"top_k is at least 1, not {top_k}")
+  if top_k == 1 and (
+    renormalize or (score == "softmax" and not score_before_top_k)
+  ):
+    raise ConfigError(
+      "with top_k = 1 the one renormalised weight is always 1, so the router"
+      " would learn nothing from the task; set renormalize = False"
+      " (and score_before_top_k = True for softmax)"
+    )
   if second_expert == "random" and top_k != 2:
     raise ConfigError(
       f'second_expert="random" needs top_k = 2, not {top_k};'
@@ -191,5 +201,6 @@ def build(
 def _one_of(option, value, known):
   if value not in known:
     raise ConfigError(
-      f'the router top_k has no {option} "{value}"' + did_you_mean(value, known)
+      f'the router top_k has no {option} "{value}"'
+      + did_you_mean(str(value), known)
     )

@@ -1,0 +1,1 @@
+"""Auxiliary loss, loss-free bias, or nothing?"""

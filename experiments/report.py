@@ -1,0 +1,218 @@
+"""From rows to table.md, table.tex, results.csv and figures."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from experiments import figures, intervals, runs
+
+
+class Column(NamedTuple):
+  """A column of the table.
+
+  metric: column of results.csv.
+  title: its head; None: the metric.
+  digits: after the point.
+  meaning: one sentence for under the table.
+  over: show metric / over, run by run; None: metric.
+  """
+
+  metric: str
+  title: str | None = None
+  digits: int = 3
+  meaning: str | None = None
+  over: str | None = None
+
+  @property
+  def head(self) -> str:
+    return self.title or self.metric
+
+
+class Claim(NamedTuple):
+  """Is `metric` of `arm` different from that of `than`? Paired by seed."""
+
+  metric: str
+  arm: str
+  than: str
+
+
+class Plan(NamedTuple):
+  """What a question's report shows.
+
+  columns: of the table.
+  claims: differences between arms.
+  curves: figures of a metric over training.
+  """
+
+  columns: Sequence[Column]
+  claims: Sequence[Claim] = ()
+  curves: Sequence[figures.Curve] = ()
+
+
+def write(
+  folder: pathlib.Path,
+  title: str,
+  plan: Plan,
+  rows: list[dict],
+  curves: list[dict],
+) -> str:
+  """Writes a report; everything in it is read back from its two csv files.
+
+  Args:
+    folder: to write to.
+    title: of the table.
+    plan: what to show.
+    rows: a dict for each finished run: `runs.KEYS`, then metrics.
+    curves: the same with a `step`, a dict for each step of each run.
+
+  Returns:
+    table.md, the text.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  runs.write_csv(folder / "results.csv", rows)
+  runs.write_csv(folder / "curves.csv", _thin(curves, plan))
+  rows = runs.read_csv(folder / "results.csv")
+  curves = runs.read_csv(folder / "curves.csv")
+  table = _table(plan.columns, rows)
+  text = "\n\n".join(
+    block
+    for block in (
+      f"# {title}",
+      _markdown(table),
+      _about(plan.columns, rows),
+      "\n".join(f"- {claim(c, plan, rows)}" for c in plan.claims),
+    )
+    if block
+  )
+  (folder / "table.md").write_text(text + "\n")
+  (folder / "table.tex").write_text(_latex(table))
+  for curve in plan.curves:
+    figures.draw(curve, curves, folder)
+  return text
+
+
+def claim(claim: Claim, plan: Plan, rows: list[dict]) -> str:
+  """The difference between two arms, and in words whether it decides."""
+  column = _column(claim.metric, plan)
+  arm, than = claim.arm, claim.than
+  found = intervals.paired(
+    _by_seed(rows, arm, column), _by_seed(rows, than, column)
+  )
+  what = f"{column.head}, {arm} minus {than}"
+  if found is None:
+    return f"{what}: no seed has both."
+  number = f"{what}: {_signed(found, column.digits)}"
+  seeds = f"{found.count} pair{'s' * (found.count > 1)}"
+  if found.half is None:
+    return f"{number} ({seeds}): one seed decides nothing."
+  if found.decides:
+    word = "lower" if found.mean < 0 else "higher"
+    return f"{number} ({seeds}): {arm} is {word}."
+  return f"{number} ({seeds}): not decided, zero is in the interval."
+
+
+def _column(metric, plan):
+  """How the table shows a metric."""
+  same = (c for c in plan.columns if c.metric == metric and not c.over)
+  return next(same, Column(metric))
+
+
+def _by_seed(rows, arm, column):
+  """{seed: value} of an arm."""
+  metric, over = column.metric, column.over
+  needed = {metric} if over is None else {metric, over}
+  return {
+    r["seed"]: r[metric] / (r[over] if over else 1)
+    for r in rows
+    if r["arm"] == arm and needed <= r.keys()
+  }
+
+
+def _arms(rows):
+  return list(dict.fromkeys(r["arm"] for r in rows))
+
+
+def _table(columns, rows):
+  """Lines of cells, the head first."""
+  lines = [["arm", *(c.head for c in columns)]]
+  for arm in _arms(rows):
+    cells = [_cell(_by_seed(rows, arm, c), c.digits) for c in columns]
+    lines.append([arm, *cells])
+  return lines
+
+
+def _cell(by_seed, digits):
+  if not by_seed:
+    return "–"
+  mean, half, _ = intervals.of(list(by_seed.values()))
+  if half is None or len(set(by_seed.values())) == 1:
+    return f"{mean:.{digits}f}"
+  return f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def _signed(interval, digits):
+  number = f"{interval.mean:+.{digits}f}"
+  if interval.half is None:
+    return number
+  return f"{number} ± {interval.half:.{digits}f}"
+
+
+def _about(columns, rows):
+  """What the numbers are."""
+  seeds = sorted({r["seed"] for r in rows})
+  scales = ", ".join(dict.fromkeys(r["scale"] for r in rows))
+  lines = [
+    f"Scale {scales}, {len(rows)} runs, seeds {', '.join(map(str, seeds))}."
+    " Mean ± half the 95 % t-interval over seeds; differences are paired by"
+    " seed."
+  ]
+  lines += [f"`{c.head}`: {c.meaning}" for c in columns if c.meaning]
+  return "\n\n".join(lines[:1]) + "".join(f"\n- {x}" for x in lines[1:])
+
+
+def _markdown(table):
+  widths = [max(map(len, column)) for column in zip(*table)]
+  lines = [
+    "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |"
+    for line in table
+  ]
+  rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
+  return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _latex(table):
+  head, *lines = (
+    " & ".join(_latex_cell(cell) for cell in line) + r" \\" for line in table
+  )
+  return "\n".join(
+    [
+      r"\begin{tabular}{l" + "r" * (len(table[0]) - 1) + "}",
+      r"\hline",
+      head,
+      r"\hline",
+      *lines,
+      r"\hline",
+      r"\end{tabular}",
+      "",
+    ]
+  )
+
+
+def _latex_cell(cell):
+  for plain, escaped in (
+    ("_", r"\_"),
+    ("%", r"\%"),
+    ("&", r"\&"),
+    ("–", "--"),
+    ("±", r"$\pm$"),
+  ):
+    cell = cell.replace(plain, escaped)
+  return cell
+
+
+def _thin(curves, plan):
+  """Only what the figures need."""
+  wanted = {*runs.KEYS, "step"}
+  for curve in plan.curves:
+    wanted |= {curve.metric, curve.floor}
+  return [{k: v for k, v in p.items() if k in wanted} for p in curves]

@@ -1,0 +1,119 @@
+"""One run of a question: its folder, and whether it is finished."""
+
+import csv
+import dataclasses
+import json
+import os
+import pathlib
+
+KEYS = ("scale", "arm", "seed", "config_digest")
+_POINTS = 100  # Of a curve, at most.
+_LAST = 0.25  # The part of training that `summary` averages over.
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A run that is wanted; its folder is <workdir>/<arm>/<seed>."""
+
+  scale: str
+  arm: str
+  seed: int
+  config_digest: str
+  folder: pathlib.Path
+
+  @property
+  def key(self) -> dict:
+    """What the run's rows begin with."""
+    return {k: getattr(self, k) for k in KEYS}
+
+  def row(self) -> dict | None:
+    """Its row of results; None if it is not finished, or of another config."""
+    try:
+      row = json.loads((self.folder / "row.json").read_text())
+    except (OSError, ValueError):
+      return None
+    return row if self.is_of(row) else None
+
+  def is_of(self, row) -> bool:
+    """Whether a row is this run's."""
+    return isinstance(row, dict) and all(
+      row.get(k) == v for k, v in self.key.items()
+    )
+
+  def finish(self, validation: dict[str, float]) -> None:
+    """Writes its row, the mark that the run is whole."""
+    row = self.key | summary(self._training(), validation)
+    temporary = self.folder / ".row.json"
+    temporary.write_text(json.dumps(row, indent=2) + "\n")
+    os.replace(temporary, self.folder / "row.json")
+
+  def curve(self) -> list[dict]:
+    """Some hundred lines of its training metrics, at most; [] without any."""
+    try:
+      lines = self._training()
+    except OSError:
+      return []
+    every = -(-len(lines) // _POINTS) or 1
+    return [
+      self.key | {k: v for k, v in line.items() if k != "split"}
+      for line in lines[::-every][::-1]  # Always the last one.
+    ]
+
+  def _training(self):
+    from moe_jax import run_directory  # Imports jax.
+
+    return run_directory.read_metrics(self.folder, "train")
+
+  def set_aside(self) -> pathlib.Path | None:
+    """Moves what lies in its folder away, beside it; returns where to."""
+    if not self.folder.exists():
+      return None
+    number = 1
+    while (to := self.folder.with_name(f"{self.seed}.aside-{number}")).exists():
+      number += 1
+    self.folder.rename(to)
+    return to
+
+
+def summary(lines: list[dict], validation: dict[str, float]) -> dict:
+  """The metrics of a row.
+
+  Args:
+    lines: of training, from `run_directory.read_metrics`.
+    validation: metrics of the validation split at the end.
+
+  Returns:
+    The validation metrics, and train/NAME: the training metrics' mean over the
+    last quarter of the steps.
+  """
+  late = [x for x in lines if x["step"] > (1 - _LAST) * lines[-1]["step"]]
+  names = [k for k in late[-1] if k not in ("step", "split")]
+  return validation | {
+    f"train/{k}": sum(x[k] for x in late) / len(late) for k in names
+  }
+
+
+def write_csv(path: pathlib.Path, rows: list[dict]) -> None:
+  """Writes rows under the union of their columns."""
+  columns = list(dict.fromkeys(k for row in rows for k in row))
+  with open(path, "w", newline="") as f:
+    writer = csv.DictWriter(f, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+def read_csv(path: pathlib.Path) -> list[dict]:
+  """What `write_csv` wrote; [] if there is no such file."""
+  if not path.exists():
+    return []
+  with open(path, newline="") as f:
+    return [_typed(row) for row in csv.DictReader(f)]
+
+
+def _typed(row):
+  whole = {"seed", "step"}
+  return {
+    k: v if k in KEYS and k != "seed" else int(v) if k in whole else float(v)
+    for k, v in row.items()
+    if v != ""  # Another arm has this metric.
+  }

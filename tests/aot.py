@@ -1,0 +1,229 @@
+"""The layer compiled for a TPU that is not there, and its collectives.
+
+Forward and gradient of the dispatcher `sorted`, with the megablox kernel and
+the real `ragged_all_to_all`, as `models.build` sets them up for such a mesh.
+Prints kind, count and bytes (of the results on one device) of all collectives.
+"""
+
+import argparse
+import collections
+import os
+import re
+import sys
+import time
+
+KINDS = (
+  "all-gather",
+  "all-reduce",
+  "all-to-all",
+  "collective-permute",
+  "ragged-all-to-all",
+  "reduce-scatter",
+)
+# Each mesh is (data, fsdp, expert, tensor) of the four devices.
+LAYOUTS = {
+  "dropless": dict(capacity_factor=None),
+  "bounded": dict(capacity_factor=1.25),
+  "buckets": dict(capacity_factor=1.25, expert_buckets=4),
+}
+LENGTH, ROWS, WIDTH, NUM_EXPERTS = 256, 8, 256, 8
+# Bytes of an element, by its name in HLO.
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s64": 8, "f64": 8}
+
+
+def main(argv=None) -> int:
+  parser = argparse.ArgumentParser(
+    prog="python -m tests.aot",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument(
+    "--topology", default="v5p:2x2x1", help="default: %(default)s"
+  )
+  parser.add_argument(
+    "--mesh",
+    default="1,1,4,1",
+    metavar="DATA,FSDP,EXPERT,TENSOR",
+    help="default: %(default)s",
+  )
+  parser.add_argument("--layout", choices=LAYOUTS, default="dropless")
+  parser.add_argument(
+    "--dtype", choices=("bfloat16", "float32"), default="bfloat16"
+  )
+  parser.add_argument(
+    "--step",
+    action="store_true",
+    help="a whole training step of a decoder instead of the layer",
+  )
+  args = parser.parse_args(argv)
+  _no_hardware()
+  sizes = tuple(int(size) for size in args.mesh.split(","))
+  mesh = topology_mesh(args.topology, sizes)
+  model = build(mesh, args.layout, args.dtype)
+  programs = step(model) if args.step else layer_programs(model, args.dtype)
+  for name, lowered in programs:
+    started = time.monotonic()
+    hlo = lowered.compile().as_text()
+    seconds = time.monotonic() - started
+    print(
+      f"{name}: {args.topology} mesh={sizes} {args.layout} {args.dtype},"
+      f" compiled in {seconds:.0f} s"
+    )
+    print(f"  tpu_custom_call: {kernels(hlo)}")
+    for kind, (count, size) in collectives(hlo).items():
+      print(f"  {kind}: {count}, {size} bytes")
+  return 0
+
+
+def _no_hardware():
+  """Set before jax is imported."""
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+  os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
+  os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+  os.environ["TPU_LOG_DIR"] = "disabled"
+
+
+def topology_mesh(topology: str, sizes):
+  from jax.experimental import topologies
+
+  from moe_jax import parallel
+
+  described = topologies.get_topology_desc(
+    platform="tpu", topology_name=topology
+  )
+  return parallel.make_mesh(sizes, described.devices)
+
+
+def build(mesh, layout: str, dtype: str):
+  """A decoder for the mesh, from a config like any other."""
+  from configs import base
+  from moe_jax import models
+
+  c = base.get_config().model
+  c.update(
+    d_model=WIDTH, num_layers=2, num_heads=2, num_kv_heads=2, dtype=dtype
+  )
+  c.moe.update(num_experts=NUM_EXPERTS, d_expert=WIDTH, **LAYOUTS[layout])
+  c.moe.dispatcher = {"name": "sorted"}
+  c.moe.balancers = {"bias": {"name": "bias", "rate": 1e-3}}
+  model = models.build(
+    c, vocab_size=256, seq_len=LENGTH, batch_sizes=(ROWS,), mesh=mesh
+  )
+  assert model.arch.recipe.checked is False, "the kernel declares no axes"
+  return model
+
+
+def layer_programs(model, dtype: str):
+  """(name, lowered) of the layer's forward pass and of its gradient."""
+  import jax
+  import jax.numpy as jnp
+
+  from moe_jax import parallel
+  from moe_jax.types import Side
+
+  mesh = model.arch.mesh
+  groups = ROWS
+  tokens, recipe = model.arch.grouping.resolve(
+    model.arch.recipe, LENGTH, train=True
+  )
+  run = parallel.sharded(recipe, mesh)
+
+  def shaped(shape, dtype, spec):
+    sharding = jax.NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+  def weights(part, *args):
+    init = lambda rng: part.init(rng, *args)  # noqa: E731
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    specs = {k: parallel.spec(part.axes[k]) for k in shapes}
+    return {k: shaped(v.shape, v.dtype, specs[k]) for k, v in shapes.items()}
+
+  by_group = jax.P(parallel.TOKENS)
+  args = (
+    {
+      "router": weights(recipe.router, WIDTH, NUM_EXPERTS),
+      "experts": weights(recipe.experts, NUM_EXPERTS, WIDTH),
+    },
+    shaped((groups, tokens, WIDTH), dtype, by_group),
+    {"bias": {"bias_E": shaped((NUM_EXPERTS,), jnp.float32, jax.P())}},
+    Side(shaped((groups, tokens), bool, by_group)),
+  )
+
+  def forward(params, x_GTD, balance, side):
+    return run(params, balance, x_GTD, side, None)[:2]
+
+  def scalar(*args):
+    y_GTD, stats = forward(*args)
+    return (y_GTD.astype(jnp.float32) ** 2).sum() + stats.z.sum()
+
+  with jax.set_mesh(mesh):
+    yield "forward", jax.jit(forward).lower(*args)
+    yield "gradient", jax.jit(jax.grad(scalar, (0, 1))).lower(*args)
+
+
+def step(model):
+  """(name, lowered) of `train.train_step` with two micro-batches."""
+  import functools
+
+  import jax
+  from flax import linen as nn
+
+  from configs import base
+  from moe_jax import optim, parallel, train
+
+  mesh = model.arch.mesh
+  optimizer = optim.build(base.get_config().optim, 100)
+  parts = dict(model=model, optimizer=optimizer)
+  init = functools.partial(
+    train.init_state, **parts, seq_len=LENGTH, batch=ROWS
+  )
+  boxed = jax.eval_shape(init, jax.random.key(0))
+  state = jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=sharding
+    ),
+    nn.unbox(boxed),
+    parallel.shardings(boxed, mesh),
+  )
+  rows = jax.NamedSharding(mesh, jax.P(None, parallel.TOKENS))
+  shape = (2, ROWS, LENGTH)
+  batch = {
+    k: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+    for k, dtype in (("inputs", int), ("targets", int), ("mask", bool))
+  }
+  with jax.set_mesh(mesh):
+    run = functools.partial(train.train_step, **parts)
+    yield "train step", jax.jit(run, donate_argnums=0).lower(state, batch)
+
+
+def kernels(hlo: str) -> int:
+  """How many Pallas kernels the program holds."""
+  return hlo.count('custom_call_target="tpu_custom_call"')
+
+
+def collectives(hlo: str) -> dict[str, tuple[int, int]]:
+  """{kind: (how many, bytes of their results)} out of compiled HLO."""
+  found = collections.defaultdict(lambda: (0, 0))
+  kinds = "|".join(sorted(KINDS, key=len, reverse=True))
+  # What starts asynchronously has its result where it is done.
+  pattern = rf"= (.+?) ({kinds})(-done)?\("
+  for result, kind, _ in re.findall(pattern, hlo):
+    count, size = found[kind]
+    found[kind] = (count + 1, size + _size(result))
+  return dict(sorted(found.items()))
+
+
+def _size(result: str) -> int:
+  """Bytes of "bf16[8,128]{1,0}" or of a tuple of such."""
+  total = 0
+  for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
+    size = _BYTES.get(dtype, 4)
+    for length in filter(None, shape.split(",")):
+      size *= int(length)
+    total += size
+  return total
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,138 @@
+"""A decoder's logits do not depend on later tokens, at tight capacity."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from configs import base
+from moe_jax import models, registry
+from moe_jax.errors import ConfigError
+from moe_jax.models import moe
+from tests import mesh_cases
+
+V, L, B, CUT = 16, 12, 4, 5
+# Router, dispatcher, order of slots, capacity factor, buckets of experts.
+CAUSAL = {
+  "einsum": ("top_k", "einsum", "token", 0.5, None),
+  "gather": ("top_k", "gather", "token", 0.5, None),
+  "sorted": ("top_k", "sorted", "token", 0.5, None),
+  "buckets": ("top_k", "sorted", "token", 0.5, 2),
+  "dropless": ("top_k", "sorted", "token", None, None),
+  "dropless-choice": ("top_k", "sorted", "choice", None, None),
+  "random-einsum": ("random", "einsum", "token", 0.5, None),
+  "random-gather": ("random", "gather", "token", 0.5, None),
+  "random-buckets": ("random", "sorted", "token", 0.5, 2),
+  "random-dropless": ("random", "sorted", "token", None, None),
+}
+LEAKING = {
+  "choice-einsum": ({}, "einsum", "choice", 0.5, None),
+  "choice-gather": ({}, "gather", "choice", 0.5, None),
+  "choice-sorted": ({}, "sorted", "choice", 0.5, None),
+  "choice-buckets": ({}, "sorted", "choice", 0.5, 2),
+  "score-einsum": ({"priority": "score"}, "einsum", "token", 0.5, None),
+  "score-gather": ({"priority": "score"}, "gather", "token", 0.5, None),
+  "score-sorted": ({"priority": "score"}, "sorted", "token", 0.5, None),
+  "score-buckets": ({"priority": "score"}, "sorted", "token", 0.5, 2),
+}
+
+
+def config(router, dispatcher, order, factor, buckets):
+  c = base.get_config()
+  c.model.update(
+    d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4
+  )
+  c.model.moe.update(
+    num_experts=4,
+    d_expert=8,
+    capacity_factor=factor,
+    expert_buckets=buckets,
+  )
+  c.model.moe.router = router
+  c.model.moe.dispatcher = {"name": dispatcher, "order": order}
+  return c.model
+
+
+def build(model):
+  return models.build(model, vocab_size=V, seq_len=L, batch_sizes=(B,))
+
+
+def changes(model, seeds):
+  """By seed: change of the logits [B, L] when tokens from CUT on change, drops."""
+  grouping = model.arch.grouping
+  shapes = nn.unbox(
+    jax.eval_shape(model.init, jax.random.key(0), np.zeros((B, L), int))
+  )
+
+  def run(variables, tokens_BL, rng):
+    rng_G = moe.keys(rng, B, L, grouping)
+    logits, aux = model.apply(variables, tokens_BL, None, rng_G, train=True)
+    return logits, aux["decoder"]["0"]["stats"].dropped
+
+  tokens_BL = np.zeros((B, L), np.int32)
+  program = jax.jit(run).lower(shapes, tokens_BL, jax.random.key(0))
+  program = program.compile(compiler_options=mesh_cases.QUICK)
+  for seed in range(seeds):
+    rng = np.random.default_rng(seed)
+    variables = jax.tree.map(
+      lambda s, rng=rng: rng.normal(size=s.shape).astype(s.dtype) / 2, shapes
+    )
+    tokens_BL = rng.integers(0, V, (B, L)).astype(np.int32)
+    other_BL = tokens_BL.copy()
+    other_BL[:, CUT:] = rng.integers(0, V, (B, L - CUT))
+    logits, dropped = program(variables, tokens_BL, jax.random.key(seed))
+    changed, _ = program(variables, other_BL, jax.random.key(seed))
+    drops = sum(int(n.sum()) for n in dropped.values())
+    yield np.asarray(abs(logits - changed).max(-1)), drops
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_the_past_does_not_see_the_future(name):
+  router, *rest = CAUSAL[name]
+  model = build(config({"name": router}, *rest))
+  for change_BL, dropped in changes(model, 3):
+    assert (dropped > 0) == ("dropless" not in name)
+    assert (change_BL[:, :CUT] == 0).all()
+    assert (change_BL[:, CUT:] > 0).any()
+
+
+@pytest.mark.parametrize("name", LEAKING)
+def test_what_leaks_is_refused(name):
+  options, *rest = LEAKING[name]
+  model = config({"name": "top_k", **options}, *rest)
+  with pytest.raises(ConfigError, match="allow_noncausal"):
+    build(model)
+  model.allow_noncausal = True
+  past = [change_BL[:, :CUT].max() for change_BL, _ in changes(build(model), 6)]
+  assert max(past) > 1e-3, "the leak is real"
+
+
+def test_one_choice_has_no_second_round():
+  model = config({"name": "top_k"}, "gather", "choice", 0.5, None)
+  model.moe.top_k = 1
+  for change_BL, dropped in changes(build(model), 3):
+    assert dropped > 0 and (change_BL[:, :CUT] == 0).all()
+
+
+def test_capacity_of_evaluation_is_checked_too():
+  model = config({"name": "top_k"}, "sorted", "choice", None, None)
+  build(model)
+  model.moe.eval_capacity_factor = 1.0
+  with pytest.raises(ConfigError, match="later tokens"):
+    build(model)
+
+
+def test_a_model_called_at_another_length_is_checked_too():
+  """Capacity of a group of whole sequences depends on their length."""
+  model = build(config({"name": "top_k"}, "gather", "token", 0.5, None))
+  recipe = dataclasses.replace(
+    model.arch.recipe,
+    dispatcher=registry.load("dispatchers", "gather", order="choice"),
+  )
+  arch = dataclasses.replace(model.arch, recipe=recipe)
+  with pytest.raises(ConfigError, match="later tokens"):
+    jax.eval_shape(
+      model.clone(arch=arch).init, jax.random.key(0), np.zeros((1, 7), int)
+    )

@@ -1,0 +1,298 @@
+"""Sweeps, and launching a small question from nothing to its report."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import experiments
+from configs import tiny
+from experiments import launch, questions, sweeps
+from moe_jax import config as config_lib
+from moe_jax import parallel, train
+from moe_jax.errors import ConfigError
+
+SWEEP = """
+from configs import tiny
+from experiments import sweeps
+
+def demo():
+  c = tiny.get_config()
+  c.data.seq_len = 16
+  c.model.d_model = 8
+  c.model.num_layers = 1
+  c.train.num_steps = 6
+  c.train.log_every = 2
+  c.optim.warmup_steps = 1
+  c.eval.batches_per_domain = 1
+  arms = sweeps.over("model.moe.balancers", {
+    "none": {}, "bias": {"b": {"name": "bias", "rate": 0.1}},
+  })
+  return sweeps.Sweep(c, arms, seeds=2)
+
+SCALES = {"demo": demo}
+"""
+PLOT = """
+from experiments.figures import Curve
+from experiments.report import Claim, Column, Plan
+
+PLAN = Plan(
+  columns=(Column("bits_per_byte"), Column("train/max_vio", "max_vio")),
+  claims=(Claim("bits_per_byte", "bias", "none"),),
+  curves=(Curve("max_vio", "MaxVio", floor="max_vio_floor"),),
+)
+"""
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+  """A question `small` of 2 arms x 2 seeds; returns (its folder, workdir)."""
+  folder = tmp_path / "questions" / "small"
+  folder.mkdir(parents=True)
+  (folder / "__init__.py").write_text('"""Is it small?"""\n')
+  (folder / "sweep.py").write_text(SWEEP)
+  (folder / "plot.py").write_text(PLOT)
+  path = [*experiments.__path__, str(folder.parent)]
+  monkeypatch.setattr(experiments, "__path__", path)
+  yield folder, tmp_path / "work"
+  for name in [m for m in sys.modules if m.startswith("experiments.small")]:
+    del sys.modules[name]
+
+
+@pytest.fixture
+def programs(monkeypatch):
+  """The configs that programs were made for. Equal ones compile once here."""
+  made, compiled = [], {}
+  program = train.Program
+
+  def counted(config):
+    made.append(config)
+    digest = sweeps.digest(config)
+    if digest not in compiled:
+      compiled[digest] = program(config)
+    return compiled[digest]
+
+  monkeypatch.setattr(train, "Program", counted)
+  # One of the devices: it compiles faster.
+  monkeypatch.setattr(parallel, "mesh_or_none", lambda sizes: None)
+  return made
+
+
+def run(capsys, workdir, *flags):
+  """Launches `small` and returns the table it printed."""
+  capsys.readouterr()
+  assert launch.main(["small", f"--workdir={workdir}", *flags]) == 0
+  out = capsys.readouterr().out
+  return out[out.index("# Is it small?") : out.index("Report:")]
+
+
+def test_a_launch(small, programs, capsys):
+  """Everything that happens to a question, in the order in which it does."""
+  folder, work = small
+  first = run(capsys, work)
+  assert len(programs) == 2, "one program for all seeds of an arm"
+  assert "none" in first and "±" in first and "bias minus none" in first
+  names = {p.name for p in (work / "report").iterdir()}
+  csvs = {"results.csv", "curves.csv"}
+  figures = {"max_vio.png", "max_vio.pdf"}
+  assert names == {"table.md", "table.tex"} | csvs | figures
+  assert (work / "report" / "table.md").read_text() in first
+  for seed in "01":
+    config = json.loads((work / "bias" / seed / "config.json").read_text())
+    assert config["seed"] == int(seed)
+  rows = [json.loads(p.read_text()) for p in sorted(work.glob("*/*/row.json"))]
+  assert len({row["bits_per_byte"] for row in rows}) == 4
+
+  # Finished runs are not run again.
+  assert run(capsys, work) == first
+  assert len(programs) == 2
+  # Fewer seeds: another table, of what is there.
+  one = run(capsys, work, "--seeds=1")
+  assert one != first and "one seed decides nothing" in one
+  assert len(programs) == 2
+
+  # Where the rows are committed, another work directory needs no runs.
+  run(capsys, work)
+  for name in csvs:
+    (folder / name).write_bytes((work / "report" / name).read_bytes())
+  assert run(capsys, work.with_name("other")) == first
+  assert len(programs) == 2
+  for name in csvs:
+    report = work.with_name("other") / "report" / name
+    assert report.read_bytes() == (folder / name).read_bytes()
+    (folder / name).unlink()
+
+  # A run that was cut short is run again, and what it left is kept.
+  cut = work / "none" / "1"
+  (cut / "row.json").unlink()
+  half = (cut / "metrics.jsonl").read_text()[:100]
+  (cut / "metrics.jsonl").write_text(half)
+  assert "0 of 2" not in listed(capsys, work)
+  assert numbers(run(capsys, work)) == numbers(first)
+  assert len(programs) == 3
+  assert (work / "none" / "1.aside-1" / "metrics.jsonl").read_text() == half
+
+  # So is one of another config.
+  row = json.loads((cut / "row.json").read_text())
+  row["config_digest"] = "of-before"
+  (cut / "row.json").write_text(json.dumps(row))
+  report = run(capsys, work, "--report")
+  assert len(programs) == 3
+  assert "Not finished, so not in it: none seed 1." in report
+  run(capsys, work, "--arm=none")
+  assert len(programs) == 4
+  assert (work / "none" / "1.aside-2" / "row.json").exists()
+
+
+def listed(capsys, work):
+  launch.main(["small", f"--workdir={work}", "--list"])
+  return capsys.readouterr().out
+
+
+def numbers(table):
+  """The table's lines, which hold no times."""
+  return [line for line in table.splitlines() if line.startswith("|")]
+
+
+def test_listing_writes_nothing(small, capsys):
+  _, work = small
+  assert "none                    0 of 2 seeds finished" in listed(capsys, work)
+  assert not work.exists()
+
+
+@pytest.mark.parametrize(
+  "flags, words",
+  [
+    (["smal"], 'did you mean "small"?'),
+    (["small", "--scale=pod"], 'no scale "pod"; it has: demo'),
+    (["small", "--arm=bios"], 'did you mean "bias"?'),
+    (["small", "--seeds=0"], "give 1 or more"),
+    (["small", "--workdir=FILE/work"], "cannot be written to"),
+    (["small", "--report"], "leave out --report"),
+  ],
+)
+def test_what_cannot_be_done(
+  small, programs, capsys, flags, words, monkeypatch
+):
+  folder, _ = small
+  monkeypatch.chdir(folder)
+  (folder / "FILE").touch()
+  with pytest.raises(SystemExit) as stopped:
+    config_lib.run(lambda: launch.main(flags))
+  assert stopped.value.code == 2
+  error = capsys.readouterr().err
+  assert error.startswith("error: ") and words in error
+  assert error.count("\n") == 1
+  assert not programs
+
+
+@pytest.mark.parametrize(
+  "overrides, words",
+  [
+    ('{"b": {"name": "bios"}}', 'there is no "bios" in balancers'),
+    ('{"b": {"name": "bias"}}', "needs the option"),
+  ],
+)
+def test_a_wrong_arm_stops_before_training(small, programs, overrides, words):
+  """Though it is the last one."""
+  folder, work = small
+  right = '{"b": {"name": "bias", "rate": 0.1}}'
+  assert right in SWEEP
+  (folder / "sweep.py").write_text(SWEEP.replace(right, overrides))
+  with pytest.raises(ConfigError, match=f"arm bias: .*{words}"):
+    launch.main(["small", f"--workdir={work}"])
+  assert not programs
+
+
+def test_every_question_is_whole():
+  for name in questions.names():
+    question = questions.load(name)
+    assert (question.folder / "README.md").exists()
+    for scale in question.scales:
+      sweep = question.sweep(scale)
+      arms = sweep.configs()
+      assert len({sweeps.digest(c) for c in arms.values()}) == len(arms)
+      for claim in question.plan.claims:
+        assert {claim.arm, claim.than} <= set(arms)
+
+
+def test_without_a_question():
+  done = subprocess.run(
+    [sys.executable, "-m", "experiments.launch"], capture_output=True, text=True
+  )
+  assert done.returncode == 2
+  assert "QUESTION" in done.stderr
+
+
+def test_sweep_algebra():
+  k = sweeps.over("model.moe.top_k", {"k1": 1, "k2": 2})
+  rate = sweeps.over("optim.learning_rate", {"slow": 1e-3, "fast": 1e-2})
+  both = sweeps.product(k, rate)
+  assert list(both) == ["k1-slow", "k1-fast", "k2-slow", "k2-fast"]
+  assert both["k2-slow"] == {"model.moe.top_k": 2, "optim.learning_rate": 1e-3}
+  assert list(sweeps.zipped(k, rate)) == ["k1-slow", "k2-fast"]
+  assert sweeps.zipped(k, rate)["k2-fast"] == both["k2-fast"]
+  assert list(sweeps.chain(k, rate)) == ["k1", "k2", "slow", "fast"]
+  with pytest.raises(ConfigError, match='two arms are called "k1"'):
+    sweeps.chain(k, k)
+  with pytest.raises(ConfigError, match="model.moe.top_k twice"):
+    sweeps.product(k, k)
+  with pytest.raises(ConfigError, match="cannot be zipped"):
+    sweeps.zipped(k, {"one": {}})
+
+
+def test_overrides():
+  base = tiny.get_config()
+  new = sweeps.apply(
+    base,
+    {
+      "model.moe.tokens_per_group": 32,
+      "model.moe.balancers": {"b": {"name": "bias", "rate": 0.1}},
+      "data.dir": "a 'quoted' folder",
+      "mesh": (1, 2, 1, 1),
+    },
+  )
+  assert new.model.moe.tokens_per_group == 32
+  assert new.model.moe.balancers.b.rate == 0.1
+  assert new.data.dir == "a 'quoted' folder"
+  assert new.mesh == (1, 2, 1, 1)
+  assert base.model.moe.tokens_per_group == "sequence"
+  assert base.data.dir is None
+  with pytest.raises(ConfigError, match='did you mean "top_k"?'):
+    sweeps.apply(base, {"model.moe.topk": 1})
+  with pytest.raises(ConfigError, match="of type str"):
+    sweeps.apply(base, {"model.moe.top_k": "two"})
+
+
+def leaves(section, prefix=""):
+  for key, value in section.items():
+    if hasattr(value, "items"):
+      yield from leaves(value, f"{prefix}{key}.")
+    else:
+      yield f"{prefix}{key}", value
+
+
+CHANGED = {str: "other", int: 12345, float: 0.12345, tuple: ("x",)}
+
+
+@pytest.mark.parametrize("key, value", list(leaves(tiny.get_config())))
+def test_the_digest_changes_with_everything_but_the_seed(key, value):
+  base = tiny.get_config()
+  new = not value if isinstance(value, bool) else CHANGED.get(type(value))
+  if value is None:
+    new = {"str": "x", "int": 3, "float": 0.5}[placeholder_type(base, key)]
+  changed = sweeps.apply(base, {key: new})
+  same = sweeps.digest(changed) == sweeps.digest(base)
+  assert same == (key == "seed")
+
+
+def placeholder_type(config, key):
+  *sections, last = key.split(".")
+  for section in sections:
+    config = config[section]
+  return config.get_type(last).__name__
+
+
+def test_the_digest_is_of_the_values_alone():
+  assert sweeps.digest(tiny.get_config()) == sweeps.digest(tiny.get_config())

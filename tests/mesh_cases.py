@@ -1,0 +1,439 @@
+"""Whole training steps on a mesh and without one, and how they compare.
+
+`parallel_test` runs a covering set of these cases, `mesh_product` all of them.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+
+from configs import base
+from moe_jax import models, optim, parallel, train
+from moe_jax.models import moe
+from moe_jax.types import Router, Stats
+
+# (data, fsdp, expert, tensor).
+MESHES = (
+  (1, 1, 1, 1),
+  (2, 1, 4, 1),
+  (1, 2, 2, 2),
+  (1, 1, 8, 1),
+  (8, 1, 1, 1),
+)
+SCOPES = ("sequence", "group", "micro_batch", "global_batch")
+# How rows are laid out and bounded. Buckets of experts divide over expert = 8.
+LAYOUTS = {
+  "einsum": ("einsum", "token", 1.0, None),
+  "gather": ("gather", "token", 1.0, None),
+  "sorted": ("sorted", "token", 1.0, None),
+  "buckets": ("sorted", "token", 0.75, 8),
+  "dropless": ("sorted", "token", None, None),
+  "choice": ("gather", "choice", 1.0, None),
+}
+# Bounds on the distance of a leaf over its norm.
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
+V, L, E = 32, 8, 16
+BIAS_RATE, Z_COEFFICIENT = 1e-2, 1e-2
+# These programs run once: most of their time is compiling.
+QUICK = {
+  "xla_backend_optimization_level": 0,
+  "xla_llvm_disable_expensive_passes": True,
+  "xla_cpu_use_fusion_emitters": False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One training step. Everything but the mesh, on which nothing may depend.
+
+  layout: key of LAYOUTS.
+  scopes: of the switch losses; the second scope of SCOPES has twice the
+    coefficient of the first, and so on.
+  z_loss: whether there is one.
+  tokens_per_group: "sequence", 2 * L (two sequences) or L // 2 (half a one).
+  router: options of the router top_k.
+  prefix, pattern, repeats: kinds of the layers.
+  remat: "none" or "block".
+  shared: number of shared experts.
+  use_bias: a bias after each matrix of the experts.
+  rule: of the selection bias, which starts away from zero.
+  skew: how strongly the router prefers a few experts.
+  padding: rows of different lengths, one of them empty.
+  accumulation: micro-batches.
+  dtype: of parameters and activations.
+  """
+
+  layout: str
+  scopes: tuple[str, ...] = ("micro_batch",)
+  z_loss: bool = True
+  tokens_per_group: int | str = "sequence"
+  router: tuple[tuple[str, object], ...] = (("renormalize", True),)
+  prefix: tuple[str, ...] = ()
+  pattern: tuple[str, ...] = ("moe",)
+  repeats: int = 2
+  remat: str = "block"
+  activation: str = "swiglu"
+  shared: int = 0
+  use_bias: bool = False
+  rule: str = "sign"
+  skew: float = 1.0
+  padding: bool = True
+  accumulation: int = 2
+  dtype: str = "float64"
+  seed: int = 0
+
+  def __str__(self):
+    group = str(self.tokens_per_group)
+    layers = "+".join((*self.prefix, *self.pattern * self.repeats))
+    options = ",".join(f"{k}={v}" for k, v in self.router)
+    return (
+      f"{self.dtype} {self.layout} {','.join(self.scopes)} group={group}"
+      f" {layers} remat={self.remat} shared={self.shared}"
+      f" bias={self.use_bias} {options}"
+    )
+
+
+# What varies besides the layout and the scope, one set per number.
+VARIATIONS = (
+  dict(prefix=("dense",), shared=1, use_bias=True),
+  dict(
+    tokens_per_group=2 * L,
+    router=(("score", "sigmoid"), ("scale", 2.5)),
+    skew=3.0,
+    rule="proportional",
+  ),
+  dict(
+    tokens_per_group=L // 2,
+    router=(("jitter", 0.1), ("noise", 0.3)),
+    pattern=("dense", "moe"),
+    repeats=1,
+    use_bias=True,
+    activation="gelu",
+  ),
+  dict(
+    router=(
+      ("score_before_top_k", False),
+      ("apply_to", "input"),
+      ("noise", 0.5),
+    ),
+    skew=5.0,
+    shared=2,
+    pattern=("moe", "dense"),
+    activation="geglu",
+  ),
+)
+
+
+def product(dtypes=("float64", "float32")):
+  """All layouts x scopes, the other settings in turn; float32 once a layout."""
+  cases = []
+  for i, layout in enumerate(LAYOUTS):
+    for j, scope in enumerate(SCOPES):
+      settings = VARIATIONS[(i + j) % len(VARIATIONS)]
+      for dtype in dtypes:
+        if dtype == "float32" and j != i % len(SCOPES):
+          continue
+        cases.append(Case(layout, (scope,), dtype=dtype, seed=i, **settings))
+  return cases
+
+
+def coefficient(scope: str) -> float:
+  """What the switch loss of a scope is multiplied by."""
+  return 0.1 * (1 + SCOPES.index(scope))
+
+
+def micro_rows(case: Case) -> int:
+  """Enough for each of 8 token shards to have a whole group."""
+  return 16 if case.tokens_per_group == 2 * L else 8
+
+
+def config(case: Case):
+  """The config of a case."""
+  c = base.get_config()
+  dispatcher, order, factor, buckets = LAYOUTS[case.layout]
+  c.model.update(
+    d_model=16,
+    num_layers=len(case.prefix) + len(case.pattern) * case.repeats,
+    prefix=case.prefix,
+    pattern=case.pattern,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=4,
+    d_ff=16,
+    remat=case.remat,
+    dtype=case.dtype,
+    allow_noncausal=order == "choice",
+  )
+  m = c.model.moe
+  if factor is not None and case.tokens_per_group == L // 2:
+    factor *= 2  # Else there is less than one slot.
+  m.update(
+    num_experts=E,
+    d_expert=8,
+    num_shared_experts=case.shared,
+    activation=case.activation,
+    use_bias=case.use_bias,
+    capacity_factor=factor,
+    expert_buckets=buckets,
+    tokens_per_group=case.tokens_per_group,
+  )
+  m.router = {"name": "top_k", **dict(case.router)}
+  m.dispatcher = {"name": dispatcher, "order": order}
+  m.balancers = {
+    "bias": {"name": "bias", "rate": BIAS_RATE, "rule": case.rule},
+  }
+  if case.z_loss:
+    m.balancers["z"] = {"name": "z_loss", "coefficient": Z_COEFFICIENT}
+  for scope in case.scopes:
+    m.balancers[f"switch_{scope}"] = {
+      "name": "switch",
+      "coefficient": coefficient(scope),
+      "scope": scope,
+    }
+  c.optim.update(
+    name="sgd", learning_rate=0.1, schedule="constant", warmup_steps=0
+  )
+  return c
+
+
+def build(case: Case, mesh):
+  """The model of a case, which reports margins, and its optimizer."""
+  c = config(case)
+  model = models.build(
+    c.model,
+    vocab_size=V,
+    seq_len=L,
+    batch_sizes=(micro_rows(case),),
+    mesh=mesh,
+  )
+  recipe = model.arch.recipe
+  assert recipe.checked is True
+  recipe = dataclasses.replace(recipe, router=watched(recipe.router))
+  arch = dataclasses.replace(model.arch, recipe=recipe)
+  return model.clone(arch=arch), recording(optim.build(c.optim, 10))
+
+
+@functools.cache
+def watched(router: Router) -> Router:
+  """A router that reports the smallest distance to another choice."""
+
+  def route(params, x_TD, *, select, side, **kwargs):
+    seen = []
+
+    def selected(score_TE):
+      seen.append(select(score_TE))
+      return seen[-1]
+
+    routing = router.route(params, x_TD, select=selected, side=side, **kwargs)
+    best_TE = -jnp.sort(-jax.lax.stop_gradient(seen[0]), axis=-1)
+    gap_TK = -jnp.diff(best_TE[:, : router.top_k + 1], axis=-1)
+    gap = jnp.where(side.mask_T[:, None], gap_TK, jnp.inf).min()
+    return routing.replace(extra={"margin": gap})
+
+  return dataclasses.replace(router, route=route)
+
+
+def recording(optimizer):
+  """The same optimizer, whose state also holds the gradient it was given."""
+
+  def update(gradient, state, params):
+    updates, inner = optimizer.update(gradient, state[1], params)
+    return updates, (gradient, inner)
+
+  init = lambda params: (params, optimizer.init(params))  # noqa: E731
+  return optax.GradientTransformation(init, update)
+
+
+def draw_state(case: Case, boxed):
+  """A TrainState of random numbers: biases and balancers are not zero."""
+  rng = np.random.default_rng(case.seed)
+
+  def leaf(path, shape):
+    names = [getattr(p, "key", getattr(p, "name", "")) for p in path]
+    if names[0] == "rng":
+      return jax.random.key(case.seed)
+    if names[0] not in ("params", "balance"):
+      return np.zeros(shape.shape, shape.dtype)
+    value = rng.normal(size=shape.shape)
+    if names[-1] == "scale":
+      value = 1 + value / 4
+    elif names[-1] == "bias_E":
+      value /= 20
+    elif names[-1].endswith("_bias"):
+      value /= 4
+    elif "router" in names:
+      towards = np.linspace(-1, 1, shape.shape[-1])
+      value = (value + case.skew * towards) / shape.shape[-2] ** 0.5
+    else:
+      value /= 3
+    return value.astype(case.dtype)
+
+  state = jax.tree_util.tree_map_with_path(leaf, nn.unbox(boxed))
+  return state
+
+
+def initial_state(case: Case):
+  """What `measure` starts from."""
+  with jax.enable_x64(case.dtype == "float64"):
+    return draw_state(case, _program(case, None)[0])
+
+
+def draw_batch(case: Case):
+  """Random tokens [A, rows, L], rows of different lengths."""
+  rng = np.random.default_rng(100 + case.seed)
+  shape = (case.accumulation, micro_rows(case), L)
+  mask = np.ones(shape, bool)
+  if case.padding:
+    length = rng.integers(1, L + 1, shape[:2])
+    length[0, 1] = 0
+    length[:, 0] = L
+    mask = np.arange(L) < length[..., None]
+  return {
+    "inputs": rng.integers(0, V, shape).astype(np.int32),
+    "targets": rng.integers(0, V, shape).astype(np.int32),
+    "mask": mask,
+  }
+
+
+def measure(case: Case, sizes, *, state=None, batch=None):
+  """Everything that must not depend on the mesh, as numpy arrays.
+
+  Args:
+    case: what to run.
+    sizes: of the mesh; None: no mesh.
+    state, batch: other than `draw_state` and `draw_batch` make.
+
+  Returns:
+    {"logits", "stats" of every group of the first micro-batch, "gradient",
+    "params" and "balance" after one step of SGD, "sums" of the step}, and the
+    smallest margin of a choice.
+  """
+  with jax.enable_x64(case.dtype == "float64"):
+    boxed, run = _program(case, sizes)
+    state = draw_state(case, boxed) if state is None else state
+    batch = draw_batch(case) if batch is None else batch
+    if sizes is not None:
+      mesh = make_mesh(sizes)
+      state = jax.device_put(state, parallel.shardings(boxed, mesh))
+      tokens = jax.NamedSharding(mesh, jax.P(None, parallel.TOKENS))
+      batch = jax.device_put(batch, tokens)
+    found = jax.device_get(run(state, batch))
+  return found, take_margin(found)
+
+
+@functools.lru_cache(maxsize=2)
+def _program(case, sizes):
+  """The boxed state's shapes, and a function that compiles when called."""
+  mesh = None if sizes is None else make_mesh(sizes)
+  model, optimizer = build(case, mesh)
+  init = functools.partial(
+    train.init_state,
+    model=model,
+    optimizer=optimizer,
+    seq_len=L,
+    batch=micro_rows(case),
+  )
+  boxed = jax.eval_shape(init, jax.random.key(0))
+  step = jax.jit(functools.partial(_everything, model, optimizer))
+  compiled = {}
+
+  def run(state, batch):
+    shape = batch["inputs"].shape
+    if shape not in compiled:
+      lowered = step.lower(state, batch)
+      compiled[shape] = lowered.compile(compiler_options=QUICK)
+    return compiled[shape](state, batch)
+
+  return boxed, run
+
+
+def make_mesh(sizes):
+  return parallel.make_mesh(sizes, jax.devices()[: np.prod(sizes)])
+
+
+def _everything(model, optimizer, state, batch):
+  new, sums = train.train_step(state, batch, model=model, optimizer=optimizer)
+  _, rows, length = batch["inputs"].shape
+  # The first micro-batch once more, now with its outputs.
+  rng_G = moe.keys(
+    jax.random.fold_in(state.rng, state.step),
+    rows,
+    length,
+    model.arch.grouping,
+  )
+  logits, aux = model.apply(
+    {"params": state.params, "balance": state.balance},
+    batch["inputs"][0],
+    batch["mask"][0],
+    rng_G,
+    train=True,
+  )
+  return {
+    "logits": logits,
+    "stats": aux,
+    "gradient": new.opt_state[0],
+    "params": new.params,
+    "balance": new.balance,
+    "sums": sums,
+  }
+
+
+def take_margin(found) -> float:
+  """The smallest distance of a chosen expert to the next; taken out of extra."""
+  is_stats = lambda x: isinstance(x, Stats)  # noqa: E731
+  margins = []
+  for tree in (found["stats"], found["sums"]["stats"]):
+    for stats in jax.tree.leaves(tree, is_leaf=is_stats):
+      margins.append(stats.extra.pop("margin").min())
+  return float(min(margins))
+
+
+def dropped(found) -> int:
+  """Assignments of the step without a slot."""
+  causes = jax.tree.leaves(
+    [
+      entry.dropped
+      for positions in found["sums"]["stats"].values()
+      for entry in positions.values()
+    ]
+  )
+  return int(sum(c.sum() for c in causes))
+
+
+def worst(found, expected) -> tuple[float, str]:
+  """The largest distance of a leaf over its norm, and the leaf's name.
+
+  Integers count as infinitely far unless they are equal.
+  """
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  leaves = jax.tree_util.tree_leaves_with_path(found)
+  return max(
+    _distance(path, a, b)
+    for (path, a), b in zip(leaves, jax.tree.leaves(expected))
+  )
+
+
+def _distance(path, a, b):
+  name, a, b = jax.tree_util.keystr(path), np.asarray(a), np.asarray(b)
+  assert a.dtype == b.dtype and a.shape == b.shape, name
+  if not np.issubdtype(a.dtype, np.floating):
+    return 0.0 if np.array_equal(a, b) else np.inf, name
+  if not (np.isfinite(a).all() and np.isfinite(b).all()):
+    return np.inf, name
+  a, b = np.float64(a), np.float64(b)
+  norm = np.linalg.norm(b)
+  return float(np.linalg.norm(a - b) / (norm if norm else 1.0)), name
+
+
+def check(case: Case, found, expected) -> tuple[float, str]:
+  """`worst` of two measurements of a case that decides something."""
+  (found, _), (expected, margin) = found, expected
+  tie = {"float64": 1e-6, "float32": 2e-5}[case.dtype]
+  assert margin > tie, f"a tie: {margin}; change the seed of {case}"
+  assert (dropped(expected) > 0) == (case.layout != "dropless")
+  return worst(found, expected)

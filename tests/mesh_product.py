@@ -1,0 +1,60 @@
+"""Every layout, scope and kind of group on every mesh, against no mesh.
+
+A line per case and mesh with its worst leaf, then "N passed, M failed".
+"""
+
+import argparse
+import os
+import sys
+import time
+
+
+def main(argv=None) -> int:
+  parser = argparse.ArgumentParser(
+    prog="python -m tests.mesh_product",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument(
+    "--only", default="", metavar="TEXT", help="cases that contain this text"
+  )
+  parser.add_argument(
+    "--dtype", choices=("float64", "float32"), help="one instead of both"
+  )
+  args = parser.parse_args(argv)
+  _eight_devices()
+  from tests import mesh_cases
+
+  passed = failed = 0
+  dtypes = (args.dtype,) if args.dtype else ("float64", "float32")
+  for case in mesh_cases.product(dtypes):
+    if args.only not in str(case):
+      continue
+    expected = mesh_cases.measure(case, None)
+    for sizes in mesh_cases.MESHES:
+      started = time.monotonic()
+      found = mesh_cases.measure(case, sizes)
+      distance, leaf = mesh_cases.check(case, found, expected)
+      good = distance <= mesh_cases.TOLERANCE[case.dtype]
+      passed, failed = passed + good, failed + (not good)
+      print(
+        f"{'ok    ' if good else 'FAILED'} {sizes} {distance:.1e} {leaf}"
+        f" | {case} ({time.monotonic() - started:.0f} s)",
+        flush=True,
+      )
+  print(f"{passed} passed, {failed} failed")
+  return 1 if failed or not passed else 0
+
+
+def _eight_devices():
+  """What conftest.py does for tests; jax reads it when it is imported."""
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+  flags = os.environ.get("XLA_FLAGS", "")
+  os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
+  # XLA's advice on how to shard a model of 16 columns.
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,199 @@
+"""Metrics by their definitions, against the oracle where it has them."""
+
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import metrics
+from moe_jax.models import transformer
+from moe_jax.types import Mean, Stats
+from tests import oracle
+
+R, G, S, E, K = 2, 3, 2, 6, 2
+
+
+def draw(seed, dead=None) -> Stats:
+  """Stats [R, G, S, ...] of 10 tokens a sequence."""
+  rng = np.random.default_rng(seed)
+  tokens, whole = np.full((R, G, S), 10), (R, G, S)
+  p = np.ones(E) if dead is None else np.arange(E) != dead
+  count = rng.multinomial(K * 10, p / p.sum(), whole)
+  prob = rng.dirichlet(np.ones(E), whole) * 10
+  dropped = rng.integers(0, 3, whole)
+  return Stats(
+    tokens=tokens,
+    count_E=count,
+    first_choice_E=count // 2,
+    prob_E=prob,
+    weight_E=prob,
+    kept_E=count,
+    dropped={
+      "capacity": dropped,
+      "buffer": np.zeros(whole, int),
+      "unrouted": 2 * dropped,
+    },
+    z=rng.random(whole),
+    entropy=rng.random(whole),
+    confidence=rng.random(whole),
+    extra={"mine": rng.random((R, G))},
+  )
+
+
+def segments(prefix, pattern, num_layers):
+  shape = types.SimpleNamespace(
+    prefix=prefix, pattern=pattern, num_layers=num_layers
+  )
+  return transformer.Architecture.segments.fget(shape)
+
+
+def layers_of(stats, pattern=("moe",), prefix=()):
+  tree = {"decoder": {"0": metrics.sum_groups(stats)}}
+  shape = segments(prefix, pattern, len(prefix) + R * len(pattern))
+  return metrics.by_layer(tree, shape)
+
+
+def test_sums_over_groups_keep_two_axes():
+  stats = draw(0)
+  total = metrics.sum_groups(stats)
+  assert total.count_E.shape == (R, 1, 1, E)
+  assert total.extra["mine"].shape == (R, 1)
+  np.testing.assert_array_equal(
+    total.count_E[:, 0, 0], stats.count_E.sum((1, 2))
+  )
+  np.testing.assert_allclose(
+    total.extra["mine"][1, 0], stats.extra["mine"][1].sum()
+  )
+
+
+def test_routing_metrics_by_definition():
+  stats = draw(1, dead=4)
+  found = metrics.divide(metrics.routing(layers_of(stats), K))
+  count_RE = stats.count_E.sum((1, 2))
+  prob_RE = stats.prob_E.sum((1, 2))
+  tokens = stats.tokens.sum()
+  for name, one in (
+    ("max_vio", oracle.max_vio),
+    ("min_vio", oracle.min_vio),
+    ("load_cv", oracle.load_cv),
+  ):
+    want = np.mean([one(c) for c in count_RE])
+    assert found[name] == pytest.approx(want, rel=1e-12)
+  for r in range(R):
+    want = oracle.max_vio(count_RE[r])
+    assert found[f"max_vio/{r:02d}"] == pytest.approx(want, rel=1e-12)
+  want = [
+    oracle.switch_loss(c, p, tokens // R) for c, p in zip(count_RE, prob_RE)
+  ]
+  assert found["balance_loss"] == pytest.approx(np.mean(want), rel=1e-12)
+  assert found["dead_experts"] == 1
+  for name, value in (
+    ("z_loss", stats.z),
+    ("router_entropy", stats.entropy),
+    ("router_confidence", stats.confidence),
+  ):
+    assert found[name] == pytest.approx(value.sum() / tokens, rel=1e-12)
+  assert found["dropped/buffer"] == 0
+  for name, n in stats.dropped.items():
+    want = n.sum() / (tokens * K)
+    assert found[f"dropped/{name}"] == pytest.approx(want, rel=1e-12)
+  want = sum(n.sum() for n in stats.dropped.values()) / (tokens * K)
+  assert found["dropped"] == pytest.approx(want, rel=1e-12)
+
+
+def test_extremes():
+  assert metrics.max_vio([4, 4, 4, 4]) == metrics.min_vio([4, 4, 4, 4]) == 0
+  assert metrics.max_vio([8, 0, 0, 0]) == 3
+  assert metrics.min_vio([8, 0, 0, 0]) == 1
+  assert metrics.max_vio([0, 0]) == metrics.load_cv([0, 0]) == 0
+  assert metrics.balance_loss([2, 2], [1.0, 1.0]) == pytest.approx(1, abs=1e-12)
+  assert metrics.balance_loss([4, 0], [2.0, 0.0]) == pytest.approx(2)
+  assert metrics.balance_loss([0, 0], [0.0, 0.0]) == 0
+  assert metrics.routing({}, K) == {}
+
+
+def test_layers_are_named_by_their_number():
+  tree = {
+    "prefix": {"1": {"x": np.array([[10]])}},
+    "decoder": {
+      "0": {"x": np.array([[20], [50]])},
+      "2": {"x": np.array([[40], [70]])},
+    },
+  }
+  shape = segments(("dense", "moe"), ("moe", "dense", "moe"), 8)
+  found = metrics.by_layer(tree, shape)
+  assert list(found) == ["01", "02", "04", "05", "07"]
+  assert [int(v["x"][0]) for v in found.values()] == [10, 20, 40, 50, 70]
+
+
+def test_several_steps_are_divided_once():
+  """A mean over tokens, not a mean of means."""
+  many, few = draw(2), draw(3)
+  few = few.replace(tokens=few.tokens // 10, z=few.z / 7)
+  steps = [metrics.routing(layers_of(s), K) for s in (many, few)]
+  found = metrics.divide(metrics.add_up(steps))
+  want = (many.z.sum() + few.z.sum()) / (many.tokens.sum() + few.tokens.sum())
+  assert found["z_loss"] == pytest.approx(want, rel=1e-12)
+  # A step's MaxVio is no mean over tokens: every step counts the same.
+  each = [metrics.divide(s)["max_vio"] for s in steps]
+  assert found["max_vio"] == pytest.approx(np.mean(each), rel=1e-12)
+  assert metrics.divide({"nothing": Mean(0.0, 0.0)}) == {"nothing": 0.0}
+
+
+def test_bias_range():
+  balance = {
+    "decoder": {
+      "0": {"moe": {"bias": {"bias_E": np.array([[0.0, 1, 3], [0, 0, 0]])}}},
+      "1": {"moe": {"mine": {"bias_E": np.array([[1.0, -1, 0], [2, 2, 3]])}}},
+    }
+  }
+  found = metrics.divide({"bias_range": metrics.bias_range(balance)})
+  assert found["bias_range"] == (3 + 0 + 2 + 1) / 4
+  assert metrics.bias_range({}) == Mean(0.0, 1.0)
+
+
+def simulated_floor(tokens, num_experts, top_k, trials):
+  """Mean MaxVio and its standard error, by drawing without replacement."""
+  rng = np.random.default_rng(99)
+  found = []
+  for _ in range(trials):
+    order = rng.permuted(
+      np.broadcast_to(np.arange(num_experts), (tokens, num_experts)), axis=1
+    )
+    counts = np.bincount(order[:, :top_k].ravel(), minlength=num_experts)
+    found.append(oracle.max_vio(counts))
+  return np.mean(found), np.std(found) / np.sqrt(trials)
+
+
+# Tokens, experts, choices; the last two are beyond the exact simulation.
+@pytest.mark.parametrize(
+  "tokens,num_experts,top_k",
+  [(64, 4, 1), (500, 8, 2), (300, 64, 6), (40_000, 8, 2), (9_000, 64, 6)],
+)
+def test_floor_of_a_random_router(tokens, num_experts, top_k):
+  found = metrics.max_vio_floor(tokens, num_experts, top_k)
+  want, error = simulated_floor(tokens, num_experts, top_k, 200)
+  assert abs(found - want) < 4 * error * np.sqrt(1 + 200 / 64)
+  assert found > 0
+
+
+def test_both_ways_to_the_floor_agree():
+  """Just below and above the number of tokens where the way changes."""
+  tokens = int(2e7 / 64 / 16)
+  exact = metrics.max_vio_floor(tokens, 16, 2)
+  normal = metrics.max_vio_floor(tokens + 1, 16, 2)
+  assert exact == pytest.approx(normal, rel=0.1)
+
+
+def test_floor_shrinks_with_tokens():
+  few, many = (metrics.max_vio_floor(n, 8, 2) for n in (1000, 100_000))
+  assert few / many == pytest.approx(10, rel=0.15)
+  assert metrics.max_vio_floor(100, 4, 4) == 0
+  assert metrics.max_vio_floor(0, 4, 2) == 0
+
+
+def test_bytes_are_no_ends_of_documents():
+  targets = jnp.array([[1, 255, 256], [256, 3, 4]])
+  mask = jnp.array([[True, True, True], [True, True, False]])
+  assert metrics.byte_tokens(targets, mask) == 3

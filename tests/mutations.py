@@ -1,0 +1,379 @@
+"""Faults put into a copy of the package, one at a time: do the tests notice?
+
+For each fault it runs the tests named beside it and prints "caught" and the
+failure if one of them failed, else "MISSED"; the last line is "N passed, M
+failed".
+"""
+
+import argparse
+import concurrent.futures
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+COPIED = ("moe_jax", "tests", "configs", "setup.cfg")
+# Compiling takes most of the time, and what is compiled runs once.
+QUICK = (
+  "--xla_backend_optimization_level=0"
+  " --xla_llvm_disable_expensive_passes=true"
+  " --xla_cpu_use_fusion_emitters=false"
+)
+
+
+class Fault(NamedTuple):
+  """Replaces `old`, found exactly once in moe_jax/`file`, by `new`."""
+
+  name: str
+  file: str
+  old: str
+  new: str
+  tests: str
+
+
+ORACLE = "layer_test.py::test_second_expert_against_the_oracle"
+STEP = "train_test.py::test_a_step_is_its_pieces"
+BALANCE = "parallel_test.py::test_balance_of_a_step"
+SLOTTED = "parallel_test.py::test_layer_on_a_mesh[gather-True]"
+RAGGED = "parallel_test.py::test_layer_on_a_mesh[sorted-True]"
+NOISE = "train_test.py::test_noise_differs_by_layer_group_and_step"
+REMAT = "remat_test.py::test_a_recompute_does_not_choose[gather-None]"
+
+FAULTS = (
+  # The router.
+  Fault(
+    "weights are not normalised",
+    "routers/top_k.py",
+    "weight_TK = shares_TK if renormalize else chosen_TK",
+    "weight_TK = chosen_TK",
+    ORACLE,
+  ),
+  Fault(
+    "the bias enters the weights",
+    "routers/top_k.py",
+    "chosen_TK = jnp.take_along_axis(score_TE, expert_TK, axis=-1)",
+    "chosen_TK = jnp.take_along_axis(select(score_TE), expert_TK, axis=-1)",
+    "layer_test.py::test_bias_chooses_and_does_not_weigh",
+  ),
+  Fault(
+    "weights are chosen again, not read at the saved index",
+    "routers/top_k.py",
+    "chosen_TK = jnp.take_along_axis(logits_TE, expert_TK, axis=-1)",
+    "chosen_TK = jax.lax.top_k(logits_TE, top_k)[0]",
+    REMAT,
+  ),
+  Fault(
+    "padding takes slots",
+    "routers/top_k.py",
+    "valid_TK = jnp.broadcast_to(side.mask_T[:, None], expert_TK.shape)",
+    "valid_TK = jnp.ones(expert_TK.shape, bool)",
+    ORACLE,
+  ),
+  # Slots.
+  Fault(
+    "one slot too many",
+    "dispatchers/__init__.py",
+    "kept_TK &= slot_TK < bound.slots",
+    "kept_TK &= slot_TK <= bound.slots",
+    "slots_test.py::test_assign",
+  ),
+  Fault(
+    "choice-major slots where token-major ones are asked for",
+    "slots.py",
+    '(turn_TK if order == "token" else turn_TK.T)',
+    '(turn_TK if order == "choice" else turn_TK.T)',
+    "slots_test.py::test_rank",
+  ),
+  Fault(
+    "the lowest priority goes first",
+    "slots.py",
+    '"token": (choice, token, -priority_TK)',
+    '"token": (choice, token, priority_TK)',
+    "slots_test.py::test_rank",
+  ),
+  Fault(
+    "the gradient of a gather forgets the second choice",
+    "dispatchers/__init__.py",
+    "choices = range(inverse_NK.shape[1])",
+    "choices = range(1)",
+    "layer_test.py::test_gradient[tight-gather-float64]",
+  ),
+  # Statistics.
+  Fault(
+    "padding is counted",
+    "layer.py",
+    "    value = jnp.where(_like(mask_GT, value), value, 0)\n",
+    "",
+    ORACLE,
+  ),
+  Fault(
+    "the z-loss is not squared",
+    "layer.py",
+    "z = jax.nn.logsumexp(logits_GTE, axis=-1) ** 2",
+    "z = jax.nn.logsumexp(logits_GTE, axis=-1)",
+    ORACLE,
+  ),
+  Fault(
+    "statistics of a group's sequences are merged",
+    "layer.py",
+    "    return value.reshape(shape).sum(2, dtype=value.dtype)",
+    "    total = value.reshape(shape).sum(2, dtype=value.dtype)\n"
+    "    return jnp.broadcast_to(total.sum(1, keepdims=True), total.shape)",
+    ORACLE,
+  ),
+  Fault(
+    "a full bucket is reported as a full expert",
+    "layer.py",
+    "    recipe.bound is None or recipe.bound.expert_buckets =="
+    " recipe.num_experts",
+    "    True",
+    "layer_test.py::test_batch_prioritized_routing[sorted-token-bound2]",
+  ),
+  Fault(
+    "max_vio is divided by the largest load",
+    "metrics.py",
+    "(np.max(count_E) - mean) / mean)",
+    "(np.max(count_E) - mean) / np.max(count_E))",
+    "metrics_test.py::test_routing_metrics_by_definition",
+  ),
+  # Balancers.
+  Fault(
+    "the balance loss lacks its factor E",
+    "balancers/switch.py",
+    "return prob_E.shape[-1] * (f_E",
+    "return (f_E",
+    "contracts_test.py::test_balancer_uniform",
+  ),
+  Fault(
+    "f is not divided by the sum of the counts",
+    "balancers/switch.py",
+    "f_E = count_E / jnp.maximum(count_E.sum(-1, keepdims=True), 1)",
+    "f_E = count_E / 1",
+    "contracts_test.py::test_balancer_uniform",
+  ),
+  Fault(
+    "global_batch forgets the micro-batches before",
+    "balancers/switch.py",
+    "count = count + so_far_E",
+    "count = count + 0 * so_far_E",
+    BALANCE,
+  ),
+  Fault(
+    "the scope sequence is a group",
+    "balancers/switch.py",
+    'elif scope == "group":',
+    'elif scope in ("group", "sequence"):',
+    BALANCE,
+  ),
+  Fault(
+    "the bias moves the wrong way",
+    "balancers/bias.py",
+    "error_E = load_E.mean() - load_E",
+    "error_E = load_E - load_E.mean()",
+    "balancing_test.py::test_rules_by_hand",
+  ),
+  # The training step.
+  Fault(
+    "the counts are those of the last micro-batch",
+    "train.py",
+    "return jax.tree.map(jnp.add, (grads, sums), (new_grads, new_sums)), None",
+    "return (jax.tree.map(jnp.add, grads, new_grads), new_sums), None",
+    STEP,
+  ),
+  Fault(
+    "balance losses are not averaged over micro-batches",
+    "train.py",
+    "    balance /= accumulation\n",
+    "",
+    STEP,
+  ),
+  Fault(
+    "the loss is a mean of means",
+    "train.py",
+    "return loss.total / step_tokens + balance, sums",
+    "return loss.value() / accumulation + balance, sums",
+    STEP,
+  ),
+  Fault(
+    "every micro-batch draws the same noise",
+    "train.py",
+    "first = index * batch_size",
+    "first = 0 * index",
+    "parallel_test.py::test_accumulation_is_one_large_batch",
+  ),
+  Fault(
+    "all layers draw the same noise",
+    "models/transformer.py",
+    "rng_G = jax.vmap(jax.random.fold_in, (0, None))(rng_G, layer_index)",
+    "rng_G = jax.vmap(jax.random.fold_in, (0, None))(rng_G, 0 * layer_index)",
+    NOISE,
+  ),
+  Fault(
+    "all groups draw the same noise",
+    "layer.py",
+    "lambda g: jax.random.fold_in(rng, g)",
+    "lambda g: jax.random.fold_in(rng, 0 * g)",
+    NOISE,
+  ),
+  # The mesh.
+  Fault(
+    "the shards of F are not added up",
+    "exchange.py",
+    "return y if axes is None else jax.lax.psum(y, axes.tensor)",
+    "return y",
+    "parallel_test.py::test_layer_on_a_mesh[gather-False]",
+  ),
+  Fault(
+    "the bias of down is added by every shard of F",
+    "layer.py",
+    'exchange.once(params["down_bias"], axes)',
+    'params["down_bias"]',
+    SLOTTED,
+  ),
+  Fault(
+    "weights are gathered along another axis",
+    "exchange.py",
+    "jax.lax.all_gather(w, axes.fsdp, axis=dim, tiled=True)",
+    "jax.lax.all_gather(w, axes.fsdp, axis=0, tiled=True)",
+    SLOTTED,
+  ),
+  Fault(
+    "rows come back in the order of experts",
+    "exchange.py",
+    "rows_back = _take(result.x, by_sender)",
+    "rows_back = _take(result.x, by_expert)",
+    RAGGED,
+  ),
+  Fault(
+    "rows come back to where they were sent from elsewhere",
+    "exchange.py",
+    "        transpose(send_start),",
+    "        send_start,",
+    RAGGED,
+  ),
+  # Remat and causality.
+  Fault(
+    "a recompute chooses again",
+    "dispatchers/__init__.py",
+    'SAVED = ("expert", "slot", "kept")',
+    'SAVED = ("slot", "kept")',
+    REMAT,
+  ),
+  Fault(
+    "a decoder takes slots by choice",
+    "models/transformer.py",
+    "    if not recipe.causal:",
+    "    if False:",
+    "causality_test.py::test_what_leaks_is_refused[choice-gather]",
+  ),
+  Fault(
+    "attention sees the future",
+    "models/attention.py",
+    "jnp.tril(jnp.ones((1, length, length), bool))",
+    "jnp.ones((1, length, length), bool)",
+    "causality_test.py::test_the_past_does_not_see_the_future[gather]",
+  ),
+)
+
+
+def main(argv=None) -> int:
+  parser = argparse.ArgumentParser(
+    prog="python -m tests.mutations",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument(
+    "--only", default="", metavar="TEXT", help="faults that contain this text"
+  )
+  parser.add_argument(
+    "--jobs", type=int, default=2, help="at a time; default: %(default)s"
+  )
+  args = parser.parse_args(argv)
+  faults = [f for f in FAULTS if args.only in f.name]
+  sources = [faulty(f) for f in faults]
+  _check_without_a_fault(faults)
+  missed = 0
+  with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+    for fault, (failure, seconds) in zip(
+      faults, pool.map(_try, faults, sources)
+    ):
+      missed += not failure
+      word = "caught" if failure else "MISSED"
+      print(f"{word} {fault.name} ({seconds:.0f} s)", flush=True)
+      print(f"       {failure or fault.tests}", flush=True)
+  print(f"{len(faults) - missed} passed, {missed} failed")
+  return 1 if missed or not faults else 0
+
+
+def faulty(fault: Fault) -> str:
+  """The text of the file with the fault in it."""
+  text = (ROOT / "moe_jax" / fault.file).read_text()
+  if text.count(fault.old) != 1:
+    sys.exit(
+      f'the fault "{fault.name}" needs exactly one of\n{fault.old}\nin'
+      f" moe_jax/{fault.file}, which has {text.count(fault.old)}; write the"
+      " fault for the code as it is now"
+    )
+  return text.replace(fault.old, fault.new)
+
+
+def _check_without_a_fault(faults):
+  """A test that fails anyway catches nothing."""
+  started = time.monotonic()
+  with tempfile.TemporaryDirectory() as copy:
+    _copy(copy)
+    done = _pytest(copy, sorted({f.tests for f in faults}))
+  if done.returncode:
+    sys.exit(f"these tests fail without any fault:\n{done.stdout}")
+  print(f"without a fault all pass ({time.monotonic() - started:.0f} s)")
+
+
+def _try(fault, source):
+  """The failure of a test that notices, or "", and how long it took."""
+  started = time.monotonic()
+  with tempfile.TemporaryDirectory() as copy:
+    _copy(copy)
+    (pathlib.Path(copy) / "moe_jax" / fault.file).write_text(source)
+    done = _pytest(copy, [fault.tests])
+  # 0: all passed; 1: a test failed; the rest: pytest could not even run them.
+  if done.returncode not in (0, 1):
+    sys.exit(f'"{fault.name}" could not be tested:\n{done.stdout}')
+  failed = [x for x in done.stdout.splitlines() if x.startswith("FAILED ")]
+  failure = failed[0][len("FAILED tests/") :][:160] if failed else ""
+  return failure, time.monotonic() - started
+
+
+def _copy(to):
+  for name in COPIED:
+    source, target = ROOT / name, pathlib.Path(to) / name
+    if source.is_dir():
+      no_caches = shutil.ignore_patterns("__pycache__")
+      shutil.copytree(source, target, ignore=no_caches)
+    else:
+      shutil.copy(source, target)
+
+
+def _pytest(folder, tests):
+  flags = os.environ.get("XLA_FLAGS", "")
+  return subprocess.run(
+    [
+      *(sys.executable, "-m", "pytest", "-x", "-q", "-n", "0"),
+      *("-p", "no:cacheprovider", "--no-header"),
+      *(f"tests/{test}" for test in tests),
+    ],
+    cwd=folder,
+    # Wide enough for pytest to say why a test failed.
+    env={**os.environ, "XLA_FLAGS": f"{flags} {QUICK}", "COLUMNS": "200"},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+if __name__ == "__main__":
+  sys.exit(main())

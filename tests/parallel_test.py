@@ -1,0 +1,382 @@
+"""The mesh never changes the mathematics: a covering set of `mesh_product`.
+
+Everything is compared with the same step without a mesh, leaf by leaf.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from moe_jax import exchange, experts, layer, parallel, registry, train
+from moe_jax.models import moe
+from moe_jax.types import Axes, Bound, Side
+from tests import mesh_cases, oracle
+from tests.mesh_cases import Case, L
+
+FIRST, PAIRS, HALVES, INPUT = mesh_cases.VARIATIONS
+# Every mesh, layout, scope and variation; each line shares one run without a
+# mesh. (8, 1, 1, 1) and (1, 1, 1, 1) exchange nothing and are rarer.
+COVERING = {
+  "einsum-sequence": (
+    Case("einsum", ("sequence",), seed=1, **FIRST),
+    [(2, 1, 4, 1)],
+  ),
+  "einsum-group": (Case("einsum", ("group",), **PAIRS), [(1, 2, 2, 2)]),
+  "gather-micro_batch": (
+    Case("gather", ("micro_batch",), **HALVES),
+    [(1, 2, 2, 2), (8, 1, 1, 1)],
+  ),
+  "gather-global_batch": (
+    Case("gather", ("global_batch",), **INPUT),
+    [(1, 1, 8, 1)],
+  ),
+  "sorted-global_batch": (
+    Case("sorted", ("global_batch",), **FIRST),
+    [(1, 2, 2, 2), (2, 1, 4, 1)],
+  ),
+  "buckets-sequence": (
+    Case("buckets", ("sequence",), **PAIRS),
+    [(1, 1, 8, 1)],
+  ),
+  "buckets-global_batch": (
+    Case("buckets", ("global_batch",), **HALVES),
+    [(1, 2, 2, 2)],
+  ),
+  "dropless-micro_batch": (
+    Case("dropless", ("micro_batch",), **INPUT),
+    [(1, 2, 2, 2), (1, 1, 1, 1)],
+  ),
+  "choice-by-score": (
+    Case("choice", router=(("priority", "score"),), skew=4.0),
+    [(2, 1, 4, 1)],
+  ),
+  "einsum-float32": (
+    Case("einsum", ("global_batch",), dtype="float32", seed=1, **HALVES),
+    [(1, 1, 8, 1)],
+  ),
+  "sorted-float32": (
+    Case("sorted", ("group",), dtype="float32", **PAIRS),
+    [(1, 2, 2, 2)],
+  ),
+}
+
+
+@pytest.mark.parametrize("name", COVERING)
+def test_one_step_on_a_mesh(name):
+  """Outputs, gradients, statistics, bias and parameters after the step."""
+  case, meshes = COVERING[name]
+  expected = mesh_cases.measure(case, None)
+  for sizes in meshes:
+    found = mesh_cases.measure(case, sizes)
+    distance, leaf = mesh_cases.check(case, found, expected)
+    assert distance <= mesh_cases.TOLERANCE[case.dtype], (sizes, leaf)
+
+
+def test_covering_set_covers():
+  cases = [case for case, _ in COVERING.values()]
+  assert {c.layout for c in cases} == set(mesh_cases.LAYOUTS)
+  assert {s for c in cases for s in c.scopes} == set(mesh_cases.SCOPES)
+  meshes = {m for _, meshes in COVERING.values() for m in meshes}
+  assert meshes == set(mesh_cases.MESHES)
+
+
+def test_parameters_start_the_same_on_a_mesh():
+  case = Case("gather", dtype="float32", **FIRST)
+  states = []
+  for sizes in (None, (1, 2, 2, 2)):
+    mesh = None if sizes is None else mesh_cases.make_mesh(sizes)
+    model, optimizer = mesh_cases.build(case, mesh)
+    init = functools.partial(
+      train.init_state, model=model, optimizer=optimizer, seq_len=L, batch=8
+    )
+    boxed = jax.eval_shape(init, jax.random.key(0))
+    out = {}
+    if mesh is not None:
+      out = {"out_shardings": parallel.shardings(boxed, mesh)}
+    run = jax.jit(lambda rng, init=init: nn.unbox(init(rng)), **out)
+    states.append(run(jax.random.key(0)))
+  sharded = states[1].params["decoder"]["0"]["moe"]["experts"]["up"].sharding
+  assert sharded.spec == jax.P(None, "expert", "fsdp", "tensor")
+  plain, other = (jax.device_get(s.params) for s in states)
+  assert mesh_cases.worst(other, plain)[0] < 1e-6
+
+
+# Accumulation and scan, without a mesh.
+
+
+def test_accumulation_is_one_large_batch():
+  """Nothing is bounded or balanced by a loss, so nothing may tell the two.
+
+  The noise comes from keys by global group, the division from all tokens,
+  and the bias from all counts.
+  """
+  case = Case(
+    "dropless", (), z_loss=False, router=(("noise", 0.3),), tokens_per_group=4
+  )
+  batch = mesh_cases.draw_batch(case)
+  assert batch["mask"][0].sum() != batch["mask"][1].sum()
+  two, _ = mesh_cases.measure(case, None, batch=batch)
+  batch = {k: v.reshape(1, 16, L) for k, v in batch.items()}
+  one, _ = mesh_cases.measure(case, None, batch=batch)
+  for found in (one, two):
+    del found["logits"], found["stats"]  # Of the first micro-batch.
+  distance, leaf = mesh_cases.worst(two, one)
+  assert distance <= 1e-9, leaf
+
+
+def test_balance_of_a_step():
+  """All losses, averaged over three micro-batches, and the bias, by numpy."""
+  case = Case(
+    "gather",
+    mesh_cases.SCOPES,
+    tokens_per_group=2 * L,
+    accumulation=3,
+    rule="proportional",
+  )
+  batch = mesh_cases.draw_batch(case)
+  step, _ = mesh_cases.measure(case, None)
+  loss, so_far_RE = 0.0, np.zeros((case.repeats, mesh_cases.E), int)
+  for i in range(case.accumulation):
+    # What is reported by group is of the first micro-batch.
+    turned = {k: np.roll(v, -i, axis=0) for k, v in batch.items()}
+    found, _ = mesh_cases.measure(case, None, batch=turned)
+    micro = found["stats"]["decoder"]["0"]["stats"]
+    for r in range(case.repeats):
+      s = jax.tree.map(lambda x, r=r: x[r], micro)
+      loss += mesh_cases.Z_COEFFICIENT * s.z.sum() / s.tokens.sum()
+      for scope in mesh_cases.SCOPES:
+        one = scoped_loss(scope, s, so_far_RE[r])
+        loss += mesh_cases.coefficient(scope) * one
+    so_far_RE += micro.count_E.sum((1, 2))
+  loss /= case.accumulation
+  np.testing.assert_allclose(step["sums"]["aux_loss"], loss, rtol=1e-12)
+  count_RE = step["sums"]["stats"]["decoder"]["0"].count_E.sum((1, 2))
+  np.testing.assert_array_equal(count_RE, so_far_RE)
+
+  bias = lambda tree: tree["decoder"]["0"]["moe"]["bias"]["bias_E"]  # noqa: E731
+  before_RE = bias(mesh_cases.initial_state(case).balance)
+  for before_E, after_E, count_E in zip(
+    before_RE, bias(step["balance"]), count_RE
+  ):
+    want_E = oracle.bias_update(
+      before_E, count_E, mesh_cases.BIAS_RATE, "proportional"
+    )
+    np.testing.assert_allclose(after_E, want_E, rtol=1e-12)
+
+
+def scoped_loss(scope, s, so_far_E):
+  """The loss of one layer and micro-batch, each part by its tokens."""
+  groups, sequences, _ = s.count_E.shape
+  parts = {
+    "sequence": [(g, i) for g in range(groups) for i in range(sequences)],
+    "group": [(g,) for g in range(groups)],
+  }.get(scope, [()])
+  total = 0.0
+  for part in parts:
+    count_E = s.count_E[part].reshape(-1, mesh_cases.E).sum(0)
+    prob_E = s.prob_E[part].reshape(-1, mesh_cases.E).sum(0)
+    tokens = s.tokens[part].sum()
+    if scope == "global_batch":
+      count_E = count_E + so_far_E
+    total += tokens * oracle.switch_loss(count_E, prob_E, tokens)
+  return total / s.tokens.sum()
+
+
+def test_scanned_repeats_are_an_unrolled_pattern():
+  scanned = Case("gather", router=(("noise", 0.3),), prefix=("dense",))
+  unrolled = dataclasses.replace(scanned, pattern=("moe", "moe"), repeats=1)
+
+  def unstack(tree):
+    """{"0": [2, ...]} to {"0": [1, ...], "1": [1, ...]} in each segment."""
+    return {
+      k: {
+        str(r): jax.tree.map(lambda x, r=r: x[r : r + 1], v["0"])
+        for r in (0, 1)
+      }
+      if k == "decoder"
+      else v
+      for k, v in tree.items()
+    }
+
+  state = mesh_cases.initial_state(scanned)
+  other = mesh_cases.initial_state(unrolled).replace(
+    params=unstack(state.params), balance=unstack(state.balance)
+  )
+  want, _ = mesh_cases.measure(scanned, None, state=state)
+  found, _ = mesh_cases.measure(unrolled, None, state=other)
+  sums, stats = want.pop("sums"), want.pop("stats")
+  found_sums, found_stats = found.pop("sums"), found.pop("stats")
+  want = {k: v if k == "logits" else unstack(v) for k, v in want.items()}
+  assert mesh_cases.worst(found, want)[0] <= 1e-9
+  assert mesh_cases.worst(found_stats, unstack(stats))[0] <= 1e-9
+  assert (
+    mesh_cases.worst(found_sums["stats"], unstack(sums["stats"]))[0] <= 1e-9
+  )
+  assert mesh_cases.worst(found_sums["loss"], sums["loss"])[0] <= 1e-9
+
+
+# The layer by itself.
+
+G, T, S, D, E, F = 8, 6, 2, 6, 8, 4
+BOUNDS = {
+  "einsum": ("einsum", Bound(2, E)),
+  "gather": ("gather", Bound(2, E)),
+  "sorted": ("sorted", Bound(2, E)),
+  "buckets": ("sorted", Bound(3, 4)),
+  "dropless": ("sorted", None),
+}
+
+
+def layer_case(layout, checked=True):
+  """A recipe with everything that the exchange treats specially."""
+  dispatcher, bound = BOUNDS[layout]
+  recipe = layer.Recipe(
+    num_experts=E,
+    router=registry.load("routers", "top_k", top_k=2, renormalize=True),
+    dispatcher=registry.load("dispatchers", dispatcher),
+    experts=experts.build(F, "swiglu", True),
+    bound=bound,
+    sequences=S,
+    balancers=(("bias", registry.load("balancers", "bias", rate=1e-2)),),
+    shared=experts.dense(2 * F, "gelu", True),
+    checked=checked,
+  )
+  rng = np.random.default_rng(3)
+
+  def network(lead, hidden, gate):
+    shapes = {"up": (D, hidden), "down": (hidden, D)}
+    if gate:
+      shapes["gate"] = (D, hidden)
+    biases = {f"{k}_bias": v[1:] for k, v in shapes.items()}
+    return {
+      k: rng.normal(size=lead + v) / 2 for k, v in (shapes | biases).items()
+    }
+
+  params = {
+    "router": {"kernel": rng.normal(size=(D, E)) + np.linspace(-1, 1, E)},
+    "experts": network((E,), F, True),
+    "shared": network((), 2 * F, False),
+  }
+  balance = {"bias": {"bias_E": rng.normal(size=E) / 10}}
+  mask_GT = np.arange(T) < rng.integers(0, T + 1, (G, 1))
+  x_GTD, r_GTD = rng.normal(size=(2, G, T, D))
+  return recipe, (params, balance, x_GTD, Side(mask_GT)), r_GTD
+
+
+def run_layer(recipe, args, r_GTD, mesh):
+  """Outputs, statistics, what was collected, and all gradients."""
+  run = parallel.sharded(recipe, mesh)
+
+  def scalar(params, x_GTD, balance, side):
+    y_GTD, stats, kept = run(
+      params, balance, x_GTD, side, None, collect="routing"
+    )
+    total = (y_GTD * r_GTD).sum() + stats.prob_E[..., 0].sum() + stats.z.sum()
+    return total, (y_GTD, stats, kept)
+
+  params, balance, x_GTD, side = args
+  with jax.enable_x64(True):
+    program = jax.jit(jax.value_and_grad(scalar, (0, 1), has_aux=True))
+    program = program.lower(params, x_GTD, balance, side)
+    program = program.compile(compiler_options=mesh_cases.QUICK)
+    return jax.device_get(program(params, x_GTD, balance, side))
+
+
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("layout", BOUNDS)
+def test_layer_on_a_mesh(layout, checked):
+  """With and without check_vma, which a kernel may need to be off."""
+  recipe, args, r_GTD = layer_case(layout, checked)
+  expected = run_layer(recipe, args, r_GTD, None)
+  dropped = sum(v.sum() for v in expected[0][1][1].dropped.values())
+  assert (dropped > 0) == (layout != "dropless")
+  sizes = (1, 2, 2, 2) if checked else (2, 1, 2, 2)
+  found = run_layer(recipe, args, r_GTD, mesh_cases.make_mesh(sizes))
+  distance, leaf = mesh_cases.worst(found, expected)
+  assert distance <= 1e-9, leaf
+
+
+def test_keys_of_groups_do_not_depend_on_the_batch_they_come_in():
+  grouping = moe.Grouping(tokens_per_group=4)
+  rng = jax.random.key(3)
+  whole = moe.keys(rng, 6, L, grouping)
+  part = moe.keys(rng, 2, L, grouping, first=4)
+  np.testing.assert_array_equal(
+    jax.random.key_data(whole)[8:], jax.random.key_data(part)
+  )
+
+
+# The emulated exchange.
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ragged_all_to_all_against_loops(seed):
+  """Values and gradient on 8 devices; some send nothing, some to nobody."""
+  devices, rows, width = 8, 24, 3
+  rng = np.random.default_rng(seed)
+  size_ij = rng.integers(0, 4, (devices, devices))
+  size_ij[rng.random((devices, devices)) < 0.4] = 0
+  size_ij[seed] = 0
+  size_ij[:, (seed + 3) % devices] = 0
+  # Slices need not be packed: gaps between them, in any order.
+  from_ij, to_ij = (
+    np.array([gaps(rng, sizes, rows) for sizes in axis])
+    for axis in (size_ij, size_ij.T)
+  )
+  x_iND = rng.normal(size=(devices, rows, width)).astype(np.float32)
+  out_iND = rng.normal(size=(devices, rows, width)).astype(np.float32)
+  r_iND = rng.normal(size=(devices, rows, width)).astype(np.float32)
+
+  want, want_dx, want_dout = out_iND.copy(), np.zeros_like(x_iND), r_iND.copy()
+  for i in range(devices):
+    for j in range(devices):
+      for n in range(size_ij[i, j]):
+        source, target = from_ij[i, j] + n, to_ij[j, i] + n
+        want[j, target] = x_iND[i, source]
+        want_dx[i, source] += r_iND[j, target]
+        want_dout[j, target] = 0
+
+  mesh = mesh_cases.make_mesh((1, 1, 8, 1))
+
+  def body(x, out, *integers):
+    # output_offsets: where my slice lands at its receiver.
+    integers = [i[0] for i in integers]
+    return exchange.ragged_all_to_all(x[0], out[0], *integers, Axes())[None]
+
+  run = jax.shard_map(
+    body, mesh=mesh, in_specs=jax.P("expert"), out_specs=jax.P("expert")
+  )
+  integers = [
+    jnp.asarray(a, jnp.int32) for a in (from_ij, size_ij, to_ij.T, size_ij.T)
+  ]
+
+  @jax.jit
+  def both(x, out):
+    y, pull = jax.vjp(lambda x, out: run(x, out, *integers), x, out)
+    return y, pull(jnp.asarray(r_iND))
+
+  found, (dx, dout) = jax.device_get(both(x_iND, out_iND))
+  np.testing.assert_array_equal(found, want)
+  np.testing.assert_allclose(dx, want_dx, rtol=1e-6)
+  np.testing.assert_allclose(dout, want_dout, rtol=1e-6)
+
+
+def gaps(rng, sizes, rows):
+  """Starts of slices of these sizes in random order, with random gaps."""
+  order = rng.permutation(len(sizes))
+  free = rows - sizes.sum()
+  skips = rng.multinomial(
+    max(free, 0), np.ones(len(sizes) + 1) / (len(sizes) + 1)
+  )
+  starts = np.zeros(len(sizes), int)
+  position = 0
+  for place, i in enumerate(order):
+    position += skips[place]
+    starts[i] = position
+    position += sizes[i]
+  return starts

@@ -1,0 +1,141 @@
+"""The report's arithmetic against numbers made by hand, and its files."""
+
+import csv
+import math
+
+import pytest
+
+from experiments import figures, intervals, report, runs
+
+
+def rows(**arms):
+  """Rows of bits_per_byte by arm, seeds 0, 1, ..."""
+  return [
+    {
+      "scale": "demo",
+      "arm": arm,
+      "seed": seed,
+      "config_digest": "0" * 12,
+      "bits_per_byte": value,
+    }
+    for arm, values in arms.items()
+    for seed, value in enumerate(values)
+  ]
+
+
+PLAN = report.Plan(
+  columns=(report.Column("bits_per_byte", digits=2, meaning="of text."),),
+  claims=(report.Claim("bits_per_byte", "b", "a"),),
+)
+
+
+def test_t_interval():
+  # s = 1, t(2) at 97.5 % = 4.30265 from any table.
+  mean, half, count = intervals.of([1.0, 2.0, 3.0])
+  assert (mean, count) == (2.0, 3)
+  assert half == pytest.approx(4.30265 / math.sqrt(3), rel=1e-5)
+  # n = 2: t(1) = 12.7062, s = |a - b| / sqrt(2), so half = t |a - b| / 2.
+  assert intervals.of([0.0, 0.2]).half == pytest.approx(1.27062, rel=1e-5)
+  assert intervals.of([5.0]) == (5.0, None, 1)
+
+
+def test_paired_difference():
+  # 0.1, 0.2, 0.3: mean 0.2, s = 0.1, though each arm spreads by far more.
+  ones, others = {0: 1.1, 1: 5.2, 2: 9.3}, {0: 1.0, 1: 5.0, 2: 9.0, 3: 77.0}
+  found = intervals.paired(ones, others)
+  assert found.count == 3
+  assert found.mean == pytest.approx(0.2)
+  assert found.half == pytest.approx(4.30265 * 0.1 / math.sqrt(3), rel=1e-5)
+  assert not found.decides
+  assert intervals.paired({0: 1.0}, {1: 1.0}) is None
+
+
+@pytest.mark.parametrize(
+  "a, b, words",
+  [
+    (
+      [1.0, 5.0, 9.0],
+      [1.20, 5.21, 9.19],
+      "+0.20 ± 0.02 (3 pairs): b is higher",
+    ),
+    ([1.2, 5.2, 9.2], [1.00, 5.01, 8.99], "-0.20 ± 0.02 (3 pairs): b is lower"),
+    ([1.0, 5.0, 9.0], [1.1, 5.2, 9.3], "+0.20 ± 0.25 (3 pairs): not decided"),
+    ([1.0], [2.0], "+1.00 (1 pair): one seed decides nothing"),
+    ([1.0], [], "no seed has both"),
+  ],
+)
+def test_claims_say_whether_they_are_decided(a, b, words):
+  assert words in report.claim(PLAN.claims[0], PLAN, rows(a=a, b=b))
+
+
+def test_the_table(tmp_path):
+  text = report.write(tmp_path, "Why?", PLAN, rows(a_1=[1.0, 2.0, 3.0]), [])
+  assert "| a_1 | 2.00 ± 2.48   |" in text
+  assert "seeds 0, 1, 2" in text and "`bits_per_byte`: of text." in text
+  assert (tmp_path / "table.md").read_text() == text + "\n"
+  latex = (tmp_path / "table.tex").read_text()
+  assert r"a\_1 & 2.00 $\pm$ 2.48 \\" in latex
+  assert r"bits\_per\_byte" in latex
+
+
+def test_a_ratio_is_taken_run_by_run(tmp_path):
+  some = [r | {"floor": f} for r, f in zip(rows(a=[2.0, 9.0]), (1.0, 3.0))]
+  column = report.Column("bits_per_byte", "ratio", digits=1, over="floor")
+  text = report.write(tmp_path, "Why?", report.Plan((column,)), some, [])
+  assert "| a   | 2.5 ± 6.4 |" in text
+
+
+def test_the_table_is_made_from_the_csv(tmp_path, monkeypatch):
+  def write_others(path, rows):
+    write(path, [r | {"bits_per_byte": 7.0} for r in rows])
+
+  write = runs.write_csv
+  monkeypatch.setattr(runs, "write_csv", write_others)
+  text = report.write(tmp_path, "Why?", PLAN, rows(a=[1.0, 2.0]), [])
+  assert "| a   | 7.00" in text
+
+
+def test_csv(tmp_path):
+  path = tmp_path / "results.csv"
+  before = rows(a=[0.1 + 0.2, 1e-17])
+  before[1]["max_vio"] = 1.5
+  runs.write_csv(path, before)
+  assert runs.read_csv(path) == before
+  with open(path) as f:
+    head = next(csv.reader(f))
+  assert head[:4] == ["scale", "arm", "seed", "config_digest"]
+  assert runs.read_csv(tmp_path / "none.csv") == []
+
+
+def test_an_arm_without_the_metric(tmp_path):
+  some = rows(a=[1.0]) + [r | {"x": 2.0} for r in rows(b=[1.0])]
+  plan = report.Plan(columns=(report.Column("x"),))
+  text = report.write(tmp_path, "Why?", plan, some, [])
+  assert "| a   | –     |" in text and "| b   | 2.000 |" in text
+
+
+def test_training_metrics_are_of_the_last_quarter():
+  lines = [
+    {"step": s, "split": "train", "max_vio": float(s)}
+    for s in range(10, 90, 10)
+  ]
+  row = runs.summary(lines, {"loss": 1.0})
+  assert row == {"loss": 1.0, "train/max_vio": 75.0}
+
+
+def test_bands_and_figures(tmp_path):
+  points = [
+    {"arm": "a", "seed": s, "step": t, "x": float(s + t), "floor": 0.5}
+    for s in (0, 2)
+    for t in (10, 20)
+  ]
+  assert figures.band(points, "a", "x") == (
+    [10, 20],
+    [11, 21],
+    [10, 20],
+    [12, 22],
+  )
+  curve = figures.Curve("x", "x", floor="floor", floor_label="floor", log=True)
+  figures.draw(curve, points, tmp_path)
+  for kind, magic in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
+    assert (tmp_path / f"x.{kind}").read_bytes().startswith(magic)
