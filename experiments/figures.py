@@ -48,8 +48,9 @@ def draw(curve: Curve, points: list[dict], folder: pathlib.Path) -> None:
     )
   if curve.log:
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-    axes.yaxis.set_minor_formatter(ticker.FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
   axes.set(xlabel="step (band: lowest to highest seed)", ylabel=curve.label)
   if axes.get_legend_handles_labels()[0]:
     figure.legend(loc="outside upper center", ncols=3)

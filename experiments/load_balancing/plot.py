@@ -5,11 +5,11 @@ from experiments.report import Claim, Column, Plan
 
 PLAN = Plan(
   columns=(
-    Column("bits_per_byte", meaning="of the validation split."),
+    Column("bits_per_byte", meaning="of the validation windows that are read."),
     Column(
       "max_vio_global",
-      meaning="MaxVio of the loads on the whole validation split, mean over"
-      " layers.",
+      meaning="MaxVio of the loads on all validation windows that are read, mean"
+      " over layers.",
     ),
     Column(
       "max_vio_floor",
@@ -35,12 +35,12 @@ PLAN = Plan(
     ),
     Column(
       "dropped",
-      meaning="share of the validation split's assignments without a slot.",
+      meaning="share of the validation windows' assignments without a slot.",
     ),
     Column(
       "dead_experts",
       digits=2,
-      meaning="experts of a layer without a token on the validation split.",
+      meaning="experts of a layer without a token on the validation windows.",
     ),
   ),
   claims=(
