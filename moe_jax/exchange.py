@@ -177,10 +177,11 @@ def ragged_all_to_all(
   sent_from, sent, landed = (
     gather(x)[:, me] for x in (input_offsets, send_sizes, output_offsets)
   )
-  row = jnp.arange(output.shape[0])[:, None]
-  hit = (row >= landed) & (row < landed + sent)
+  row = jnp.arange(output.shape[0])
+  end = (landed + sent)[None, :]
+  hit = (row[:, None] >= landed[None, :]) & (row[:, None] < end)
   source = jnp.argmax(hit, axis=1)
   index = source * operand.shape[0] + sent_from[source]
-  index = index + row[:, 0] - landed[source]
+  index = index + row - landed[source]
   everything = gather(operand).reshape(-1, operand.shape[1])
   return jnp.where(hit.any(1)[:, None], everything[index], output)

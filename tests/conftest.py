@@ -5,13 +5,17 @@ import platform
 import sys
 
 _DEVICES = "--xla_force_host_platform_device_count"
+# Compiling takes most of the time here, and what is compiled runs once.
+_QUICK = (
+  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 
 # jax reads these when it is imported, and so do the commands that tests start.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 others = os.environ.get("XLA_FLAGS", "").split()
 others = [flag for flag in others if not flag.startswith(_DEVICES)]
-os.environ["XLA_FLAGS"] = " ".join([*others, f"{_DEVICES}=8"])
+os.environ["XLA_FLAGS"] = " ".join([*others, f"{_DEVICES}=8", _QUICK])
 # Every pytest worker may load the TPU compiler, which else serves one process.
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 

@@ -43,7 +43,6 @@ BIAS_RATE, Z_COEFFICIENT = 1e-2, 1e-2
 QUICK = {
   "xla_backend_optimization_level": 0,
   "xla_llvm_disable_expensive_passes": True,
-  "xla_cpu_use_fusion_emitters": False,
 }
 
 

@@ -20,9 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 COPIED = ("moe_jax", "tests", "configs", "setup.cfg")
 # Compiling takes most of the time, and what is compiled runs once.
 QUICK = (
-  "--xla_backend_optimization_level=0"
-  " --xla_llvm_disable_expensive_passes=true"
-  " --xla_cpu_use_fusion_emitters=false"
+  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 
 
