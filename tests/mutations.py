@@ -229,8 +229,8 @@ FAULTS = (
   Fault(
     "the bias of down is added by every shard of F",
     "layer.py",
-    'exchange.once(params["down_bias"], axes)',
-    'params["down_bias"]',
+    'k: w if "mlp" in logical_axes[k] else exchange.once(w, axes)',
+    "k: w",
     SLOTTED,
   ),
   Fault(
