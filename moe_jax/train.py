@@ -380,7 +380,7 @@ def run(program: Program, seed: int, directory, progress) -> dict[str, float]:
 def loop(program: Program, state, stream, steps: range, directory, progress):
   """Trains for some steps; every `train.log_every` of them writes a line.
 
-  The host only waits for the devices when it writes.
+  A line is written while the devices compute the step after it.
 
   Args:
     program, directory, progress: as in `run`.
@@ -391,22 +391,31 @@ def loop(program: Program, state, stream, steps: range, directory, progress):
   Returns:
     TrainState after the last step.
   """
-  pending, since = [], time.monotonic()
+  pending, full, since = [], [], time.monotonic()
+
+  def write(done, sums):
+    nonlocal since
+    sums = jax.device_get(sums)
+    found = step_metrics(sums, program.model.arch)
+    tokens = sum(float(s["loss"].weight) for s in sums)
+    found["tokens_per_second"] = tokens / (time.monotonic() - since)
+    since = time.monotonic()
+    directory.log(done, "train", found)
+    note = f"loss {found['loss']:.3f}"
+    if "max_vio" in found:
+      note += f", max_vio {found['max_vio']:.2f}"
+    progress.update(len(sums), note)
+
   for step in steps:
     state, sums = program.train_step(state, program.put(stream[step]))
+    if full:  # Now that the devices have something to do.
+      write(step, full)
+      full = []
     pending.append(sums)
-    done = step + 1
-    if done % program.config.train.log_every == 0 or done == steps.stop:
-      pending = jax.device_get(pending)
-      found = step_metrics(pending, program.model.arch)
-      tokens = sum(float(s["loss"].weight) for s in pending)
-      found["tokens_per_second"] = tokens / (time.monotonic() - since)
-      directory.log(done, "train", found)
-      note = f"loss {found['loss']:.3f}"
-      if "max_vio" in found:
-        note += f", max_vio {found['max_vio']:.2f}"
-      progress.update(len(pending), note)
-      pending, since = [], time.monotonic()
+    if (step + 1) % program.config.train.log_every == 0:
+      pending, full = [], pending
+  if full or pending:
+    write(steps.stop, full or pending)
   return state
 
 
