@@ -177,3 +177,28 @@ def test_biases_of_several_balancers_add_up():
   assert (route(both, x_GTD, side, None).expert_TK == 2).all()
   swapped = {"a": {"bias_E": second}, "b": {"bias_E": first * 0}}
   assert (route(swapped, x_GTD, side, None).expert_TK == 5).all()
+
+
+def test_scope_sequence_sums_the_groups_of_a_sequence():
+  """Two sequences, each cut into two groups, are two terms and not four."""
+  count = np.array([[4, 0, 0], [0, 4, 0], [2, 2, 0], [0, 0, 4]], np.int32)
+  zero = np.zeros((4, 1), np.int32)
+  halves = Stats(
+    tokens=count.sum(1).reshape(4, 1),
+    count_E=count[:, None],
+    first_choice_E=count[:, None],
+    prob_E=count[:, None].astype(np.float32),
+    weight_E=count[:, None].astype(np.float32),
+    kept_E=count[:, None],
+    dropped={},
+    z=zero,
+    entropy=zero,
+    confidence=zero,
+    groups_per_sequence=2,
+  )
+  switch = registry.load(
+    "balancers", "switch", coefficient=1.0, scope="sequence"
+  )
+  # f = P = (1/2, 1/2, 0), then (1/4, 1/4, 1/2): 3 * 1/2 and 3 * 3/8.
+  loss = switch.loss({}, halves, np.zeros(3, np.int32)).value()
+  np.testing.assert_allclose(loss, (1.5 + 1.125) / 2, rtol=1e-6)

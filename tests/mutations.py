@@ -164,9 +164,16 @@ FAULTS = (
   Fault(
     "the scope sequence is a group",
     "balancers/switch.py",
-    'elif scope == "group":',
-    'elif scope in ("group", "sequence"):',
+    "_whole_sequences(x, stats.groups_per_sequence)",
+    "x.sum(1)",
     BALANCE,
+  ),
+  Fault(
+    "fractions of a sequence stand alone",
+    "balancers/switch.py",
+    "return x.reshape(-1, groups, *x.shape[1:]).sum(1, dtype=x.dtype)",
+    "return x",
+    "balancing_test.py::test_scope_sequence_sums_the_groups_of_a_sequence",
   ),
   Fault(
     "the bias moves the wrong way",
