@@ -25,9 +25,10 @@ def main(argv=None) -> int:
 
   import jax
 
-  from moe_jax import train
+  from moe_jax import loop
+  from moe_jax.program import Program
 
-  program = train.Program(config)
+  program = Program(config)
   state, stream = program.init(jax.random.key(0)), program.batches(0)
   resident = jax.tree.map(jax.numpy.asarray, program.put(stream[0]))
   ratios = []
@@ -39,7 +40,7 @@ def main(argv=None) -> int:
     bare = time.perf_counter() - started
     started = time.perf_counter()
     steps = range(i * args.steps, (i + 1) * args.steps)
-    state = train.loop(program, state, stream, steps, *_writers(config))
+    state = loop.take_steps(program, state, stream, steps, *_writers(config))
     jax.block_until_ready(state)
     if i:  # The first pair warms up.
       ratios.append((time.perf_counter() - started) / bare)

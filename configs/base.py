@@ -11,12 +11,8 @@ from ml_collections import ConfigDict, FieldReference, config_dict
 def get_config() -> ConfigDict:
   c = ConfigDict()
   c.seed = 0  # initial parameters, order of the data, noise of the router
-  c.mesh = (
-    1,
-    1,
-    1,
-    1,
-  )  # devices along data, fsdp, expert, tensor; -1: the rest
+  # Devices along data, fsdp, expert, tensor; -1: all that are left.
+  c.mesh = (-1, 1, 1, 1)
   c.plugins = ()  # folders with routers/NAME.py, balancers/NAME.py, ... of yours
 
   c.data = ConfigDict()

@@ -204,11 +204,11 @@ def _call(options):
 
 def _train(launch, todo):
   """Runs arm by arm, all seeds of an arm with one program."""
-  from moe_jax import train
+  from moe_jax import program as programs
 
   started, compiling, progress = time.monotonic(), 0.0, None
   for arm, group in itertools.groupby(todo, lambda run: run.arm):
-    program = train.Program(launch.configs[arm])
+    program = programs.Program(launch.configs[arm])
     compiling += program.compile_seconds
     if progress is None:  # Its clock starts when the steps do.
       steps = sum(launch.configs[run.arm].train.num_steps for run in todo)
@@ -224,14 +224,14 @@ def _train(launch, todo):
 
 
 def _train_one(run, program, progress):
-  from moe_jax import run_directory, train
+  from moe_jax import loop, run_directory
 
   aside = run.set_aside()
   if aside is not None:
     print(f"{run.folder} is of no finished run of today's config: now {aside}")
   config = sweeps.apply(program.config, {"seed": run.seed})
   directory = run_directory.RunDirectory(run.folder, config)
-  run.finish(train.run(program, run.seed, directory, progress))
+  run.finish(loop.run(program, run.seed, directory, progress))
 
 
 class _Named:

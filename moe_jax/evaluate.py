@@ -63,14 +63,15 @@ def evaluate(
   """All metrics of the split.
 
   Args:
-    step: (batch, its number) -> what `eval_step` returns; may run ahead of the host.
+    step: (batch, its number) -> what `eval_step` returns; may run ahead of the
+      host.
     batches: (domain, batch) pairs.
     segments: `Architecture.segments`.
     recipe: of the MoE layers, or None.
 
   Returns:
-    The metrics of design: loss, bits_per_byte, routing ones from the counts
-    of the whole split, `max_vio_global` with its floor, and by domain
+    loss, bits_per_byte, the routing metrics from the counts of the whole
+    split, `max_vio_global` with its floor, and by domain
     `max_vio_global/<domain>` and `bits_per_byte/<domain>`.
   """
   by_domain = {}

@@ -204,7 +204,7 @@ def report(recipe: Recipe, routing: Routing, kept_GTK, mask_GT) -> Stats:
 
 
 def group_keys(rng: Array, num_groups: int, first: int | Array = 0) -> Array:
-  """One key per group of a step, from its global index (design: mesh-free).
+  """One key per group of a step, from its global index, on any mesh.
 
   Args:
     rng: the key of (seed, step).

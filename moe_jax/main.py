@@ -17,14 +17,14 @@ def main(argv=None) -> int:
   )
   args, config = config_lib.parse(parser, argv)
 
-  from moe_jax import params, train
+  from moe_jax import loop, params
 
   print(
     "routing and balancing:",
     json.dumps(params.describe(config.model, config.plugins)),
     flush=True,
   )
-  found = train.train_and_evaluate(config, args.workdir)
+  found = loop.train_and_evaluate(config, args.workdir)
   for name, value in found.items():
     print(f"{name:32}{value:12.4f}")
   return 0

@@ -10,7 +10,7 @@ import experiments
 from configs import tiny
 from experiments import launch, questions, sweeps
 from moe_jax import config as config_lib
-from moe_jax import parallel, train
+from moe_jax import parallel, program
 from moe_jax.errors import ConfigError
 
 SWEEP = """
@@ -64,16 +64,16 @@ def small(tmp_path, monkeypatch):
 def programs(monkeypatch):
   """The configs that programs were made for. Equal ones compile once here."""
   made, compiled = [], {}
-  program = train.Program
+  compile_one = program.Program
 
   def counted(config):
     made.append(config)
     digest = sweeps.digest(config)
     if digest not in compiled:
-      compiled[digest] = program(config)
+      compiled[digest] = compile_one(config)
     return compiled[digest]
 
-  monkeypatch.setattr(train, "Program", counted)
+  monkeypatch.setattr(program, "Program", counted)
   # One of the devices: it compiles faster.
   monkeypatch.setattr(parallel, "mesh_or_none", lambda sizes: None)
   return made

@@ -25,6 +25,8 @@ LEVELS = (
   "params run_directory",
   "evaluate",
   "train",
+  "program",
+  "loop",
   "main",
 )
 LEVEL = {part: i for i, parts in enumerate(LEVELS) for part in parts.split()}

@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 
 from configs import tiny
-from moe_jax import evaluate, losses, models, optim, train
+from moe_jax import evaluate, losses, models, optim, program, train
 from moe_jax.errors import ConfigError
 from moe_jax.models import moe
 from tests import mesh_cases, oracle
@@ -200,7 +200,7 @@ def test_a_program_is_traced_once(sizes, monkeypatch):
   """For all seeds and steps; and evaluation leaves the balancers alone."""
   devices = jax.devices()[: np.prod(sizes)]
   monkeypatch.setattr(jax, "devices", lambda: devices)
-  monkeypatch.setattr(train.tokens, "prepare", lambda *a, **k: SmallCorpus())
+  monkeypatch.setattr(program.tokens, "prepare", lambda *a, **k: SmallCorpus())
   chex.clear_trace_counter()
   monkeypatch.setattr(
     train, "train_step", chex.assert_max_traces(train.train_step, n=1)
@@ -210,16 +210,16 @@ def test_a_program_is_traced_once(sizes, monkeypatch):
   )
   c = config()
   c.mesh = sizes
-  program = train.Program(c)
+  made = program.Program(c)
   finals = []
   for seed in (0, 1):
-    state = program.init(jax.random.key(seed))
-    stream = program.batches(seed)
+    state = made.init(jax.random.key(seed))
+    stream = made.batches(seed)
     for step in range(c.train.num_steps):
-      state, _ = program.train_step(state, program.put(stream[step]))
+      state, _ = made.train_step(state, made.put(stream[step]))
     before = jax.device_get(state.balance)
     assert any(x.any() for x in jax.tree.leaves(before))
-    found = [program.evaluate(state) for _ in range(2)]
+    found = [made.evaluate(state) for _ in range(2)]
     assert found[0] == found[1]
     jax.tree.map(
       np.testing.assert_array_equal, before, jax.device_get(state.balance)

@@ -32,7 +32,6 @@ def _arms(bias_rate):
 
 def _demo_config():
   c = base.get_config()
-  c.mesh = (-1, 1, 1, 1)  # All devices there are; the numbers stay the same.
   c.data.seq_len = 64
   c.data.batch_size = 8
   c.model.d_model = 64

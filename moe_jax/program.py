@@ -1,0 +1,181 @@
+"""What every seed of one config shares: data, model, compiled functions."""
+
+import functools
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import batches, evaluate, models, optim, parallel, tokens, train
+from moe_jax.errors import ConfigError
+
+
+class Program:
+  """What every seed of one config shares: data, model, compiled functions."""
+
+  def __init__(self, config):
+    """Prepares the data, builds the model, compiles the steps.
+
+    Raises:
+      ConfigError: impossible values; before anything is compiled.
+    """
+    data, accumulation = config.data, config.train.accumulation
+    if accumulation < 1 or data.batch_size % accumulation:
+      raise ConfigError(
+        f"train.accumulation = {accumulation} does not divide data.batch_size ="
+        f" {data.batch_size}"
+      )
+    for key in ("num_steps", "log_every"):
+      if config.train[key] < 1:
+        raise ConfigError(f"train.{key} is at least 1, not {config.train[key]}")
+    if config.eval.every < 0:
+      raise ConfigError(
+        f"eval.every = {config.eval.every} is negative; 0 evaluates at the end"
+      )
+    self.config = config
+    self.mesh = parallel.mesh_or_none(config.mesh)
+    self.corpus = tokens.prepare(
+      data.name,
+      data_dir=data.dir,
+      cache_dir=data.cache_dir,
+      plugins=config.plugins,
+    )
+    self.model = models.build(
+      config.model,
+      vocab_size=self.corpus.vocab_size,
+      seq_len=data.seq_len,
+      batch_sizes=(data.batch_size // accumulation, config.eval.batch_size),
+      mesh=self.mesh,
+      plugins=config.plugins,
+    )
+    self.optimizer = optim.build(config.optim, config.train.num_steps)
+    self.validation()  # Refuses now, not after training.
+    self._compile()
+
+  @property
+  def mesh_shape(self) -> dict[str, int]:
+    """Devices along each axis."""
+    return (
+      dict(self.mesh.shape) if self.mesh else dict.fromkeys(parallel.AXES, 1)
+    )
+
+  def batches(self, seed: int):
+    """The training batches of a seed, by step."""
+    data = self.config.data
+    return batches.train_batches(
+      self.corpus,
+      seq_len=data.seq_len,
+      batch_size=data.batch_size,
+      seed=seed,
+      accumulation=self.config.train.accumulation,
+    )
+
+  def put(self, batch):
+    """A training batch on the devices."""
+    batch = {k: batch[k] for k in ("inputs", "targets", "mask")}
+    if self.mesh is None:
+      return batch
+    return jax.device_put(batch, self._sharding(None, parallel.TOKENS))
+
+  def validation(self):
+    """(domain, batch) pairs of the validation split."""
+    config = self.config
+    return batches.validation_batches(
+      self.corpus,
+      seq_len=config.data.seq_len,
+      batch_size=config.eval.batch_size,
+      max_batches_per_domain=config.eval.batches_per_domain,
+    )
+
+  def evaluate(self, state: train.TrainState) -> dict[str, float]:
+    """All metrics of the validation split."""
+
+    def step(batch, index):
+      batch = {k: batch[k] for k in ("inputs", "targets", "mask")}
+      if self.mesh is not None:
+        batch = jax.device_put(batch, self._sharding(parallel.TOKENS))
+      return self.eval_step(state.params, state.balance, batch, np.int32(index))
+
+    return evaluate.evaluate(
+      step,
+      self.validation(),
+      segments=self.model.arch.segments,
+      recipe=self.model.arch.recipe,
+    )
+
+  def _compile(self):
+    started = time.monotonic()
+    config, data = self.config, self.config.data
+    shared = dict(model=self.model, optimizer=self.optimizer)
+    init = functools.partial(
+      train.init_state,
+      **shared,
+      seq_len=data.seq_len,
+      batch=config.eval.batch_size,
+    )
+    boxed = jax.eval_shape(init, jax.random.key(0))
+    shardings = {}
+    if self.mesh is not None:
+      state, all_of_it = parallel.shardings(boxed, self.mesh), self._sharding()
+      micro = self._sharding(None, parallel.TOKENS)
+      rows = self._sharding(parallel.TOKENS)
+      shardings = {
+        "init": dict(out_shardings=state),
+        "train": dict(
+          in_shardings=(state, micro), out_shardings=(state, all_of_it)
+        ),
+        "eval": dict(
+          in_shardings=(state.params, state.balance, rows, all_of_it),
+          out_shardings=all_of_it,
+        ),
+      }
+    rng = jax.random.key(0)
+    self.init = jax.jit(
+      lambda rng: nn.unbox(init(rng)), **shardings.get("init", {})
+    )
+    self.init = self.init.lower(rng).compile()
+    state = nn.unbox(boxed)
+    train_batch, eval_batch = self._batch_shapes()
+    self.train_step = (
+      jax.jit(
+        functools.partial(train.train_step, **shared),
+        donate_argnums=0,
+        **shardings.get("train", {}),
+      )
+      .lower(state, train_batch)
+      .compile()
+    )
+    self.eval_step = (
+      jax.jit(
+        functools.partial(evaluate.eval_step, model=self.model),
+        **shardings.get("eval", {}),
+      )
+      .lower(
+        state.params,
+        state.balance,
+        eval_batch,
+        jax.ShapeDtypeStruct((), jnp.int32),
+      )
+      .compile()
+    )
+    self.compile_seconds = time.monotonic() - started
+
+  def _batch_shapes(self):
+    config = self.config
+    a, b = config.train.accumulation, config.data.batch_size
+
+    def shapes(*leading):
+      shape = (*leading, config.data.seq_len)
+      integers = jax.ShapeDtypeStruct(shape, jnp.int32)
+      return {
+        "inputs": integers,
+        "targets": integers,
+        "mask": jax.ShapeDtypeStruct(shape, jnp.bool_),
+      }
+
+    return shapes(a, b // a), shapes(config.eval.batch_size)
+
+  def _sharding(self, *axes):
+    return jax.NamedSharding(self.mesh, jax.P(*axes))
