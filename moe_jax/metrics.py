@@ -78,6 +78,8 @@ def routing(layers: Mapping[str, Stats], top_k: int) -> dict[str, Mean]:
     add("dropped", sum(dropped.values()), tokens * top_k)
     for cause, n in dropped.items():
       add(f"dropped/{cause}", n, tokens * top_k)
+    for name, value in s.extra.items():
+      add(f"extra/{name}", value.sum(), tokens)
   return out
 
 

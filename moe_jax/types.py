@@ -80,7 +80,8 @@ class Routing:
   prob_TE: rows sum to 1, the distribution that losses and entropy are
     computed from; None where a router has none.
   logits_TE: the router's raw scores, for the z-loss; None where there are none.
-  extra: arrays that may be summed over groups, reported in Stats.extra.
+  extra: sums over the group's tokens of what else the router wants logged, as
+    extra/NAME per token.
   weight_input: scale the expert's input by weight_TK, not its output.
   """
 

@@ -102,6 +102,13 @@ def test_routing_metrics_by_definition():
   assert found["dropped"] == pytest.approx(want, rel=1e-12)
 
 
+def test_what_a_router_reports_is_per_token():
+  stats = draw(1)
+  found = metrics.divide(metrics.routing(layers_of(stats), K))
+  want = stats.extra["mine"].sum() / stats.tokens.sum()
+  np.testing.assert_allclose(found["extra/mine"], want)
+
+
 def test_extremes():
   assert metrics.max_vio([4, 4, 4, 4]) == metrics.min_vio([4, 4, 4, 4]) == 0
   assert metrics.max_vio([8, 0, 0, 0]) == 3
