@@ -40,7 +40,8 @@ def main(argv=None) -> int:
     bare = time.perf_counter() - started
     started = time.perf_counter()
     steps = range(i * args.steps, (i + 1) * args.steps)
-    state = loop.take_steps(program, state, stream, steps, *_writers(config))
+    lines = loop.Lines(program, *_writers(config))
+    state, _ = loop.take_steps(program, state, stream, steps, lines, None, None)
     jax.block_until_ready(state)
     if i:  # The first pair warms up.
       ratios.append((time.perf_counter() - started) / bare)

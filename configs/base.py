@@ -77,6 +77,12 @@ def get_config() -> ConfigDict:
   c.train.num_steps = 300  # optimizer steps
   c.train.accumulation = 1  # micro-batches in a step; divides data.batch_size
   c.train.log_every = 10  # steps between lines of metrics.jsonl
+  c.train.max_skipped_in_a_row = 10  # not finite, before the run gives up
+
+  c.checkpoint = ConfigDict()
+  c.checkpoint.every = 1000  # steps; 0: at the end, and when it is stopped
+  c.checkpoint.keep_last = 3  # of the newest
+  c.checkpoint.keep_every = config_dict.placeholder(int)  # steps, for good
 
   c.eval = ConfigDict()
   c.eval.every = 0  # steps between evaluations; 0: at the end only

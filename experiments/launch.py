@@ -4,7 +4,7 @@
 
 What is finished is not run again: a run whose row lies in the work directory,
 or in the results.csv beside the question, with the same scale, arm, seed and
-config. The report is written to WORKDIR/report.
+config. What was stopped goes on from its last checkpoint. The report is written to WORKDIR/report.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from experiments import questions, report, runs, sweeps
 from moe_jax import config as config_lib
-from moe_jax.errors import ConfigError, did_you_mean
+from moe_jax.errors import ConfigError, OtherRun, did_you_mean
 from moe_jax.progress import Progress
 
 
@@ -44,6 +44,11 @@ class Launch(NamedTuple):
     """A run's row, from the work directory or committed; None: to be run."""
     rows = (row for row in self.committed[0] if run.is_of(row))
     return run.row() or next(rows, None)
+
+  def fingerprint(self) -> str | None:
+    """Of the data that runs here were trained on; None: there are none yet."""
+    found = (run.fingerprint() for run in self.runs)
+    return next((f for f in found if f is not None), None)
 
   def curve(self, run: runs.Run) -> list[dict]:
     """A finished run's curve, from where its row is."""
@@ -208,7 +213,7 @@ def _train(launch, todo):
 
   started, compiling, progress = time.monotonic(), 0.0, None
   for arm, group in itertools.groupby(todo, lambda run: run.arm):
-    program = programs.Program(launch.configs[arm])
+    program = programs.Program(launch.configs[arm], launch.fingerprint())
     compiling += program.compile_seconds
     if progress is None:  # Its clock starts when the steps do.
       steps = sum(launch.configs[run.arm].train.num_steps for run in todo)
@@ -226,12 +231,15 @@ def _train(launch, todo):
 def _train_one(run, program, progress):
   from moe_jax import loop, run_directory
 
-  aside = run.set_aside()
-  if aside is not None:
-    print(f"{run.folder} is of no finished run of today's config: now {aside}")
   config = sweeps.apply(program.config, {"seed": run.seed})
-  directory = run_directory.RunDirectory(run.folder, config)
-  run.finish(loop.run(program, run.seed, directory, progress))
+  try:
+    directory = run_directory.RunDirectory(run.folder, config)
+  except OtherRun:
+    aside = run.set_aside()
+    print(f"{run.folder} is of a run of another config: now {aside}")
+    directory = run_directory.RunDirectory(run.folder, config)
+  with directory:
+    run.finish(loop.run(program, run.seed, directory, progress))
 
 
 class _Named:
@@ -242,6 +250,9 @@ class _Named:
 
   def update(self, n: int, note: str = "") -> None:
     self._progress.update(n, f"{self._name}: {note}")
+
+  def skip(self, n: int) -> None:
+    self._progress.skip(n)
 
 
 def _report(launch):

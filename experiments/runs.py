@@ -40,6 +40,13 @@ class Run:
       row.get(k) == v for k, v in self.key.items()
     )
 
+  def fingerprint(self) -> str | None:
+    """Of the data that its folder's run began with; None if there is none."""
+    try:
+      return json.loads((self.folder / "run.json").read_text())["data"]
+    except (OSError, ValueError, KeyError):
+      return None
+
   def finish(self, validation: dict[str, float]) -> None:
     """Writes its row, the mark that the run is whole."""
     row = self.key | summary(self._training(), validation)

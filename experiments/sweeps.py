@@ -75,7 +75,9 @@ def apply(
   Raises:
     ConfigError: no such key, or a value of another type.
   """
-  new = copy.deepcopy(config).lock()
+  new = copy.deepcopy(config)
+  if not new.is_locked:
+    new.lock()
   for key, value in overrides.items():
     config_lib.override(new, f"{key}={value!r}")
   return new

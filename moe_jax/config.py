@@ -10,7 +10,7 @@ import sys
 
 import ml_collections
 
-from moe_jax.errors import ConfigError, did_you_mean
+from moe_jax.errors import ConfigError, Interrupted, RunError, did_you_mean
 
 
 def load(spec: str, overrides=()) -> ml_collections.ConfigDict:
@@ -76,12 +76,14 @@ def _set_section(config, key, parent, name, value):
   """Replaces the options of a part, or sets known keys of a fixed section."""
   if not isinstance(value, dict):
     raise ConfigError(f"config.{key} is a section; set it by a dict")
-  if parent[name].is_locked:
+  section = parent[name]
+  if section.is_locked:
     for k, v in value.items():
       override(config, f"{key}.{k}={v!r}")
     return
-  with parent.unlocked():
-    parent[name] = ml_collections.ConfigDict(value)
+  for k in list(section):
+    del section[k]
+  section.update(value)
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:
@@ -122,12 +124,19 @@ def parse(parser: argparse.ArgumentParser, argv=None):
 
 
 def run(main) -> None:
-  """Calls main() and turns a ConfigError into one sentence and exit code 2."""
+  """Calls main() and turns errors of ours into one sentence and exit codes.
+
+  2: something is wrong, and says what to do. 75: a signal stopped it, and the
+  same command goes on.
+  """
   try:
     sys.exit(main())
-  except ConfigError as e:
+  except (ConfigError, RunError) as e:
     print(f"error: {e}", file=sys.stderr)
     sys.exit(2)
+  except Interrupted as e:
+    print(e, file=sys.stderr)
+    sys.exit(75)
 
 
 def _get_config(path):

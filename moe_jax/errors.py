@@ -10,6 +10,24 @@ class ConfigError(ValueError):
   """
 
 
+class OtherRun(ConfigError):
+  """A work directory holds a run of another config."""
+
+
+class RunError(Exception):
+  """A run cannot go on; what it wrote is whole. Says what to do.
+
+  Commands print its sentence without a traceback and exit with code 2.
+  """
+
+
+class Interrupted(Exception):
+  """A signal stopped a run, and it was saved.
+
+  Commands exit with code 75: the same command goes on.
+  """
+
+
 def did_you_mean(word: str, known) -> str:
   """'; did you mean "x"?' with the nearest known word, or a list of them."""
   known = sorted(known)

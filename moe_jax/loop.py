@@ -1,9 +1,18 @@
-"""The training loop: one seed from its first step to its final metrics."""
+"""The training loop: one seed from its first step, or where it was, to its end.
 
+A run that was stopped at any moment and one that never was write the same
+lines and end with the same parameters. For that, everything a line is made of
+is either in the train state, or depends on the number of the step, or is saved
+with the checkpoint (the sums of a line that has not been written yet).
+"""
+
+import contextlib
+import json
 import time
 
 import jax
 
+from moe_jax import config as config_lib
 from moe_jax import (
   evaluate,
   grouped_matmul,
@@ -11,7 +20,10 @@ from moe_jax import (
   parallel,
   params,
   run_directory,
+  signals,
 )
+from moe_jax.checkpoint import Checkpoints
+from moe_jax.errors import ConfigError, Interrupted, RunError
 from moe_jax.program import Program
 from moe_jax.progress import Progress
 from moe_jax.types import Mean
@@ -22,22 +34,28 @@ def train_and_evaluate(config, workdir) -> dict[str, float]:
 
   Args:
     config: see `configs/base.py`.
-    workdir: the run's folder.
+    workdir: the run's folder. A run that it holds already goes on, or if it
+      is finished is only read.
 
   Returns:
     The final metrics of the validation split.
 
   Raises:
-    ConfigError: impossible values, or a folder that holds a run already.
+    ConfigError: impossible values, or a folder that holds another run.
+    RunError: it cannot go on.
+    Interrupted: a signal stopped it.
   """
-  directory = run_directory.RunDirectory(workdir, config)
-  program = Program(config)
-  progress = Progress(config.train.num_steps, "steps")
-  return run(program, config.seed, directory, progress)
+  with run_directory.RunDirectory(workdir, config) as directory:
+    finished = directory.logged(config.train.num_steps, "validation")
+    if finished is not None:
+      return finished
+    program = Program(config, fingerprint=directory.facts.get("data"))
+    progress = Progress(config.train.num_steps, "steps")
+    return run(program, config.seed, directory, progress)
 
 
 def run(program: Program, seed: int, directory, progress) -> dict[str, float]:
-  """Trains one seed with a program.
+  """Trains one seed with a program, from its newest checkpoint if it has one.
 
   Args:
     program: compiled functions; shared by all seeds.
@@ -47,97 +65,236 @@ def run(program: Program, seed: int, directory, progress) -> dict[str, float]:
 
   Returns:
     The final metrics of the validation split.
+
+  Raises:
+    As `train_and_evaluate`.
   """
-  config = program.config
-  directory.describe(
+  options, num_steps = program.config.checkpoint, program.config.train.num_steps
+  checkpoints = Checkpoints(
+    directory.path / "checkpoints",
+    keep_last=options.keep_last,
+    keep_every=options.keep_every,
+  )
+  with contextlib.closing(checkpoints), signals.Stop() as stop:
+    state, step, lines = _begin(program, seed, directory, checkpoints, progress)
+    stream = program.batches(seed)
+    while True:
+      final = _evaluate(program, state, step, directory)
+      if step == num_steps:
+        return final
+      steps = range(step, _next_evaluation(program.config, step))
+      state, step = take_steps(
+        program, state, stream, steps, lines, checkpoints, stop
+      )
+      if stop.asked and step < num_steps:
+        save(checkpoints, step, state, lines)
+        checkpoints.wait()
+        raise Interrupted(
+          f"stopped by a signal after step {step} and saved in"
+          f" {directory.path}; the same command goes on"
+        )
+
+
+def _begin(program, seed, directory, checkpoints, progress):
+  """(state, step, lines) of a new run, or of its newest checkpoint."""
+  facts = dict(
     seed=seed,
     data=program.corpus.fingerprint,
     data_sources=program.corpus.sources,
     mesh=program.mesh_shape,
     grouped_matmul=grouped_matmul.backend_for(parallel.platform(program.mesh))
-    if config.model.moe.grouped_matmul is None
-    else config.model.moe.grouped_matmul,
-    recipe=params.describe(config.model, config.plugins),
-    parameters=params.count(program.model, config.data.seq_len),
+    if program.config.model.moe.grouped_matmul is None
+    else program.config.model.moe.grouped_matmul,
+    recipe=params.describe(program.config.model, program.config.plugins),
+    parameters=params.count(program.model, program.config.data.seq_len),
     compile_seconds=program.compile_seconds,
   )
-  state, stream = program.init(jax.random.key(seed)), program.batches(seed)
-  every, end = config.eval.every or config.train.num_steps, 0
-  while end < config.train.num_steps:
-    start, end = end, min(end + every, config.train.num_steps)
-    state = take_steps(
-      program, state, stream, range(start, end), directory, progress
+  found = checkpoints.restore(program.abstract_state)
+  lines = Lines(program, directory, progress)
+  if found is None:
+    directory.cut(0)
+    directory.describe(**facts)
+    return program.init(jax.random.key(seed)), 0, lines
+  known = found.meta["data"]
+  if known != program.corpus.fingerprint:
+    raise ConfigError(
+      f"the checkpoint {checkpoints.folder / str(found.step)} was trained on"
+      f" data with fingerprint {known[:12]}…, but {program.corpus.name} now has"
+      f" {program.corpus.fingerprint[:12]}…; bring that data back (run.json has"
+      " the versions it was made from), or choose another --workdir"
     )
-    final = program.evaluate(state)
-    directory.log(end, "validation", final)
-  return final
+  directory.cut(found.step)
+  directory.describe(step=found.step, **facts)
+  lines.resume(found.step, found.meta["line"])
+  return found.state, found.step, lines
+
+
+def _next_evaluation(config, step):
+  every = config.eval.every or config.train.num_steps
+  return min((step // every + 1) * every, config.train.num_steps)
+
+
+def _evaluate(program, state, step, directory):
+  """Metrics of the validation split, if there are to be any after this step."""
+  config = program.config
+  every = config.eval.every
+  if step != config.train.num_steps and not (
+    step and every and step % every == 0
+  ):
+    return None
+  found = directory.logged(step, "validation")
+  if found is None:
+    found = program.evaluate(state)
+    directory.log(step, "validation", found)
+  return found
+
+
+def save(checkpoints, step: int, state, lines) -> None:
+  """Writes the checkpoint after a step, with all that a restart needs."""
+  config, corpus = lines.program.config, lines.program.corpus
+  begun = lines.begun()
+  lines.directory.sync()
+  checkpoints.save(
+    step,
+    state,
+    {
+      "config": json.loads(config_lib.to_json(config)),
+      "data": corpus.fingerprint,
+      "line": begun,
+    },
+  )
 
 
 def take_steps(
-  program: Program, state, stream, steps: range, directory, progress
+  program: Program, state, stream, steps: range, lines, checkpoints, stop
 ):
-  """Trains for some steps; every `train.log_every` of them writes a line.
+  """Trains for some steps, or until it is asked to stop.
 
   A line is written while the devices compute the step after it.
 
   Args:
-    program, directory, progress: as in `run`.
-    state: TrainState before the first step.
+    program, state: what to train.
     stream: batches by step.
     steps: which steps, counted from 0.
+    lines: Lines that the metrics go to.
+    checkpoints: where `checkpoint.every` steps are saved; None: nowhere.
+    stop: signals.Stop; None: nobody asks.
 
   Returns:
-    TrainState after the last step.
+    TrainState and the number of steps done.
   """
-  pending, full, since = [], [], time.monotonic()
-
-  def write(done, sums):
-    nonlocal since
-    sums = jax.device_get(sums)
-    found = step_metrics(sums, program.model.arch)
-    tokens = sum(float(s["loss"].weight) for s in sums)
-    found["tokens_per_second"] = tokens / (time.monotonic() - since)
-    since = time.monotonic()
-    directory.log(done, "train", found)
-    note = f"loss {found['loss']:.3f}"
-    if "max_vio" in found:
-      note += f", max_vio {found['max_vio']:.2f}"
-    progress.update(len(sums), note)
-
+  every, last = program.config.checkpoint.every, program.config.train.num_steps
+  done = steps.start
   for step in steps:
+    if stop is not None and stop.asked:
+      break
     state, sums = program.train_step(state, program.put(stream[step]))
-    if full:  # Now that the devices have something to do.
-      write(step, full)
-      full = []
-    pending.append(sums)
-    if (step + 1) % program.config.train.log_every == 0:
-      pending, full = [], pending
-  if full or pending:
-    write(steps.stop, full or pending)
-  return state
+    lines.write()  # Now that the devices have something to do.
+    done = step + 1
+    lines.add(done, sums)
+    due = done == last or (every and done % every == 0)
+    if checkpoints is not None and due:
+      lines.write()
+      save(checkpoints, done, state, lines)
+  lines.write()
+  return state, done
 
 
-def step_metrics(steps: list[dict], arch) -> dict[str, float]:
-  """Metrics of several steps: each computed per step, then averaged.
+class Lines:
+  """The training lines of metrics.jsonl: sums of steps, divided once."""
+
+  def __init__(self, program: Program, directory, progress):
+    self.program = program
+    self.directory, self._progress = directory, progress
+    self._every = program.config.train.log_every
+    self._waiting = []  # (step, sums on the devices) not added up yet.
+    self._means, self._skipped = {}, 0  # Of the line that is begun.
+    self._tokens, self._since = 0.0, time.monotonic()
+    self._told = 0  # Steps that the progress line knows of.
+
+  def resume(self, step: int, begun) -> None:
+    """Takes over a line that `begun` before a restart."""
+    self._means = {k: Mean(*pair) for k, pair in begun.items()}
+    self._progress.skip(step)
+    self._told = step
+    self._since = time.monotonic()
+
+  def begun(self) -> dict[str, tuple[float, float]]:
+    """Sums of the steps since the last line, for the next process."""
+    self._add_up()
+    return {k: (m.total, m.weight) for k, m in self._means.items()}
+
+  def add(self, step: int, sums) -> None:
+    """Takes what `train_step` returned, without waiting for it."""
+    self._waiting.append((step, sums))
+
+  def write(self) -> None:
+    """Writes a line if one is complete.
+
+    Raises:
+      RunError: too many steps in a row were not finite.
+    """
+    if not self._waiting:
+      return
+    step = self._waiting[-1][0]
+    if step % self._every and step != self.program.config.train.num_steps:
+      return
+    self._add_up()
+    now = time.monotonic()
+    found = metrics.divide(self._means)
+    found["skipped_steps"] = self._skipped
+    found["tokens_per_second"] = self._tokens / (now - self._since)
+    self.directory.log(step, "train", found)
+    self._means, self._tokens, self._since = {}, 0.0, now
+    note = [f"{k} {found[k]:.3f}" for k in ("loss", "max_vio") if k in found]
+    self._progress.update(step - self._told, ", ".join(note))
+    self._told = step
+
+  def _add_up(self):
+    for step, sums in jax.device_get(self._waiting):
+      self._tokens += float(sums["loss"].weight)
+      self._skipped = int(sums["skipped"])
+      if not sums["skipped_in_a_row"]:
+        means = step_means(sums, self.program.model.arch)
+        self._means = metrics.add_up([self._means, means])
+      self._check(step, int(sums["skipped_in_a_row"]))
+    self._waiting = []
+
+  def _check(self, step, in_a_row):
+    most = self.program.config.train.max_skipped_in_a_row
+    if in_a_row < most:
+      return
+    folder = self.directory.path / "checkpoints"
+    whole = [int(f.name) for f in folder.glob("[0-9]*") if f.name.isdigit()]
+    good = [s for s in whole if s <= step - in_a_row]
+    last = f"the last good checkpoint is {folder / str(max(good, default=0))}"
+    raise RunError(
+      f"the loss or the gradient was not finite in {in_a_row} steps in a row,"
+      f" the last of them {step}, and none of these was applied;"
+      f" {last if good else 'there is no checkpoint before them'}. Lower"
+      " optim.learning_rate, or raise train.max_skipped_in_a_row"
+    )
+
+
+def step_means(sums: dict, arch) -> dict[str, Mean]:
+  """All metrics of one step; add up those of several, and divide once.
 
   Args:
-    steps: what `train_step` returned for each, on the host.
+    sums: what `train_step` returned, on the host.
     arch: of the model.
   """
-  found = []
-  for sums in steps:
-    means = evaluate.loss_means(sums)
-    means["grad_norm"] = Mean(float(sums["grad_norm"]), 1.0)
-    means["aux_loss"] = Mean(float(sums["aux_loss"]), 1.0)
-    if arch.recipe is not None:
-      layers = metrics.by_layer(sums["stats"], arch.segments)
-      means |= metrics.routing(layers, arch.recipe.router.top_k)
-      means["bias_range"] = metrics.bias_range(sums["balance"])
-      floor = metrics.max_vio_floor(
-        int(sums["loss"].weight),
-        arch.recipe.num_experts,
-        arch.recipe.router.top_k,
-      )
-      means["max_vio_floor"] = Mean(floor, 1.0)
-    found.append(means)
-  return metrics.divide(metrics.add_up(found))
+  means = evaluate.loss_means(sums)
+  means["grad_norm"] = Mean(sums["grad_norm"], 1.0)
+  means["aux_loss"] = Mean(sums["aux_loss"], 1.0)
+  if arch.recipe is not None:
+    layers = metrics.by_layer(sums["stats"], arch.segments)
+    means |= metrics.routing(layers, arch.recipe.router.top_k)
+    means["bias_range"] = metrics.bias_range(sums["balance"])
+    floor = metrics.max_vio_floor(
+      int(sums["loss"].weight),
+      arch.recipe.num_experts,
+      arch.recipe.router.top_k,
+    )
+    means["max_vio_floor"] = Mean(floor, 1.0)
+  # Python's floats survive JSON to the last bit.
+  return {k: Mean(float(m.total), float(m.weight)) for k, m in means.items()}

@@ -15,8 +15,12 @@ from moe_jax.errors import ConfigError
 class Program:
   """What every seed of one config shares: data, model, compiled functions."""
 
-  def __init__(self, config):
+  def __init__(self, config, fingerprint: str | None = None):
     """Prepares the data, builds the model, compiles the steps.
+
+    Args:
+      config: see `configs/base.py`.
+      fingerprint: of the data, where a run goes on that has seen it; None: any.
 
     Raises:
       ConfigError: impossible values; before anything is compiled.
@@ -27,7 +31,7 @@ class Program:
         f"train.accumulation = {accumulation} does not divide data.batch_size ="
         f" {data.batch_size}"
       )
-    for key in ("num_steps", "log_every"):
+    for key in ("num_steps", "log_every", "max_skipped_in_a_row"):
       if config.train[key] < 1:
         raise ConfigError(f"train.{key} is at least 1, not {config.train[key]}")
     if config.eval.every < 0:
@@ -41,6 +45,7 @@ class Program:
       data_dir=data.dir,
       cache_dir=data.cache_dir,
       plugins=config.plugins,
+      fingerprint=fingerprint,
     )
     self.model = models.build(
       config.model,
@@ -137,6 +142,15 @@ class Program:
     )
     self.init = self.init.lower(rng).compile()
     state = nn.unbox(boxed)
+    self.abstract_state = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      state,
+      shardings["init"]["out_shardings"]
+      if shardings
+      else jax.tree.map(
+        lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), state
+      ),
+    )
     train_batch, eval_batch = self._batch_shapes()
     self.train_step = (
       jax.jit(

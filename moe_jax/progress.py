@@ -10,7 +10,7 @@ class Progress:
   def __init__(self, total: int, what: str, every: float = 10.0):
     """Args: total units; what to call them; seconds between plain lines."""
     self._total, self._what, self._every = total, what, every
-    self._done, self._started = 0, time.monotonic()
+    self._done, self._before, self._started = 0, 0, time.monotonic()
     self._said = self._started
     self._bar = None
     if sys.stderr.isatty():
@@ -30,13 +30,21 @@ class Progress:
       return
     self._said = now
     spent = now - self._started
-    left = spent / max(self._done, 1) * (self._total - self._done)
+    rate = (self._done - self._before) / max(spent, 1e-9)
+    left = (self._total - self._done) / rate if rate else 0
     print(
       f"{self._done}/{self._total} {self._what}, {_minutes(spent)} spent,"
       f" {_minutes(left)} left. {note}",
       file=sys.stderr,
       flush=True,
     )
+
+  def skip(self, n: int) -> None:
+    """n units had been done before this process; no time is counted for them."""
+    self._done += n
+    self._before += n
+    if self._bar is not None:
+      self._bar.update(n)
 
   def close(self) -> None:
     if self._bar is not None:

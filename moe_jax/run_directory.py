@@ -1,8 +1,12 @@
 """What a run leaves behind: config.json, run.json, metrics.jsonl."""
 
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
+import platform
+import socket
 import subprocess
 import time
 from importlib import metadata
@@ -10,68 +14,215 @@ from importlib import metadata
 import jax
 
 from moe_jax import config as config_lib
-from moe_jax.errors import ConfigError
+from moe_jax.errors import ConfigError, OtherRun, RunError
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "grain", "moe_jax")
+# Keys of the config that a run may go on with changed: its numbers are the same.
+MAY_CHANGE = ("mesh", "checkpoint.", "data.cache_dir", "data.dir", "writers")
+
+_PACKAGES = (
+  "jax",
+  "jaxlib",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+  "numpy",
+  "grain",
+  "moe_jax",
+)
 
 
 class RunDirectory:
-  """Writes one run's files. Refuses a folder that already holds a run."""
+  """One run's files, for one process at a time.
+
+  Attributes:
+    path: the folder.
+    facts: what run.json said when it was opened; {} for a new run.
+  """
 
   def __init__(self, path: str | os.PathLike, config):
-    """Makes the folder.
+    """Makes the folder, or opens that of the same run to go on with it.
 
     Args:
-      path: the work directory; it may exist, but must hold no metrics.jsonl.
+      path: the work directory.
       config: the run's config.
 
     Raises:
-      ConfigError: it holds a run, or cannot be written to.
+      ConfigError: it holds a run of another config, another process is
+        running in it, or it cannot be written to.
     """
     self.path = pathlib.Path(path)
-    if (self.path / "metrics.jsonl").exists():
-      raise ConfigError(
-        f"{self.path} already holds a run (metrics.jsonl); choose another"
-        " --workdir, or move that one away"
-      )
-    try:
-      self.path.mkdir(parents=True, exist_ok=True)
-      self._write("config.json", config_lib.to_json(config))
-    except OSError as e:
-      raise ConfigError(
-        f"the work directory {self.path} cannot be written to"
-        f" ({e.strerror}); choose another --workdir"
-      ) from None
+    with contextlib.ExitStack() as on_error:
+      try:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = on_error.enter_context(_lock(self.path))
+        self._begin(config_lib.to_json(config))
+      except OSError as e:
+        raise ConfigError(
+          f"the work directory {self.path} cannot be written to"
+          f" ({e.strerror}); choose another --workdir"
+        ) from None
+      on_error.pop_all()
+    self.facts = _read_json(self.path / "run.json") or {}
 
-  def describe(self, **facts) -> None:
-    """Writes run.json: versions, devices, and the given facts."""
-    run = {
+  def _begin(self, config):
+    known = _read_json(self.path / "config.json")
+    if known is not None:
+      _check_same(self.path, known, json.loads(config))
+      return
+    _check_no_run(self.path)
+    self._write("config.json", config + "\n")
+
+  def describe(self, step: int = 0, **facts) -> None:
+    """Writes run.json: versions, devices, and the given facts.
+
+    Args:
+      step: where this process starts. Above 0, what it found goes to the list
+        "continued", and the rest stays as it was at the start.
+      **facts: more of it.
+    """
+    now = {
       "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
       "git": _git(),
       "versions": {p: metadata.version(p) for p in _PACKAGES if _has(p)},
+      "python": platform.python_version(),
       "platform": jax.default_backend(),
       "devices": [d.device_kind for d in jax.devices()],
+      "processes": jax.process_count(),
       "xla_flags": os.environ.get("XLA_FLAGS", ""),
       **facts,
     }
-    self._write("run.json", json.dumps(run, indent=2, sort_keys=True))
+    if step and self.facts:
+      changed = {k: v for k, v in now.items() if v != self.facts.get(k)}
+      self.facts.setdefault("continued", []).append({"step": step} | changed)
+    else:
+      self.facts = now
+    text = json.dumps(self.facts, indent=2, sort_keys=True)
+    self._write("run.json", text + "\n")
 
   def log(self, step: int, split: str, metrics: dict[str, float]) -> None:
-    """Appends one line to metrics.jsonl."""
+    """Appends one line to metrics.jsonl.
+
+    Raises:
+      RunError: the disk is full, for instance.
+    """
     line = {"step": step, "split": split, **metrics}
+    try:
+      with open(self.path / "metrics.jsonl", "a") as f:
+        f.write(json.dumps(line) + "\n")
+    except OSError as e:
+      raise RunError(
+        f"{self.path / 'metrics.jsonl'} cannot be written to ({e.strerror});"
+        " free space on that disk, older runs for instance, and give the same"
+        " command to go on from the last checkpoint"
+      ) from None
+
+  def sync(self) -> None:
+    """Returns when metrics.jsonl would survive a loss of power."""
     with open(self.path / "metrics.jsonl", "a") as f:
-      f.write(json.dumps(line) + "\n")
+      os.fsync(f.fileno())
+
+  def cut(self, step: int) -> None:
+    """Takes the lines after a step out of metrics.jsonl, and broken ones."""
+    path = self.path / "metrics.jsonl"
+    if path.exists():
+      lines = [x for x in _lines(path) if x["step"] <= step]
+      self._write("metrics.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
+
+  def logged(self, step: int, split: str) -> dict[str, float] | None:
+    """The metrics of a line, if there is one of that step and split."""
+    path = self.path / "metrics.jsonl"
+    for line in _lines(path) if path.exists() else ():
+      if (line["step"], line["split"]) == (step, split):
+        return {k: v for k, v in line.items() if k not in ("step", "split")}
+    return None
+
+  def close(self) -> None:
+    """Lets another process have it."""
+    self._lock.close()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.close()
 
   def _write(self, name, text):
     temporary = self.path / f".{name}"
-    temporary.write_text(text + "\n")
+    temporary.write_text(text)
     temporary.replace(self.path / name)
+
+
+def _lock(path):
+  """A file that the system keeps locked while this process lives."""
+  file = (path / ".lock").open("a+")
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    with file:
+      file.seek(0)
+      raise ConfigError(
+        f"another run is going on in {path} ({file.read().strip()}); wait for"
+        " it, or choose another --workdir"
+      ) from None
+  file.truncate(0)
+  file.write(f"process {os.getpid()} on {socket.gethostname()}")
+  file.flush()
+  return file
+
+
+def _check_no_run(path):
+  if (path / "metrics.jsonl").exists() or (path / "checkpoints").exists():
+    raise OtherRun(
+      f"{path} holds a run without its config.json; choose another --workdir,"
+      " or move that one away"
+    )
+
+
+def _check_same(path, known, wanted):
+  """Raises ConfigError for a value that would change the run's numbers."""
+  known, wanted = dict(_flat(known)), dict(_flat(wanted))
+  for key in sorted({*known, *wanted}):
+    if key.startswith(MAY_CHANGE):
+      continue
+    old, new = (d.get(key, "not set") for d in (known, wanted))
+    if old != new:
+      raise OtherRun(
+        f"{path} holds a run with config.{key} = {old!r}, and now it is"
+        f" {new!r}; give the same value to go on with that run, or choose"
+        " another --workdir"
+      )
+
+
+def _flat(tree, prefix=""):
+  for key, value in tree.items():
+    if isinstance(value, dict) and value:
+      yield from _flat(value, f"{prefix}{key}.")
+    else:
+      yield prefix + key, value
+
+
+def _read_json(path):
+  try:
+    return json.loads(path.read_text())
+  except (FileNotFoundError, ValueError):
+    return None
+
+
+def _lines(path):
+  """The lines of metrics.jsonl; one that was cut off in writing is none."""
+  found = []
+  with open(path) as f:
+    for line in f:
+      try:
+        found.append(json.loads(line))
+      except ValueError:
+        break
+  return found
 
 
 def read_metrics(path: str | os.PathLike, split: str) -> list[dict]:
   """The lines of a run's metrics.jsonl of one split, in order."""
-  with open(pathlib.Path(path, "metrics.jsonl")) as f:
-    lines = [json.loads(line) for line in f]
+  lines = _lines(pathlib.Path(path, "metrics.jsonl"))
   return [line for line in lines if line["split"] == split]
 
 

@@ -14,12 +14,16 @@ from moe_jax.types import Array
 class TrainState:
   """Everything that a step changes.
 
-  step: int32, optimizer steps done.
+  step: int32, optimizer steps done, skipped ones included.
+  skipped: int32, steps that were not applied, as their loss or gradient was
+    not finite; skipped_in_a_row: of them those since the last that was.
   rng: the key that all noise is drawn from.
   balance: the balancers' state, {segment: {position: {"moe": ...}}}.
   """
 
   step: Array
+  skipped: Array
+  skipped_in_a_row: Array
   rng: Array
   params: dict
   balance: dict
@@ -33,6 +37,8 @@ def init_state(rng: Array, *, model, optimizer, seq_len: int, batch: int):
   variables = model.init(init_rng, tokens_BL)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
+    skipped=jnp.zeros((), jnp.int32),
+    skipped_in_a_row=jnp.zeros((), jnp.int32),
     rng=rng,
     params=variables["params"],
     balance=variables.get("balance", {}),
@@ -45,7 +51,8 @@ def train_step(state: TrainState, batch, *, model, optimizer):
 
   The loss is the sum over micro-batches divided once by the step's tokens;
   the balance losses are averaged over micro-batches; balancers are updated
-  once from the counts of the whole step.
+  once from the counts of the whole step. A step whose loss or gradient is not
+  finite changes nothing but the counters.
 
   Args:
     state: before the step.
@@ -55,7 +62,7 @@ def train_step(state: TrainState, batch, *, model, optimizer):
 
   Returns:
     The new state, and {"loss": Mean, "bytes", "stats", "balance", "aux_loss",
-    "grad_norm"}, sums over the step.
+    "grad_norm", "skipped", "skipped_in_a_row"}, sums over the step.
   """
   arch = model.arch
   accumulation, batch_size, length = batch["inputs"].shape
@@ -103,16 +110,24 @@ def train_step(state: TrainState, batch, *, model, optimizer):
     micro_step, zeros, (jnp.arange(accumulation), batch)
   )
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  state = state.replace(
-    step=state.step + 1,
+  balance = losses.update(arch.recipe, state.balance, sums["stats"], state.step)
+  sums["grad_norm"] = optax.tree.norm(grads)
+  loss = sums["loss"].total / step_tokens + sums["aux_loss"]
+  finite = jnp.isfinite(loss) & jnp.isfinite(sums["grad_norm"])
+  new = state.replace(
     params=optax.apply_updates(state.params, updates),
     opt_state=opt_state,
-    balance=losses.update(
-      arch.recipe, state.balance, sums["stats"], state.step
-    ),
+    balance=balance,
+    skipped_in_a_row=jnp.zeros_like(state.skipped_in_a_row),
   )
-  sums["grad_norm"] = optax.tree.norm(grads)
+  old = state.replace(
+    skipped=state.skipped + 1, skipped_in_a_row=state.skipped_in_a_row + 1
+  )
+  state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+  state = state.replace(step=state.step + 1)
   sums["balance"] = state.balance
+  sums["skipped"] = state.skipped
+  sums["skipped_in_a_row"] = state.skipped_in_a_row
   return state, sums
 
 

@@ -19,7 +19,7 @@ LEVELS = (
   "layer",
   "parallel",
   "models",
-  "losses optim datasets",
+  "losses optim datasets checkpoint signals",
   "tokens",
   "batches config",
   "params run_directory",

@@ -103,7 +103,7 @@ def test_exit_code_2_and_no_traceback(tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_run_writes_its_files_and_is_never_overwritten(tmp_path, monkeypatch):
+def test_a_run_writes_its_files_once(tmp_path, monkeypatch, capsys):
   monkeypatch.setenv("XDG_CACHE_HOME", str(_cache()))
   command = [
     *ON_THE_MESH,
@@ -120,15 +120,18 @@ def test_a_run_writes_its_files_and_is_never_overwritten(tmp_path, monkeypatch):
   config = json.loads((tmp_path / "run" / "config.json").read_text())
   assert config["train"]["num_steps"] == 6
   train = run_directory.read_metrics(tmp_path / "run", "train")
-  assert [line["step"] for line in train] == [3, 5, 6]
+  assert [line["step"] for line in train] == [5, 6]
   validation = run_directory.read_metrics(tmp_path / "run", "validation")
   assert [line["step"] for line in validation] == [3, 6]
   documented = _documented_metrics()
   for name in {k for line in train + validation for k in line}:
     assert name.split("/")[0] in documented | {"step", "split"}, name
   before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-  with pytest.raises(ConfigError, match="already holds a run"):
-    main.main(command)
+  table = capsys.readouterr().out
+  assert main.main(command) == 0
+  assert capsys.readouterr().out == table
+  with pytest.raises(ConfigError, match="num_steps = 6, and now it is 7"):
+    main.main([*command, "--config.train.num_steps=7"])
   assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
@@ -161,6 +164,8 @@ def test_overrides_keep_types_and_replace_whole_sections():
     "configs/tiny.py",
     (
       "optim.learning_rate=1",
+      "model.moe.router={'name': 'top_k'}",
+      "model.moe.router.score=sigmoid",
       "model.moe.tokens_per_group=128",
       "model.moe.capacity_factor=None",
       "model.moe.balancers={'z': {'name': 'z_loss', 'coefficient': 1e-3}}",
@@ -170,6 +175,7 @@ def test_overrides_keep_types_and_replace_whole_sections():
   assert config.model.moe.tokens_per_group == 128
   assert config.model.moe.capacity_factor is None
   assert config.model.moe.balancers.z.coefficient == 1e-3
+  assert config.model.moe.router.score == "sigmoid"
 
 
 def _cache():

@@ -15,40 +15,7 @@ from moe_jax import evaluate, losses, models, optim, program, train
 from moe_jax.errors import ConfigError
 from moe_jax.models import moe
 from tests import mesh_cases, oracle
-
-V, L, ROWS = 257, 16, 8
-
-
-class SmallCorpus:
-  """Two domains of random bytes, as `tokens.prepare` would return."""
-
-  name, fingerprint, sources = "small", "0", {}
-  vocab_size, domains = V, ("a", "b")
-  num_tokens = {
-    "train": {"a": 4000, "b": 3000},
-    "validation": {"a": 200, "b": 150},
-  }
-
-  def tokens(self, split, domain):
-    size = self.num_tokens[split][domain]
-    low = 0 if domain == "a" else 64
-    rng = np.random.default_rng(size)
-    return rng.integers(low, low + 128, size).astype(np.uint16)
-
-
-def config(**moe_options):
-  c = tiny.get_config()
-  c.data.update(name="small", seq_len=L, batch_size=2 * ROWS)
-  c.model.update(d_model=16, head_dim=8)
-  c.model.moe.update(d_expert=16, capacity_factor=1.0, **moe_options)
-  c.model.moe.balancers = {
-    "bias": {"name": "bias", "rate": 1e-2},
-    "load": {"name": "switch", "coefficient": 0.1, "scope": "global_batch"},
-    "z": {"name": "z_loss", "coefficient": 0.01},
-  }
-  c.optim.update(warmup_steps=0, schedule="constant")
-  c.train.update(accumulation=2, num_steps=3, log_every=1)
-  return c
+from tests.small import ROWS, L, SmallCorpus, V, config
 
 
 def setting(c):

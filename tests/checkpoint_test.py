@@ -1,0 +1,243 @@
+"""Checkpoints: whole, checked, and restored onto any mesh."""
+
+import contextlib
+import json
+import pathlib
+import resource
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import checkpoint, parallel
+from moe_jax.errors import ConfigError, RunError
+
+SPECS = {
+  "params": {"experts": jax.P("expert", "fsdp"), "scale": jax.P()},
+  "half": jax.P(("data", "expert")),
+  "flags": jax.P(),
+  "rng": jax.P(),
+  "step": jax.P(),
+}
+MESHES = ((2, 1, 4, 1), (1, 1, 8, 1), (1, 2, 2, 2), None)
+
+
+def shardings(sizes):
+  if sizes is None:
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[3])
+    return jax.tree.map(lambda _: one, SPECS)
+  mesh = parallel.make_mesh(sizes)
+  return jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), SPECS)
+
+
+def state(seed=0, sizes=None):
+  rng = np.random.default_rng(seed)
+  values = {
+    "params": {
+      "experts": rng.standard_normal((8, 16), np.float32),
+      "scale": rng.standard_normal(6, np.float32),
+    },
+    "half": jnp.asarray(rng.standard_normal((16, 4)), jnp.bfloat16),
+    "flags": rng.random(5) < 0.5,
+    "rng": jax.random.key(seed),
+    "step": np.int32(seed),
+  }
+  return jax.tree.map(jax.device_put, values, shardings(sizes))
+
+
+def abstract(sizes=None):
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    jax.eval_shape(state),
+    shardings(sizes),
+  )
+
+
+def same(one, other):
+  def check(a, b):
+    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+      a, b = jax.random.key_data(a), jax.random.key_data(b)
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+  jax.tree.map(check, one, other)
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """Of three checkpoints: steps 1, 2 and 3."""
+  with opened(tmp_path / "checkpoints") as checkpoints:
+    for step in (1, 2, 3):
+      checkpoints.save(step, state(step), {"note": step})
+  return tmp_path / "checkpoints"
+
+
+def opened(folder, **options):
+  return contextlib.closing(checkpoint.Checkpoints(folder, **options))
+
+
+@pytest.mark.parametrize("wrote", MESHES)
+def test_any_mesh_reads_what_any_mesh_wrote(tmp_path, wrote):
+  with opened(tmp_path / "c") as checkpoints:
+    checkpoints.save(7, state(7, wrote), {"line": {"loss": [0.1 + 0.2, 3.0]}})
+    checkpoints.wait()
+    for sizes in MESHES:
+      found = checkpoints.restore(abstract(sizes))
+      assert found.step == 7
+      assert found.meta == {"line": {"loss": [0.1 + 0.2, 3.0]}}
+      same(found.state, state(7))
+      for x, s in zip(
+        jax.tree.leaves(found.state), jax.tree.leaves(shardings(sizes))
+      ):
+        assert x.sharding.is_equivalent_to(s, x.ndim)
+
+
+def test_the_digest_is_of_the_values_and_not_of_the_mesh():
+  digests = {tuple(checkpoint.digest(state(1, sizes))) for sizes in MESHES}
+  assert len(digests) == 1
+
+
+@pytest.mark.parametrize(
+  "dtype", ["float64", "float32", "bfloat16", "int8", "bool"]
+)
+def test_the_digest_sees_one_bit_and_one_exchange(dtype):
+  with jax.enable_x64(True):
+    raw = np.random.default_rng(0).integers(0, 256, 96, np.uint8)
+    if dtype == "bool":
+      raw &= 1
+    seen = {_digest(raw, dtype)}
+    for byte in range(0, 96, 7):
+      other = raw.copy()
+      other[byte] ^= 1 if dtype == "bool" else 1 << byte % 8
+      seen.add(_digest(other, dtype))
+    exchanged = raw.reshape(12, 8)[::-1].reshape(-1)
+    seen.add(_digest(exchanged, dtype))
+  assert len(seen) == 1 + 14 + 1
+
+
+def _digest(raw, dtype):
+  x = jnp.asarray(raw.view(jnp.dtype(dtype)).reshape(2, -1))
+  return tuple(checkpoint.digest({"x": x}))
+
+
+def test_the_newest_is_restored_and_nothing_is_none(tmp_path, folder):
+  with opened(folder) as checkpoints:
+    assert checkpoints.steps() == [1, 2, 3]
+    found = checkpoints.restore(abstract())
+    assert (found.step, found.meta) == (3, {"note": 3})
+  with opened(tmp_path / "empty") as checkpoints:
+    assert checkpoints.restore(abstract()) is None
+
+
+def flip(path):
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 0xFF
+  path.write_bytes(bytes(content))
+
+
+def damage(kind, step):
+  """Each way a disk can spoil a checkpoint."""
+  files = sorted(p for p in (step / "state").rglob("*") if p.is_file())
+  if kind == "flipped":
+    for path in files:
+      if path.parent.name == "d" and path.stat().st_size:
+        flip(path)
+  elif kind == "cut short":
+    for path in files:
+      path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  elif kind == "without meta":
+    (step / "meta" / "metadata").unlink()
+  elif kind == "another digest":  # Bytes that the storage takes for good ones.
+    path = step / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    meta["digest"][0] = "00000000"
+    path.write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize(
+  "kind", ["flipped", "cut short", "without meta", "another digest"]
+)
+def test_a_damaged_one_is_set_aside_and_the_one_before_is_used(
+  folder, kind, caplog
+):
+  damage(kind, folder / "3")
+  with opened(folder) as checkpoints:
+    found = checkpoints.restore(abstract())
+    assert found.step == 2
+    same(found.state, state(2))
+    assert "3 is damaged" in caplog.text and "step 2" in caplog.text
+    aside = folder.with_name("damaged_checkpoints")
+    assert [p.name for p in aside.iterdir()] == ["3.1"]
+    # The same step can be reached and written again.
+    checkpoints.save(3, state(30), {})
+    checkpoints.wait()
+    same(checkpoints.restore(abstract()).state, state(30))
+
+
+def test_all_damaged_is_an_error_and_nothing_is_moved(folder):
+  for step in folder.glob("[0-9]"):
+    damage("another digest", step)
+  with opened(folder) as checkpoints:
+    with pytest.raises(ConfigError, match="all checkpoints in .* are damaged"):
+      checkpoints.restore(abstract())
+    assert checkpoints.steps() == [1, 2, 3]
+
+
+def test_one_that_was_not_finished_is_none(folder):
+  """What a killed process leaves lies under a name that is no step's."""
+  unfinished = folder / "4.orbax-checkpoint-tmp"
+  (folder / "3").rename(unfinished)
+  with opened(folder) as checkpoints:
+    assert checkpoints.restore(abstract()).step == 2
+
+
+def test_how_many_are_kept(tmp_path):
+  with opened(tmp_path / "c", keep_last=2, keep_every=4) as checkpoints:
+    for step in range(1, 8):
+      checkpoints.save(step, state(step), {})
+    checkpoints.wait()
+    assert checkpoints.steps() == [4, 6, 7]
+  for options in ({"keep_last": 0}, {"keep_every": 0}):
+    with pytest.raises(ConfigError, match=f"{next(iter(options))} = 0"):
+      checkpoint.Checkpoints(tmp_path / "d", **options)
+
+
+def test_one_of_another_model_is_refused(folder):
+  like = abstract()
+  like["params"]["scale"] = jax.ShapeDtypeStruct(
+    (7,), jnp.float32, sharding=like["params"]["scale"].sharding
+  )
+  with opened(folder) as checkpoints, pytest.raises(ConfigError) as e:
+    checkpoints.restore(like)
+  for words in ("another model", "params/scale", "[6]", "[7]", "--workdir"):
+    assert words in str(e.value)
+
+
+def test_parameters_load_as_numpy_from_anywhere(tmp_path, folder):
+  want = jax.device_get(state(3)["params"])
+  for path in (tmp_path, folder, folder / "3", str(folder / "3")):
+    found = checkpoint.load_params(path)
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(found))
+    same(found, want)
+  same(checkpoint.load_params(folder / "1"), state(1)["params"])
+  with pytest.raises(ConfigError, match="no checkpoint in"):
+    checkpoint.load_params(tmp_path / "nowhere")
+
+
+def test_a_full_disk_leaves_the_last_one_whole(folder):
+  """A limit on the size of files fails like a disk that is full."""
+  large = state() | {"half": jnp.ones((1024, 1024), jnp.bfloat16)}
+  large["half"] = jax.random.normal(jax.random.key(0), (512, 1024))
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  checkpoints = checkpoint.Checkpoints(folder)
+  try:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    with pytest.raises(RunError) as e:
+      checkpoints.save(4, large, {})
+      checkpoints.wait()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  for words in ("step 4", str(pathlib.Path(folder) / "3"), "Free space"):
+    assert words in str(e.value)
+  with opened(folder) as checkpoints:
+    assert checkpoints.restore(abstract()).step == 3

@@ -1,0 +1,261 @@
+"""The loop: stopped, killed or left alone, a run is the same run."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import checkpoint, loop, program, run_directory, signals
+from moe_jax.errors import ConfigError, Interrupted, OtherRun, RunError
+from tests import kill
+from tests.small import SmallCorpus, config
+
+STEPS = 56
+
+
+@pytest.fixture(scope="module")
+def make():
+  """(mesh) -> Program; equal ones are compiled once."""
+  made = {}
+
+  def one(sizes=None):
+    if sizes not in made:
+      c = config()
+      c.mesh = sizes or (1, 1, 1, 1)
+      c.model.moe.num_experts = 8
+      c.optim.learning_rate = 1e-2
+      c.train.update(num_steps=STEPS, log_every=1)
+      c.checkpoint.every = 10
+      with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program.tokens, "prepare", lambda *a, **k: SmallCorpus())
+        if sizes is None:
+          patch.setattr(program.parallel, "mesh_or_none", lambda sizes: None)
+        made[sizes] = program.Program(c)
+    return made[sizes]
+
+  return one
+
+
+class Told:
+  """A progress line that asks for a stop after a step, as a user would."""
+
+  def __init__(self, stop_at=None):
+    self.done, self.stop_at = 0, stop_at
+
+  def skip(self, n):
+    self.done += n
+
+  def update(self, n, note=""):
+    del note
+    self.done += n
+    if self.stop_at is not None and self.done >= self.stop_at:
+      self.stop_at = None
+      os.kill(os.getpid(), signal.SIGTERM)
+
+
+def go(made, path, stop_at=None):
+  with run_directory.RunDirectory(path, made.config) as directory:
+    return loop.run(made, 3, directory, Told(stop_at))
+
+
+def losses(path):
+  return [x["loss"] for x in run_directory.read_metrics(path, "train")]
+
+
+def test_it_goes_on_with_other_meshes(make, tmp_path):
+  """(2, 1, 4, 1), then (1, 1, 8, 1), then one device, and back."""
+  first, second = make((2, 1, 4, 1)), make((1, 1, 8, 1))
+  go(first, tmp_path / "alone")
+  for made, stop_at in ((first, 6), (second, 25), (make(), 40)):
+    with pytest.raises(Interrupted, match="the same command goes on"):
+      go(made, tmp_path / "moved", stop_at)
+    # The signal came while the next step was computed already.
+    step = max(int(p.name) for p in checkpoints(tmp_path / "moved"))
+    assert stop_at <= step <= stop_at + 2
+  go(first, tmp_path / "moved")
+  alone, moved = losses(tmp_path / "alone"), losses(tmp_path / "moved")
+  assert len(alone) == len(moved) == STEPS
+  np.testing.assert_allclose(moved, alone, atol=1e-4)
+  facts = json.loads((tmp_path / "moved" / "run.json").read_text())
+  assert facts["mesh"]["data"] == 2
+  meshes = [x.get("mesh") for x in facts["continued"]]
+  ones = dict(data=1, fsdp=1, expert=1, tensor=1)
+  assert meshes == [ones | {"expert": 8}, ones, None]  # None: as at the start.
+
+
+def checkpoints(path):
+  return list((path / "checkpoints").iterdir())
+
+
+def test_stopped_anywhere_it_is_the_same_run(make, tmp_path):
+  """Bit for bit; also at odd moments of lines and evaluations."""
+  made = make()
+  go(made, tmp_path / "alone")
+  for stop_at in (1, 9, 10, 31):
+    with pytest.raises(Interrupted):
+      go(made, tmp_path / "stopped", stop_at)
+  go(made, tmp_path / "stopped")
+  assert not kill.difference(tmp_path / "alone", tmp_path / "stopped")
+
+
+def test_killed_and_asked_to_stop_it_is_the_same_run(tmp_path):
+  """By real signals to real processes; `python -m tests.kill` does more."""
+  assert kill.run(tmp_path, kills=2) == []
+
+
+def test_the_comparison_sees_a_difference(make, tmp_path):
+  go(make(), tmp_path / "one", None)
+  go(make(), tmp_path / "other", None)
+  assert not kill.difference(tmp_path / "one", tmp_path / "other")
+  path = tmp_path / "other" / "metrics.jsonl"
+  text = path.read_text()
+  path.write_text(text.replace('"step": 7', '"step": 8', 1))
+  assert kill.difference(tmp_path / "one", tmp_path / "other")
+  path.write_text(text[: text.rindex("{")])
+  assert "lines" in kill.difference(tmp_path / "one", tmp_path / "other")
+  path.write_text(text)
+  (tmp_path / "other" / "checkpoints" / str(STEPS)).rename(tmp_path / "gone")
+  assert "differs" in kill.difference(tmp_path / "one", tmp_path / "other")
+
+
+def test_a_finished_run_is_read(make, tmp_path, monkeypatch):
+  made = make()
+  want = go(made, tmp_path)
+  monkeypatch.setattr(loop, "Program", None)  # It would have to be compiled.
+  assert loop.train_and_evaluate(made.config, tmp_path) == want
+
+
+def test_an_evaluation_that_was_cut_off_is_made_again(make, tmp_path):
+  made = make()
+  want = go(made, tmp_path)
+  path = tmp_path / "metrics.jsonl"
+  text = path.read_text()
+  path.write_text(text[: text.rindex("{") + 30])  # Killed while it wrote.
+  assert go(made, tmp_path) == want
+  assert path.read_text() == text
+
+
+# What is refused.
+
+
+def test_two_processes_in_one_folder(make, tmp_path):
+  made = make()
+  with (
+    run_directory.RunDirectory(tmp_path, made.config),
+    pytest.raises(ConfigError, match=f"process {os.getpid()} on"),
+  ):
+    run_directory.RunDirectory(tmp_path, made.config)
+  run_directory.RunDirectory(tmp_path, made.config).close()
+
+
+def test_a_folder_of_another_config(make, tmp_path):
+  c = make().config.copy_and_resolve_references()
+  run_directory.RunDirectory(tmp_path, c).close()
+  c.mesh, c.data.cache_dir = (8, 1, 1, 1), "elsewhere"
+  run_directory.RunDirectory(tmp_path, c).close()  # The same numbers.
+  c.optim.learning_rate = 0.5
+  with pytest.raises(OtherRun) as e:
+    run_directory.RunDirectory(tmp_path, c)
+  for words in ("optim.learning_rate = 0.01", "0.5", "--workdir"):
+    assert words in str(e.value)
+  (tmp_path / "config.json").unlink()
+  (tmp_path / "metrics.jsonl").touch()
+  with pytest.raises(OtherRun, match="without its config.json"):
+    run_directory.RunDirectory(tmp_path, c)
+
+
+def test_other_data(make, tmp_path, monkeypatch):
+  made = make()
+  go(made, tmp_path)
+  monkeypatch.setattr(SmallCorpus, "fingerprint", "1")
+  with pytest.raises(ConfigError, match="fingerprint 0…, but small now has 1…"):
+    go(made, tmp_path)
+
+
+# Steps that are not finite.
+
+
+class Spoilt:
+  """Batches whose masks are all False at some steps: the loss is 0/0."""
+
+  def __init__(self, stream, steps):
+    self.stream, self.steps = stream, steps
+
+  def __getitem__(self, step):
+    batch = dict(self.stream[step])
+    if step in self.steps:
+      batch["mask"] = np.zeros_like(batch["mask"])
+    return batch
+
+
+def spoil(monkeypatch, steps):
+  batches = program.Program.batches
+  monkeypatch.setattr(
+    program.Program, "batches", lambda p, seed: Spoilt(batches(p, seed), steps)
+  )
+
+
+def test_a_step_that_is_not_finite_changes_nothing(make, monkeypatch):
+  made = make()
+  state = made.init(jax.random.key(0))
+  stream = Spoilt(made.batches(0), {1})
+  state, sums = made.train_step(state, made.put(stream[0]))
+  before = jax.device_get(state)
+  state, sums = made.train_step(state, made.put(stream[1]))
+  assert not np.isfinite(sums["loss"].total / sums["loss"].weight)
+  after = jax.device_get(state)
+  assert (int(after.step), int(after.skipped)) == (2, 1)
+  for part in ("params", "opt_state", "balance"):
+    jax.tree.map(
+      np.testing.assert_array_equal, getattr(before, part), getattr(after, part)
+    )
+  state, sums = made.train_step(state, made.put(stream[2]))
+  assert (int(state.skipped), int(state.skipped_in_a_row)) == (1, 0)
+  changed = jax.tree.map(
+    lambda a, b: bool((a != np.asarray(b)).any()), before.params, state.params
+  )
+  assert all(jax.tree.leaves(changed))
+
+
+def test_skipped_steps_are_counted_and_left_out(make, tmp_path, monkeypatch):
+  spoil(monkeypatch, {4, 5, 20})
+  go(make(), tmp_path)
+  lines = run_directory.read_metrics(tmp_path, "train")
+  assert [x["skipped_steps"] for x in lines] == (
+    [0] * 4 + [1] + [2] * 15 + [3] * (STEPS - 20)
+  )
+  assert "loss" not in lines[4] and "loss" in lines[6]
+  text = (tmp_path / "metrics.jsonl").read_text()
+  assert "NaN" not in text and "Infinity" not in text
+
+
+def test_too_many_in_a_row_stop_the_run(make, tmp_path, monkeypatch):
+  made = make()
+  spoil(monkeypatch, range(13, 99))
+  with pytest.raises(RunError) as e:
+    go(made, tmp_path)
+  most = made.config.train.max_skipped_in_a_row
+  for words in (
+    f"{most} steps in a row",
+    str(tmp_path / "checkpoints" / "10"),
+    "learning_rate",
+  ):
+    assert words in str(e.value)
+  # What it names is there and good.
+  for value in jax.tree.leaves(
+    checkpoint.load_params(tmp_path / "checkpoints" / "10")
+  ):
+    assert np.isfinite(value).all()
+
+
+def test_a_second_signal_acts_as_usual():
+  with signals.Stop() as stop:
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.asked
+    with pytest.raises(KeyboardInterrupt):
+      os.kill(os.getpid(), signal.SIGINT)
+  with pytest.raises(KeyboardInterrupt):
+    os.kill(os.getpid(), signal.SIGINT)
