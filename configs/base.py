@@ -50,7 +50,8 @@ def get_config() -> ConfigDict:
   moe.init_scale = 1.0  # variance of expert weights times fan-in (Switch: 0.1)
   moe.tokens_per_group = FieldReference("sequence", object)  # or a number
   moe.capacity_factor = 2.0  # slots over balanced load; None: dropless (sorted)
-  moe.eval_capacity_factor = config_dict.placeholder(float)  # None: the same
+  # Outside of training; None: the same; or "dropless".
+  moe.eval_capacity_factor = config_dict.placeholder(object)
   moe.expert_buckets = config_dict.placeholder(int)  # None: one per expert
   moe.grouped_matmul = config_dict.placeholder(str)  # None: the platform's
   # A file of moe_jax/routers and its options.

@@ -134,7 +134,7 @@ def _arguments(argv):
   )
   add = parser.add_argument
   add("question", metavar="QUESTION", help=", ".join(questions.names()))
-  add("--scale", metavar="demo|cpu|pod", help="minutes, a laptop, the paper's")
+  add("--scale", metavar="NAME", help="demo: minutes; others as --list says")
   add("--seeds", type=int, metavar="N", help="seeds 0 to N - 1 of each arm")
   add("--arm", action="append", metavar="NAME", help="only this; repeatable")
   add("--workdir", metavar="DIR", help="runs/QUESTION/SCALE by default")
@@ -144,6 +144,7 @@ def _arguments(argv):
 
 
 def _list(launch):
+  print(f"scales: {', '.join(launch.question.scales)}")
   for arm, group in itertools.groupby(launch.runs, lambda run: run.arm):
     group = list(group)
     done = [run for run in group if launch.row(run) is not None]
@@ -195,8 +196,9 @@ def _announce(launch, todo):
     f" runs finished; in {launch.workdir}, report in {launch.workdir}/report"
   )
   for arm, config in launch.configs.items():
-    recipe = params.describe(config.model, config.plugins)["balancers"]
-    print(f"  {arm}: {'; '.join(map(_call, recipe.values())) or 'no balancer'}")
+    recipe = params.describe(config.model, config.plugins)
+    balancers = map(_call, recipe.get("balancers", {}).values())
+    print(f"  {arm}: {'; '.join(balancers) or 'no balancer'}")
   sys.stdout.flush()
 
 

@@ -166,6 +166,13 @@ def _about(columns, rows):
     " Mean ± half the 95 % t-interval over seeds; differences are paired by"
     " seed."
   ]
+  for what in runs.ORIGIN:
+    found = sorted({r[what] for r in rows if r.get(what)})
+    if len(found) > 1:
+      lines.append(
+        f"These rows are of more than one {what}: {', '.join(found)}. What they"
+        " differ in may not be the arm."
+      )
   lines += [f"`{c.head}`: {c.meaning}" for c in columns if c.meaning]
   return "\n\n".join(lines[:1]) + "".join(f"\n- {x}" for x in lines[1:])
 

@@ -7,6 +7,7 @@ import os
 import pathlib
 
 KEYS = ("scale", "arm", "seed", "config_digest")
+ORIGIN = ("data", "revision")
 _POINTS = 100  # Of a curve, at most.
 _LAST = 0.25  # The part of training that `summary` averages over.
 
@@ -43,13 +44,21 @@ class Run:
   def fingerprint(self) -> str | None:
     """Of the data that its folder's run began with; None if there is none."""
     try:
-      return json.loads((self.folder / "run.json").read_text())["data"]
+      return self._facts()["data"]
     except (OSError, ValueError, KeyError):
       return None
 
+  def _facts(self):
+    return json.loads((self.folder / "run.json").read_text())
+
+  def _origin(self):
+    """Of which data and code it is, so that rows of several are noticed."""
+    facts = self._facts()
+    return {"data": facts["data"][:12], "revision": facts["git"][:12]}
+
   def finish(self, validation: dict[str, float]) -> None:
     """Writes its row, the mark that the run is whole."""
-    row = self.key | summary(self._training(), validation)
+    row = self.key | self._origin() | summary(self._training(), validation)
     temporary = self.folder / ".row.json"
     temporary.write_text(json.dumps(row, indent=2) + "\n")
     os.replace(temporary, self.folder / "row.json")
@@ -118,9 +127,9 @@ def read_csv(path: pathlib.Path) -> list[dict]:
 
 
 def _typed(row):
-  whole = {"seed", "step"}
+  whole, words = {"seed", "step"}, {*KEYS, *ORIGIN} - {"seed"}
   return {
-    k: v if k in KEYS and k != "seed" else int(v) if k in whole else float(v)
+    k: v if k in words else int(v) if k in whole else float(v)
     for k, v in row.items()
     if v != ""  # Another arm has this metric.
   }

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,9 +85,18 @@ def apply(
 
 
 def digest(config: ml_collections.ConfigDict) -> str:
-  """Twelve hexadecimal digits that change with any value but the seed's."""
-  values = config.to_dict()
+  """Twelve hexadecimal digits that change with what a run's numbers depend on.
+
+  That is any value but the seed and, for instance, the mesh; and any file of a
+  plugin, as its path alone does not say what it does.
+  """
+  values = dict(config_lib.numbers(config.to_dict()))
   values.pop("seed", None)
+  values["plugin_files"] = [
+    (f.relative_to(folder).as_posix(), f.read_text())
+    for folder in map(pathlib.Path, config.get("plugins", ()))
+    for f in sorted(folder.glob("*/*.py"))
+  ]
   text = json.dumps(values, sort_keys=True, separators=(",", ":"))
   return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -47,13 +47,7 @@ class Checkpoints:
       keep_last: how many of the newest to keep, >= 1.
       keep_every: keep those of steps that are multiples of it too; None: no.
     """
-    if keep_last < 1:
-      raise ConfigError(f"checkpoint.keep_last = {keep_last} is not 1 or more")
-    if keep_every is not None and keep_every < 1:
-      raise ConfigError(
-        f"checkpoint.keep_every = {keep_every} is not 1 or more; None keeps"
-        " only the last ones"
-      )
+    check(keep_last, keep_every)
     self.folder = pathlib.Path(folder).absolute()
     self._manager = _manager(self.folder, keep_last, keep_every)
     self._writing = None  # The step that is being written.
@@ -210,6 +204,17 @@ def _manager(folder, keep_last, keep_every):
       "meta": ocp.JsonCheckpointHandler(),
     },
   )
+
+
+def check(keep_last: int, keep_every: int | None) -> None:
+  """Raises ConfigError for numbers of checkpoints that cannot be kept."""
+  if keep_last < 1:
+    raise ConfigError(f"checkpoint.keep_last = {keep_last} is not 1 or more")
+  if keep_every is not None and keep_every < 1:
+    raise ConfigError(
+      f"checkpoint.keep_every = {keep_every} is not 1 or more; None keeps only"
+      " the last ones"
+    )
 
 
 def load_params(path: str | os.PathLike) -> dict:

@@ -7,10 +7,14 @@ import inspect
 import json
 import pathlib
 import sys
+import traceback
 
 import ml_collections
 
 from moe_jax.errors import ConfigError, Interrupted, RunError, did_you_mean
+
+# Keys that a run's numbers do not depend on.
+_SAME_NUMBERS = ("mesh", "checkpoint.", "data.cache_dir", "data.dir")
 
 
 def load(spec: str, overrides=()) -> ml_collections.ConfigDict:
@@ -33,7 +37,10 @@ def load(spec: str, overrides=()) -> ml_collections.ConfigDict:
     config = get_config(variant) if variant else get_config()
   except (AttributeError, KeyError, TypeError) as e:
     sentence = str(e.args[0]).split("\n")[0] if e.args else str(e)
-    raise ConfigError(f"{path}: {sentence}") from None
+    lines = traceback.extract_tb(e.__traceback__)
+    line = [f.lineno for f in lines if f.filename.endswith(path)]
+    place = f"{path}, line {line[-1]}" if line else path
+    raise ConfigError(f"{place}: {sentence}") from None
   if not config.is_locked:
     config.lock()
   for text in overrides:
@@ -68,7 +75,7 @@ def override(config: ml_collections.ConfigDict, text: str) -> None:
   except (TypeError, ValueError):
     raise ConfigError(
       f"config.{key} = {value!r} is of type {type(value).__name__}, but its"
-      f" default {old!r} is of type {type(old).__name__}"
+      f" default {old!r} is of type {type(old).__name__}; give one like it"
     ) from None
 
 
@@ -89,6 +96,20 @@ def _set_section(config, key, parent, name, value):
 def to_json(config: ml_collections.ConfigDict) -> str:
   """The config as JSON text, keys sorted."""
   return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+
+
+def numbers(tree, prefix=""):
+  """(dotted key, value) of all values that a run's numbers depend on.
+
+  Args:
+    tree: a config as nested dicts.
+    prefix: of the keys.
+  """
+  for key, value in tree.items():
+    if isinstance(value, dict) and value:
+      yield from numbers(value, f"{prefix}{key}.")
+    elif not f"{prefix}{key}".startswith(_SAME_NUMBERS):
+      yield prefix + key, value
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -159,6 +180,9 @@ def _get_config(path):
 
 
 def _parse(text):
+  words = {"true": True, "false": False, "none": None}
+  if text.lower() in words:
+    return words[text.lower()]
   try:
     return ast.literal_eval(text)
   except (ValueError, SyntaxError):
@@ -169,7 +193,7 @@ def _unknown_key(section, parents, key, name):
   place = ".".join(["config", *parents])
   if not isinstance(section, ml_collections.ConfigDict):
     raise ConfigError(f"config.{key}: {place} is a value, not a section")
-  raise ConfigError(
-    f'config.{key}: there is no "{name}" in {place}'
-    + did_you_mean(name, section.keys())
-  )
+  remedy = did_you_mean(name, section.keys())
+  if not section.is_locked:
+    remedy = f"; set the whole section, {place}=" + "{...}"
+  raise ConfigError(f'config.{key}: there is no "{name}" in {place}{remedy}')

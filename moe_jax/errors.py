@@ -28,10 +28,10 @@ class Interrupted(Exception):
   """
 
 
-def did_you_mean(word: str, known) -> str:
+def did_you_mean(word, known) -> str:
   """'; did you mean "x"?' with the nearest known word, or a list of them."""
   known = sorted(known)
-  near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+  near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
   if near:
     return f'; did you mean "{near[0]}"?'
-  return f"; known: {', '.join(known)}"
+  return f"; known: {', '.join(known)}" if known else ""

@@ -72,7 +72,7 @@ def evaluate(
   Returns:
     loss, bits_per_byte, the routing metrics from the counts of the whole
     split, `max_vio_global` with its floor, and by domain
-    `max_vio_global/<domain>` and `bits_per_byte/<domain>`.
+    `max_vio_global/<domain>` with its floor and `bits_per_byte/<domain>`.
   """
   by_domain = {}
   for index, (domain, batch) in enumerate(batches):
@@ -87,6 +87,7 @@ def evaluate(
     out[f"bits_per_byte/{domain}"] = found["bits_per_byte"]
     if recipe is not None:
       out[f"max_vio_global/{domain}"] = found["max_vio"]
+      out[f"max_vio_floor/{domain}"] = found["max_vio_floor"]
   return out
 
 

@@ -198,7 +198,7 @@ def report(recipe: Recipe, routing: Routing, kept_GTK, mask_GT) -> Stats:
     z=by_sequence(z),
     entropy=by_sequence(jax.scipy.special.entr(prob).sum(-1)),
     confidence=by_sequence(confidence),
-    extra=routing.extra,
+    extra={k: by_sequence(v) for k, v in routing.extra.items()},
     groups_per_sequence=recipe.groups_per_sequence,
   )
 

@@ -51,7 +51,8 @@ def train_and_evaluate(config, workdir) -> dict[str, float]:
       return finished
     program = Program(config, fingerprint=directory.facts.get("data"))
     progress = Progress(config.train.num_steps, "steps")
-    return run(program, config.seed, directory, progress)
+    with contextlib.closing(progress):
+      return run(program, config.seed, directory, progress)
 
 
 def run(program: Program, seed: int, directory, progress) -> dict[str, float]:

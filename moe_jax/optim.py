@@ -7,7 +7,7 @@ import optax
 
 from moe_jax.errors import ConfigError, did_you_mean
 
-_NO_DECAY = ("scale", "embedding")
+_NO_DECAY = ("scale", "_bias", "embedding")
 
 
 def build(config: Mapping, num_steps: int) -> optax.GradientTransformation:
@@ -20,6 +20,11 @@ def build(config: Mapping, num_steps: int) -> optax.GradientTransformation:
   learning_rate = schedule(config, num_steps)
   clip = optax.identity()
   if config["clip_norm"] is not None:
+    if config["clip_norm"] <= 0:
+      raise ConfigError(
+        f"optim.clip_norm = {config['clip_norm']} is not above 0; None turns"
+        " clipping off"
+      )
     clip = optax.clip_by_global_norm(config["clip_norm"])
   known = {
     "adamw": lambda: optax.adamw(
@@ -52,7 +57,7 @@ def schedule(config: Mapping, num_steps: int) -> optax.Schedule:
   if not 0 <= warmup < max(num_steps, 1):
     raise ConfigError(
       f"optim.warmup_steps = {warmup} is not between 0 and train.num_steps ="
-      f" {num_steps}"
+      f" {num_steps}; change one of them"
     )
   rest = num_steps - warmup
   if name == "constant":
@@ -92,6 +97,6 @@ def decayed(params):
 
   def one(path, leaf):
     name = path[-1].key if hasattr(path[-1], "key") else path[-2].key
-    return name not in _NO_DECAY and not name.endswith("_bias")
+    return not name.endswith(_NO_DECAY)
 
   return jax.tree_util.tree_map_with_path(one, params)

@@ -21,7 +21,7 @@ RULES = (
   ("mlp", "tensor"),
   ("heads", "tensor"),
   ("kv_heads", "tensor"),
-  ("vocab", None),  # 257 bytes and a mark divide over nothing.
+  ("vocab", None),  # 256 bytes and a mark divide over nothing.
   ("layers", None),
 )
 

@@ -67,7 +67,14 @@ def kv_cache_per_token(model) -> int:
 
 
 def describe(model_config, plugins: tuple[str, ...] = ()) -> dict:
-  """The resolved routing and balancing recipe, with no hidden defaults."""
+  """The resolved routing and balancing recipe, with no hidden defaults.
+
+  {} for a model without MoE layers.
+  """
+  from moe_jax import models
+
+  if "moe" not in models.layer_kinds(model_config):
+    return {}
 
   def part(kind, section):
     name, options = registry.split(kind, section)

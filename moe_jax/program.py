@@ -8,7 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import batches, evaluate, models, optim, parallel, tokens, train
+from moe_jax import (
+  batches,
+  checkpoint,
+  evaluate,
+  models,
+  optim,
+  parallel,
+  tokens,
+  train,
+)
 from moe_jax.errors import ConfigError
 
 
@@ -26,18 +35,34 @@ class Program:
       ConfigError: impossible values; before anything is compiled.
     """
     data, accumulation = config.data, config.train.accumulation
+    for section, key in (
+      ("data", "seq_len"),
+      ("data", "batch_size"),
+      ("eval", "batch_size"),
+      ("train", "num_steps"),
+      ("train", "log_every"),
+      ("train", "max_skipped_in_a_row"),
+    ):
+      if config[section][key] < 1:
+        raise ConfigError(
+          f"{section}.{key} = {config[section][key]} is not 1 or more"
+        )
     if accumulation < 1 or data.batch_size % accumulation:
       raise ConfigError(
         f"train.accumulation = {accumulation} does not divide data.batch_size ="
         f" {data.batch_size}"
       )
-    for key in ("num_steps", "log_every", "max_skipped_in_a_row"):
-      if config.train[key] < 1:
-        raise ConfigError(f"train.{key} is at least 1, not {config.train[key]}")
-    if config.eval.every < 0:
+    if config.model.dtype == "float64" and not jax.config.jax_enable_x64:
       raise ConfigError(
-        f"eval.every = {config.eval.every} is negative; 0 evaluates at the end"
+        "model.dtype = float64 is float32 unless JAX_ENABLE_X64=1 is set"
       )
+    for section in ("eval", "checkpoint"):
+      if config[section].every < 0:
+        raise ConfigError(
+          f"{section}.every = {config[section].every} is negative; 0 is at the"
+          " end only"
+        )
+    checkpoint.check(config.checkpoint.keep_last, config.checkpoint.keep_every)
     self.config = config
     self.mesh = parallel.mesh_or_none(config.mesh)
     self.corpus = tokens.prepare(

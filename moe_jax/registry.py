@@ -5,10 +5,13 @@ import importlib
 import importlib.util
 import inspect
 import pathlib
-import pkgutil
 import sys
+import typing
 
 from moe_jax.errors import ConfigError, did_you_mean
+
+_NONE = type(None)
+_PLAIN = {bool, int, float, str, _NONE}
 
 
 def load(kind: str, name: str, *, plugins: tuple[str, ...] = (), **options):
@@ -42,10 +45,12 @@ def load(kind: str, name: str, *, plugins: tuple[str, ...] = (), **options):
 def names(kind: str, plugins: tuple[str, ...] = ()) -> list[str]:
   """The names that `load` knows for a kind, sorted."""
   package = importlib.import_module(f"moe_jax.{kind}")
-  found = {m.name for m in pkgutil.iter_modules(package.__path__)}
-  for folder in plugins:
-    found |= {p.stem for p in pathlib.Path(folder, kind).glob("[!_]*.py")}
-  return sorted(found)
+  folders = [*package.__path__, *(pathlib.Path(f, kind) for f in plugins)]
+  files = (
+    f for folder in folders for f in pathlib.Path(folder).glob("[!_]*.py")
+  )
+  # Files beside them that are no part have no `build`.
+  return sorted({f.stem for f in files if "\ndef build(" in f.read_text()})
 
 
 def split(kind: str, section) -> tuple[str, dict]:
@@ -86,6 +91,9 @@ def _build(kind, name, plugins, options, types):
       raise ConfigError(
         f'{kind}/{name} has no option "{option}"' + did_you_mean(option, known)
       )
+  hints = typing.get_type_hints(build)
+  for option, value in options:
+    _check_type(kind, name, option, value, hints.get(option))
   missing = [
     p.name
     for p in known.values()
@@ -94,6 +102,20 @@ def _build(kind, name, plugins, options, types):
   if missing:
     raise ConfigError(f"{kind}/{name} needs the option(s) {', '.join(missing)}")
   return build(**dict(options))
+
+
+def _check_type(kind, name, option, value, hint):
+  """Raises ConfigError for a value of another type than `build` says."""
+  allowed = typing.get_args(hint) or (hint,)
+  if not set(allowed) <= _PLAIN:  # Not annotated, or with a type of its own.
+    return
+  if type(value) in allowed or (type(value) is int and float in allowed):
+    return
+  wanted = " or ".join("None" if t is _NONE else t.__name__ for t in allowed)
+  raise ConfigError(
+    f"{kind}/{name}: the option {option} = {value!r} is of type"
+    f" {type(value).__name__}; give {wanted}"
+  )
 
 
 @functools.cache

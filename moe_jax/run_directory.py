@@ -16,9 +16,6 @@ import jax
 from moe_jax import config as config_lib
 from moe_jax.errors import ConfigError, OtherRun, RunError
 
-# Keys of the config that a run may go on with changed: its numbers are the same.
-MAY_CHANGE = ("mesh", "checkpoint.", "data.cache_dir", "data.dir", "writers")
-
 _PACKAGES = (
   "jax",
   "jaxlib",
@@ -180,10 +177,8 @@ def _check_no_run(path):
 
 def _check_same(path, known, wanted):
   """Raises ConfigError for a value that would change the run's numbers."""
-  known, wanted = dict(_flat(known)), dict(_flat(wanted))
+  known, wanted = (dict(config_lib.numbers(x)) for x in (known, wanted))
   for key in sorted({*known, *wanted}):
-    if key.startswith(MAY_CHANGE):
-      continue
     old, new = (d.get(key, "not set") for d in (known, wanted))
     if old != new:
       raise OtherRun(
@@ -191,14 +186,6 @@ def _check_same(path, known, wanted):
         f" {new!r}; give the same value to go on with that run, or choose"
         " another --workdir"
       )
-
-
-def _flat(tree, prefix=""):
-  for key, value in tree.items():
-    if isinstance(value, dict) and value:
-      yield from _flat(value, f"{prefix}{key}.")
-    else:
-      yield prefix + key, value
 
 
 def _read_json(path):

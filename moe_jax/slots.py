@@ -1,5 +1,7 @@
 """Which assignment gets which slot, and which gets none."""
 
+import math
+
 import jax.numpy as jnp
 
 from moe_jax.errors import ConfigError
@@ -23,6 +25,11 @@ def capacity(
   Raises:
     ConfigError: it rounds to zero.
   """
+  if not 0 < factor < math.inf:
+    raise ConfigError(
+      f"capacity_factor = {factor} is not a number above 0; 1 is room for"
+      " balanced loads, and None is dropless"
+    )
   # 1.15 * 100 is 114.99999999999999.
   slots = int(factor * tokens * top_k / expert_buckets + 1e-9)
   if slots < 1:

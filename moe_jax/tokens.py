@@ -150,7 +150,7 @@ def _built_in(name, plugins):
   known = registry.names("datasets", plugins)
   if name not in known:
     raise ConfigError(
-      f'there is no built-in dataset "{name}" (for another one, set data_dir '
+      f'there is no built-in dataset "{name}" (for another one, set data.dir '
       "to the folder of a prepared TFDS dataset)" + did_you_mean(name, known)
     )
   builder_class = registry.load("datasets", name, plugins=tuple(plugins))
@@ -181,7 +181,7 @@ def _from_directory(data_dir):
   if not (folder / "dataset_info.json").exists():
     reason = "has no dataset_info.json" if folder.exists() else "does not exist"
     raise ConfigError(
-      f"data_dir {folder} {reason}; give the folder of one version of a "
+      f"data.dir {folder} {reason}; give the folder of one version of a "
       "prepared TFDS dataset, such as ~/tensorflow_datasets/NAME/1.0.0"
     )
   stats = [(f.name, f.stat()) for f in sorted(folder.iterdir())]
@@ -197,7 +197,7 @@ def _open_builder(folder):
   form = builder.info.file_format.value
   if form not in ("array_record", "parquet"):
     raise ConfigError(
-      f"data_dir {folder} is in {form} format, which only TensorFlow reads; "
+      f"data.dir {folder} is in {form} format, which only TensorFlow reads; "
       'prepare the dataset with file_format="array_record"'
     )
   for what, word, known in (
@@ -206,7 +206,7 @@ def _open_builder(folder):
   ):
     if word not in known:
       raise ConfigError(
-        f'data_dir {folder} has no {what} "{word}", but {sorted(known)}; '
+        f'data.dir {folder} has no {what} "{word}", but {sorted(known)}; '
         "prepare a copy of the dataset that has one"
       )
   return builder
@@ -246,7 +246,7 @@ def _scratch_folder(entry):
     folder = tempfile.mkdtemp(dir=entry.parent, prefix=f".{entry.name}-")
   except OSError as error:
     raise ConfigError(
-      f"cannot write the token cache {entry}: {error}; set cache_dir or "
+      f"cannot write the token cache {entry}: {error}; set data.cache_dir or "
       "XDG_CACHE_HOME to a folder that can be written"
     ) from error
   try:

@@ -80,8 +80,8 @@ class Routing:
   prob_TE: rows sum to 1, the distribution that losses and entropy are
     computed from; None where a router has none.
   logits_TE: the router's raw scores, for the z-loss; None where there are none.
-  extra: sums over the group's tokens of what else the router wants logged, as
-    extra/NAME per token.
+  extra: per-token arrays [T] of what else the router wants logged: extra/NAME
+    is their mean over unpadded tokens.
   weight_input: scale the expert's input by weight_TK, not its output.
   """
 
@@ -124,7 +124,7 @@ class Stats:
   z: sum of logsumexp(logits)^2.
   entropy: sum of the entropy of prob_TE, in nats.
   confidence: sum of the probability of the chosen experts.
-  extra: what the router reported, one entry per group [G, ...].
+  extra: sums of what the router reported for each token.
   groups_per_sequence: above 1 where groups are fractions of a sequence, whose
     entries then lie one after the other along G.
   """
@@ -184,6 +184,9 @@ class Dispatcher:
 @_part
 class Experts:
   """The networks that are the experts.
+
+  The shards of F (axis "mlp") add up to the output. A parameter without that
+  axis is a bias of the output: it is zero in all shards but one.
 
   init: (rng, num_experts, d_model) -> params.
   axes: {parameter: logical axis names}.

@@ -583,7 +583,8 @@ def test_causality(router, router_options, dispatcher, options, bound):
   assert (behind > 1e-2).any()
   if run.recipe.causal:
     assert (before < 1e-4).all()
-  else:
+  elif router != "random" or ("order", "choice") in options:
+    # Weights that are all equal put nobody before others.
     assert (before > 1e-2).any()
 
 

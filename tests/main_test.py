@@ -69,6 +69,28 @@ ON_THE_MESH = ["--config=configs/tiny.py", "--config.mesh=(8,1,1,1)"]
     (["train.accumulation=2"], ["micro-batch", "4", "8"]),
     (["train.num_steps=0"], ["num_steps", "0"]),
     (["model.moe.grouped_matmul=refrence"], ["refrence", "reference"]),
+    (["model.moe.router.scale=abc"], ["scale", "abc", "float"]),
+    (["model.moe.router.renormalize=flase"], ["renormalize", "flase"]),
+    (["model.moe.router.num_expert_groups=4.0"], ["4.0", "int"]),
+    (["model.moe.router.jitter=-3.0"], ["jitter", "-3.0"]),
+    (
+      ["model.moe.balancers={'a': {'name': 'switch', 'coefficient': -1.0}}"],
+      ["coefficient", "-1.0"],
+    ),
+    (
+      ["model.moe.balancers={'b': {'name': 'bias', 'rate': 1, 'rule': 3}}"],
+      ["rule = 3", "str"],
+    ),
+    (["model.moe.balancers.a.name=switch"], ["whole section", "balancers={"]),
+    (["data.batch_size=0"], ["data.batch_size = 0"]),
+    (["data.seq_len=0"], ["data.seq_len = 0"]),
+    (["model.moe.num_shared_experts=-1"], ["num_shared_experts = -1"]),
+    (["model.moe.capacity_factor=1e999"], ["capacity_factor = inf"]),
+    (["model.dtype=float64"], ["float64", "JAX_ENABLE_X64"]),
+    (["optim.clip_norm=0.0"], ["clip_norm", "None"]),
+    (["model.name=mlp"], ["mlp", "transformer"]),
+    (["checkpoint.keep_last=0"], ["keep_last = 0"]),
+    (["checkpoint.every=-1"], ["checkpoint.every = -1"]),
   ],
 )
 def test_impossible_values_are_one_clear_sentence(

@@ -37,7 +37,7 @@ def draw(seed, dead=None) -> Stats:
     z=rng.random(whole),
     entropy=rng.random(whole),
     confidence=rng.random(whole),
-    extra={"mine": rng.random((R, G))},
+    extra={"mine": rng.random(whole)},
   )
 
 
@@ -58,12 +58,12 @@ def test_sums_over_groups_keep_two_axes():
   stats = draw(0)
   total = metrics.sum_groups(stats)
   assert total.count_E.shape == (R, 1, 1, E)
-  assert total.extra["mine"].shape == (R, 1)
+  assert total.extra["mine"].shape == (R, 1, 1)
   np.testing.assert_array_equal(
     total.count_E[:, 0, 0], stats.count_E.sum((1, 2))
   )
   np.testing.assert_allclose(
-    total.extra["mine"][1, 0], stats.extra["mine"][1].sum()
+    total.extra["mine"][1, 0, 0], stats.extra["mine"][1].sum()
   )
 
 
@@ -191,6 +191,15 @@ def test_both_ways_to_the_floor_agree():
   exact = metrics.max_vio_floor(tokens, 16, 2)
   normal = metrics.max_vio_floor(tokens + 1, 16, 2)
   assert exact == pytest.approx(normal, rel=0.1)
+
+
+def test_floor_of_many_experts_a_token():
+  """Drawing again until all are distinct would take forever."""
+  for top_k in (24, 40, 64):
+    found = metrics.max_vio_floor(512, 128, top_k)
+    # Nearly normal loads; 2.6 is the mean of the largest of 128.
+    spread = (1 / top_k - 1 / 128) / 512 * 128
+    assert found == pytest.approx(2.6 * spread**0.5, rel=0.1)
 
 
 def test_floor_shrinks_with_tokens():

@@ -2,6 +2,8 @@
 
 import json
 import os
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -11,44 +13,7 @@ import experiments
 from experiments import launch
 from moe_jax import run_directory
 
-ROUTER = '''
-"""Scores by the cosine between a token and a direction per expert."""
-
-import jax
-import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
-
-from moe_jax.types import Router, Routing
-
-
-def build(top_k: int, temperature: float = 0.1) -> Router:
-  def init(rng, d_model, num_experts):
-    return {"directions": jax.random.normal(rng, (d_model, num_experts))}
-
-  def route(params, x_TD, *, num_experts, select, side, rng):
-    del num_experts, rng
-    x_TD = x_TD.astype(jnp.promote_types(x_TD.dtype, jnp.float32))
-    w_DE = params["directions"].astype(x_TD.dtype)
-    norm_T1 = jnp.sqrt((x_TD**2).sum(1, keepdims=True) + 1e-6)
-    norm_1E = jnp.sqrt((w_DE**2).sum(0, keepdims=True) + 1e-6)
-    logits_TE = x_TD @ w_DE / norm_T1 / norm_1E / temperature
-    prob_TE = jax.nn.softmax(logits_TE)
-    _, expert_TK = jax.lax.top_k(
-      jax.lax.stop_gradient(select(prob_TE)), top_k
-    )
-    expert_TK = checkpoint_name(expert_TK, "expert")
-    return Routing(
-      expert_TK=expert_TK,
-      weight_TK=jnp.take_along_axis(prob_TE, expert_TK, axis=-1),
-      valid_TK=jnp.broadcast_to(side.mask_T[:, None], expert_TK.shape),
-      prob_TE=prob_TE,
-      logits_TE=logits_TE,
-    )
-
-  return Router(
-    init, {"directions": ("embed", None)}, route, causal=True, top_k=top_k
-  )
-'''
+DOCUMENT = pathlib.Path(__file__).parents[1] / "docs" / "extending.md"
 SWEEP = """
 from configs import tiny
 from experiments import sweeps
@@ -79,9 +44,17 @@ PLAN = Plan(columns=(Column("bits_per_byte"), Column("max_vio_global")))
 
 @pytest.fixture
 def folder(tmp_path):
-  """A plugin folder with one router in one file."""
-  (tmp_path / "plugins" / "routers").mkdir(parents=True)
-  (tmp_path / "plugins" / "routers" / "cosine.py").write_text(ROUTER)
+  """A plugin folder with the parts that docs/extending.md shows."""
+  parts = re.findall(
+    r"<!-- file: (\S+) -->\n```python\n(.*?)```",
+    DOCUMENT.read_text(),
+    re.DOTALL,
+  )
+  for name, text in parts:
+    path = tmp_path / "plugins" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+  assert len(parts) == 3
   return tmp_path / "plugins"
 
 
@@ -111,19 +84,21 @@ def test_it_trains_on_a_mesh_and_appears_in_a_report(
   assert last["router_entropy"] > 0 and last["max_vio"] > 0
 
 
-def test_it_keeps_the_contracts(folder):
-  """And the contract tests would say so if it did not."""
-  assert _contracts(folder).returncode == 0
+def test_they_keep_the_contracts(folder):
+  """And the contract tests would say so if one did not."""
+  done = _contracts(folder, "cosine or importance or heaviest_first")
+  assert done.returncode == 0, done.stdout
   path = folder / "routers" / "cosine.py"
-  faulty = ROUTER.replace("side.mask_T[:, None]", "jnp.array([[True]])")
-  assert faulty != ROUTER
+  right = path.read_text()
+  faulty = right.replace("side.mask_T[:, None]", "jnp.array([[True]])")
+  assert faulty != right
   path.write_text(faulty)
-  done = _contracts(folder)
+  done = _contracts(folder, "cosine and not heaviest_first")
   assert done.returncode == 1 and "padding" in done.stdout, done.stdout
 
 
-def _contracts(folder):
-  command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-k", "cosine"]
+def _contracts(folder, which):
+  command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-k", which]
   return subprocess.run(
     [*command, "-p", "no:cacheprovider", "tests/contracts_test.py"],
     capture_output=True,

@@ -240,7 +240,7 @@ def test_an_unknown_dataset_names_the_known_ones(tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_named(prepare, tmp_path):
   (tmp_path / "file").touch()
-  with pytest.raises(ConfigError, match="set cache_dir or XDG_CACHE_HOME"):
+  with pytest.raises(ConfigError, match="set data.cache_dir or XDG_CACHE_HOME"):
     prepare(cache_dir=tmp_path / "file" / "cache")
 
 

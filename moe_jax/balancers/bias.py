@@ -23,6 +23,8 @@ def build(
   centered: subtract the mean of b afterwards; choices are unchanged.
   freeze_after: no update from this step on (DeepSeek-V3's last tokens).
   """
+  if rate < 0:
+    raise ConfigError(f"the rate of balancers/bias is 0 or more, not {rate}")
   if rule not in ("sign", "proportional"):
     raise ConfigError(f'the rule is "sign" or "proportional", not "{rule}"')
 

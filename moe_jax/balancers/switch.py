@@ -25,6 +25,10 @@ def build(
     of the step so far, P from this micro-batch (2501.11873).
   count: "all" choices (divided by K), or the "first" alone (GShard, Switch).
   """
+  if coefficient < 0:
+    raise ConfigError(
+      f"the coefficient of balancers/switch is 0 or more, not {coefficient}"
+    )
   if scope not in SCOPES:
     raise ConfigError(
       f'the switch loss has no scope "{scope}"' + did_you_mean(scope, SCOPES)

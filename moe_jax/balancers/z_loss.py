@@ -1,5 +1,6 @@
 """The router z-loss: mean logsumexp(logits)^2 (ST-MoE, 2202.08906, eq. 5)."""
 
+from moe_jax.errors import ConfigError
 from moe_jax.types import Balancer, Mean
 
 CONTRACT_EXCEPTIONS = {
@@ -10,6 +11,10 @@ CONTRACT_EXCEPTIONS = {
 
 def build(coefficient: float) -> Balancer:
   """Args: coefficient: 1e-3 in ST-MoE and OLMoE. Summed over layers."""
+  if coefficient < 0:
+    raise ConfigError(
+      f"the coefficient of balancers/z_loss is 0 or more, not {coefficient}"
+    )
 
   def loss(state, stats, so_far_E):
     del state, so_far_E

@@ -36,13 +36,14 @@ def build(
   """
   options = dict(config)
   name, layer_options = options.pop("name"), dict(options.pop("moe"))
-  if "moe" in (*options["prefix"], *options["pattern"]):
+  kinds = layer_kinds(config)
+  if "moe" in kinds:
     recipe, grouping = _moe(layer_options, mesh, plugins)
     for batch in batch_sizes:
       moe.check(recipe, grouping, length=seq_len, batch=batch, mesh=mesh)
     options |= {"recipe": recipe, "grouping": grouping}
   if mesh is not None:
-    _check_widths(mesh, options, layer_options)
+    _check_widths(mesh, options, layer_options, kinds)
   model = registry.load(
     "models",
     name,
@@ -56,15 +57,24 @@ def build(
   return model
 
 
-def _check_widths(mesh, options, layer_options):
+def layer_kinds(config: Mapping) -> set[str]:
+  """Which of "dense" and "moe" a model of `config.model` has."""
+  prefix = set(config["prefix"])
+  repeats = config["num_layers"] > len(config["prefix"])
+  return prefix | set(config["pattern"]) if repeats else prefix
+
+
+def _check_widths(mesh, options, layer_options, kinds):
   """Attention, dense layers and experts over the mesh axes that split them."""
   widths = {
     "model.d_model": (options["d_model"], "fsdp"),
     "model.num_heads": (options["num_heads"], "tensor"),
     "model.num_kv_heads": (options["num_kv_heads"], "tensor"),
-    "model.d_ff": (options["d_ff"], "tensor"),
-    "model.moe.d_expert": (layer_options["d_expert"], "tensor"),
   }
+  if "dense" in kinds:
+    widths["model.d_ff"] = (options["d_ff"], "tensor")
+  if "moe" in kinds:
+    widths["model.moe.d_expert"] = (layer_options["d_expert"], "tensor")
   parallel.check_widths(mesh, **widths)
 
 
@@ -73,6 +83,11 @@ def _moe(options, mesh, plugins):
   for key in ("num_experts", "top_k", "d_expert"):
     if not isinstance(options[key], int) or options[key] < 1:
       raise ConfigError(f"model.moe.{key} = {options[key]!r} is not 1 or more")
+  if options["num_shared_experts"] < 0:
+    raise ConfigError(
+      f"model.moe.num_shared_experts = {options['num_shared_experts']} is"
+      " negative; 0 is none"
+    )
   num_experts, top_k = options["num_experts"], options["top_k"]
   if top_k > num_experts:
     raise ConfigError(

@@ -18,13 +18,14 @@ class Grouping(NamedTuple):
 
   tokens_per_group: T, or "sequence". Whole sequences or whole fractions.
   capacity_factor: slots over balanced load; None: dropless.
-  eval_capacity_factor: the same outside training; None: as in training.
+  eval_capacity_factor: the same outside training; None: as in training;
+    "dropless".
   expert_buckets: buckets of experts that share slots; None: one per expert.
   """
 
   tokens_per_group: int | str = "sequence"
   capacity_factor: float | None = None
-  eval_capacity_factor: float | None = None
+  eval_capacity_factor: float | str | None = None
   expert_buckets: int | None = None
 
   def resolve(
@@ -60,6 +61,8 @@ class Grouping(NamedTuple):
     factor = self.capacity_factor
     if not train and self.eval_capacity_factor is not None:
       factor = self.eval_capacity_factor
+    if factor == "dropless":
+      return None
     if factor is None and self.expert_buckets is not None:
       raise ConfigError(
         f"expert_buckets = {self.expert_buckets} bounds nothing without a"
@@ -75,7 +78,10 @@ class Grouping(NamedTuple):
         f"expert_buckets = {buckets} does not divide num_experts ="
         f" {recipe.num_experts}"
       )
-    return slots.capacity(factor, tokens, top_k, buckets)
+    bound = slots.capacity(factor, tokens, top_k, buckets)
+    # No more than a group can send to a bucket.
+    most = tokens * min(top_k, recipe.num_experts // buckets)
+    return bound._replace(slots=min(bound.slots, most))
 
 
 class MoE(nn.Module):

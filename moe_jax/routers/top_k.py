@@ -91,6 +91,9 @@ def build(
   _one_of("apply_to", apply_to, ("output", "input"))
   _one_of("priority", priority, ("none", "score"))
   _one_of("precision", precision, ("default", "high", "highest"))
+  for name, value in (("jitter", jitter), ("noise", noise)):
+    if value < 0:
+      raise ConfigError(f"the router top_k takes {name} >= 0, not {value}")
   if top_k < 1:
     raise ConfigError(f"top_k is at least 1, not {top_k}")
   if top_k == 1 and (
