@@ -16,8 +16,15 @@ def get_config() -> ConfigDict:
   c.plugins = ()  # folders with routers/NAME.py, balancers/NAME.py, ... of yours
 
   c.data = ConfigDict()
-  c.data.name = "python_sources"  # a dataset of moe_jax/datasets or a plugin
-  c.data.dir = config_dict.placeholder(str)  # or a prepared TFDS directory
+  # A dataset of moe_jax/datasets, of a plugin, or any that TFDS knows.
+  c.data.name = "python_sources"
+  c.data.dir = config_dict.placeholder(str)  # folder of a prepared TFDS dataset
+  c.data.text_feature = "text"  # what is read of an example
+  c.data.domain_feature = "domain"  # what names its domain, if there is one
+  # Instead of that one: {label: {"name": ..., "weight": ..., "dir": ...}}.
+  c.data.mixture = ConfigDict()
+  c.data.tokenizer = "bytes"  # or a tokenizer.json, or a SentencePiece .model
+  c.data.separate_documents = True  # no attention or loss across their ends
   c.data.cache_dir = config_dict.placeholder(str)  # None: ~/.cache/moe_jax
   c.data.seq_len = 256  # tokens in a sequence
   c.data.batch_size = 16  # sequences in a step, over all devices
@@ -92,6 +99,6 @@ def get_config() -> ConfigDict:
   # A misspelt key is an error, but for the options of parts, which the parts
   # themselves check.
   c.lock()
-  for section in (moe.router, moe.dispatcher, moe.balancers):
+  for section in (c.data.mixture, moe.router, moe.dispatcher, moe.balancers):
     section.unlock()
   return c

@@ -165,13 +165,13 @@ def _check_writable(workdir):
 
 def _check_arms(launch):
   """No arm trains where a later one could not."""
-  from moe_jax import models, optim, parallel, tokens
+  from moe_jax import models, optim, parallel, tokenizers
 
   for arm, config in launch.configs.items():
     try:
       models.build(
         config.model,
-        vocab_size=tokens.VOCAB_SIZE,
+        vocab_size=tokenizers.load(config.data.tokenizer).vocab_size,
         seq_len=config.data.seq_len,
         batch_sizes=(
           config.data.batch_size // config.train.accumulation,

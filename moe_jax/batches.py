@@ -23,6 +23,7 @@ def train_batches(
   batch_size: int,
   seed: int,
   accumulation: int | None = None,
+  separate_documents: bool = False,
 ) -> "TrainBatches":
   """Returns the training batches, to be indexed by step.
 
@@ -37,6 +38,9 @@ def train_batches(
     seed: of the order, >= 0.
     accumulation: A, micro-batches of a step, which divides B; adds a leading
       axis. None for no such axis.
+    separate_documents: where the input is the end of a document, `mask` is
+      False: a model that looks at one document at a time has nothing to say
+      about the next one's first token.
 
   Returns:
     Batches by step: `inputs` and `targets` int32 [B, L], `mask` bool [B, L]
@@ -56,8 +60,12 @@ def train_batches(
       )
   if seed < 0:
     raise ConfigError(f"the data seed is {seed}; give one that is 0 or more")
-  windows = _Windows(corpus, "train", seq_len, whole=True)
-  if not len(windows):
+  windows = _Windows(
+    corpus, "train", seq_len, whole=True, separate=separate_documents
+  )
+  for _, first, end in windows.parts():
+    if first < end:
+      continue
     raise ConfigError(
       f"no domain of dataset {corpus.name} has the {seq_len + 1} training "
       f"tokens that a row of seq_len {seq_len} needs, but "
@@ -75,13 +83,17 @@ class TrainBatches:
     self.num_windows = len(windows)
     self._windows = windows
     self._accumulation = accumulation
+    weights, parts = [], []
+    for number, (weight, first, end) in enumerate(windows.parts()):
+      weights.append(weight)
+      windows_of_part = grain.MapDataset.range(first, end)
+      # No two parts in the same order.
+      parts.append(
+        windows_of_part.seed(seed + 1000 * number).shuffle().repeat()
+      )
     self._numbers = (
-      grain.MapDataset.range(len(windows))
-      .seed(seed)
-      .shuffle()
-      .repeat()
-      .batch(batch_size)
-    )
+      grain.MapDataset.mix(parts, weights) if len(parts) > 1 else parts[0]
+    ).batch(batch_size)
 
   def __getitem__(self, step: int) -> Batch:
     """Returns the global batch of a step, counted from 0."""
@@ -102,6 +114,7 @@ def validation_batches(
   seq_len: int,
   batch_size: int,
   max_batches_per_domain: int | None = None,
+  separate_documents: bool = False,
 ) -> Iterator[tuple[str, Batch]]:
   """Returns the validation batches of every domain, always in the same order.
 
@@ -125,8 +138,12 @@ def validation_batches(
   _check(seq_len=seq_len, batch_size=batch_size)
   if max_batches_per_domain is not None:
     _check(max_batches_per_domain=max_batches_per_domain)
-  windows = _Windows(corpus, "validation", seq_len, whole=False)
-  if not len(windows):
+  windows = _Windows(
+    corpus, "validation", seq_len, whole=False, separate=separate_documents
+  )
+  for _, first, end in windows.parts():
+    if first < end:
+      continue
     raise ConfigError(
       f"dataset {corpus.name} has no two validation tokens in a row, but "
       f"{corpus.num_tokens['validation']}; use more data"
@@ -152,11 +169,12 @@ class _Windows:
 
   Args:
     whole: leave out the shorter window at the end of a domain.
+    separate: the end of a document is no input, as nothing follows it.
   """
 
-  def __init__(self, corpus, split, seq_len, *, whole):
+  def __init__(self, corpus, split, seq_len, *, whole, separate):
     self.corpus = corpus
-    self._seq_len = seq_len
+    self._seq_len, self._separate = seq_len, separate
     # Plain arrays: a slice of a np.memmap costs several times as much.
     self._tokens = [np.asarray(corpus.tokens(split, d)) for d in corpus.domains]
     targets = np.array([max(t.size - 1, 0) for t in self._tokens])
@@ -173,6 +191,12 @@ class _Windows:
       self.corpus.domains, self._firsts.tolist(), self._ends.tolist()
     )
 
+  def parts(self):
+    """Yields (weight, first window, number after the last) of each part."""
+    ranges = {domain: (first, end) for domain, first, end in self.ranges()}
+    for weight, domains in self.corpus.parts:
+      yield weight, ranges[domains[0]][0], ranges[domains[-1]][1]
+
   def batch(self, numbers, rows=None):
     """Returns the batch of these windows, padded to a number of rows."""
     rows = len(numbers) if rows is None else rows
@@ -185,6 +209,8 @@ class _Windows:
       read = self._tokens[domain[row]][start : start + self._seq_len + 1]
       window[row, : read.size] = read
       mask[row, : read.size - 1] = True
+    if self._separate:
+      mask &= window[:, :-1] != self.corpus.end_of_document
     return {
       # Copies: a view of one would change with the other.
       "inputs": window[:, :-1].copy(),

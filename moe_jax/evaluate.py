@@ -11,7 +11,7 @@ from moe_jax.models import moe
 from moe_jax.types import Mean
 
 
-def eval_step(params, balance, batch, index, *, model):
+def eval_step(params, balance, batch, index, *, model, num_bytes_V):
   """Sums of one batch.
 
   Args:
@@ -19,9 +19,11 @@ def eval_step(params, balance, batch, index, *, model):
     batch: inputs, targets, mask [B, L].
     index: number of the batch, for a router that draws at evaluation too.
 
+    num_bytes_V: bytes of text that each token stands for.
+
   Returns:
-    {"loss": Mean of nats per token, "bytes": number of targets that are
-    bytes, "stats": summed over groups}.
+    {"loss": Mean of nats per token, "bytes": of text that the targets stand
+    for, "stats": summed over groups}.
   """
   batch_size, length = batch["inputs"].shape
   rng_G = None
@@ -41,7 +43,7 @@ def eval_step(params, balance, batch, index, *, model):
   )
   return {
     "loss": losses.cross_entropy(logits_BLV, batch["targets"], batch["mask"]),
-    "bytes": metrics.byte_tokens(batch["targets"], batch["mask"]),
+    "bytes": metrics.num_bytes(num_bytes_V, batch["targets"], batch["mask"]),
     "stats": statistics(aux),
   }
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.types import Mean, Stats
@@ -186,6 +187,6 @@ def add_up(several: list[Mapping[str, Mean]]) -> dict[str, Mean]:
   return total
 
 
-def byte_tokens(targets, mask):
-  """How many of the targets are bytes (and not the end of a document)."""
-  return (mask & (targets < 256)).sum()
+def num_bytes(num_bytes_V, targets, mask):
+  """Bytes of text that the unpadded targets stand for."""
+  return jnp.where(mask, jnp.asarray(num_bytes_V)[targets], 0).sum()

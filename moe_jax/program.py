@@ -12,10 +12,10 @@ from moe_jax import (
   batches,
   checkpoint,
   evaluate,
+  mixture,
   models,
   optim,
   parallel,
-  tokens,
   train,
 )
 from moe_jax.errors import ConfigError
@@ -65,16 +65,13 @@ class Program:
     checkpoint.check(config.checkpoint.keep_last, config.checkpoint.keep_every)
     self.config = config
     self.mesh = parallel.mesh_or_none(config.mesh)
-    self.corpus = tokens.prepare(
-      data.name,
-      data_dir=data.dir,
-      cache_dir=data.cache_dir,
-      plugins=config.plugins,
-      fingerprint=fingerprint,
+    self.corpus = mixture.prepare(
+      data, plugins=config.plugins, fingerprint=fingerprint
     )
     self.model = models.build(
       config.model,
       vocab_size=self.corpus.vocab_size,
+      separate_documents=data.separate_documents,
       seq_len=data.seq_len,
       batch_sizes=(data.batch_size // accumulation, config.eval.batch_size),
       mesh=self.mesh,
@@ -100,6 +97,7 @@ class Program:
       batch_size=data.batch_size,
       seed=seed,
       accumulation=self.config.train.accumulation,
+      separate_documents=data.separate_documents,
     )
 
   def put(self, batch):
@@ -117,6 +115,7 @@ class Program:
       seq_len=config.data.seq_len,
       batch_size=config.eval.batch_size,
       max_batches_per_domain=config.eval.batches_per_domain,
+      separate_documents=config.data.separate_documents,
     )
 
   def evaluate(self, state: train.TrainState) -> dict[str, float]:
@@ -139,6 +138,7 @@ class Program:
     started = time.monotonic()
     config, data = self.config, self.config.data
     shared = dict(model=self.model, optimizer=self.optimizer)
+    num_bytes_V = np.asarray(self.corpus.num_bytes_V, np.int32)
     init = functools.partial(
       train.init_state,
       **shared,
@@ -179,7 +179,7 @@ class Program:
     train_batch, eval_batch = self._batch_shapes()
     self.train_step = (
       jax.jit(
-        functools.partial(train.train_step, **shared),
+        functools.partial(train.train_step, **shared, num_bytes_V=num_bytes_V),
         donate_argnums=0,
         **shardings.get("train", {}),
       )
@@ -188,7 +188,9 @@ class Program:
     )
     self.eval_step = (
       jax.jit(
-        functools.partial(evaluate.eval_step, model=self.model),
+        functools.partial(
+          evaluate.eval_step, model=self.model, num_bytes_V=num_bytes_V
+        ),
         **shardings.get("eval", {}),
       )
       .lower(

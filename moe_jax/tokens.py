@@ -1,12 +1,13 @@
 """Text to tokens, once: a memory-mapped cache of a prepared TFDS dataset.
 
-A token is a byte, and token 256 ends a document. The cache is a folder with one
-flat uint16 file for each split and domain, and an index.json that says what is
-in it and where it came from. It appears as a whole or not at all.
+The last token of the vocabulary ends a document. The cache is a folder with one
+flat file of integers for each split and domain, and an index.json that says
+what is in it and where it came from. It appears as a whole or not at all.
 """
 
 import contextlib
 import dataclasses
+import difflib
 import hashlib
 import inspect
 import io
@@ -23,15 +24,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from moe_jax import registry
+from moe_jax import registry, tokenizers
 from moe_jax.errors import ConfigError, did_you_mean
 
-END_OF_DOCUMENT = 256
-VOCAB_SIZE = 257
 SPLITS = ("train", "validation")
 
-_FORMAT = 1  # Raise it when the files mean something else than before.
-_DTYPE = np.dtype("<u2")
+_FORMAT = 2  # Raise it when the files mean something else than before.
 _VALIDATION_PART = 16  # Held out where a dataset has no validation split.
 _READ_AT_ONCE = 256  # Documents.
 
@@ -46,7 +44,8 @@ class Corpus:
       as a TFDS dataset.
     fingerprint: sha256 of every token, by split and domain. Equal for equal
       content, wherever it was prepared.
-    vocab_size: number of different tokens.
+    num_bytes_V: how many bytes of text each token of the vocabulary stands for;
+      its last token ends a document and stands for none.
     domains: names of the domains; a domain's number is its place here.
     num_tokens: tokens by split, then domain.
     num_documents: documents by split, then domain.
@@ -56,13 +55,28 @@ class Corpus:
   name: str
   directory: pathlib.Path
   fingerprint: str
-  vocab_size: int
+  num_bytes_V: tuple[int, ...] = dataclasses.field(compare=False, repr=False)
   domains: tuple[str, ...]
   num_tokens: Mapping[str, Mapping[str, int]] = dataclasses.field(compare=False)
   num_documents: Mapping[str, Mapping[str, int]] = dataclasses.field(
     compare=False
   )
   sources: Mapping[str, str] = dataclasses.field(compare=False)
+
+  @property
+  def vocab_size(self) -> int:
+    """Number of different tokens."""
+    return len(self.num_bytes_V)
+
+  @property
+  def end_of_document(self) -> int:
+    """The token that ends a document."""
+    return self.vocab_size - 1
+
+  @property
+  def parts(self) -> tuple[tuple[float, tuple[str, ...]], ...]:
+    """(weight, domains) of each part of a mixture; here one part."""
+    return ((1.0, self.domains),)
 
   def tokens(self, split: str, domain: str) -> np.ndarray:
     """Returns the tokens of a domain, one document after the other.
@@ -72,7 +86,8 @@ class Corpus:
       domain: one of `domains`.
 
     Returns:
-      Read-only uint16 [N], mapped from the file: only what is read is loaded.
+      Read-only integers [N], mapped from the file: only what is read is
+      loaded.
 
     Raises:
       ConfigError: no such split or domain.
@@ -84,15 +99,18 @@ class Corpus:
         )
     size = self.num_tokens[split][domain]
     if not size:  # An empty file cannot be mapped.
-      return np.zeros(0, _DTYPE)
+      return np.zeros(0, _dtype(self.vocab_size))
     path = self.directory / _file_name(split, self.domains.index(domain))
-    return np.memmap(path, _DTYPE, "r", shape=(size,))
+    return np.memmap(path, _dtype(self.vocab_size), "r", shape=(size,))
 
 
 def prepare(
   name: str,
   *,
   data_dir: str | os.PathLike | None = None,
+  text_feature: str = "text",
+  domain_feature: str = "domain",
+  tokenizer: str = "bytes",
   cache_dir: str | os.PathLike | None = None,
   plugins: tuple[str, ...] = (),
   fingerprint: str | None = None,
@@ -100,12 +118,16 @@ def prepare(
   """Returns the tokens of a dataset; makes its cache where there is none yet.
 
   Args:
-    name: a dataset of `registry.names("datasets")`; with `data_dir`, any word
-      to call it by.
+    name: a dataset of `registry.names("datasets")`, or any that TFDS knows, as
+      "ag_news_subset" or "wikipedia/20230601.en"; with `data_dir`, any word to
+      call it by.
     data_dir: folder of a prepared TFDS dataset (the one with dataset_info.json)
-      in array_record or parquet format. It has a feature `text`, may have a
-      feature `domain` (text or class label), and has a split `train`; documents
-      are held out of it by their hash if there is no split `validation`.
+      in array_record or parquet format. It has a split `train`; documents are
+      held out of it by their hash if there is no split `validation`.
+    text_feature: the feature that is read.
+    domain_feature: a feature (text or class label) that names a document's
+      domain; where the dataset has none there is one domain, "text".
+    tokenizer: see `tokenizers.load`.
     cache_dir: where the caches lie; $XDG_CACHE_HOME/moe_jax or
       ~/.cache/moe_jax by default.
     plugins: folders with datasets of your own, see registry.load.
@@ -125,11 +147,19 @@ def prepare(
       corpus = _open(entry)
       if corpus is not None and corpus.fingerprint == fingerprint:
         return corpus
-  source = _from_directory(data_dir) if data_dir else _built_in(name, plugins)
-  entry = root / f"{prefix}-{_key(source.versions)}"
+  tokenizer = tokenizers.load(tokenizer)
+  features = _Features(text_feature, domain_feature)
+  if data_dir:
+    source = _from_directory(data_dir)
+  elif name in registry.names("datasets", plugins):
+    source = _built_in(name, plugins)
+  else:
+    source = _from_directory(_known_to_tfds(name, plugins))
+  key = [source.versions, features, tokenizer.key]
+  entry = root / f"{prefix}-{_key(key)}"
   corpus = _open(entry)
   if corpus is None:
-    corpus = _make(name, source, entry)
+    corpus = _make(name, source, features, tokenizer, entry)
   if fingerprint not in (None, corpus.fingerprint):
     raise ConfigError(
       f"dataset {name} has fingerprint {corpus.fingerprint}, but {fingerprint} "
@@ -137,6 +167,13 @@ def prepare(
       "made from (run.json has them), or start a new run"
     )
   return corpus
+
+
+class _Features(NamedTuple):
+  """Names of the features that are read."""
+
+  text: str
+  domain: str
 
 
 class _Source(NamedTuple):
@@ -147,12 +184,6 @@ class _Source(NamedTuple):
 
 
 def _built_in(name, plugins):
-  known = registry.names("datasets", plugins)
-  if name not in known:
-    raise ConfigError(
-      f'there is no built-in dataset "{name}" (for another one, set data.dir '
-      "to the folder of a prepared TFDS dataset)" + did_you_mean(name, known)
-    )
   builder_class = registry.load("datasets", name, plugins=tuple(plugins))
   versions = {name: str(builder_class.VERSION)}
   # A dataset that depends on more than its version says so.
@@ -172,6 +203,37 @@ def _built_in(name, plugins):
     return builder
 
   return _Source(versions, prepared)
+
+
+def _known_to_tfds(name, plugins):
+  """The folder of a dataset that TFDS finds by name, prepared if need be."""
+  import tensorflow_datasets as tfds
+
+  try:
+    builder = tfds.builder(name, file_format="array_record")
+  except (tfds.core.DatasetNotFoundError, ValueError) as e:
+    known = {
+      *registry.names("datasets", plugins),
+      *tfds.list_builders(with_community_datasets=False),
+    }
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise ConfigError(
+      f'there is no dataset "{name}", neither built in nor known to TFDS{hint}'
+      " For one of your own, set data.dir to the folder of a prepared TFDS"
+      " dataset"
+    ) from e
+  if not builder.is_prepared():
+    try:
+      builder.download_and_prepare()
+    except Exception as e:  # Of the network, a missing package, a full disk.
+      reason = str(e).strip().split("\n")[0][:300]
+      raise ConfigError(
+        f"TFDS cannot prepare the dataset {name} here ({reason}); prepare it"
+        " elsewhere with file_format='array_record' and set data.dir to its"
+        " folder"
+      ) from e
+  return builder.data_dir
 
 
 def _from_directory(data_dir):
@@ -200,27 +262,60 @@ def _open_builder(folder):
       f"data.dir {folder} is in {form} format, which only TensorFlow reads; "
       'prepare the dataset with file_format="array_record"'
     )
-  for what, word, known in (
-    ("feature", "text", builder.info.features),
-    ("split", "train", builder.info.splits),
-  ):
-    if word not in known:
-      raise ConfigError(
-        f'data.dir {folder} has no {what} "{word}", but {sorted(known)}; '
-        "prepare a copy of the dataset that has one"
-      )
   return builder
 
 
-def _make(name, source, entry):
+def _check(name, builder, wanted):
+  """Raises ConfigError for a dataset that has not what is read."""
+  import tensorflow_datasets as tfds
+
+  features, splits = builder.info.features, builder.info.splits
+  if wanted.text not in features:
+    raise ConfigError(
+      f'dataset {name} has no feature "{wanted.text}", but {sorted(features)};'
+      " set data.text_feature to one that is text"
+    )
+  text = features[wanted.text]
+  plain = isinstance(text, tfds.features.Tensor) and not text.shape
+  if not isinstance(text, tfds.features.Text) and not (
+    plain and text.np_dtype in (np.object_, np.str_)
+  ):
+    names = [
+      k for k, v in features.items() if isinstance(v, tfds.features.Text)
+    ]
+    raise ConfigError(
+      f'the feature "{wanted.text}" of dataset {name} is not text but'
+      f" {type(text).__name__}; text are {sorted(names)}: set data.text_feature"
+    )
+  if "train" not in splits:
+    raise ConfigError(
+      f'dataset {name} has no split "train", but {sorted(splits)}; prepare a'
+      " copy of the dataset that has one"
+    )
+  for split in SPLITS:
+    if split in splits and not splits[split].num_examples:
+      raise ConfigError(
+        f'the split "{split}" of dataset {name} is empty; prepare it with'
+        " documents, or without that split"
+      )
+
+
+def _make(name, source, features, tokenizer, entry):
   """Prepares beside the final place and moves the whole there at the end."""
   logging.info("Preparing dataset %s in %s, once", name, entry)
   start = time.monotonic()
   with _scratch_folder(entry) as scratch:
     new = scratch / "new"
     new.mkdir()
-    index = _write_tokens(source.builder(new), new)
-    index |= {"format": _FORMAT, "name": name, "sources": source.versions}
+    builder = source.builder(new)
+    _check(name, builder, features)
+    index = _write_tokens(builder, features, tokenizer, new)
+    index |= {
+      "format": _FORMAT,
+      "name": name,
+      "sources": source.versions,
+      "tokenizer": tokenizer.key,
+    }
     (new / "index.json").write_text(json.dumps(index, indent=2) + "\n")
     if entry.exists() and _open(entry) is None:
       entry.rename(scratch / "broken")
@@ -255,29 +350,29 @@ def _scratch_folder(entry):
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_tokens(builder, folder):
+def _write_tokens(builder, features, tokenizer, folder):
   """Writes a file for each split and domain; returns what the index says."""
-  domains = _label_names(builder)
+  domains = _label_names(builder, features)
   shards = {}  # (split, domain) -> its _Shard.
   with contextlib.ExitStack() as stack:
-    for split, domain, text in _documents(builder):
+    for split, domain, text in _documents(builder, features):
       if domain not in domains:
         domains.append(domain)
       shard = shards.get((split, domain))
       if shard is None:
         path = folder / _file_name(split, domains.index(domain))
         shard = shards[split, domain] = _Shard(
-          stack.enter_context(path.open("wb"))
+          stack.enter_context(path.open("wb")), tokenizer
         )
       shard.write(text)
-  empty = _Shard(None)
+  empty = _Shard(None, tokenizer)
   table = {
     split: {domain: shards.get((split, domain), empty) for domain in domains}
     for split in SPLITS
   }
   return {
     "fingerprint": _sha256(_by_shard(table, lambda s: s.digest.hexdigest())),
-    "vocab_size": VOCAB_SIZE,
+    "num_bytes_V": tokenizer.num_bytes_V.tolist(),
     "domains": domains,
     "num_tokens": _by_shard(table, lambda s: s.num_tokens),
     "num_documents": _by_shard(table, lambda s: s.num_documents),
@@ -289,13 +384,15 @@ class _Shard:
   """A file of tokens that grows."""
 
   file: Any
+  tokenizer: tokenizers.Tokenizer
   digest: Any = dataclasses.field(default_factory=hashlib.sha256)
   num_tokens: int = 0
   num_documents: int = 0
 
   def write(self, text):
-    tokens = np.full(len(text) + 1, END_OF_DOCUMENT, _DTYPE)
-    tokens[:-1] = np.frombuffer(text, np.uint8)
+    tokens = self.tokenizer.encode(text)
+    tokens = np.append(tokens, self.tokenizer.end)
+    tokens = tokens.astype(_dtype(self.tokenizer.vocab_size))
     content = tokens.tobytes()
     self.file.write(content)
     self.digest.update(content)
@@ -310,25 +407,25 @@ def _by_shard(table, get):
   }
 
 
-def _label_names(builder):
+def _label_names(builder, features):
   """Names of the domains where the dataset knows them, in its order."""
-  features = builder.info.features
-  if "domain" not in features:
+  known = builder.info.features
+  if features.domain not in known:
     return []
-  return list(getattr(features["domain"], "names", None) or ())
+  return list(getattr(known[features.domain], "names", None) or ())
 
 
-def _documents(builder):
+def _documents(builder, features):
   """Yields (split, domain, text as bytes) of every document."""
-  names = _label_names(builder)
+  names = _label_names(builder, features)
   held_out = "validation" in builder.info.splits
   for split in SPLITS if held_out else ("train",):
     source = builder.as_data_source(split=split)
     for start in range(0, len(source), _READ_AT_ONCE):
       stop = min(start + _READ_AT_ONCE, len(source))
       for example in source.__getitems__(list(range(start, stop))):
-        text = _as_bytes(example["text"])
-        domain = example.get("domain", "text")
+        text = _as_bytes(example[features.text])
+        domain = example.get(features.domain, "text")
         domain = names[domain] if names else _as_bytes(domain).decode()
         yield (split if held_out else _split_of(text)), domain, text
 
@@ -350,7 +447,7 @@ def _open(entry):
       name=index["name"],
       directory=entry,
       fingerprint=index["fingerprint"],
-      vocab_size=index["vocab_size"],
+      num_bytes_V=tuple(index["num_bytes_V"]),
       domains=tuple(index["domains"]),
       num_tokens=index["num_tokens"],
       num_documents=index["num_documents"],
@@ -371,7 +468,7 @@ def _open(entry):
 def _sizes_are_right(corpus):
   return all(
     (corpus.directory / _file_name(split, number)).stat().st_size
-    == corpus.num_tokens[split][domain] * _DTYPE.itemsize
+    == corpus.num_tokens[split][domain] * _dtype(corpus.vocab_size).itemsize
     for split in SPLITS
     for number, domain in enumerate(corpus.domains)
     if corpus.num_tokens[split][domain]
@@ -383,6 +480,10 @@ def _cache_root(cache_dir):
     return pathlib.Path(cache_dir).expanduser().absolute()
   home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
   return pathlib.Path(home).expanduser().absolute() / "moe_jax"
+
+
+def _dtype(vocab_size):
+  return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
 
 
 def _file_name(split, domain_number):

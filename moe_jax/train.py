@@ -46,7 +46,9 @@ def init_state(rng: Array, *, model, optimizer, seq_len: int, batch: int):
   )
 
 
-def train_step(state: TrainState, batch, *, model, optimizer):
+def train_step(
+  state: TrainState, batch, *, model, optimizer, num_bytes_V: Array
+):
   """One optimizer step over all micro-batches.
 
   The loss is the sum over micro-batches divided once by the step's tokens;
@@ -59,6 +61,7 @@ def train_step(state: TrainState, batch, *, model, optimizer):
     batch: inputs, targets, mask [A, B/A, L], A micro-batches.
     model: from `models.build`.
     optimizer: from `optim.build`.
+    num_bytes_V: bytes of text that each token stands for.
 
   Returns:
     The new state, and {"loss": Mean, "bytes", "stats", "balance", "aux_loss",
@@ -90,7 +93,7 @@ def train_step(state: TrainState, batch, *, model, optimizer):
     balance /= accumulation
     sums = {
       "loss": loss,
-      "bytes": metrics.byte_tokens(micro["targets"], micro["mask"]),
+      "bytes": metrics.num_bytes(num_bytes_V, micro["targets"], micro["mask"]),
       "stats": evaluate.statistics(aux),
       "aux_loss": balance,
     }

@@ -170,7 +170,7 @@ def step(model):
   from flax import linen as nn
 
   from configs import base
-  from moe_jax import optim, parallel, train
+  from moe_jax import optim, parallel, tokenizers, train
 
   mesh = model.arch.mesh
   optimizer = optim.build(base.get_config().optim, 100)
@@ -193,7 +193,9 @@ def step(model):
     for k, dtype in (("inputs", int), ("targets", int), ("mask", bool))
   }
   with jax.set_mesh(mesh):
-    run = functools.partial(train.train_step, **parts)
+    run = functools.partial(
+      train.train_step, **parts, num_bytes_V=tokenizers.load().num_bytes_V
+    )
     yield "train step", jax.jit(run, donate_argnums=0).lower(state, batch)
 
 

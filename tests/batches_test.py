@@ -33,7 +33,7 @@ def make_corpus(folder, num_tokens):
     name="random",
     directory=folder,
     fingerprint="",
-    vocab_size=257,
+    num_bytes_V=(1,) * 256 + (0,),
     domains=DOMAINS,
     num_tokens=num_tokens,
     num_documents={},

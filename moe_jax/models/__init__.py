@@ -13,6 +13,7 @@ def build(
   config: Mapping,
   *,
   vocab_size: int,
+  separate_documents: bool = False,
   seq_len: int,
   batch_sizes: tuple[int, ...],
   mesh: jax.sharding.Mesh | None = None,
@@ -22,7 +23,8 @@ def build(
 
   Args:
     config: the section `model` of a config, see `configs/base.py`.
-    vocab_size: V, of the data.
+    vocab_size: V, of the data; its last token ends a document.
+    separate_documents: no attention across the ends of documents.
     seq_len: L.
     batch_sizes: sequences in one micro-batch, and in an evaluation batch.
     mesh: from `parallel.make_mesh`; None: one device.
@@ -49,6 +51,7 @@ def build(
     name,
     plugins=plugins,
     vocab_size=vocab_size,
+    separate_documents=separate_documents,
     mesh=mesh,
     **{k: _hashable(v) for k, v in options.items()},
   )

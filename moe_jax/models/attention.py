@@ -23,8 +23,13 @@ class Attention(nn.Module):
   mesh: jax.sharding.Mesh | None = None
 
   @nn.compact
-  def __call__(self, x_BLD: Array, mask_BL: Array) -> Array:
-    """Each position attends to itself and to unpadded earlier ones."""
+  def __call__(
+    self, x_BLD: Array, mask_BL: Array, document_BL: Array | None = None
+  ) -> Array:
+    """Each position attends to itself and to unpadded earlier ones.
+
+    document_BL: int32, only those of the same document; None: of all.
+    """
     d_model = x_BLD.shape[-1]
     q = self._project(x_BLD, "query", self.num_heads)
     k = self._project(x_BLD, "key", self.num_kv_heads)
@@ -32,7 +37,7 @@ class Attention(nn.Module):
     position_L = jnp.arange(x_BLD.shape[1])
     q = rotate(q, position_L, self.rope_theta)
     k = rotate(k, position_L, self.rope_theta)
-    y = attend(q, k, v, mask_BL)
+    y = attend(q, k, v, mask_BL, document_BL)
     out = self.param(
       "out",
       nn.with_logical_partitioning(
@@ -61,7 +66,7 @@ class Attention(nn.Module):
     return parallel.constrain(y, ("batch", None, logical, None), self.mesh)
 
 
-def attend(q_BLHh, k, v, mask_BL):
+def attend(q_BLHh, k, v, mask_BL, document_BL=None):
   """softmax(q k / sqrt(h)) v with a causal mask; scores in float32 or more."""
   batch, length, heads, head_dim = q_BLHh.shape
   groups = k.shape[2]
@@ -69,9 +74,12 @@ def attend(q_BLHh, k, v, mask_BL):
   dtype = jnp.promote_types(q.dtype, jnp.float32)
   scores = jnp.einsum("BLJjh,BMJh->BJjLM", q, k, preferred_element_type=dtype)
   causal_1LM = jnp.tril(jnp.ones((1, length, length), bool))
+  seen_BLM = mask_BL[:, None, :]
+  if document_BL is not None:
+    seen_BLM &= document_BL[:, :, None] == document_BL[:, None, :]
   # A padded query still sees itself, so that no softmax is empty.
   itself_1LM = jnp.eye(length, dtype=bool)[None]
-  visible_BLM = causal_1LM & (mask_BL[:, None, :] | itself_1LM)
+  visible_BLM = causal_1LM & (seen_BLM | itself_1LM)
   scores = jnp.where(
     visible_BLM[:, None, None], scores / head_dim**0.5, jnp.finfo(dtype).min
   )

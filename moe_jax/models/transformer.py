@@ -33,6 +33,8 @@ class Architecture:
     only the plan's integers.
   dtype: of activations; parameters are float32.
   allow_noncausal: build a decoder though its routing looks ahead.
+  separate_documents: attend to the same document only; the last token of the
+    vocabulary ends one.
   recipe, grouping: of the MoE layers; None without any.
   mesh: what to run on; None: one device.
 
@@ -56,6 +58,7 @@ class Architecture:
   remat: str = "none"
   dtype: str = "float32"
   allow_noncausal: bool = False
+  separate_documents: bool = False
   recipe: layer.Recipe | None = None
   grouping: moe.Grouping | None = None
   mesh: jax.sharding.Mesh | None = None
@@ -178,7 +181,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD, inputs, layer_index, train, collect):
-    m, (mask_BL, features, rng_G) = self.arch, inputs
+    m, (mask_BL, document_BL, features, rng_G) = self.arch, inputs
     names = ("batch", None, None)
     h = RMSNorm(m.norm_eps, name="attention_norm")(x_BLD)
     x_BLD += attention.Attention(
@@ -188,7 +191,7 @@ class Block(nn.Module):
       m.rope_theta,
       m.mesh,
       name="attention",
-    )(h, mask_BL)
+    )(h, mask_BL, document_BL)
     x_BLD = parallel.constrain(x_BLD, names, m.mesh)
     h = RMSNorm(m.norm_eps, name="ffn_norm")(x_BLD)
     if self.kind == "dense":
@@ -260,6 +263,11 @@ class Transformer(nn.Module):
     arch.check_causal(tokens_BL.shape[1], train)
     if mask_BL is None:
       mask_BL = jnp.ones(tokens_BL.shape, bool)
+    document_BL = None
+    if arch.separate_documents:
+      # The end of a document is its own last token.
+      ends_BL = (tokens_BL == arch.vocab_size - 1).astype(jnp.int32)
+      document_BL = jnp.cumsum(ends_BL, axis=1) - ends_BL
     position_1L = jnp.arange(tokens_BL.shape[1])[None, :]
     features = {
       "token_id": tokens_BL,
@@ -287,7 +295,7 @@ class Transformer(nn.Module):
       )(pattern, arch, name=name)(
         x_BLD,
         first + len(pattern) * jnp.arange(repeats),
-        (mask_BL, features, rng_G),
+        (mask_BL, document_BL, features, rng_G),
         train,
         collect,
       )

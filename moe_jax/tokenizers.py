@@ -1,0 +1,128 @@
+"""Text to tokens: bytes, or a tokenizer from a local file.
+
+A tokenizer is a record of three things; token `end` closes a document, and is
+the last of the vocabulary.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_jax.errors import ConfigError
+
+
+class Tokenizer(NamedTuple):
+  """encode: bytes -> int array of tokens, without an end.
+
+  num_bytes_V: how many bytes of text each token stands for, 0 for the end; bits
+    per byte are counted with it.
+  key: changes with anything that changes the tokens.
+  """
+
+  encode: Callable[[bytes], np.ndarray]
+  num_bytes_V: np.ndarray
+  key: str
+
+  @property
+  def vocab_size(self) -> int:
+    return len(self.num_bytes_V)
+
+  @property
+  def end(self) -> int:
+    return self.vocab_size - 1
+
+
+def load(name: str | os.PathLike = "bytes") -> Tokenizer:
+  """The tokenizer of that name.
+
+  Args:
+    name: "bytes", or a file: tokenizer.json of the library tokenizers, or a
+      SentencePiece .model.
+
+  Raises:
+    ConfigError: no such file, not a tokenizer, or its library is missing.
+  """
+  if name == "bytes":
+    return _bytes()
+  path = pathlib.Path(name).expanduser()
+  readers = {".json": _json, ".model": _sentencepiece}
+  if path.suffix not in readers or not path.is_file():
+    raise ConfigError(
+      f'data.tokenizer = {str(name)!r} is neither "bytes" nor a file that is'
+      " there, a tokenizer.json or a SentencePiece .model"
+    )
+  try:
+    return readers[path.suffix](path)
+  except ImportError as e:
+    raise ConfigError(
+      f"data.tokenizer = {str(name)!r} needs the package {e.name}; run: pip"
+      " install 'moe_jax[data]'"
+    ) from None
+  except Exception as e:  # Their parsers raise plain Exception.
+    reason = str(e).strip().split("\n")[0]
+    raise ConfigError(
+      f"data.tokenizer = {str(name)!r} cannot be read ({reason}); give a"
+      " tokenizer.json or a SentencePiece .model"
+    ) from None
+
+
+def _bytes():
+  return Tokenizer(
+    encode=lambda text: np.frombuffer(text, np.uint8),
+    num_bytes_V=np.append(np.ones(256, np.int32), np.int32(0)),
+    key="bytes",
+  )
+
+
+def _json(path):
+  import tokenizers
+
+  tokenizer = tokenizers.Tokenizer.from_file(str(path))
+  tokenizer.no_truncation()
+  tokenizer.no_padding()
+  decoder = json.loads(path.read_text()).get("decoder") or {}
+  # In byte-level vocabularies a character stands for a byte.
+  by_bytes = "ByteLevel" in json.dumps(decoder)
+  size = tokenizer.get_vocab_size()
+  pieces = [tokenizer.id_to_token(i) or "" for i in range(size)]
+
+  def encode(text):
+    text = text.decode("utf-8", "replace")
+    return np.asarray(tokenizer.encode(text, add_special_tokens=False).ids)
+
+  lengths = [len(p) if by_bytes else _length(p) for p in pieces]
+  return Tokenizer(encode, _with_end(lengths), _key(path))
+
+
+def _sentencepiece(path):
+  import sentencepiece
+
+  model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+  lengths = []
+  for i in range(model.get_piece_size()):
+    control = model.is_control(i) or model.is_unknown(i)
+    piece = model.id_to_piece(i)
+    lengths.append(0 if control else 1 if model.is_byte(i) else _length(piece))
+
+  def encode(text):
+    return np.asarray(model.encode(text.decode("utf-8", "replace")), np.int64)
+
+  return Tokenizer(encode, _with_end(lengths), _key(path))
+
+
+def _length(piece):
+  """Bytes of a piece in which a space is written as U+2581."""
+  return len(piece.replace("\u2581", " ").encode())
+
+
+def _with_end(lengths):
+  return np.array([*lengths, 0], np.int32)
+
+
+def _key(path):
+  return hashlib.sha256(path.read_bytes()).hexdigest()
