@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
   c.seed = 0  # initial parameters, order of the data, noise of the router
   # Devices along data, fsdp, expert, tensor; -1: all that are left.
   c.mesh = (-1, 1, 1, 1)
+  c.writers = ()  # beside metrics.jsonl: "tensorboard", "wandb"
   c.plugins = ()  # folders with routers/NAME.py, balancers/NAME.py, ... of yours
 
   c.data = ConfigDict()
@@ -69,22 +70,26 @@ def get_config() -> ConfigDict:
   moe.balancers = ConfigDict()
 
   c.optim = ConfigDict()
-  c.optim.name = "adamw"  # or "sgd"
+  c.optim.name = "adamw"  # or "adafactor", "muon", "sgd"
   c.optim.learning_rate = 3e-3  # at the end of the warm-up
   c.optim.warmup_steps = 20  # linear
   c.optim.schedule = "cosine"  # after it: constant, cosine, wsd
   c.optim.decay_steps = 0  # wsd: length of the final decay
   c.optim.final_fraction = 0.1  # of the learning rate, at the last step
   c.optim.weight_decay = 0.1  # decoupled; not on scales, biases, embedding
-  c.optim.b1 = 0.9  # AdamW
-  c.optim.b2 = 0.95  # AdamW
-  c.optim.eps = 1e-8  # AdamW
+  # Factors by part: "router", "experts" (routed ones), "rest"; 1 if not there.
+  c.optim.learning_rate_factors = ConfigDict({"router": 1.0, "experts": 1.0})
+  c.optim.weight_decay_factors = ConfigDict({"router": 1.0, "experts": 1.0})
+  c.optim.b1 = 0.9  # AdamW, and what Muon leaves to it
+  c.optim.b2 = 0.95  # AdamW; the momentum of Muon
+  c.optim.eps = 1e-8  # AdamW, Muon
   c.optim.clip_norm = FieldReference(1.0, float)  # of the gradient; None: no
 
   c.train = ConfigDict()
   c.train.num_steps = 300  # optimizer steps
   c.train.accumulation = 1  # micro-batches in a step; divides data.batch_size
   c.train.log_every = 10  # steps between lines of metrics.jsonl
+  c.train.profile_steps = ()  # (first, end): a trace in WORKDIR/profile
   c.train.max_skipped_in_a_row = 10  # not finite, before the run gives up
 
   c.checkpoint = ConfigDict()

@@ -14,7 +14,14 @@ import ml_collections
 from moe_jax.errors import ConfigError, Interrupted, RunError, did_you_mean
 
 # Keys that a run's numbers do not depend on.
-_SAME_NUMBERS = ("mesh", "checkpoint.", "data.cache_dir", "data.dir")
+_SAME_NUMBERS = (
+  "mesh",
+  "writers",
+  "checkpoint.",
+  "data.cache_dir",
+  "data.dir",
+  "train.profile_steps",
+)
 
 
 def load(spec: str, overrides=()) -> ml_collections.ConfigDict:

@@ -112,6 +112,8 @@ def _begin(program, seed, directory, checkpoints, progress):
   )
   found = checkpoints.restore(program.abstract_state)
   lines = Lines(program, directory, progress)
+  writers = program.config.writers
+  directory.write_to(writers, 0 if found is None else found.step)
   if found is None:
     directory.cut(0)
     directory.describe(**facts)
@@ -185,14 +187,20 @@ def take_steps(
     TrainState and the number of steps done.
   """
   every, last = program.config.checkpoint.every, program.config.train.num_steps
+  profile = program.config.train.profile_steps
   done = steps.start
   for step in steps:
     if stop is not None and stop.asked:
       break
+    if profile and step == profile[0]:
+      jax.profiler.start_trace(lines.directory.path / "profile")
     state, sums = program.train_step(state, program.put(stream[step]))
     lines.write()  # Now that the devices have something to do.
     done = step + 1
     lines.add(done, sums)
+    if profile and done == profile[1]:
+      jax.block_until_ready(state)
+      jax.profiler.stop_trace()
     due = done == last or (every and done % every == 0)
     if checkpoints is not None and due:
       lines.write()

@@ -1,13 +1,23 @@
-"""Optimizers and learning-rate schedules, from optax."""
+"""Optimizers and learning-rate schedules, from optax.
 
+An update is a direction (of AdamW, Adafactor, Muon or SGD), plus decoupled
+weight decay, times a learning rate. Matrices are those of one layer and one
+expert: the axes of repeated layers and of experts are batch axes everywhere.
+"""
+
+import math
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from moe_jax.errors import ConfigError, did_you_mean
 
+LABELS = ("router", "experts", "rest")
 _NO_DECAY = ("scale", "_bias", "embedding")
+_NO_MATRIX = ("embedding", "head")
+_SEGMENTS = ("prefix", "decoder")  # Their leaves have an axis of repeats.
 
 
 def build(config: Mapping, num_steps: int) -> optax.GradientTransformation:
@@ -26,23 +36,180 @@ def build(config: Mapping, num_steps: int) -> optax.GradientTransformation:
         " clipping off"
       )
     clip = optax.clip_by_global_norm(config["clip_norm"])
-  known = {
-    "adamw": lambda: optax.adamw(
-      learning_rate,
-      b1=config["b1"],
-      b2=config["b2"],
-      eps=config["eps"],
-      weight_decay=config["weight_decay"],
-      mask=decayed,
-    ),
-    "sgd": lambda: optax.sgd(learning_rate),
-  }
-  if config["name"] not in known:
+  if config["name"] not in DIRECTIONS:
     raise ConfigError(
       f'there is no optimizer "{config["name"]}"'
-      + did_you_mean(config["name"], known)
+      + did_you_mean(config["name"], DIRECTIONS)
     )
-  return optax.chain(clip, known[config["name"]]())
+  rates, decays = (
+    _factors(config, key)
+    for key in ("learning_rate_factors", "weight_decay_factors")
+  )
+  decay = config["weight_decay"] if config["name"] != "sgd" else 0.0
+  return optax.chain(
+    clip,
+    DIRECTIONS[config["name"]](config),
+    *(
+      optax.add_decayed_weights(
+        decay * decays[name],
+        mask=lambda params, name=name: _decayed_of(params, name),
+      )
+      for name in LABELS
+      if decay * decays[name]
+    ),
+    _scaled(rates),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+
+
+def _adamw(config):
+  return optax.scale_by_adam(config["b1"], config["b2"], config["eps"])
+
+
+def _adafactor(config):
+  """1804.04235 without a relative step size: the schedule is the learning rate.
+
+  Second moments are factored over rows and columns of matrices, updates
+  clipped to a root mean square of 1 and scaled by that of the parameter.
+  """
+  del config
+  one_leaf = optax.chain(
+    optax.scale_by_factored_rms(),
+    optax.clip_by_block_rms(1.0),
+    optax.scale_by_param_block_rms(),
+  )
+  return per_matrix(one_leaf)
+
+
+def _muon(config):
+  """2502.16982: orthogonal directions for matrices, scaled to AdamW's size.
+
+  Embedding, output layer, scales and biases are AdamW's.
+  """
+  from optax import contrib
+
+  def kinds(params):
+    return jax.tree_util.tree_map_with_path(
+      lambda path, x: "adamw" if matrix_axes(path, x) is None else "muon",
+      params,
+    )
+
+  def dimensions(updates):
+    return jax.tree_util.tree_map_with_path(
+      lambda path, x: contrib.MuonDimensionNumbers(*matrix_axes(path, x)),
+      updates,
+    )
+
+  def like_adam(updates, params=None):
+    del params
+
+    def one(path, u):
+      sides = ([u.shape[i] for i in axes] for axes in matrix_axes(path, u))
+      return 0.2 * math.sqrt(max(map(math.prod, sides))) * u
+
+    return jax.tree_util.tree_map_with_path(one, updates)
+
+  orthogonal = contrib.scale_by_muon(
+    beta=config["b2"],
+    eps=config["eps"],
+    weight_dimension_numbers=dimensions,
+  )
+  muon = optax.chain(orthogonal, optax.stateless(like_adam))
+  return optax.partition({"muon": muon, "adamw": _adamw(config)}, kinds)
+
+
+DIRECTIONS = {
+  "adamw": _adamw,
+  "adafactor": _adafactor,
+  "muon": _muon,
+  "sgd": lambda config: optax.identity(),
+}
+
+
+def label(path) -> str:
+  """ "router", "experts" (routed ones) or "rest": which part a leaf is of."""
+  keys = _keys(path)
+  return next((x for x in LABELS if "moe" in keys and x in keys), "rest")
+
+
+def batch_axes(path) -> int:
+  """How many leading axes of a leaf are those of layers and of experts."""
+  keys = _keys(path)
+  return (keys[0] in _SEGMENTS) + (label(path) == "experts")
+
+
+def matrix_axes(path, leaf) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+  """(input axes, output axes) of a leaf's matrices; None if it has none."""
+  first, keys = batch_axes(path), _keys(path)
+  axes = tuple(range(first, leaf.ndim))
+  if len(axes) < 2 or keys[-1] in _NO_MATRIX:
+    return None
+  inputs = len(axes) - 1 if keys[-2:] == ("attention", "out") else 1
+  return axes[:inputs], axes[inputs:]
+
+
+def per_matrix(transform: optax.GradientTransformation):
+  """A transform of one array, for every layer and expert of every leaf."""
+
+  def lifted(f, path):
+    for _ in range(batch_axes(path)):
+      f = jax.vmap(f)
+    return f
+
+  def init(params):
+    return jax.tree_util.tree_map_with_path(
+      lambda path, p: lifted(transform.init, path)(p), params
+    )
+
+  def update(updates, state, params):
+    leaves, tree = jax.tree_util.tree_flatten_with_path(updates)
+    found = [
+      lifted(transform.update, path)(u, s, p)
+      for (path, u), s, p in zip(
+        leaves, tree.flatten_up_to(state), tree.flatten_up_to(params)
+      )
+    ]
+    updates, state = zip(*found)
+    return tree.unflatten(updates), tree.unflatten(state)
+
+  return optax.GradientTransformation(init, update)
+
+
+def _factors(config, key):
+  factors = dict(config[key])
+  for name, value in factors.items():
+    if name not in LABELS:
+      raise ConfigError(
+        f'optim.{key} has no "{name}"' + did_you_mean(name, LABELS)
+      )
+    if value < 0:
+      raise ConfigError(f"optim.{key}.{name} = {value} is negative")
+  return {name: factors.get(name, 1.0) for name in LABELS}
+
+
+def _scaled(rates):
+  """Learning rates by part."""
+
+  def update(updates, params=None):
+    del params
+    return jax.tree_util.tree_map_with_path(
+      lambda path, u: u * jnp.asarray(rates[label(path)], u.dtype), updates
+    )
+
+  if set(rates.values()) == {1.0}:
+    return optax.identity()
+  return optax.stateless(update)
+
+
+def _decayed_of(params, name):
+  return jax.tree_util.tree_map_with_path(
+    lambda path, flag: flag and label(path) == name, decayed(params)
+  )
+
+
+def _keys(path):
+  """The names in a path."""
+  return tuple(p.key for p in path if hasattr(p, "key"))
 
 
 def schedule(config: Mapping, num_steps: int) -> optax.Schedule:
@@ -94,9 +261,6 @@ def schedule(config: Mapping, num_steps: int) -> optax.Schedule:
 
 def decayed(params):
   """True for the leaves that weight decay shrinks: no scales, no biases."""
-
-  def one(path, leaf):
-    name = path[-1].key if hasattr(path[-1], "key") else path[-2].key
-    return not name.endswith(_NO_DECAY)
-
-  return jax.tree_util.tree_map_with_path(one, params)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: not _keys(path)[-1].endswith(_NO_DECAY), params
+  )

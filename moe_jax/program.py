@@ -17,6 +17,7 @@ from moe_jax import (
   optim,
   parallel,
   train,
+  writers,
 )
 from moe_jax.errors import ConfigError
 
@@ -62,6 +63,16 @@ class Program:
           f"{section}.every = {config[section].every} is negative; 0 is at the"
           " end only"
         )
+    profile = tuple(config.train.profile_steps)
+    if profile and not (
+      len(profile) == 2
+      and 0 <= profile[0] < profile[1] <= config.train.num_steps
+    ):
+      raise ConfigError(
+        f"train.profile_steps = {profile} is not (first step, end) within"
+        f" train.num_steps = {config.train.num_steps}; () is no profile"
+      )
+    writers.check(config.writers)
     checkpoint.check(config.checkpoint.keep_last, config.checkpoint.keep_every)
     self.config = config
     self.mesh = parallel.mesh_or_none(config.mesh)
@@ -148,7 +159,8 @@ class Program:
     boxed = jax.eval_shape(init, jax.random.key(0))
     shardings = {}
     if self.mesh is not None:
-      state, all_of_it = parallel.shardings(boxed, self.mesh), self._sharding()
+      state = train.shardings(boxed, self.mesh)
+      all_of_it = self._sharding()
       micro = self._sharding(None, parallel.TOKENS)
       rows = self._sharding(parallel.TOKENS)
       shardings = {

@@ -14,6 +14,7 @@ from importlib import metadata
 import jax
 
 from moe_jax import config as config_lib
+from moe_jax import writers
 from moe_jax.errors import ConfigError, OtherRun, RunError
 
 _PACKAGES = (
@@ -60,6 +61,18 @@ class RunDirectory:
         ) from None
       on_error.pop_all()
     self.facts = _read_json(self.path / "run.json") or {}
+    self._config, self._writers = config, []
+
+  def write_to(self, names, step: int) -> None:
+    """Logs to other places too, see `writers`.
+
+    Args:
+      names: of the writers.
+      step: that the run goes on from.
+    """
+    self._writers = writers.build(
+      names, self.path, self._config.to_dict(), step
+    )
 
   def _begin(self, config):
     known = _read_json(self.path / "config.json")
@@ -112,6 +125,8 @@ class RunDirectory:
         " free space on that disk, older runs for instance, and give the same"
         " command to go on from the last checkpoint"
       ) from None
+    for writer in self._writers:
+      writer.log(step, split, metrics)
 
   def sync(self) -> None:
     """Returns when metrics.jsonl would survive a loss of power."""
@@ -135,6 +150,8 @@ class RunDirectory:
 
   def close(self) -> None:
     """Lets another process have it."""
+    for writer in self._writers:
+      writer.close()
     self._lock.close()
 
   def __enter__(self):

@@ -1,11 +1,12 @@
 """The train state, and the pure train step."""
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax import evaluate, losses, metrics
+from moe_jax import evaluate, losses, metrics, parallel
 from moe_jax.models import moe
 from moe_jax.types import Array
 
@@ -42,8 +43,53 @@ def init_state(rng: Array, *, model, optimizer, seq_len: int, batch: int):
     rng=rng,
     params=variables["params"],
     balance=variables.get("balance", {}),
-    opt_state=optimizer.init(variables["params"]),
+    opt_state=optimizer.init(nn.unbox(variables["params"])),
   )
+
+
+def shardings(boxed: TrainState, mesh) -> TrainState:
+  """The sharding of every array of a state.
+
+  The optimizer's arrays lie like the parameters that they belong to; one that
+  has lost an axis, as factored moments have, like the axes it still shares.
+
+  Args:
+    boxed: shapes, from `init_state` under `jax.eval_shape`.
+    mesh: from `parallel.make_mesh`.
+  """
+  found = parallel.shardings(boxed, mesh)
+  flat = jax.tree_util.tree_leaves_with_path
+  of_params = {
+    _names(path): (leaf.shape, sharding)
+    for (path, leaf), sharding in zip(
+      flat(nn.unbox(boxed.params)), jax.tree.leaves(found.params)
+    )
+  }
+
+  def like_its_parameter(path, leaf):
+    names = _names(path)
+    suffixes = (names[i:] for i in range(len(names)))
+    name = next((s for s in suffixes if s in of_params), None)
+    if name is None:
+      return jax.NamedSharding(mesh, jax.P())
+    shape, sharding = of_params[name]
+    same = 0
+    while (
+      same < len(leaf.shape)
+      and leaf.shape[same : same + 1] == (shape[same : same + 1])
+    ):
+      same += 1
+    return jax.NamedSharding(mesh, jax.P(*tuple(sharding.spec)[:same]))
+
+  return found.replace(
+    opt_state=jax.tree_util.tree_map_with_path(
+      like_its_parameter, boxed.opt_state
+    )
+  )
+
+
+def _names(path):
+  return tuple(p.key for p in path if hasattr(p, "key"))
 
 
 def train_step(

@@ -184,7 +184,7 @@ def step(model):
       x.shape, x.dtype, sharding=sharding
     ),
     nn.unbox(boxed),
-    parallel.shardings(boxed, mesh),
+    train.shardings(boxed, mesh),
   )
   rows = jax.NamedSharding(mesh, jax.P(None, parallel.TOKENS))
   shape = (2, ROWS, LENGTH)

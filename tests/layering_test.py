@@ -19,7 +19,7 @@ LEVELS = (
   "layer",
   "parallel",
   "models",
-  "losses optim datasets checkpoint signals tokenizers",
+  "losses optim datasets checkpoint signals tokenizers writers",
   "tokens",
   "mixture",
   "batches config",

@@ -321,7 +321,7 @@ def measure(case: Case, sizes, *, state=None, batch=None):
     batch = draw_batch(case) if batch is None else batch
     if sizes is not None:
       mesh = make_mesh(sizes)
-      state = jax.device_put(state, parallel.shardings(boxed, mesh))
+      state = jax.device_put(state, train.shardings(boxed, mesh))
       tokens = jax.NamedSharding(mesh, jax.P(None, parallel.TOKENS))
       batch = jax.device_put(batch, tokens)
     found = jax.device_get(run(state, batch))

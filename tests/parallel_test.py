@@ -84,7 +84,7 @@ def test_parameters_start_the_same_on_a_mesh():
     boxed = jax.eval_shape(init, jax.random.key(0))
     out = {}
     if mesh is not None:
-      out = {"out_shardings": parallel.shardings(boxed, mesh)}
+      out = {"out_shardings": train.shardings(boxed, mesh)}
     run = jax.jit(lambda rng, init=init: nn.unbox(init(rng)), **out)
     rng = jax.random.key(0)
     run = run.lower(rng).compile(compiler_options=mesh_cases.QUICK)

@@ -1,0 +1,123 @@
+"""Metrics in other places: the same numbers, and only once."""
+
+import pathlib
+import sys
+import types
+
+import jax
+import pytest
+
+from moe_jax import config as config_lib
+from moe_jax import loop, program, run_directory, writers
+from moe_jax.errors import ConfigError, Interrupted
+from tests.loop_test import Told
+from tests.small import SmallCorpus, config
+
+
+def settings():
+  c = config()
+  c.train.update(num_steps=6, log_every=1)
+  return c
+
+
+@pytest.fixture(scope="module")
+def made():
+  """A program of `settings`."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(program.mixture, "prepare", lambda *a, **k: SmallCorpus())
+    patch.setattr(program.parallel, "mesh_or_none", lambda sizes: None)
+    return program.Program(settings())
+
+
+@pytest.fixture
+def run(made, tmp_path):
+  """Trains a small model; `run(stop_at)` may be asked to stop."""
+
+  def run(stop_at=None, **changes):
+    made.config = settings()
+    for key, value in changes.items():
+      config_lib.override(made.config, f"{key}={value!r}")
+    with run_directory.RunDirectory(tmp_path / "run", made.config) as directory:
+      loop.run(made, 0, directory, Told(stop_at))
+    return tmp_path / "run"
+
+  return run
+
+
+def test_tensorboard_has_every_number_once(run):
+  from tensorboardX import proto
+
+  with pytest.raises(Interrupted):
+    run(stop_at=2, writers=("tensorboard",))
+  folder = run(writers=("tensorboard",))
+  found = {}
+  for path in sorted((folder / "tensorboard").glob("events.*")):
+    for event in events(path, proto.event_pb2.Event):
+      for value in event.summary.value:
+        found.setdefault(value.tag, []).append((event.step, value.simple_value))
+  lines = run_directory.read_metrics(folder, "train")
+  want = [(x["step"], pytest.approx(x["loss"])) for x in lines]
+  assert sorted(set(found["train/loss"])) == want
+  (line,) = run_directory.read_metrics(folder, "validation")
+  assert found["validation/max_vio_global"] == [
+    (6, pytest.approx(line["max_vio_global"]))
+  ]
+
+
+def events(path, kind):
+  """The records of an event file: length, checksum, content, checksum."""
+  content = pathlib.Path(path).read_bytes()
+  while content:
+    size = int.from_bytes(content[:8], "little")
+    yield kind.FromString(content[12 : 12 + size])
+    content = content[16 + size :]
+
+
+def test_wandb_goes_on_under_the_same_id(run, monkeypatch):
+  """By a stand-in of the two calls that are made."""
+  made = []
+
+  class Run:
+    def __init__(self, **options):
+      self.options, self.logged, self.finished = options, [], False
+      made.append(self)
+
+    def log(self, values, step):
+      self.logged.append((step, values))
+
+    def finish(self):
+      self.finished = True
+
+  monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=Run))
+  with pytest.raises(Interrupted):
+    run(stop_at=2, writers=("wandb",))
+  folder = run(writers=("wandb",))
+  first, second = made
+  assert first.options["id"] == second.options["id"]
+  assert first.options["resume"] == "allow"
+  assert first.options["config"]["model"]["d_model"] == 16
+  assert first.finished and second.finished
+  lines = run_directory.read_metrics(folder, "train")
+  logged = [x for x in first.logged + second.logged if "train/loss" in x[1]]
+  assert [s for s, _ in logged] == [x["step"] for x in lines]
+  assert [v["train/loss"] for _, v in logged] == [x["loss"] for x in lines]
+
+
+def test_a_missing_library_says_what_to_install(monkeypatch):
+  monkeypatch.setitem(sys.modules, "wandb", None)
+  with pytest.raises(ConfigError, match=r"pip install 'moe_jax\[wandb\]'"):
+    writers.check(("wandb",))
+
+
+def test_a_profile_of_some_steps(run, monkeypatch):
+  calls = []
+  start, stop = jax.profiler.start_trace, jax.profiler.stop_trace
+  monkeypatch.setattr(
+    jax.profiler, "start_trace", lambda path: (calls.append(path), start(path))
+  )
+  monkeypatch.setattr(
+    jax.profiler, "stop_trace", lambda: (calls.append("stop"), stop())
+  )
+  folder = run(**{"train.profile_steps": (2, 4)})
+  assert calls == [folder / "profile", "stop"]
+  assert list((folder / "profile").rglob("*.xplane.pb"))
