@@ -193,6 +193,15 @@ def test_both_ways_to_the_floor_agree():
   assert exact == pytest.approx(normal, rel=0.1)
 
 
+def test_floors_of_steps_of_other_paddings_need_no_simulation_each():
+  metrics._simulated_floor.cache_clear()
+  floors = [metrics.max_vio_floor(n, 16, 2) for n in range(496, 513)]
+  assert metrics._simulated_floor.cache_info().misses <= 2
+  assert floors == sorted(floors, reverse=True)
+  exact = metrics._simulated_floor(500, 16, 2)
+  assert metrics.max_vio_floor(500, 16, 2) == pytest.approx(exact, rel=0.05)
+
+
 def test_floor_of_many_experts_a_token():
   """Drawing again until all are distinct would take forever."""
   for top_k in (24, 40, 64):
