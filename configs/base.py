@@ -77,9 +77,10 @@ def get_config() -> ConfigDict:
   c.optim.decay_steps = 0  # wsd: length of the final decay
   c.optim.final_fraction = 0.1  # of the learning rate, at the last step
   c.optim.weight_decay = 0.1  # decoupled; not on scales, biases, embedding
-  # Factors by part: "router", "experts" (routed ones), "rest"; 1 if not there.
-  c.optim.learning_rate_factors = ConfigDict({"router": 1.0, "experts": 1.0})
-  c.optim.weight_decay_factors = ConfigDict({"router": 1.0, "experts": 1.0})
+  # Factors by part: router, routed experts, and the rest.
+  parts = {"router": 1.0, "experts": 1.0, "rest": 1.0}
+  c.optim.learning_rate_factors = ConfigDict(parts)
+  c.optim.weight_decay_factors = ConfigDict(parts)
   c.optim.b1 = 0.9  # AdamW, and what Muon leaves to it
   c.optim.b2 = 0.95  # AdamW; the momentum of Muon
   c.optim.eps = 1e-8  # AdamW, Muon

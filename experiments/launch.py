@@ -4,7 +4,8 @@
 
 What is finished is not run again: a run whose row lies in the work directory,
 or in the results.csv beside the question, with the same scale, arm, seed and
-config. What was stopped goes on from its last checkpoint. The report is written to WORKDIR/report.
+config. What was stopped goes on from its last checkpoint. The report is
+written to WORKDIR/report.
 """
 
 import argparse

@@ -152,6 +152,12 @@ def test_parts_have_rates_of_their_own(name):
     )
 
 
+def test_every_part_is_a_key_of_the_config():
+  c = tiny.get_config()
+  for key in ("learning_rate_factors", "weight_decay_factors"):
+    assert set(c.optim[key]) == set(optim.LABELS)
+
+
 def test_weight_decay_by_part():
   params = tree(0)
   nothing = jax.tree.map(jnp.zeros_like, params)
