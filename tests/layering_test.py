@@ -19,7 +19,7 @@ LEVELS = (
   "layer",
   "parallel",
   "models",
-  "losses optim datasets checkpoint signals tokenizers writers",
+  "losses optim datasets checkpoint signals sources tokenizers writers",
   "tokens",
   "mixture",
   "batches config",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from moe_jax import tokens
+from moe_jax import registry, tokens
 from moe_jax.errors import ConfigError
 
 PLUGIN = '''
@@ -69,7 +69,7 @@ def prepare(plugin, tmp_path):
 
 @pytest.fixture
 def fable_class(plugin):
-  return tokens.registry.load("datasets", "fable", plugins=(plugin,))
+  return registry.load("datasets", "fable", plugins=(plugin,))
 
 
 def split_at_ends(array):
