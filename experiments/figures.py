@@ -1,12 +1,32 @@
-"""A metric over training: a line and a band over seeds for each arm."""
+"""Figures of a report: a metric over training, or one metric against another.
 
+An arm has its own colour (of Okabe and Ito's palette, which colour-blind
+readers can tell apart) and its own line or marker, for readers in grey.
+"""
+
+import itertools
 import pathlib
 import statistics
 from typing import NamedTuple
 
+from experiments import intervals
+
+_COLORS = (
+  "#000000",
+  "#e69f00",
+  "#56b4e9",
+  "#009e73",
+  "#0072b2",
+  "#d55e00",
+  "#cc79a7",
+  "#888888",
+)
+_LINES = ("-", (0, (6, 2)), (0, (1, 1)), "-.", (0, (3, 1, 1, 1, 1, 1)))
+_MARKERS = "osD^vPX*"
+
 
 class Curve(NamedTuple):
-  """A figure.
+  """A metric over training: a line, and a band from lowest to highest seed.
 
   metric: of the training lines; also the name of the files.
   label: of the vertical axis.
@@ -21,42 +41,126 @@ class Curve(NamedTuple):
   floor_label: str = ""
   log: bool = False
 
+  def needs(self) -> set[str]:
+    """Metrics of training that it draws."""
+    return {self.metric, self.floor} - {None}
 
-def draw(curve: Curve, points: list[dict], folder: pathlib.Path) -> None:
-  """Writes <metric>.png and <metric>.pdf.
+  def draw(self, rows: list[dict], points: list[dict], folder) -> None:
+    """Writes <metric>.png and <metric>.pdf.
 
-  Args:
-    curve: what to draw.
-    points: dicts with arm, seed, step and metrics.
-    folder: to write to.
+    Args:
+      rows: of the report; for the order of the arms.
+      points: dicts with arm, seed, step and metrics.
+      folder: to write to.
+    """
+    figure, axes = _axes()
+    for arm, style in _styles(rows or points).items():
+      steps, mean, low, high = band(points, arm, self.metric)
+      if steps:
+        axes.plot(steps, mean, label=arm, color=style.color, ls=style.line)
+        axes.fill_between(steps, low, high, color=style.color, alpha=0.2, lw=0)
+    floors = [p[self.floor] for p in points if self.floor in p]
+    if floors:
+      level = statistics.fmean(floors)
+      axes.axhline(level, color="grey", lw=3, alpha=0.5, label=self.floor_label)
+    if self.log:
+      _log_scale(axes, "y")
+    axes.set(xlabel="step (band: lowest to highest seed)", ylabel=self.label)
+    _save(figure, axes, folder, self.metric)
+
+
+class Scatter(NamedTuple):
+  """Two metrics of the arms' ends: means with their intervals over seeds.
+
+  x, y: metrics of results.csv.
+  x_label, y_label: of the axes.
+  log: logarithmic horizontal axis.
   """
+
+  x: str
+  y: str
+  x_label: str
+  y_label: str
+  log: bool = False
+
+  def needs(self) -> set[str]:
+    """Metrics of training that it draws: none."""
+    return set()
+
+  def draw(self, rows: list[dict], points: list[dict], folder) -> None:
+    """Writes <y>_over_<x>.png and .pdf; arms without one of them are left out.
+
+    Args:
+      rows: of the report.
+      points: not used.
+      folder: to write to.
+    """
+    del points
+    figure, axes = _axes()
+    for arm, style in _styles(rows).items():
+      of_arm = [r for r in rows if r["arm"] == arm and {self.x, self.y} <= {*r}]
+      if not of_arm:
+        continue
+      x, y = (intervals.of([r[m] for r in of_arm]) for m in (self.x, self.y))
+      axes.errorbar(
+        x.mean,
+        y.mean,
+        xerr=x.half,
+        yerr=y.half,
+        fmt=style.marker,
+        color=style.color,
+        ms=7,
+        capsize=3,
+        lw=1,
+        label=arm,
+      )
+    if self.log:
+      _log_scale(axes, "x")
+    axes.set(xlabel=self.x_label, ylabel=self.y_label)
+    _save(figure, axes, folder, f"{self.y}_over_{self.x}")
+
+
+class _Style(NamedTuple):
+  color: str
+  line: object
+  marker: str
+
+
+def _styles(dicts):
+  """{arm: its look}, in the order in which the arms come."""
+  arms = dict.fromkeys(d["arm"] for d in dicts)
+  looks = zip(*map(itertools.cycle, (_COLORS, _LINES, _MARKERS)))
+  return {arm: _Style(*look) for arm, look in zip(arms, looks)}
+
+
+def _axes():
   import matplotlib
 
   matplotlib.use("Agg")
   from matplotlib import pyplot as plt
+
+  return plt.subplots(figsize=(6, 4), layout="constrained")
+
+
+def _log_scale(axes, which):
+  """Plain numbers at 1, 2 and 5 of every decade."""
   from matplotlib import ticker
 
-  figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-  for arm in dict.fromkeys(p["arm"] for p in points):
-    steps, mean, low, high = band(points, arm, curve.metric)
-    (line,) = axes.plot(steps, mean, label=arm)
-    axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, lw=0)
-  floors = [p[curve.floor] for p in points if curve.floor in p]
-  if floors:
-    axes.axhline(
-      statistics.fmean(floors), color="black", ls="--", label=curve.floor_label
-    )
-  if curve.log:
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-  axes.set(xlabel="step (band: lowest to highest seed)", ylabel=curve.label)
+  axes.set(**{f"{which}scale": "log"})
+  axis = getattr(axes, f"{which}axis")
+  axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+  axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+  axis.set_minor_formatter(ticker.NullFormatter())
+
+
+def _save(figure, axes, folder, name):
+  from matplotlib import pyplot as plt
+
   if axes.get_legend_handles_labels()[0]:
-    figure.legend(loc="outside upper center", ncols=3)
-  name = curve.metric.replace("/", "_")
+    figure.legend(loc="outside upper center", ncols=4, handlelength=3)
+  name = name.replace("/", "_")
   for kind in ("png", "pdf"):
-    figure.savefig(folder / f"{name}.{kind}", dpi=150)
+    figure.savefig(pathlib.Path(folder, f"{name}.{kind}"), dpi=150)
   plt.close(figure)
 
 

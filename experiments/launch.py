@@ -9,122 +9,78 @@ written to WORKDIR/report.
 """
 
 import argparse
+import dataclasses
 import itertools
-import pathlib
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
 
-from experiments import questions, report, runs, sweeps
+from experiments import plan as plans
+from experiments import questions, report, runs, sweeps, tuning
 from moe_jax import config as config_lib
-from moe_jax.errors import ConfigError, OtherRun, did_you_mean
+from moe_jax.errors import ConfigError, OtherRun
 from moe_jax.progress import Progress
-
-
-class Launch(NamedTuple):
-  """What was asked for.
-
-  title: of the report.
-  question: whose arms these are.
-  workdir: where the runs lie.
-  configs: of each arm.
-  runs: wanted, arm by arm.
-  committed: rows and curves that lie beside the question.
-  """
-
-  title: str
-  question: questions.Question
-  workdir: pathlib.Path
-  configs: dict
-  runs: list[runs.Run]
-  committed: tuple[list[dict], list[dict]]
-
-  def row(self, run: runs.Run) -> dict | None:
-    """A run's row, from the work directory or committed; None: to be run."""
-    rows = (row for row in self.committed[0] if run.is_of(row))
-    return run.row() or next(rows, None)
-
-  def fingerprint(self) -> str | None:
-    """Of the data that runs here were trained on; None: there are none yet."""
-    found = (run.fingerprint() for run in self.runs)
-    return next((f for f in found if f is not None), None)
-
-  def curve(self, run: runs.Run) -> list[dict]:
-    """A finished run's curve, from where its row is."""
-    if run.row():
-      return run.curve()
-    return [point for point in self.committed[1] if run.is_of(point)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """The command."""
-  args = _arguments(argv)
-  launch = plan(
-    questions.load(args.question),
+  args, overrides = _arguments(argv)
+  question = questions.load(args.question)
+  plan = plans.make(
+    question,
     scale=args.scale,
-    seeds=args.seeds,
     arms=args.arm,
     workdir=args.workdir,
+    overrides=overrides,
+    fresh=args.fresh,
   )
   if args.list:
-    _list(launch)
+    _list(plan, args.seeds)
     return 0
+  if args.tune:
+    _tune(plan)
+    return 0
+  launch = plan.launch(args.seeds)
   _check_writable(launch.workdir)
-  todo = [run for run in launch.runs if launch.row(run) is None]
   if not args.report:
-    _check_arms(launch)
-    _announce(launch, todo)
-    if todo:
-      _train(launch, todo)
-  _report(launch)
+    _run(launch)
+  _report(plan, launch)
+  if args.fresh:
+    _compare(launch, dataclasses.replace(plan, fresh=False).launch(args.seeds))
   return 0
 
 
-def plan(
-  question: questions.Question,
-  *,
-  scale: str | None = None,
-  seeds: int | None = None,
-  arms: Sequence[str] | None = None,
-  workdir: str | None = None,
-) -> Launch:
-  """Resolves what was asked for; None stands for the question's own choice.
+def _run(launch):
+  """Runs what is not finished yet."""
+  _check_arms(launch)
+  _announce(launch)
+  if launch.todo():
+    _train(launch, launch.todo())
+
+
+def _tune(plan):
+  """Runs all stages, one on the choices of the one before; tells the choices.
 
   Raises:
-    ConfigError: no such scale, arm or config key, or no seeds.
+    ConfigError: there is nothing to tune.
   """
-  scale = scale or next(iter(question.scales))
-  sweep = question.sweep(scale)
-  seeds = sweep.seeds if seeds is None else seeds
-  if seeds < 1:
-    raise ConfigError(f"--seeds={seeds} is no run at all; give 1 or more")
-  for arm in arms or ():
-    if arm not in sweep.arms:
-      raise ConfigError(
-        f'{question.name} has no arm "{arm}" at scale {scale}'
-        + did_you_mean(arm, sweep.arms)
-      )
-  configs = sweep.configs()
-  if arms:
-    configs = {name: c for name, c in configs.items() if name in arms}
-  folder = pathlib.Path(workdir or pathlib.Path("runs", question.name, scale))
-  return Launch(
-    title=question.title,
-    question=question,
-    workdir=folder,
-    configs=configs,
-    runs=[
-      runs.Run(scale, arm, seed, sweeps.digest(c), folder / arm / str(seed))
-      for arm, c in configs.items()
-      for seed in range(seeds)
-    ],
-    committed=(
-      runs.read_csv(question.folder / "results.csv"),
-      runs.read_csv(question.folder / "curves.csv"),
-    ),
-  )
+  stages = plan.sweep.stages
+  if not stages:
+    raise ConfigError(
+      f"{plan.question.name} tunes nothing at scale {plan.scale}; leave out"
+      " --tune"
+    )
+  _check_writable(plan.workdir)
+  for number in range(len(stages)):
+    _run(plan.tuning(number))
+  folder = plan.workdir / "report"
+  folder.mkdir(exist_ok=True)
+  runs.write_csv(folder / "tuning.csv", plan.tuning_rows())
+  print(f"Chosen on seed {tuning.SEED}:")
+  for arm, chosen in plan.chosen().items():
+    print(f"  {arm}: {tuning.describe(stages, arm, chosen)}")
+  print(f"All that was tried: {folder / 'tuning.csv'}")
 
 
 def _arguments(argv):
@@ -141,11 +97,20 @@ def _arguments(argv):
   add("--workdir", metavar="DIR", help="runs/QUESTION/SCALE by default")
   add("--report", action="store_true", help="of what is finished; run nothing")
   add("--list", action="store_true", help="the arms, and what is finished")
-  return parser.parse_args(argv)
+  add("--tune", action="store_true", help="choose what is tuned for each arm")
+  add("--fresh", action="store_true", help="run what is committed too")
+  return config_lib.parse_overrides(parser, argv)
 
 
-def _list(launch):
-  print(f"scales: {', '.join(launch.question.scales)}")
+def _list(plan, seeds):
+  print(f"scales: {', '.join(plan.question.scales)}")
+  untuned = [arm for arm, chosen in plan.chosen().items() if chosen is None]
+  for arm in untuned:
+    print(f"{arm:24}not tuned yet")
+  tuned = [arm for arm in plan.arms if arm not in untuned]
+  if not tuned:
+    return
+  launch = dataclasses.replace(plan, arms=tuple(tuned)).launch(seeds)
   for arm, group in itertools.groupby(launch.runs, lambda run: run.arm):
     group = list(group)
     done = [run for run in group if launch.row(run) is not None]
@@ -168,7 +133,7 @@ def _check_arms(launch):
   """No arm trains where a later one could not."""
   from moe_jax import models, optim, parallel, tokenizers
 
-  for arm, config in launch.configs.items():
+  for name, config in _configs(launch).items():
     try:
       models.build(
         config.model,
@@ -183,24 +148,29 @@ def _check_arms(launch):
       )
       optim.build(config.optim, config.train.num_steps)
     except ConfigError as e:
-      raise ConfigError(f"arm {arm}: {e}") from None
+      raise ConfigError(f"arm {name}: {e}") from None
 
 
-def _announce(launch, todo):
+def _announce(launch):
   """What is going to happen, with every arm's resolved balancing recipe."""
   from moe_jax import params
 
-  arms, wanted = len(launch.configs), len(launch.runs)
+  arms, wanted = len(_configs(launch)), len(launch.runs)
   print(launch.title)
   print(
-    f"{arms} arms x {wanted // arms} seeds, {wanted - len(todo)} of {wanted}"
-    f" runs finished; in {launch.workdir}, report in {launch.workdir}/report"
+    f"{arms} arms x {wanted // max(arms, 1)} seeds, {len(launch.finished())} of"
+    f" {wanted} runs finished; in {launch.workdir}"
   )
-  for arm, config in launch.configs.items():
+  for name, config in _configs(launch).items():
     recipe = params.describe(config.model, config.plugins)
     balancers = map(_call, recipe.get("balancers", {}).values())
-    print(f"  {arm}: {'; '.join(balancers) or 'no balancer'}")
+    print(f"  {name}: {'; '.join(balancers) or 'no balancer'}")
   sys.stdout.flush()
+
+
+def _configs(launch):
+  """{name of an arm, with what is tried: its config}."""
+  return {run.name: launch.configs[run.config_digest] for run in launch.runs}
 
 
 def _call(options):
@@ -215,14 +185,17 @@ def _train(launch, todo):
   from moe_jax import program as programs
 
   started, compiling, progress = time.monotonic(), 0.0, None
-  for arm, group in itertools.groupby(todo, lambda run: run.arm):
-    program = programs.Program(launch.configs[arm], launch.fingerprint())
+  for digest, group in itertools.groupby(todo, lambda r: r.config_digest):
+    program = programs.Program(launch.configs[digest], launch.fingerprint())
     compiling += program.compile_seconds
     if progress is None:  # Its clock starts when the steps do.
-      steps = sum(launch.configs[run.arm].train.num_steps for run in todo)
+      steps = sum(
+        launch.configs[run.config_digest].train.num_steps for run in todo
+      )
       progress = Progress(steps, "steps")
     for run in group:
-      _train_one(run, program, _Named(progress, f"{arm}, seed {run.seed}"))
+      name = f"{run.name}, seed {run.seed}"
+      _train_one(run, program, _Named(progress, name))
   progress.close()
   print(
     f"{len(todo)} runs took {time.monotonic() - started:.0f} s,"
@@ -258,8 +231,26 @@ class _Named:
     self._progress.skip(n)
 
 
-def _report(launch):
-  finished = [run for run in launch.runs if launch.row(run) is not None]
+def _compare(fresh, known):
+  """Says of every fresh run whether it repeated the row that is committed."""
+  for run in fresh.finished():
+    old = next((r for r in known.committed[0] if run.is_of(r)), None)
+    if old is None:
+      print(f"{run.arm} seed {run.seed}: no row is committed")
+      continue
+    new = fresh.row(run)
+    timings = ("train/tokens_per_second", "train_seconds", *runs.ORIGIN)
+    metrics = [k for k in old if k not in (*runs.KEYS, *timings)]
+    differ = [k for k in metrics if old[k] != new.get(k)]
+    print(
+      f"{run.arm} seed {run.seed}: {len(metrics) - len(differ)} of"
+      f" {len(metrics)} committed numbers are the same to the last bit"
+      + (f"; not {', '.join(differ[:5])}" if differ else "")
+    )
+
+
+def _report(plan, launch):
+  finished = launch.finished()
   if not finished:
     raise ConfigError(
       f"no run of these is finished in {launch.workdir}; leave out --report to"
@@ -269,7 +260,7 @@ def _report(launch):
   text = report.write(
     folder,
     launch.title,
-    launch.question.plan,
+    plan.question.plan,
     [launch.row(run) for run in finished],
     [point for run in finished for point in launch.curve(run)],
   )

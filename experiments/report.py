@@ -15,6 +15,7 @@ class Column(NamedTuple):
   digits: after the point.
   meaning: one sentence for under the table.
   over: show metric / over, run by run; None: metric.
+  factor: of a unit, such as 1e-12.
   """
 
   metric: str
@@ -22,6 +23,7 @@ class Column(NamedTuple):
   digits: int = 3
   meaning: str | None = None
   over: str | None = None
+  factor: float = 1.0
 
   @property
   def head(self) -> str:
@@ -36,17 +38,32 @@ class Claim(NamedTuple):
   than: str
 
 
+class Match(NamedTuple):
+  """Have two arms the same `metric`, up to a share of it?
+
+  The arms were meant to be alike in it, so that a claim about another metric
+  is not about this one.
+  """
+
+  metric: str
+  arm: str
+  than: str
+  within: float = 0.2
+
+
 class Plan(NamedTuple):
   """What a question's report shows.
 
   columns: of the table.
-  claims: differences between arms.
-  curves: figures of a metric over training.
+  claims: differences between arms; shown, like matches, where both arms are.
+  matches: what arms have in common.
+  plots: drawn from the rows and from the lines of training.
   """
 
   columns: Sequence[Column]
   claims: Sequence[Claim] = ()
-  curves: Sequence[figures.Curve] = ()
+  matches: Sequence[Match] = ()
+  plots: Sequence[figures.Curve | figures.Scatter] = ()
 
 
 def write(
@@ -80,14 +97,21 @@ def write(
       f"# {title}",
       _markdown(table),
       _about(plan.columns, rows),
-      "\n".join(f"- {claim(c, plan, rows)}" for c in plan.claims),
+      *(
+        "\n".join(
+          f"- {say(one, plan, rows)}"
+          for one in several
+          if {one.arm, one.than} <= set(_arms(rows))
+        )
+        for say, several in ((claim, plan.claims), (match, plan.matches))
+      ),
     )
     if block
   )
   (folder / "table.md").write_text(text + "\n")
   (folder / "table.tex").write_text(_latex(table))
-  for curve in plan.curves:
-    figures.draw(curve, curves, folder)
+  for plot in plan.plots:
+    plot.draw(rows, curves, folder)
   return text
 
 
@@ -111,6 +135,21 @@ def claim(claim: Claim, plan: Plan, rows: list[dict]) -> str:
   return f"{number} ({seeds}): not decided, zero is in the interval."
 
 
+def match(match: Match, plan: Plan, rows: list[dict]) -> str:
+  """The ratio of two arms' means, and whether it is within what was wanted."""
+  column = _column(match.metric, plan)
+  one, other = (
+    intervals.of(list(_by_seed(rows, arm, column).values())).mean
+    for arm in (match.arm, match.than)
+  )
+  ratio, most = one / other, 1 + match.within
+  is_in = 1 / most <= ratio <= most
+  return (
+    f"{column.head}, {match.arm} over {match.than}: {ratio:.2f},"
+    f" {'within' if is_in else 'not within'} {100 * match.within:.0f} %."
+  )
+
+
 def _column(metric, plan):
   """How the table shows a metric."""
   same = (c for c in plan.columns if c.metric == metric and not c.over)
@@ -122,7 +161,7 @@ def _by_seed(rows, arm, column):
   metric, over = column.metric, column.over
   needed = {metric} if over is None else {metric, over}
   return {
-    r["seed"]: r[metric] / (r[over] if over else 1)
+    r["seed"]: column.factor * r[metric] / (r[over] if over else 1)
     for r in rows
     if r["arm"] == arm and needed <= r.keys()
   }
@@ -220,6 +259,6 @@ def _latex_cell(cell):
 def _thin(curves, plan):
   """Only what the figures need."""
   wanted = {*runs.KEYS, "step"}
-  for curve in plan.curves:
-    wanted |= {curve.metric, curve.floor}
+  for plot in plan.plots:
+    wanted |= plot.needs()
   return [{k: v for k, v in p.items() if k in wanted} for p in curves]

@@ -5,22 +5,35 @@ import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 
 KEYS = ("scale", "arm", "seed", "config_digest")
 ORIGIN = ("data", "revision")
+COST = ("steps", "active_parameters", "total_parameters", "train_flops")
 _POINTS = 100  # Of a curve, at most.
 _LAST = 0.25  # The part of training that `summary` averages over.
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A run that is wanted; its folder is <workdir>/<arm>/<seed>."""
+  """A run that is wanted.
+
+  folder: of its own.
+  tried: what is tried with it, {config key: value}, if it is for tuning.
+  """
 
   scale: str
   arm: str
   seed: int
   config_digest: str
   folder: pathlib.Path
+  tried: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+  @property
+  def name(self) -> str:
+    """The arm, and what is tried with it."""
+    tried = (f"{k.split('.')[-1]}={v:g}" for k, v in self.tried.items())
+    return " ".join([self.arm, *tried])
 
   @property
   def key(self) -> dict:
@@ -56,9 +69,20 @@ class Run:
     facts = self._facts()
     return {"data": facts["data"][:12], "revision": facts["git"][:12]}
 
+  def _cost(self):
+    """What it took: steps, and operations of its active parameters."""
+    facts = self._facts()
+    config = json.loads((self.folder / "config.json").read_text())
+    steps, data = config["train"]["num_steps"], config["data"]
+    tokens = steps * data["batch_size"] * data["seq_len"]
+    parameters = (facts["parameters"][k] for k in ("active", "total"))
+    flops = tokens * facts["train_flops_per_token"]
+    return dict(zip(COST, (steps, *parameters, flops), strict=True))
+
   def finish(self, validation: dict[str, float]) -> None:
     """Writes its row, the mark that the run is whole."""
-    row = self.key | self._origin() | summary(self._training(), validation)
+    lines = self._training()
+    row = self.key | self._origin() | self._cost() | summary(lines, validation)
     temporary = self.folder / ".row.json"
     temporary.write_text(json.dumps(row, indent=2) + "\n")
     os.replace(temporary, self.folder / "row.json")
@@ -127,7 +151,8 @@ def read_csv(path: pathlib.Path) -> list[dict]:
 
 
 def _typed(row):
-  whole, words = {"seed", "step"}, {*KEYS, *ORIGIN} - {"seed"}
+  whole = {"seed", "step", *COST}
+  words = {*KEYS, *ORIGIN} - {"seed"}
   return {
     k: v if k in words else int(v) if k in whole else float(v)
     for k, v in row.items()

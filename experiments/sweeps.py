@@ -19,6 +19,7 @@ from typing import Any
 
 import ml_collections
 
+from experiments import tuning
 from moe_jax import config as config_lib
 from moe_jax.errors import ConfigError
 
@@ -32,14 +33,16 @@ class Sweep:
   config: what all arms share.
   arms: {name: {dotted key: value}}; a name is also a folder's.
   seeds: how many (0, 1, ...), unless another number is asked for.
+  stages: what is tuned for every arm before its seeds are run.
   """
 
   config: ml_collections.ConfigDict
   arms: Mapping[str, Mapping[str, Any]]
   seeds: int = 3
+  stages: tuple[tuning.Stage, ...] = ()
 
   def configs(self) -> dict[str, ml_collections.ConfigDict]:
-    """The config of each arm."""
+    """The config of each arm, as it is before anything is tuned."""
     return {name: apply(self.config, o) for name, o in self.arms.items()}
 
 

@@ -138,6 +138,16 @@ def parse(parser: argparse.ArgumentParser, argv=None):
   Raises:
     ConfigError: an unknown flag or anything `load` refuses.
   """
+  args, overrides = parse_overrides(parser, argv)
+  return args, load(args.config, overrides)
+
+
+def parse_overrides(parser: argparse.ArgumentParser, argv=None):
+  """(arguments, texts KEY=VALUE of the flags --config.KEY=VALUE).
+
+  Raises:
+    ConfigError: an unknown flag.
+  """
   args, rest = parser.parse_known_args(argv)
   prefix = "--config."
   unknown = [r for r in rest if not r.startswith(prefix)]
@@ -147,8 +157,7 @@ def parse(parser: argparse.ArgumentParser, argv=None):
       f'unknown argument "{unknown[0]}"'
       + did_you_mean(unknown[0].partition("=")[0], flags)
     )
-  overrides = [r[len(prefix) :] for r in rest]
-  return args, load(args.config, overrides)
+  return args, [r[len(prefix) :] for r in rest]
 
 
 def run(main) -> None:

@@ -108,6 +108,9 @@ def _begin(program, seed, directory, checkpoints, progress):
     else program.config.model.moe.grouped_matmul,
     recipe=params.describe(program.config.model, program.config.plugins),
     parameters=params.count(program.model, program.config.data.seq_len),
+    train_flops_per_token=params.train_flops_per_token(
+      program.model, program.config.data.seq_len
+    ),
     compile_seconds=program.compile_seconds,
   )
   found = checkpoints.restore(program.abstract_state)

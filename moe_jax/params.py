@@ -60,6 +60,25 @@ def count(model, seq_len: int) -> dict[str, int]:
   }
 
 
+def train_flops_per_token(model, seq_len: int) -> int:
+  """Floating-point operations of a training step for one token.
+
+  Forward two for every active weight that multiplies, and 4 L H d a layer for
+  attention over L positions; backward twice as much. Nothing for empty or
+  dropped slots: it is what the mathematics asks for, not what a kernel does.
+
+  Args:
+    model: from `models.build`.
+    seq_len: L.
+  """
+  arch, found = model.arch, count(model, seq_len)
+  weights = found["active"] - found.get("norm", 0)
+  if not arch.tie_embeddings:
+    weights -= found["embedding"]  # Looked up; tied, it is the output layer.
+  attention = arch.num_layers * arch.num_heads * arch.head_dim * seq_len
+  return 3 * (2 * weights + 4 * attention)
+
+
 def kv_cache_per_token(model) -> int:
   """Numbers that attention keeps for every token of a context."""
   arch = model.arch
@@ -131,6 +150,9 @@ def main(argv=None) -> int:
   )
   found = count(model, config.data.seq_len)
   width = BYTES[args.bytes]
+  found["train_flops_per_token"] = train_flops_per_token(
+    model, config.data.seq_len
+  )
   found[f"weights_bytes_{args.bytes}"] = found["total"] * width
   found[f"kv_cache_bytes_per_token_{args.bytes}"] = (
     kv_cache_per_token(model) * width

@@ -9,9 +9,9 @@ import pytest
 
 import experiments
 from configs import tiny
-from experiments import launch, questions, sweeps
+from experiments import launch, questions, runs, sweeps, tuning
 from moe_jax import config as config_lib
-from moe_jax import parallel, program
+from moe_jax import models, parallel, params, program
 from moe_jax.errors import ConfigError
 
 SWEEP = """
@@ -41,7 +41,7 @@ from experiments.report import Claim, Column, Plan
 PLAN = Plan(
   columns=(Column("bits_per_byte"), Column("train/max_vio", "max_vio")),
   claims=(Claim("bits_per_byte", "bias", "none"),),
-  curves=(Curve("max_vio", "MaxVio", floor="max_vio_floor"),),
+  plots=(Curve("max_vio", "MaxVio", floor="max_vio_floor"),),
 )
 """
 
@@ -160,6 +160,85 @@ def numbers(table):
   return [line for line in table.splitlines() if line.startswith("|")]
 
 
+def test_tuning(small, programs, capsys):
+  """Choices come from a seed of their own, and survive as committed rows."""
+  folder, work = small
+  stage = """, seeds=1, stages=(
+    tuning.Stage("optim.learning_rate", (0.0, 1e-2)),
+    tuning.Stage({"bias": "model.moe.balancers.b.rate"}, (0.1, 0.2)),
+  ))"""
+  text = SWEEP.replace(", seeds=2)", stage)
+  assert text != SWEEP
+  text = text.replace("import sweeps", "import sweeps, tuning")
+  (folder / "sweep.py").write_text(text)
+
+  with pytest.raises(ConfigError, match="not tuned yet .* with --tune first"):
+    launch.main(["small", f"--workdir={work}"])
+  assert "bias                    not tuned yet" in listed(capsys, work)
+  assert launch.main(["small", f"--workdir={work}", "--tune"]) == 0
+  out = capsys.readouterr().out
+  assert "none: optim.learning_rate = 0.01 (of 0, 0.01; at an end)" in out
+  # The second stage tries 0.1, which the first one ran, again with 0.2.
+  assert len(programs) == 2 * 2 + 1
+  assert {c.seed for c in programs} == {0}, "a program is of no seed"
+  rows = runs.read_csv(work / "report" / "tuning.csv")
+  assert len(rows) == 5 and {row["seed"] for row in rows} == {tuning.SEED}
+  assert {row["optim.learning_rate"] for row in rows} == {0.0, 1e-2}
+
+  first = run(capsys, work)
+  assert "seeds 0" in first
+  config = json.loads((work / "bias" / "0" / "config.json").read_text())
+  assert config["optim"]["learning_rate"] == 1e-2
+  best = min(
+    (r for r in rows if "model.moe.balancers.b.rate" in r),
+    key=lambda r: r["bits_per_byte"],
+  )
+  rate = config["model"]["moe"]["balancers"]["b"]["rate"]
+  assert rate == best["model.moe.balancers.b.rate"]
+
+  # The rows of the tuning can be committed, and then it is not run again.
+  name = "tuning.csv"
+  (folder / name).write_bytes((work / "report" / name).read_bytes())
+  made = len(programs)
+  assert numbers(run(capsys, work.with_name("other"))) == numbers(first)
+  assert len(programs) == made + 2
+  # With another setting of all arms they are of no use.
+  with pytest.raises(ConfigError, match="not tuned yet"):
+    launch.main(
+      ["small", f"--workdir={work}/x", "--config.model.moe.top_k=1"]
+      + ["--config.model.moe.router={'name': 'top_k'}"]
+    )
+
+
+def test_a_fresh_run_is_compared_with_the_committed_one(
+  small, programs, capsys
+):
+  folder, work = small
+  flags = ["--arm=bias", "--seeds=1"]
+  run(capsys, work, *flags)
+  rows = runs.read_csv(work / "report" / "results.csv")
+  runs.write_csv(folder / "results.csv", rows)
+
+  def fresh(name):
+    launch.main(
+      ["small", f"--workdir={work.with_name(name)}", "--fresh", *flags]
+    )
+    return capsys.readouterr().out
+
+  out = fresh("again")
+  count = len([k for k in rows[0] if k not in runs.KEYS + runs.ORIGIN]) - 1
+  same = f"bias seed 0: {count} of {count} committed numbers are the same"
+  assert same in out and len(programs) == 2
+  rows[0]["bits_per_byte"] += 1e-15
+  runs.write_csv(folder / "results.csv", rows)
+  assert "to the last bit; not bits_per_byte" in fresh("third")
+
+
+def test_nothing_to_tune(small):
+  with pytest.raises(ConfigError, match="tunes nothing at scale demo"):
+    launch.main(["small", f"--workdir={small[1]}", "--tune"])
+
+
 def test_listing_writes_nothing(small, capsys):
   _, work = small
   assert "none                    0 of 2 seeds finished" in listed(capsys, work)
@@ -214,12 +293,14 @@ def test_every_question_is_whole():
   for name in questions.names():
     question = questions.load(name)
     assert (question.folder / "README.md").exists()
+    pairs = set()
     for scale in question.scales:
       sweep = question.sweep(scale)
       arms = sweep.configs()
       assert len({sweeps.digest(c) for c in arms.values()}) == len(arms)
-      for claim in question.plan.claims:
-        assert {claim.arm, claim.than} <= set(arms)
+      pairs |= {(one, other) for one in arms for other in arms}
+    for claim in (*question.plan.claims, *question.plan.matches):
+      assert (claim.arm, claim.than) in pairs
 
 
 def test_without_a_question():
@@ -307,3 +388,35 @@ def placeholder_type(config, key):
 
 def test_the_digest_is_of_the_values_alone():
   assert sweeps.digest(tiny.get_config()) == sweeps.digest(tiny.get_config())
+
+
+def counted(config, vocab_size=257):
+  model = models.build(
+    config.model,
+    vocab_size=vocab_size,
+    seq_len=config.data.seq_len,
+    batch_sizes=(config.data.batch_size,),
+  )
+  return params.count(model, config.data.seq_len), model
+
+
+def test_the_dense_arm_has_as_many_active_parameters():
+  arms = questions.load("load_balancing").sweep("cpu").configs()
+  (sparse, one), (dense, other) = (counted(arms[a]) for a in ("bias", "dense"))
+  assert sparse["active"] == dense["active"] == dense["total"]
+  flops = [params.train_flops_per_token(m, 128) for m in (one, other)]
+  # Six for every weight but the norms', and 12 L times heads' widths a layer.
+  weights = dense["active"] - dense["norm"]
+  assert flops == [6 * weights + 12 * 128 * 4 * 64] * 2
+
+
+@pytest.mark.parametrize(
+  "arm, billions", [("1b-bias", 1.05), ("3b-bias", 2.56)]
+)
+def test_the_sizes_of_the_paper(arm, billions):
+  """2408.15664, table 5: they say 1B and 3B."""
+  config = questions.load("load_balancing").sweep("pod").configs()[arm]
+  found, _ = counted(config, vocab_size=32_064)
+  assert round(found["total"] / 1e9, 2) == billions
+  tokens = config.data.batch_size * config.data.seq_len * config.train.num_steps
+  assert round(tokens / 1e9, -1) in (90, 200)

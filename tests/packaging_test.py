@@ -15,6 +15,7 @@ import moe_jax
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 FOLDERS = {
+  "notebooks",
   ".ci",
   "benchmarks",
   "configs",

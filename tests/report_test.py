@@ -136,6 +136,18 @@ def test_bands_and_figures(tmp_path):
     [12, 22],
   )
   curve = figures.Curve("x", "x", floor="floor", floor_label="floor", log=True)
-  figures.draw(curve, points, tmp_path)
-  for kind, magic in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
-    assert (tmp_path / f"x.{kind}").read_bytes().startswith(magic)
+  curve.draw([], points, tmp_path)
+  ends = [{"arm": "a", "x": 1.0, "y/z": 2.0}, {"arm": "b", "x": 1.0}]
+  figures.Scatter("x", "y/z", "x", "y", log=True).draw(ends, points, tmp_path)
+  for name in ("x", "y_z_over_x"):
+    for kind, magic in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
+      assert (tmp_path / f"{name}.{kind}").read_bytes().startswith(magic)
+
+
+def test_matches_are_of_the_means():
+  def words(b):
+    pair = report.Match("bits_per_byte", "b", "a")
+    return report.match(pair, PLAN, rows(a=[1.0, 3.0], b=b))
+
+  assert words([2.0, 2.7]).endswith("b over a: 1.18, within 20 %.")
+  assert words([1.0, 2.3]).endswith("b over a: 0.82, not within 20 %.")

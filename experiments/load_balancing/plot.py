@@ -1,6 +1,6 @@
 """What the report of load balancing shows."""
 
-from experiments.figures import Curve
+from experiments.figures import Curve, Scatter
 from experiments.report import Claim, Column, Plan
 
 PLAN = Plan(
@@ -42,23 +42,54 @@ PLAN = Plan(
       digits=2,
       meaning="experts of a layer without a token on the validation windows.",
     ),
+    Column(
+      "train_flops",
+      "TFLOP",
+      digits=1,
+      factor=1e-12,
+      meaning="1e12 operations of training that the active parameters ask for.",
+    ),
+    Column(
+      "train_seconds",
+      "seconds",
+      digits=0,
+      meaning="of training: steps times what one takes (times.csv).",
+    ),
   ),
   claims=(
     Claim("train/max_vio", "bias", "none"),
     Claim("train/max_vio", "bias", "loss_1e-2"),
     Claim("train/max_vio", "bias", "loss_1e-3"),
+    Claim("max_vio_global", "bias", "none"),
     Claim("max_vio_global", "bias", "loss_1e-2"),
     Claim("max_vio_global", "bias", "loss_1e-3"),
+    Claim("max_vio_global", "loss_1e-3", "none"),
     Claim("bits_per_byte", "bias", "none"),
     Claim("bits_per_byte", "bias", "loss_1e-2"),
     Claim("bits_per_byte", "bias", "loss_1e-3"),
+    Claim("bits_per_byte", "bias", "dense"),
+    Claim("bits_per_byte", "bias", "dense_longer"),
+    Claim("bits_per_byte", "none", "dense"),
+    *(
+      Claim(metric, f"{size}-bias", f"{size}-{than}")
+      for size in ("1b", "3b")
+      for metric in ("max_vio_global", "bits_per_byte")
+      for than in ("loss_1e-3", "none")
+    ),
   ),
-  curves=(
+  plots=(
     Curve(
       "max_vio",
       label="MaxVio of a step, mean over layers",
       floor="max_vio_floor",
       floor_label="floor of a random router",
+      log=True,
+    ),
+    Scatter(
+      "max_vio_global",
+      "bits_per_byte",
+      x_label="MaxVio over all validation windows (bars: 95 % interval)",
+      y_label="bits per byte of the validation windows",
       log=True,
     ),
   ),

@@ -1,7 +1,7 @@
 """The arms: a switch loss of two sizes, a loss-free bias, or nothing."""
 
 from configs import base
-from experiments import sweeps
+from experiments import sweeps, tuning
 
 _BALANCERS = "model.moe.balancers"
 
@@ -12,25 +12,60 @@ def demo() -> sweeps.Sweep:
   The bias moves by 1e-2 a step, ten times the rate of Wang et al.: they have
   40,000 steps to move it in, and here are some hundred.
   """
-  return sweeps.Sweep(_demo_config(), _arms(bias_rate=1e-2), seeds=3)
+  return sweeps.Sweep(demo_config(), _balancers(bias=1e-2), seeds=3)
 
 
-SCALES = {"demo": demo}
+def cpu() -> sweeps.Sweep:
+  """Half an hour of seeds on two CPU cores, a run on each; what is committed.
+
+  The layers of Wang et al. (a dense one, then experts beside a shared one) at a
+  size that a core trains in a minute and a half. `dense` has as many active
+  parameters, the routers' included; `dense_longer` trains for as long as the
+  arms with experts take (times.csv), not for as many steps.
+  """
+  dense = {"model.pattern": ("dense",), "model.d_ff": 168}
+  arms = _balancers(bias=1e-2) | {
+    "bias_1e-3": {_BALANCERS: {"bias": {"name": "bias", "rate": 1e-3}}},
+    "dense": dense,
+    "dense_longer": dense | {"train.num_steps": 650},
+  }
+  rates = tuning.Stage("optim.learning_rate", (3e-3, 1e-2, 3e-2))
+  return sweeps.Sweep(cpu_config(), arms, seeds=5, stages=(rates,))
 
 
-def _arms(bias_rate):
+def pod() -> sweeps.Sweep:
+  """The models of Wang et al., 1B on 100B tokens and 3B on 200B (their table 5).
+
+  For hundreds of accelerators, and text of your own in their place:
+
+    python -m experiments.launch load_balancing --scale=pod --arm=1b-bias \
+      --config.data.name=NAME --config.data.dir=DIR \
+      --config.data.tokenizer=tokenizer.json --config.mesh='(1,16,8,1)'
+
+  Their tokenizer has 32,064 tokens. Learning rates are theirs; of the steps in
+  the schedule of 3B nothing is published, and it is WSD here. Weights begin as
+  everywhere in this package, not with their standard deviation of 0.006.
+  """
+  arms = sweeps.product(_sizes(), _balancers(bias=1e-3))
+  return sweeps.Sweep(_pod_config(), arms, seeds=1)
+
+
+SCALES = {"demo": demo, "cpu": cpu, "pod": pod}
+
+
+def _balancers(bias):
   return sweeps.over(
     _BALANCERS,
     {
       "none": {},
       "loss_1e-2": {"loss": {"name": "switch", "coefficient": 1e-2}},
       "loss_1e-3": {"loss": {"name": "switch", "coefficient": 1e-3}},
-      "bias": {"bias": {"name": "bias", "rate": bias_rate}},
+      "bias": {"bias": {"name": "bias", "rate": bias}},
     },
   )
 
 
-def _demo_config():
+def demo_config():
   c = base.get_config()
   c.data.seq_len = 64
   c.data.batch_size = 8
@@ -56,3 +91,83 @@ def _demo_config():
   c.eval.batch_size = 64
   c.eval.batches_per_domain = 8
   return c
+
+
+def cpu_config():
+  """What the scale `cpu` of several questions shares."""
+  c = demo_config()
+  c.data.seq_len = 128
+  c.data.batch_size = 16
+  c.model.num_layers = 4
+  c.model.prefix = ("dense",)
+  c.model.num_heads = 2
+  c.model.num_kv_heads = 2
+  c.model.head_dim = 32
+  c.model.d_ff = 160  # Of the first layer: the width of active experts.
+  c.model.moe.num_experts = 32
+  c.model.moe.top_k = 4
+  c.model.moe.d_expert = 32
+  c.model.moe.num_shared_experts = 1
+  # One group a step: a sequence is of one domain, its loads are not balanced.
+  c.model.moe.tokens_per_group = 2048
+  c.optim.warmup_steps = 50
+  c.optim.b1 = 0.9
+  c.train.num_steps = 500
+  c.checkpoint.every = 0  # A run takes minutes.
+  c.eval.batch_size = 16
+  c.eval.batches_per_domain = 64
+  return c
+
+
+def _pod_config():
+  c = cpu_config()
+  c.data.seq_len = 2048
+  c.model.moe.num_experts = 64
+  c.model.moe.top_k = 6
+  c.model.moe.num_shared_experts = 2
+  c.model.moe.tokens_per_group = 2048
+  c.model.moe.capacity_factor = None  # Dropless.
+  c.model.moe.dispatcher = {"name": "sorted"}
+  c.model.rope_theta = 10_000.0
+  c.model.tie_embeddings = False
+  c.model.dtype = "bfloat16"
+  c.optim.warmup_steps = 1000
+  c.optim.weight_decay = 0.1
+  c.optim.b2 = 0.95
+  c.train.log_every = 50
+  c.checkpoint.every = 1000
+  c.eval.every = 1000
+  c.eval.batch_size = 128
+  return c
+
+
+def _sizes():
+  """Widths, and the hidden width of a dense layer over the granularity."""
+  return {
+    "1b": {
+      "model.d_model": 1024,
+      "model.num_layers": 10,
+      "model.num_heads": 8,
+      "model.num_kv_heads": 8,
+      "model.head_dim": 128,
+      "model.d_ff": 2736,
+      "model.moe.d_expert": 512,
+      "data.batch_size": 1152,
+      "train.num_steps": 40_000,
+      "optim.learning_rate": 1e-3,
+    },
+    "3b": {
+      "model.d_model": 1280,
+      "model.num_layers": 12,
+      "model.num_heads": 10,
+      "model.num_kv_heads": 10,
+      "model.head_dim": 128,
+      "model.d_ff": 3408,
+      "model.moe.d_expert": 856,
+      "data.batch_size": 1728,
+      "train.num_steps": 56_514,
+      "optim.learning_rate": 7.8e-4,
+      "optim.schedule": "wsd",
+      "optim.decay_steps": 11_302,
+    },
+  }

@@ -1,0 +1,1 @@
+"""Softmax or sigmoid gates, at the same balance?"""

@@ -1,0 +1,230 @@
+"""What is asked for, resolved: the runs of a question, and which are finished.
+
+An arm that is tuned gets its choices from rows, of the work directory or of the
+tuning.csv beside the question, so that choices can be made again from them.
+"""
+
+import dataclasses
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments import questions, runs, sweeps, tuning
+from moe_jax import config as config_lib
+from moe_jax.errors import ConfigError, did_you_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+  """Runs that are wanted, arm by arm.
+
+  title: of their report.
+  workdir: where the runs lie.
+  configs: by digest.
+  runs: wanted, arm by arm.
+  committed: rows and curves that lie beside the question.
+  seconds: {arm: of a training step, where it was timed}.
+  """
+
+  title: str
+  workdir: pathlib.Path
+  configs: Mapping[str, Any]
+  runs: Sequence[runs.Run]
+  committed: tuple[list[dict], list[dict]] = ([], [])
+  seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+  def row(self, run: runs.Run) -> dict | None:
+    """A run's row, from the work directory or committed; None: to be run."""
+    rows = (row for row in self.committed[0] if run.is_of(row))
+    row = run.row() or next(rows, None)
+    if row is not None and run.arm in self.seconds:
+      row = row | {"train_seconds": row["steps"] * self.seconds[run.arm]}
+    return row
+
+  def finished(self) -> list[runs.Run]:
+    """The runs that have a row."""
+    return [run for run in self.runs if self.row(run) is not None]
+
+  def todo(self) -> list[runs.Run]:
+    """The runs that have none."""
+    return [run for run in self.runs if self.row(run) is None]
+
+  def fingerprint(self) -> str | None:
+    """Of the data that runs here were trained on; None: there are none yet."""
+    found = (run.fingerprint() for run in self.runs)
+    return next((f for f in found if f is not None), None)
+
+  def curve(self, run: runs.Run) -> list[dict]:
+    """A finished run's curve, from where its row is."""
+    if run.row():
+      return run.curve()
+    return [point for point in self.committed[1] if run.is_of(point)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A question at a scale.
+
+  question, scale, sweep: what is asked.
+  arms: names of those that are wanted.
+  workdir: of its runs.
+  fresh: take no row that is committed.
+  """
+
+  question: questions.Question
+  scale: str
+  sweep: sweeps.Sweep
+  arms: tuple[str, ...]
+  workdir: pathlib.Path
+  fresh: bool = False
+
+  def launch(self, seeds: int | None = None) -> Launch:
+    """All arms with seeds 0 to N - 1; None: as many as the sweep says.
+
+    Raises:
+      ConfigError: no seeds, or an arm that is to be tuned first.
+    """
+    seeds = self.sweep.seeds if seeds is None else seeds
+    if seeds < 1:
+      raise ConfigError(f"--seeds={seeds} is no run at all; give 1 or more")
+    chosen = self.chosen()
+    for arm, overrides in chosen.items():
+      if overrides is None:
+        raise ConfigError(
+          f"the arm {arm} of {self.question.name} is not tuned yet at scale"
+          f" {self.scale}; give the same command with --tune first"
+        )
+    wanted, configs = [], {}
+    for arm, overrides in chosen.items():
+      for seed in range(seeds):
+        run, config = self._run(arm, seed, overrides)
+        wanted.append(run)
+        configs[run.config_digest] = config
+    rows = [] if self.fresh else self._committed("results.csv")
+    curves = [] if self.fresh else self._committed("curves.csv")
+    return Launch(
+      self.question.title,
+      self.workdir,
+      configs,
+      wanted,
+      (rows, curves),
+      self._seconds(),
+    )
+
+  def tuning(self, stage: int) -> Launch:
+    """What a stage of the tuning tries, for the arms whose turn it is."""
+    chosen = self.chosen(stage).items()
+    return self._tuning([(a, c) for a, c in chosen if c is not None], stage)
+
+  def chosen(self, stages: int | None = None) -> dict[str, dict | None]:
+    """{arm: its tuned overrides}; None for one whose runs are not finished.
+
+    Args:
+      stages: how many stages count; None: all.
+    """
+    chosen = {arm: {} for arm in self.arms}
+    for number, stage in enumerate(self.sweep.stages[:stages]):
+      for arm in self.arms:
+        if chosen[arm] is not None and stage.tried(arm):
+          chosen[arm] = self._choose(arm, number, chosen[arm])
+    return chosen
+
+  def tuning_rows(self) -> list[dict]:
+    """Everything that was tried and is finished, stage by stage, arm by arm."""
+    launches = [self.tuning(i) for i in range(len(self.sweep.stages))]
+    found = {
+      run.config_digest: launch.row(run) | dict(run.tried)
+      for launch in launches
+      for run in launch.finished()
+    }
+    return list(found.values())
+
+  def _choose(self, arm, number, chosen):
+    stage, launch = (
+      self.sweep.stages[number],
+      self._tuning([(arm, chosen)], number),
+    )
+    rows = [launch.row(run) for run in launch.runs]
+    if None in rows:
+      return None
+    found = {v: r[stage.metric] for v, r in zip(stage.tried(arm), rows)}
+    return chosen | stage.choose(arm, found)
+
+  def _tuning(self, arms, number):
+    """The launch of a stage for (arm, its choices so far)."""
+    wanted, configs, stages = [], {}, self.sweep.stages
+    for arm, chosen in arms:
+      for tried in stages[number].tried(arm).values():
+        run, config = self._run(arm, tuning.SEED, chosen | tried, tuned=True)
+        wanted.append(run)
+        configs[run.config_digest] = config
+    return Launch(
+      f"{self.question.title} Tuning, stage {number + 1} of {len(stages)}",
+      self.workdir / "tuning",
+      configs,
+      wanted,
+      (self._committed("tuning.csv"), []),
+    )
+
+  def _run(self, arm, seed, overrides, tuned=False):
+    """A run, and its config."""
+    config = sweeps.apply(self.sweep.config, self.sweep.arms[arm] | overrides)
+    digest = sweeps.digest(config)
+    folder = self.workdir / arm
+    if tuned:
+      folder = self.workdir / "tuning" / arm / digest
+    tried = overrides if tuned else {}
+    folder /= str(seed)
+    return runs.Run(self.scale, arm, seed, digest, folder, tried), config
+
+  def _seconds(self):
+    """{arm: median seconds of a step} out of times.csv, of these configs."""
+    by_arm = {}
+    digests = {a: sweeps.digest(c) for a, c in self.sweep.configs().items()}
+    for row in self._committed("times.csv"):
+      same = row["config_digest"] == digests.get(row["arm"])
+      if row["scale"] == self.scale and same:
+        by_arm.setdefault(row["arm"], []).append(row["seconds_per_step"])
+    return {arm: statistics.median(found) for arm, found in by_arm.items()}
+
+  def _committed(self, name):
+    return runs.read_csv(self.question.folder / name)
+
+
+def make(
+  question: questions.Question,
+  *,
+  scale: str | None = None,
+  arms: Sequence[str] | None = None,
+  workdir: str | None = None,
+  overrides: Sequence[str] = (),
+  fresh: bool = False,
+) -> Plan:
+  """Resolves what was asked for; None stands for the question's own choice.
+
+  Args:
+    overrides: texts KEY=VALUE, for the config of all arms.
+
+  Raises:
+    ConfigError: no such scale, arm or config key.
+  """
+  scale = scale or next(iter(question.scales))
+  sweep = question.sweep(scale)
+  for arm in arms or ():
+    if arm not in sweep.arms:
+      raise ConfigError(
+        f'{question.name} has no arm "{arm}" at scale {scale}'
+        + did_you_mean(arm, sweep.arms)
+      )
+  config = sweeps.apply(sweep.config, {})
+  for text in overrides:
+    config_lib.override(config, text)
+  return Plan(
+    question,
+    scale,
+    dataclasses.replace(sweep, config=config),
+    tuple(arm for arm in sweep.arms if not arms or arm in arms),
+    pathlib.Path(workdir or pathlib.Path("runs", question.name, scale)),
+    fresh,
+  )

@@ -1,0 +1,87 @@
+"""Choices made arm by arm, on a seed that is not reported, by one rule.
+
+A stage tries a few values of one config key for every arm and keeps one of
+them; a later stage builds on the choices of the ones before.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+
+from moe_jax.errors import ConfigError
+
+SEED = 1000  # No report has a seed like it.
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One choice for each arm.
+
+  key: dotted config key; or {arm: key}, for these arms alone.
+  values: what is tried, at least two, the same for all arms; or {arm: values}.
+  metric: of results.csv, that decides.
+  target: None: the value with the lowest metric. A number: the value at which
+    the metric would be that, on straight lines between what was tried, both
+    axes logarithmic; the nearest one tried where it lies outside of them.
+  """
+
+  key: str | Mapping[str, str]
+  values: tuple[float, ...] | Mapping[str, tuple[float, ...]]
+  metric: str = "bits_per_byte"
+  target: float | None = None
+
+  def tried(self, arm: str) -> dict[float, dict[str, float]]:
+    """{value: the overrides that set it}; {} for an arm that has no choice."""
+    key = self.key if isinstance(self.key, str) else self.key.get(arm)
+    if key is None:
+      return {}
+    values = self.values
+    values = values[arm] if isinstance(values, Mapping) else values
+    return {value: {key: value} for value in values}
+
+  def choose(self, arm: str, found: Mapping[float, float]) -> dict[str, float]:
+    """The overrides for an arm.
+
+    Args:
+      arm: name.
+      found: {value: metric} of everything in `tried`.
+    """
+    tried = self.tried(arm)
+    if self.target is None:
+      return tried[min(found, key=lambda v: _or_infinite(found[v]))]
+    (key,) = next(iter(tried.values()))
+    return {key: _where(found, self.target)}
+
+
+def describe(stages: Iterable[Stage], arm: str, chosen: Mapping) -> str:
+  """An arm's choices in words, and whether one is at an end of what was tried.
+
+  A choice at an end may not be the best one.
+  """
+  words = []
+  for stage in stages:
+    for key in {k for o in stage.tried(arm).values() for k in o}:
+      value, tried = chosen[key], sorted(stage.tried(arm))
+      at_end = value in (tried[0], tried[-1])
+      among = ", ".join(f"{v:g}" for v in tried)
+      words.append(
+        f"{key} = {value:.3g} (of {among}{'; at an end' if at_end else ''})"
+      )
+  return "; ".join(words)
+
+
+def _or_infinite(metric):
+  """A run that diverged is no candidate."""
+  return metric if math.isfinite(metric) else math.inf
+
+
+def _where(found, target):
+  """Where a metric is `target`, to two digits."""
+  points = sorted((v, m) for v, m in found.items() if m > 0)
+  for (v0, m0), (v1, m1) in zip(points, points[1:]):
+    if min(m0, m1) <= target <= max(m0, m1) and m0 != m1:
+      part = math.log(target / m0) / math.log(m1 / m0)
+      return float(f"{v0 * (v1 / v0) ** part:.2g}")
+  if not points:
+    raise ConfigError(f"no value that was tried has a metric above 0: {found}")
+  return min(points, key=lambda p: abs(math.log(p[1] / target)))[0]
