@@ -9,6 +9,7 @@ is used. Arrays are restored onto any mesh.
 import contextlib
 import os
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from absl import logging
 
 from moe_jax.errors import ConfigError, RunError
 
+_MARGIN = 100_000  # Bytes of a checkpoint besides its arrays.
 _FORMAT = 1  # Raise it when a checkpoint means something else than before.
 
 
@@ -81,6 +83,7 @@ class Checkpoints:
     }
     self._writing = step
     with self._failing():
+      self._check_space(state)
       self._manager.save(
         step,
         args=ocp.args.Composite(
@@ -164,6 +167,16 @@ class Checkpoints:
         number += 1
       (self.folder / str(step)).rename(to)
     self._manager.reload()
+
+  def _check_space(self, state):
+    """Raises OSError now for a disk that would be full half way through."""
+    needed = sum(x.nbytes for x in jax.tree.leaves(state)) + _MARGIN
+    free = shutil.disk_usage(self.folder).free
+    if free < needed:
+      raise OSError(
+        f"it needs up to {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are"
+        " free there"
+      )
 
   @contextlib.contextmanager
   def _failing(self):

@@ -29,7 +29,7 @@ def load(spec: str, overrides=()) -> ml_collections.ConfigDict:
 
   Args:
     spec: path of a Python file with `get_config()`, or with
-      `get_config(variant)` for a ":VARIANT".
+      `get_config(variant)` for a ":VARIANT"; or the config.json of a run.
     overrides: texts such as "model.moe.top_k=4"; values as Python writes
       them, or bare words.
 
@@ -37,6 +37,11 @@ def load(spec: str, overrides=()) -> ml_collections.ConfigDict:
     ConfigError: no such file, variant or key, or a value of another type.
   """
   path, _, variant = spec.partition(":")
+  if path.endswith(".json"):
+    config = _from_json(pathlib.Path(path))
+    for text in overrides:
+      override(config, text)
+    return config
   get_config = _get_config(pathlib.Path(path))
   if variant and not inspect.signature(get_config).parameters:
     raise ConfigError(f'{path} has no variants, so it has no ":{variant}"')
@@ -105,6 +110,32 @@ def to_json(config: ml_collections.ConfigDict) -> str:
   return json.dumps(config.to_dict(), indent=2, sort_keys=True)
 
 
+def _from_json(path):
+  """The config that a run left behind, locked as that of configs/base.py."""
+  try:
+    values = json.loads(path.read_text())
+    config = ml_collections.ConfigDict(_with_tuples(values)).lock()
+    sections = (config.data.mixture, config.model.moe)
+  except FileNotFoundError:
+    raise ConfigError(f'there is no config file "{path}"') from None
+  except (ValueError, AttributeError, TypeError) as e:
+    raise ConfigError(
+      f"{path} is not the config.json of a run ({e}); give one, or a Python"
+      " file such as configs/base.py"
+    ) from None
+  mixture, moe = sections
+  for section in (mixture, moe.router, moe.dispatcher, moe.balancers):
+    section.unlock()
+  return config
+
+
+def _with_tuples(value):
+  """JSON has lists where configs have tuples."""
+  if isinstance(value, dict):
+    return {k: _with_tuples(v) for k, v in value.items()}
+  return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
 def numbers(tree, prefix=""):
   """(dotted key, value) of all values that a run's numbers depend on.
 
@@ -127,7 +158,10 @@ def parser(description: str) -> argparse.ArgumentParser:
     epilog="Any value of the config is set by --config.SECTION.KEY=VALUE.",
   )
   parser.add_argument(
-    "--config", required=True, metavar="FILE[:VARIANT]", help="the config"
+    "--config",
+    required=True,
+    metavar="FILE[:VARIANT]",
+    help="a Python file with get_config(), or the config.json of a run",
   )
   return parser
 

@@ -6,7 +6,7 @@ expert: the axes of repeated layers and of experts are batch axes everywhere.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,20 @@ from moe_jax.errors import ConfigError, did_you_mean
 LABELS = ("router", "experts", "rest")
 _NO_DECAY = ("scale", "_bias", "embedding")
 _NO_MATRIX = ("embedding", "head")
-_SEGMENTS = ("prefix", "decoder")  # Their leaves have an axis of repeats.
 
 
-def build(config: Mapping, num_steps: int) -> optax.GradientTransformation:
+def build(
+  config: Mapping,
+  num_steps: int,
+  segments: Collection[str] = ("prefix", "decoder"),
+) -> optax.GradientTransformation:
   """The optimizer of the section `optim` of a config.
 
   Args:
     config: see `configs/base.py`.
     num_steps: length of the run, the end of the schedule.
+    segments: names of the model's segments (`Architecture.segments`): the
+      leaves of their parameters begin with an axis of repeats.
   """
   learning_rate = schedule(config, num_steps)
   clip = optax.identity()
@@ -48,7 +53,7 @@ def build(config: Mapping, num_steps: int) -> optax.GradientTransformation:
   decay = config["weight_decay"] if config["name"] != "sgd" else 0.0
   return optax.chain(
     clip,
-    DIRECTIONS[config["name"]](config),
+    DIRECTIONS[config["name"]](config, segments),
     *(
       optax.add_decayed_weights(
         decay * decays[name],
@@ -62,11 +67,12 @@ def build(config: Mapping, num_steps: int) -> optax.GradientTransformation:
   )
 
 
-def _adamw(config):
+def _adamw(config, segments):
+  del segments  # Element by element.
   return optax.scale_by_adam(config["b1"], config["b2"], config["eps"])
 
 
-def _adafactor(config):
+def _adafactor(config, segments):
   """1804.04235 without a relative step size: the schedule is the learning rate.
 
   Second moments are factored over rows and columns of matrices, updates
@@ -78,10 +84,10 @@ def _adafactor(config):
     optax.clip_by_block_rms(1.0),
     optax.scale_by_param_block_rms(),
   )
-  return per_matrix(one_leaf)
+  return per_matrix(one_leaf, segments)
 
 
-def _muon(config):
+def _muon(config, segments):
   """2502.16982: orthogonal directions for matrices, scaled to AdamW's size.
 
   Embedding, output layer, scales and biases are AdamW's.
@@ -90,13 +96,17 @@ def _muon(config):
 
   def kinds(params):
     return jax.tree_util.tree_map_with_path(
-      lambda path, x: "adamw" if matrix_axes(path, x) is None else "muon",
+      lambda path, x: (
+        "adamw" if matrix_axes(path, x, segments) is None else "muon"
+      ),
       params,
     )
 
   def dimensions(updates):
     return jax.tree_util.tree_map_with_path(
-      lambda path, x: contrib.MuonDimensionNumbers(*matrix_axes(path, x)),
+      lambda path, x: contrib.MuonDimensionNumbers(
+        *matrix_axes(path, x, segments)
+      ),
       updates,
     )
 
@@ -104,7 +114,8 @@ def _muon(config):
     del params
 
     def one(path, u):
-      sides = ([u.shape[i] for i in axes] for axes in matrix_axes(path, u))
+      found = matrix_axes(path, u, segments)
+      sides = ([u.shape[i] for i in axes] for axes in found)
       return 0.2 * math.sqrt(max(map(math.prod, sides))) * u
 
     return jax.tree_util.tree_map_with_path(one, updates)
@@ -115,14 +126,16 @@ def _muon(config):
     weight_dimension_numbers=dimensions,
   )
   muon = optax.chain(orthogonal, optax.stateless(like_adam))
-  return optax.partition({"muon": muon, "adamw": _adamw(config)}, kinds)
+  return optax.partition(
+    {"muon": muon, "adamw": _adamw(config, segments)}, kinds
+  )
 
 
 DIRECTIONS = {
   "adamw": _adamw,
   "adafactor": _adafactor,
   "muon": _muon,
-  "sgd": lambda config: optax.identity(),
+  "sgd": lambda config, segments: optax.identity(),
 }
 
 
@@ -132,15 +145,17 @@ def label(path) -> str:
   return next((x for x in LABELS if "moe" in keys and x in keys), "rest")
 
 
-def batch_axes(path) -> int:
+def batch_axes(path, segments: Collection[str]) -> int:
   """How many leading axes of a leaf are those of layers and of experts."""
   keys = _keys(path)
-  return (keys[0] in _SEGMENTS) + (label(path) == "experts")
+  return (keys[0] in segments) + (label(path) == "experts")
 
 
-def matrix_axes(path, leaf) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+def matrix_axes(
+  path, leaf, segments: Collection[str]
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
   """(input axes, output axes) of a leaf's matrices; None if it has none."""
-  first, keys = batch_axes(path), _keys(path)
+  first, keys = batch_axes(path, segments), _keys(path)
   axes = tuple(range(first, leaf.ndim))
   if len(axes) < 2 or keys[-1] in _NO_MATRIX:
     return None
@@ -148,11 +163,13 @@ def matrix_axes(path, leaf) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
   return axes[:inputs], axes[inputs:]
 
 
-def per_matrix(transform: optax.GradientTransformation):
+def per_matrix(
+  transform: optax.GradientTransformation, segments: Collection[str]
+):
   """A transform of one array, for every layer and expert of every leaf."""
 
   def lifted(f, path):
-    for _ in range(batch_axes(path)):
+    for _ in range(batch_axes(path, segments)):
       f = jax.vmap(f)
     return f
 

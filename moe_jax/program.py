@@ -88,7 +88,11 @@ class Program:
       mesh=self.mesh,
       plugins=config.plugins,
     )
-    self.optimizer = optim.build(config.optim, config.train.num_steps)
+    self.optimizer = optim.build(
+      config.optim,
+      config.train.num_steps,
+      [name for name, *_ in self.model.arch.segments],
+    )
     self.validation()  # Refuses now, not after training.
     self._compile()
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import pathlib
 import resource
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -241,3 +242,15 @@ def test_a_full_disk_leaves_the_last_one_whole(folder):
     assert words in str(e.value)
   with opened(folder) as checkpoints:
     assert checkpoints.restore(abstract()).step == 3
+
+
+def test_a_disk_without_room_is_not_written_to(folder, monkeypatch):
+  usage = shutil.disk_usage(folder)
+  monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+  before = sorted(pathlib.Path(folder).iterdir())
+  with (
+    opened(folder) as checkpoints,
+    pytest.raises(RunError, match="step 4 .*0.0 MB are free.*Free space"),
+  ):
+    checkpoints.save(4, state(4), {})
+  assert sorted(pathlib.Path(folder).iterdir()) == before

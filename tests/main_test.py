@@ -160,6 +160,36 @@ def test_a_run_writes_its_files_once(tmp_path, monkeypatch, capsys):
   assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
+def test_the_config_that_a_run_left_is_a_config(tmp_path):
+  """Tuples, sections and options of parts as they were."""
+  c = config_lib.load(
+    "configs/tiny.py",
+    [
+      "model.prefix=('dense',)",
+      "model.num_layers=3",
+      "model.moe.balancers={'a': {'name': 'bias', 'rate': 0.5}}",
+      "data.dir=somewhere",
+    ],
+  )
+  path = tmp_path / "config.json"
+  path.write_text(config_lib.to_json(c))
+  again = config_lib.load(str(path))
+  assert again.to_dict() == c.to_dict()
+  again = config_lib.load(
+    str(path), ["eval.every=5", "model.moe.balancers.a.rule=proportional"]
+  )
+  assert again.eval.every == 5
+  assert again.model.moe.balancers.a.rule == "proportional"
+  with pytest.raises(ConfigError, match='did you mean "every"'):
+    config_lib.load(str(path), ["eval.evry=5"])
+  for text in ("{", "[]", '{"a": 1}'):
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="is not the config.json of a run"):
+      config_lib.load(str(path))
+  with pytest.raises(ConfigError, match="there is no config file"):
+    config_lib.load(str(tmp_path / "none.json"))
+
+
 def test_params_counts_by_hand(tmp_path, capsys):
   path = tmp_path / "params.json"
   params.main(["--config=configs/tiny.py", f"--json={path}", "--bytes=f32"])

@@ -40,6 +40,7 @@ BALANCE = "parallel_test.py::test_balance_of_a_step"
 SLOTTED = "parallel_test.py::test_layer_on_a_mesh[gather-True]"
 RAGGED = "parallel_test.py::test_layer_on_a_mesh[sorted-True]"
 NOISE = "train_test.py::test_noise_differs_by_layer_group_and_step"
+RESUME = "loop_test.py::test_stopped_anywhere_it_is_the_same_run"
 REMAT = "remat_test.py::test_a_recompute_does_not_choose[gather-None]"
 
 FAULTS = (
@@ -282,6 +283,101 @@ FAULTS = (
     "jnp.tril(jnp.ones((1, length, length), bool))",
     "jnp.ones((1, length, length), bool)",
     "causality_test.py::test_the_past_does_not_see_the_future[gather]",
+  ),
+  # The run.
+  Fault(
+    "a step that is not finite is applied",
+    "train.py",
+    "jnp.where(finite, n, o)",
+    "jnp.where(True, n, o)",
+    "loop_test.py::test_a_step_that_is_not_finite_changes_nothing",
+  ),
+  Fault(
+    "a line that was begun before a restart is lost",
+    "loop.py",
+    '"line": begun,',
+    '"line": {},',
+    RESUME,
+  ),
+  Fault(
+    "lines after the restored step stay",
+    "loop.py",
+    "  directory.cut(found.step)\n",
+    "",
+    "loop_test.py::test_killed_and_asked_to_stop_it_is_the_same_run",
+  ),
+  Fault(
+    "the data of a checkpoint is not looked at",
+    "loop.py",
+    "if known != program.corpus.fingerprint:",
+    "if False:",
+    "loop_test.py::test_other_data",
+  ),
+  Fault(
+    "too many steps that are not finite do not stop a run",
+    "loop.py",
+    "if in_a_row < most:",
+    "if in_a_row < 10 * most:",
+    "loop_test.py::test_too_many_in_a_row_stop_the_run",
+  ),
+  Fault(
+    "the digest of a checkpoint is not compared",
+    "checkpoint.py",
+    'if digest(state) != about["digest"]:',
+    "if False:",
+    "checkpoint_test.py"
+    "::test_a_damaged_one_is_set_aside_and_the_one_before_is_used",
+  ),
+  Fault(
+    "the digest does not see an exchange of two elements",
+    "checkpoint.py",
+    "bits.astype(jnp.uint32) ^ _mixed(place)",
+    "bits.astype(jnp.uint32)",
+    "checkpoint_test.py::test_the_digest_sees_one_bit_and_one_exchange",
+  ),
+  Fault(
+    "a checkpoint of another model is not noticed",
+    "checkpoint.py",
+    '    _check_shapes(self.folder / str(step), about["shapes"], _shapes(like))\n',
+    "",
+    "checkpoint_test.py::test_one_of_another_model_is_refused",
+  ),
+  # Optimizers.
+  Fault(
+    "experts are one matrix",
+    "optim.py",
+    '(keys[0] in segments) + (label(path) == "experts")',
+    "(keys[0] in segments) + 0",
+    "optim_test.py::test_an_expert_does_not_feel_another_ones_gradient",
+  ),
+  Fault(
+    "routed and shared experts have the rate of the rest",
+    "optim.py",
+    "rates[label(path)]",
+    'rates["rest"]',
+    "optim_test.py::test_parts_have_rates_of_their_own",
+  ),
+  Fault(
+    "an update is not scaled to the size of Adam's",
+    "optim.py",
+    "0.2 * math.sqrt(max(map(math.prod, sides)))",
+    "0.2 * math.sqrt(min(map(math.prod, sides)))",
+    "optim_test.py::test_muon_is_orthogonal_in_every_matrix_and_of_adams_size",
+  ),
+  # Data.
+  Fault(
+    "held-out documents are those trained on",
+    "batches.py",
+    'corpus, "validation", seq_len, whole=False',
+    'corpus, "train", seq_len, whole=False',
+    "batches_test.py::test_validation_loses_no_token_and_repeats_none",
+  ),
+  Fault(
+    "the parts of a mixture have equal shares",
+    "batches.py",
+    "grain.MapDataset.mix(parts, weights)",
+    "grain.MapDataset.mix(parts)",
+    "mixture_test.py",
   ),
 )
 

@@ -70,6 +70,24 @@ def up_of(tree):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_segments_can_have_other_names(name):
+  """What counts is that the model says which they are."""
+  c = options(name)
+
+  def moved_as(segment, **known):
+    rename = lambda t: {segment if k == "decoder" else k: t[k] for k in t}  # noqa: E731
+    params, gradient = (rename(tree(i, size=LARGE)) for i in (0, 1))
+    optimizer = optim.build(c, 10, **known)
+    update = jax.jit(optimizer.update)
+    updates, _ = update(gradient, optimizer.init(params), params)
+    return jax.device_get(updates[segment])
+
+  same = moved_as("decoder")
+  tower = moved_as("tower", segments=("tower",))
+  jax.tree.map(np.testing.assert_array_equal, same, tower)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_an_expert_does_not_feel_another_ones_gradient(name):
   """Nor does a layer feel another layer's."""
   huge = lambda x: x.at[1, 2].multiply(1e3)  # noqa: E731
