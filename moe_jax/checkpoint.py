@@ -247,8 +247,8 @@ def load_params(path: str | os.PathLike) -> dict:
   import orbax.checkpoint as ocp
 
   folder = _newest(pathlib.Path(path).absolute()) / "state"
-  handler = ocp.PyTreeCheckpointer()
-  tree = handler.metadata(folder).item_metadata.tree
+  handler = ocp.PyTreeCheckpointHandler()
+  tree = handler.metadata(folder).tree
   wanted = {"params": jax.tree.map(lambda _: 0, tree["params"])}
   kinds = jax.tree.map(
     lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted

@@ -214,13 +214,14 @@ def test_one_of_another_model_is_refused(folder):
     assert words in str(e.value)
 
 
-def test_parameters_load_as_numpy_from_anywhere(tmp_path, folder):
+def test_parameters_load_as_numpy_from_anywhere(tmp_path, folder, caplog):
   want = jax.device_get(state(3)["params"])
   for path in (tmp_path, folder, folder / "3", str(folder / "3")):
     found = checkpoint.load_params(path)
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(found))
     same(found, want)
   same(checkpoint.load_params(folder / "1"), state(1)["params"])
+  assert not caplog.records, "it warns of something"
   with pytest.raises(ConfigError, match="no checkpoint in"):
     checkpoint.load_params(tmp_path / "nowhere")
 
