@@ -88,7 +88,7 @@ class Scatter(NamedTuple):
     return set()
 
   def draw(self, rows: list[dict], points: list[dict], folder) -> None:
-    """Writes <y>_over_<x>.png and .pdf; arms without one of them are left out.
+    """Writes <y>_over_<x>.png and .pdf. An arm without an x is a line across.
 
     Args:
       rows: of the report.
@@ -98,10 +98,15 @@ class Scatter(NamedTuple):
     del points
     figure, axes = _axes()
     for arm, style in _styles(rows).items():
-      of_arm = [r for r in rows if r["arm"] == arm and {self.x, self.y} <= {*r}]
+      of_arm = [r for r in rows if r["arm"] == arm and self.y in r]
       if not of_arm:
         continue
-      x, y = (intervals.of([r[m] for r in of_arm]) for m in (self.x, self.y))
+      y = intervals.of([r[self.y] for r in of_arm])
+      placed = [r[self.x] for r in of_arm if self.x in r]
+      if not placed:
+        axes.axhline(y.mean, color=style.color, ls=style.line, lw=1, label=arm)
+        continue
+      x = intervals.of(placed)
       axes.errorbar(
         x.mean,
         y.mean,
@@ -157,10 +162,14 @@ def _save(figure, axes, folder, name):
   from matplotlib import pyplot as plt
 
   if axes.get_legend_handles_labels()[0]:
-    figure.legend(loc="outside upper center", ncols=4, handlelength=3)
+    figure.legend(
+      loc="outside upper center", ncols=3, handlelength=3, fontsize="small"
+    )
   name = name.replace("/", "_")
-  for kind in ("png", "pdf"):
-    figure.savefig(pathlib.Path(folder, f"{name}.{kind}"), dpi=150)
+  # Equal figures are equal files.
+  for kind, dated in (("png", {}), ("pdf", {"CreationDate": None})):
+    path = pathlib.Path(folder, f"{name}.{kind}")
+    figure.savefig(path, dpi=150, metadata=dated)
   plt.close(figure)
 
 

@@ -11,6 +11,7 @@ written to WORKDIR/report.
 import argparse
 import dataclasses
 import itertools
+import shutil
 import sys
 import tempfile
 import time
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   if not args.report:
     _run(launch)
   _report(plan, launch)
+  if args.publish:
+    _publish(plan, launch)
   if args.fresh:
     _compare(launch, dataclasses.replace(plan, fresh=False).launch(args.seeds))
   return 0
@@ -99,6 +102,7 @@ def _arguments(argv):
   add("--list", action="store_true", help="the arms, and what is finished")
   add("--tune", action="store_true", help="choose what is tuned for each arm")
   add("--fresh", action="store_true", help="run what is committed too")
+  add("--publish", action="store_true", help="put rows and figures beside it")
   return config_lib.parse_overrides(parser, argv)
 
 
@@ -229,6 +233,29 @@ class _Named:
 
   def skip(self, n: int) -> None:
     self._progress.skip(n)
+
+
+def _publish(plan, launch):
+  """Puts rows, curves and figures beside the question, to be committed.
+
+  What lies there of other scales stays.
+  """
+  folder, made = plan.question.folder, launch.workdir / "report"
+  if plan.sweep.stages:
+    runs.write_csv(made / "tuning.csv", plan.tuning_rows())
+  for path in sorted(made.glob("*.csv")):
+    others = [
+      row
+      for row in runs.read_csv(folder / path.name)
+      if row["scale"] != plan.scale
+    ]
+    runs.write_csv(folder / path.name, others + runs.read_csv(path))
+  (folder / "figures").mkdir(exist_ok=True)
+  for path in [*made.glob("*.png"), *made.glob("*.pdf")]:
+    name = f"{plan.scale}_{path.name}"
+    shutil.copyfile(path, folder / "figures" / name)
+  shutil.copyfile(made / "table.md", folder / "figures" / f"{plan.scale}.md")
+  print(f"Beside the question: {folder}")
 
 
 def _compare(fresh, known):

@@ -200,7 +200,9 @@ print("y_ECD", y_ECD.shape)
 # %% [markdown]
 # ## Combine
 #
-# Back to the tokens, each expert's answer times its weight, and summed.
+# Back to the tokens, each expert's answer times its weight, and summed. The last
+# word found both of its experts full: its row is zero, and all that is left of
+# it is the residual.
 
 # %%
 y_TD = jnp.einsum("TKEC,TK,ECD->TD", slot_TKEC, weight_TK, y_ECD)

@@ -234,6 +234,53 @@ def test_a_fresh_run_is_compared_with_the_committed_one(
   assert "to the last bit; not bits_per_byte" in fresh("third")
 
 
+def test_publishing_keeps_what_is_of_other_scales(small, programs, capsys):
+  folder, work = small
+  other = {"scale": "pod", "arm": "none", "seed": 0, "config_digest": "x"}
+  for name in ("results.csv", "curves.csv"):
+    runs.write_csv(folder / name, [other])
+  table = run(capsys, work, "--publish")
+  rows = runs.read_csv(folder / "results.csv")
+  assert [r["scale"] for r in rows] == ["pod"] + ["demo"] * 4
+  assert rows[1:] == runs.read_csv(work / "report" / "results.csv")
+  assert (folder / "figures" / "demo.md").read_text() in table
+  assert (folder / "figures" / "demo_max_vio.png").exists()
+  shutil.rmtree(work)
+  assert numbers(run(capsys, work, "--report")) == numbers(table)
+  run(capsys, work, "--report", "--publish")
+  assert runs.read_csv(folder / "results.csv") == rows
+  assert len(programs) == 2
+
+
+COMMITTED = [
+  (name, scale)
+  for name in questions.names()
+  for scale in questions.load(name).scales
+  if (questions.load(name).folder / "figures" / f"{scale}.md").exists()
+]
+
+
+@pytest.mark.parametrize("name, scale", COMMITTED)
+def test_a_committed_table_is_of_the_committed_rows(
+  name, scale, tmp_path, capsys
+):
+  """Made again without any run, and what the question's README shows."""
+  question = questions.load(name)
+  flags = [f"--scale={scale}", f"--workdir={tmp_path}", "--report"]
+  assert launch.main([name, *flags]) == 0
+  assert "Not finished" not in capsys.readouterr().out
+  made, kept = tmp_path / "report", question.folder / "figures"
+  table = (made / "table.md").read_text()
+  assert table == (kept / f"{scale}.md").read_text()
+  lines = [line for line in table.splitlines() if line[:2] in ("| ", "- ")]
+  missing = set(lines) - set(
+    (question.folder / "README.md").read_text().split("\n")
+  )
+  assert not [line for line in missing if not line.startswith("- `")]
+  for path in made.glob("*.png"):
+    assert (kept / f"{scale}_{path.name}").exists()
+
+
 def test_nothing_to_tune(small):
   with pytest.raises(ConfigError, match="tunes nothing at scale demo"):
     launch.main(["small", f"--workdir={small[1]}", "--tune"])

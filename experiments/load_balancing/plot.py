@@ -82,7 +82,7 @@ PLAN = Plan(
       "max_vio",
       label="MaxVio of a step, mean over layers",
       floor="max_vio_floor",
-      floor_label="floor of a random router",
+      floor_label="random router",
       log=True,
     ),
     Scatter(
