@@ -3,7 +3,8 @@
 python -m benchmarks.input [--json=PATH]
 
 Prepares the built-in corpus where it is not prepared yet, reads training
-batches in order, and prints the median of several runs. The first batches,
+batches in order, rows cut from documents one after the other and these kept
+apart by the mask, and prints the median of several runs. The first batches,
 which load the corpus from the disk, are not timed.
 """
 
@@ -24,7 +25,11 @@ def main() -> int:
   corpus = tokens.prepare(args.dataset, data_dir=args.data_dir)
   prepare_s = time.perf_counter() - start
   stream = batches.train_batches(
-    corpus, seq_len=args.seq_len, batch_size=args.batch_size, seed=0
+    corpus,
+    seq_len=args.seq_len,
+    batch_size=args.batch_size,
+    seed=0,
+    separate_documents=True,
   )
   rates = measure(stream, args.batch_size * args.seq_len, args.steps, args.runs)
   result = {
