@@ -72,4 +72,6 @@ def _tried(arm):
   score, _, balancer = arm.split("-")
   if balancer == "loss":
     return (3e-3, 1e-2, 3e-2)
-  return {"softmax": (1e-4, 3e-4, 1e-3), "sigmoid": (3e-4, 1e-3, 3e-3)}[score]
+  if score == "softmax":
+    return (1e-4, 3e-4, 1e-3, 3e-3)
+  return (3e-4, 1e-3, 3e-3)
