@@ -30,7 +30,7 @@ def cpu() -> sweeps.Sweep:
     "dense_longer": dense | {"train.num_steps": 650},
   }
   rates = tuning.Stage("optim.learning_rate", (3e-3, 1e-2, 3e-2))
-  return sweeps.Sweep(cpu_config(), arms, seeds=8, stages=(rates,))
+  return sweeps.Sweep(cpu_config(), arms, seeds=5, stages=(rates,))
 
 
 def pod() -> sweeps.Sweep:
