@@ -21,7 +21,16 @@ _COLORS = (
   "#cc79a7",
   "#888888",
 )
-_LINES = ("-", (0, (6, 2)), (0, (1, 1)), "-.", (0, (3, 1, 1, 1, 1, 1)))
+_LINES = (
+  "-",
+  (0, (6, 2)),
+  (0, (1, 1)),
+  "-.",
+  (0, (3, 1, 1, 1, 1, 1)),
+  (0, (10, 4)),
+  (0, (1, 4)),
+  (0, (8, 1, 1, 1, 1, 1)),
+)
 _MARKERS = "osD^vPX*"
 
 
@@ -105,6 +114,10 @@ class Scatter(NamedTuple):
       placed = [r[self.x] for r in of_arm if self.x in r]
       if not placed:
         axes.axhline(y.mean, color=style.color, ls=style.line, lw=1, label=arm)
+        half = y.half or 0
+        axes.axhspan(
+          y.mean - half, y.mean + half, color=style.color, alpha=0.15, lw=0
+        )
         continue
       x = intervals.of(placed)
       axes.errorbar(

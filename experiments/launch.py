@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _tune(plan)
     return 0
   launch = plan.launch(args.seeds)
+  _check_flags(args, overrides, plan, launch)
   _check_writable(launch.workdir)
   if not args.report:
     _run(launch)
@@ -52,6 +53,24 @@ def main(argv: Sequence[str] | None = None) -> int:
   if args.fresh:
     _compare(launch, dataclasses.replace(plan, fresh=False).launch(args.seeds))
   return 0
+
+
+def _check_flags(args, overrides, plan, launch):
+  """Raises ConfigError for what would lose rows, or prove nothing."""
+  rows = (r for r in launch.committed[0] if r["scale"] == plan.scale)
+  fewer = {row["seed"] for row in rows} - {run.seed for run in launch.runs}
+  if args.publish and (args.arm or overrides or args.fresh or fewer):
+    raise ConfigError(
+      f"--publish replaces all rows of scale {plan.scale}, so it goes with all"
+      " arms, no fewer seeds than are committed, and neither --config nor"
+      " --fresh"
+    )
+  known = [run for run in launch.runs if run.row() is not None]
+  if args.fresh and known:
+    raise ConfigError(
+      f"--fresh runs again what is committed, but {known[0].folder} holds a"
+      " finished run already; choose another --workdir"
+    )
 
 
 def _run(launch):

@@ -67,7 +67,9 @@ class Run:
   def _origin(self):
     """Of which data and code it is, so that rows of several are noticed."""
     facts = self._facts()
-    return {"data": facts["data"][:12], "revision": facts["git"][:12]}
+    git = facts["git"]
+    edited = "+" if git.endswith("+") else ""
+    return {"data": facts["data"][:12], "revision": git[:12] + edited}
 
   def _cost(self):
     """What it took: steps, and operations of its active parameters."""
@@ -127,19 +129,26 @@ def summary(lines: list[dict], validation: dict[str, float]) -> dict:
     last quarter of the steps.
   """
   late = [x for x in lines if x["step"] > (1 - _LAST) * lines[-1]["step"]]
-  names = [k for k in late[-1] if k not in ("step", "split")]
-  return validation | {
-    f"train/{k}": sum(x[k] for x in late) / len(late) for k in names
-  }
+  names = dict.fromkeys(k for x in late for k in x)
+  out = dict(validation)
+  for name in names:
+    # A line of steps that were all skipped has no metrics.
+    found = [x[name] for x in late if name in x]
+    if name not in ("step", "split"):
+      out[f"train/{name}"] = sum(found) / len(found)
+  return out
 
 
 def write_csv(path: pathlib.Path, rows: list[dict]) -> None:
   """Writes rows under the union of their columns."""
   columns = list(dict.fromkeys(k for row in rows for k in row))
-  with open(path, "w", newline="") as f:
+  path = pathlib.Path(path)
+  temporary = path.with_name(f".{path.name}")
+  with open(temporary, "w", newline="") as f:
     writer = csv.DictWriter(f, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
+  temporary.replace(path)
 
 
 def read_csv(path: pathlib.Path) -> list[dict]:

@@ -91,10 +91,13 @@ def digest(config: ml_collections.ConfigDict) -> str:
   """Twelve hexadecimal digits that change with what a run's numbers depend on.
 
   That is any value but the seed and, for instance, the mesh; and any file of a
-  plugin, as its path alone does not say what it does.
+  plugin, as its path alone does not say what it does. A run that goes on may
+  find its data elsewhere, but two folders are two datasets to an experiment.
   """
   values = dict(config_lib.numbers(config.to_dict()))
   values.pop("seed", None)
+  if config.data.dir is not None:
+    values["data.dir"] = config.data.dir
   values["plugin_files"] = [
     (f.relative_to(folder).as_posix(), f.read_text())
     for folder in map(pathlib.Path, config.get("plugins", ()))

@@ -20,9 +20,9 @@ class Stage:
   key: dotted config key; or {arm: key}, for these arms alone.
   values: what is tried, at least two, the same for all arms; or {arm: values}.
   metric: of results.csv, that decides.
-  target: None: the value with the lowest metric. A number: the value at which
-    the metric would be that, on straight lines between what was tried, both
-    axes logarithmic; the nearest one tried where it lies outside of them.
+  target: None: the value with the lowest metric. A number: the largest value at
+    which the metric would be that, on straight lines between what was tried,
+    both axes logarithmic; the nearest one tried where it lies outside of them.
   """
 
   key: str | Mapping[str, str]
@@ -76,9 +76,13 @@ def _or_infinite(metric):
 
 
 def _where(found, target):
-  """Where a metric is `target`, to two digits."""
+  """Where a metric is `target`, to two digits.
+
+  The largest such value: a balancer that is weak may get there by the last
+  step, and have been on its way all the time before.
+  """
   points = sorted((v, m) for v, m in found.items() if m > 0)
-  for (v0, m0), (v1, m1) in zip(points, points[1:]):
+  for (v0, m0), (v1, m1) in reversed(list(zip(points, points[1:]))):
     if min(m0, m1) <= target <= max(m0, m1) and m0 != m1:
       part = math.log(target / m0) / math.log(m1 / m0)
       return float(f"{v0 * (v1 / v0) ** part:.2g}")

@@ -114,17 +114,23 @@ def _from_json(path):
   """The config that a run left behind, locked as that of configs/base.py."""
   try:
     values = json.loads(path.read_text())
+    moe = values["model"]["moe"]
+    for key in ("tokens_per_group", "eval_capacity_factor"):
+      # A word or a number, whichever it is in the file.
+      moe[key] = ml_collections.FieldReference(moe[key], object)
     config = ml_collections.ConfigDict(_with_tuples(values)).lock()
-    sections = (config.data.mixture, config.model.moe)
+    moe = config.model.moe
+    sections = (config.data.mixture, moe.router, moe.dispatcher, moe.balancers)
+    for section in sections:
+      section.keys()  # A section, not a value.
   except FileNotFoundError:
     raise ConfigError(f'there is no config file "{path}"') from None
-  except (ValueError, AttributeError, TypeError) as e:
+  except (ValueError, AttributeError, KeyError, TypeError) as e:
     raise ConfigError(
       f"{path} is not the config.json of a run ({e}); give one, or a Python"
       " file such as configs/base.py"
     ) from None
-  mixture, moe = sections
-  for section in (mixture, moe.router, moe.dispatcher, moe.balancers):
+  for section in sections:
     section.unlock()
   return config
 
@@ -216,6 +222,11 @@ def _get_config(path):
     known = [str(p) for p in folder.glob("*.py")] if folder.is_dir() else []
     hint = did_you_mean(str(path), known) if known else ""
     raise ConfigError(f'there is no config file "{path}"{hint}')
+  if path.suffix != ".py":
+    raise ConfigError(
+      f"{path} is neither a Python file with get_config() nor the config.json of"
+      " a run"
+    )
   spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
   module = importlib.util.module_from_spec(spec)
   # Configs import each other as `configs.base` from the folder above theirs.

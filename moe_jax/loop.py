@@ -80,6 +80,8 @@ def run(program: Program, seed: int, directory, progress) -> dict[str, float]:
     state, step, lines = _begin(program, seed, directory, checkpoints, progress)
     stream = program.batches(seed)
     while True:
+      if step == num_steps:
+        checkpoints.wait()  # A run with its last line has its parameters.
       final = _evaluate(program, state, step, directory)
       if step == num_steps:
         return final
@@ -190,26 +192,35 @@ def take_steps(
     TrainState and the number of steps done.
   """
   every, last = program.config.checkpoint.every, program.config.train.num_steps
-  profile = program.config.train.profile_steps
+  profile, tracing = program.config.train.profile_steps, False
   done = steps.start
   for step in steps:
     if stop is not None and stop.asked:
       break
     if profile and step == profile[0]:
       jax.profiler.start_trace(lines.directory.path / "profile")
+      tracing = True
     state, sums = program.train_step(state, program.put(stream[step]))
     lines.write()  # Now that the devices have something to do.
     done = step + 1
     lines.add(done, sums)
-    if profile and done == profile[1]:
-      jax.block_until_ready(state)
-      jax.profiler.stop_trace()
+    if tracing and done == profile[1]:
+      tracing = _stop_trace(state)
     due = done == last or (every and done % every == 0)
     if checkpoints is not None and due:
       lines.write()
       save(checkpoints, done, state, lines)
   lines.write()
+  if tracing:  # Asked to stop, or time for an evaluation.
+    _stop_trace(state)
   return state, done
+
+
+def _stop_trace(state) -> bool:
+  """Ends a profile, and returns that there is none under way."""
+  jax.block_until_ready(state)
+  jax.profiler.stop_trace()
+  return False
 
 
 class Lines:

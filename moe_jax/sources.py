@@ -135,13 +135,17 @@ def _known_to_tfds(name, plugins):
 
   try:
     builder = tfds.builder(name, file_format="array_record")
-  except (tfds.core.DatasetNotFoundError, ValueError) as e:
+  except (
+    tfds.core.DatasetNotFoundError,
+    AssertionError,  # No such version.
+    ValueError,
+  ) as e:
     known = {
       *registry.names("datasets", plugins),
       *tfds.list_builders(with_community_datasets=False),
     }
     near = difflib.get_close_matches(name, known, n=3)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    hint = f"; did you mean {' or '.join(near)}?" if near else "."
     raise ConfigError(
       f'there is no dataset "{name}", neither built in nor known to TFDS{hint}'
       " For one of your own, set data.dir to the folder of a prepared TFDS"

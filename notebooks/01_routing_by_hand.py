@@ -264,6 +264,5 @@ for name, variant in variants.items():
 # *later* tokens. The package knows it when it reads the config, and refuses.
 
 # %%
-tight = slots.capacity(1.25, T, K, E)
 for name in ("as above", "first choices first"):
   print(f"{name:22}causal: {variants[name].causal}")

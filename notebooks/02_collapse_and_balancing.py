@@ -83,8 +83,8 @@ runs = {name: train(balancers) for name, balancers in BALANCERS.items()}
 # ## Loads over time
 #
 # A column is a step, a row an expert of the second layer, and the shade its
-# load over the balanced one. Without balancing a few rows stay dark and most
-# become empty. The loss and the bias both keep all of them at work.
+# load over the balanced one. Without balancing a few rows stay dark and most are
+# empty or almost so. The loss and the bias both keep all of them at work.
 
 # %%
 figure, panels = plt.subplots(

@@ -232,6 +232,8 @@ def test_a_fresh_run_is_compared_with_the_committed_one(
   rows[0]["bits_per_byte"] += 1e-15
   runs.write_csv(folder / "results.csv", rows)
   assert "to the last bit; not bits_per_byte" in fresh("third")
+  with pytest.raises(ConfigError, match="holds a finished run already"):
+    fresh("third")
 
 
 def test_publishing_keeps_what_is_of_other_scales(small, programs, capsys):
@@ -250,6 +252,11 @@ def test_publishing_keeps_what_is_of_other_scales(small, programs, capsys):
   run(capsys, work, "--report", "--publish")
   assert runs.read_csv(folder / "results.csv") == rows
   assert len(programs) == 2
+  # What would leave rows out does not replace them.
+  for flag in ("--arm=none", "--seeds=1", "--config.eval.every=0"):
+    with pytest.raises(ConfigError, match="--publish replaces all rows"):
+      launch.main(["small", "--report", "--publish", flag])
+  assert runs.read_csv(folder / "results.csv") == rows
 
 
 COMMITTED = [
@@ -420,7 +427,7 @@ def test_the_digest_changes_with_what_changes_the_numbers(key, value):
   changed = sweeps.apply(base, {key: new})
   same = sweeps.digest(changed) == sweeps.digest(base)
   unchanged = (
-    *("seed", "mesh", "writers", "data.cache_dir", "data.dir"),
+    *("seed", "mesh", "writers", "data.cache_dir"),
     "train.profile_steps",
   )
   assert same == (key in unchanged or key.startswith("checkpoint."))

@@ -182,12 +182,16 @@ def test_the_config_that_a_run_left_is_a_config(tmp_path):
   assert again.model.moe.balancers.a.rule == "proportional"
   with pytest.raises(ConfigError, match='did you mean "every"'):
     config_lib.load(str(path), ["eval.evry=5"])
-  for text in ("{", "[]", '{"a": 1}'):
+  again = config_lib.load(str(path), ["model.moe.tokens_per_group=128"])
+  assert again.model.moe.tokens_per_group == 128
+  for text in ("{", "[]", '{"a": 1}', '{"model": {"moe": {}}}'):
     path.write_text(text)
     with pytest.raises(ConfigError, match="is not the config.json of a run"):
       config_lib.load(str(path))
   with pytest.raises(ConfigError, match="there is no config file"):
     config_lib.load(str(tmp_path / "none.json"))
+  with pytest.raises(ConfigError, match="neither a Python file"):
+    config_lib.load("README.md")
 
 
 def test_params_counts_by_hand(tmp_path, capsys):

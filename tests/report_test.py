@@ -121,6 +121,9 @@ def test_training_metrics_are_of_the_last_quarter():
   ]
   row = runs.summary(lines, {"loss": 1.0})
   assert row == {"loss": 1.0, "train/max_vio": 75.0}
+  lines[-1].pop("max_vio")  # All of its steps were skipped.
+  row = runs.summary(lines, {"loss": 1.0})
+  assert row == {"loss": 1.0, "train/max_vio": 70.0}
 
 
 def test_bands_and_figures(tmp_path):

@@ -64,7 +64,7 @@ def _arms():
 
 
 # In the unit of the scores, which a softmax shares out among the experts.
-_RATE = {"softmax": 1e-4, "sigmoid": 1e-3}
+_RATE = {"softmax": 1e-4, "sigmoid": 1e-2}
 
 
 def _tried(arm):
@@ -74,4 +74,4 @@ def _tried(arm):
     return (3e-3, 1e-2, 3e-2)
   if score == "softmax":
     return (1e-4, 3e-4, 1e-3, 3e-3)
-  return (3e-4, 1e-3, 3e-3)
+  return (3e-3, 1e-2, 3e-2)

@@ -36,11 +36,11 @@ def cpu() -> sweeps.Sweep:
 def pod() -> sweeps.Sweep:
   """The models of Wang et al., 1B on 100B tokens and 3B on 200B (their table 5).
 
-  For hundreds of accelerators, and text of your own in their place:
+  For 64 accelerators or more, and text of your own in place of theirs:
 
     python -m experiments.launch load_balancing --scale=pod --arm=1b-bias \
       --config.data.name=NAME --config.data.dir=DIR \
-      --config.data.tokenizer=tokenizer.json --config.mesh='(1,16,8,1)'
+      --config.data.tokenizer=tokenizer.json --config.mesh='(1,8,8,1)'
 
   Their tokenizer has 32,064 tokens. Learning rates are theirs; of the steps in
   the schedule of 3B nothing is published, and it is WSD here. Weights begin as
@@ -121,6 +121,7 @@ def cpu_config():
 
 def _pod_config():
   c = cpu_config()
+  c.data.name = "text_of_your_own"
   c.data.seq_len = 2048
   c.model.moe.num_experts = 64
   c.model.moe.top_k = 6
