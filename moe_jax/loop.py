@@ -83,6 +83,11 @@ def run(program: Program, seed: int, directory, progress) -> dict[str, float]:
       if step == num_steps:
         checkpoints.wait()  # A run with its last line has its parameters.
       final = _evaluate(program, state, step, directory)
+      if step == num_steps and stop.asked:
+        raise Interrupted(
+          f"a signal came in the last step of {directory.path}, which is"
+          " finished; the same command prints its metrics"
+        )
       if step == num_steps:
         return final
       steps = range(step, _next_evaluation(program.config, step))

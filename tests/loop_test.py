@@ -101,6 +101,32 @@ def test_stopped_anywhere_it_is_the_same_run(make, tmp_path):
   assert not kill.difference(tmp_path / "alone", tmp_path / "stopped")
 
 
+def test_a_signal_in_the_last_step_is_not_lost(make, tmp_path):
+  """Else a launch would begin its next run."""
+  made = make()
+  with pytest.raises(Interrupted, match="which is finished"):
+    go(made, tmp_path, STEPS)
+  assert max(int(p.name) for p in checkpoints(tmp_path)) == STEPS
+  lines = (tmp_path / "metrics.jsonl").read_text()
+  (end,) = run_directory.read_metrics(tmp_path, "validation")[-1:]
+  assert end == {"step": STEPS, "split": "validation"} | go(made, tmp_path)
+  assert (tmp_path / "metrics.jsonl").read_text() == lines
+
+
+def test_a_profile_that_is_cut_off_does_not_stop_the_run(make, tmp_path):
+  """Going on inside its window, no trace is under way that could be ended."""
+  made = make()
+  with made.config.unlocked():
+    made.config.train.profile_steps = (5, 40)
+  try:
+    with pytest.raises(Interrupted):
+      go(made, tmp_path, 8)
+    go(made, tmp_path)
+  finally:
+    made.config.train.profile_steps = ()
+  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
 def test_killed_and_asked_to_stop_it_is_the_same_run(tmp_path):
   """By real signals to real processes; `python -m tests.kill` does more."""
   assert kill.run(tmp_path, kills=2) == []
