@@ -27,9 +27,19 @@ def main(argv=None) -> int:
   add = parser.add_argument
   add("question", metavar="QUESTION", help=", ".join(questions.names()))
   add("--scale", metavar="NAME", help="as of experiments.launch")
-  add("--rounds", type=int, default=15, help="in which every arm has its turn")
-  add("--steps", type=int, default=4, help="of an arm in a round")
-  add("--csv", metavar="PATH", help="also write all timings there")
+  add(
+    "--rounds",
+    type=config_lib.at_least_1,
+    default=15,
+    help="in which every arm has its turn",
+  )
+  add(
+    "--steps",
+    type=config_lib.at_least_1,
+    default=4,
+    help="of an arm in a round",
+  )
+  add("--csv", metavar="PATH", help="also put all timings there")
   args = parser.parse_args(argv)
   plan = plans.make(questions.load(args.question), scale=args.scale)
   configs = plan.sweep.configs()
@@ -46,8 +56,9 @@ def main(argv=None) -> int:
       f" to {1e3 * max(found):.1f}), {middle / first:.3f} x the first"
     )
   if args.csv:
-    runs.write_csv(
+    runs.replace_scale(
       args.csv,
+      plan.scale,
       [
         row | {"round": i, "seconds_per_step": value}
         for row, found in zip(rows, seconds)

@@ -67,10 +67,12 @@ def _arguments():
   )
   parser.add_argument("--dataset", default="python_sources")
   parser.add_argument("--data_dir", help="a prepared TFDS dataset to read")
-  parser.add_argument("--seq_len", type=int, default=256)
-  parser.add_argument("--batch_size", type=int, default=16)
-  parser.add_argument("--steps", type=int, default=500, help="steps of a run")
-  parser.add_argument("--runs", type=int, default=7)
+  parser.add_argument("--seq_len", type=config_lib.at_least_1, default=256)
+  parser.add_argument("--batch_size", type=config_lib.at_least_1, default=16)
+  parser.add_argument(
+    "--steps", type=config_lib.at_least_1, default=500, help="steps of a run"
+  )
+  parser.add_argument("--runs", type=config_lib.at_least_1, default=7)
   parser.add_argument("--json", type=pathlib.Path, help="also write it there")
   return parser.parse_args()
 

@@ -2,8 +2,9 @@
 
   python -m benchmarks.loop --config=configs/tiny.py
 
-Times the loop (data, logging, metrics) and the same compiled steps back to
-back on one resident batch, in turn, and prints the ratio pair by pair.
+Times the loop (data, logging, metrics, the config's checkpoints) and the same
+compiled steps back to back on one resident batch, in turn, and prints the
+median ratio of the pairs.
 """
 
 import json
@@ -18,33 +19,20 @@ from moe_jax import config as config_lib
 def main(argv=None) -> int:
   """The command."""
   parser = config_lib.parser("Times the training loop against bare steps.")
-  parser.add_argument("--steps", type=int, default=100, help="in each timing")
-  parser.add_argument("--rounds", type=int, default=7, help="pairs of timings")
+  parser.add_argument(
+    "--steps", type=config_lib.at_least_1, default=100, help="in each timing"
+  )
+  parser.add_argument(
+    "--rounds", type=config_lib.at_least_1, default=7, help="pairs of timings"
+  )
   parser.add_argument("--json", metavar="PATH", help="also write JSON there")
   args, config = config_lib.parse(parser, argv)
 
-  import jax
-
-  from moe_jax import loop
   from moe_jax.program import Program
 
   program = Program(config)
-  state, stream = program.init(jax.random.key(0)), program.batches(0)
-  resident = jax.tree.map(jax.numpy.asarray, program.put(stream[0]))
-  ratios = []
-  for i in range(args.rounds + 1):
-    started = time.perf_counter()
-    for _ in range(args.steps):
-      state, sums = program.train_step(state, resident)
-    jax.block_until_ready((state, sums))
-    bare = time.perf_counter() - started
-    started = time.perf_counter()
-    steps = range(i * args.steps, (i + 1) * args.steps)
-    lines = loop.Lines(program, *_writers(config))
-    state, _ = loop.take_steps(program, state, stream, steps, lines, None, None)
-    jax.block_until_ready(state)
-    if i:  # The first pair warms up.
-      ratios.append((time.perf_counter() - started) / bare)
+  with tempfile.TemporaryDirectory(prefix="moe_jax_loop_") as folder:
+    ratios = measure(program, folder, args.steps, args.rounds)
   found = {
     "loop_over_steps": statistics.median(ratios),
     "least": min(ratios),
@@ -59,14 +47,42 @@ def main(argv=None) -> int:
   return 0
 
 
-def _writers(config):
-  """A work directory and a progress line as a run has them."""
-  from moe_jax import progress, run_directory
+def measure(program, folder, num_steps: int, rounds: int) -> list[float]:
+  """Seconds of the loop over those of bare steps, a ratio for each round.
 
-  folder = tempfile.mkdtemp(prefix="moe_jax_loop_")
-  return run_directory.RunDirectory(folder, config), progress.Progress(
-    10**9, ""
-  )
+  Args:
+    program: what is trained.
+    folder: for what a run writes.
+    num_steps: in each timing.
+    rounds: pairs of timings, after one to warm up.
+  """
+  import jax
+
+  from moe_jax import checkpoint, loop, progress, run_directory
+
+  directory = run_directory.RunDirectory(folder, program.config)
+  checkpoints = checkpoint.Checkpoints(directory.path / "checkpoints")
+  lines = loop.Lines(program, directory, progress.Progress(10**9, "steps"))
+  state, stream = program.init(jax.random.key(0)), program.batches(0)
+  resident = jax.tree.map(jax.numpy.asarray, program.put(stream[0]))
+  ratios = []
+  for i in range(rounds + 1):
+    started = time.perf_counter()
+    for _ in range(num_steps):
+      state, sums = program.train_step(state, resident)
+    jax.block_until_ready((state, sums))
+    bare = time.perf_counter() - started
+    started = time.perf_counter()
+    steps = range(i * num_steps, (i + 1) * num_steps)
+    state, _ = loop.take_steps(
+      program, state, stream, steps, lines, checkpoints, None
+    )
+    jax.block_until_ready(state)
+    if i:  # The first pair warms up.
+      ratios.append((time.perf_counter() - started) / bare)
+  checkpoints.close()
+  directory.close()
+  return ratios
 
 
 if __name__ == "__main__":

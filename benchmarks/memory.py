@@ -20,7 +20,9 @@ from moe_jax.errors import ConfigError
 def main(argv=None) -> int:
   """The command."""
   parser = config_lib.parser("Measures the memory of training and of a save.")
-  parser.add_argument("--steps", type=int, default=20, help="in each part")
+  parser.add_argument(
+    "--steps", type=config_lib.at_least_1, default=20, help="in each part"
+  )
   parser.add_argument("--json", metavar="PATH", help="also write JSON there")
   args, config = config_lib.parse(parser, argv)
   if not os.path.exists("/proc/self/clear_refs"):

@@ -4,8 +4,9 @@
 
 What is finished is not run again: a run whose row lies in the work directory,
 or in the results.csv beside the question, with the same scale, arm, seed and
-config. What was stopped goes on from its last checkpoint. The report is
-written to WORKDIR/report.
+config. What was stopped goes on from its last checkpoint. What another launch
+in the same work directory is running is left to it. The report is written to
+WORKDIR/report.
 """
 
 import argparse
@@ -18,9 +19,9 @@ import time
 from collections.abc import Sequence
 
 from experiments import plan as plans
-from experiments import questions, report, runs, sweeps, tuning
+from experiments import questions, report, runs, sweeps
 from moe_jax import config as config_lib
-from moe_jax.errors import ConfigError, OtherRun
+from moe_jax.errors import ConfigError, InUse
 from moe_jax.progress import Progress
 
 
@@ -40,6 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _list(plan, args.seeds)
     return 0
   if args.tune:
+    if args.report or args.publish or args.fresh:
+      raise ConfigError(
+        "--tune only tries and chooses; give --report, --publish or --fresh to"
+        " a launch of its own"
+      )
     _tune(plan)
     return 0
   launch = plan.launch(args.seeds)
@@ -99,9 +105,7 @@ def _tune(plan):
   folder = plan.workdir / "report"
   folder.mkdir(exist_ok=True)
   runs.write_csv(folder / "tuning.csv", plan.tuning_rows())
-  print(f"Chosen on seed {tuning.SEED}:")
-  for arm, chosen in plan.chosen().items():
-    print(f"  {arm}: {tuning.describe(stages, arm, chosen)}")
+  print("\n".join(plan.choices()))
   print(f"All that was tried: {folder / 'tuning.csv'}")
 
 
@@ -207,8 +211,11 @@ def _train(launch, todo):
   """Runs arm by arm, all seeds of an arm with one program."""
   from moe_jax import program as programs
 
-  started, compiling, progress = time.monotonic(), 0.0, None
+  started, compiling, trained, progress = time.monotonic(), 0.0, 0, None
   for digest, group in itertools.groupby(todo, lambda r: r.config_digest):
+    group = [run for run in group if launch.row(run) is None]
+    if not group:  # Another launch was faster.
+      continue
     program = programs.Program(launch.configs[digest], launch.fingerprint())
     compiling += program.compile_seconds
     if progress is None:  # Its clock starts when the steps do.
@@ -217,28 +224,32 @@ def _train(launch, todo):
       )
       progress = Progress(steps, "steps")
     for run in group:
-      name = f"{run.name}, seed {run.seed}"
-      _train_one(run, program, _Named(progress, name))
-  progress.close()
+      try:
+        _train_one(run, program, progress)
+        trained += 1
+      except InUse:
+        progress.skip(program.config.train.num_steps)
+  if progress is not None:
+    progress.close()
   print(
-    f"{len(todo)} runs took {time.monotonic() - started:.0f} s,"
-    f" {compiling:.0f} s of them compiling.",
+    f"{trained} runs took {time.monotonic() - started:.0f} s,"
+    f" {compiling:.0f} s of them compiling."
+    + f" {len(todo) - trained} are another launch's."
+    * (trained < len(todo)),
     flush=True,
   )
 
 
 def _train_one(run, program, progress):
+  """Raises InUse where another launch runs it, or has run it."""
   from moe_jax import loop, run_directory
 
   config = sweeps.apply(program.config, {"seed": run.seed})
-  try:
-    directory = run_directory.RunDirectory(run.folder, config)
-  except OtherRun:
-    aside = run.set_aside()
-    print(f"{run.folder} is of a run of another config: now {aside}")
-    directory = run_directory.RunDirectory(run.folder, config)
-  with directory:
-    run.finish(loop.run(program, run.seed, directory, progress))
+  with run_directory.RunDirectory(run.folder, config) as directory:
+    if run.row() is not None:
+      raise InUse(f"{run.folder} was finished by another launch")
+    named = _Named(progress, f"{run.name}, seed {run.seed}")
+    run.finish(loop.run(program, run.seed, directory, named))
 
 
 class _Named:
@@ -263,12 +274,8 @@ def _publish(plan, launch):
   if plan.sweep.stages:
     runs.write_csv(made / "tuning.csv", plan.tuning_rows())
   for path in sorted(made.glob("*.csv")):
-    others = [
-      row
-      for row in runs.read_csv(folder / path.name)
-      if row["scale"] != plan.scale
-    ]
-    runs.write_csv(folder / path.name, others + runs.read_csv(path))
+    rows = runs.read_csv(path)
+    runs.replace_scale(folder / path.name, plan.scale, rows)
   (folder / "figures").mkdir(exist_ok=True)
   for path in [*made.glob("*.png"), *made.glob("*.pdf")]:
     name = f"{plan.scale}_{path.name}"
@@ -309,6 +316,7 @@ def _report(plan, launch):
     plan.question.plan,
     [launch.row(run) for run in finished],
     [point for run in finished for point in launch.curve(run)],
+    launch.choices,
   )
   print(f"\n{text}\n")
   missing = [f"{r.arm} seed {r.seed}" for r in launch.runs if r not in finished]

@@ -25,6 +25,7 @@ class Launch:
   runs: wanted, arm by arm.
   committed: rows and curves that lie beside the question.
   seconds: {arm: of a training step, where it was timed}.
+  choices: what was tuned, in words.
   """
 
   title: str
@@ -33,6 +34,7 @@ class Launch:
   runs: Sequence[runs.Run]
   committed: tuple[list[dict], list[dict]] = ([], [])
   seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  choices: Sequence[str] = ()
 
   def row(self, run: runs.Run) -> dict | None:
     """A run's row, from the work directory or committed; None: to be run."""
@@ -110,6 +112,7 @@ class Plan:
       wanted,
       (rows, curves),
       self._seconds(),
+      self.choices(),
     )
 
   def tuning(self, stage: int) -> Launch:
@@ -130,6 +133,21 @@ class Plan:
           chosen[arm] = self._choose(arm, number, chosen[arm])
     return chosen
 
+  def choices(self) -> list[str]:
+    """What was chosen for the arms, in words; [] if nothing is tuned."""
+    if not self.sweep.stages:
+      return []
+    arms = {}  # That chose alike.
+    for arm, chosen in self.chosen().items():
+      what = "another launch is not finished with it yet"
+      if chosen is not None:
+        what = tuning.describe(self.sweep.stages, arm, chosen)
+      arms.setdefault(what, []).append(arm)
+    return [
+      f"Chosen for each arm on seed {tuning.SEED}, from tuning.csv:",
+      *(f"- {', '.join(alike)}: {what}" for what, alike in arms.items()),
+    ]
+
   def tuning_rows(self) -> list[dict]:
     """Everything that was tried and is finished, stage by stage, arm by arm."""
     launches = [self.tuning(i) for i in range(len(self.sweep.stages))]
@@ -148,6 +166,11 @@ class Plan:
     rows = [launch.row(run) for run in launch.runs]
     if None in rows:
       return None
+    if any(stage.metric not in row for row in rows):
+      raise ConfigError(
+        f"{self.question.name} tunes by {stage.metric}, which runs of the arm"
+        f" {arm} do not have; they have: {', '.join(sorted(rows[0]))}"
+      )
     found = {v: r[stage.metric] for v, r in zip(stage.tried(arm), rows)}
     return chosen | stage.choose(arm, found)
 
@@ -171,11 +194,9 @@ class Plan:
     """A run, and its config."""
     config = sweeps.apply(self.sweep.config, self.sweep.arms[arm] | overrides)
     digest = sweeps.digest(config)
-    folder = self.workdir / arm
-    if tuned:
-      folder = self.workdir / "tuning" / arm / digest
+    folder = self.workdir / "tuning" if tuned else self.workdir
+    folder = folder / arm / digest / str(seed)
     tried = overrides if tuned else {}
-    folder /= str(seed)
     return runs.Run(self.scale, arm, seed, digest, folder, tried), config
 
   def _seconds(self):

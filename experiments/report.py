@@ -72,6 +72,7 @@ def write(
   plan: Plan,
   rows: list[dict],
   curves: list[dict],
+  notes: Sequence[str] = (),
 ) -> str:
   """Writes a report; everything in it is read back from its two csv files.
 
@@ -81,6 +82,7 @@ def write(
     plan: what to show.
     rows: a dict for each finished run: `runs.KEYS`, then metrics.
     curves: the same with a `step`, a dict for each step of each run.
+    notes: lines for the end of the table's text.
 
   Returns:
     table.md, the text.
@@ -105,6 +107,7 @@ def write(
         )
         for say, several in ((claim, plan.claims), (match, plan.matches))
       ),
+      "\n".join(notes),
     )
     if block
   )

@@ -18,7 +18,7 @@ _LAST = 0.25  # The part of training that `summary` averages over.
 class Run:
   """A run that is wanted.
 
-  folder: of its own.
+  folder: of its own, which no run of another config has.
   tried: what is tried with it, {config key: value}, if it is for tuning.
   """
 
@@ -106,16 +106,6 @@ class Run:
 
     return run_directory.read_metrics(self.folder, "train")
 
-  def set_aside(self) -> pathlib.Path | None:
-    """Moves what lies in its folder away, beside it; returns where to."""
-    if not self.folder.exists():
-      return None
-    number = 1
-    while (to := self.folder.with_name(f"{self.seed}.aside-{number}")).exists():
-      number += 1
-    self.folder.rename(to)
-    return to
-
 
 def summary(lines: list[dict], validation: dict[str, float]) -> dict:
   """The metrics of a row.
@@ -149,6 +139,13 @@ def write_csv(path: pathlib.Path, rows: list[dict]) -> None:
     writer.writeheader()
     writer.writerows(rows)
   temporary.replace(path)
+
+
+def replace_scale(path: pathlib.Path, scale: str, rows: list[dict]) -> None:
+  """Writes rows of a scale into a csv; its rows of other scales stay."""
+  path = pathlib.Path(path)
+  others = [row for row in read_csv(path) if row["scale"] != scale]
+  write_csv(path, others + rows)
 
 
 def read_csv(path: pathlib.Path) -> list[dict]:

@@ -98,6 +98,9 @@ def digest(config: ml_collections.ConfigDict) -> str:
   values.pop("seed", None)
   if config.data.dir is not None:
     values["data.dir"] = config.data.dir
+  for label, part in config.data.mixture.items():
+    if part.get("dir") is not None:
+      values[f"data.mixture.{label}.dir"] = part["dir"]
   values["plugin_files"] = [
     (f.relative_to(folder).as_posix(), f.read_text())
     for folder in map(pathlib.Path, config.get("plugins", ()))

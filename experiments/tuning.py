@@ -54,19 +54,21 @@ class Stage:
 
 
 def describe(stages: Iterable[Stage], arm: str, chosen: Mapping) -> str:
-  """An arm's choices in words, and whether one is at an end of what was tried.
+  """An arm's choices in words, and whether each met what was looked for.
 
-  A choice at an end may not be the best one.
+  A choice at an end of what was tried may not be the best one.
   """
   words = []
   for stage in stages:
     for key in {k for o in stage.tried(arm).values() for k in o}:
       value, tried = chosen[key], sorted(stage.tried(arm))
-      at_end = value in (tried[0], tried[-1])
       among = ", ".join(f"{v:g}" for v in tried)
-      words.append(
-        f"{key} = {value:.3g} (of {among}{'; at an end' if at_end else ''})"
-      )
+      doubt = ""
+      if stage.target is not None and value in tried:
+        doubt = f"; {stage.metric} was never {stage.target:g} between them"
+      elif stage.target is None and value in (tried[0], tried[-1]):
+        doubt = "; at an end"
+      words.append(f"{key} = {value:.3g} (of {among}{doubt})")
   return "; ".join(words)
 
 

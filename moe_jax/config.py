@@ -2,10 +2,12 @@
 
 import argparse
 import ast
+import errno
 import importlib.util
 import inspect
 import json
 import pathlib
+import re
 import sys
 import traceback
 
@@ -22,6 +24,7 @@ _SAME_NUMBERS = (
   "data.dir",
   "train.profile_steps",
 )
+_FOLDER_OF_A_PART = re.compile(r"data\.mixture\..+\.dir")
 
 
 def load(spec: str, overrides=()) -> ml_collections.ConfigDict:
@@ -152,8 +155,12 @@ def numbers(tree, prefix=""):
   for key, value in tree.items():
     if isinstance(value, dict) and value:
       yield from numbers(value, f"{prefix}{key}.")
-    elif not f"{prefix}{key}".startswith(_SAME_NUMBERS):
+    elif not _same_numbers(f"{prefix}{key}"):
       yield prefix + key, value
+
+
+def _same_numbers(key):
+  return key.startswith(_SAME_NUMBERS) or _FOLDER_OF_A_PART.fullmatch(key)
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -170,6 +177,13 @@ def parser(description: str) -> argparse.ArgumentParser:
     help="a Python file with get_config(), or the config.json of a run",
   )
   return parser
+
+
+def at_least_1(text: str) -> int:
+  """The type of a flag that counts something."""
+  if not text.isdigit() or int(text) < 1:
+    raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+  return int(text)
 
 
 def parse(parser: argparse.ArgumentParser, argv=None):
@@ -210,6 +224,16 @@ def run(main) -> None:
     sys.exit(main())
   except (ConfigError, RunError) as e:
     print(f"error: {e}", file=sys.stderr)
+    sys.exit(2)
+  except OSError as e:
+    if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    print(
+      f"error: {e.filename or 'a file'} cannot be written ({e.strerror}); free"
+      " space on that disk, older runs for instance, and give the same command"
+      " again",
+      file=sys.stderr,
+    )
     sys.exit(2)
   except Interrupted as e:
     print(e, file=sys.stderr)

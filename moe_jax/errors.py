@@ -10,8 +10,8 @@ class ConfigError(ValueError):
   """
 
 
-class OtherRun(ConfigError):
-  """A work directory holds a run of another config."""
+class InUse(ConfigError):
+  """Another process is running in a work directory."""
 
 
 class RunError(Exception):

@@ -15,7 +15,7 @@ import jax
 
 from moe_jax import config as config_lib
 from moe_jax import writers
-from moe_jax.errors import ConfigError, OtherRun, RunError
+from moe_jax.errors import ConfigError, InUse, RunError
 
 _PACKAGES = (
   "jax",
@@ -45,8 +45,9 @@ class RunDirectory:
       config: the run's config.
 
     Raises:
-      ConfigError: it holds a run of another config, another process is
-        running in it, or it cannot be written to.
+      InUse: another process is running in it.
+      ConfigError: it holds a run of another config, or it cannot be written
+        to.
     """
     self.path = pathlib.Path(path)
     with contextlib.ExitStack() as on_error:
@@ -174,7 +175,7 @@ def _lock(path):
   except BlockingIOError:
     with file:
       file.seek(0)
-      raise ConfigError(
+      raise InUse(
         f"another run is going on in {path} ({file.read().strip()}); wait for"
         " it, or choose another --workdir"
       ) from None
@@ -186,7 +187,7 @@ def _lock(path):
 
 def _check_no_run(path):
   if (path / "metrics.jsonl").exists() or (path / "checkpoints").exists():
-    raise OtherRun(
+    raise ConfigError(
       f"{path} holds a run without its config.json; choose another --workdir,"
       " or move that one away"
     )
@@ -198,7 +199,7 @@ def _check_same(path, known, wanted):
   for key in sorted({*known, *wanted}):
     old, new = (d.get(key, "not set") for d in (known, wanted))
     if old != new:
-      raise OtherRun(
+      raise ConfigError(
         f"{path} holds a run with config.{key} = {old!r}, and now it is"
         f" {new!r}; give the same value to go on with that run, or choose"
         " another --workdir"

@@ -11,7 +11,7 @@ import experiments
 from configs import tiny
 from experiments import launch, questions, runs, sweeps, tuning
 from moe_jax import config as config_lib
-from moe_jax import models, parallel, params, program
+from moe_jax import models, parallel, params, program, run_directory
 from moe_jax.errors import ConfigError
 
 SWEEP = """
@@ -101,9 +101,10 @@ def test_a_launch(small, programs, capsys):
   assert names == {"table.md", "table.tex"} | csvs | figures
   assert (work / "report" / "table.md").read_text() in first
   for seed in "01":
-    config = json.loads((work / "bias" / seed / "config.json").read_text())
+    config = json.loads((of(work, "bias", seed) / "config.json").read_text())
     assert config["seed"] == int(seed)
-  rows = [json.loads(p.read_text()) for p in sorted(work.glob("*/*/row.json"))]
+  found = sorted(work.glob("*/*/*/row.json"))
+  rows = [json.loads(p.read_text()) for p in found]
   assert len({row["bits_per_byte"] for row in rows}) == 4
 
   # Finished runs are not run again.
@@ -126,7 +127,7 @@ def test_a_launch(small, programs, capsys):
     (folder / name).unlink()
 
   # A run that was cut short before its first checkpoint is run again.
-  cut = work / "none" / "1"
+  cut = of(work, "none", 1)
   (cut / "row.json").unlink()
   shutil.rmtree(cut / "checkpoints")
   half = (cut / "metrics.jsonl").read_text()[:100]
@@ -135,19 +136,35 @@ def test_a_launch(small, programs, capsys):
   assert numbers(run(capsys, work)) == numbers(first)
   assert len(programs) == 3
 
-  # So is one of another config, and what it left is kept.
-  row = json.loads((cut / "row.json").read_text())
-  row["config_digest"] = "of-before"
-  (cut / "row.json").write_text(json.dumps(row))
-  config = json.loads((cut / "config.json").read_text())
-  config["seed"] = 7
-  (cut / "config.json").write_text(json.dumps(config))
-  report = run(capsys, work, "--report")
-  assert len(programs) == 3
-  assert "Not finished, so not in it: none seed 1." in report
-  run(capsys, work, "--arm=none")
+  # Of another config there are other runs, and these stay.
+  key = "--config.train.num_steps=4"
+  with pytest.raises(ConfigError, match="no run of these is finished"):
+    launch.main(["small", f"--workdir={work}", "--report", key])
+  assert run(capsys, work, "--arm=none", "--seeds=1", key) != one
   assert len(programs) == 4
-  assert (work / "none" / "1.aside-1" / "row.json").exists()
+  assert numbers(run(capsys, work)) == numbers(first)
+  assert len(programs) == 4
+
+
+def of(work, arm, seed):
+  """The folder of a run, of the only config that there is."""
+  (found,) = work.glob(f"{arm}/*/{seed}")
+  return found
+
+
+def test_launches_that_share_a_work_directory(small, programs, capsys):
+  """One leaves to the other what it is running, or has run meanwhile."""
+  _, work = small
+  first = run(capsys, work)
+  for seed in (0, 1):
+    (of(work, "none", seed) / "row.json").unlink()
+  held = of(work, "none", 0)
+  config = sweeps.apply(programs[0], {"seed": 0})
+  with run_directory.RunDirectory(held, config):
+    report = run(capsys, work)
+    assert "Not finished, so not in it: none seed 0." in report
+    assert "none seed 1" not in report
+  assert numbers(run(capsys, work)) == numbers(first)
 
 
 def listed(capsys, work):
@@ -187,7 +204,8 @@ def test_tuning(small, programs, capsys):
 
   first = run(capsys, work)
   assert "seeds 0" in first
-  config = json.loads((work / "bias" / "0" / "config.json").read_text())
+  assert "none: optim.learning_rate = 0.01 (of 0, 0.01; at an end)" in first
+  config = json.loads((of(work, "bias", 0) / "config.json").read_text())
   assert config["optim"]["learning_rate"] == 1e-2
   best = min(
     (r for r in rows if "model.moe.balancers.b.rate" in r),
@@ -286,6 +304,22 @@ def test_a_committed_table_is_of_the_committed_rows(
   assert not [line for line in missing if not line.startswith("- `")]
   for path in made.glob("*.png"):
     assert (kept / f"{scale}_{path.name}").exists()
+
+
+def test_tuning_takes_no_flags_of_a_report(small):
+  for flag in ("--publish", "--report", "--fresh"):
+    with pytest.raises(ConfigError, match="--tune only tries and chooses"):
+      launch.main(["small", f"--workdir={small[1]}", "--tune", flag])
+
+
+def test_a_metric_that_no_run_has(small, programs):
+  folder, work = small
+  stage = ", stages=(tuning.Stage('optim.learning_rate', (0.1, 0.2), 'x'),))"
+  text = SWEEP.replace(", seeds=2)", stage)
+  text = text.replace("import sweeps", "import sweeps, tuning")
+  (folder / "sweep.py").write_text(text)
+  with pytest.raises(ConfigError, match="tunes by x, which runs of the arm no"):
+    launch.main(["small", f"--workdir={work}", "--tune"])
 
 
 def test_nothing_to_tune(small):
@@ -438,6 +472,18 @@ def placeholder_type(config, key):
   for section in sections:
     config = config[section]
   return config.get_type(last).__name__
+
+
+def test_two_folders_are_two_datasets_to_an_experiment():
+  def mixed(folder):
+    part = {"a": {"name": "x", "dir": folder}}
+    return sweeps.apply(tiny.get_config(), {"data.mixture": part})
+
+  one, other = mixed("one"), mixed("other")
+  assert sweeps.digest(one) != sweeps.digest(other)
+  # But a run that goes on may find its data elsewhere.
+  keys = [dict(config_lib.numbers(c.to_dict())) for c in (one, other)]
+  assert keys[0] == keys[1] and keys[0]["data.mixture.a.name"] == "x"
 
 
 def test_the_digest_is_of_the_values_alone():

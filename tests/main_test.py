@@ -128,6 +128,17 @@ def test_exit_code_2_and_no_traceback(tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_a_full_disk_is_one_sentence_wherever_it_is_met(capsys):
+  with pytest.raises(SystemExit) as e:
+    config_lib.run(lambda: pathlib.Path("/dev/full").write_text("x"))
+  assert e.value.code == 2
+  error = capsys.readouterr().err
+  assert "No space left on device" in error and "free space" in error
+  assert len(error.splitlines()) == 1
+  with pytest.raises(FileNotFoundError):  # Any other error is a fault of ours.
+    config_lib.run(pathlib.Path("/not/there").read_text)
+
+
 def test_a_run_writes_its_files_once(tmp_path, monkeypatch, capsys):
   monkeypatch.setenv("XDG_CACHE_HOME", str(_cache()))
   command = [

@@ -50,3 +50,10 @@ def test_a_choice_at_an_end_is_said_to_be_one():
   assert words == "optim.learning_rate = 0.01 (of 0.001, 0.01, 0.1)"
   words = tuning.describe([LOWEST], "a", {"optim.learning_rate": 1e-1})
   assert words.endswith("at an end)")
+
+
+def test_a_target_that_was_not_met_is_said_to_be_none():
+  words = tuning.describe([TARGET], "a", {"model.moe.x": 1e-2})
+  assert words.endswith("; max_vio_global was never 0.3 between them)")
+  words = tuning.describe([TARGET], "a", {"model.moe.x": 3.2e-3})
+  assert words == "model.moe.x = 0.0032 (of 0.001, 0.01, 0.1)"

@@ -1,5 +1,6 @@
 """What the report of gating shows."""
 
+from experiments import columns
 from experiments.figures import Curve, Scatter
 from experiments.report import Claim, Column, Match, Plan
 
@@ -7,44 +8,17 @@ _KINDS = ("renorm-loss", "renorm-bias", "raw-loss", "raw-bias")
 
 PLAN = Plan(
   columns=(
-    Column("bits_per_byte", meaning="of the validation windows that are read."),
-    Column(
-      "max_vio_global",
-      meaning="MaxVio of the loads on all validation windows that are read, mean"
-      " over layers.",
-    ),
-    Column(
-      "train/max_vio",
-      "max_vio",
-      meaning="MaxVio of a training step, mean over layers and the last quarter"
-      " of the steps.",
-    ),
-    Column(
-      "train/max_vio_floor",
-      "its floor",
-      meaning="MaxVio of a random router on as many tokens.",
-    ),
-    Column(
-      "dropped",
-      meaning="share of the validation windows' assignments without a slot.",
-    ),
+    columns.BITS_PER_BYTE,
+    columns.MAX_VIO_GLOBAL,
+    columns.MAX_VIO,
+    columns.MAX_VIO_FLOOR,
+    columns.DROPPED,
     Column(
       "router_confidence",
       meaning="summed share of the chosen experts in all scores of a token.",
     ),
-    Column(
-      "train_flops",
-      "TFLOP",
-      digits=1,
-      factor=1e-12,
-      meaning="1e12 operations of training that the active parameters ask for.",
-    ),
-    Column(
-      "train_seconds",
-      "seconds",
-      digits=0,
-      meaning="of training: steps times what one takes (times.csv).",
-    ),
+    columns.TRAIN_FLOPS,
+    columns.TRAIN_SECONDS,
   ),
   claims=(
     *(Claim("bits_per_byte", f"sigmoid-{k}", f"softmax-{k}") for k in _KINDS),

@@ -1,60 +1,34 @@
 """What the report of load balancing shows."""
 
+from experiments import columns
 from experiments.figures import Curve, Scatter
 from experiments.report import Claim, Column, Plan
 
 PLAN = Plan(
   columns=(
-    Column("bits_per_byte", meaning="of the validation windows that are read."),
-    Column(
-      "max_vio_global",
-      meaning="MaxVio of the loads on all validation windows that are read, mean"
-      " over layers.",
-    ),
+    columns.BITS_PER_BYTE,
+    columns.MAX_VIO_GLOBAL,
     Column(
       "max_vio_floor",
       "its floor",
       meaning="MaxVio of a random router on as many tokens.",
     ),
-    Column(
-      "train/max_vio",
-      "max_vio",
-      meaning="MaxVio of a training step, mean over layers and the last quarter"
-      " of the steps.",
-    ),
-    Column(
-      "train/max_vio_floor",
-      "floor of a step",
-      meaning="MaxVio of a random router on as many tokens.",
-    ),
+    columns.MAX_VIO,
+    columns.MAX_VIO_FLOOR,
     Column(
       "train/max_vio",
       "max_vio / floor",
       digits=2,
       over="train/max_vio_floor",
     ),
-    Column(
-      "dropped",
-      meaning="share of the validation windows' assignments without a slot.",
-    ),
+    columns.DROPPED,
     Column(
       "dead_experts",
       digits=2,
       meaning="experts of a layer without a token on the validation windows.",
     ),
-    Column(
-      "train_flops",
-      "TFLOP",
-      digits=1,
-      factor=1e-12,
-      meaning="1e12 operations of training that the active parameters ask for.",
-    ),
-    Column(
-      "train_seconds",
-      "seconds",
-      digits=0,
-      meaning="of training: steps times what one takes (times.csv).",
-    ),
+    columns.TRAIN_FLOPS,
+    columns.TRAIN_SECONDS,
   ),
   claims=(
     Claim("train/max_vio", "bias", "none"),
