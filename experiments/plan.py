@@ -5,6 +5,7 @@ tuning.csv beside the question, so that choices can be made again from them.
 """
 
 import dataclasses
+import itertools
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
@@ -143,8 +144,10 @@ class Plan:
       if chosen is not None:
         what = tuning.describe(self.sweep.stages, arm, chosen)
       arms.setdefault(what, []).append(arm)
+    last = tuning.SEED + max(s.seeds for s in self.sweep.stages) - 1
+    seeds = f"s {tuning.SEED} to {last}" if last > tuning.SEED else f" {last}"
     return [
-      f"Chosen for each arm on seed {tuning.SEED}, from tuning.csv:",
+      f"Chosen for each arm on seed{seeds}, from tuning.csv:",
       *(f"- {', '.join(alike)}: {what}" for what, alike in arms.items()),
     ]
 
@@ -152,17 +155,15 @@ class Plan:
     """Everything that was tried and is finished, stage by stage, arm by arm."""
     launches = [self.tuning(i) for i in range(len(self.sweep.stages))]
     found = {
-      run.config_digest: launch.row(run) | dict(run.tried)
+      (run.config_digest, run.seed): launch.row(run) | dict(run.tried)
       for launch in launches
       for run in launch.finished()
     }
     return list(found.values())
 
   def _choose(self, arm, number, chosen):
-    stage, launch = (
-      self.sweep.stages[number],
-      self._tuning([(arm, chosen)], number),
-    )
+    stage = self.sweep.stages[number]
+    launch = self._tuning([(arm, chosen)], number)
     rows = [launch.row(run) for run in launch.runs]
     if None in rows:
       return None
@@ -171,15 +172,22 @@ class Plan:
         f"{self.question.name} tunes by {stage.metric}, which runs of the arm"
         f" {arm} do not have; they have: {', '.join(sorted(rows[0]))}"
       )
-    found = {v: r[stage.metric] for v, r in zip(stage.tried(arm), rows)}
+    metrics, n = [row[stage.metric] for row in rows], stage.seeds
+    found = {
+      value: statistics.fmean(metrics[n * i : n * (i + 1)])
+      for i, value in enumerate(stage.tried(arm))
+    }
     return chosen | stage.choose(arm, found)
 
   def _tuning(self, arms, number):
     """The launch of a stage for (arm, its choices so far)."""
     wanted, configs, stages = [], {}, self.sweep.stages
+    seeds = range(tuning.SEED, tuning.SEED + stages[number].seeds)
     for arm, chosen in arms:
-      for tried in stages[number].tried(arm).values():
-        run, config = self._run(arm, tuning.SEED, chosen | tried, tuned=True)
+      for tried, seed in itertools.product(
+        stages[number].tried(arm).values(), seeds
+      ):
+        run, config = self._run(arm, seed, chosen | tried, tuned=True)
         wanted.append(run)
         configs[run.config_digest] = config
     return Launch(

@@ -1,4 +1,4 @@
-"""Choices made arm by arm, on a seed that is not reported, by one rule.
+"""Choices made arm by arm, on seeds that are not reported, by one rule.
 
 A stage tries a few values of one config key for every arm and keeps one of
 them; a later stage builds on the choices of the ones before.
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from moe_jax.errors import ConfigError
 
-SEED = 1000  # No report has a seed like it.
+SEED = 1000  # The first of them; no report has a seed like it.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,16 +19,18 @@ class Stage:
 
   key: dotted config key; or {arm: key}, for these arms alone.
   values: what is tried, at least two, the same for all arms; or {arm: values}.
-  metric: of results.csv, that decides.
+  metric: of results.csv, that decides; its mean over the seeds.
   target: None: the value with the lowest metric. A number: the largest value at
     which the metric would be that, on straight lines between what was tried,
     both axes logarithmic; the nearest one tried where it lies outside of them.
+  seeds: how many, from `SEED` on.
   """
 
   key: str | Mapping[str, str]
   values: tuple[float, ...] | Mapping[str, tuple[float, ...]]
   metric: str = "bits_per_byte"
   target: float | None = None
+  seeds: int = 1
 
   def tried(self, arm: str) -> dict[float, dict[str, float]]:
     """{value: the overrides that set it}; {} for an arm that has no choice."""

@@ -182,7 +182,7 @@ def test_tuning(small, programs, capsys):
   folder, work = small
   stage = """, seeds=1, stages=(
     tuning.Stage("optim.learning_rate", (0.0, 1e-2)),
-    tuning.Stage({"bias": "model.moe.balancers.b.rate"}, (0.1, 0.2)),
+    tuning.Stage({"bias": "model.moe.balancers.b.rate"}, (0.1, 0.2), seeds=2),
   ))"""
   text = SWEEP.replace(", seeds=2)", stage)
   assert text != SWEEP
@@ -195,11 +195,13 @@ def test_tuning(small, programs, capsys):
   assert launch.main(["small", f"--workdir={work}", "--tune"]) == 0
   out = capsys.readouterr().out
   assert "none: optim.learning_rate = 0.01 (of 0, 0.01; at an end)" in out
-  # The second stage tries 0.1, which the first one ran, again with 0.2.
-  assert len(programs) == 2 * 2 + 1
+  # The second stage tries 0.1, which the first one ran, again with 0.2; and
+  # each with another seed.
+  assert len(programs) == 2 * 2 + 2
   assert {c.seed for c in programs} == {0}, "a program is of no seed"
   rows = runs.read_csv(work / "report" / "tuning.csv")
-  assert len(rows) == 5 and {row["seed"] for row in rows} == {tuning.SEED}
+  seeds = [row["seed"] - tuning.SEED for row in rows]
+  assert (seeds.count(0), seeds.count(1)) == (5, 2) and len(rows) == 7
   assert {row["optim.learning_rate"] for row in rows} == {0.0, 1e-2}
 
   first = run(capsys, work)
@@ -207,12 +209,13 @@ def test_tuning(small, programs, capsys):
   assert "none: optim.learning_rate = 0.01 (of 0, 0.01; at an end)" in first
   config = json.loads((of(work, "bias", 0) / "config.json").read_text())
   assert config["optim"]["learning_rate"] == 1e-2
-  best = min(
-    (r for r in rows if "model.moe.balancers.b.rate" in r),
-    key=lambda r: r["bits_per_byte"],
-  )
-  rate = config["model"]["moe"]["balancers"]["b"]["rate"]
-  assert rate == best["model.moe.balancers.b.rate"]
+  rate, mean = "model.moe.balancers.b.rate", {}
+  for value in (0.1, 0.2):
+    tried = [r for r in rows if r["arm"] == "bias" and r.get(rate) == value]
+    assert len(tried) == 2
+    mean[value] = sum(r["bits_per_byte"] for r in tried) / 2
+  chosen = config["model"]["moe"]["balancers"]["b"]["rate"]
+  assert mean[chosen] == min(mean.values())
 
   # The rows of the tuning can be committed, and then it is not run again.
   name = "tuning.csv"

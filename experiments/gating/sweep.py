@@ -23,6 +23,7 @@ def cpu() -> sweeps.Sweep:
     values={arm: _tried(arm) for arm in _arms()},
     metric="max_vio_global",
     target=TARGET,
+    seeds=3,  # One of them is off by a sixth.
   )
   return sweeps.Sweep(
     load_balancing.cpu_config(), _arms(), seeds=5, stages=(rates, strengths)
@@ -71,7 +72,7 @@ def _tried(arm):
   """Strengths of its balancer."""
   score, _, balancer = arm.split("-")
   if balancer == "loss":
-    return (3e-3, 1e-2, 3e-2)
+    return (1e-2, 3e-2)
   if score == "softmax":
-    return (1e-4, 3e-4, 1e-3, 3e-3)
+    return (3e-4, 1e-3, 3e-3)
   return (3e-3, 1e-2, 3e-2)
