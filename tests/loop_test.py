@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax import checkpoint, loop, program, run_directory, signals
-from moe_jax.errors import ConfigError, Interrupted, OtherRun, RunError
+from moe_jax.errors import ConfigError, Interrupted, RunError
 from tests import kill
 from tests.small import SmallCorpus, config
 
@@ -183,13 +183,13 @@ def test_a_folder_of_another_config(make, tmp_path):
   c.mesh, c.data.cache_dir = (8, 1, 1, 1), "elsewhere"
   run_directory.RunDirectory(tmp_path, c).close()  # The same numbers.
   c.optim.learning_rate = 0.5
-  with pytest.raises(OtherRun) as e:
+  with pytest.raises(ConfigError) as e:
     run_directory.RunDirectory(tmp_path, c)
   for words in ("optim.learning_rate = 0.01", "0.5", "--workdir"):
     assert words in str(e.value)
   (tmp_path / "config.json").unlink()
   (tmp_path / "metrics.jsonl").touch()
-  with pytest.raises(OtherRun, match="without its config.json"):
+  with pytest.raises(ConfigError, match="without its config.json"):
     run_directory.RunDirectory(tmp_path, c)
 
 
