@@ -16,7 +16,7 @@ def demo() -> sweeps.Sweep:
 
 
 def cpu() -> sweeps.Sweep:
-  """Half an hour of seeds on two CPU cores, a run on each; what is committed.
+  """An hour of seeds on two CPU cores, a run on each; what is committed.
 
   The layers of Wang et al. (a dense one, then experts beside a shared one) at a
   size that a core trains in a minute and a half. `dense` has as many active
@@ -30,7 +30,7 @@ def cpu() -> sweeps.Sweep:
     "dense_longer": dense | {"train.num_steps": 650},
   }
   rates = tuning.Stage("optim.learning_rate", (3e-3, 1e-2, 3e-2))
-  return sweeps.Sweep(cpu_config(), arms, seeds=5, stages=(rates,))
+  return sweeps.Sweep(cpu_config(), arms, seeds=8, stages=(rates,))
 
 
 def pod() -> sweeps.Sweep:
