@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from experiments import plan as plans
 from experiments import questions, report, runs, sweeps
 from moe_jax import config as config_lib
-from moe_jax.errors import ConfigError, InUse
+from moe_jax.errors import ConfigError, Diverged, InUse
 from moe_jax.progress import Progress
 
 
@@ -216,7 +216,8 @@ def _train(launch, todo):
     group = [run for run in group if launch.row(run) is None]
     if not group:  # Another launch was faster.
       continue
-    program = programs.Program(launch.configs[digest], launch.fingerprint())
+    fingerprint = launch.fingerprint(digest)
+    program = programs.Program(launch.configs[digest], fingerprint)
     compiling += program.compile_seconds
     if progress is None:  # Its clock starts when the steps do.
       steps = sum(
@@ -249,7 +250,11 @@ def _train_one(run, program, progress):
     if run.row() is not None:
       raise InUse(f"{run.folder} was finished by another launch")
     named = _Named(progress, f"{run.name}, seed {run.seed}")
-    run.finish(loop.run(program, run.seed, directory, named))
+    try:
+      run.finish(loop.run(program, run.seed, directory, named))
+    except Diverged as e:  # That is a result too.
+      print(f"{run.name}, seed {run.seed}: {e}", file=sys.stderr, flush=True)
+      run.finish(None)
 
 
 class _Named:
@@ -306,8 +311,8 @@ def _report(plan, launch):
   finished = launch.finished()
   if not finished:
     raise ConfigError(
-      f"no run of these is finished in {launch.workdir}; leave out --report to"
-      " run them"
+      f"no run of these is finished in {launch.workdir} yet; leave out --report"
+      " to run them, or wait for the launch that does"
     )
   folder = launch.workdir / "report"
   text = report.write(

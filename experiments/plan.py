@@ -6,6 +6,7 @@ tuning.csv beside the question, so that choices can be made again from them.
 
 import dataclasses
 import itertools
+import math
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
@@ -53,9 +54,17 @@ class Launch:
     """The runs that have none."""
     return [run for run in self.runs if self.row(run) is None]
 
-  def fingerprint(self) -> str | None:
-    """Of the data that runs here were trained on; None: there are none yet."""
-    found = (run.fingerprint() for run in self.runs)
+  def fingerprint(self, config_digest: str) -> str | None:
+    """Of the data that runs here were trained on; None: there are none yet.
+
+    Only runs count whose config names the same data as that of the digest.
+    """
+    data = {d: c.data.to_dict() for d, c in self.configs.items()}
+    found = (
+      run.fingerprint()
+      for run in self.runs
+      if data[run.config_digest] == data[config_digest]
+    )
     return next((f for f in found if f is not None), None)
 
   def curve(self, run: runs.Run) -> list[dict]:
@@ -140,7 +149,7 @@ class Plan:
       return []
     arms = {}  # That chose alike.
     for arm, chosen in self.chosen().items():
-      what = "another launch is not finished with it yet"
+      what = "not tuned yet"
       if chosen is not None:
         what = tuning.describe(self.sweep.stages, arm, chosen)
       arms.setdefault(what, []).append(arm)
@@ -167,6 +176,9 @@ class Plan:
     rows = [launch.row(run) for run in launch.runs]
     if None in rows:
       return None
+    for row in rows:
+      if runs.diverged(row):
+        row.setdefault(stage.metric, math.inf)
     if any(stage.metric not in row for row in rows):
       raise ConfigError(
         f"{self.question.name} tunes by {stage.metric}, which runs of the arm"
@@ -246,14 +258,33 @@ def make(
         f'{question.name} has no arm "{arm}" at scale {scale}'
         + did_you_mean(arm, sweep.arms)
       )
+  wanted = tuple(arm for arm in sweep.arms if not arms or arm in arms)
   config = sweeps.apply(sweep.config, {})
   for text in overrides:
+    _check_is_shared(sweep, wanted, text.partition("=")[0])
     config_lib.override(config, text)
   return Plan(
     question,
     scale,
     dataclasses.replace(sweep, config=config),
-    tuple(arm for arm in sweep.arms if not arms or arm in arms),
+    wanted,
     pathlib.Path(workdir or pathlib.Path("runs", question.name, scale)),
     fresh,
   )
+
+
+def _check_is_shared(sweep, arms, key):
+  """Raises ConfigError for a key that is not the same for all arms."""
+  if key == "seed":
+    raise ConfigError("--config.seed is what the arms repeat; give --seeds=N")
+  for arm in arms:
+    own = list(sweep.arms[arm])
+    for stage in sweep.stages:
+      own += [k for o in stage.tried(arm).values() for k in o]
+    for other in own:
+      if f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}."):
+        raise ConfigError(
+          f"--config.{key} would have no effect on the arm {arm}, which has or"
+          f" tunes a {other} of its own; change sweep.py, or train it alone with"
+          " python -m moe_jax.main and a run's config.json"
+        )

@@ -129,28 +129,46 @@ def claim(claim: Claim, plan: Plan, rows: list[dict]) -> str:
   if found is None:
     return f"{what}: no seed has both."
   number = f"{what}: {_signed(found, column.digits)}"
+  doubt = "".join(
+    f" Their {m.metric} is not alike, though."
+    for m in plan.matches
+    if {m.arm, m.than} == {arm, than} and not _is_alike(m, plan, rows)
+  )
   seeds = f"{found.count} pair{'s' * (found.count > 1)}"
   if found.half is None:
     return f"{number} ({seeds}): one seed decides nothing."
   if found.decides:
     word = "lower" if found.mean < 0 else "higher"
-    return f"{number} ({seeds}): {arm} is {word}."
+    return f"{number} ({seeds}): {arm} is {word}.{doubt}"
   return f"{number} ({seeds}): not decided, zero is in the interval."
 
 
 def match(match: Match, plan: Plan, rows: list[dict]) -> str:
   """The ratio of two arms' means, and whether it is within what was wanted."""
+  column, ratio = _column(match.metric, plan), _ratio(match, plan, rows)
+  what = f"{column.head}, {match.arm} over {match.than}"
+  if ratio is None:
+    return f"{what}: not both have it."
+  word = "within" if _is_alike(match, plan, rows) else "not within"
+  return f"{what}: {ratio:.2f}, {word} {100 * match.within:.0f} %."
+
+
+def _is_alike(match, plan, rows):
+  ratio, most = _ratio(match, plan, rows), 1 + match.within
+  return ratio is not None and 1 / most <= ratio <= most
+
+
+def _ratio(match, plan, rows):
+  """Of the two arms' means; None if there is none."""
   column = _column(match.metric, plan)
-  one, other = (
-    intervals.of(list(_by_seed(rows, arm, column).values())).mean
+  values = [
+    list(_by_seed(rows, arm, column).values())
     for arm in (match.arm, match.than)
-  )
-  ratio, most = one / other, 1 + match.within
-  is_in = 1 / most <= ratio <= most
-  return (
-    f"{column.head}, {match.arm} over {match.than}: {ratio:.2f},"
-    f" {'within' if is_in else 'not within'} {100 * match.within:.0f} %."
-  )
+  ]
+  if not all(values):
+    return None
+  one, other = (intervals.of(v).mean for v in values)
+  return one / other if other else None
 
 
 def _column(metric, plan):
@@ -208,6 +226,9 @@ def _about(columns, rows):
     " Mean ± half the 95 % t-interval over seeds; differences are paired by"
     " seed."
   ]
+  lost = [f"{r['arm']} seed {r['seed']}" for r in rows if runs.diverged(r)]
+  if lost:
+    lines.append(f"Diverged, so not in the numbers: {', '.join(lost)}.")
   for what in runs.ORIGIN:
     found = sorted({r[what] for r in rows if r.get(what)})
     if len(found) > 1:

@@ -7,6 +7,8 @@ import os
 import pathlib
 from collections.abc import Mapping
 
+from moe_jax.errors import naming
+
 KEYS = ("scale", "arm", "seed", "config_digest")
 ORIGIN = ("data", "revision")
 COST = ("steps", "active_parameters", "total_parameters", "train_flops")
@@ -81,13 +83,20 @@ class Run:
     flops = tokens * facts["train_flops_per_token"]
     return dict(zip(COST, (steps, *parameters, flops), strict=True))
 
-  def finish(self, validation: dict[str, float]) -> None:
-    """Writes its row, the mark that the run is whole."""
-    lines = self._training()
-    row = self.key | self._origin() | self._cost() | summary(lines, validation)
-    temporary = self.folder / ".row.json"
-    temporary.write_text(json.dumps(row, indent=2) + "\n")
-    os.replace(temporary, self.folder / "row.json")
+  def finish(self, validation: dict[str, float] | None) -> None:
+    """Writes its row, the mark that the run is whole.
+
+    Args:
+      validation: metrics of the validation split at the end; None: it diverged.
+    """
+    found = {"diverged": 1.0}
+    if validation is not None:
+      found = summary(self._training(), validation)
+    row = self.key | self._origin() | self._cost() | found
+    path, temporary = self.folder / "row.json", self.folder / ".row.json"
+    with naming(path):
+      temporary.write_text(json.dumps(row, indent=2) + "\n")
+      os.replace(temporary, path)
 
   def curve(self) -> list[dict]:
     """Some hundred lines of its training metrics, at most; [] without any."""
@@ -105,6 +114,11 @@ class Run:
     from moe_jax import run_directory  # Imports jax.
 
     return run_directory.read_metrics(self.folder, "train")
+
+
+def diverged(row: dict) -> bool:
+  """Whether a row is of a run that diverged, and has no metrics."""
+  return "diverged" in row
 
 
 def summary(lines: list[dict], validation: dict[str, float]) -> dict:
@@ -133,12 +147,13 @@ def write_csv(path: pathlib.Path, rows: list[dict]) -> None:
   """Writes rows under the union of their columns."""
   columns = list(dict.fromkeys(k for row in rows for k in row))
   path = pathlib.Path(path)
-  temporary = path.with_name(f".{path.name}")
-  with open(temporary, "w", newline="") as f:
-    writer = csv.DictWriter(f, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-  temporary.replace(path)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}")
+  with naming(path):
+    with open(temporary, "w", newline="") as f:
+      writer = csv.DictWriter(f, columns, lineterminator="\n")
+      writer.writeheader()
+      writer.writerows(rows)
+    temporary.replace(path)
 
 
 def replace_scale(path: pathlib.Path, scale: str, rows: list[dict]) -> None:
@@ -157,7 +172,7 @@ def read_csv(path: pathlib.Path) -> list[dict]:
 
 
 def _typed(row):
-  whole = {"seed", "step", *COST}
+  whole = {"seed", "step", "round", *COST}
   words = {*KEYS, *ORIGIN} - {"seed"}
   return {
     k: v if k in words else int(v) if k in whole else float(v)

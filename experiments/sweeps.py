@@ -96,6 +96,8 @@ def digest(config: ml_collections.ConfigDict) -> str:
   """
   values = dict(config_lib.numbers(config.to_dict()))
   values.pop("seed", None)
+  # It decides which runs are given up.
+  values["train.max_skipped_in_a_row"] = config.train.max_skipped_in_a_row
   if config.data.dir is not None:
     values["data.dir"] = config.data.dir
   for label, part in config.data.mixture.items():

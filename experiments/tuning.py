@@ -46,11 +46,22 @@ class Stage:
 
     Args:
       arm: name.
-      found: {value: metric} of everything in `tried`.
+      found: {value: metric} of everything in `tried`. One that is not finite
+        is no candidate.
+
+    Raises:
+      ConfigError: none is finite.
     """
     tried = self.tried(arm)
+    found = {v: m for v, m in found.items() if math.isfinite(m)}
+    if not found:
+      raise ConfigError(
+        f"all runs of the arm {arm} diverged, with"
+        f" {', '.join(f'{k}={v:g}' for o in tried.values() for k, v in o.items())};"
+        " try smaller values"
+      )
     if self.target is None:
-      return tried[min(found, key=lambda v: _or_infinite(found[v]))]
+      return tried[min(found, key=found.get)]
     (key,) = next(iter(tried.values()))
     return {key: _where(found, self.target)}
 
@@ -72,11 +83,6 @@ def describe(stages: Iterable[Stage], arm: str, chosen: Mapping) -> str:
         doubt = "; at an end"
       words.append(f"{key} = {value:.3g} (of {among}{doubt})")
   return "; ".join(words)
-
-
-def _or_infinite(metric):
-  """A run that diverged is no candidate."""
-  return metric if math.isfinite(metric) else math.inf
 
 
 def _where(found, target):

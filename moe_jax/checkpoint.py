@@ -7,6 +7,7 @@ is used. Arrays are restored onto any mesh.
 """
 
 import contextlib
+import json
 import os
 import pathlib
 import shutil
@@ -234,7 +235,7 @@ def load_params(path: str | os.PathLike) -> dict:
   """The parameters of a checkpoint as numpy arrays, on any machine.
 
   Args:
-    path: a work directory (its newest checkpoint), or one checkpoint, such as
+    path: a work directory (its newest whole checkpoint), or one checkpoint, such as
       runs/tiny/checkpoints/300.
 
   Returns:
@@ -242,11 +243,24 @@ def load_params(path: str | os.PathLike) -> dict:
     `model.apply` takes.
 
   Raises:
-    ConfigError: there is no checkpoint.
+    ConfigError: there is no checkpoint that can be read.
   """
+  folders = _newest_first(pathlib.Path(path).absolute())
+  for folder in folders:
+    try:
+      return _load_params(folder / "state")
+    except Exception as e:  # Whatever damage makes Orbax raise.
+      reason = str(e).strip().split("\n")[0][:200]
+      logging.warning("The checkpoint %s is damaged (%s)", folder, reason)
+  raise ConfigError(
+    f"no checkpoint in {path} can be read: {', '.join(f.name for f in folders)}"
+    " are damaged; give another"
+  )
+
+
+def _load_params(folder):
   import orbax.checkpoint as ocp
 
-  folder = _newest(pathlib.Path(path).absolute()) / "state"
   handler = ocp.PyTreeCheckpointHandler()
   tree = handler.metadata(folder).tree
   wanted = {"params": jax.tree.map(lambda _: 0, tree["params"])}
@@ -256,17 +270,22 @@ def load_params(path: str | os.PathLike) -> dict:
   args = ocp.args.PyTreeRestore(
     wanted, restore_args=kinds, partial_restore=True
   )
-  return handler.restore(folder, args=args)["params"]
+  found = handler.restore(folder, args=args)
+  about = json.loads((folder.parent / "meta" / "metadata").read_text())
+  saved = dict(zip(about["shapes"], about["digest"], strict=True))
+  if digest(found) != [saved[name] for name in _shapes(found)]:
+    raise ValueError("its arrays do not have the digest that was saved")
+  return found["params"]
 
 
-def _newest(path):
+def _newest_first(path):
   if (path / "state").is_dir():
-    return path
+    return [path]
   for folder in (path / "checkpoints", path):
     if folder.is_dir():
       steps = [int(f.name) for f in folder.iterdir() if f.name.isdigit()]
       if steps:
-        return folder / str(max(steps))
+        return [folder / str(step) for step in sorted(steps, reverse=True)]
   raise ConfigError(
     f"there is no checkpoint in {path}; give a run's work directory or a folder"
     " such as runs/tiny/checkpoints/300"

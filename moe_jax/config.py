@@ -8,6 +8,7 @@ import inspect
 import json
 import pathlib
 import re
+import signal
 import sys
 import traceback
 
@@ -22,6 +23,7 @@ _SAME_NUMBERS = (
   "checkpoint.",
   "data.cache_dir",
   "data.dir",
+  "train.max_skipped_in_a_row",
   "train.profile_steps",
 )
 _FOLDER_OF_A_PART = re.compile(r"data\.mixture\..+\.dir")
@@ -220,8 +222,16 @@ def run(main) -> None:
   2: something is wrong, and says what to do. 75: a signal stopped it, and the
   same command goes on.
   """
+
+  def interrupt(number, frame):
+    raise KeyboardInterrupt
+
+  before = signal.signal(signal.SIGTERM, interrupt)
   try:
     sys.exit(main())
+  except KeyboardInterrupt:
+    print("stopped by a signal; the same command goes on", file=sys.stderr)
+    sys.exit(75)
   except (ConfigError, RunError) as e:
     print(f"error: {e}", file=sys.stderr)
     sys.exit(2)
@@ -238,6 +248,8 @@ def run(main) -> None:
   except Interrupted as e:
     print(e, file=sys.stderr)
     sys.exit(75)
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
 
 def _get_config(path):

@@ -1,5 +1,6 @@
 """Errors that tell the user what to do."""
 
+import contextlib
 import difflib
 
 
@@ -21,11 +22,25 @@ class RunError(Exception):
   """
 
 
+class Diverged(RunError):
+  """Too many steps in a row were not finite."""
+
+
 class Interrupted(Exception):
   """A signal stopped a run, and it was saved.
 
   Commands exit with code 75: the same command goes on.
   """
+
+
+@contextlib.contextmanager
+def naming(path):
+  """Gives an OSError of writing a file, which names none, its path."""
+  try:
+    yield
+  except OSError as e:
+    e.filename = e.filename or str(path)
+    raise
 
 
 def did_you_mean(word, known) -> str:

@@ -23,7 +23,7 @@ from moe_jax import (
   signals,
 )
 from moe_jax.checkpoint import Checkpoints
-from moe_jax.errors import ConfigError, Interrupted, RunError
+from moe_jax.errors import ConfigError, Diverged, Interrupted
 from moe_jax.program import Program
 from moe_jax.progress import Progress
 from moe_jax.types import Mean
@@ -260,7 +260,7 @@ class Lines:
     """Writes a line if one is complete.
 
     Raises:
-      RunError: too many steps in a row were not finite.
+      Diverged: too many steps in a row were not finite.
     """
     if not self._waiting:
       return
@@ -296,11 +296,12 @@ class Lines:
     whole = [int(f.name) for f in folder.glob("[0-9]*") if f.name.isdigit()]
     good = [s for s in whole if s <= step - in_a_row]
     last = f"the last good checkpoint is {folder / str(max(good, default=0))}"
-    raise RunError(
+    raise Diverged(
       f"the loss or the gradient was not finite in {in_a_row} steps in a row,"
       f" the last of them {step}, and none of these was applied;"
-      f" {last if good else 'there is no checkpoint before them'}. Lower"
-      " optim.learning_rate, or raise train.max_skipped_in_a_row"
+      f" {last if good else 'there is no checkpoint before them'}. Raise"
+      " train.max_skipped_in_a_row to go on, or lower optim.learning_rate in"
+      " another --workdir"
     )
 
 

@@ -15,7 +15,7 @@ import jax
 
 from moe_jax import config as config_lib
 from moe_jax import writers
-from moe_jax.errors import ConfigError, InUse, RunError
+from moe_jax.errors import ConfigError, InUse, RunError, naming
 
 _PACKAGES = (
   "jax",
@@ -131,7 +131,8 @@ class RunDirectory:
 
   def sync(self) -> None:
     """Returns when metrics.jsonl would survive a loss of power."""
-    with open(self.path / "metrics.jsonl", "a") as f:
+    path = self.path / "metrics.jsonl"
+    with naming(path), open(path, "a") as f:
       os.fsync(f.fileno())
 
   def cut(self, step: int) -> None:
@@ -163,8 +164,9 @@ class RunDirectory:
 
   def _write(self, name, text):
     temporary = self.path / f".{name}"
-    temporary.write_text(text)
-    temporary.replace(self.path / name)
+    with naming(self.path / name):
+      temporary.write_text(text)
+      temporary.replace(self.path / name)
 
 
 def _lock(path):

@@ -103,7 +103,10 @@ def documents(builder, features: Features) -> Iterator[tuple[str, str, bytes]]:
       for example in source.__getitems__(list(range(start, stop))):
         text = _as_bytes(example[features.text])
         domain = example.get(features.domain, "text")
-        domain = names[domain] if names else _as_bytes(domain).decode()
+        if names:  # TFDS has -1 for a document without a label.
+          domain = names[domain] if domain >= 0 else "unlabelled"
+        else:
+          domain = _as_bytes(domain).decode()
         yield (split if held_out else _split_of(text)), domain, text
 
 
@@ -183,8 +186,14 @@ def _from_directory(data_dir):
 def _open_builder(folder):
   import tensorflow_datasets as tfds
 
-  builder = tfds.builder_from_directory(folder)
-  form = builder.info.file_format.value
+  try:
+    builder = tfds.builder_from_directory(folder)
+    form = builder.info.file_format.value
+  except Exception as e:  # Whatever damage makes TFDS raise.
+    reason = str(e).strip().split("\n")[0][:200]
+    raise ConfigError(
+      f"data.dir {folder} cannot be read ({reason}); prepare the dataset again"
+    ) from e
   if form not in ("array_record", "parquet"):
     raise ConfigError(
       f"data.dir {folder} is in {form} format, which only TensorFlow reads; "

@@ -8,12 +8,15 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from moe_jax.errors import ConfigError
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # A piece that stands for one byte.
 
 
 class Tokenizer(NamedTuple):
@@ -85,18 +88,30 @@ def _json(path):
   tokenizer = tokenizers.Tokenizer.from_file(str(path))
   tokenizer.no_truncation()
   tokenizer.no_padding()
-  decoder = json.loads(path.read_text()).get("decoder") or {}
+  content = json.loads(path.read_text())
+  model = content["model"]
+  if model.get("type") == "WordPiece":
+    raise ValueError("WordPiece does not keep spaces, so bytes are lost")
   # In byte-level vocabularies a character stands for a byte.
-  by_bytes = "ByteLevel" in json.dumps(decoder)
+  by_bytes = "ByteLevel" in json.dumps(content.get("decoder"))
+  added = content.get("added_tokens") or ()
+  no_text = {t["content"] for t in added if t["special"]}
+  no_text.add(model.get("unk_token"))
   size = tokenizer.get_vocab_size()
   pieces = [tokenizer.id_to_token(i) or "" for i in range(size)]
+
+  def length(piece):
+    if piece in no_text:
+      return 0
+    if model.get("byte_fallback") and _BYTE.fullmatch(piece):
+      return 1
+    return len(piece) if by_bytes else _length(piece)
 
   def encode(text):
     text = text.decode("utf-8", "replace")
     return np.asarray(tokenizer.encode(text, add_special_tokens=False).ids)
 
-  lengths = [len(p) if by_bytes else _length(p) for p in pieces]
-  return Tokenizer(encode, _with_end(lengths), _key(path))
+  return Tokenizer(encode, _with_end(map(length, pieces)), _key(path))
 
 
 def _sentencepiece(path):

@@ -22,11 +22,12 @@ import numpy as np
 from absl import logging
 
 from moe_jax import sources, tokenizers
-from moe_jax.errors import ConfigError, did_you_mean
+from moe_jax.errors import ConfigError, did_you_mean, naming
 
 SPLITS = sources.SPLITS
 
 _FORMAT = 2  # Raise it when the files mean something else than before.
+_MOST_DOMAINS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,13 +218,21 @@ def _write_tokens(builder, features, tokenizer, folder):
     for split, domain, text in sources.documents(builder, features):
       if domain not in domains:
         domains.append(domain)
+      if len(domains) > _MOST_DOMAINS:
+        raise ConfigError(
+          f'data.domain_feature "{features.domain}" has more than'
+          f" {_MOST_DOMAINS} values, and a domain is a file and a line of"
+          " metrics; name a class label, or a feature that is not there for one"
+          " domain"
+        )
       shard = shards.get((split, domain))
       if shard is None:
         path = folder / _file_name(split, domains.index(domain))
         shard = shards[split, domain] = _Shard(
           stack.enter_context(path.open("wb")), tokenizer
         )
-      shard.write(text)
+      with naming(folder):
+        shard.write(text)
   empty = _Shard(None, tokenizer)
   table = {
     split: {domain: shards.get((split, domain), empty) for domain in domains}
@@ -280,7 +289,7 @@ def _open(entry):
       num_documents=index["num_documents"],
       sources=index["sources"],
     )
-    whole = index["format"] == _FORMAT and _sizes_are_right(corpus)
+    whole = index["format"] == _FORMAT and _content_is_right(corpus)
   except (FileNotFoundError, NotADirectoryError):
     whole = False
   except (ValueError, KeyError, TypeError):  # Not the index that we write.
@@ -292,14 +301,24 @@ def _open(entry):
   return None
 
 
-def _sizes_are_right(corpus):
-  return all(
-    (corpus.directory / _file_name(split, number)).stat().st_size
-    == corpus.num_tokens[split][domain] * _dtype(corpus.vocab_size).itemsize
-    for split in SPLITS
-    for number, domain in enumerate(corpus.domains)
-    if corpus.num_tokens[split][domain]
+def _content_is_right(corpus):
+  """Reads it all: what a run's fingerprint stands for has been looked at."""
+  return corpus.fingerprint == _sha256(
+    {
+      split: {
+        domain: _digest(corpus.directory / _file_name(split, number))
+        if corpus.num_tokens[split][domain]
+        else hashlib.sha256().hexdigest()
+        for number, domain in enumerate(corpus.domains)
+      }
+      for split in SPLITS
+    }
   )
+
+
+def _digest(path):
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _cache_root(cache_dir):

@@ -77,9 +77,22 @@ def build(names, path, config: Mapping, step: int) -> list:
     step: that the run goes on from.
 
   Raises:
-    ConfigError: as `check`.
+    ConfigError: as `check`; or it cannot begin, without a network for instance.
   """
-  return [KNOWN[n](_library(n), path, config, step) for n in names]
+  return [_begun(name, path, config, step) for name in names]
+
+
+def _begun(name, path, config, step):
+  library = _library(name)
+  try:
+    return KNOWN[name](library, path, config, step)
+  except Exception as e:  # Whatever the library raises.
+    reason = str(e).strip().split("\n")[0][:200]
+    raise ConfigError(
+      f'the writer "{name}" cannot begin ({reason}); see what'
+      f" {KNOWN[name].library} asks for (wandb without a network:"
+      f" WANDB_MODE=offline), or leave it out of writers"
+    ) from e
 
 
 def _library(name):

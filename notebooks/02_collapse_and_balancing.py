@@ -134,7 +134,7 @@ plt.show()
 #
 # Dropped assignments are not computed, so the run without balancing trains with
 # part of its layer missing. The table says what that did to the loss, but it is
-# one seed of a model of a few thousand weights: `experiments/load_balancing`
+# one seed of a model of a hundred thousand weights: `experiments/load_balancing`
 # has the seeds and the intervals.
 
 # %%

@@ -151,7 +151,7 @@ def damage(kind, step):
   elif kind == "another digest":  # Bytes that the storage takes for good ones.
     path = step / "meta" / "metadata"
     meta = json.loads(path.read_text())
-    meta["digest"][0] = "00000000"
+    meta["digest"] = ["00000000"] * len(meta["digest"])
     path.write_text(json.dumps(meta))
 
 
@@ -224,6 +224,15 @@ def test_parameters_load_as_numpy_from_anywhere(tmp_path, folder, caplog):
   assert not caplog.records, "it warns of something"
   with pytest.raises(ConfigError, match="no checkpoint in"):
     checkpoint.load_params(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kind", ["flipped", "cut short", "another digest"])
+def test_parameters_of_a_damaged_one_are_not_loaded(folder, kind, caplog):
+  damage(kind, folder / "3")
+  same(checkpoint.load_params(folder), state(2)["params"])
+  assert "3 is damaged" in caplog.text
+  with pytest.raises(ConfigError, match="no checkpoint in .* can be read: 3"):
+    checkpoint.load_params(folder / "3")
 
 
 def test_a_full_disk_leaves_the_last_one_whole(folder):

@@ -10,6 +10,7 @@ import pytest
 import experiments
 from configs import tiny
 from experiments import launch, questions, runs, sweeps, tuning
+from experiments import plan as plans
 from moe_jax import config as config_lib
 from moe_jax import models, parallel, params, program, run_directory
 from moe_jax.errors import ConfigError
@@ -323,6 +324,59 @@ def test_a_metric_that_no_run_has(small, programs):
   (folder / "sweep.py").write_text(text)
   with pytest.raises(ConfigError, match="tunes by x, which runs of the arm no"):
     launch.main(["small", f"--workdir={work}", "--tune"])
+
+
+def test_a_run_that_diverges_stops_no_other(small, programs, capsys):
+  """Its row says so, and it is no candidate of a tuning."""
+  folder, work = small
+  stage = ", stages=(tuning.Stage('optim.learning_rate', (1e-2, 1e30)),))"
+  text = SWEEP.replace(", seeds=2)", stage)
+  text = text.replace("import sweeps", "import sweeps, tuning").replace(
+    "log_every = 2", "max_skipped_in_a_row = 2"
+  )
+  (folder / "sweep.py").write_text(text)
+  assert launch.main(["small", f"--workdir={work}", "--tune"]) == 0
+  out, err = capsys.readouterr()
+  assert "not finite in 2 steps in a row" in err
+  assert "none, bias: optim.learning_rate = 0.01" in out
+  lost = [
+    r for r in runs.read_csv(work / "report" / "tuning.csv") if runs.diverged(r)
+  ]
+  assert [r["optim.learning_rate"] for r in lost] == [1e30, 1e30]
+  # What is finished is not run again.
+  made = len(programs)
+  assert launch.main(["small", f"--workdir={work}", "--tune"]) == 0
+  assert len(programs) == made
+
+
+def test_runs_go_on_with_the_data_of_their_own_config(small):
+  """Not with that of an arm that has other data."""
+  folder, work = small
+  text = (
+    SWEEP[: SWEEP.index("  arms =")]
+    + """
+  arms = sweeps.over("data.text_feature", {"one": "text", "two": "other"})
+  return sweeps.Sweep(c, arms, seeds=2)
+
+SCALES = {"demo": demo}
+"""
+  )
+  (folder / "sweep.py").write_text(text)
+  asked = plans.make(questions.load("small"), workdir=str(work)).launch()
+  first = asked.runs[0]
+  first.folder.mkdir(parents=True)
+  (first.folder / "run.json").write_text('{"data": "abc"}')
+  digests = dict.fromkeys(run.config_digest for run in asked.runs)
+  assert [asked.fingerprint(d) for d in digests] == ["abc", None]
+
+
+@pytest.mark.parametrize(
+  "key",
+  ["model.moe.balancers.b.rate=0.3", "model.moe.balancers={}", "seed=3"],
+)
+def test_a_setting_that_an_arm_would_undo(small, key):
+  with pytest.raises(ConfigError, match=f"--config.{key.split('=')[0]}"):
+    launch.main(["small", f"--workdir={small[1]}", f"--config.{key}"])
 
 
 def test_nothing_to_tune(small):

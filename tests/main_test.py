@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -11,7 +12,7 @@ import pytest
 
 from moe_jax import config as config_lib
 from moe_jax import main, params, run_directory
-from moe_jax.errors import ConfigError
+from moe_jax.errors import ConfigError, naming
 
 # The tests see eight devices.
 ON_THE_MESH = ["--config=configs/tiny.py", "--config.mesh=(8,1,1,1)"]
@@ -128,13 +129,37 @@ def test_exit_code_2_and_no_traceback(tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_at_any_time_exits_with_75(number, capsys):
+  before = signal.getsignal(signal.SIGTERM)
+  # A process that a shell started in the background ignores SIGINT.
+  interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    with pytest.raises(SystemExit) as e:
+      config_lib.run(lambda: os.kill(os.getpid(), number))
+  finally:
+    signal.signal(signal.SIGINT, interrupt)
+  assert e.value.code == 75
+  assert "the same command goes on" in capsys.readouterr().err
+  assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_a_full_disk_is_one_sentence_wherever_it_is_met(capsys):
   with pytest.raises(SystemExit) as e:
     config_lib.run(lambda: pathlib.Path("/dev/full").write_text("x"))
   assert e.value.code == 2
   error = capsys.readouterr().err
   assert "No space left on device" in error and "free space" in error
+  assert "a file" in error
   assert len(error.splitlines()) == 1
+
+  def named():
+    with naming("the/row.json"):
+      pathlib.Path("/dev/full").write_text("x")
+
+  with pytest.raises(SystemExit):
+    config_lib.run(named)
+  assert "error: the/row.json cannot be written" in capsys.readouterr().err
   with pytest.raises(FileNotFoundError):  # Any other error is a fault of ours.
     config_lib.run(pathlib.Path("/not/there").read_text)
 

@@ -154,3 +154,28 @@ def test_matches_are_of_the_means():
 
   assert words([2.0, 2.7]).endswith("b over a: 1.18, within 20 %.")
   assert words([1.0, 2.3]).endswith("b over a: 0.82, not within 20 %.")
+  assert words([]).endswith("b over a: not both have it.")
+
+
+def test_a_claim_says_that_a_match_failed():
+  plan = report.Plan(
+    PLAN.columns, PLAN.claims, (report.Match("max_vio", "b", "a"),)
+  )
+
+  def words(max_vio_b):
+    some = rows(a=[1.0, 1.1, 0.9], b=[3.0, 3.2, 2.8])
+    for row in some:
+      row["max_vio"] = {"a": 1.0, "b": max_vio_b}[row["arm"]]
+    return report.claim(plan.claims[0], plan, some)
+
+  assert words(1.1).endswith("b is higher.")
+  assert words(2.0).endswith("b is higher. Their max_vio is not alike, though.")
+
+
+def test_a_run_that_diverged_is_named_and_counts_nowhere(tmp_path):
+  some = rows(a=[1.0, 3.0, 5.0])
+  some[1].pop("bits_per_byte")
+  some[1]["diverged"] = 1.0
+  text = report.write(tmp_path, "Why?", PLAN, some, [])
+  assert "Diverged, so not in the numbers: a seed 1." in text
+  assert "| a   | 3.00 ± 25.41  |" in text

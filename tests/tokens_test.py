@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from moe_jax import registry, tokens
+from moe_jax import registry, tokenizers, tokens
 from moe_jax.errors import ConfigError
 
 PLUGIN = '''
@@ -148,10 +148,17 @@ def truncate(path):
   os.truncate(path, path.stat().st_size - 2)
 
 
+def change(path):
+  content = bytearray(path.read_bytes())
+  content[-2] ^= 1
+  path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
   ("file", "damage"),
   [
     ("train-002.tokens", truncate),
+    ("train-000.tokens", change),
     ("validation-000.tokens", pathlib.Path.unlink),
     ("index.json", truncate),
     ("index.json", lambda path: path.write_text("[]")),
@@ -303,6 +310,21 @@ def test_a_prepared_dataset_of_others_is_read(
   }
   assert corpus.sources["data_dir"] == folder
   assert tokens.prepare("mine", data_dir=folder, cache_dir=tmp_path) == corpus
+
+
+def test_too_many_domains_are_refused(make_dataset, tmp_path):
+  folder = make_dataset(
+    {"train": [{"text": "a", "domain": f"host {i}"} for i in range(300)]}
+  )
+  with pytest.raises(ConfigError, match='"domain" has more than 256 values'):
+    tokens.prepare("mine", data_dir=folder, cache_dir=tmp_path)
+
+
+def test_a_damaged_dataset_is_named(make_dataset, tmp_path):
+  folder = pathlib.Path(make_dataset({"train": [{"text": "abc"}]}))
+  (folder / "dataset_info.json").write_text("{")
+  with pytest.raises(ConfigError, match="data.dir .* cannot be read"):
+    tokens.prepare("mine", data_dir=folder, cache_dir=tmp_path)
 
 
 def test_without_a_validation_split_documents_are_held_out(
@@ -505,6 +527,37 @@ def test_a_tokenizer_from_a_file(kind, make_dataset, tmp_path):
     assert len(found) < 0.95 * len(text)
     # Bits per byte are counted over the same bytes.
     assert sizes[found].sum() == (text < 256).sum()
+
+
+def test_bytes_of_a_vocabulary_that_falls_back_to_bytes(tmp_path):
+  """As Llama's: spaces are U+2581, and what it lacks is spelt in bytes."""
+  import tokenizers as library
+
+  words = ["<unk>", "<s>", "<0x0A>", "<0xC3>", "<0xA9>", "\u2581", "a", "b"]
+  model = library.models.BPE(
+    vocab={w: i for i, w in enumerate([*words, "ab"])},
+    merges=[("a", "b")],
+    unk_token="<unk>",
+    byte_fallback=True,
+  )
+  tokenizer = library.Tokenizer(model)
+  tokenizer.normalizer = library.normalizers.Replace(" ", "\u2581")
+  tokenizer.add_special_tokens(["<s>"])
+  tokenizer.save(str(tmp_path / "tokenizer.json"))
+  found = tokenizers.load(tmp_path / "tokenizer.json")
+  assert found.num_bytes_V.tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 2, 0]
+  text = "ab a\né".encode()
+  assert found.num_bytes_V[found.encode(text)].sum() == len(text)
+
+
+def test_a_tokenizer_that_loses_spaces_is_refused(tmp_path):
+  import tokenizers as library
+
+  path = tmp_path / "tokenizer.json"
+  vocab = {"[UNK]": 0, "a": 1, "##b": 2}
+  library.Tokenizer(library.models.WordPiece(vocab)).save(str(path))
+  with pytest.raises(ConfigError, match="WordPiece does not keep spaces"):
+    tokenizers.load(path)
 
 
 def test_a_damaged_tokenizer_is_named(make_dataset, tmp_path):

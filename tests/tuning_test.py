@@ -3,6 +3,7 @@
 import pytest
 
 from experiments import tuning
+from moe_jax.errors import ConfigError
 
 LOWEST = tuning.Stage("optim.learning_rate", (1e-3, 1e-2, 1e-1))
 TARGET = tuning.Stage(
@@ -18,6 +19,15 @@ def test_the_lowest():
 def test_a_run_that_diverged_is_never_the_lowest():
   found = {1e-3: float("nan"), 1e-2: 2.0, 1e-1: float("inf")}
   assert LOWEST.choose("any", found) == {"optim.learning_rate": 1e-2}
+
+
+def test_none_is_chosen_where_all_diverged():
+  found = {1e-3: float("nan"), 1e-2: float("inf"), 1e-1: float("inf")}
+  for stage in (LOWEST, TARGET):
+    with pytest.raises(ConfigError, match="all runs of the arm a diverged"):
+      stage.choose("a", found)
+  found[1e-2] = 0.4
+  assert TARGET.choose("a", found) == {"model.moe.x": 1e-2}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,19 @@ from experiments import columns
 from experiments.figures import Curve, Scatter
 from experiments.report import Claim, Column, Match, Plan
 
-_KINDS = ("renorm-loss", "renorm-bias", "raw-loss", "raw-bias")
+_GATES, _FORMS, _BALANCERS = (
+  ("sigmoid", "softmax"),
+  ("renorm", "raw"),
+  ("bias", "loss"),
+)
+# Arms that differ in one thing.
+_PAIRS = (
+  *(
+    (f"sigmoid-{f}-{b}", f"softmax-{f}-{b}") for f in _FORMS for b in _BALANCERS
+  ),
+  *((f"{g}-{f}-bias", f"{g}-{f}-loss") for g in _GATES for f in _FORMS),
+  *((f"{g}-renorm-{b}", f"{g}-raw-{b}") for g in _GATES for b in _BALANCERS),
+)
 
 PLAN = Plan(
   columns=(
@@ -20,22 +32,8 @@ PLAN = Plan(
     columns.TRAIN_FLOPS,
     columns.TRAIN_SECONDS,
   ),
-  claims=(
-    *(Claim("bits_per_byte", f"sigmoid-{k}", f"softmax-{k}") for k in _KINDS),
-    *(
-      Claim("bits_per_byte", f"{gate}-{form}-bias", f"{gate}-{form}-loss")
-      for gate in ("softmax", "sigmoid")
-      for form in ("renorm", "raw")
-    ),
-    *(
-      Claim("bits_per_byte", f"{gate}-renorm-{b}", f"{gate}-raw-{b}")
-      for gate in ("softmax", "sigmoid")
-      for b in ("loss", "bias")
-    ),
-  ),
-  matches=tuple(
-    Match("max_vio_global", f"sigmoid-{k}", f"softmax-{k}") for k in _KINDS
-  ),
+  claims=tuple(Claim("bits_per_byte", *pair) for pair in _PAIRS),
+  matches=tuple(Match("max_vio_global", *pair) for pair in _PAIRS),
   plots=(
     Scatter(
       "max_vio_global",

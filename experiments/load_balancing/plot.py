@@ -34,6 +34,7 @@ PLAN = Plan(
     Claim("train/max_vio", "bias", "none"),
     Claim("train/max_vio", "bias", "loss_1e-2"),
     Claim("train/max_vio", "bias", "loss_1e-3"),
+    Claim("train/max_vio", "bias_1e-3", "loss_1e-3"),
     Claim("max_vio_global", "bias", "none"),
     Claim("max_vio_global", "bias", "loss_1e-2"),
     Claim("max_vio_global", "bias", "loss_1e-3"),
@@ -49,6 +50,7 @@ PLAN = Plan(
     Claim("bits_per_byte", "bias", "dense"),
     Claim("bits_per_byte", "loss_1e-2", "dense"),
     Claim("bits_per_byte", "loss_1e-3", "dense"),
+    Claim("bits_per_byte", "bias_1e-3", "dense"),
     Claim("bits_per_byte", "bias", "dense_longer"),
     Claim("bits_per_byte", "none", "dense"),
     *(
