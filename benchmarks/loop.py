@@ -61,7 +61,12 @@ def measure(program, folder, num_steps: int, rounds: int) -> list[float]:
   from moe_jax import checkpoint, loop, progress, run_directory
 
   directory = run_directory.RunDirectory(folder, program.config)
-  checkpoints = checkpoint.Checkpoints(directory.path / "checkpoints")
+  options = program.config.checkpoint
+  checkpoints = checkpoint.Checkpoints(
+    directory.path / "checkpoints",
+    keep_last=options.keep_last,
+    keep_every=options.keep_every,
+  )
   lines = loop.Lines(program, directory, progress.Progress(10**9, "steps"))
   state, stream = program.init(jax.random.key(0)), program.batches(0)
   resident = jax.tree.map(jax.numpy.asarray, program.put(stream[0]))

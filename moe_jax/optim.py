@@ -32,6 +32,7 @@ def build(
     segments: names of the model's segments (`Architecture.segments`): the
       leaves of their parameters begin with an axis of repeats.
   """
+  _check_ranges(config)
   learning_rate = schedule(config, num_steps)
   clip = optax.identity()
   if config["clip_norm"] is not None:
@@ -190,6 +191,20 @@ def per_matrix(
     return tree.unflatten(updates), tree.unflatten(state)
 
   return optax.GradientTransformation(init, update)
+
+
+def _check_ranges(config):
+  """Raises ConfigError for numbers that no optimizer takes."""
+  for key, words, fits in (
+    ("learning_rate", "0 or more", lambda x: 0 <= x < float("inf")),
+    ("weight_decay", "0 or more", lambda x: 0 <= x < float("inf")),
+    ("final_fraction", "between 0 and 1", lambda x: 0 <= x <= 1),
+    ("b1", "from 0 to below 1", lambda x: 0 <= x < 1),
+    ("b2", "from 0 to below 1", lambda x: 0 <= x < 1),
+    ("eps", "above 0", lambda x: 0 < x < float("inf")),
+  ):
+    if not fits(config[key]):
+      raise ConfigError(f"optim.{key} = {config[key]} is not {words}")
 
 
 def _factors(config, key):

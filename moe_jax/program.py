@@ -48,6 +48,8 @@ class Program:
         raise ConfigError(
           f"{section}.{key} = {config[section][key]} is not 1 or more"
         )
+    if config.seed < 0:
+      raise ConfigError(f"seed = {config.seed} is not 0 or more")
     if accumulation < 1 or data.batch_size % accumulation:
       raise ConfigError(
         f"train.accumulation = {accumulation} does not divide data.batch_size ="

@@ -23,6 +23,12 @@ ON_THE_MESH = ["--config=configs/tiny.py", "--config.mesh=(8,1,1,1)"]
   [
     (["model.moe.num_expert=4"], ["num_expert", "num_experts"]),
     (["modle.d_model=4"], ["modle", "model"]),
+    (["seed=-1"], ["seed = -1", "0 or more"]),
+    (["optim.learning_rate=-1.0"], ["optim.learning_rate = -1.0", "0 or more"]),
+    (["optim.b2=1.5"], ["optim.b2 = 1.5", "below 1"]),
+    (["optim.eps=0.0"], ["optim.eps = 0.0", "above 0"]),
+    (["optim.final_fraction=-3.0"], ["optim.final_fraction", "0 and 1"]),
+    (["optim.weight_decay=-5.0"], ["optim.weight_decay = -5.0"]),
     (["train.num_steps=ten"], ["train.num_steps", "ten", "int"]),
     (["model.moe=3"], ["model.moe", "section"]),
     (["model.moe.top_k=9"], ["top_k = 9", "num_experts = 4"]),
