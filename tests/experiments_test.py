@@ -572,8 +572,11 @@ def test_the_dense_arm_has_as_many_active_parameters():
 )
 def test_the_sizes_of_the_paper(arm, billions):
   """2408.15664, table 5: they say 1B and 3B."""
-  config = questions.load("load_balancing").sweep("pod").configs()[arm]
+  configs = questions.load("load_balancing").sweep("pod").configs()
+  config = configs[arm]
   found, _ = counted(config, vocab_size=32_064)
   assert round(found["total"] / 1e9, 2) == billions
+  dense, _ = counted(configs[arm.replace("bias", "dense")], vocab_size=32_064)
+  assert dense["total"] == pytest.approx(found["active"], rel=1e-3)
   tokens = config.data.batch_size * config.data.seq_len * config.train.num_steps
   assert round(tokens / 1e9, -1) in (90, 200)

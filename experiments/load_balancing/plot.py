@@ -59,6 +59,8 @@ PLAN = Plan(
       for metric in ("max_vio_global", "bits_per_byte")
       for than in ("loss_1e-3", "none")
     ),
+    Claim("bits_per_byte", "1b-bias", "1b-dense"),
+    Claim("bits_per_byte", "3b-bias", "3b-dense"),
   ),
   plots=(
     Curve(

@@ -46,7 +46,11 @@ def pod() -> sweeps.Sweep:
   the schedule of 3B nothing is published, and it is WSD here. Weights begin as
   everywhere in this package, not with their standard deviation of 0.006.
   """
-  arms = sweeps.product(_sizes(), _balancers(bias=1e-3))
+  sizes = _sizes()
+  arms = sweeps.product(sizes, _balancers(bias=1e-3))
+  for size, d_ff in (("1b", 3984), ("3b", 6584)):  # As many active parameters.
+    dense = {"model.pattern": ("dense",), "model.d_ff": d_ff}
+    arms[f"{size}-dense"] = sizes[size] | dense
   return sweeps.Sweep(_pod_config(), arms, seeds=1)
 
 
