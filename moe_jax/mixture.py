@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -129,13 +130,25 @@ def prepare(
       fingerprint=fingerprint,
       **shared,
     )
-  corpora, weights = {}, {}
-  for label, part in sorted(dict(data["mixture"]).items()):
-    part = _part(label, part)
-    weights[label] = part.pop("weight")
-    corpora[label] = tokens.prepare(
-      part.pop("name"), data_dir=part.pop("dir", None), **part, **shared
+  parts = {
+    label: _part(label, part)
+    for label, part in sorted(dict(data["mixture"]).items())
+  }
+  weights = {label: part.pop("weight") for label, part in parts.items()}
+  names = {label: part.pop("name") for label, part in parts.items()}
+  if fingerprint is not None:
+    # As a run knew them; a part's own source may have changed since.
+    found = [tokens.cached(name, data["cache_dir"]) for name in names.values()]
+    for corpora in itertools.product(*found):
+      mixture = Mixture(dict(zip(names, corpora)), weights)
+      if mixture.fingerprint == fingerprint:
+        return mixture
+  corpora = {
+    label: tokens.prepare(
+      names[label], data_dir=part.pop("dir", None), **part, **shared
     )
+    for label, part in parts.items()
+  }
   mixture = Mixture(corpora, weights)
   if fingerprint not in (None, mixture.fingerprint):
     raise ConfigError(

@@ -137,17 +137,15 @@ def prepare(
     ConfigError: no such dataset, folder, feature, split or content.
   """
   root = _cache_root(cache_dir)
-  prefix = re.sub(r"[^\w.-]", "_", name)
   if fingerprint is not None:
-    for entry in sorted(root.glob(f"{prefix}-*")):
-      corpus = _open(entry)
-      if corpus is not None and corpus.fingerprint == fingerprint:
+    for corpus in cached(name, cache_dir):
+      if corpus.fingerprint == fingerprint:
         return corpus
   tokenizer = tokenizers.load(tokenizer)
   features = sources.Features(text_feature, domain_feature)
   source = sources.find(name, data_dir, plugins)
   key = [source.versions, features, tokenizer.key]
-  entry = root / f"{prefix}-{_key(key)}"
+  entry = root / f"{_prefix(name)}-{_key(key)}"
   corpus = _open(entry)
   if corpus is None:
     corpus = _make(name, source, features, tokenizer, entry)
@@ -158,6 +156,16 @@ def prepare(
       "made from (run.json has them), or start a new run"
     )
   return corpus
+
+
+def cached(name: str, cache_dir: str | os.PathLike | None) -> list[Corpus]:
+  """All whole caches of a name, whatever they were made from."""
+  entries = sorted(_cache_root(cache_dir).glob(f"{_prefix(name)}-*"))
+  return [c for c in map(_open, entries) if c is not None]
+
+
+def _prefix(name):
+  return re.sub(r"[^\w.-]", "_", name)
 
 
 def _make(name, source, features, tokenizer, entry):

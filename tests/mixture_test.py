@@ -133,6 +133,13 @@ def test_the_fingerprint_is_of_all_parts(folders, tmp_path):
   assert mixture.prepare(both, fingerprint=found).fingerprint == found
   with pytest.raises(ConfigError, match="was asked for"):
     mixture.prepare(both, fingerprint="0" * 64)
+  # A run that goes on has them as they were, wherever its parts have gone.
+  moved = {k: v | {"dir": "/gone"} for k, v in parts(folders, small=3).items()}
+  moved |= parts(folders, large=1)
+  moved = section(tmp_path, moved)
+  assert mixture.prepare(moved, fingerprint=found).fingerprint == found
+  with pytest.raises(ConfigError, match="/gone does not exist"):
+    mixture.prepare(moved)
   one = mixture.prepare(section(tmp_path, parts(folders, small=1)))
   assert one.fingerprint != found
 
