@@ -161,14 +161,23 @@ class Plan:
     ]
 
   def tuning_rows(self) -> list[dict]:
-    """Everything that was tried and is finished, stage by stage, arm by arm."""
+    """Everything that was tried and is finished.
+
+    What lies beside the question of this scale and is tried no more is kept: it
+    is part of how the choices came about.
+    """
     launches = [self.tuning(i) for i in range(len(self.sweep.stages))]
     found = {
       (run.config_digest, run.seed): launch.row(run) | dict(run.tried)
       for launch in launches
       for run in launch.finished()
     }
-    return list(found.values())
+    before = {
+      (row["config_digest"], row["seed"]): row
+      for row in self._committed("tuning.csv")
+      if row["scale"] == self.scale
+    }
+    return list((before | found).values())
 
   def _choose(self, arm, number, chosen):
     stage = self.sweep.stages[number]
@@ -176,9 +185,8 @@ class Plan:
     rows = [launch.row(run) for run in launch.runs]
     if None in rows:
       return None
-    for row in rows:
-      if runs.diverged(row):
-        row.setdefault(stage.metric, math.inf)
+    lost = {stage.metric: math.inf}  # What a run that diverged has.
+    rows = [lost | row if runs.diverged(row) else row for row in rows]
     if any(stage.metric not in row for row in rows):
       raise ConfigError(
         f"{self.question.name} tunes by {stage.metric}, which runs of the arm"

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from moe_jax.errors import ConfigError, RunError
+from moe_jax.errors import ConfigError, RunError, first_line
 
 _MARGIN = 100_000  # Bytes of a checkpoint besides its arrays.
 _FORMAT = 1  # Raise it when a checkpoint means something else than before.
@@ -121,9 +121,10 @@ class Checkpoints:
       except ConfigError:
         raise
       except Exception as e:  # Whatever damage makes Orbax raise.
-        reason = str(e).strip().split("\n")[0][:200]
         logging.warning(
-          "The checkpoint %s is damaged (%s)", self.folder / str(step), reason
+          "The checkpoint %s is damaged (%s)",
+          self.folder / str(step),
+          first_line(e),
         )
         damaged.append(step)
         continue
@@ -187,10 +188,10 @@ class Checkpoints:
     except Exception as e:
       whole = [s for s in self.steps() if s != self._writing]
       last = f"the last whole one is {self.folder / str(max(whole, default=0))}"
-      reason = str(e).strip().split("\n")[0][:300]
       raise RunError(
         f"the checkpoint of step {self._writing} cannot be written to"
-        f" {self.folder} ({reason}); {last if whole else 'there is no other'}."
+        f" {self.folder} ({first_line(e)});"
+        f" {last if whole else 'there is no other'}."
         " Free space on that disk, older runs for instance, and give the same"
         " command to go on"
       ) from e
@@ -235,8 +236,8 @@ def load_params(path: str | os.PathLike) -> dict:
   """The parameters of a checkpoint as numpy arrays, on any machine.
 
   Args:
-    path: a work directory (its newest whole checkpoint), or one checkpoint, such as
-      runs/tiny/checkpoints/300.
+    path: a work directory (its newest whole checkpoint), or one checkpoint,
+      such as runs/tiny/checkpoints/300.
 
   Returns:
     Nested dicts of numpy arrays: `{"params": these}` is what
@@ -250,8 +251,9 @@ def load_params(path: str | os.PathLike) -> dict:
     try:
       return _load_params(folder / "state")
     except Exception as e:  # Whatever damage makes Orbax raise.
-      reason = str(e).strip().split("\n")[0][:200]
-      logging.warning("The checkpoint %s is damaged (%s)", folder, reason)
+      logging.warning(
+        "The checkpoint %s is damaged (%s)", folder, first_line(e)
+      )
   raise ConfigError(
     f"no checkpoint in {path} can be read: {', '.join(f.name for f in folders)}"
     " are damaged; give another"

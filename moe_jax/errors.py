@@ -33,6 +33,11 @@ class Interrupted(Exception):
   """
 
 
+def first_line(error: Exception) -> str:
+  """What another library's error says, short enough for a sentence of ours."""
+  return str(error).strip().split("\n")[0][:300]
+
+
 @contextlib.contextmanager
 def naming(path):
   """Gives an OSError of writing a file, which names none, its path."""

@@ -35,47 +35,8 @@ class Program:
     Raises:
       ConfigError: impossible values; before anything is compiled.
     """
-    data, accumulation = config.data, config.train.accumulation
-    for section, key in (
-      ("data", "seq_len"),
-      ("data", "batch_size"),
-      ("eval", "batch_size"),
-      ("train", "num_steps"),
-      ("train", "log_every"),
-      ("train", "max_skipped_in_a_row"),
-    ):
-      if config[section][key] < 1:
-        raise ConfigError(
-          f"{section}.{key} = {config[section][key]} is not 1 or more"
-        )
-    if config.seed < 0:
-      raise ConfigError(f"seed = {config.seed} is not 0 or more")
-    if accumulation < 1 or data.batch_size % accumulation:
-      raise ConfigError(
-        f"train.accumulation = {accumulation} does not divide data.batch_size ="
-        f" {data.batch_size}"
-      )
-    if config.model.dtype == "float64" and not jax.config.jax_enable_x64:
-      raise ConfigError(
-        "model.dtype = float64 is float32 unless JAX_ENABLE_X64=1 is set"
-      )
-    for section in ("eval", "checkpoint"):
-      if config[section].every < 0:
-        raise ConfigError(
-          f"{section}.every = {config[section].every} is negative; 0 is at the"
-          " end only"
-        )
-    profile = tuple(config.train.profile_steps)
-    if profile and not (
-      len(profile) == 2
-      and 0 <= profile[0] < profile[1] <= config.train.num_steps
-    ):
-      raise ConfigError(
-        f"train.profile_steps = {profile} is not (first step, end) within"
-        f" train.num_steps = {config.train.num_steps}; () is no profile"
-      )
-    writers.check(config.writers)
-    checkpoint.check(config.checkpoint.keep_last, config.checkpoint.keep_every)
+    _check(config)
+    data = config.data
     self.config = config
     self.mesh = parallel.mesh_or_none(config.mesh)
     self.corpus = mixture.prepare(
@@ -86,7 +47,10 @@ class Program:
       vocab_size=self.corpus.vocab_size,
       separate_documents=data.separate_documents,
       seq_len=data.seq_len,
-      batch_sizes=(data.batch_size // accumulation, config.eval.batch_size),
+      batch_sizes=(
+        data.batch_size // config.train.accumulation,
+        config.eval.batch_size,
+      ),
       mesh=self.mesh,
       plugins=config.plugins,
     )
@@ -238,3 +202,47 @@ class Program:
 
   def _sharding(self, *axes):
     return jax.NamedSharding(self.mesh, jax.P(*axes))
+
+
+def _check(config):
+  """Raises ConfigError for numbers that no run takes."""
+  data, accumulation = config.data, config.train.accumulation
+  for section, key in (
+    ("data", "seq_len"),
+    ("data", "batch_size"),
+    ("eval", "batch_size"),
+    ("train", "num_steps"),
+    ("train", "log_every"),
+    ("train", "max_skipped_in_a_row"),
+  ):
+    if config[section][key] < 1:
+      raise ConfigError(
+        f"{section}.{key} = {config[section][key]} is not 1 or more"
+      )
+  if config.seed < 0:
+    raise ConfigError(f"seed = {config.seed} is not 0 or more")
+  if accumulation < 1 or data.batch_size % accumulation:
+    raise ConfigError(
+      f"train.accumulation = {accumulation} does not divide data.batch_size ="
+      f" {data.batch_size}"
+    )
+  if config.model.dtype == "float64" and not jax.config.jax_enable_x64:
+    raise ConfigError(
+      "model.dtype = float64 is float32 unless JAX_ENABLE_X64=1 is set"
+    )
+  for section in ("eval", "checkpoint"):
+    if config[section].every < 0:
+      raise ConfigError(
+        f"{section}.every = {config[section].every} is negative; 0 is at the"
+        " end only"
+      )
+  profile = tuple(config.train.profile_steps)
+  if profile and not (
+    len(profile) == 2 and 0 <= profile[0] < profile[1] <= config.train.num_steps
+  ):
+    raise ConfigError(
+      f"train.profile_steps = {profile} is not (first step, end) within"
+      f" train.num_steps = {config.train.num_steps}; () is no profile"
+    )
+  writers.check(config.writers)
+  checkpoint.check(config.checkpoint.keep_last, config.checkpoint.keep_every)

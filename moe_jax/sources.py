@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_jax import registry
-from moe_jax.errors import ConfigError
+from moe_jax.errors import ConfigError, first_line
 
 SPLITS = ("train", "validation")
 
@@ -158,10 +158,9 @@ def _known_to_tfds(name, plugins):
     try:
       builder.download_and_prepare()
     except Exception as e:  # Of the network, a missing package, a full disk.
-      reason = str(e).strip().split("\n")[0][:300]
       raise ConfigError(
-        f"TFDS cannot prepare the dataset {name} here ({reason}); prepare it"
-        " elsewhere with file_format='array_record' and set data.dir to its"
+        f"TFDS cannot prepare the dataset {name} here ({first_line(e)}); prepare"
+        " it elsewhere with file_format='array_record' and set data.dir to its"
         " folder"
       ) from e
   return builder.data_dir
@@ -190,9 +189,9 @@ def _open_builder(folder):
     builder = tfds.builder_from_directory(folder)
     form = builder.info.file_format.value
   except Exception as e:  # Whatever damage makes TFDS raise.
-    reason = str(e).strip().split("\n")[0][:200]
     raise ConfigError(
-      f"data.dir {folder} cannot be read ({reason}); prepare the dataset again"
+      f"data.dir {folder} cannot be read ({first_line(e)}); prepare the dataset"
+      " again"
     ) from e
   if form not in ("array_record", "parquet"):
     raise ConfigError(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_jax.errors import ConfigError
+from moe_jax.errors import ConfigError, first_line
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # A piece that stands for one byte.
 
@@ -67,9 +67,8 @@ def load(name: str | os.PathLike = "bytes") -> Tokenizer:
       " install 'moe_jax[data]'"
     ) from None
   except Exception as e:  # Their parsers raise plain Exception.
-    reason = str(e).strip().split("\n")[0]
     raise ConfigError(
-      f"data.tokenizer = {str(name)!r} cannot be read ({reason}); give a"
+      f"data.tokenizer = {str(name)!r} cannot be read ({first_line(e)}); give a"
       " tokenizer.json or a SentencePiece .model"
     ) from None
 

@@ -8,7 +8,7 @@ import hashlib
 import importlib
 from collections.abc import Mapping
 
-from moe_jax.errors import ConfigError, did_you_mean
+from moe_jax.errors import ConfigError, did_you_mean, first_line
 
 
 class TensorBoard:
@@ -87,11 +87,9 @@ def _begun(name, path, config, step):
   try:
     return KNOWN[name](library, path, config, step)
   except Exception as e:  # Whatever the library raises.
-    reason = str(e).strip().split("\n")[0][:200]
     raise ConfigError(
-      f'the writer "{name}" cannot begin ({reason}); see what'
-      f" {KNOWN[name].library} asks for (wandb without a network:"
-      f" WANDB_MODE=offline), or leave it out of writers"
+      f'the writer "{name}" cannot begin ({first_line(e)}); see what'
+      f" {KNOWN[name].library} asks for, or leave it out of writers"
     ) from e
 
 

@@ -222,6 +222,11 @@ def test_tuning(small, programs, capsys):
   name = "tuning.csv"
   (folder / name).write_bytes((work / "report" / name).read_bytes())
   made = len(programs)
+  # So is what was tried before, and is not any more.
+  old = rows[0] | {"config_digest": "of-before"}
+  runs.write_csv(folder / name, [old, *rows])
+  kept = plans.make(questions.load("small"), workdir=str(work)).tuning_rows()
+  assert old in kept and len(kept) == len(rows) + 1
   assert numbers(run(capsys, work.with_name("other"))) == numbers(first)
   assert len(programs) == made + 2
   # With another setting of all arms they are of no use.
