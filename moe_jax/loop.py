@@ -125,6 +125,7 @@ def _begin(program, seed, directory, checkpoints, progress):
   writers = program.config.writers
   directory.write_to(writers, 0 if found is None else found.step)
   if found is None:
+    _check_lost(directory, program.config.checkpoint.every)
     directory.cut(0)
     directory.describe(**facts)
     return program.init(jax.random.key(seed)), 0, lines
@@ -140,6 +141,21 @@ def _begin(program, seed, directory, checkpoints, progress):
   directory.describe(step=found.step, **facts)
   lines.resume(found.step, found.meta["line"])
   return found.state, found.step, lines
+
+
+def _check_lost(directory, every):
+  """Raises ConfigError for lines that tell of a checkpoint that is gone.
+
+  A process that was killed may have been writing its last one.
+  """
+  last = directory.last_step()
+  if every and last > 2 * every:
+    raise ConfigError(
+      f"{directory.path} has metrics up to step {last} and no checkpoint, which"
+      " is saved every"
+      f" {every} steps; bring its folder checkpoints back, or choose another"
+      " --workdir to start again"
+    )
 
 
 def _next_evaluation(config, step):

@@ -142,6 +142,13 @@ class RunDirectory:
       lines = [x for x in _lines(path) if x["step"] <= step]
       self._write("metrics.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
 
+  def last_step(self) -> int:
+    """Of the last line of metrics.jsonl; 0 if it has none."""
+    path = self.path / "metrics.jsonl"
+    return (
+      max((x["step"] for x in _lines(path)), default=0) if path.exists() else 0
+    )
+
   def logged(self, step: int, split: str) -> dict[str, float] | None:
     """The metrics of a line, if there is one of that step and split."""
     path = self.path / "metrics.jsonl"

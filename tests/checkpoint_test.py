@@ -226,6 +226,16 @@ def test_parameters_load_as_numpy_from_anywhere(tmp_path, folder, caplog):
     checkpoint.load_params(tmp_path / "nowhere")
 
 
+def test_float64_loads_where_jax_has_none(tmp_path):
+  with jax.enable_x64(True):
+    wide = {"params": {"w": jnp.linspace(0, 1, 7), "scale": jnp.float64(0.1)}}
+    assert wide["params"]["w"].dtype == jnp.float64
+    with opened(tmp_path) as checkpoints:
+      checkpoints.save(1, wide, {})
+  assert not jax.config.jax_enable_x64
+  same(checkpoint.load_params(tmp_path), jax.device_get(wide["params"]))
+
+
 @pytest.mark.parametrize("kind", ["flipped", "cut short", "another digest"])
 def test_parameters_of_a_damaged_one_are_not_loaded(folder, kind, caplog):
   damage(kind, folder / "3")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -99,6 +100,25 @@ def test_stopped_anywhere_it_is_the_same_run(make, tmp_path):
       go(made, tmp_path / "stopped", stop_at)
   go(made, tmp_path / "stopped")
   assert not kill.difference(tmp_path / "alone", tmp_path / "stopped")
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(make, tmp_path):
+  """Its lines would be cut; only a run killed early begins again."""
+  made = make()
+  with pytest.raises(Interrupted):
+    go(made, tmp_path, 31)
+  lines = (tmp_path / "metrics.jsonl").read_text()
+  shutil.rmtree(tmp_path / "checkpoints")
+  with pytest.raises(ConfigError, match="metrics up to step 3. and no checkp"):
+    go(made, tmp_path)
+  assert (tmp_path / "metrics.jsonl").read_text() == lines
+  known = losses(tmp_path)
+  early = lines.splitlines(keepends=True)[:19]
+  (tmp_path / "metrics.jsonl").write_text("".join(early))
+  with pytest.raises(Interrupted):
+    go(made, tmp_path, 1)
+  again = losses(tmp_path)
+  assert again == known[: len(again)]
 
 
 def test_a_signal_in_the_last_step_is_not_lost(make, tmp_path):
