@@ -4,7 +4,6 @@ An arm has its own colour (of Okabe and Ito's palette, which colour-blind
 readers can tell apart) and its own line or marker, for readers in grey.
 """
 
-import itertools
 import pathlib
 import statistics
 from typing import NamedTuple
@@ -147,7 +146,14 @@ class _Style(NamedTuple):
 def _styles(dicts):
   """{arm: its look}, in the order in which the arms come."""
   arms = dict.fromkeys(d["arm"] for d in dicts)
-  looks = zip(*map(itertools.cycle, (_COLORS, _LINES, _MARKERS)))
+  looks = []
+  for turn in range(len(_COLORS)):  # After eight arms other pairs begin.
+    shifted = (
+      _COLORS,
+      _LINES[turn:] + _LINES[:turn],
+      _MARKERS[turn:] + _MARKERS[:turn],
+    )
+    looks += zip(*shifted, strict=True)
   return {arm: _Style(*look) for arm, look in zip(arms, looks)}
 
 

@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   if args.publish:
     _publish(plan, launch)
   if args.fresh:
-    _compare(launch, dataclasses.replace(plan, fresh=False).launch(args.seeds))
+    known = dataclasses.replace(plan, fresh=False).launch(args.seeds)
+    return 0 if _repeated(launch, known) else 1
   return 0
 
 
@@ -70,6 +71,13 @@ def _check_flags(args, overrides, plan, launch):
       f"--publish replaces all rows of scale {plan.scale}, so it goes with all"
       " arms, no fewer seeds than are committed, and neither --config nor"
       " --fresh"
+    )
+  open_runs = launch.todo()
+  if args.publish and args.report and open_runs:
+    raise ConfigError(
+      f"--publish replaces all rows of scale {plan.scale}, and {len(open_runs)}"
+      f" runs are not finished, {open_runs[0].arm} seed {open_runs[0].seed}"
+      " first; leave out --report to run them"
     )
   known = [run for run in launch.runs if run.row() is not None]
   if args.fresh and known:
@@ -289,8 +297,9 @@ def _publish(plan, launch):
   print(f"Beside the question: {folder}")
 
 
-def _compare(fresh, known):
-  """Says of every fresh run whether it repeated the row that is committed."""
+def _repeated(fresh, known) -> bool:
+  """Whether every fresh run repeated the row that is committed; says so."""
+  same = True
   for run in fresh.finished():
     old = next((r for r in known.committed[0] if run.is_of(r)), None)
     if old is None:
@@ -300,11 +309,13 @@ def _compare(fresh, known):
     timings = ("train/tokens_per_second", "train_seconds", *runs.ORIGIN)
     metrics = [k for k in old if k not in (*runs.KEYS, *timings)]
     differ = [k for k in metrics if old[k] != new.get(k)]
+    same &= not differ
     print(
       f"{run.arm} seed {run.seed}: {len(metrics) - len(differ)} of"
       f" {len(metrics)} committed numbers are the same to the last bit"
       + (f"; not {', '.join(differ[:5])}" if differ else "")
     )
+  return same
 
 
 def _report(plan, launch):
@@ -315,11 +326,14 @@ def _report(plan, launch):
       " to run them, or wait for the launch that does"
     )
   folder = launch.workdir / "report"
+  rows = [launch.row(run) for run in finished]
+  for what in report.unknown(plan.question.plan, rows):
+    print(f"No run here has the metric {what}", file=sys.stderr)
   text = report.write(
     folder,
     launch.title,
     plan.question.plan,
-    [launch.row(run) for run in finished],
+    rows,
     [point for run in finished for point in launch.curve(run)],
     launch.choices,
   )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from experiments import figures, intervals, runs
+from moe_jax.errors import did_you_mean
 
 
 class Column(NamedTuple):
@@ -64,6 +65,17 @@ class Plan(NamedTuple):
   claims: Sequence[Claim] = ()
   matches: Sequence[Match] = ()
   plots: Sequence[figures.Curve | figures.Scatter] = ()
+
+
+def unknown(plan: Plan, rows: Sequence[dict]) -> list[str]:
+  """Metrics that the table or a claim is of and no row has, each with a hint."""
+  known = {k for row in rows for k in row}
+  wanted = [c.metric for c in (*plan.columns, *plan.claims, *plan.matches)]
+  return [
+    f'"{metric}"{did_you_mean(metric, known)}'
+    for metric in dict.fromkeys(wanted)
+    if metric not in known
+  ]
 
 
 def write(

@@ -113,7 +113,7 @@ def validation_batches(
   *,
   seq_len: int,
   batch_size: int,
-  max_batches_per_domain: int | None = None,
+  batches_per_domain: int | None = None,
   separate_documents: bool = False,
 ) -> Iterator[tuple[str, Batch]]:
   """Returns the validation batches of every domain, always in the same order.
@@ -125,7 +125,7 @@ def validation_batches(
     corpus: from `tokens.prepare`.
     seq_len: L, tokens of a row, >= 1.
     batch_size: B, rows of a batch, >= 1.
-    max_batches_per_domain: so many of each domain, spread evenly over its
+    batches_per_domain: so many of each domain, spread evenly over its
       documents; None for all.
 
   Returns:
@@ -136,8 +136,8 @@ def validation_batches(
     ConfigError: an impossible number, or no validation tokens.
   """
   _check(seq_len=seq_len, batch_size=batch_size)
-  if max_batches_per_domain is not None:
-    _check(max_batches_per_domain=max_batches_per_domain)
+  if batches_per_domain is not None:
+    _check(batches_per_domain=batches_per_domain)
   windows = _Windows(
     corpus, "validation", seq_len, whole=False, separate=separate_documents
   )
@@ -148,7 +148,7 @@ def validation_batches(
       f"dataset {corpus.name} has no two validation tokens in a row, but "
       f"{corpus.num_tokens['validation']}; use more data"
     )
-  return _validation(windows, batch_size, max_batches_per_domain)
+  return _validation(windows, batch_size, batches_per_domain)
 
 
 def _validation(windows, batch_size, max_batches):

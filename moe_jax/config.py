@@ -6,6 +6,7 @@ import errno
 import importlib.util
 import inspect
 import json
+import os
 import pathlib
 import re
 import signal
@@ -90,16 +91,20 @@ def override(config: ml_collections.ConfigDict, text: str) -> None:
   try:
     section[last] = value
   except (TypeError, ValueError):
+    like = "('a', 'b') or ('a',)" if isinstance(old, tuple) else "one like it"
     raise ConfigError(
       f"config.{key} = {value!r} is of type {type(value).__name__}, but its"
-      f" default {old!r} is of type {type(old).__name__}; give one like it"
+      f" default {old!r} is of type {type(old).__name__}; give {like}"
     ) from None
 
 
 def _set_section(config, key, parent, name, value):
   """Replaces the options of a part, or sets known keys of a fixed section."""
   if not isinstance(value, dict):
-    raise ConfigError(f"config.{key} is a section; set it by a dict")
+    raise ConfigError(
+      f"config.{key} is a section and {value!r} is no dict; set it by one, such"
+      " as {'name': 'random'}, with all its quotes and braces"
+    )
   section = parent[name]
   if section.is_locked:
     for k, v in value.items():
@@ -231,7 +236,9 @@ def run(main) -> None:
     sys.exit(main())
   except KeyboardInterrupt:
     print("stopped by a signal; the same command goes on", file=sys.stderr)
-    sys.exit(75)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(75)  # Threads that compile would crash on a slower way out.
   except (ConfigError, RunError) as e:
     print(f"error: {e}", file=sys.stderr)
     sys.exit(2)

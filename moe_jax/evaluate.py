@@ -1,5 +1,6 @@
 """The validation split: loss and routing metrics, whole and by domain."""
 
+import collections
 import math
 from collections.abc import Callable, Iterable
 
@@ -9,6 +10,8 @@ import numpy as np
 from moe_jax import losses, metrics
 from moe_jax.models import moe
 from moe_jax.types import Mean
+
+_AHEAD = 2  # Batches that the devices may have in hand.
 
 
 def eval_step(params, balance, batch, index, *, model, num_bytes_V):
@@ -60,14 +63,20 @@ def statistics(aux):
 
 
 def evaluate(
-  step: Callable, batches: Iterable, *, segments, recipe
-) -> dict[str, float]:
+  step: Callable,
+  batches: Iterable,
+  stop: Callable[[], bool],
+  *,
+  segments,
+  recipe,
+) -> dict[str, float] | None:
   """All metrics of the split.
 
   Args:
     step: (batch, its number) -> what `eval_step` returns; may run ahead of the
       host.
     batches: (domain, batch) pairs.
+    stop: asked between batches whether to stop.
     segments: `Architecture.segments`.
     recipe: of the MoE layers, or None.
 
@@ -75,11 +84,23 @@ def evaluate(
     loss, bits_per_byte, the routing metrics from the counts of the whole
     split, `max_vio_global` with its floor, and by domain
     `max_vio_global/<domain>` with its floor and `bits_per_byte/<domain>`.
+    None if it was stopped.
   """
-  by_domain = {}
+  sums, waiting = {}, collections.deque()
+
+  def take():
+    domain, found = waiting.popleft()
+    found = jax.device_get(found)
+    sums[domain] = _add([sums[domain], found] if domain in sums else [found])
+
   for index, (domain, batch) in enumerate(batches):
-    by_domain.setdefault(domain, []).append(step(batch, index))
-  sums = {k: _add(jax.device_get(v)) for k, v in by_domain.items()}
+    if stop():
+      return None
+    waiting.append((domain, step(batch, index)))
+    if len(waiting) > _AHEAD:
+      take()
+  while waiting:
+    take()
   total = _add(list(sums.values()))
   out = summarize(total, segments, recipe)
   if recipe is not None:

@@ -82,11 +82,13 @@ def run(program: Program, seed: int, directory, progress) -> dict[str, float]:
     while True:
       if step == num_steps:
         checkpoints.wait()  # A run with its last line has its parameters.
-      final = _evaluate(program, state, step, directory)
-      if step == num_steps and stop.asked:
+      final = _evaluate(program, state, step, directory, stop)
+      if stop.asked:
+        save(checkpoints, step, state, lines)
+        checkpoints.wait()
         raise Interrupted(
-          f"a signal came in the last step of {directory.path}, which is"
-          " finished; the same command prints its metrics"
+          f"stopped by a signal after step {step} and saved in"
+          f" {directory.path}; the same command goes on"
         )
       if step == num_steps:
         return final
@@ -94,13 +96,6 @@ def run(program: Program, seed: int, directory, progress) -> dict[str, float]:
       state, step = take_steps(
         program, state, stream, steps, lines, checkpoints, stop
       )
-      if stop.asked and step < num_steps:
-        save(checkpoints, step, state, lines)
-        checkpoints.wait()
-        raise Interrupted(
-          f"stopped by a signal after step {step} and saved in"
-          f" {directory.path}; the same command goes on"
-        )
 
 
 def _begin(program, seed, directory, checkpoints, progress):
@@ -137,7 +132,7 @@ def _begin(program, seed, directory, checkpoints, progress):
       f" {program.corpus.fingerprint[:12]}…; bring that data back (run.json has"
       " the versions it was made from), or choose another --workdir"
     )
-  directory.cut(found.step)
+  directory.cut(found.step, at_least=found.meta.get("lines", 0))
   directory.describe(step=found.step, **facts)
   lines.resume(found.step, found.meta["line"])
   return found.state, found.step, lines
@@ -163,8 +158,11 @@ def _next_evaluation(config, step):
   return min((step // every + 1) * every, config.train.num_steps)
 
 
-def _evaluate(program, state, step, directory):
-  """Metrics of the validation split, if there are to be any after this step."""
+def _evaluate(program, state, step, directory, stop):
+  """Metrics of the validation split, if there are to be any after this step.
+
+  None too if it is asked to stop meanwhile; then they are made when it goes on.
+  """
   config = program.config
   every = config.eval.every
   if step != config.train.num_steps and not (
@@ -173,8 +171,9 @@ def _evaluate(program, state, step, directory):
     return None
   found = directory.logged(step, "validation")
   if found is None:
-    found = program.evaluate(state)
-    directory.log(step, "validation", found)
+    found = program.evaluate(state, lambda: stop.asked)
+    if found is not None:
+      directory.log(step, "validation", found)
   return found
 
 
@@ -190,6 +189,7 @@ def save(checkpoints, step: int, state, lines) -> None:
       "config": json.loads(config_lib.to_json(config)),
       "data": corpus.fingerprint,
       "line": begun,
+      "lines": lines.directory.lines,
     },
   )
 

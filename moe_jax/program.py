@@ -95,12 +95,14 @@ class Program:
       self.corpus,
       seq_len=config.data.seq_len,
       batch_size=config.eval.batch_size,
-      max_batches_per_domain=config.eval.batches_per_domain,
+      batches_per_domain=config.eval.batches_per_domain,
       separate_documents=config.data.separate_documents,
     )
 
-  def evaluate(self, state: train.TrainState) -> dict[str, float]:
-    """All metrics of the validation split."""
+  def evaluate(
+    self, state: train.TrainState, stop=lambda: False
+  ) -> dict[str, float] | None:
+    """All metrics of the validation split; None if `stop()` came true."""
 
     def step(batch, index):
       batch = {k: batch[k] for k in ("inputs", "targets", "mask")}
@@ -111,6 +113,7 @@ class Program:
     return evaluate.evaluate(
       step,
       self.validation(),
+      stop,
       segments=self.model.arch.segments,
       recipe=self.model.arch.recipe,
     )
@@ -219,8 +222,8 @@ def _check(config):
       raise ConfigError(
         f"{section}.{key} = {config[section][key]} is not 1 or more"
       )
-  if config.seed < 0:
-    raise ConfigError(f"seed = {config.seed} is not 0 or more")
+  if not 0 <= config.seed < 2**31:  # jax takes 32 bits of it.
+    raise ConfigError(f"seed = {config.seed} is not in 0 to {2**31 - 1}")
   if accumulation < 1 or data.batch_size % accumulation:
     raise ConfigError(
       f"train.accumulation = {accumulation} does not divide data.batch_size ="

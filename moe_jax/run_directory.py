@@ -35,6 +35,7 @@ class RunDirectory:
   Attributes:
     path: the folder.
     facts: what run.json said when it was opened; {} for a new run.
+    lines: how many metrics.jsonl has.
   """
 
   def __init__(self, path: str | os.PathLike, config):
@@ -62,6 +63,7 @@ class RunDirectory:
         ) from None
       on_error.pop_all()
     self.facts = _read_json(self.path / "run.json") or {}
+    self.lines = len(self._read_lines())
     self._config, self._writers = config, []
 
   def write_to(self, names, step: int) -> None:
@@ -118,44 +120,62 @@ class RunDirectory:
     """
     line = {"step": step, "split": split, **metrics}
     try:
-      with open(self.path / "metrics.jsonl", "a") as f:
+      with open(self._metrics, "a") as f:
         f.write(json.dumps(line) + "\n")
     except OSError as e:
       raise RunError(
-        f"{self.path / 'metrics.jsonl'} cannot be written to ({e.strerror});"
+        f"{self._metrics} cannot be written to ({e.strerror});"
         " free space on that disk, older runs for instance, and give the same"
         " command to go on from the last checkpoint"
       ) from None
+    self.lines += 1
     for writer in self._writers:
       writer.log(step, split, metrics)
 
   def sync(self) -> None:
     """Returns when metrics.jsonl would survive a loss of power."""
-    path = self.path / "metrics.jsonl"
-    with naming(path), open(path, "a") as f:
+    with naming(self._metrics), open(self._metrics, "a") as f:
       os.fsync(f.fileno())
 
-  def cut(self, step: int) -> None:
-    """Takes the lines after a step out of metrics.jsonl, and broken ones."""
-    path = self.path / "metrics.jsonl"
-    if path.exists():
-      lines = [x for x in _lines(path) if x["step"] <= step]
-      self._write("metrics.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
+  def cut(self, step: int, at_least: int = 0) -> None:
+    """Takes the lines after a step out of metrics.jsonl, and broken ones.
+
+    Args:
+      step: of the last line that stays.
+      at_least: how many were written by then.
+
+    Raises:
+      ConfigError: some of these are gone; nothing is cut then.
+    """
+    kept = [x for x in self._read_lines() if x["step"] <= step]
+    if len(kept) < at_least:
+      raise ConfigError(
+        f"{self._metrics} has {len(kept)} whole lines up to step {step}, where"
+        f" {at_least} were written; bring them back, or choose another"
+        " --workdir to start again"
+      )
+    if self._metrics.exists():
+      text = "".join(json.dumps(x) + "\n" for x in kept)
+      self._write("metrics.jsonl", text)
+    self.lines = len(kept)
 
   def last_step(self) -> int:
     """Of the last line of metrics.jsonl; 0 if it has none."""
-    path = self.path / "metrics.jsonl"
-    return (
-      max((x["step"] for x in _lines(path)), default=0) if path.exists() else 0
-    )
+    return max((x["step"] for x in self._read_lines()), default=0)
 
   def logged(self, step: int, split: str) -> dict[str, float] | None:
     """The metrics of a line, if there is one of that step and split."""
-    path = self.path / "metrics.jsonl"
-    for line in _lines(path) if path.exists() else ():
+    for line in self._read_lines():
       if (line["step"], line["split"]) == (step, split):
         return {k: v for k, v in line.items() if k not in ("step", "split")}
     return None
+
+  @property
+  def _metrics(self):
+    return self.path / "metrics.jsonl"
+
+  def _read_lines(self):
+    return _lines(self._metrics) if self._metrics.exists() else []
 
   def close(self) -> None:
     """Lets another process have it."""
@@ -223,13 +243,17 @@ def _read_json(path):
 
 
 def _lines(path):
-  """The lines of metrics.jsonl; one that was cut off in writing is none."""
+  """The lines of metrics.jsonl up to the first that is broken.
+
+  The last one is, where a process was killed while it wrote it.
+  """
   found = []
   with open(path) as f:
     for line in f:
       try:
-        found.append(json.loads(line))
-      except ValueError:
+        value = json.loads(line)
+        found.append(value | {"step": int(value["step"])})
+      except (ValueError, TypeError, KeyError):
         break
   return found
 

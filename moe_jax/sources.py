@@ -18,6 +18,8 @@ from moe_jax.errors import ConfigError, first_line
 
 SPLITS = ("train", "validation")
 
+# Domain features that need not be there: the default, and what says so.
+_NO_DOMAIN = ("domain", "none")
 _VALIDATION_PART = 16  # Held out where a dataset has no validation split.
 _READ_AT_ONCE = 256  # Documents.
 
@@ -36,24 +38,41 @@ class Source(NamedTuple):
   builder: Callable[[pathlib.Path], Any]  # scratch folder -> prepared builder.
 
 
-def find(name: str, data_dir, plugins: tuple[str, ...]) -> Source:
+def find(
+  name: str, data_dir, plugins: tuple[str, ...], wanted: Features
+) -> Source:
   """The source of a dataset, see `tokens.prepare`.
 
   Raises:
-    ConfigError: no such dataset or folder.
+    ConfigError: no such dataset, folder or feature.
   """
   if data_dir:
     return _from_directory(data_dir)
   if name in registry.names("datasets", plugins):
     return _built_in(name, plugins)
-  return _from_directory(_known_to_tfds(name, plugins))
+  return _from_directory(_known_to_tfds(name, plugins, wanted))
 
 
 def check(name: str, builder, wanted: Features) -> None:
   """Raises ConfigError for a dataset that has not what is read."""
+  _check_features(name, builder.info.features, wanted)
+  splits = builder.info.splits
+  if "train" not in splits:
+    raise ConfigError(
+      f'dataset {name} has no split "train", but {sorted(splits)}; prepare a'
+      " copy of the dataset that has one"
+    )
+  for split in SPLITS:
+    if split in splits and not splits[split].num_examples:
+      raise ConfigError(
+        f'the split "{split}" of dataset {name} is empty; prepare it with'
+        " documents, or without that split"
+      )
+
+
+def _check_features(name, features, wanted):
   import tensorflow_datasets as tfds
 
-  features, splits = builder.info.features, builder.info.splits
   if wanted.text not in features:
     raise ConfigError(
       f'dataset {name} has no feature "{wanted.text}", but {sorted(features)};'
@@ -71,17 +90,11 @@ def check(name: str, builder, wanted: Features) -> None:
       f'the feature "{wanted.text}" of dataset {name} is not text but'
       f" {type(text).__name__}; text are {sorted(names)}: set data.text_feature"
     )
-  if "train" not in splits:
+  if wanted.domain not in (*_NO_DOMAIN, *features):
     raise ConfigError(
-      f'dataset {name} has no split "train", but {sorted(splits)}; prepare a'
-      " copy of the dataset that has one"
+      f'dataset {name} has no feature "{wanted.domain}", but {sorted(features)};'
+      ' set data.domain_feature to one of them, or to "none" for one domain'
     )
-  for split in SPLITS:
-    if split in splits and not splits[split].num_examples:
-      raise ConfigError(
-        f'the split "{split}" of dataset {name} is empty; prepare it with'
-        " documents, or without that split"
-      )
 
 
 def label_names(builder, features: Features) -> list[str]:
@@ -132,28 +145,19 @@ def _built_in(name, plugins):
   return Source(versions, prepared)
 
 
-def _known_to_tfds(name, plugins):
+def _known_to_tfds(name, plugins, wanted):
   """The folder of a dataset that TFDS finds by name, prepared if need be."""
   import tensorflow_datasets as tfds
 
   try:
     builder = tfds.builder(name, file_format="array_record")
-  except (
-    tfds.core.DatasetNotFoundError,
-    AssertionError,  # No such version.
-    ValueError,
-  ) as e:
-    known = {
-      *registry.names("datasets", plugins),
-      *tfds.list_builders(with_community_datasets=False),
-    }
-    near = difflib.get_close_matches(name, known, n=3)
-    hint = f"; did you mean {' or '.join(near)}?" if near else "."
+  except Exception as e:  # Also of the network, for community datasets.
     raise ConfigError(
-      f'there is no dataset "{name}", neither built in nor known to TFDS{hint}'
-      " For one of your own, set data.dir to the folder of a prepared TFDS"
-      " dataset"
+      f'there is no dataset "{name}", neither built in nor known to TFDS'
+      f"{_near(name, plugins)} For one of your own, set data.dir to the folder of"
+      " a prepared TFDS dataset"
     ) from e
+  _check_features(name, builder.info.features, wanted)  # Before a download.
   if not builder.is_prepared():
     try:
       builder.download_and_prepare()
@@ -164,6 +168,22 @@ def _known_to_tfds(name, plugins):
         " folder"
       ) from e
   return builder.data_dir
+
+
+def _near(name, plugins):
+  """The names like it, or the configs of the dataset that it is of."""
+  import tensorflow_datasets as tfds
+
+  known = set(tfds.list_builders(with_community_datasets=False))
+  dataset, _, config = name.partition("/")
+  if config and dataset in known:
+    configs = sorted(tfds.builder_cls(dataset).builder_configs)
+    near = difflib.get_close_matches(config, configs, n=3) or configs[:3]
+    near = [f"{dataset}/{c}" for c in near]
+  else:
+    known |= set(registry.names("datasets", plugins))
+    near = difflib.get_close_matches(name, known, n=3)
+  return f"; did you mean {' or '.join(near)}?" if near else "."
 
 
 def _from_directory(data_dir):

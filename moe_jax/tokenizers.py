@@ -20,13 +20,14 @@ _BYTE = re.compile("<0x[0-9A-F]{2}>")  # A piece that stands for one byte.
 
 
 class Tokenizer(NamedTuple):
-  """encode: bytes -> int array of tokens, without an end.
-
+  """name: as it was asked for.
+  encode: bytes -> int array of tokens, without an end.
   num_bytes_V: how many bytes of text each token stands for, 0 for the end; bits
     per byte are counted with it.
   key: changes with anything that changes the tokens.
   """
 
+  name: str
   encode: Callable[[bytes], np.ndarray]
   num_bytes_V: np.ndarray
   key: str
@@ -75,6 +76,7 @@ def load(name: str | os.PathLike = "bytes") -> Tokenizer:
 
 def _bytes():
   return Tokenizer(
+    name="bytes",
     encode=lambda text: np.frombuffer(text, np.uint8),
     num_bytes_V=np.append(np.ones(256, np.int32), np.int32(0)),
     key="bytes",
@@ -110,7 +112,8 @@ def _json(path):
     text = text.decode("utf-8", "replace")
     return np.asarray(tokenizer.encode(text, add_special_tokens=False).ids)
 
-  return Tokenizer(encode, _with_end(map(length, pieces)), _key(path))
+  lengths = _with_end(map(length, pieces))
+  return Tokenizer(str(path), encode, lengths, _key(path))
 
 
 def _sentencepiece(path):
@@ -126,7 +129,7 @@ def _sentencepiece(path):
   def encode(text):
     return np.asarray(model.encode(text.decode("utf-8", "replace")), np.int64)
 
-  return Tokenizer(encode, _with_end(lengths), _key(path))
+  return Tokenizer(str(path), encode, _with_end(lengths), _key(path))
 
 
 def _length(piece):

@@ -27,7 +27,9 @@ from moe_jax.errors import ConfigError, did_you_mean, naming
 SPLITS = sources.SPLITS
 
 _FORMAT = 2  # Raise it when the files mean something else than before.
+_KEY_LENGTH = 16
 _MOST_DOMAINS = 256
+_MOST_LOST = 0.01  # Of a text's bytes, in its tokens.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +124,8 @@ def prepare(
       held out of it by their hash if there is no split `validation`.
     text_feature: the feature that is read.
     domain_feature: a feature (text or class label) that names a document's
-      domain; where the dataset has none there is one domain, "text".
+      domain; "none", or "domain" where there is no such feature: one domain
+      called "text".
     tokenizer: see `tokenizers.load`.
     cache_dir: where the caches lie; $XDG_CACHE_HOME/moe_jax or
       ~/.cache/moe_jax by default.
@@ -138,12 +141,13 @@ def prepare(
   """
   root = _cache_root(cache_dir)
   if fingerprint is not None:
-    for corpus in cached(name, cache_dir):
-      if corpus.fingerprint == fingerprint:
+    for entry in _entries(name, cache_dir):
+      corpus = _open(entry, fingerprint)
+      if corpus is not None:
         return corpus
   tokenizer = tokenizers.load(tokenizer)
   features = sources.Features(text_feature, domain_feature)
-  source = sources.find(name, data_dir, plugins)
+  source = sources.find(name, data_dir, plugins, features)
   key = [source.versions, features, tokenizer.key]
   entry = root / f"{_prefix(name)}-{_key(key)}"
   corpus = _open(entry)
@@ -160,8 +164,13 @@ def prepare(
 
 def cached(name: str, cache_dir: str | os.PathLike | None) -> list[Corpus]:
   """All whole caches of a name, whatever they were made from."""
-  entries = sorted(_cache_root(cache_dir).glob(f"{_prefix(name)}-*"))
-  return [c for c in map(_open, entries) if c is not None]
+  found = map(_open, _entries(name, cache_dir))
+  return [c for c in found if c is not None]
+
+
+def _entries(name, cache_dir):
+  key = "[0-9a-f]" * _KEY_LENGTH
+  return sorted(_cache_root(cache_dir).glob(f"{_prefix(name)}-{key}"))
 
 
 def _prefix(name):
@@ -230,8 +239,7 @@ def _write_tokens(builder, features, tokenizer, folder):
         raise ConfigError(
           f'data.domain_feature "{features.domain}" has more than'
           f" {_MOST_DOMAINS} values, and a domain is a file and a line of"
-          " metrics; name a class label, or a feature that is not there for one"
-          " domain"
+          ' metrics; name a class label, or "none" for one domain'
         )
       shard = shards.get((split, domain))
       if shard is None:
@@ -241,6 +249,7 @@ def _write_tokens(builder, features, tokenizer, folder):
         )
       with naming(folder):
         shard.write(text)
+  _check_bytes(shards.values(), tokenizer)
   empty = _Shard(None, tokenizer)
   table = {
     split: {domain: shards.get((split, domain), empty) for domain in domains}
@@ -255,6 +264,23 @@ def _write_tokens(builder, features, tokenizer, folder):
   }
 
 
+def _check_bytes(shards, tokenizer):
+  """Raises ConfigError where tokens stand for other bytes than the text has.
+
+  One byte a document is let off: some tokenizers begin each with a space.
+  """
+  real = sum(s.num_bytes for s in shards)
+  counted = sum(s.counted for s in shards)
+  most = _MOST_LOST * real + sum(s.num_documents for s in shards)
+  if abs(counted - real) > most:
+    raise ConfigError(
+      f"the tokens of data.tokenizer = {tokenizer.name!r} stand for {counted}"
+      f" bytes, and the text has {real}, so that bits per byte would be wrong;"
+      " take one that keeps case, spaces and line ends, such as a byte-level"
+      ' BPE, or "bytes"'
+    )
+
+
 @dataclasses.dataclass
 class _Shard:
   """A file of tokens that grows."""
@@ -264,9 +290,13 @@ class _Shard:
   digest: Any = dataclasses.field(default_factory=hashlib.sha256)
   num_tokens: int = 0
   num_documents: int = 0
+  num_bytes: int = 0  # Of the text, and below as the tokens count them.
+  counted: int = 0
 
   def write(self, text):
     tokens = self.tokenizer.encode(text)
+    self.num_bytes += len(text)
+    self.counted += int(self.tokenizer.num_bytes_V[tokens].sum())
     tokens = np.append(tokens, self.tokenizer.end)
     tokens = tokens.astype(_dtype(self.tokenizer.vocab_size))
     content = tokens.tobytes()
@@ -283,10 +313,18 @@ def _by_shard(table, get):
   }
 
 
-def _open(entry):
-  """The corpus of a cache folder; None if it is not there or not whole."""
+def _open(entry, fingerprint=None):
+  """The corpus of a cache folder; None if it is not there or not whole.
+
+  Also if it is of another fingerprint than the one that is wanted.
+
+  Raises:
+    ConfigError: it cannot be read, for want of permission for instance.
+  """
   try:
     index = json.loads((entry / "index.json").read_text())
+    if fingerprint not in (None, index["fingerprint"]):
+      return None
     corpus = Corpus(
       name=index["name"],
       directory=entry,
@@ -298,8 +336,13 @@ def _open(entry):
       sources=index["sources"],
     )
     whole = index["format"] == _FORMAT and _content_is_right(corpus)
-  except (FileNotFoundError, NotADirectoryError):
+  except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
     whole = False
+  except OSError as e:
+    raise ConfigError(
+      f"the token cache {entry} cannot be read ({e}); make it readable, or set"
+      " data.cache_dir to another folder"
+    ) from e
   except (ValueError, KeyError, TypeError):  # Not the index that we write.
     whole = False
   if whole:
@@ -345,7 +388,7 @@ def _file_name(split, domain_number):
 
 
 def _key(versions):
-  return _sha256([_FORMAT, versions])[:16]
+  return _sha256([_FORMAT, versions])[:_KEY_LENGTH]
 
 
 def _sha256(value):

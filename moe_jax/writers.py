@@ -20,7 +20,7 @@ class TensorBoard:
     del config
     # Events after the restored step are of a process that was stopped.
     self._writer = library.SummaryWriter(
-      str(path / "tensorboard"), purge_step=step + 1 if step else None
+      str(path / "tensorboard"), purge_step=step + 1
     )
 
   def log(self, step: int, split: str, metrics: Mapping[str, float]) -> None:

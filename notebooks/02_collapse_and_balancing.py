@@ -93,7 +93,13 @@ figure, panels = plt.subplots(
 for axes, (name, (load_SLE, _, _)) in zip(panels, runs.items()):
   load_SE = load_SLE[:, 1] / load_SLE[:, 1].mean(axis=-1, keepdims=True)
   image = axes.imshow(
-    load_SE.T, aspect="auto", cmap="Greys", vmin=0, vmax=4, origin="lower"
+    load_SE.T,
+    aspect="auto",
+    cmap="Greys",
+    vmin=0,
+    vmax=4,
+    origin="lower",
+    interpolation="nearest",
   )
   axes.set(title=name, ylabel="expert")
 panels[-1].set_xlabel("step")

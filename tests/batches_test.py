@@ -192,7 +192,7 @@ def test_validation_is_the_same_every_time_and_can_be_cut(corpus):
   for (domain, batch), (other, again) in zip(whole, validate(corpus)):
     assert domain == other
     assert_equal(batch, again)
-  cut = validate(corpus, max_batches_per_domain=2)
+  cut = validate(corpus, batches_per_domain=2)
   assert [domain for domain, _ in cut] == ["code", "code", "prose"]
   assert_equal(cut[2][1], whole[4][1])  # All that there is.
   # The others are spread over the whole domain, from its first row to its last.
@@ -230,9 +230,9 @@ def test_there_is_no_step_before_the_first(corpus):
 
 
 def test_impossible_validation_batches_are_refused_at_the_call(corpus):
-  with pytest.raises(ConfigError, match="max_batches_per_domain is 0"):
+  with pytest.raises(ConfigError, match="batches_per_domain is 0"):
     batches.validation_batches(
-      corpus, seq_len=4, batch_size=1, max_batches_per_domain=0
+      corpus, seq_len=4, batch_size=1, batches_per_domain=0
     )
   none = {**SIZES, "validation": {**dict.fromkeys(DOMAINS, 0), "tiny": 1}}
   short = make_corpus(corpus.directory, none)

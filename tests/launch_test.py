@@ -246,18 +246,20 @@ def test_a_fresh_run_is_compared_with_the_committed_one(
   runs.write_csv(folder / "results.csv", rows)
 
   def fresh(name):
-    launch.main(
+    code = launch.main(
       ["small", f"--workdir={work.with_name(name)}", "--fresh", *flags]
     )
-    return capsys.readouterr().out
+    return code, capsys.readouterr().out
 
-  out = fresh("again")
+  code, out = fresh("again")
+  assert code == 0
   count = len([k for k in rows[0] if k not in runs.KEYS + runs.ORIGIN]) - 1
   same = f"bias seed 0: {count} of {count} committed numbers are the same"
   assert same in out and len(programs) == 2
   rows[0]["bits_per_byte"] += 1e-15
   runs.write_csv(folder / "results.csv", rows)
-  assert "to the last bit; not bits_per_byte" in fresh("third")
+  code, out = fresh("third")
+  assert code == 1 and "to the last bit; not bits_per_byte" in out
   with pytest.raises(ConfigError, match="holds a finished run already"):
     fresh("third")
 
@@ -282,6 +284,13 @@ def test_publishing_keeps_what_is_of_other_scales(small, programs, capsys):
   for flag in ("--arm=none", "--seeds=1", "--config.eval.every=0"):
     with pytest.raises(ConfigError, match="--publish replaces all rows"):
       launch.main(["small", "--report", "--publish", flag])
+  (folder / "sweep.py").write_text(
+    SWEEP.replace("num_steps = 6", "num_steps = 4")
+  )
+  del sys.modules["experiments.small.sweep"]
+  run(capsys, work, "--arm=none", "--seeds=1")
+  with pytest.raises(ConfigError, match="3 runs are not finished, none seed 1"):
+    launch.main(["small", f"--workdir={work}", "--report", "--publish"])
   assert runs.read_csv(folder / "results.csv") == rows
 
 
@@ -291,7 +300,15 @@ def test_tuning_takes_no_flags_of_a_report(small):
       launch.main(["small", f"--workdir={small[1]}", "--tune", flag])
 
 
-def test_a_metric_that_no_run_has(small, programs):
+def test_a_metric_that_no_run_has(small, programs, capsys):
+  folder, work = small
+  (folder / "plot.py").write_text(PLOT.replace("train/max_vio", "train/maxvio"))
+  launch.main(["small", f"--workdir={work}", "--arm=none", "--seeds=1"])
+  error = capsys.readouterr().err
+  assert 'the metric "train/maxvio"; did you mean "train/max_vio"?' in error
+
+
+def test_tuning_by_a_metric_that_no_run_has(small, programs):
   folder, work = small
   stage = ", stages=(tuning.Stage('optim.learning_rate', (0.1, 0.2), 'x'),))"
   text = SWEEP.replace(", seeds=2)", stage)

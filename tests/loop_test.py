@@ -124,13 +124,50 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(make, tmp_path):
 def test_a_signal_in_the_last_step_is_not_lost(make, tmp_path):
   """Else a launch would begin its next run."""
   made = make()
-  with pytest.raises(Interrupted, match="which is finished"):
+  with pytest.raises(Interrupted, match=f"after step {STEPS} and saved"):
     go(made, tmp_path, STEPS)
   assert max(int(p.name) for p in checkpoints(tmp_path)) == STEPS
-  lines = (tmp_path / "metrics.jsonl").read_text()
-  (end,) = run_directory.read_metrics(tmp_path, "validation")[-1:]
-  assert end == {"step": STEPS, "split": "validation"} | go(made, tmp_path)
-  assert (tmp_path / "metrics.jsonl").read_text() == lines
+  assert not run_directory.read_metrics(tmp_path, "validation")
+  found = go(made, tmp_path)
+  (end,) = run_directory.read_metrics(tmp_path, "validation")
+  assert end == {"step": STEPS, "split": "validation"} | found
+
+
+def test_a_signal_in_an_evaluation_ends_it(make, tmp_path, monkeypatch):
+  """It may be long; the state is saved, and it is made when the run goes on."""
+  made = make()
+  want = go(made, tmp_path / "alone")
+  seen = []
+
+  def validation():
+    for pair in program.Program.validation(made):
+      seen.append(pair)
+      if len(seen) == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+      yield pair
+
+  monkeypatch.setattr(made, "validation", validation)
+  with pytest.raises(Interrupted, match=f"after step {STEPS} and saved"):
+    go(made, tmp_path / "stopped")
+  assert len(seen) == 2
+  monkeypatch.undo()
+  assert go(made, tmp_path / "stopped") == want
+  assert not kill.difference(tmp_path / "alone", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("damage", ["a line", "all of it"])
+def test_lost_metrics_are_noticed(make, tmp_path, damage):
+  made, path = make(), tmp_path / "metrics.jsonl"
+  with pytest.raises(Interrupted):
+    go(made, tmp_path, 12)
+  text = path.read_text()
+  rest = "" if damage == "all of it" else text.replace("step", "stop", 1)
+  path.write_text(rest)
+  with pytest.raises(ConfigError, match="0 whole lines up to step 1., where 1"):
+    go(made, tmp_path)
+  assert path.read_text() == rest
+  path.write_text(text)
+  go(made, tmp_path)
 
 
 def test_a_profile_that_is_cut_off_does_not_stop_the_run(make, tmp_path):

@@ -438,6 +438,27 @@ def test_a_dataset_of_tfds_by_name_and_its_own_features(reviews, tmp_path):
   assert set(everything(titles)["train", "text"]) == {b"t"}
 
 
+def test_nothing_is_prepared_for_a_feature_that_is_not_text(
+  reviews, monkeypatch
+):
+  """It may be a large download."""
+  monkeypatch.setattr(SomebodysReviews, "download_and_prepare", None)
+  with pytest.raises(ConfigError, match="is not text but ClassLabel"):
+    reviews(text_feature="stars")
+
+
+@pytest.mark.parametrize(
+  "name, near",
+  [
+    ("paws_x_wiki/xx", r"did you mean paws_x_wiki/\w\w or"),
+    ("huggingface:nothing_like_it", "neither built in nor known to TFDS"),
+  ],
+)
+def test_a_name_that_tfds_has_not(reviews, name, near):
+  with pytest.raises(ConfigError, match=near):
+    reviews(name)
+
+
 @pytest.mark.parametrize(
   ("kwargs", "words"),
   [
@@ -448,6 +469,7 @@ def test_a_dataset_of_tfds_by_name_and_its_own_features(reviews, tmp_path):
     ({"text_feature": "reviews"}, ["reviews", "review", "data.text_feature"]),
     ({"text_feature": "stars"}, ["not text", "ClassLabel", "review", "title"]),
     ({"text_feature": "length"}, ["not text", "Tensor"]),
+    ({"domain_feature": "star"}, ["star", "stars", "none", "domain_feature"]),
     ({"tokenizer": "byte"}, ["data.tokenizer = 'byte'", "bytes"]),
     ({"tokenizer": "/no/tokenizer.json"}, ["/no/tokenizer.json", "there"]),
   ],
@@ -548,6 +570,36 @@ def test_bytes_of_a_vocabulary_that_falls_back_to_bytes(tmp_path):
   assert found.num_bytes_V.tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 2, 0]
   text = "ab a\né".encode()
   assert found.num_bytes_V[found.encode(text)].sum() == len(text)
+
+
+def test_a_tokenizer_that_loses_bytes_is_refused(make_dataset, tmp_path):
+  """With the defaults of their trainers, spaces and line ends collapse."""
+  import sentencepiece
+  import tokenizers as library
+
+  indented = [text.replace(" ", "    ") for text in TEXTS]
+  folder = make_dataset({"train": [{"text": text} for text in indented]})
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(TEXTS),
+    model_prefix=str(tmp_path / "m"),
+    vocab_size=40,
+    minloglevel=2,
+  )
+  lower = library.Tokenizer.from_file(
+    str(make_tokenizer("tokenizers", tmp_path))
+  )
+  lower.normalizer = library.normalizers.BertNormalizer()
+  lower.save(str(tmp_path / "lower.json"))
+  real = sum(len(text.encode()) for text in indented)
+  for name in ("m.model", "lower.json"):
+    with pytest.raises(ConfigError, match=f"{name}' stand for .* has {real}"):
+      tokens.prepare(
+        "it",
+        data_dir=folder,
+        cache_dir=tmp_path / "cache",
+        tokenizer=str(tmp_path / name),
+      )
+  assert not list((tmp_path / "cache").iterdir())
 
 
 def test_a_tokenizer_that_loses_spaces_is_refused(tmp_path):
