@@ -9,13 +9,14 @@ _GATES, _FORMS, _BALANCERS = (
   ("renorm", "raw"),
   ("bias", "loss"),
 )
-# Arms that differ in one thing.
+# Arms that differ in one thing; and of each gate the best.
 _PAIRS = (
   *(
     (f"sigmoid-{f}-{b}", f"softmax-{f}-{b}") for f in _FORMS for b in _BALANCERS
   ),
   *((f"{g}-{f}-bias", f"{g}-{f}-loss") for g in _GATES for f in _FORMS),
   *((f"{g}-renorm-{b}", f"{g}-raw-{b}") for g in _GATES for b in _BALANCERS),
+  ("sigmoid-raw-bias", "softmax-renorm-loss"),
 )
 
 PLAN = Plan(

@@ -12,7 +12,7 @@ def demo() -> sweeps.Sweep:
 
 
 def cpu() -> sweeps.Sweep:
-  """An hour on two CPU cores, a run on each; what is committed.
+  """Over an hour on two CPU cores, a run on each; what is committed.
 
   First the learning rate is tuned, then the strength of the balancer, to the
   same balance for every arm.
@@ -26,7 +26,7 @@ def cpu() -> sweeps.Sweep:
     seeds=3,  # One of them is off by a sixth.
   )
   return sweeps.Sweep(
-    load_balancing.cpu_config(), _arms(), seeds=5, stages=(rates, strengths)
+    load_balancing.cpu_config(), _arms(), seeds=8, stages=(rates, strengths)
   )
 
 
