@@ -55,29 +55,23 @@ def build(
     groups, _, slots, _ = rows.x.shape
     # One batch axis, so that each expert is one matrix product.
     x_END = rows.x.swapaxes(0, 1).reshape(rows.x.shape[1], groups * slots, -1)
-    y_END = mlp(
-      params,
-      x_END,
-      activation,
-      matmul=lambda x, w: jnp.einsum("END,EDF->ENF", x, w),
-      bias=lambda b_EF: b_EF[:, None, :],
-    )
+
+    def linear(params, name, x_END):
+      y_ENF = jnp.einsum("END,EDF->ENF", x_END, params[name])
+      bias_EF = params.get(f"{name}_bias")
+      return y_ENF if bias_EF is None else y_ENF + bias_EF[:, None]
+
+    y_END = mlp(params, x_END, activation, linear)
     y_EGCD = y_END.reshape(y_END.shape[0], groups, slots, -1)
     return Rows(y_EGCD.swapaxes(0, 1))
 
   def ragged(params, rows):
-    count_E = rows.tokens_per_expert_GE.sum(0)
-    expert_N = jnp.repeat(
-      jnp.arange(count_E.size), count_E, total_repeat_length=rows.x.shape[0]
-    )
-    y_ND = mlp(
+    y_ND = grouped_matmul.grouped_network(
+      parts(activation),
       params,
       rows.x,
-      activation,
-      matmul=lambda x, w: grouped_matmul.grouped_matmul(
-        x, w, count_E, backend=backend
-      ),
-      bias=lambda b_EF: b_EF[expert_N],
+      rows.tokens_per_expert_GE.sum(0),
+      backend=backend,
     )
     return Rows(y_ND, rows.tokens_per_expert_GE)
 
@@ -103,25 +97,26 @@ def dense(
   )
 
 
-def mlp(params, x, activation, matmul=jnp.matmul, bias=None):
-  """One dense network, or many at once with their own matmul and bias.
+def mlp(params, x, activation, linear=grouped_matmul.linear):
+  """One dense network, or with another `linear` many at once."""
+  hidden, output = parts(activation)
+  return output(linear, params, hidden(linear, params, x))
 
-  bias: maps a bias to what is added to the rows; None: the same for all.
-  """
 
-  def linear(name, x):
-    y = matmul(x, params[name])
-    if f"{name}_bias" not in params:
-      return y
-    b = params[f"{name}_bias"]
-    return y + (
-      b.reshape((1,) * (y.ndim - 1) + b.shape) if bias is None else bias(b)
-    )
-
+@functools.cache
+def parts(activation: str):
+  """The network in two: see `grouped_matmul.grouped_network`."""
   act, gated = ACTIVATIONS[activation]
-  if gated:
-    return linear("down", act(linear("gate", x)) * linear("up", x))
-  return linear("down", act(linear("up", x)))
+
+  def hidden(linear, params, x):
+    names = ("gate", "up") if gated else ("up",)
+    return [linear(params, name, x) for name in names]
+
+  def output(linear, params, hidden):
+    first, *up = hidden
+    return linear(params, "down", act(first) * up[0] if gated else act(first))
+
+  return hidden, output
 
 
 def init_mlp(rng, d_model, hidden, activation, use_bias, init_scale=1.0):

@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from moe_jax import experts, grouped_matmul
 from moe_jax.errors import ConfigError
+from moe_jax.types import Rows
 
 N, D, E, F = 13, 5, 4, 6
 SIZES = [
@@ -82,15 +83,89 @@ def check(backend, sizes, dtype, tolerance, shape=(N, D, E, F), seed=0):
   assert (dw_EDF[sizes_E == 0] == 0).all()
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_reference(dtype):
+def test_against_loops(backend, dtype):
   tolerance = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}[dtype]
   for seed, sizes in enumerate(SIZES):
-    check("reference", sizes, dtype, tolerance, seed=seed)
+    check(backend, sizes, dtype, tolerance, seed=seed)
   rng = np.random.default_rng(0)
   for _ in range(20):
     cuts = np.sort(rng.integers(0, N + 1, E))
-    check("reference", tuple(np.diff(cuts, prepend=0)), dtype, tolerance)
+    check(backend, tuple(np.diff(cuts, prepend=0)), dtype, tolerance)
+
+
+# Of (rows, E): one of each, more experts than rows, several chunks an expert.
+LAYOUTS = [(1, 1), (7, 3), (5, 8), (64, 4), (300, 3), (257, 16)]
+
+
+@functools.cache
+def networks(layout, dtype, use_bias):
+  """(jitted cpu, jitted reference, parameters) of an expert network."""
+  rows, num_experts = layout
+  built = [
+    experts.build(6, "swiglu", use_bias, backend=b)
+    for b in ("cpu", "reference")
+  ]
+  params = built[0].init(jax.random.key(rows), num_experts, D)
+  if use_bias:
+    params = jax.tree.map(lambda w: w + 0.1, params)
+
+  def both(one, params, x_ND, sizes_E, dy_ND):
+    def apply(params, x_ND):
+      return one.apply(params, Rows(x_ND, sizes_E[None])).x
+
+    y_ND, pull = jax.vjp(apply, params, x_ND)
+    return y_ND, *pull(dy_ND)
+
+  jitted = [jax.jit(functools.partial(both, one)) for one in built]
+  return *jitted, jax.tree.map(lambda w: w.astype(dtype), params)
+
+
+def drawn_sizes(rng, rows, num_experts):
+  """Rows of each expert: anything, equal, all on one, or few experts at all."""
+  kind = rng.integers(4)
+  used = rows if rng.integers(2) else rng.integers(rows + 1)
+  if kind == 0:
+    cuts = np.sort(rng.integers(0, used + 1, num_experts - 1))
+    return np.diff(cuts, prepend=0, append=used)
+  share = np.zeros(num_experts)
+  chosen = {1: num_experts, 2: 1, 3: -(-num_experts // 4)}[kind]
+  share[rng.permutation(num_experts)[:chosen]] = 1 / chosen
+  return rng.multinomial(used, share)
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_network_in_one_loop(layout, use_bias):
+  """As product by product, for 20 loads; NaN in the rows of nobody."""
+  rows, num_experts = layout
+  rng = np.random.default_rng(rows)
+  for draw in range(20):
+    dtype = (jnp.float32, jnp.bfloat16)[draw % 4 == 3]
+    cpu, reference, params = networks(layout, dtype, use_bias)
+    sizes_E = drawn_sizes(rng, rows, num_experts).astype(np.int32)
+    x_ND, dy_ND = (
+      np.asarray(rng.normal(size=(rows, D)), dtype) for _ in range(2)
+    )
+    x_ND[sizes_E.sum() :] = dy_ND[sizes_E.sum() :] = np.nan
+    found = jax.device_get(cpu(params, x_ND, sizes_E, dy_ND))
+    # The other one sums in float32, from the same rounded numbers.
+    params, x_ND, dy_ND = jax.tree.map(
+      lambda a: np.float32(np.nan_to_num(a)), (params, x_ND, dy_ND)
+    )
+    wanted = jax.device_get(reference(params, x_ND, sizes_E, dy_ND))
+    tolerance = 1e-5 if dtype == jnp.float32 else 5e-2  # Sums cancel.
+    for one, other in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+      one, other = np.float64(one), np.float64(other)
+      scale = np.linalg.norm(other) + 1e-30
+      assert np.linalg.norm(one - other) <= tolerance * scale
+    y_ND, grads, dx_ND = found
+    assert (y_ND[sizes_E.sum() :] == 0).all()
+    assert (dx_ND[sizes_E.sum() :] == 0).all()
+    for grad in grads.values():
+      assert (grad[sizes_E == 0] == 0).all()
+  assert cpu._cache_size() <= 2, "compiled again for other loads"
 
 
 def test_no_kernel_has_to_mind_the_other_rows(monkeypatch):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax import slots
+from moe_jax import slots, varying
 from moe_jax.errors import ConfigError
 from moe_jax.types import Array, Bound, Routing
 
@@ -92,6 +92,50 @@ def _take_backward(inverse_NK, dy):
 
 
 take.defvjp(_take_forward, _take_backward)
+
+
+def combine(
+  x_ND: Array, weight_TK: Array, row_TK: Array, owner_N: Array
+) -> Array:
+  """y_t = sum over k of weight_tk * x[row_tk], in the weights' dtype.
+
+  Gathers both ways, one for each k, as nothing of size T * K * D is made.
+
+  Args:
+    x_ND: rows.
+    weight_TK: weights.
+    row_TK: int32, out of range for none.
+    owner_N: the inverse of row_TK: t * K + k, out of range for none.
+  """
+  x_ND, weight_TK = varying.alike((x_ND, weight_TK))
+  return _combine(x_ND, weight_TK, row_TK, owner_N)
+
+
+@jax.custom_vjp
+def _combine(x_ND, weight_TK, row_TK, owner_N):
+  del owner_N
+  return sum(
+    weight_TK[:, k, None] * _take(x_ND, row_TK[:, k])
+    for k in range(row_TK.shape[1])
+  )
+
+
+def _combine_forward(*args):
+  return _combine(*args), args
+
+
+def _combine_backward(kept, dy_TD):
+  x_ND, weight_TK, row_TK, owner_N = kept
+  top_k = row_TK.shape[1]
+  weight_N = _take(weight_TK.reshape(-1), owner_N)
+  dx_ND = weight_N[:, None] * _take(dy_TD, owner_N // top_k)
+  dweight_TK = jnp.stack(
+    [(dy_TD * _take(x_ND, row_TK[:, k])).sum(-1) for k in range(top_k)], axis=1
+  )
+  return dx_ND.astype(x_ND.dtype), dweight_TK, None, None
+
+
+_combine.defvjp(_combine_forward, _combine_backward)
 
 
 def check_bound(bound: Bound | None, num_experts: int) -> None:

@@ -1,8 +1,10 @@
 """Rows sorted by expert times the weights of their expert.
 
-One function, several backends, one file each: `matmul(x, w, sizes)`.
+Several backends, one file each: `matmul(x, w, sizes)`, and `network` where it
+can do better for a whole network than one product after the other.
 """
 
+import functools
 import importlib
 import pkgutil
 
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 from moe_jax.errors import ConfigError, did_you_mean
 from moe_jax.types import Array
 
-_DEFAULTS = {"tpu": "tpu"}
+_DEFAULTS = {"cpu": "cpu", "tpu": "tpu"}
 # Kernels that do not declare over which mesh axes their result varies.
 UNCHECKED = frozenset({"tpu"})
 
@@ -58,6 +60,62 @@ def grouped_matmul(
   x_ND = jnp.where(live[:, None], x_ND, 0)
   y_NF = matmul(x_ND, w_EDF, tokens_per_expert_E)
   return jnp.where(live[:, None], y_NF, 0)
+
+
+def grouped_network(
+  parts,
+  params,
+  x_ND: Array,
+  tokens_per_expert_E: Array,
+  *,
+  backend: str | None = None,
+) -> Array:
+  """Each expert's network on its own rows.
+
+  Args:
+    parts: (hidden, output). hidden(linear, params, x) is linear in x, and
+      output(linear, params, hidden) is the result; both take their products
+      through `linear(params, name, x)` = x @ params[name] + params[name_bias].
+      Outside of these, they work row by row.
+    params: {name: [E, ...]}.
+    x_ND, tokens_per_expert_E, backend: as `grouped_matmul`.
+
+  Returns:
+    As `grouped_matmul`.
+  """
+  backend = backend or backend_for(jax.default_backend())
+  module = _load(backend)
+  if hasattr(module, "network"):
+    one = tuple(functools.partial(part, linear) for part in parts)
+    return module.network(one, params, x_ND, tokens_per_expert_E)
+  num_experts = tokens_per_expert_E.size
+  expert_N = jnp.repeat(
+    jnp.arange(num_experts),
+    tokens_per_expert_E,
+    total_repeat_length=x_ND.shape[0],
+  )
+
+  def grouped(params, name, x_ND):
+    y_NF = grouped_matmul(
+      x_ND, params[name], tokens_per_expert_E, backend=backend
+    )
+    bias_EF = params.get(f"{name}_bias")
+    return y_NF if bias_EF is None else y_NF + bias_EF[expert_N]
+
+  hidden, output = parts
+  y_ND = output(grouped, params, hidden(grouped, params, x_ND))
+  live = jnp.arange(x_ND.shape[0]) < tokens_per_expert_E.sum()
+  return jnp.where(live[:, None], y_ND, 0)  # The bias is in all rows.
+
+
+def linear(params, name: str, x: Array) -> Array:
+  """x @ params[name] + params[name_bias], if there is one."""
+  y = x @ params[name]
+  bias = params.get(f"{name}_bias")
+  if bias is None:
+    return y
+  # Its rank is raised by hand, as tests forbid that it happens by itself.
+  return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
 
 
 def _load(backend):
