@@ -77,9 +77,8 @@ def get_config() -> ConfigDict:
   c.optim.schedule = "cosine"  # after it: constant, cosine, wsd
   c.optim.decay_steps = 0  # wsd: length of the final decay
   c.optim.final_fraction = 0.1  # of the learning rate, at the last step
-  c.optim.weight_decay = (
-    0.1  # decoupled; not on scales, biases, embedding; not sgd
-  )
+  # Decoupled; not on scales, biases and embedding, and not with sgd.
+  c.optim.weight_decay = 0.1
   # Factors by part: router, routed experts, and the rest.
   parts = {"router": 1.0, "experts": 1.0, "rest": 1.0}
   c.optim.learning_rate_factors = ConfigDict(parts)

@@ -120,7 +120,7 @@ def _begin(program, seed, directory, checkpoints, progress):
   writers = program.config.writers
   directory.write_to(writers, 0 if found is None else found.step)
   if found is None:
-    _check_lost(directory, program.config.checkpoint.every)
+    _check_lost(directory, options=program.config.checkpoint)
     directory.cut(0)
     directory.describe(**facts)
     return program.init(jax.random.key(seed)), 0, lines
@@ -138,13 +138,15 @@ def _begin(program, seed, directory, checkpoints, progress):
   return found.state, found.step, lines
 
 
-def _check_lost(directory, every):
+def _check_lost(directory, options):
   """Raises ConfigError for lines that tell of a checkpoint that is gone.
 
-  A process that was killed may have been writing its last one.
+  A process that was killed may have been writing its last one; and how often
+  they are saved may have been changed since the run began.
   """
-  last = directory.last_step()
-  if every and last > 2 * every:
+  last, every = directory.last_step(), options.every
+  known = directory.first_config()["checkpoint"]["every"]
+  if every and known and last > 2 * max(every, known):
     raise ConfigError(
       f"{directory.path} has metrics up to step {last} and no checkpoint, which"
       " is saved every"

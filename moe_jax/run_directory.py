@@ -159,6 +159,10 @@ class RunDirectory:
       self._write("metrics.jsonl", text)
     self.lines = len(kept)
 
+  def first_config(self) -> dict:
+    """As the run was begun, of which what changes no number may have changed."""
+    return _read_json(self.path / "config.json")
+
   def last_step(self) -> int:
     """Of the last line of metrics.jsonl; 0 if it has none."""
     return max((x["step"] for x in self._read_lines()), default=0)

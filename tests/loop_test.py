@@ -113,6 +113,15 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(make, tmp_path):
     go(made, tmp_path)
   assert (tmp_path / "metrics.jsonl").read_text() == lines
   known = losses(tmp_path)
+  # Had it been begun with fewer of them, there might have been none yet.
+  begun = tmp_path / "config.json"
+  text = begun.read_text()
+  begun.write_text(text.replace('"every": 10,', '"every": 20,'))
+  assert begun.read_text() != text
+  with pytest.raises(Interrupted):
+    go(made, tmp_path, 1)
+  begun.write_text(text)
+  shutil.rmtree(tmp_path / "checkpoints")
   early = lines.splitlines(keepends=True)[:19]
   (tmp_path / "metrics.jsonl").write_text("".join(early))
   with pytest.raises(Interrupted):
