@@ -20,6 +20,7 @@ import sys
 import time
 from typing import NamedTuple
 
+from benchmarks import peers
 from experiments import intervals
 from moe_jax import config as config_lib
 from moe_jax.errors import ConfigError, did_you_mean
@@ -252,11 +253,11 @@ def implementations(shape: Shape, tokens_per_group: int = 1024) -> dict:
       sparse,
     ),
     "scatter, capacity 1.25": (
-      functools.partial(_scatter, shape, 1.25),
+      functools.partial(peers.scatter, shape, 1.25),
       sparse,
     ),
-    "ragged_dot": (functools.partial(_ragged_dot, shape), sparse),
-    "all experts": (functools.partial(_all_experts, shape), sparse),
+    "ragged_dot": (functools.partial(peers.ragged_dot, shape), sparse),
+    "all experts": (functools.partial(peers.all_experts, shape), sparse),
   }
   return {name: (f, params, x_TD) for name, (f, params) in found.items()}
 
@@ -319,77 +320,6 @@ def _ours(
     return y_GTD.reshape(x_TD.shape)
 
   return run
-
-
-# What others do, as short as it goes.
-
-
-def _chosen(shape, params, x_TD):
-  """The same router: weight_TK, expert_TK."""
-  import jax
-
-  prob_TE = jax.nn.softmax(x_TD @ params["router"]["kernel"])
-  return jax.lax.top_k(prob_TE, shape.top_k)
-
-
-def _ragged_dot(shape, params, x_TD):
-  """Rows sorted by expert, three ragged_dot, rows unsorted again."""
-  import jax
-  import jax.numpy as jnp
-
-  weight_TK, expert_TK = _chosen(shape, params, x_TD)
-  expert_N, w = expert_TK.reshape(-1), params["experts"]
-  order_N = jnp.argsort(expert_N)
-  sizes_E = jnp.bincount(expert_N, length=shape.num_experts)
-  x_ND = x_TD[order_N // shape.top_k]
-  dot = lambda x, w: jax.lax.ragged_dot(x, w, sizes_E)  # noqa: E731
-  hidden = jax.nn.silu(dot(x_ND, w["gate"])) * dot(x_ND, w["up"])
-  y_ND = dot(hidden, w["down"])[jnp.argsort(order_N)]
-  y_TKD = y_ND.reshape(TOKENS, shape.top_k, -1)
-  return (y_TKD * weight_TK[..., None]).sum(1)
-
-
-def _scatter(shape, capacity, params, x_TD):
-  """Tokens scattered to slots of equal number, batched products, a gather."""
-  import jax
-  import jax.numpy as jnp
-
-  weight_TK, expert_TK = _chosen(shape, params, x_TD)
-  expert_N, w = expert_TK.reshape(-1), params["experts"]
-  slots = int(capacity * TOKENS * shape.top_k / shape.num_experts)
-  chosen_NE = jax.nn.one_hot(expert_N, shape.num_experts, dtype=jnp.int32)
-  rank_N = (jnp.cumsum(chosen_NE, 0) * chosen_NE).sum(1) - 1
-  slot_N = jnp.where(rank_N < slots, expert_N * slots + rank_N, -1)
-  x_ND = jnp.repeat(x_TD, shape.top_k, axis=0)
-  empty = jnp.zeros((shape.num_experts * slots, shape.d_model))
-  x_ECD = empty.at[slot_N].add(x_ND, mode="drop", wrap_negative_indices=False)
-  x_ECD = x_ECD.reshape(shape.num_experts, slots, -1)
-  hidden = jax.nn.silu(x_ECD @ w["gate"]) * (x_ECD @ w["up"])
-  y_ND = (hidden @ w["down"]).reshape(-1, shape.d_model)
-  y_ND = y_ND.at[slot_N].get(
-    mode="fill", fill_value=0, wrap_negative_indices=False
-  )
-  y_TKD = y_ND.reshape(TOKENS, shape.top_k, -1)
-  return (y_TKD * weight_TK[..., None]).sum(1)
-
-
-def _all_experts(shape, params, x_TD):
-  """Every expert on every token, weighted by zero where it is not chosen."""
-  import jax
-  import jax.numpy as jnp
-
-  weight_TK, expert_TK = _chosen(shape, params, x_TD)
-  token_T1 = jnp.arange(TOKENS)[:, None]
-  weight_TE = jnp.zeros((TOKENS, shape.num_experts))
-  weight_TE = weight_TE.at[token_T1, expert_TK].set(weight_TK)
-
-  def one(y_TD, expert):
-    w, weight_T = expert
-    hidden = jax.nn.silu(x_TD @ w["gate"]) * (x_TD @ w["up"])
-    return y_TD + weight_T[:, None] * (hidden @ w["down"]), None
-
-  each = (params["experts"], weight_TE.T)
-  return jax.lax.scan(one, jnp.zeros_like(x_TD), each)[0]
 
 
 def _arguments(argv):

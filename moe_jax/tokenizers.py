@@ -91,8 +91,6 @@ def _json(path):
   tokenizer.no_padding()
   content = json.loads(path.read_text())
   model = content["model"]
-  if model.get("type") == "WordPiece":
-    raise ValueError("WordPiece does not keep spaces, so bytes are lost")
   # In byte-level vocabularies a character stands for a byte.
   by_bytes = "ByteLevel" in json.dumps(content.get("decoder"))
   added = content.get("added_tokens") or ()

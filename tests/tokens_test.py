@@ -604,16 +604,6 @@ def test_a_tokenizer_that_loses_bytes_is_refused(make_dataset, tmp_path):
   assert not list((tmp_path / "cache").iterdir())
 
 
-def test_a_tokenizer_that_loses_spaces_is_refused(tmp_path):
-  import tokenizers as library
-
-  path = tmp_path / "tokenizer.json"
-  vocab = {"[UNK]": 0, "a": 1, "##b": 2}
-  library.Tokenizer(library.models.WordPiece(vocab)).save(str(path))
-  with pytest.raises(ConfigError, match="WordPiece does not keep spaces"):
-    tokenizers.load(path)
-
-
 def test_a_damaged_tokenizer_is_named(make_dataset, tmp_path):
   folder = make_dataset({"train": [{"text": "abc"}]})
   for name in ("tokenizer.json", "m.model"):
