@@ -153,9 +153,9 @@ def report(recipe: Recipe, routing: Routing, kept_GTK, mask_GT) -> Stats:
     # Without the dtype, integers grow to int64 in float64 mode.
     return value.reshape(shape).sum(2, dtype=value.dtype)
 
-  def by_expert(value_GTK, which=slice(None)):
-    value = value_GTK[..., which].reshape(groups, recipe.sequences, -1)
-    expert = routing.expert_TK[..., which].reshape(value.shape)
+  def by_expert(value_GTK):
+    value = value_GTK.reshape(groups, recipe.sequences, -1)
+    expert = routing.expert_TK.reshape(value.shape)
     g, s = jnp.indices(value.shape[:2], sparse=True)
     counts = jnp.zeros(
       (groups, recipe.sequences, recipe.num_experts), value.dtype
@@ -168,6 +168,8 @@ def report(recipe: Recipe, routing: Routing, kept_GTK, mask_GT) -> Stats:
   def choices(flags_GTK):
     return by_sequence(flags_GTK.sum(-1, dtype=jnp.int32))
 
+  # Not a slice of expert_TK: XLA on CPU would sort all scores for that.
+  first_GTK = valid_GTK.at[..., 1:].set(False)
   full = valid_GTK & ~kept_GTK
   ordinary = (
     recipe.bound is None or recipe.bound.expert_buckets == recipe.num_experts
@@ -184,7 +186,7 @@ def report(recipe: Recipe, routing: Routing, kept_GTK, mask_GT) -> Stats:
   return Stats(
     tokens=by_sequence(whole(mask_GT)),
     count_E=by_expert(whole(valid_GTK)),
-    first_choice_E=by_expert(whole(valid_GTK), slice(1)),
+    first_choice_E=by_expert(whole(first_GTK)),
     prob_E=by_sequence(
       jnp.broadcast_to(prob, (groups, tokens, recipe.num_experts))
     ),
