@@ -52,16 +52,16 @@ def to_rows(x_GTD, owner_N, row_GTK, weight_GTK, weight_input):
 
 def from_rows(x_ND, owner_N, row_GTK, weight_GTK, weight_input):
   """sum_k weight * row, in the weights' dtype, returned in x's."""
-  y_GTKD = dispatchers.take(x_ND, row_GTK, owner_N[:, None])
+  groups, tokens, top_k = row_GTK.shape
   if weight_input:
     weight_GTK = jnp.ones_like(weight_GTK)
-  y_GTD = jnp.einsum(
-    "GTK,GTKD->GTD",
-    weight_GTK,
-    y_GTKD,
-    preferred_element_type=weight_GTK.dtype,
+  y_ND = dispatchers.combine(
+    x_ND,
+    weight_GTK.reshape(-1, top_k),
+    row_GTK.reshape(-1, top_k),
+    owner_N,
   )
-  return y_GTD.astype(x_ND.dtype)
+  return y_ND.astype(x_ND.dtype).reshape(groups, tokens, -1)
 
 
 def owners(row_GTK: Array, num_rows: int) -> Array:

@@ -30,17 +30,9 @@ class Plan:
     return Rows(x_ND, self.tokens_per_expert_GE)
 
   def combine(self, rows: Rows) -> Array:
-    groups, tokens, top_k = self.row_GTK.shape
-    weight_GTK = self.weight_GTK
-    if self.weight_input:
-      weight_GTK = jnp.ones_like(weight_GTK)
-    y_ND = dispatchers.combine(
-      rows.x,
-      weight_GTK.reshape(-1, top_k),
-      self.row_GTK.reshape(-1, top_k),
-      self.owner_N,
+    return gather.from_rows(
+      rows.x, self.owner_N, self.row_GTK, self.weight_GTK, self.weight_input
     )
-    return y_ND.astype(rows.x.dtype).reshape(groups, tokens, -1)
 
 
 def build(order: str = "token") -> Dispatcher:

@@ -11,6 +11,7 @@ import pkgutil
 import jax
 import jax.numpy as jnp
 
+from moe_jax import products
 from moe_jax.errors import ConfigError, did_you_mean
 from moe_jax.types import Array
 
@@ -110,7 +111,7 @@ def grouped_network(
 
 def linear(params, name: str, x: Array) -> Array:
   """x @ params[name] + params[name_bias], if there is one."""
-  y = x @ params[name]
+  y = products.product(x, params[name])
   bias = params.get(f"{name}_bias")
   if bias is None:
     return y

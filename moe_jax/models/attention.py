@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax import parallel
+from moe_jax import parallel, products
 from moe_jax.types import Array
 
 
@@ -48,7 +48,9 @@ class Attention(nn.Module):
       ),
       (self.num_heads, self.head_dim, d_model),
     )
-    return jnp.einsum("BLHh,HhD->BLD", y, out.astype(x_BLD.dtype))
+    y_BLD = y.reshape(*y.shape[:2], -1)
+    out = out.reshape(-1, d_model).astype(y.dtype)
+    return products.product(y_BLD, out)
 
   def _project(self, x_BLD, name, heads):
     logical = "heads" if heads == self.num_heads else "kv_heads"
@@ -62,7 +64,7 @@ class Attention(nn.Module):
       ),
       (x_BLD.shape[-1], heads, self.head_dim),
     )
-    y = jnp.einsum("BLD,DHh->BLHh", x_BLD, w.astype(x_BLD.dtype))
+    y = products.product(x_BLD, w.astype(x_BLD.dtype))
     return parallel.constrain(y, ("batch", None, logical, None), self.mesh)
 
 

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax import dispatchers, experts, layer, parallel
+from moe_jax import dispatchers, experts, layer, parallel, products
 from moe_jax.errors import ConfigError
 from moe_jax.models import attention, moe
 from moe_jax.types import Array, Mlp
@@ -315,9 +315,4 @@ class Transformer(nn.Module):
         (arch.d_model, arch.vocab_size),
       )
     dtype = jnp.promote_types(x_BLD.dtype, jnp.float32)
-    return jnp.einsum(
-      "BLD,DV->BLV",
-      x_BLD,
-      head_DV.astype(x_BLD.dtype),
-      preferred_element_type=dtype,
-    )
+    return products.product(x_BLD, head_DV.astype(x_BLD.dtype), dtype)
