@@ -6,6 +6,7 @@ readers can tell apart) and its own line or marker, for readers in grey.
 
 import pathlib
 import statistics
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from experiments import intervals
@@ -41,6 +42,7 @@ class Curve(NamedTuple):
   floor: a metric that is drawn as one dashed line, or None.
   floor_label: of that line.
   log: logarithmic vertical axis.
+  arms: the ones that it shows; None: all.
   """
 
   metric: str
@@ -48,10 +50,14 @@ class Curve(NamedTuple):
   floor: str | None = None
   floor_label: str = ""
   log: bool = False
+  arms: Sequence[str] | None = None
 
   def needs(self) -> set[str]:
     """Metrics of training that it draws."""
     return {self.metric, self.floor} - {None}
+
+  def _shows(self, arm):
+    return self.arms is None or arm in self.arms
 
   def draw(self, rows: list[dict], points: list[dict], folder) -> None:
     """Writes <metric>.png and <metric>.pdf.
@@ -61,8 +67,9 @@ class Curve(NamedTuple):
       points: dicts with arm, seed, step and metrics.
       folder: to write to.
     """
-    figure, axes = _axes()
-    for arm, style in _styles(rows or points).items():
+    figure, (axes,) = panels(1)
+    shown = [r for r in rows or points if self._shows(r["arm"])]
+    for arm, style in styles(shown).items():
       steps, mean, low, high = band(points, arm, self.metric)
       if steps:
         axes.plot(steps, mean, label=arm, color=style.color, ls=style.line)
@@ -74,7 +81,7 @@ class Curve(NamedTuple):
     if self.log:
       _log_scale(axes, "y")
     axes.set(xlabel="step (band: lowest to highest seed)", ylabel=self.label)
-    _save(figure, axes, folder, self.metric)
+    save(figure, axes, folder, self.metric)
 
 
 class Scatter(NamedTuple):
@@ -104,8 +111,8 @@ class Scatter(NamedTuple):
       folder: to write to.
     """
     del points
-    figure, axes = _axes()
-    for arm, style in _styles(rows).items():
+    figure, (axes,) = panels(1)
+    for arm, style in styles(rows).items():
       of_arm = [r for r in rows if r["arm"] == arm and self.y in r]
       if not of_arm:
         continue
@@ -134,7 +141,7 @@ class Scatter(NamedTuple):
     if self.log:
       _log_scale(axes, "x")
     axes.set(xlabel=self.x_label, ylabel=self.y_label)
-    _save(figure, axes, folder, f"{self.y}_over_{self.x}")
+    save(figure, axes, folder, f"{self.y}_over_{self.x}")
 
 
 class _Style(NamedTuple):
@@ -143,7 +150,7 @@ class _Style(NamedTuple):
   marker: str
 
 
-def _styles(dicts):
+def styles(dicts) -> dict[str, _Style]:
   """{arm: its look}, in the order in which the arms come."""
   arms = dict.fromkeys(d["arm"] for d in dicts)
   looks = []
@@ -157,13 +164,18 @@ def _styles(dicts):
   return {arm: _Style(*look) for arm, look in zip(arms, looks)}
 
 
-def _axes():
+def panels(count: int):
+  """(figure, its axes beside each other)."""
   import matplotlib
 
   matplotlib.use("Agg")
   from matplotlib import pyplot as plt
 
-  return plt.subplots(figsize=(6, 4), layout="constrained")
+  width = 6 if count == 1 else 4 * count
+  figure, axes = plt.subplots(
+    1, count, figsize=(width, 4), layout="constrained", squeeze=False
+  )
+  return figure, list(axes[0])
 
 
 def _log_scale(axes, which):
@@ -177,7 +189,8 @@ def _log_scale(axes, which):
   axis.set_minor_formatter(ticker.NullFormatter())
 
 
-def _save(figure, axes, folder, name):
+def save(figure, axes, folder, name: str) -> None:
+  """Writes name.png and name.pdf, with the legend of these axes on top."""
   from matplotlib import pyplot as plt
 
   if axes.get_legend_handles_labels()[0]:

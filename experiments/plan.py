@@ -139,8 +139,9 @@ class Plan:
     chosen = {arm: {} for arm in self.arms}
     for number, stage in enumerate(self.sweep.stages[:stages]):
       for arm in self.arms:
-        if chosen[arm] is not None and stage.tried(arm):
-          chosen[arm] = self._choose(arm, number, chosen[arm])
+        source = stage.source(arm)
+        if chosen[arm] is not None and stage.tried(source):
+          chosen[arm] = self._choose(source, number, chosen[arm])
     return chosen
 
   def choices(self) -> list[str]:

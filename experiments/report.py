@@ -1,7 +1,7 @@
 """From rows to table.md, table.tex, results.csv and figures."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from experiments import figures, intervals, runs
@@ -52,24 +52,43 @@ class Match(NamedTuple):
   within: float = 0.2
 
 
+class Derivation(NamedTuple):
+  """Metrics of a run that take other runs, such as an arm relative to another.
+
+  derive: (rows, curves) -> the rows with these metrics.
+  needs: what it reads of the curves.
+  gives: names of the metrics.
+  """
+
+  derive: Callable[[list[dict], list[dict]], list[dict]]
+  needs: Sequence[str]
+  gives: Sequence[str]
+
+
 class Plan(NamedTuple):
   """What a question's report shows.
 
   columns: of the table.
   claims: differences between arms; shown, like matches, where both arms are.
   matches: what arms have in common.
-  plots: drawn from the rows and from the lines of training.
+  plots: drawn from the rows and from the curves.
+  derivation: of more metrics; None: there are none.
+  findings: each rows -> lines of text, for under the claims.
   """
 
   columns: Sequence[Column]
   claims: Sequence[Claim] = ()
   matches: Sequence[Match] = ()
   plots: Sequence[figures.Curve | figures.Scatter] = ()
+  derivation: Derivation | None = None
+  findings: Sequence[Callable[[list[dict]], list[str]]] = ()
 
 
 def unknown(plan: Plan, rows: Sequence[dict]) -> list[str]:
   """Metrics that the table or a claim is of and no row has, each with a hint."""
   known = {k for row in rows for k in row}
+  if plan.derivation is not None:
+    known |= set(plan.derivation.gives)
   wanted = [c.metric for c in (*plan.columns, *plan.claims, *plan.matches)]
   return [
     f'"{metric}"{did_you_mean(metric, known)}'
@@ -104,6 +123,8 @@ def write(
   runs.write_csv(folder / "curves.csv", _thin(curves, plan))
   rows = runs.read_csv(folder / "results.csv")
   curves = runs.read_csv(folder / "curves.csv")
+  if plan.derivation is not None:
+    rows = plan.derivation.derive(rows, curves)
   table = _table(plan.columns, rows)
   text = "\n\n".join(
     block
@@ -119,6 +140,7 @@ def write(
         )
         for say, several in ((claim, plan.claims), (match, plan.matches))
       ),
+      *("\n".join(finding(rows)) for finding in plan.findings),
       "\n".join(notes),
     )
     if block
@@ -294,7 +316,9 @@ def _latex_cell(cell):
 
 def _thin(curves, plan):
   """Only what the figures need."""
-  wanted = {*runs.KEYS, "step"}
-  for plot in plan.plots:
-    wanted |= plot.needs()
-  return [{k: v for k, v in p.items() if k in wanted} for p in curves]
+  place = {*runs.KEYS, "step"}
+  wanted = set().union(*(plot.needs() for plot in plan.plots))
+  if plan.derivation is not None:
+    wanted |= set(plan.derivation.needs)
+  thin = [{k: v for k, v in p.items() if k in place | wanted} for p in curves]
+  return [point for point in thin if point.keys() - place]

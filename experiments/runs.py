@@ -91,7 +91,7 @@ class Run:
     """
     found = {"diverged": 1.0}
     if validation is not None:
-      found = summary(self._training(), validation)
+      found = summary(self._lines("train"), validation)
     row = self.key | self._origin() | self._cost() | found
     path, temporary = self.folder / "row.json", self.folder / ".row.json"
     with naming(path):
@@ -99,21 +99,30 @@ class Run:
       os.replace(temporary, path)
 
   def curve(self) -> list[dict]:
-    """Some hundred lines of its training metrics, at most; [] without any."""
+    """Some hundred lines of its training metrics, at most; [] without any.
+
+    Then those of its evaluations, as validation/METRIC.
+    """
     try:
-      lines = self._training()
+      lines, evaluations = self._lines("train"), self._lines("validation")
     except OSError:
       return []
     every = -(-len(lines) // _POINTS) or 1
+    lines = lines[::-every][::-1]  # Always the last one.
+    named = [dict(line) for line in lines]
+    for line in evaluations:
+      step = {"step": line.pop("step")}
+      named.append(step | {f"validation/{k}": v for k, v in line.items()})
+    extra = ("split", "validation/split")
     return [
-      self.key | {k: v for k, v in line.items() if k != "split"}
-      for line in lines[::-every][::-1]  # Always the last one.
+      self.key | {k: v for k, v in line.items() if k not in extra}
+      for line in named
     ]
 
-  def _training(self):
+  def _lines(self, split):
     from moe_jax import run_directory  # Imports jax.
 
-    return run_directory.read_metrics(self.folder, "train")
+    return run_directory.read_metrics(self.folder, split)
 
 
 def diverged(row: dict) -> bool:

@@ -24,6 +24,7 @@ class Stage:
     which the metric would be that, on straight lines between what was tried,
     both axes logarithmic; the nearest one tried where it lies outside of them.
   seeds: how many, from `SEED` on.
+  like: {arm: the arm whose choice it takes}, for arms that try nothing.
   """
 
   key: str | Mapping[str, str]
@@ -31,9 +32,16 @@ class Stage:
   metric: str = "bits_per_byte"
   target: float | None = None
   seeds: int = 1
+  like: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+  def source(self, arm: str) -> str:
+    """The arm whose choice it takes."""
+    return self.like.get(arm, arm)
 
   def tried(self, arm: str) -> dict[float, dict[str, float]]:
-    """{value: the overrides that set it}; {} for an arm that has no choice."""
+    """{value: the overrides that set it}; {} for an arm that tries nothing."""
+    if arm in self.like:
+      return {}
     key = self.key if isinstance(self.key, str) else self.key.get(arm)
     if key is None:
       return {}
@@ -73,9 +81,11 @@ def describe(stages: Iterable[Stage], arm: str, chosen: Mapping) -> str:
   """
   words = []
   for stage in stages:
-    for key in {k for o in stage.tried(arm).values() for k in o}:
-      value, tried = chosen[key], sorted(stage.tried(arm))
+    source = stage.source(arm)
+    for key in {k for o in stage.tried(source).values() for k in o}:
+      value, tried = chosen[key], sorted(stage.tried(source))
       among = ", ".join(f"{v:g}" for v in tried)
+      among += f", for {source}" * (source != arm)
       doubt = ""
       if stage.target is not None and value in tried:
         doubt = f"; {stage.metric} was never {stage.target:g} between them"

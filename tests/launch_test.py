@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import experiments
+from benchmarks import train_step
 from experiments import launch, questions, runs, sweeps, tuning
 from experiments import plan as plans
 from moe_jax import config as config_lib
@@ -432,3 +433,11 @@ def test_without_a_question():
   )
   assert done.returncode == 2
   assert "QUESTION" in done.stderr
+
+
+def test_a_step_of_every_arm_is_timed(small, programs, capsys):
+  flags = ["small", "--child", "--rounds=2", "--steps=1"]
+  assert train_step.main(flags) == 0
+  found = json.loads(capsys.readouterr().out)
+  assert list(found) == ["none", "bias"]
+  assert all(len(seconds) == 2 for seconds in found.values())

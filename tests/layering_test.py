@@ -14,6 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 LEVELS = (
   "errors progress varying",
   "registry types",
+  "products",
   "slots exchange metrics grouped_matmul",
   "routers balancers dispatchers experts",
   "layer",

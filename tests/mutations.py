@@ -41,6 +41,7 @@ SLOTTED = "parallel_test.py::test_layer_on_a_mesh[gather-True]"
 RAGGED = "parallel_test.py::test_layer_on_a_mesh[sorted-True]"
 NOISE = "train_test.py::test_noise_differs_by_layer_group_and_step"
 RESUME = "loop_test.py::test_stopped_anywhere_it_is_the_same_run"
+LOADS = "grouped_matmul_test.py"
 REMAT = "remat_test.py::test_a_recompute_does_not_choose[gather-None]"
 
 FAULTS = (
@@ -225,6 +226,49 @@ FAULTS = (
     "lambda g: jax.random.fold_in(rng, g)",
     "lambda g: jax.random.fold_in(rng, 0 * g)",
     NOISE,
+  ),
+  # The loop over experts.
+  Fault(
+    "a gradient counts the rows of the next expert",
+    "grouped_matmul/cpu.py",
+    "return jnp.where((row < chunk.live)[:, None], x, 0)",
+    "return x",
+    LOADS,
+  ),
+  Fault(
+    "a later chunk replaces the gradient of its expert",
+    "grouped_matmul/cpu.py",
+    "if not chunk.begins:",
+    "if False:",
+    LOADS,
+  ),
+  Fault(
+    "a chunk that is exactly full is left out",
+    "grouped_matmul/cpu.py",
+    "(smaller < live) & (live <= size)",
+    "(smaller < live) & (live < size)",
+    LOADS,
+  ),
+  Fault(
+    "the last chunk's other rows stay",
+    "grouped_matmul/cpu.py",
+    "lax.dynamic_update_slice_in_dim(x_ND, nothing, sizes_E.sum(), 0)",
+    "lax.dynamic_update_slice_in_dim(x_ND, nothing, rows, 0)",
+    LOADS,
+  ),
+  Fault(
+    "combining does not weigh in the backward pass",
+    "dispatchers/__init__.py",
+    "dx_ND = weight_N[:, None] * _take(dy_TD, owner_N // top_k)",
+    "dx_ND = _take(dy_TD, owner_N // top_k)",
+    "layer_test.py::test_gradient[tight-sorted-float32]",
+  ),
+  Fault(
+    "all choices are first choices",
+    "layer.py",
+    "valid_GTK.at[..., 1:].set(False)",
+    "valid_GTK",
+    "layer_test.py::test_oracle",
   ),
   # The mesh.
   Fault(

@@ -1,0 +1,52 @@
+"""Shapes of layers that benchmarks measure, and names of ways to compute them."""
+
+from typing import NamedTuple
+
+from moe_jax.errors import ConfigError, did_you_mean
+
+
+class Shape(NamedTuple):
+  """D, F, E, K and T of a layer of SwiGLU experts."""
+
+  d_model: int
+  d_expert: int
+  num_experts: int
+  top_k: int
+  tokens: int = 4096
+
+  @property
+  def flops(self) -> int:
+    """Of the chosen experts' matrix products, forward."""
+    return 6 * self.tokens * self.d_model * self.d_expert * self.top_k
+
+
+SHAPES = {
+  "S1": Shape(512, 1024, 16, 2),
+  "S2": Shape(256, 1024, 64, 8),
+  "S3": Shape(512, 1024, 8, 1),
+  "S4": Shape(512, 1024, 64, 2),
+  "S5": Shape(256, 512, 256, 8),
+}
+DENSE = ("dense", "dense/cpu")
+DROPLESS = ("sorted/cpu", "sorted/reference", "ragged_dot", "all experts")
+DROPPING = (
+  "gather, capacity 1.25",
+  "einsum, capacity 1.25",
+  "scatter, capacity 1.25",
+)
+DIRECTIONS = ("forward", "forward_backward")
+
+
+def check(names: list[str]) -> None:
+  """Raises ConfigError unless there are all of these shapes."""
+  for name in names:
+    if name not in SHAPES:
+      raise ConfigError(
+        f'--shapes: there is no shape "{name}"' + did_you_mean(name, SHAPES)
+      )
+
+
+def describe() -> str:
+  """What the shapes are."""
+  found = (f"{k}: {tuple(v[:4])}" for k, v in SHAPES.items())
+  return f"{', '.join(found)} (D, F, E, K)"

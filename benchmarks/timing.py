@@ -1,0 +1,117 @@
+"""What benchmarks share: turns, several processes, and the machine."""
+
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+
+from experiments import intervals
+
+
+def in_turn(
+  ready: Mapping[Hashable, Callable],
+  rounds: int,
+  enough: Callable = lambda key, seconds: False,
+) -> dict[Hashable, list[float]]:
+  """Seconds that each function takes, round by round.
+
+  What else the machine does falls on all of them alike that way.
+
+  Args:
+    ready: functions of nothing that return arrays, already compiled.
+    rounds: in each, every function has its turn; one more before them warms
+      up, and counts for those only that have no other.
+    enough: (key, seconds so far) -> whether a function may miss its turn.
+  """
+  import jax
+
+  seconds = {key: [] for key in ready}
+  for turn in range(rounds + 1):
+    for key, function in ready.items():
+      if turn and enough(key, seconds):
+        continue
+      started = time.perf_counter()
+      jax.block_until_ready(function())
+      seconds[key].append(time.perf_counter() - started)
+  return {key: found[1:] or found for key, found in seconds.items()}
+
+
+def over(ones: Sequence[float], others: Sequence[float]) -> float:
+  """The median over rounds of one's seconds over the other's."""
+  return statistics.median(one / other for one, other in zip(ones, others))
+
+
+def processes(module: str, arguments: Sequence[str], count: int) -> list:
+  """What so many runs of a module print as JSON, one after another."""
+  command = [sys.executable, "-m", module, *arguments]
+  found = []
+  for _ in range(count):
+    done = subprocess.run(
+      command, stdout=subprocess.PIPE, text=True, check=True
+    )
+    found.append(json.loads(done.stdout.splitlines()[-1]))
+  return found
+
+
+def summary(name: str, values: Sequence[float]) -> dict[str, float | None]:
+  """The median over processes, and half the 95 % t-interval."""
+  return {
+    name: statistics.median(values),
+    f"{name}_interval": intervals.of(values).half,
+  }
+
+
+def cell(row: Mapping, name: str, factor: float = 1.0, digits: int = 2) -> str:
+  """A `summary` in a table."""
+  half = row[f"{name}_interval"]
+  text = f"{factor * row[name]:.{digits}f}"
+  return text if half is None else f"{text} ± {factor * half:.{digits}f}"
+
+
+def write(path: pathlib.Path, rows: list[dict]) -> None:
+  """The rows as JSON, with the machine that they are of."""
+  found = {"machine": machine(), "rows": rows}
+  path.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def machine() -> dict:
+  """What numbers are of."""
+  import jax
+
+  cpuinfo = pathlib.Path("/proc/cpuinfo")
+  names = [
+    line.partition(":")[2].strip()
+    for line in (cpuinfo.read_text().splitlines() if cpuinfo.exists() else [])
+    if line.startswith("model name")
+  ]
+  return {
+    "processor": names[0] if names else platform.processor(),
+    "cores": len(names),
+    "backend": jax.default_backend(),
+    "jax": jax.__version__,
+    "python": platform.python_version(),
+    "date": time.strftime("%Y-%m-%d"),
+  }
+
+
+def memory() -> int:
+  """Bytes that the machine has."""
+  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def matmul_peak() -> float:
+  """Operations a second of a large square product, the best of some."""
+  import jax
+  import jax.numpy as jnp
+
+  size = 2048
+  x = jax.random.normal(jax.random.key(0), (size, size))
+  product = jax.jit(jnp.matmul)
+  jax.block_until_ready(product(x, x))
+  seconds = in_turn({"product": lambda: product(x, x)}, 8)["product"]
+  return 2 * size**3 / min(seconds)

@@ -1,0 +1,165 @@
+"""How long does a training step of each arm of a question take?
+
+  python -m benchmarks.train_step load_balancing --scale=cpu --than=dense
+
+Times the compiled steps of all arms in turn, round by round, so that what else
+the machine does falls on all of them alike; several processes give medians and
+an interval. With --csv the timings of the last process go to a file; as
+times.csv beside the question, it gives its report the seconds that the
+training of each arm takes.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import sys
+import time
+
+from benchmarks import timing
+from experiments import plan as plans
+from experiments import questions, runs, sweeps
+from moe_jax import config as config_lib
+from moe_jax.errors import ConfigError, did_you_mean
+
+
+def main(argv=None) -> int:
+  """The command."""
+  args = _arguments(argv)
+  plan = plans.make(
+    questions.load(args.question), scale=args.scale, arms=args.arm
+  )
+  configs = {arm: plan.sweep.configs()[arm] for arm in plan.arms}
+  than = args.than or next(iter(configs))
+  if than not in configs:
+    raise ConfigError(
+      f'--than: "{than}" is not one of the arms' + did_you_mean(than, configs)
+    )
+  if args.child:
+    found = measure(list(configs.values()), args.rounds, args.steps)
+    print(json.dumps(dict(zip(configs, found))))
+    return 0
+  found = timing.processes(
+    "benchmarks.train_step", _flags(args), args.processes
+  )
+  rows = summarize(found, configs, than)
+  print(table(rows, than))
+  if args.json:
+    timing.write(args.json, rows)
+  if args.csv:
+    seconds = [
+      {
+        "scale": plan.scale,
+        "arm": arm,
+        "config_digest": sweeps.digest(configs[arm]),
+        "round": i,
+        "seconds_per_step": value,
+      }
+      for arm in configs
+      for i, value in enumerate(found[-1][arm])
+    ]
+    runs.replace_scale(args.csv, plan.scale, seconds)
+  return 0
+
+
+def summarize(found: list[dict], configs: dict, than: str) -> list[dict]:
+  """A row per arm: medians over processes, with their interval.
+
+  Args:
+    found: of each process, {arm: seconds per step, by round}.
+    configs: of the arms.
+    than: the arm that speed is relative to.
+  """
+  rows = []
+  for arm, config in configs.items():
+    seconds = [statistics.median(process[arm]) for process in found]
+    speed = [timing.over(process[than], process[arm]) for process in found]
+    tokens = config.data.batch_size * config.data.seq_len
+    row = {"arm": arm, "seconds_per_step": statistics.median(seconds)}
+    row["tokens_per_second"] = tokens / row["seconds_per_step"]
+    row["processes"] = len(found)
+    rows.append(row | timing.summary("relative_speed", speed))
+  return rows
+
+
+def table(rows: list[dict], than: str) -> str:
+  """The rows as markdown."""
+  lines = [
+    f"| arm | ms a step | tokens/s | speed ÷ {than} |",
+    "|---|---|---|---|",
+  ]
+  for row in rows:
+    speed = timing.cell(row, "relative_speed")
+    lines.append(
+      f"| {row['arm']} | {1e3 * row['seconds_per_step']:.1f}"
+      f" | {row['tokens_per_second']:.0f} | {speed} |"
+    )
+  return "\n".join(lines)
+
+
+def measure(configs, rounds: int, steps: int) -> list[list[float]]:
+  """Seconds per step of each config, a list over rounds.
+
+  Args:
+    configs: of the arms; those that compile to the same are timed apart.
+    rounds: in each, every arm has its turn.
+    steps: of an arm in a round.
+  """
+  import jax
+
+  from moe_jax.program import Program
+
+  programs = [Program(c) for c in configs]
+  states = [p.init(jax.random.key(0)) for p in programs]
+  batches = [p.put(p.batches(0)[0]) for p in programs]
+  seconds = [[] for _ in programs]
+  for i in range(rounds + 1):
+    for n, program in enumerate(programs):
+      started = time.perf_counter()
+      for _ in range(steps):
+        states[n], sums = program.train_step(states[n], batches[n])
+      jax.block_until_ready((states[n], sums))
+      if i:  # The first round warms up.
+        seconds[n].append((time.perf_counter() - started) / steps)
+  return seconds
+
+
+def _flags(args):
+  flags = [args.question, "--child", f"--rounds={args.rounds}"]
+  flags += [f"--steps={args.steps}"]
+  flags += [f"--scale={args.scale}"] * bool(args.scale)
+  return flags + [f"--arm={arm}" for arm in args.arm or ()]
+
+
+def _arguments(argv):
+  parser = argparse.ArgumentParser(
+    prog="python -m benchmarks.train_step",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  add = parser.add_argument
+  add("question", metavar="QUESTION", help=", ".join(questions.names()))
+  add("--scale", metavar="NAME", help="as of experiments.launch")
+  add("--arm", action="append", metavar="NAME", help="only this; repeatable")
+  add("--than", metavar="NAME", help="the arm of speed 1; the first one")
+  add("--processes", type=config_lib.at_least_1, default=5)
+  add(
+    "--rounds",
+    type=config_lib.at_least_1,
+    default=15,
+    help="in which every arm has its turn",
+  )
+  add(
+    "--steps",
+    type=config_lib.at_least_1,
+    default=4,
+    help="of an arm in a round",
+  )
+  add("--csv", metavar="PATH", help="also put the last process's timings there")
+  add("--json", type=pathlib.Path, metavar="PATH", help="also write it there")
+  add("--child", action="store_true", help=argparse.SUPPRESS)
+  return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+  config_lib.run(lambda: main(sys.argv[1:]))

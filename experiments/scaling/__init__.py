@@ -1,0 +1,1 @@
+"""What do more experts buy at equal FLOPs?"""

@@ -1,0 +1,125 @@
+"""The arms: sizes of a model, dense and with 2 to 64 experts, one per token.
+
+Every second layer has experts, as in Switch (2101.03961) and in the routed
+language models of Clark et al. (2202.01169): a token passes one, of the width
+of the dense layer, so that only the router adds to the active parameters.
+"""
+
+from experiments import sweeps, tuning
+from experiments.load_balancing import sweep as load_balancing
+
+DENSE = "dense"
+
+
+def demo() -> sweeps.Sweep:
+  """Minutes on two CPU cores."""
+  config = cpu_config()
+  config.data.seq_len = 64
+  config.train.num_steps = 150
+  config.eval.every = 15
+  config.eval.batches_per_domain = 8
+  return sweeps.Sweep(config, arms((16, 32, 64), (4, 16)), seeds=1)
+
+
+def cpu() -> sweeps.Sweep:
+  """Less than three hours on two CPU cores, a run on each; what is committed.
+
+  The learning rate is tuned for the dense model of each size, for 8 experts
+  and for 64; other numbers of experts take that of 8, and the largest size,
+  which the law is not fitted to, that of the one before.
+  """
+  sizes, experts = (32, 64, 96, 128), (2, 4, 8, 16, 32, 64)
+  tuned = [name(d, e) for d in sizes[:-1] for e in (DENSE, 8, 64)]
+  like = {name(d, e): name(d, 8) for d in sizes for e in experts}
+  like |= {name(128, e): name(96, e) for e in (DENSE, 8, 64)}
+  like |= {name(128, e): name(96, 8) for e in (2, 4, 16, 32)}
+  rates = tuning.Stage(
+    dict.fromkeys(tuned, "optim.learning_rate"),
+    (3e-3, 6e-3, 1.2e-2),
+    like={arm: source for arm, source in like.items() if arm not in tuned},
+  )
+  return sweeps.Sweep(
+    cpu_config(), arms(sizes, experts), seeds=3, stages=(rates,)
+  )
+
+
+def pod() -> sweeps.Sweep:
+  """Widths and depths of T5-Base and Switch-Base, dense and to 128 experts.
+
+  As one decoder of 12 layers, where they have an encoder and a decoder of 12.
+  For 64 accelerators or more, and text of your own in place of C4:
+
+    python -m experiments.launch scaling --scale=pod --arm=768-64 \
+      --config.data.name=NAME --config.data.dir=DIR \
+      --config.data.tokenizer=tokenizer.json --config.mesh='(1,8,8,1)'
+  """
+  config = cpu_config()
+  config.data.name = "text_of_your_own"
+  config.data.seq_len = 512
+  config.data.batch_size = 2048
+  config.model.num_layers = 12
+  config.model.activation = "relu"
+  config.model.moe.activation = "relu"
+  config.model.moe.init_scale = 0.1
+  config.model.moe.tokens_per_group = 4096
+  config.model.rope_theta = 10_000.0
+  config.model.dtype = "bfloat16"
+  config.optim.name = "adafactor"
+  config.optim.warmup_steps = 10_000
+  config.optim.learning_rate = 1e-2
+  config.train.num_steps = 100_000
+  config.train.log_every = 100
+  config.checkpoint.every = 1000
+  config.eval.every = 1000
+  config.eval.batch_size = 2048
+  return sweeps.Sweep(
+    config, arms((512, 768, 1024), (8, 16, 32, 64, 128), head_dim=64), seeds=1
+  )
+
+
+SCALES = {"demo": demo, "cpu": cpu, "pod": pod}
+
+
+def name(d_model: int, experts: int | str) -> str:
+  """Of an arm: its width, and how many experts or "dense"."""
+  return f"{d_model}-{experts}"
+
+
+def arms(sizes, experts, head_dim=16) -> sweeps.Arms:
+  """Each width dense and with each number of experts."""
+  widths = {
+    str(d): {
+      "model.d_model": d,
+      "model.num_heads": d // head_dim,
+      "model.num_kv_heads": d // head_dim,
+      "model.head_dim": head_dim,
+      "model.d_ff": 4 * d,
+      "model.moe.d_expert": 4 * d,
+    }
+    for d in sizes
+  }
+  kinds = {DENSE: {"model.pattern": (DENSE, DENSE)}}
+  kinds |= {str(e): {"model.moe.num_experts": e} for e in experts}
+  return sweeps.product(widths, kinds)
+
+
+def cpu_config():
+  """Two layers, top-1, dropless, with the loss of Switch."""
+  c = load_balancing.cpu_config()
+  c.model.num_layers = 2
+  c.model.prefix = ()
+  c.model.pattern = (DENSE, "moe")
+  c.model.moe.top_k = 1
+  c.model.moe.num_shared_experts = 0
+  c.model.moe.tokens_per_group = "sequence"
+  c.model.moe.capacity_factor = None  # Dropless.
+  c.model.moe.router = {"name": "top_k"}
+  c.model.moe.dispatcher = {"name": "sorted"}
+  c.model.moe.balancers = {"loss": {"name": "switch", "coefficient": 1e-2}}
+  # One rate after the warm-up: no step knows how long the run is, so that the
+  # step at which a loss is reached means something.
+  c.optim.schedule = "constant"
+  c.train.num_steps = 1500
+  c.eval.every = 50
+  c.eval.batches_per_domain = 16
+  return c

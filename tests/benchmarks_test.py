@@ -1,0 +1,216 @@
+"""The benchmarks compute what they say, and divide by what they say."""
+
+import contextlib
+import functools
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import (
+  layers,
+  moe_layer,
+  routing,
+  scaling,
+  shapes,
+  timing,
+  train_step,
+)
+from configs import base
+from moe_jax.errors import ConfigError
+
+SMALL = shapes.Shape(16, 8, num_experts=4, top_k=2, tokens=64)
+MODULES = {
+  f"benchmarks.{m.__name__.split('.')[-1]}": m
+  for m in (moe_layer, routing, scaling, train_step)
+}
+
+
+@pytest.fixture
+def small(monkeypatch):
+  """A small shape; every "process" is a call in this one."""
+  monkeypatch.setitem(shapes.SHAPES, "small", SMALL)
+  monkeypatch.setattr(timing, "matmul_peak", lambda: 1e9)
+
+  def call(module, flags, count):
+    found = []
+    for _ in range(count):
+      with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert MODULES[module].main(flags) == 0
+      found.append(json.loads(printed.getvalue()))
+    return found
+
+  monkeypatch.setattr(timing, "processes", call)
+
+
+def test_all_ways_of_a_layer_compute_the_same(small):
+  """And those with a capacity do for the tokens of which none is dropped."""
+  named = layers.implementations(SMALL, tokens_per_group=32)
+
+  @functools.cache
+  def value_and_gradient(name):
+    f, params, x_TD = named[name]
+    both = jax.jit(functools.partial(layers.forward_backward, f))
+    return jax.tree.leaves(both(params, x_TD, x_TD))
+
+  ours = value_and_gradient("sorted/cpu")
+  for name in set(shapes.DROPLESS) - {"sorted/cpu"}:
+    for one, other in zip(ours, value_and_gradient(name), strict=True):
+      np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+  for name in shapes.DROPPING:
+    f, params, x_TD = named[name]
+    same_TD = np.isclose(f(params, x_TD), ours[0], rtol=1e-4, atol=1e-4)
+    assert same_TD.all(1).mean() > 0.5, name
+  for one, other in zip(*map(value_and_gradient, shapes.DENSE)):
+    np.testing.assert_allclose(one.ravel(), other.ravel(), rtol=1e-4, atol=1e-4)
+
+
+def test_ratios_are_of_the_faster_dense_layer():
+  seconds = {
+    "dense": {d: [2.0, 4.0, 2.0] for d in shapes.DIRECTIONS},
+    "dense/cpu": {d: [1.0, 2.0, 1.0] for d in shapes.DIRECTIONS},
+    "slow": {d: [10.0] for d in shapes.DIRECTIONS},
+    "fast": {d: [1.5, 2.0, 1.0] for d in shapes.DIRECTIONS},
+  }
+  needed = dict.fromkeys(
+    (*seconds, "huge"), dict.fromkeys(shapes.DIRECTIONS, 2**40)
+  )
+  run = {"seconds": seconds, "bytes": needed, "matmul_flops_per_second": 1e12}
+  later = run | {"seconds": {k: v for k, v in seconds.items() if k != "slow"}}
+  rows = moe_layer.summarize("S1", [run, later])
+  found = {r["implementation"]: r.get("forward_ratio") for r in rows}
+  assert found == {
+    "dense": 2.0,
+    "dense/cpu": 1.0,
+    "slow": 10.0,
+    "fast": 1.0,
+    "huge": None,
+  }
+  assert [r["processes"] for r in rows] == [2, 2, 1, 2, 0]
+  assert rows[0]["forward_backward_ratio_interval"] == 0
+  share = shapes.SHAPES["S1"].flops / 1e12
+  assert rows[1]["forward_of_matmul_peak"] == pytest.approx(share)
+  text = moe_layer.table(rows, "S1")
+  assert "| fast | 1.00 ± 0.00 | 1.00 ± 0.00 |" in text
+  assert "| huge | needs 1024 GB | needs 1024 GB | – |" in text
+
+
+def test_in_turn_warms_up_once():
+  calls = []
+  ready = {k: functools.partial(calls.append, k) for k in ("fast", "slow")}
+  found = timing.in_turn(ready, 3, lambda key, seconds: key == "slow")
+  assert calls == ["fast", "slow", "fast", "fast", "fast"]
+  assert (len(found["fast"]), len(found["slow"])) == (3, 1)
+
+
+def test_moe_layer(small, tmp_path, capsys):
+  path = tmp_path / "layer.json"
+  flags = ["--shapes=small", "--processes=2", "--rounds=2", "--only=ragged_dot"]
+  assert moe_layer.main([*flags, f"--json={path}"]) == 0
+  found = json.loads(path.read_text())
+  assert {"processor", "cores", "jax", "date"} <= found["machine"].keys()
+  names = [row["implementation"] for row in found["rows"]]
+  assert names == ["dense", "dense/cpu", "ragged_dot"]
+  assert all(row["forward_ratio"] > 0 for row in found["rows"])
+  assert "| ragged_dot |" in capsys.readouterr().out
+
+
+def test_moe_layer_leaves_out_what_has_no_room(small, monkeypatch):
+  calls = {
+    name: layers.directions(*layers.implementations(SMALL)[name])
+    for name in (*shapes.DENSE, "ragged_dot")
+  }
+  most = max(c["forward_backward"].made_bytes for c in calls.values())
+  assert most == calls["ragged_dot"]["forward_backward"].made_bytes
+  monkeypatch.setattr(timing, "memory", lambda: most)
+  found = moe_layer.measure("small", 1, ["ragged_dot"])
+  assert "forward_backward" not in found["seconds"].get("ragged_dot", {})
+  assert found["bytes"]["ragged_dot"]["forward_backward"] == most
+
+
+def test_routing(small, tmp_path, capsys):
+  path = tmp_path / "routing.json"
+  flags = ["--shapes=small", "--processes=2", "--rounds=2", f"--json={path}"]
+  assert routing.main(flags) == 0
+  rows = json.loads(path.read_text())["rows"]
+  seconds = {row["stage"]: row["seconds"] for row in rows}
+  least = max(seconds[stage] for stage in routing.ALL)
+  assert seconds[routing.WITHOUT_EXPERTS] >= least
+  assert "| combine |" in capsys.readouterr().out
+
+
+def test_scaling(small, tmp_path, monkeypatch, capsys):
+  growing = {t: SMALL._replace(tokens=t) for t in (32, 64)}
+  monkeypatch.setitem(scaling.CURVES, "T", scaling.Curve("tokens", growing))
+  flags = ["--curves=T", "--shapes=S3", "--processes=2", "--rounds=2"]
+  flags += [f"--json={tmp_path / 'it.json'}", f"--figure={tmp_path / 'it'}"]
+  monkeypatch.setitem(shapes.SHAPES, "S3", SMALL)
+  assert scaling.main(flags) == 0
+  curve, other, loads, memory = json.loads((tmp_path / "it.json").read_text())[
+    "rows"
+  ]
+  assert (curve["value"], other["value"]) == (32, 64)
+  assert curve["forward_exponent"] == other["forward_exponent"]
+  assert loads["forward_backward_ratio"] > 0
+  assert memory["weight_gradient_bytes"] == 4 * 3 * 4 * 16 * 8
+  assert memory["bytes"] > memory["weight_gradient_bytes"]
+  assert {p.name for p in tmp_path.iterdir()} == {"it.json", "it.png", "it.pdf"}
+  assert "Exponents: " in capsys.readouterr().out
+
+
+def test_exponents_are_slopes():
+  def runs(power):
+    seconds = lambda value: {d: [value**power] for d in shapes.DIRECTIONS}  # noqa: E731
+    names = (*shapes.DENSE, "sorted/cpu")
+    return {
+      str(v): dict.fromkeys(names, seconds(v)) for v in (1024, 2048, 8192)
+    }
+
+  growing = {v: SMALL for v in (1024, 2048, 8192)}
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(scaling.CURVES, "T", scaling.Curve("tokens", growing))
+    rows = scaling.summarize("T", [runs(1.0), runs(1.1), runs(1.3)])
+  assert rows[0]["forward_exponent"] == pytest.approx(1.1)
+  assert rows[0]["forward_ratio"] == 1
+
+
+def test_loads_of_zipf_follow_its_law():
+  shape = shapes.Shape(8, 8, num_experts=16, top_k=1, tokens=50_000)
+  counts_E = np.bincount(scaling.assignments(shape, "Zipf")[:, 0], minlength=16)
+  wanted_E = 1 / np.arange(1, 17)
+  np.testing.assert_allclose(
+    counts_E / counts_E.sum(), wanted_E / wanted_E.sum(), atol=0.01
+  )
+  two = scaling.assignments(shape._replace(top_k=2), "Zipf")
+  assert (two[:, 0] != two[:, 1]).all()
+  equal_TK = scaling.assignments(shapes.SHAPES["S1"], "equal")
+  assert set(np.bincount(equal_TK.reshape(-1))) == {512}
+  assert (equal_TK[:, 0] != equal_TK[:, 1]).all()
+
+
+def test_speed_of_a_step_is_paired():
+  config = base.get_config()
+  configs = {"dense": config, "moe": config}
+  found = [
+    {"dense": [1.0, 2.0, 3.0], "moe": [2.0, 4.0, 3.0]},
+    {"dense": [1.0, 1.0, 1.0], "moe": [1.0, 1.0, 1.0]},
+  ]
+  rows = train_step.summarize(found, configs, "dense")
+  assert [row["relative_speed"] for row in rows] == [1.0, 0.75]
+  tokens = config.data.batch_size * config.data.seq_len
+  assert rows[1]["seconds_per_step"] == 2.0
+  assert rows[1]["tokens_per_second"] == tokens / 2
+  assert "| moe | 2000.0 |" in train_step.table(rows, "dense")
+
+
+def test_what_there_is_not():
+  with pytest.raises(ConfigError, match='no shape "S9"; did you mean'):
+    moe_layer.main(["--shapes=S9"])
+  with pytest.raises(ConfigError, match='"sorted" .*did you mean "sorted/cpu"'):
+    moe_layer.main(["--shapes=S1", "--only=sorted"])
+  with pytest.raises(ConfigError, match='no curve "TT"; did you mean "T"'):
+    scaling.main(["--curves=TT"])
+  with pytest.raises(ConfigError, match='"bia" is not .*did you mean "bias"'):
+    train_step.main(["load_balancing", "--than=bia"])
