@@ -8,7 +8,7 @@ from experiments.figures import Curve
 from experiments.report import Claim, Column, Plan
 from experiments.scaling import law, speedup, sweep
 
-_SIZES = (32, 64, 96, 128)
+_SIZES = (32, 48, 64, 96)
 
 
 def law_lines(rows: list[dict]) -> list[str]:
@@ -133,7 +133,8 @@ class Experts:
       ls=style.line if metric != "bits_per_byte" else "",
       color=style.color,
       capsize=3,
-      label=f"width {size}",
+      # One legend for all panels.
+      label=f"width {size}" if metric == "bits_per_byte" else None,
     )
 
   def _law(self, axes, rows, sizes, styles):
@@ -194,7 +195,7 @@ PLAN = Plan(
     Curve(
       speedup.LOSS,
       label="bits per byte of the validation windows",
-      arms=[sweep.name(128, e) for e in (sweep.DENSE, 2, 8, 64)],
+      arms=[sweep.name(96, e) for e in (sweep.DENSE, 2, 8, 64)],
     ),
   ),
   derivation=speedup.DERIVATION,

@@ -17,7 +17,6 @@ def demo() -> sweeps.Sweep:
   config.data.seq_len = 64
   config.train.num_steps = 150
   config.eval.every = 15
-  config.eval.batches_per_domain = 8
   return sweeps.Sweep(config, arms((16, 32, 64), (4, 16)), seeds=1)
 
 
@@ -28,11 +27,10 @@ def cpu() -> sweeps.Sweep:
   and for 64; other numbers of experts take that of 8, and the largest size,
   which the law is not fitted to, that of the one before.
   """
-  sizes, experts = (32, 64, 96, 128), (2, 4, 8, 16, 32, 64)
+  sizes, experts = (32, 48, 64, 96), (2, 4, 8, 16, 32, 64)
   tuned = [name(d, e) for d in sizes[:-1] for e in (DENSE, 8, 64)]
-  like = {name(d, e): name(d, 8) for d in sizes for e in experts}
-  like |= {name(128, e): name(96, e) for e in (DENSE, 8, 64)}
-  like |= {name(128, e): name(96, 8) for e in (2, 4, 16, 32)}
+  like = {name(d, e): name(min(d, 64), 8) for d in sizes for e in experts}
+  like |= {name(96, e): name(64, e) for e in (DENSE, 64)}
   rates = tuning.Stage(
     dict.fromkeys(tuned, "optim.learning_rate"),
     (3e-3, 6e-3, 1.2e-2),
@@ -119,7 +117,7 @@ def cpu_config():
   # One rate after the warm-up: no step knows how long the run is, so that the
   # step at which a loss is reached means something.
   c.optim.schedule = "constant"
-  c.train.num_steps = 1500
-  c.eval.every = 50
-  c.eval.batches_per_domain = 16
+  c.train.num_steps = 2000
+  c.eval.every = 100
+  c.eval.batches_per_domain = 8
   return c
