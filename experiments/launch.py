@@ -65,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check_flags(args, overrides, plan, launch):
   """Raises ConfigError for what would lose rows, or prove nothing."""
   rows = (r for r in launch.committed[0] if r["scale"] == plan.scale)
-  fewer = {row["seed"] for row in rows} - {run.seed for run in launch.runs}
+  committed = {(row["arm"], row["seed"]) for row in rows}
+  wanted = {(run.arm, run.seed) for run in launch.runs}
+  fewer = {one for one in committed - wanted if one[0] in plan.sweep.arms}
   if args.publish and (args.arm or overrides or args.fresh or fewer):
     raise ConfigError(
       f"--publish replaces all rows of scale {plan.scale}, so it goes with all"
@@ -193,8 +195,8 @@ def _announce(launch):
   arms, wanted = len(_configs(launch)), len(launch.runs)
   print(launch.title)
   print(
-    f"{arms} arms x {wanted // max(arms, 1)} seeds, {len(launch.finished())} of"
-    f" {wanted} runs finished; in {launch.workdir}"
+    f"{arms} arms, {len(launch.finished())} of {wanted} runs finished; in"
+    f" {launch.workdir}"
   )
   for name, config in _configs(launch).items():
     recipe = params.describe(config.model, config.plugins)

@@ -97,8 +97,7 @@ class Plan:
     Raises:
       ConfigError: no seeds, or an arm that is to be tuned first.
     """
-    seeds = self.sweep.seeds if seeds is None else seeds
-    if seeds < 1:
+    if seeds is not None and seeds < 1:
       raise ConfigError(f"--seeds={seeds} is no run at all; give 1 or more")
     chosen = self.chosen()
     for arm, overrides in chosen.items():
@@ -109,7 +108,8 @@ class Plan:
         )
     wanted, configs = [], {}
     for arm, overrides in chosen.items():
-      for seed in range(seeds):
+      count = seeds or self.sweep.seeds_of.get(arm, self.sweep.seeds)
+      for seed in range(count):
         run, config = self._run(arm, seed, overrides)
         wanted.append(run)
         configs[run.config_digest] = config

@@ -34,12 +34,14 @@ class Sweep:
   arms: {name: {dotted key: value}}; a name is also a folder's.
   seeds: how many (0, 1, ...), unless another number is asked for.
   stages: what is tuned for every arm before its seeds are run.
+  seeds_of: {arm: how many}, for arms that get another number of them.
   """
 
   config: ml_collections.ConfigDict
   arms: Mapping[str, Mapping[str, Any]]
   seeds: int = 3
   stages: tuple[tuning.Stage, ...] = ()
+  seeds_of: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   def configs(self) -> dict[str, ml_collections.ConfigDict]:
     """The config of each arm, as it is before anything is tuned."""

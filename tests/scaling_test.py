@@ -1,5 +1,6 @@
 """The experiment `scaling`: its law, its speed-ups, its report."""
 
+import collections
 import dataclasses
 import json
 
@@ -161,3 +162,17 @@ def test_arms_of_a_size_have_equal_active_parameters_but_the_router():
   for size in (32, 96):
     dense = active(sweep.name(size, sweep.DENSE))
     assert active(sweep.name(size, 64)) == dense + 64 * size
+
+
+def test_some_arms_have_more_seeds(tmp_path):
+  """Those that the paper's claim is about."""
+  sweep_of = questions.load("scaling").sweep("cpu")
+  few = dataclasses.replace(sweep_of, stages=())
+  made = plan.make(
+    questions.load("scaling"), scale="cpu", workdir=str(tmp_path)
+  )
+  made = dataclasses.replace(made, sweep=few)
+  count = collections.Counter(run.arm for run in made.launch().runs)
+  assert (count["96-dense"], count["96-64"], count["96-16"]) == (5, 5, 3)
+  count = collections.Counter(run.arm for run in made.launch(1).runs)
+  assert set(count.values()) == {1}

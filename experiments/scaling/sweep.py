@@ -37,7 +37,11 @@ def cpu() -> sweeps.Sweep:
     like={arm: source for arm, source in like.items() if arm not in tuned},
   )
   return sweeps.Sweep(
-    cpu_config(), arms(sizes, experts), seeds=3, stages=(rates,)
+    cpu_config(),
+    arms(sizes, experts),
+    seeds=3,
+    stages=(rates,),
+    seeds_of={name(d, e): 5 for d in sizes for e in (DENSE, 8, 64)},
   )
 
 
