@@ -5,14 +5,13 @@
 Every way of computing the layer (router, choice, sort and all) is timed in
 turn in one process, forward alone and forward with all gradients, and divided
 by the dense layer of that round; several processes give medians and an
-interval. What is five times slower, or more, runs once; what takes more memory
-than there is does not run, and its memory is shown. Dense is the faster of two: plain matrix products, and our loop over
-experts with one expert.
+interval. What is five times slower, or more, runs in the first of them only;
+what takes more memory than there is does not run, and its memory is shown.
+Dense is the faster of two: plain matrix products, and our loop over experts
+with one expert.
 """
 
-import argparse
 import json
-import pathlib
 import statistics
 import sys
 
@@ -20,7 +19,7 @@ from benchmarks import shapes, timing
 from moe_jax import config as config_lib
 from moe_jax.errors import ConfigError, did_you_mean
 
-_SLOW = 5.0  # Times dense; what is slower runs once, in the first process.
+_SLOW = 5.0  # Times dense; what is slower runs in the first process only.
 _MOST = 0.8  # Of the machine's memory; what needs more does not run.
 
 
@@ -159,11 +158,7 @@ def measure(shape: str, rounds: int, only: list[str] | None) -> dict:
 
 
 def _arguments(argv):
-  parser = argparse.ArgumentParser(
-    prog="python -m benchmarks.moe_layer",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = timing.parser("moe_layer", __doc__, rounds=7)
   add = parser.add_argument
   add(
     "--shapes",
@@ -171,16 +166,12 @@ def _arguments(argv):
     default=["S1", "S2", "S3", "S4"],
     help=shapes.describe(),
   )
-  add("--processes", type=config_lib.at_least_1, default=5)
-  add("--rounds", type=config_lib.at_least_1, default=7, help="a process")
   add(
     "--only",
     action="append",
     metavar="NAME",
     help="a line of the table, besides dense; repeatable",
   )
-  add("--json", type=pathlib.Path, metavar="PATH", help="also write it there")
-  add("--child", action="store_true", help=argparse.SUPPRESS)
   args = parser.parse_args(argv)
   shapes.check(args.shapes)
   known = (*shapes.DROPLESS, *shapes.DROPPING)

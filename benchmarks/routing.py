@@ -2,16 +2,15 @@
 
   python -m benchmarks.routing --shapes=S1,S2 --json=routing.json
 
-Seconds of each stage alone, and of all that is not experts, over the forward
-pass of the dense layer in the same round. All of it is two programs, up to
-the rows of the experts and from them on: as one, XLA would read the tokens
-straight from where they came, and never make the rows.
+Seconds of each stage alone, and of all that the output takes besides the
+experts, over the forward pass of the dense layer in the same round. The latter
+is two programs, up to the rows of the experts and from them on: as one, XLA
+would read the tokens straight from where they came, and never make the rows.
+Statistics, which training adds, are a stage of their own.
 """
 
-import argparse
 import functools
 import json
-import pathlib
 import statistics
 import sys
 
@@ -24,22 +23,13 @@ WITHOUT_EXPERTS = "all without the experts"
 
 def main(argv=None) -> int:
   """The command."""
-  parser = argparse.ArgumentParser(
-    prog="python -m benchmarks.routing",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  add = parser.add_argument
-  add(
+  parser = timing.parser("routing", __doc__, rounds=15)
+  parser.add_argument(
     "--shapes",
     type=lambda text: text.split(","),
     default=list(shapes.SHAPES),
     help=shapes.describe(),
   )
-  add("--processes", type=config_lib.at_least_1, default=5)
-  add("--rounds", type=config_lib.at_least_1, default=15, help="a process")
-  add("--json", type=pathlib.Path, metavar="PATH", help="also write it there")
-  add("--child", action="store_true", help=argparse.SUPPRESS)
   args = parser.parse_args(argv)
   shapes.check(args.shapes)
   if args.child:

@@ -9,7 +9,6 @@ follow Zipf's law beside equal ones, and the memory of forward and backward as
 XLA plans it, without parameters and tokens.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -70,16 +69,17 @@ def main(argv=None) -> int:
   """The command."""
   args = _arguments(argv)
   if args.child:
-    found = measure_loads if args.child in _SHAPES else measure
-    print(json.dumps(found(args.child, args.rounds)))
+    found = [measure(curve, args.rounds) for curve in args.curves]
+    found += [measure_loads(shape, args.rounds) for shape in args.shapes]
+    print(json.dumps(found[0]))
     return 0
   rows = []
   for name in args.curves:
-    rows += summarize(name, _runs(name, args))
+    rows += summarize(name, _runs(args, curves=name))
     print(table(rows, name), flush=True)
     if args.json:  # After every curve, so that none is lost.
       timing.write(args.json, rows)
-  loads = [row for s in args.shapes for row in loads_of(s, _runs(s, args))]
+  loads = [loads_of(name, _runs(args, shapes=name)) for name in args.shapes]
   memory = [memory_of(shape) for shape in args.shapes]
   if args.shapes:
     print(loads_table(loads))
@@ -214,13 +214,13 @@ def _forced(router, expert_TK):
   return dataclasses.replace(router, route=route)
 
 
-def loads_of(shape: str, runs: list[dict]) -> list[dict]:
+def loads_of(shape: str, runs: list[dict]) -> dict:
   """How much slower Zipf's loads are than equal ones."""
   row = {"shape": shape, "loads": "Zipf over equal"}
   for d in shapes.DIRECTIONS:
     zipf, equal = ([run[loads][d] for run in runs] for loads in LOADS[::-1])
     row |= timing.summary(f"{d}_ratio", list(map(timing.over, zipf, equal)))
-  return [row]
+  return row
 
 
 def loads_table(rows: list[dict]) -> str:
@@ -300,8 +300,10 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
   plt.close(figure)
 
 
-def _runs(name, args):
-  flags = [f"--child={name}", f"--rounds={args.rounds}"]
+def _runs(args, curves="", shapes=""):
+  """What each process measured, of one curve or the loads of one shape."""
+  flags = ["--child", f"--curves={curves}", f"--shapes={shapes}"]
+  flags.append(f"--rounds={args.rounds}")
   return timing.processes("benchmarks.scaling", flags, args.processes)
 
 
@@ -310,11 +312,7 @@ def _names(text):
 
 
 def _arguments(argv):
-  parser = argparse.ArgumentParser(
-    prog="python -m benchmarks.scaling",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = timing.parser("scaling", __doc__, rounds=5)
   add = parser.add_argument
   add(
     "--curves",
@@ -328,11 +326,7 @@ def _arguments(argv):
     default=list(_SHAPES),
     help=f"of the tables of loads and memory; {shapes.describe()}",
   )
-  add("--processes", type=config_lib.at_least_1, default=5)
-  add("--rounds", type=config_lib.at_least_1, default=5, help="a process")
-  add("--json", type=pathlib.Path, metavar="PATH", help="also write it there")
   add("--figure", type=pathlib.Path, metavar="PATH", help="of the curves")
-  add("--child", help=argparse.SUPPRESS)
   args = parser.parse_args(argv)
   shapes.check(args.shapes)
   for name in args.curves:

@@ -1,5 +1,6 @@
 """What benchmarks share: turns, several processes, and the machine."""
 
+import argparse
 import json
 import os
 import pathlib
@@ -11,6 +12,34 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from experiments import intervals
+from moe_jax import config as config_lib
+
+
+def parser(module: str, about: str, rounds: int) -> argparse.ArgumentParser:
+  """A parser with the flags that benchmarks share.
+
+  Args:
+    module: its name, after `benchmarks.`.
+    about: its docstring.
+    rounds: how many, unless it is told otherwise.
+  """
+  made = argparse.ArgumentParser(
+    prog=f"python -m benchmarks.{module}",
+    description=about,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  add = made.add_argument
+  add("--processes", type=config_lib.at_least_1, default=5)
+  add(
+    "--rounds",
+    type=config_lib.at_least_1,
+    default=rounds,
+    help="of a process; in each, everything has its turn",
+  )
+  add("--json", type=pathlib.Path, metavar="PATH", help="also write it there")
+  # Measures in this process, and prints that as JSON.
+  add("--child", action="store_true", help=argparse.SUPPRESS)
+  return made
 
 
 def in_turn(

@@ -9,9 +9,7 @@ times.csv beside the question, it gives its report the seconds that the
 training of each arm takes.
 """
 
-import argparse
 import json
-import pathlib
 import statistics
 import sys
 import time
@@ -132,23 +130,12 @@ def _flags(args):
 
 
 def _arguments(argv):
-  parser = argparse.ArgumentParser(
-    prog="python -m benchmarks.train_step",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = timing.parser("train_step", __doc__, rounds=15)
   add = parser.add_argument
   add("question", metavar="QUESTION", help=", ".join(questions.names()))
   add("--scale", metavar="NAME", help="as of experiments.launch")
   add("--arm", action="append", metavar="NAME", help="only this; repeatable")
   add("--than", metavar="NAME", help="the arm of speed 1; the first one")
-  add("--processes", type=config_lib.at_least_1, default=5)
-  add(
-    "--rounds",
-    type=config_lib.at_least_1,
-    default=15,
-    help="in which every arm has its turn",
-  )
   add(
     "--steps",
     type=config_lib.at_least_1,
@@ -156,8 +143,6 @@ def _arguments(argv):
     help="of an arm in a round",
   )
   add("--csv", metavar="PATH", help="also put the last process's timings there")
-  add("--json", type=pathlib.Path, metavar="PATH", help="also write it there")
-  add("--child", action="store_true", help=argparse.SUPPRESS)
   return parser.parse_args(argv)
 
 

@@ -7,7 +7,7 @@ readers can tell apart) and its own line or marker, for readers in grey.
 import pathlib
 import statistics
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from experiments import intervals
 
@@ -32,6 +32,16 @@ _LINES = (
   (0, (8, 1, 1, 1, 1, 1)),
 )
 _MARKERS = "osD^vPX*"
+
+
+class Plot(Protocol):
+  """Anything a report draws."""
+
+  def needs(self) -> set[str]:
+    """Metrics of the curves that it draws."""
+
+  def draw(self, rows: list[dict], points: list[dict], folder) -> None:
+    """Writes its files into the folder, from rows and points of curves."""
 
 
 class Curve(NamedTuple):

@@ -79,7 +79,7 @@ class Plan(NamedTuple):
   columns: Sequence[Column]
   claims: Sequence[Claim] = ()
   matches: Sequence[Match] = ()
-  plots: Sequence[figures.Curve | figures.Scatter] = ()
+  plots: Sequence[figures.Plot] = ()
   derivation: Derivation | None = None
   findings: Sequence[Callable[[list[dict]], list[str]]] = ()
 

@@ -1,6 +1,7 @@
 """The report's arithmetic against numbers made by hand, and its files."""
 
 import csv
+import json
 import math
 
 import pytest
@@ -179,3 +180,24 @@ def test_a_run_that_diverged_is_named_and_counts_nowhere(tmp_path):
   text = report.write(tmp_path, "Why?", PLAN, some, [])
   assert "Diverged, so not in the numbers: a seed 1." in text
   assert "| a   | 3.00 ± 25.41  |" in text
+
+
+def test_curves_hold_evaluations_and_only_what_is_drawn(tmp_path):
+  run = runs.Run("demo", "a", 0, "0" * 12, tmp_path / "run")
+  run.folder.mkdir()
+  lines = [
+    {"step": 10, "split": "train", "loss": 3.0},
+    {"step": 20, "split": "train", "loss": 2.0},
+    {"step": 20, "split": "validation", "loss": 2.5},
+  ]
+  text = "".join(json.dumps(line) + "\n" for line in lines)
+  (run.folder / "metrics.jsonl").write_text(text)
+  train, validation = {"loss": 2.0}, {"validation/loss": 2.5}
+  assert run.curve()[1:] == [
+    run.key | {"step": 20} | x for x in (train, validation)
+  ]
+  plan = PLAN._replace(plots=(figures.Curve("validation/loss", "loss"),))
+  report.write(tmp_path, "It?", plan, rows(a=[1.0]), run.curve())
+  kept = runs.read_csv(tmp_path / "curves.csv")
+  assert kept == [run.key | {"step": 20} | validation]
+  assert (tmp_path / "validation_loss.png").exists()

@@ -46,10 +46,10 @@ def cpu() -> sweeps.Sweep:
 
 
 def pod() -> sweeps.Sweep:
-  """Widths and depths of T5-Base and Switch-Base, dense and to 128 experts.
+  """The width of T5-Base and Switch-Base, 768, and one on each side of it.
 
-  As one decoder of 12 layers, where they have an encoder and a decoder of 12.
-  For 64 accelerators or more, and text of your own in place of C4:
+  One decoder of 12 layers, where they have an encoder and a decoder of 12, and
+  dropless. For 64 accelerators or more, and text of your own in place of C4:
 
     python -m experiments.launch scaling --scale=pod --arm=768-64 \
       --config.data.name=NAME --config.data.dir=DIR \
