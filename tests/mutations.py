@@ -261,7 +261,7 @@ FAULTS = (
     "dispatchers/__init__.py",
     "dx_ND = weight_N[:, None] * _take(dy_TD, owner_N // top_k)",
     "dx_ND = _take(dy_TD, owner_N // top_k)",
-    "layer_test.py::test_gradient[tight-sorted-float32]",
+    "layer_test.py::test_gradient[tight-gather-float32]",
   ),
   Fault(
     "all choices are first choices",
