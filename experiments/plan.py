@@ -126,9 +126,17 @@ class Plan:
     )
 
   def tuning(self, stage: int) -> Launch:
-    """What a stage of the tuning tries, for the arms whose turn it is."""
-    chosen = self.chosen(stage).items()
-    return self._tuning([(a, c) for a, c in chosen if c is not None], stage)
+    """What a stage of the tuning tries, for the arms whose turn it is.
+
+    These are the ones that are wanted and those whose choices they take.
+    """
+    wanted = dict.fromkeys(self.arms)
+    for later in reversed(self.sweep.stages[stage:]):
+      wanted |= dict.fromkeys(map(later.source, wanted))
+    chosen = dataclasses.replace(self, arms=tuple(wanted)).chosen(stage)
+    return self._tuning(
+      [(a, c) for a, c in chosen.items() if c is not None], stage
+    )
 
   def chosen(self, stages: int | None = None) -> dict[str, dict | None]:
     """{arm: its tuned overrides}; None for one whose runs are not finished.
@@ -136,12 +144,20 @@ class Plan:
     Args:
       stages: how many stages count; None: all.
     """
-    chosen = {arm: {} for arm in self.arms}
+    return {arm: self._chosen(arm, stages) for arm in self.arms}
+
+  def _chosen(self, arm, stages):
+    """An arm's choices, each with what its source had chosen before."""
+    chosen = {}
     for number, stage in enumerate(self.sweep.stages[:stages]):
-      for arm in self.arms:
-        source = stage.source(arm)
-        if chosen[arm] is not None and stage.tried(source):
-          chosen[arm] = self._choose(source, number, chosen[arm])
+      source = stage.source(arm)
+      if not stage.tried(source):
+        continue
+      before = chosen if source == arm else self._chosen(source, number)
+      found = None if before is None else self._choose(source, number, before)
+      if found is None:
+        return None
+      chosen |= found
     return chosen
 
   def choices(self) -> list[str]:
@@ -198,7 +214,7 @@ class Plan:
       value: statistics.fmean(metrics[n * i : n * (i + 1)])
       for i, value in enumerate(stage.tried(arm))
     }
-    return chosen | stage.choose(arm, found)
+    return stage.choose(arm, found)
 
   def _tuning(self, arms, number):
     """The launch of a stage for (arm, its choices so far)."""
@@ -289,7 +305,8 @@ def _check_is_shared(sweep, arms, key):
   for arm in arms:
     own = list(sweep.arms[arm])
     for stage in sweep.stages:
-      own += [k for o in stage.tried(arm).values() for k in o]
+      tried = stage.tried(stage.source(arm)).values()
+      own += [key for overrides in tried for key in overrides]
     for other in own:
       if f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}."):
         raise ConfigError(

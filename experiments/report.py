@@ -253,12 +253,10 @@ def _signed(interval, digits):
 
 def _about(columns, rows):
   """What the numbers are."""
-  seeds = sorted({r["seed"] for r in rows})
   scales = ", ".join(dict.fromkeys(r["scale"] for r in rows))
   lines = [
-    f"Scale {scales}, {len(rows)} runs, seeds {', '.join(map(str, seeds))}."
-    " Mean ± half the 95 % t-interval over seeds; differences are paired by"
-    " seed."
+    f"Scale {scales}, {len(rows)} runs, {_seeds(rows)}. Mean ± half the 95 %"
+    " t-interval over seeds; differences are paired by seed."
   ]
   lost = [f"{r['arm']} seed {r['seed']}" for r in rows if runs.diverged(r)]
   if lost:
@@ -272,6 +270,21 @@ def _about(columns, rows):
       )
   lines += [f"`{c.head}`: {c.meaning}" for c in columns if c.meaning]
   return "\n\n".join(lines[:1]) + "".join(f"\n- {x}" for x in lines[1:])
+
+
+def _seeds(rows):
+  """The seeds, and of which arms where not all have the same."""
+  alike = {}  # Arms by their seeds.
+  for arm in _arms(rows):
+    seeds = tuple(sorted(r["seed"] for r in rows if r["arm"] == arm))
+    alike.setdefault(seeds, []).append(arm)
+  words = {
+    f"seeds {', '.join(map(str, seeds))}": arms
+    for seeds, arms in sorted(alike.items(), key=lambda x: -len(x[1]))
+  }
+  if len(words) == 1:
+    return next(iter(words))
+  return "; ".join(f"{w} of {', '.join(arms)}" for w, arms in words.items())
 
 
 def _markdown(table):

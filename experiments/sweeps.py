@@ -21,7 +21,7 @@ import ml_collections
 
 from experiments import tuning
 from moe_jax import config as config_lib
-from moe_jax.errors import ConfigError
+from moe_jax.errors import ConfigError, did_you_mean
 
 Arms = dict[str, dict[str, Any]]
 
@@ -42,6 +42,23 @@ class Sweep:
   seeds: int = 3
   stages: tuple[tuning.Stage, ...] = ()
   seeds_of: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    """Raises ConfigError for names of arms that there are not."""
+    named = {"seeds_of": self.seeds_of}
+    for number, stage in enumerate(self.stages):
+      named[f"stages[{number}].like"] = [*stage.like, *stage.like.values()]
+      for field in ("key", "values"):
+        value = getattr(stage, field)
+        names = value if isinstance(value, Mapping) else ()
+        named[f"stages[{number}].{field}"] = names
+    for field, names in named.items():
+      for name in names:
+        if name not in self.arms:
+          raise ConfigError(
+            f'{field} names the arm "{name}", which this sweep does not have'
+            + did_you_mean(name, self.arms)
+          )
 
   def configs(self) -> dict[str, ml_collections.ConfigDict]:
     """The config of each arm, as it is before anything is tuned."""

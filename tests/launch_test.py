@@ -237,6 +237,41 @@ def test_tuning(small, programs, capsys):
     )
 
 
+def test_what_arms_take_from_others(small, capsys):
+  """Of each stage, and what these need for it, though only one is asked for."""
+  folder, work = small
+  stage = """, seeds=1, stages=(
+    tuning.Stage("optim.learning_rate", (0.0, 1e-2)),
+    tuning.Stage("optim.b1", (0.8, 0.9), like={"none": "bias"}),
+  ))"""
+  text = SWEEP.replace(", seeds=2)", stage)
+  text = text.replace("import sweeps", "import sweeps, tuning")
+  (folder / "sweep.py").write_text(text)
+  made = plans.make(questions.load("small"), arms=["none"], workdir=str(work))
+
+  def finish(launch, best):
+    for run in launch.runs:
+      (*_, value) = run.tried.values()
+      wrong = abs(value - best[run.arm])
+      run.folder.mkdir(parents=True, exist_ok=True)
+      row = run.key | {"bits_per_byte": wrong}
+      (run.folder / "row.json").write_text(json.dumps(row))
+
+  assert made.chosen() == {"none": None}
+  first = made.tuning(0)
+  assert [run.arm for run in first.runs] == ["none", "none", "bias", "bias"]
+  finish(first, {"none": 0.0, "bias": 1e-2})
+  second = made.tuning(1)
+  # With the rate of its own.
+  assert [run.tried for run in second.runs] == [
+    {"optim.learning_rate": 1e-2, "optim.b1": b1} for b1 in (0.8, 0.9)
+  ]
+  finish(second, {"bias": 0.9})
+  assert made.chosen() == {
+    "none": {"optim.learning_rate": 0.0, "optim.b1": 0.9}
+  }
+
+
 def test_a_fresh_run_is_compared_with_the_committed_one(
   small, programs, capsys
 ):

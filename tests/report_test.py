@@ -201,3 +201,8 @@ def test_curves_hold_evaluations_and_only_what_is_drawn(tmp_path):
   kept = runs.read_csv(tmp_path / "curves.csv")
   assert kept == [run.key | {"step": 20} | validation]
   assert (tmp_path / "validation_loss.png").exists()
+
+
+def test_arms_with_other_seeds_are_told_apart():
+  found = rows(many=[1.0, 2.0, 3.0], few=[1.0], less=[1.0])
+  assert report._seeds(found) == "seeds 0 of few, less; seeds 0, 1, 2 of many"

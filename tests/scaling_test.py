@@ -3,12 +3,14 @@
 import collections
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
 
 from experiments import plan, questions, report, tuning
 from experiments.scaling import law, plot, speedup, sweep
+from moe_jax.errors import ConfigError
 
 # Clark et al. (2202.01169), their table of S-BASE.
 S_BASE = law.Law(-0.082, -0.108, 0.009, 1.104, 1.847, 314.478)
@@ -44,7 +46,34 @@ def test_where_a_loss_is_reached():
   assert speedup.reached(points, 6.0) == 10
   assert speedup.reached(points, 3.5) == 17.5
   assert speedup.reached(points, 2.0) == 40
-  assert speedup.reached(points, 1.0) is None
+  with pytest.raises(ValueError, match="not reached"):
+    speedup.reached(points, 1.0)
+
+
+def test_a_curve_is_read_three_points_at_a_time():
+  points = [(10, 5.0), (20, 3.0), (30, 4.0), (40, 2.0)]
+  assert speedup.smooth(points) == [(20, 4.0), (30, 3.0)]
+  assert speedup.smooth(points[:2]) == points[:2]
+
+
+def test_of_two_alike_none_is_faster():
+  """Though curves are noisy, and some never come down to the other's end."""
+  rng = np.random.default_rng(0)
+
+  def noisy(lower=0.0):
+    steps = np.arange(100, 2001, 100)
+    losses = 2 * steps**-0.1 - lower + 0.01 * rng.normal(size=len(steps))
+    return list(zip(steps.tolist(), losses.tolist()))
+
+  pairs = [(noisy(), noisy()) for _ in range(400)]
+  found = [speedup.speedup(*pair) for pair in pairs]
+  assert abs(np.log(found).mean()) < 3 * np.log(found).std() / 20
+  for (one, other), value in zip(pairs, found):
+    assert speedup.speedup(other, one) == pytest.approx(1 / value)
+  worse = [speedup.speedup(noisy(), noisy(lower=-0.02)) for _ in range(400)]
+  # Where the exact curves have the loss of the worse one's end.
+  steps = (0.5 * (2 * 1900**-0.1 + 0.02)) ** -10
+  assert np.mean(worse) == pytest.approx(steps / 1900, rel=0.05)
 
 
 def curve(arm, seed, losses):
@@ -63,14 +92,19 @@ def test_speedups_are_over_the_dense_run_of_that_size_and_seed():
   ]
   rows.append(row | {"arm": "8-4", "seed": 1, "train_seconds": 80.0})
   rows.append(row | {"arm": "8-2", "seed": 0})
-  curves = curve("8-dense", 0, [5, 4, 3, 2]) + curve("9-4", 0, [5, 4, 3, 2])
-  curves += curve("8-4", 0, [4, 2, 1.5, 1]) + curve("8-4", 1, [4, 2, 1, 1])
-  curves += curve("8-2", 0, [5, 4, 3, 2.5])
+  curves = curve("8-dense", 0, [6, 5, 4, 3, 2, 1])
+  curves += curve("9-4", 0, [6, 5, 4, 3, 2, 1])
+  curves += curve("8-4", 0, [4, 2, 0, -2, -4, -6])
+  curves += curve("8-4", 1, [4, 2, 0, -2, -4, -6])
+  curves += curve("8-2", 0, [6, 5.5, 5, 4.5, 4, 3.5])
   found = speedup.derive(rows, curves)
   assert (found[0][speedup.STEPS], found[0][speedup.TIME]) == (1.0, 1.0)
-  assert (found[1][speedup.STEPS], found[1][speedup.TIME]) == (2.0, 1.0)
-  for other in found[2:]:  # No dense run, or never as good.
+  # To 2, the mean of the dense model's last three: after 500 and 200 steps.
+  assert (found[1][speedup.STEPS], found[1][speedup.TIME]) == (2.5, 1.25)
+  for other in found[2:4]:  # No dense run of that size and seed.
     assert speedup.STEPS not in other and speedup.TIME not in other
+  # To 4, its own end, after 500 steps: the dense model after 300.
+  assert found[4][speedup.STEPS] == 0.6 and speedup.TIME not in found[4]
 
 
 def rows_of(planted, seeds=3, wrong=0.0):
@@ -98,16 +132,23 @@ def rows_of(planted, seeds=3, wrong=0.0):
 
 
 def test_the_report_says_whether_there_is_an_interaction():
-  fit, largest = plot.law_lines(rows_of(S_BASE._replace(c=0.05), wrong=1e-5))[
-    1:
-  ]
-  assert "c = +0.05" in fit and "decided" in fit and "not decided" not in fit
-  seen, unseen = largest.split("which it has not seen: ")[1].split(
-    "; without interaction (c = 0) "
-  )
-  assert float(seen) < 1e-4 < float(unseen[:-1])
-  fit = plot.law_lines(rows_of(S_BASE._replace(c=0.0), wrong=3e-3))[1]
-  assert "not decided" in fit
+  planted = S_BASE._replace(c=0.05)
+  _, fit, c, error, *_ = plot.law_lines(rows_of(planted, wrong=1e-5))
+  assert "c = +0.05" in fit
+  assert c.endswith(", decided.") and error.endswith(", decided.")
+  with_it, without = re.findall(r"0\.\d+[;.] ", error)
+  assert float(with_it[:-2]) < 1e-4 < float(without[:-2])
+  _, fit, c, error, *_ = plot.law_lines(rows_of(S_BASE, wrong=3e-3))
+  assert "not decided" in c and "not decided" in error
+
+
+def test_the_law_is_of_seeds_that_all_arms_have():
+  """A seed that is worse for all must not look like an effect of experts."""
+  rows = rows_of(S_BASE)
+  more = [r | {"seed": 3, "loss": 2 * r["loss"]} for r in rows[:3]]
+  assert plot.law_lines(rows + more) == plot.law_lines(rows)
+  few = [row for row in rows if not row["arm"].startswith(("32", "48"))]
+  assert plot.law_lines(few) == []  # Six constants of six arms.
 
 
 def test_the_report_without_enough_sizes_has_no_law(tmp_path):
@@ -118,9 +159,17 @@ def test_the_report_without_enough_sizes_has_no_law(tmp_path):
     for point in curve("32-dense", 0, [5, 4]) + curve("32-64", 0, [4, 2])
   ]
   text = report.write(tmp_path, "It?", plot.PLAN, rows, curves)
-  assert "law" not in text
-  assert "| 2.00  | –    |" in text
+  assert "law" not in text and "7.5 times" in text
+  assert "| 2.00            | –              |" in text
+  assert "speed-up, steps, 32-64 minus 32-dense: +1.00" in text
   assert (tmp_path / "experts.png").exists()
+  assert (tmp_path / "validation_bits_per_byte.png").exists()
+
+
+def test_all_scales_have_claims():
+  found = {(claim.arm, claim.than) for claim in plot.PLAN.claims}
+  assert {("64-16", "64-dense"), ("96-64", "96-8")} <= found
+  assert {("768-64", "768-dense"), ("768-128", "768-dense")} <= found
 
 
 def test_an_arm_that_tries_nothing_takes_the_choice_of_another(tmp_path):
@@ -139,9 +188,17 @@ def test_an_arm_that_tries_nothing_takes_the_choice_of_another(tmp_path):
     run.folder.mkdir(parents=True)
     (run.folder / "row.json").write_text(json.dumps(row))
   only = dataclasses.replace(made, arms=("96-16",))
+  assert {run.arm for run in only.tuning(0).runs} == {"64-8"}
   assert only.chosen() == {"96-16": {"optim.learning_rate": 6e-3}}
   words = tuning.describe(made.sweep.stages, "96-16", only.chosen()["96-16"])
-  assert words.endswith("(of 0.003, 0.006, 0.012, for 64-8)")
+  assert words.endswith("(of 0.0015, 0.003, 0.006, 0.012, 0.024, for 64-8)")
+  with pytest.raises(ConfigError, match="no effect on the arm 96-16"):
+    plan.make(
+      question,
+      scale="cpu",
+      arms=["96-16"],
+      overrides=["optim.learning_rate=1e-3"],
+    )
 
 
 def test_arms_of_a_size_have_equal_active_parameters_but_the_router():

@@ -3,7 +3,7 @@
 import pytest
 
 from configs import tiny
-from experiments import sweeps
+from experiments import sweeps, tuning
 from moe_jax import config as config_lib
 from moe_jax.errors import ConfigError
 
@@ -23,6 +23,28 @@ def test_sweep_algebra():
     sweeps.product(k, k)
   with pytest.raises(ConfigError, match="cannot be zipped"):
     sweeps.zipped(k, {"one": {}})
+
+
+@pytest.mark.parametrize(
+  ("field", "stages", "seeds_of"),
+  [
+    ("seeds_of", (), {"slo": 2}),
+    ("like", ({"like": {"slo": "fast"}},), {}),
+    ("like", ({"like": {"fast": "slo"}},), {}),
+    ("key", ({"key": {"slo": "optim.learning_rate"}},), {}),
+    ("values", ({"values": {"slo": (1.0, 2.0)}},), {}),
+  ],
+)
+def test_names_of_arms_that_there_are_not(field, stages, seeds_of):
+  rate = sweeps.over("optim.learning_rate", {"slow": 1e-3, "fast": 1e-2})
+  plain = {"key": "optim.learning_rate", "values": (1.0, 2.0)}
+  with pytest.raises(ConfigError, match=f'{field} .*"slo".* mean "slow"'):
+    sweeps.Sweep(
+      tiny.get_config(),
+      rate,
+      stages=tuple(tuning.Stage(**(plain | stage)) for stage in stages),
+      seeds_of=seeds_of,
+    )
 
 
 def test_overrides():

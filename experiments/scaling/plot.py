@@ -1,6 +1,5 @@
 """What the report of scaling shows."""
 
-import math
 import statistics
 
 from experiments import columns, figures, intervals
@@ -8,57 +7,91 @@ from experiments.figures import Curve
 from experiments.report import Claim, Column, Plan
 from experiments.scaling import law, speedup, sweep
 
-_SIZES = (32, 48, 64, 96)
-
 
 def law_lines(rows: list[dict]) -> list[str]:
   """The law fitted to all sizes but the largest, and how well it tells that.
 
-  [] without three sizes, of three numbers of experts each.
+  Of the seeds that every arm has, as a seed is the same tokens for all of them.
+  [] without nine arms, of two sizes and three numbers of experts at least.
   """
-  means, held_out = _means(rows)
-  fitted = [p for p in means if p.parameters < held_out]
-  if not _enough(fitted):
+  rows = _in_common(rows)
+  points, held_out = _means(rows)
+  fitted, largest = _split(points, held_out)
+  if not largest or not _enough(fitted):
     return []
-  largest = [p for p in means if p.parameters == held_out]
   found = law.fit(fitted)
-  plain = law.fit(fitted, interaction=False)
-  by_seed = [
-    law.fit(points).c
-    for points in _by_seed(rows, held_out)
-    if _enough(points) and len(points) == len(fitted)
-  ]
-  c = f"c = {found.c:+.4f}"
-  if len(by_seed) > 1:
-    interval = intervals.of(by_seed)
-    word = "decided" if interval.decides else "not decided, zero is in it"
-    c += (
-      f" (fitted to each of {interval.count} seeds alone: {interval.mean:+.4f} ±"
-      f" {interval.half:.4f}, {word})"
-    )
-  return [
-    f"The law of routed language models, fitted to the {len(fitted)} means of"
-    " all sizes but the largest:",
-    f"- a = {found.a:+.4f}, b = {found.b:+.4f}, {c}, d = {found.d:+.4f},"
-    f" E_start = {found.start:.2f}, E_max = {found.most:.0f}; root mean squared"
-    f" error of log10 L {law.error(found, fitted):.5f}.",
-    f"- On the largest size, {held_out} parameters, which it has not seen:"
+  cs, gains = [], []
+  for seed in sorted({row["seed"] for row in rows}):
+    of_seed = [row for row in rows if row["seed"] == seed]
+    seen, unseen = _split(_means(of_seed)[0], held_out)
+    full, plain = law.fit(seen), law.fit(seen, interaction=False)
+    cs.append(full.c)
+    gains.append(law.error(full, unseen) - law.error(plain, unseen))
+  lines = [
+    f"The law of routed language models, fitted to the means of {len(fitted)}"
+    f" arms, all but those of the largest size, over {len(cs)} seeds; and to"
+    " every seed alone:",
+    f"- a = {found.a:+.4f}, b = {found.b:+.4f}, c = {found.c:+.4f}, d ="
+    f" {found.d:+.4f}, E_start = {found.start:.2f}, E_max = {found.most:.0f};"
+    f" root mean squared error of log10 L {law.error(found, fitted):.5f}."
+    f" {_S_BASE}",
+    f"- c of every seed alone: {_verdict(cs)}.",
+    f"- Error on the largest size, {held_out} parameters, which it has not seen:"
     f" {law.error(found, largest):.5f}; without interaction (c = 0)"
-    f" {law.error(plain, largest):.5f}.",
+    f" {law.error(law.fit(fitted, interaction=False), largest):.5f}. The first"
+    f" minus the second, of every seed alone: {_verdict(gains)}.",
   ]
+  if found.most > 10 * max(p.experts for p in fitted):
+    lines.append("- E_max is far above all E here: it is not determined.")
+  return lines
+
+
+_S_BASE = (
+  "In the paper, for S-BASE: a = -0.082, b = -0.108, c = +0.009, d = +1.104,"
+  " E_start = 1.85, E_max = 314."
+)
+
+
+def switch_lines(rows: list[dict]) -> list[str]:
+  """What Switch found, to be read beside ours."""
+  if not any(speedup.STEPS in row for row in rows):
+    return []
+  return [
+    "Switch (2101.03961): 64 experts reach the loss of T5-Base in 7.5 times"
+    " fewer steps."
+  ]
+
+
+def _verdict(values):
+  """Their mean and interval, and whether zero is out of it."""
+  interval = intervals.of(values)
+  if interval.half is None:
+    return f"{interval.mean:+.5f}; one seed decides nothing"
+  word = "decided" if interval.decides else "not decided, zero is in it"
+  return f"{interval.mean:+.5f} ± {interval.half:.5f}, {word}"
 
 
 def _enough(points):
   sizes = {p.parameters for p in points}
-  return len(sizes) > 1 and len({p.experts for p in points}) > 2
+  experts = {p.experts for p in points}
+  return len(points) > 8 and len(sizes) > 1 and len(experts) > 2
+
+
+def _in_common(rows):
+  """Those that have a loss, of the seeds that all arms have."""
+  rows = [row for row in rows if "loss" in row]
+  seeds = {}
+  for row in rows:
+    seeds.setdefault(row["arm"], set()).add(row["seed"])
+  common = set.intersection(*seeds.values()) if seeds else set()
+  return [row for row in rows if row["seed"] in common]
 
 
 def _means(rows):
   """A point for each arm, of the mean loss; and the largest N."""
   points = {}
   for row in rows:
-    if "loss" in row:
-      points.setdefault(_place(row, rows), []).append(row["loss"])
+    points.setdefault(_place(row, rows), []).append(row["loss"])
   means = [
     law.Point(n, e, statistics.fmean(losses))
     for (n, e), losses in points.items()
@@ -67,22 +100,20 @@ def _means(rows):
   return means, max((p.parameters for p in means), default=0)
 
 
-def _by_seed(rows, held_out):
-  """Points of each seed, without the largest size."""
-  for seed in sorted({r["seed"] for r in rows}):
-    of_seed = [r for r in rows if r["seed"] == seed and "loss" in r]
-    yield [
-      law.Point(n, e, row["loss"])
-      for row in of_seed
-      for n, e in [_place(row, rows)]
-      if n is not None and n < held_out
-    ]
+def _split(points, held_out):
+  """Those of smaller sizes, and those of that size."""
+  smaller = [p for p in points if p.parameters < held_out]
+  return smaller, [p for p in points if p.parameters == held_out]
+
+
+def _size(row):
+  return int(row["arm"].split("-")[0])
 
 
 def _place(row, rows):
   """(N: parameters of the dense model of that size, E)."""
-  size, experts = row["arm"].split("-")
-  dense = sweep.name(int(size), sweep.DENSE)
+  experts = row["arm"].split("-")[1]
+  dense = sweep.name(_size(row), sweep.DENSE)
   found = (r["total_parameters"] for r in rows if r["arm"] == dense)
   return next(found, None), 1 if experts == sweep.DENSE else int(experts)
 
@@ -104,11 +135,11 @@ class Experts:
     }
     panels = {k: v for k, v in panels.items() if any(k in r for r in rows)}
     figure, all_axes = figures.panels(len(panels))
-    sizes = list(dict.fromkeys(r["arm"].split("-")[0] for r in rows))
+    sizes = list(dict.fromkeys(map(_size, rows)))
     styles = figures.styles([{"arm": size} for size in sizes])
     for axes, (metric, label) in zip(all_axes, panels.items()):
       for size in sizes:
-        of_size = [r for r in rows if r["arm"].split("-")[0] == size]
+        of_size = [r for r in rows if _size(r) == size]
         self._line(axes, of_size, rows, metric, styles[size], size)
       axes.set_xscale("log", base=2)
       axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
@@ -138,19 +169,62 @@ class Experts:
     )
 
   def _law(self, axes, rows, sizes, styles):
-    means, held_out = _means(rows)
-    fitted = [p for p in means if p.parameters < held_out]
+    rows = _in_common(rows)
+    fitted, _ = _split(*_means(rows))
     if not _enough(fitted):
       return
     found = law.fit(fitted)
     experts = [2 ** (i / 4) for i in range(25)]
     for size in sizes:
-      of_size = [r for r in rows if r["arm"].split("-")[0] == size]
-      n = _place(of_size[0], rows)[0]
-      if n is not None:  # Nats a byte are bits times log 2.
-        bits = found.loss(n, experts) / math.log(2)
+      of_size = [r for r in rows if _size(r) == size]
+      n = _place(of_size[0], rows)[0] if of_size else None
+      if n is not None:
+        bits = statistics.fmean(r["bits_per_byte"] / r["loss"] for r in of_size)
         style = styles[size]
-        axes.plot(experts, bits, color=style.color, ls=style.line, lw=1)
+        axes.plot(
+          experts,
+          bits * found.loss(n, experts),
+          color=style.color,
+          ls=style.line,
+          lw=1,
+        )
+
+
+class Training:
+  """The arms of the largest size over training."""
+
+  curve = Curve(speedup.LOSS, label="bits per byte of the validation windows")
+
+  def needs(self) -> set[str]:
+    """Metrics of the curves that it draws."""
+    return self.curve.needs()
+
+  def draw(self, rows: list[dict], points: list[dict], folder) -> None:
+    """Writes validation_bits_per_byte.png and .pdf."""
+    most = max(map(_size, rows))
+    arms = [row["arm"] for row in rows if _size(row) == most]
+    self.curve._replace(arms=arms).draw(rows, points, folder)
+
+
+def _claims():
+  """Few experts, 64 and the most of each size over dense, at any scale."""
+  found = []
+  for scale in sweep.SCALES.values():
+    experts = {}
+    for arm in scale().arms:
+      size, count = arm.split("-")
+      if count != sweep.DENSE:
+        experts.setdefault(size, []).append(int(count))
+    for metric in ("bits_per_byte", speedup.STEPS, speedup.TIME):
+      for size, counts in experts.items():
+        dense = sweep.name(size, sweep.DENSE)
+        for e in sorted({8, 64, max(counts)} & set(counts)):
+          found.append(Claim(metric, sweep.name(size, e), dense))
+    for size, counts in experts.items():
+      if {8, 64} <= set(counts):
+        few, many = sweep.name(size, 8), sweep.name(size, 64)
+        found.append(Claim("bits_per_byte", many, few))
+  return tuple(dict.fromkeys(found))
 
 
 PLAN = Plan(
@@ -165,39 +239,21 @@ PLAN = Plan(
     columns.BITS_PER_BYTE,
     Column(
       speedup.STEPS,
-      "steps",
+      "speed-up, steps",
       digits=2,
-      meaning="how many times fewer steps it takes to the loss that the dense"
-      " model of its width ends with.",
+      meaning="steps of the dense model of its width over its own, to the loss"
+      " that the worse of the two ends with.",
     ),
     Column(
       speedup.TIME,
-      "time",
+      "speed-up, time",
       digits=2,
       meaning="the same in time (times.csv).",
     ),
     columns.MAX_VIO_GLOBAL,
   ),
-  claims=(
-    *(
-      Claim(metric, sweep.name(d, e), sweep.name(d, sweep.DENSE))
-      for metric in ("bits_per_byte", speedup.STEPS, speedup.TIME)
-      for d in _SIZES
-      for e in (8, 64)
-    ),
-    *(
-      Claim("bits_per_byte", sweep.name(d, 64), sweep.name(d, 8))
-      for d in _SIZES
-    ),
-  ),
-  plots=(
-    Experts(),
-    Curve(
-      speedup.LOSS,
-      label="bits per byte of the validation windows",
-      arms=[sweep.name(96, e) for e in (sweep.DENSE, 2, 8, 64)],
-    ),
-  ),
+  claims=_claims(),
+  plots=(Experts(), Training()),
   derivation=speedup.DERIVATION,
-  findings=(law_lines,),
+  findings=(switch_lines, law_lines),
 )

@@ -1,9 +1,13 @@
-"""How much sooner a model with experts reaches the dense model's last loss.
+"""How much sooner than the dense model an arm reaches a loss.
 
-Switch (2101.03961, figures 1 and 4): steps, and time, that the dense model of
-the same active FLOPs takes over those that the arm takes, to the loss that the
-dense model ends with.
+Switch (2101.03961, figures 1 and 4): the steps, or the time, that the dense model
+of the same active FLOPs takes to a loss, over those that the arm takes. The
+loss is what the worse of the two ends with. For a better arm that is the dense
+model's, as in Switch. As both reach it, no run is left out for being slow, which
+would make the others' mean too large.
 """
+
+import statistics
 
 from experiments import report
 from experiments.scaling import sweep
@@ -13,10 +17,10 @@ STEPS, TIME = "step_speedup", "time_speedup"
 
 
 def derive(rows: list[dict], curves: list[dict]) -> list[dict]:
-  """Rows with both speed-ups, by the curve of the same size and seed.
+  """Rows with both speed-ups, by the curves of the same size and seed.
 
-  A row has none if its run never reached that loss, or there is no dense one;
-  no speed-up in time without the seconds of a step (times.csv).
+  A row has none without a curve, or without one of the dense model; and none in
+  time without the seconds of a step (times.csv).
   """
   points, found = _points(curves), []
   dense = {(r["arm"], r["seed"]): r for r in rows}
@@ -26,23 +30,41 @@ def derive(rows: list[dict], curves: list[dict]) -> list[dict]:
     new = dict(row)
     of_dense, of_row = points.get(key), points.get((row["arm"], row["seed"]))
     if of_dense and of_row:
-      target = of_dense[-1][1]
-      step = reached(of_row, target)
-      if step is not None:
-        new[STEPS] = reached(of_dense, target) / step
-        seconds = [_seconds(r) for r in (dense.get(key, {}), row)]
-        if None not in seconds:
-          new[TIME] = new[STEPS] * seconds[0] / seconds[1]
+      new[STEPS] = speedup(of_dense, of_row)
+      seconds = [_seconds(r) for r in (dense.get(key, {}), row)]
+      if None not in seconds:
+        new[TIME] = new[STEPS] * seconds[0] / seconds[1]
     found.append(new)
   return found
 
 
-def reached(points: list[tuple[int, float]], target: float) -> float | None:
-  """The first step with that loss, on straight lines; None: it never has it.
+def speedup(
+  ones: list[tuple[int, float]], others: list[tuple[int, float]]
+) -> float:
+  """One's steps to the worse of both last losses, over the other's.
+
+  Args:
+    ones, others: (step, loss), ascending; read after `smooth`.
+  """
+  ones, others = smooth(ones), smooth(others)
+  target = max(ones[-1][1], others[-1][1])
+  return reached(ones, target) / reached(others, target)
+
+
+def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+  """Means of three neighbours, as one reading says little of a curve's end."""
+  if len(points) < 3:
+    return points
+  windows = zip(points, points[1:], points[2:])
+  return [(w[1][0], statistics.fmean(y for _, y in w)) for w in windows]
+
+
+def reached(points: list[tuple[int, float]], target: float) -> float:
+  """The first step with that loss, on straight lines.
 
   Args:
     points: (step, loss), ascending.
-    target: a loss.
+    target: a loss that is not below the last one.
   """
   before = None
   for step, loss in points:
@@ -52,7 +74,7 @@ def reached(points: list[tuple[int, float]], target: float) -> float | None:
       step0, loss0 = before
       return step0 + (step - step0) * (loss0 - target) / (loss0 - loss)
     before = step, loss
-  return None
+  raise ValueError(f"a loss of {target} is not reached")
 
 
 def _points(curves):
