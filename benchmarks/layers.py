@@ -11,7 +11,7 @@ from benchmarks.shapes import Shape
 from moe_jax import experts, layer, registry, slots, types
 
 
-def implementations(shape: Shape, tokens_per_group: int = 1024) -> dict:
+def implementations(shape: Shape, tokens_per_group: int = 256) -> dict:
   """{name: (f(params, x_TD) -> y_TD, params, x_TD)}.
 
   Args:

@@ -4,15 +4,15 @@
 
 Along each curve the layer is timed in turn with the dense layer of the same
 active FLOPs (the faster of two, see benchmarks.moe_layer). Exponents are
-slopes of log seconds over the log of what grows. Two more tables: loads that
-follow Zipf's law beside equal ones, and the memory of forward and backward as
-XLA plans it, without parameters and tokens.
+slopes of log seconds, or bytes, over the log of what grows; the cost of an
+active FLOP is shown over that at the first value. Two more tables: loads that
+follow Zipf's law beside equal ones, and the memory of forward and backward.
+Bytes are what XLA plans, without parameters and tokens.
 """
 
 import dataclasses
 import functools
 import json
-import math
 import pathlib
 import statistics
 import sys
@@ -75,11 +75,11 @@ def main(argv=None) -> int:
     return 0
   rows = []
   for name in args.curves:
-    rows += summarize(name, _runs(args, curves=name))
+    rows += summarize(name, _runs(args, curve=name))
     print(table(rows, name), flush=True)
     if args.json:  # After every curve, so that none is lost.
       timing.write(args.json, rows)
-  loads = [loads_of(name, _runs(args, shapes=name)) for name in args.shapes]
+  loads = [loads_of(name, _runs(args, shape=name)) for name in args.shapes]
   memory = [memory_of(shape) for shape in args.shapes]
   if args.shapes:
     print(loads_table(loads))
@@ -92,43 +92,53 @@ def main(argv=None) -> int:
 
 
 def measure(curve: str, rounds: int) -> dict:
-  """{value: {implementation: {direction: seconds by round}}}, in turn."""
+  """{value: {implementation: {direction: seconds by round}}}, in turn; and
+  {value: {"bytes": {direction: what ours makes}}}."""
   from benchmarks import layers
 
   found = {}
   for value, shape in CURVES[curve].shapes.items():
     named = layers.implementations(shape)
-    ready = {
-      (name, direction): function
-      for name in (*shapes.DENSE, _OURS)
-      for direction, function in layers.directions(*named[name]).items()
+    calls = {
+      name: layers.directions(*named[name]) for name in (*shapes.DENSE, _OURS)
     }
-    flat = timing.in_turn(ready, rounds)
+    flat = timing.in_turn(
+      {(n, d): call for n, of_n in calls.items() for d, call in of_n.items()},
+      rounds,
+    )
     found[value] = {
-      name: {d: flat[name, d] for d in shapes.DIRECTIONS}
-      for name in (*shapes.DENSE, _OURS)
+      name: {d: flat[name, d] for d in shapes.DIRECTIONS} for name in calls
     }
+    ours = calls[_OURS].items()
+    found[value]["bytes"] = {d: call.made_bytes for d, call in ours}
   return found
 
 
 def summarize(curve: str, runs: list[dict]) -> list[dict]:
   """A row per value: medians over processes, and the curve's exponents."""
   rows = []
-  slopes = {
-    f"{direction}_exponent": [_exponent(run, direction) for run in runs]
-    for direction in shapes.DIRECTIONS
-  }
   for value in CURVES[curve].shapes:
     row = {"curve": curve, "value": value}
     points = [run[str(value)] for run in runs]
     for d in shapes.DIRECTIONS:
       seconds = [statistics.median(point[_OURS][d]) for point in points]
       row[f"{d}_seconds"] = statistics.median(seconds)
+      row[f"{d}_bytes"] = points[0]["bytes"][d]
       ratios = [timing.over(p[_OURS][d], _dense(p, d)) for p in points]
       row |= timing.summary(f"{d}_ratio", ratios)
-    for name, found in slopes.items():
-      row |= timing.summary(name, found)
+      costs = [_cost(curve, run, d) for run in runs]
+      grown = [cost[str(value)] / next(iter(cost.values())) for cost in costs]
+      row |= timing.summary(f"{d}_per_flop_over_first", grown)
     rows.append(row)
+  values = [row["value"] for row in rows]
+  for d in shapes.DIRECTIONS:
+    slopes = [_slope(values, _seconds(run, d).values()) for run in runs]
+    found = timing.summary(f"{d}_exponent", slopes)
+    found[f"{d}_bytes_exponent"] = _slope(
+      values, [row[f"{d}_bytes"] for row in rows]
+    )
+    for row in rows:
+      row |= found
   return rows
 
 
@@ -137,19 +147,32 @@ def _dense(point, direction):
   return min(found, key=statistics.median)
 
 
-def _exponent(run, direction):
-  """The slope of log seconds over log value."""
-  seconds = [statistics.median(p[_OURS][direction]) for p in run.values()]
-  values = [math.log(int(value)) for value in run]
-  return float(np.polyfit(values, np.log(seconds), 1)[0])
+def _seconds(run, direction):
+  """{value: median seconds of ours}."""
+  return {k: statistics.median(p[_OURS][direction]) for k, p in run.items()}
+
+
+def _cost(curve, run, direction):
+  """{value: seconds of ours per active FLOP}."""
+  found = CURVES[curve].shapes
+  return {
+    value: seconds / found[int(value)].flops
+    for value, seconds in _seconds(run, direction).items()
+  }
+
+
+def _slope(values, grown):
+  """Of log grown over log values."""
+  return float(np.polyfit(np.log(values), np.log(list(grown)), 1)[0])
 
 
 def table(rows: list[dict], curve: str) -> str:
   """The rows of a curve as markdown."""
+  head = ["ms", "÷ dense", "per FLOP ÷ first", "MB"]
+  heads = [f"{d}, {h}" for d in ("forward", "f+b") for h in head]
   lines = [
-    f"| {CURVES[curve].label} | forward, ms | ÷ dense | forward+backward, ms"
-    " | ÷ dense |",
-    "|---|---|---|---|---|",
+    f"| {CURVES[curve].label} | {' | '.join(heads)} |",
+    f"|{'---|' * (1 + len(heads))}",
   ]
   of_curve = [row for row in rows if row.get("curve") == curve]
   for row in of_curve:
@@ -157,11 +180,15 @@ def table(rows: list[dict], curve: str) -> str:
     for d in shapes.DIRECTIONS:
       cells.append(f"{1e3 * row[f'{d}_seconds']:.1f}")
       cells.append(timing.cell(row, f"{d}_ratio"))
+      cells.append(timing.cell(row, f"{d}_per_flop_over_first"))
+      cells.append(f"{row[f'{d}_bytes'] / 2**20:.0f}")
     lines.append(f"| {' | '.join(cells)} |")
-  exponents = [
-    timing.cell(of_curve[0], f"{d}_exponent") for d in shapes.DIRECTIONS
-  ]
-  lines.append(f"\nExponents: {exponents[0]} and {exponents[1]}.\n")
+  exponents = (
+    f"{d} {timing.cell(of_curve[0], f'{key}_exponent')} of seconds and"
+    f" {of_curve[0][f'{key}_bytes_exponent']:.2f} of bytes"
+    for d, key in zip(("forward", "f+b"), shapes.DIRECTIONS)
+  )
+  lines.append(f"\nExponents: {'; '.join(exponents)}.\n")
   return "\n".join(lines)
 
 
@@ -173,12 +200,8 @@ def measure_loads(shape: str, rounds: int) -> dict:
   params, _, x_TD = layers.inputs(shape)
   ready = {}
   for loads in LOADS:
-    recipe = layers.recipe(shape)
-    recipe = dataclasses.replace(
-      recipe, router=_forced(recipe.router, assignments(shape, loads))
-    )
-    f = functools.partial(layers.run, recipe, 1)
-    for direction, function in layers.directions(f, params, x_TD).items():
+    f, of_loads = forced(shape, params, assignments(shape, loads))
+    for direction, function in layers.directions(f, of_loads, x_TD).items():
       ready[loads, direction] = function
   flat = timing.in_turn(ready, rounds)
   return {
@@ -205,13 +228,30 @@ def assignments(shape: shapes.Shape, loads: str) -> np.ndarray:
   return order_TE[:, :top_k].astype(np.int32)
 
 
-def _forced(router, expert_TK):
-  """The router, all its work done, but with experts of our choice."""
+def forced(shape: shapes.Shape, params: dict, expert_TK: np.ndarray):
+  """(the layer, its parameters): the router works, but experts are our choice.
 
-  def route(*args, **options):
-    return router.route(*args, **options).replace(expert_TK=expert_TK)
+  They come as a parameter. XLA would do what depends on a constant while it
+  compiles, such as the sort.
+  """
+  from benchmarks import layers
 
-  return dataclasses.replace(router, route=route)
+  recipe = layers.recipe(shape)
+
+  def route(params, *args, **options):
+    params = dict(params)
+    expert_TK = params.pop("expert_TK").astype(np.int32)
+    routing = recipe.router.route(params, *args, **options)
+    return routing.replace(expert_TK=expert_TK)
+
+  router = dataclasses.replace(recipe.router, route=route)
+  own = params["router"] | {"expert_TK": expert_TK.astype(np.float32)}
+  return (
+    functools.partial(
+      layers.run, dataclasses.replace(recipe, router=router), 1
+    ),
+    params | {"router": own},
+  )
 
 
 def loads_of(shape: str, runs: list[dict]) -> dict:
@@ -240,16 +280,20 @@ def memory_of(shape: str) -> dict:
   from benchmarks import layers
 
   named = layers.implementations(shapes.SHAPES[shape])
-  row = {"shape": shape}
-  for key, name in (("dense_bytes", "dense"), ("bytes", _OURS)):
-    calls = layers.directions(*named[name])
-    row[key] = calls["forward_backward"].made_bytes
+  made = {
+    name: layers.directions(*named[name])["forward_backward"].made_bytes
+    for name in (*shapes.DENSE, _OURS)
+  }
   weights = named[_OURS][1]["experts"].values()
-  row["weight_gradient_bytes"] = sum(w.nbytes for w in weights)
-  row["without_weight_gradients_over_dense"] = (
-    row["bytes"] - row["weight_gradient_bytes"]
-  ) / row["dense_bytes"]
-  return row
+  gradients = sum(w.nbytes for w in weights)
+  dense = min(made[name] for name in shapes.DENSE)
+  return {
+    "shape": shape,
+    "dense_bytes": dense,
+    "bytes": made[_OURS],
+    "weight_gradient_bytes": gradients,
+    "without_weight_gradients_over_dense": (made[_OURS] - gradients) / dense,
+  }
 
 
 def memory_table(rows: list[dict]) -> str:
@@ -284,7 +328,7 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
       axes.errorbar(
         [row["value"] for row in of_curve],
         [row[f"{d}_ratio"] for row in of_curve],
-        [row[f"{d}_ratio_interval"] or 0 for row in of_curve],
+        np.transpose([_bar(row, f"{d}_ratio") for row in of_curve]),
         fmt=style,
         capsize=3,
         color={"o-": "#0072b2", "s--": "#d55e00"}[style],
@@ -296,13 +340,19 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
   np.atleast_1d(all_axes)[0].set_ylabel("seconds ÷ dense")
   np.atleast_1d(all_axes)[0].legend()
   for kind, dated in (("png", {}), ("pdf", {"CreationDate": None})):
-    figure.savefig(path.with_suffix(f".{kind}"), dpi=150, metadata=dated)
+    name = path.with_name(f"{path.name}.{kind}")
+    figure.savefig(name, dpi=150, metadata=dated)
   plt.close(figure)
 
 
-def _runs(args, curves="", shapes=""):
+def _bar(row, name):
+  """Below and above the point."""
+  return row[name] - row[f"{name}_least"], row[f"{name}_most"] - row[name]
+
+
+def _runs(args, curve="", shape=""):
   """What each process measured, of one curve or the loads of one shape."""
-  flags = ["--child", f"--curves={curves}", f"--shapes={shapes}"]
+  flags = ["--child", f"--curves={curve}", f"--shapes={shape}"]
   flags.append(f"--rounds={args.rounds}")
   return timing.processes("benchmarks.scaling", flags, args.processes)
 
@@ -326,8 +376,15 @@ def _arguments(argv):
     default=list(_SHAPES),
     help=f"of the tables of loads and memory; {shapes.describe()}",
   )
-  add("--figure", type=pathlib.Path, metavar="PATH", help="of the curves")
+  add(
+    "--figure",
+    type=timing.path,
+    metavar="PATH",
+    help="of the curves, as PATH.png and PATH.pdf",
+  )
   args = parser.parse_args(argv)
+  if args.figure and not args.curves:
+    raise ConfigError("--figure draws curves, and --curves= leaves none")
   shapes.check(args.shapes)
   for name in args.curves:
     if name not in CURVES:

@@ -11,8 +11,8 @@ import sys
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
-from experiments import intervals
 from moe_jax import config as config_lib
+from moe_jax.errors import ConfigError
 
 
 def parser(module: str, about: str, rounds: int) -> argparse.ArgumentParser:
@@ -36,10 +36,21 @@ def parser(module: str, about: str, rounds: int) -> argparse.ArgumentParser:
     default=rounds,
     help="of a process; in each, everything has its turn",
   )
-  add("--json", type=pathlib.Path, metavar="PATH", help="also write it there")
+  add("--json", type=path, metavar="PATH", help="also write it there")
   # Measures in this process, and prints that as JSON.
   add("--child", action="store_true", help=argparse.SUPPRESS)
   return made
+
+
+def path(text: str) -> pathlib.Path:
+  """A flag's file, in a folder that there is: hours may pass until it is
+  written."""
+  found = pathlib.Path(text)
+  if found.is_dir() or not found.parent.is_dir():
+    raise argparse.ArgumentTypeError(
+      f"{text} is no file in a folder that exists; make the folder first"
+    )
+  return found
 
 
 def in_turn(
@@ -80,26 +91,35 @@ def processes(module: str, arguments: Sequence[str], count: int) -> list:
   command = [sys.executable, "-m", module, *arguments]
   found = []
   for _ in range(count):
-    done = subprocess.run(
-      command, stdout=subprocess.PIPE, text=True, check=True
-    )
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+      raise ConfigError(
+        f"a process of {module} ended with {done.returncode}; what it wrote is"
+        " above, and -9 is often a lack of memory"
+      )
     found.append(json.loads(done.stdout.splitlines()[-1]))
   return found
 
 
-def summary(name: str, values: Sequence[float]) -> dict[str, float | None]:
-  """The median over processes, and half the 95 % t-interval."""
+def summary(name: str, values: Sequence[float]) -> dict[str, float]:
+  """The median over processes, and the least and the most of them.
+
+  Of five, these two are a 94 % interval of the median, whatever they follow.
+  """
   return {
     name: statistics.median(values),
-    f"{name}_interval": intervals.of(values).half,
+    f"{name}_least": min(values),
+    f"{name}_most": max(values),
   }
 
 
 def cell(row: Mapping, name: str, factor: float = 1.0, digits: int = 2) -> str:
   """A `summary` in a table."""
-  half = row[f"{name}_interval"]
-  text = f"{factor * row[name]:.{digits}f}"
-  return text if half is None else f"{text} ± {factor * half:.{digits}f}"
+  text, least, most = (
+    f"{factor * row[key]:.{digits}f}"
+    for key in (name, f"{name}_least", f"{name}_most")
+  )
+  return text if least == most else f"{text} ({least}–{most})"
 
 
 def write(path: pathlib.Path, rows: list[dict]) -> None:
@@ -112,18 +132,26 @@ def machine() -> dict:
   """What numbers are of."""
   import jax
 
+  from moe_jax import run_directory
+
   cpuinfo = pathlib.Path("/proc/cpuinfo")
-  names = [
-    line.partition(":")[2].strip()
-    for line in (cpuinfo.read_text().splitlines() if cpuinfo.exists() else [])
-    if line.startswith("model name")
-  ]
+  lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+  names = (x.partition(":")[2].strip() for x in lines if "model name" in x)
   return {
-    "processor": names[0] if names else platform.processor(),
-    "cores": len(names),
-    "backend": jax.default_backend(),
+    "processor": next(names, platform.processor() or platform.machine()),
+    "cores": os.cpu_count(),
+    "cores_used": len(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity")
+    else os.cpu_count(),
+    "device": jax.devices()[0].device_kind,
+    "environment": {
+      name: os.environ[name]
+      for name in ("XLA_FLAGS", "GLIBC_TUNABLES")
+      if os.environ.get(name)
+    },
     "jax": jax.__version__,
     "python": platform.python_version(),
+    "revision": run_directory.git_revision(),
     "date": time.strftime("%Y-%m-%d"),
   }
 

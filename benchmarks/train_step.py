@@ -4,9 +4,8 @@
 
 Times the compiled steps of all arms in turn, round by round, so that what else
 the machine does falls on all of them alike; several processes give medians and
-an interval. With --csv the timings of the last process go to a file; as
-times.csv beside the question, it gives its report the seconds that the
-training of each arm takes.
+an interval. With --csv the timings go to a file; as times.csv beside the
+question, it gives its report the seconds that the training of each arm takes.
 """
 
 import json
@@ -50,11 +49,13 @@ def main(argv=None) -> int:
         "scale": plan.scale,
         "arm": arm,
         "config_digest": sweeps.digest(configs[arm]),
+        "process": number,
         "round": i,
         "seconds_per_step": value,
       }
       for arm in configs
-      for i, value in enumerate(found[-1][arm])
+      for number, process in enumerate(found)
+      for i, value in enumerate(process[arm])
     ]
     runs.replace_scale(args.csv, plan.scale, seconds)
   return 0
@@ -142,7 +143,7 @@ def _arguments(argv):
     default=4,
     help="of an arm in a round",
   )
-  add("--csv", metavar="PATH", help="also put the last process's timings there")
+  add("--csv", type=timing.path, metavar="PATH", help="put all timings there")
   return parser.parse_args(argv)
 
 

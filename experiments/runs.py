@@ -181,7 +181,7 @@ def read_csv(path: pathlib.Path) -> list[dict]:
 
 
 def _typed(row):
-  whole = {"seed", "step", "round", *COST}
+  whole = {"seed", "step", "process", "round", *COST}
   words = {*KEYS, *ORIGIN} - {"seed"}
   return {
     k: v if k in words else int(v) if k in whole else float(v)

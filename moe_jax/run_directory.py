@@ -95,7 +95,7 @@ class RunDirectory:
     """
     now = {
       "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-      "git": _git(),
+      "git": git_revision(),
       "versions": {p: metadata.version(p) for p in _PACKAGES if _has(p)},
       "python": platform.python_version(),
       "platform": jax.default_backend(),
@@ -268,7 +268,7 @@ def read_metrics(path: str | os.PathLike, split: str) -> list[dict]:
   return [line for line in lines if line["split"] == split]
 
 
-def _git():
+def git_revision() -> str:
   """Revision of the checkout the code runs from, with "+" if it was edited."""
 
   def git(*args):
