@@ -32,7 +32,7 @@ def cpu() -> sweeps.Sweep:
   tried = {
     DENSE: (3e-3, 6e-3, 1.2e-2, 2.4e-2),
     8: (1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2),
-    64: (1.5e-3, 3e-3, 6e-3, 1.2e-2),
+    64: (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2),
   }
   tuned = {name(d, e): tried[e] for d in sizes[:-1] for e in tried}
   like = {name(d, e): name(min(d, 64), 8) for d in sizes for e in experts}
