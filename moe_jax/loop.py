@@ -105,9 +105,9 @@ def _begin(program, seed, directory, checkpoints, progress):
     data=program.corpus.fingerprint,
     data_sources=program.corpus.sources,
     mesh=program.mesh_shape,
-    grouped_matmul=grouped_matmul.backend_for(parallel.platform(program.mesh))
-    if program.config.model.moe.grouped_matmul is None
-    else program.config.model.moe.grouped_matmul,
+    grouped_matmul=grouped_matmul.backend_for(
+      parallel.platform(program.mesh), program.config.model.moe.grouped_matmul
+    ),
     recipe=params.describe(program.config.model, program.config.plugins),
     parameters=params.count(program.model, program.config.data.seq_len),
     train_flops_per_token=params.train_flops_per_token(

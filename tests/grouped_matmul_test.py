@@ -1,6 +1,7 @@
 """Grouped matrix products against numpy loops."""
 
 import functools
+import math
 import sys
 import types
 
@@ -95,31 +96,81 @@ def test_against_loops(backend, dtype):
     check(backend, tuple(np.diff(cuts, prepend=0)), dtype, tolerance)
 
 
-# Of (rows, E): one of each, more experts than rows, several chunks an expert.
-LAYOUTS = [(1, 1), (7, 3), (5, 8), (64, 4), (300, 3), (257, 16)]
+# Of (rows, E, D, F): one of each, more experts than rows, odd widths, several
+# chunks an expert.
+LAYOUTS = [
+  (1, 1, 5, 6),
+  (7, 3, 3, 8),
+  (5, 8, 16, 9),
+  (64, 4, 5, 6),
+  (300, 3, 33, 20),
+  (257, 16, 8, 24),
+]
+BIASED = ["swiglu", "geglu", "gelu", "relu", "swiglu", "gelu"]
+NETWORKS = [
+  *(("cpu", layout, "swiglu", False) for layout in LAYOUTS),
+  *(("cpu", layout, act, True) for layout, act in zip(LAYOUTS, BIASED)),
+  ("reference", LAYOUTS[1], "swiglu", False),
+  ("reference", LAYOUTS[3], "relu", True),
+]
 
 
-@functools.cache
-def networks(layout, dtype, use_bias):
-  """(jitted cpu, jitted reference, parameters) of an expert network."""
-  rows, num_experts = layout
-  built = [
-    experts.build(6, "swiglu", use_bias, backend=b)
-    for b in ("cpu", "reference")
-  ]
-  params = built[0].init(jax.random.key(rows), num_experts, D)
+def network(params, x_ND, sizes, dy_ND, activation):
+  """y, gradients of the parameters and dx in float64, expert by expert."""
+  acts = {
+    "relu": lambda z: np.maximum(z, 0),
+    "gelu": lambda z: (
+      0.5 * z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+    ),
+    "silu": lambda z: z / (1 + np.exp(-z)),
+  }
+  gated = activation in ("swiglu", "geglu")
+  names = {"swiglu": "silu", "geglu": "gelu"}
+  act = acts[names.get(activation, activation)]
+  slope = lambda z: (act(z + 1e-6) - act(z - 1e-6)) / 2e-6  # noqa: E731
+  y_ND, dx_ND = np.zeros_like(x_ND), np.zeros_like(x_ND)
+  grads = {k: np.zeros_like(w) for k, w in params.items()}
+  ends = np.cumsum(sizes)
+  for e, (start, end) in enumerate(zip(ends - sizes, ends)):
+    x, dy = x_ND[start:end], dy_ND[start:end]
+    linear = lambda name, x, e=e: (  # noqa: E731
+      x @ params[name][e] + params.get(f"{name}_bias", [0] * len(sizes))[e]
+    )
+
+    def back(name, x, dy, e=e):
+      grads[name][e] = x.T @ dy
+      if f"{name}_bias" in grads:
+        grads[f"{name}_bias"][e] = dy.sum(0)
+      return dy @ params[name][e].T
+
+    z, up = linear("gate" if gated else "up", x), linear("up", x)
+    factor = up if gated else 1
+    y_ND[start:end] = linear("down", act(z) * factor)
+    dh = back("down", act(z) * factor, dy)
+    dx = back("gate" if gated else "up", x, dh * factor * slope(z))
+    if gated:
+      dx = dx + back("up", x, dh * act(z))
+    dx_ND[start:end] = dx
+  return y_ND, grads, dx_ND
+
+
+def drawn_network(backend, layout, activation, use_bias):
+  """(jitted value and gradients, parameters)."""
+  rows, num_experts, d_model, d_expert = layout
+  one = experts.build(d_expert, activation, use_bias, backend=backend)
+  params = one.init(jax.random.key(rows), num_experts, d_model)
   if use_bias:
     params = jax.tree.map(lambda w: w + 0.1, params)
 
-  def both(one, params, x_ND, sizes_E, dy_ND):
+  @jax.jit
+  def both(params, x_ND, sizes_E, dy_ND):
     def apply(params, x_ND):
       return one.apply(params, Rows(x_ND, sizes_E[None])).x
 
     y_ND, pull = jax.vjp(apply, params, x_ND)
     return y_ND, *pull(dy_ND)
 
-  jitted = [jax.jit(functools.partial(both, one)) for one in built]
-  return *jitted, jax.tree.map(lambda w: w.astype(dtype), params)
+  return both, params
 
 
 def drawn_sizes(rng, rows, num_experts):
@@ -135,37 +186,53 @@ def drawn_sizes(rng, rows, num_experts):
   return rng.multinomial(used, share)
 
 
-@pytest.mark.parametrize("use_bias", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_network_in_one_loop(layout, use_bias):
-  """As product by product, for 20 loads; NaN in the rows of nobody."""
-  rows, num_experts = layout
+@pytest.mark.parametrize(
+  ("backend", "layout", "activation", "use_bias"), NETWORKS
+)
+def test_networks_against_numpy(backend, layout, activation, use_bias):
+  """For 20 loads; NaN in the rows of nobody."""
+  rows, num_experts, d_model, _ = layout
   rng = np.random.default_rng(rows)
-  for draw in range(20):
-    dtype = (jnp.float32, jnp.bfloat16)[draw % 4 == 3]
-    cpu, reference, params = networks(layout, dtype, use_bias)
-    sizes_E = drawn_sizes(rng, rows, num_experts).astype(np.int32)
-    x_ND, dy_ND = (
-      np.asarray(rng.normal(size=(rows, D)), dtype) for _ in range(2)
-    )
-    x_ND[sizes_E.sum() :] = dy_ND[sizes_E.sum() :] = np.nan
-    found = jax.device_get(cpu(params, x_ND, sizes_E, dy_ND))
-    # The other one sums in float32, from the same rounded numbers.
-    params, x_ND, dy_ND = jax.tree.map(
-      lambda a: np.float32(np.nan_to_num(a)), (params, x_ND, dy_ND)
-    )
-    wanted = jax.device_get(reference(params, x_ND, sizes_E, dy_ND))
-    tolerance = 1e-5 if dtype == jnp.float32 else 5e-2  # Sums cancel.
-    for one, other in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
-      one, other = np.float64(one), np.float64(other)
-      scale = np.linalg.norm(other) + 1e-30
-      assert np.linalg.norm(one - other) <= tolerance * scale
-    y_ND, grads, dx_ND = found
-    assert (y_ND[sizes_E.sum() :] == 0).all()
-    assert (dx_ND[sizes_E.sum() :] == 0).all()
-    for grad in grads.values():
-      assert (grad[sizes_E == 0] == 0).all()
-  assert cpu._cache_size() == 1, "compiled again for other loads"
+  both, params = drawn_network(backend, layout, activation, use_bias)
+  for dtype, tolerance, draws in (
+    (jnp.float32, 1e-5, 15),
+    (jnp.bfloat16, 5e-2, 5),
+  ):
+    rounded = jax.tree.map(lambda w, d=dtype: w.astype(d), params)
+    for _ in range(draws):
+      sizes_E = drawn_sizes(rng, rows, num_experts).astype(np.int32)
+      x_ND, dy_ND = (
+        np.asarray(rng.normal(size=(rows, d_model)), dtype) for _ in range(2)
+      )
+      live = sizes_E.sum()
+      x_ND[live:] = dy_ND[live:] = np.nan
+      found = jax.device_get(both(rounded, x_ND, sizes_E, dy_ND))
+      exact = lambda tree: jax.tree.map(  # noqa: E731
+        lambda a: np.nan_to_num(np.float64(a)), tree
+      )
+      wanted = network(
+        exact(rounded), exact(x_ND), sizes_E, exact(dy_ND), activation
+      )
+      for one, other in zip(
+        *map(jax.tree.leaves, (found, wanted)), strict=True
+      ):
+        assert one.dtype == dtype
+        distance = np.linalg.norm(np.float64(one) - other)
+        assert distance <= tolerance * np.linalg.norm(other) + 1e-30
+      y_ND, grads, dx_ND = found
+      assert (y_ND[live:] == 0).all() and (dx_ND[live:] == 0).all()
+      for grad in grads.values():
+        assert (grad[sizes_E == 0] == 0).all()
+  assert both._cache_size() == 2, "compiled again for other loads"
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_no_rows_at_all(backend):
+  both, params = drawn_network(backend, (0, 2, 4, 3), "swiglu", False)
+  nothing_ND, sizes_E = jnp.zeros((0, 4)), jnp.zeros(2, jnp.int32)
+  y_ND, grads, dx_ND = both(params, nothing_ND, sizes_E, nothing_ND)
+  assert y_ND.shape == dx_ND.shape == (0, 4)
+  assert all((grad == 0).all() for grad in grads.values())
 
 
 def test_no_kernel_has_to_mind_the_other_rows(monkeypatch):
@@ -183,7 +250,8 @@ def test_no_kernel_has_to_mind_the_other_rows(monkeypatch):
     check("careless", sizes, jnp.float32, 1e-5)
 
 
-def test_bfloat16_is_added_up_in_float32():
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_bfloat16_is_added_up_in_float32(backend):
   """A sum of 512 numbers that bfloat16 would stop counting at 256."""
   rows, d = 8, 512
   x_ND, w_EDF = np.ones((rows, d)), np.ones((2, d, 3))
@@ -191,7 +259,7 @@ def test_bfloat16_is_added_up_in_float32():
     jnp.asarray(x_ND, jnp.bfloat16),
     jnp.asarray(w_EDF, jnp.bfloat16),
     jnp.array([3, 5]),
-    backend="reference",
+    backend=backend,
   )
   assert y_NF.dtype == jnp.bfloat16 and (y_NF == d).all()
 
@@ -216,10 +284,11 @@ def test_unknown_backend():
 
 
 def test_default_backends():
-  for platform in ("cpu", "gpu", "tpu"):
-    grouped_matmul.check(grouped_matmul.backend_for(platform))
-  assert grouped_matmul.backend_for("tpu") == "tpu"
-  assert "tpu" in grouped_matmul.UNCHECKED
+  found = {p: grouped_matmul.backend_for(p) for p in ("cpu", "gpu", "tpu")}
+  assert found == {"cpu": "cpu", "gpu": "reference", "tpu": "tpu"}
+  assert grouped_matmul.backend_for("cpu", "reference") == "reference"
+  checked = {b: grouped_matmul.is_checked(b) for b in found.values()}
+  assert checked == {"cpu": True, "reference": True, "tpu": False}
 
 
 @pytest.mark.parametrize(

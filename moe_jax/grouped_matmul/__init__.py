@@ -16,13 +16,16 @@ from moe_jax.errors import ConfigError, did_you_mean
 from moe_jax.types import Array
 
 _DEFAULTS = {"cpu": "cpu", "tpu": "tpu"}
-# Kernels that do not declare over which mesh axes their result varies.
-UNCHECKED = frozenset({"tpu"})
 
 
-def backend_for(platform: str) -> str:
-  """The backend that a platform ("cpu", "gpu", "tpu") gets by default."""
-  return _DEFAULTS.get(platform, "reference")
+def backend_for(platform: str, wanted: str | None = None) -> str:
+  """What is wanted, or else what a platform ("cpu", "gpu", "tpu") gets."""
+  return wanted or _DEFAULTS.get(platform, "reference")
+
+
+def is_checked(backend: str) -> bool:
+  """Whether it declares over which mesh axes its result varies."""
+  return getattr(_load(backend), "CHECKED", True)
 
 
 def check(backend: str) -> None:
@@ -55,7 +58,7 @@ def grouped_matmul(
     receive exactly zero gradient, as does the matrix of an expert without
     rows.
   """
-  backend = backend or backend_for(jax.default_backend())
+  backend = backend_for(jax.default_backend(), backend)
   matmul = _load(backend).matmul
   live = jnp.arange(x_ND.shape[0]) < tokens_per_expert_E.sum()
   x_ND = jnp.where(live[:, None], x_ND, 0)
@@ -84,7 +87,7 @@ def grouped_network(
   Returns:
     As `grouped_matmul`.
   """
-  backend = backend or backend_for(jax.default_backend())
+  backend = backend_for(jax.default_backend(), backend)
   module = _load(backend)
   if hasattr(module, "network"):
     one = tuple(functools.partial(part, linear) for part in parts)

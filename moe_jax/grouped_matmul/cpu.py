@@ -55,6 +55,10 @@ def _product(w_DF, x_CD):
 def network(parts, params, x_ND: Array, sizes_E: Array) -> Array:
   """See `grouped_network`."""
   params, x_ND, sizes_E = varying.alike((params, x_ND, sizes_E))
+  if not len(x_ND):  # No chunk has a size.
+    first, second = parts
+    one = _expert(params, 0)
+    return second(one, first(one, x_ND))
   return _network(parts, params, x_ND, sizes_E)
 
 
@@ -71,7 +75,7 @@ def _forward(parts, params, x_ND, sizes_E, keep):
   hidden = jax.eval_shape(first, one, x_ND)
   y_ND = jax.eval_shape(second, one, hidden)
 
-  def chunk(carry, weights, chunk):
+  def body(carry, weights, chunk):
     hidden, y_ND = carry
     found = first(weights, _read(x_ND, chunk))
     y_ND = _write(y_ND, second(weights, found), chunk)
@@ -79,7 +83,7 @@ def _forward(parts, params, x_ND, sizes_E, keep):
 
   start = _zeros(hidden if keep else None, room), _zeros(y_ND, room)
   start = varying.alike((start, x_ND))[0]
-  hidden, y_ND = _loop(chunk, start, params, sizes_E, rows)
+  hidden, y_ND = _loop(body, start, params, sizes_E, rows)
   return _cut(y_ND, sizes_E, rows), hidden
 
 
@@ -94,7 +98,7 @@ def _backward(parts, kept, dy_ND):
   rows, num_experts = x_ND.shape[0], sizes_E.size
   room = rows + _sizes(rows, num_experts)[-1]
 
-  def chunk(carry, weights, chunk):
+  def body(carry, weights, chunk):
     sums, dx_ND = carry
     _, to_hidden = jax.vjp(second, weights, _read(hidden, chunk))
     grads, d_hidden = to_hidden(_read(dy_ND, chunk))
@@ -106,7 +110,7 @@ def _backward(parts, kept, dy_ND):
   wide = lambda w: jnp.promote_types(w.dtype, jnp.float32)  # noqa: E731
   sums = jax.tree.map(lambda w: jnp.zeros(w.shape, wide(w)), params)
   start = varying.alike(((sums, _zeros(x_ND, room)), x_ND))[0]
-  sums, dx_ND = _loop(chunk, start, params, sizes_E, rows)
+  sums, dx_ND = _loop(body, start, params, sizes_E, rows)
   grads = jax.tree.map(lambda g, w: g.astype(w.dtype), sums, params)
   return grads, _cut(dx_ND, sizes_E, rows), None
 
@@ -132,9 +136,8 @@ def _loop(body, carry, params, sizes_E, rows):
 
   def expert(e, carry):
     weights = _expert(params, e)
-    more = (
-      jnp.maximum(sizes_E[e] - 1, 0) // most
-    )  # Whole chunks after the first one.
+    # Whole chunks after the first one.
+    more = jnp.maximum(sizes_E[e] - 1, 0) // most
     live = sizes_E[e] - more * most
     smaller = 0
     for size in sizes:

@@ -106,8 +106,8 @@ def _moe(options, mesh, plugins):
       raise ConfigError(f"{sorted(twice)} of {name} is set by model.moe itself")
     return registry.load(kind, name, plugins=plugins, **section, **more)
 
-  backend = options["grouped_matmul"] or grouped_matmul.backend_for(
-    parallel.platform(mesh)
+  backend = grouped_matmul.backend_for(
+    parallel.platform(mesh), options["grouped_matmul"]
   )
   activation, d_expert = options["activation"], options["d_expert"]
   shared = None
@@ -134,7 +134,7 @@ def _moe(options, mesh, plugins):
       for label, section in sorted(dict(options["balancers"]).items())
     ),
     shared=shared,
-    checked=backend not in grouped_matmul.UNCHECKED,
+    checked=grouped_matmul.is_checked(backend),
   )
   grouping = moe.Grouping(
     options["tokens_per_group"],
