@@ -107,10 +107,11 @@ def _backward(parts, kept, dy_ND):
     sums = _add(sums, jax.tree.map(jnp.add, grads, more), chunk)
     return sums, _write(dx_ND, dx_CD, chunk)
 
+  # All of it is written: at E = 64 the zeros would cost more than a product.
   wide = lambda w: jnp.promote_types(w.dtype, jnp.float32)  # noqa: E731
-  sums = jax.tree.map(lambda w: jnp.zeros(w.shape, wide(w)), params)
+  sums = jax.tree.map(lambda w: lax.empty(w.shape, wide(w)), params)
   start = varying.alike(((sums, _zeros(x_ND, room)), x_ND))[0]
-  sums, dx_ND = _loop(body, start, params, sizes_E, rows)
+  sums, dx_ND = _loop(body, start, params, sizes_E, rows, every=True)
   grads = jax.tree.map(lambda g, w: g.astype(w.dtype), sums, params)
   return grads, _cut(dx_ND, sizes_E, rows), None
 
@@ -128,8 +129,11 @@ class _Chunk(NamedTuple):
   begins: bool  # Whether it is the first one of its expert.
 
 
-def _loop(body, carry, params, sizes_E, rows):
-  """carry after body(carry, weights of the expert, chunk) of every chunk."""
+def _loop(body, carry, params, sizes_E, rows, every=False):
+  """carry after body(carry, weights of the expert, chunk) of every chunk.
+
+  every: experts without rows have a chunk too, of which no row is live.
+  """
   starts_E = jnp.cumsum(sizes_E) - sizes_E
   sizes = _sizes(rows, sizes_E.size)
   most = sizes[-1]
@@ -139,7 +143,7 @@ def _loop(body, carry, params, sizes_E, rows):
     # Whole chunks after the first one.
     more = jnp.maximum(sizes_E[e] - 1, 0) // most
     live = sizes_E[e] - more * most
-    smaller = 0
+    smaller = -1 if every else 0
     for size in sizes:
 
       def only(i, carry, size=size):
