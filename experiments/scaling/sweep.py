@@ -24,9 +24,8 @@ def cpu() -> sweeps.Sweep:
   """Less than three hours on two CPU cores, a run on each; what is committed.
 
   The learning rate is tuned for the dense model of each size, for 8 experts
-  and for 64; other numbers of experts take that of 8, and the largest size,
-  which the law is not fitted to, that of the one before. What is tried goes on
-  where the best of three was at an end, for that number of experts.
+  and for 64; other numbers of experts take that of 8. What is tried goes on
+  where the best was at an end, and is less for the largest size.
   """
   sizes, experts = (32, 48, 64, 96), (2, 4, 8, 16, 32, 64)
   tried = {
@@ -34,13 +33,13 @@ def cpu() -> sweeps.Sweep:
     8: (1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2),
     64: (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2),
   }
-  tuned = {name(d, e): tried[e] for d in sizes[:-1] for e in tried}
-  like = {name(d, e): name(min(d, 64), 8) for d in sizes for e in experts}
-  like |= {name(96, e): name(64, e) for e in (DENSE, 64)}
+  tuned = {name(d, e): tried[e] for d in sizes for e in tried}
+  tuned |= {name(96, e): tried[e][:3] for e in tried}
+  others = {name(d, e): name(d, 8) for d in sizes for e in experts}
   rates = tuning.Stage(
     dict.fromkeys(tuned, "optim.learning_rate"),
     tuned,
-    like={arm: source for arm, source in like.items() if arm not in tuned},
+    like={arm: source for arm, source in others.items() if arm not in tuned},
   )
   return sweeps.Sweep(
     cpu_config(),
