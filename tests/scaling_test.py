@@ -111,7 +111,7 @@ def rows_of(planted, seeds=3, wrong=0.0):
   """Rows of all arms at scale cpu whose losses are of a law."""
   rng = np.random.default_rng(0)
   rows = []
-  for size in (32, 48, 64, 96):
+  for size in (16, 32, 48, 64):
     for experts in (sweep.DENSE, 2, 4, 8, 16, 32, 64):
       count = 1 if experts == sweep.DENSE else experts
       parameters = 24 * size**2
@@ -168,7 +168,7 @@ def test_the_report_without_enough_sizes_has_no_law(tmp_path):
 
 def test_all_scales_have_claims():
   found = {(claim.arm, claim.than) for claim in plot.PLAN.claims}
-  assert {("64-16", "64-dense"), ("96-64", "96-8")} <= found
+  assert {("64-16", "64-dense"), ("16-64", "16-8")} <= found
   assert {("768-64", "768-dense"), ("768-128", "768-dense")} <= found
 
 
@@ -180,23 +180,23 @@ def test_an_arm_that_tries_nothing_takes_the_choice_of_another(tmp_path):
   assert tried == set(stage.key)
   for arm in made.sweep.arms:
     assert stage.source(arm) in tried
-  assert stage.like["96-16"] == "96-8"
-  # Choices of the source: 3e-3 is best.
+  assert stage.like["16-16"] == "16-8"
+  # Choices of the source: 1.2e-2 is best.
   for run in made.tuning(0).runs:
     (rate,) = run.tried.values()
-    row = run.key | {"bits_per_byte": abs(rate - 3e-3)}
+    row = run.key | {"bits_per_byte": abs(rate - 1.2e-2)}
     run.folder.mkdir(parents=True)
     (run.folder / "row.json").write_text(json.dumps(row))
-  only = dataclasses.replace(made, arms=("96-16",))
-  assert {run.arm for run in only.tuning(0).runs} == {"96-8"}
-  assert only.chosen() == {"96-16": {"optim.learning_rate": 3e-3}}
-  words = tuning.describe(made.sweep.stages, "96-16", only.chosen()["96-16"])
-  assert words.endswith("(of 0.0015, 0.003, 0.006, for 96-8)")
-  with pytest.raises(ConfigError, match="no effect on the arm 96-16"):
+  only = dataclasses.replace(made, arms=("16-16",))
+  assert {run.arm for run in only.tuning(0).runs} == {"16-8"}
+  assert only.chosen() == {"16-16": {"optim.learning_rate": 1.2e-2}}
+  words = tuning.describe(made.sweep.stages, "16-16", only.chosen()["16-16"])
+  assert words.endswith("(of 0.006, 0.012, 0.024, for 16-8)")
+  with pytest.raises(ConfigError, match="no effect on the arm 16-16"):
     plan.make(
       question,
       scale="cpu",
-      arms=["96-16"],
+      arms=["16-16"],
       overrides=["optim.learning_rate=1e-3"],
     )
 
@@ -216,7 +216,7 @@ def test_arms_of_a_size_have_equal_active_parameters_but_the_router():
     )
     return params.count(model, c.data.seq_len)["active"]
 
-  for size in (32, 96):
+  for size in (16, 64):
     dense = active(sweep.name(size, sweep.DENSE))
     assert active(sweep.name(size, 64)) == dense + 64 * size
 
@@ -230,6 +230,6 @@ def test_some_arms_have_more_seeds(tmp_path):
   )
   made = dataclasses.replace(made, sweep=few)
   count = collections.Counter(run.arm for run in made.launch().runs)
-  assert (count["96-dense"], count["96-64"], count["96-16"]) == (5, 5, 3)
+  assert (count["16-dense"], count["16-64"], count["16-16"]) == (5, 5, 3)
   count = collections.Counter(run.arm for run in made.launch(1).runs)
   assert set(count.values()) == {1}

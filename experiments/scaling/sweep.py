@@ -25,16 +25,16 @@ def cpu() -> sweeps.Sweep:
 
   The learning rate is tuned for the dense model of each size, for 8 experts
   and for 64; other numbers of experts take that of 8. What is tried goes on
-  where the best was at an end, and is less for the largest size.
+  where the best was at an end, and starts higher for the smallest size.
   """
-  sizes, experts = (32, 48, 64, 96), (2, 4, 8, 16, 32, 64)
+  sizes, experts = (16, 32, 48, 64), (2, 4, 8, 16, 32, 64)
   tried = {
     DENSE: (3e-3, 6e-3, 1.2e-2, 2.4e-2),
     8: (1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2),
     64: (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2),
   }
   tuned = {name(d, e): tried[e] for d in sizes for e in tried}
-  tuned |= {name(96, e): tried[e][:3] for e in tried}
+  tuned |= {name(16, e): tried[e][-3:] for e in tried}
   others = {name(d, e): name(d, 8) for d in sizes for e in experts}
   rates = tuning.Stage(
     dict.fromkeys(tuned, "optim.learning_rate"),
