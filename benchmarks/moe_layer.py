@@ -32,8 +32,9 @@ def main(argv=None) -> int:
     return 0
   rows = []
   for name in args.shapes:
-    rows += summarize(name, _runs(name, args))
-    print(table(rows, name), flush=True)
+    found = summarize(name, _runs(name, args))
+    print(table(found), flush=True)
+    rows += found
     if args.json:  # After every shape, so that none is lost.
       timing.write(args.json, rows)
   return 0
@@ -76,21 +77,24 @@ def _ratio(seconds, name, direction):
   return timing.over(seconds[name][direction], dense)
 
 
-def table(rows: list[dict], shape: str) -> str:
-  """The rows of a shape as markdown."""
-  lines = [
-    f"| {shape} | forward ÷ dense | forward+backward ÷ dense | of matmul peak |",
-    "|---|---|---|---|",
-  ]
-  for row in rows:
-    if row["shape"] != shape:
-      continue
-    cells = [_cell(row, direction) for direction in shapes.DIRECTIONS]
-    share = "–"
-    if "forward_of_matmul_peak" in row:
-      share = f"{100 * row['forward_of_matmul_peak']:.0f} %"
-    lines.append(f"| {row['implementation']} | {' | '.join(cells)} | {share} |")
-  return "\n".join(lines) + "\n"
+def table(rows: list[dict]) -> str:
+  """The rows as markdown: ratios, and what is reached of the matmul peak."""
+  lines = {"down": "implementation", "across": "shape"}
+  shares = [row for row in rows if "forward_of_matmul_peak" in row]
+  return "\n".join(
+    (
+      timing.grid(rows, **lines, text=_ratios, title="f / f+b, ÷ dense"),
+      timing.grid(shares, **lines, text=_share, title="% of matmul peak"),
+    )
+  )
+
+
+def _ratios(row):
+  return " / ".join(_cell(row, direction) for direction in shapes.DIRECTIONS)
+
+
+def _share(row):
+  return f"{100 * row['forward_of_matmul_peak']:.0f}"
 
 
 def _cell(row, direction):

@@ -39,8 +39,9 @@ def main(argv=None) -> int:
   for name in args.shapes:
     flags = ["--child", f"--shapes={name}", f"--rounds={args.rounds}"]
     runs = timing.processes("benchmarks.routing", flags, args.processes)
-    rows += summarize(name, runs)
-    print(table(rows, name), flush=True)
+    found = summarize(name, runs)
+    print(table(found), flush=True)
+    rows += found
     if args.json:
       timing.write(args.json, rows)
   return 0
@@ -120,14 +121,15 @@ def summarize(shape: str, runs: list[dict]) -> list[dict]:
   return rows
 
 
-def table(rows: list[dict], shape: str) -> str:
-  """The rows of a shape as markdown."""
-  lines = [f"| {shape} | ms | % of dense forward |", "|---|---|---|"]
-  for row in rows:
-    if row["shape"] == shape and row["stage"] not in ALL:
-      share = timing.cell(row, "of_dense_forward", 100, 1)
-      lines.append(f"| {row['stage']} | {1e3 * row['seconds']:.2f} | {share} |")
-  return "\n".join(lines) + "\n"
+def table(rows: list[dict]) -> str:
+  """The rows as markdown."""
+  return timing.grid(
+    [row for row in rows if row["stage"] not in ALL],
+    down="stage",
+    across="shape",
+    text=lambda row: timing.cell(row, "of_dense_forward", 100, 1),
+    title="% of dense forward",
+  )
 
 
 if __name__ == "__main__":

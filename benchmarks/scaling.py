@@ -76,7 +76,7 @@ def main(argv=None) -> int:
   rows = []
   for name in args.curves:
     rows += summarize(name, _runs(args, curve=name))
-    print(table(rows, name), flush=True)
+    print(curve_table(rows, name), flush=True)
     if args.json:  # After every curve, so that none is lost.
       timing.write(args.json, rows)
   loads = [loads_of(name, _runs(args, shape=name)) for name in args.shapes]
@@ -166,7 +166,18 @@ def _slope(values, grown):
   return float(np.polyfit(np.log(values), np.log(list(grown)), 1)[0])
 
 
-def table(rows: list[dict], curve: str) -> str:
+def table(rows: list[dict]) -> str:
+  """All of it as markdown."""
+  curves = dict.fromkeys(row["curve"] for row in rows if "curve" in row)
+  tables = [curve_table(rows, curve) for curve in curves]
+  tables.append(loads_table([row for row in rows if "loads" in row]))
+  tables.append(
+    memory_table([row for row in rows if "weight_gradient_bytes" in row])
+  )
+  return "\n".join(tables)
+
+
+def curve_table(rows: list[dict], curve: str) -> str:
   """The rows of a curve as markdown."""
   head = ["ms", "÷ dense", "per FLOP ÷ first", "MB"]
   heads = [f"{d}, {h}" for d in ("forward", "f+b") for h in head]
@@ -188,8 +199,8 @@ def table(rows: list[dict], curve: str) -> str:
     f" {of_curve[0][f'{key}_bytes_exponent']:.2f} of bytes"
     for d, key in zip(("forward", "f+b"), shapes.DIRECTIONS)
   )
-  lines.append(f"\nExponents: {'; '.join(exponents)}.\n")
-  return "\n".join(lines)
+  lines.append(f"\nExponents: {'; '.join(exponents)}.")
+  return "\n".join(lines) + "\n"
 
 
 def measure_loads(shape: str, rounds: int) -> dict:

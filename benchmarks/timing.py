@@ -122,6 +122,30 @@ def cell(row: Mapping, name: str, factor: float = 1.0, digits: int = 2) -> str:
   return text if least == most else f"{text} ({least}–{most})"
 
 
+def grid(
+  rows: Sequence[Mapping], down: str, across: str, text: Callable, title: str
+) -> str:
+  """Rows as a markdown table, by two of their keys.
+
+  Args:
+    rows: in the order in which both keys' values come.
+    down: key of what is a line of the table.
+    across: key of what is a column.
+    text: row -> its cell.
+    title: of the first column.
+  """
+  columns = list(dict.fromkeys(row[across] for row in rows))
+  lines = [
+    f"| {title} | {' | '.join(columns)} |",
+    f"|{'---|' * (1 + len(columns))}",
+  ]
+  for name in dict.fromkeys(row[down] for row in rows):
+    cells = {row[across]: text(row) for row in rows if row[down] == name}
+    found = " | ".join(cells.get(column, "–") for column in columns)
+    lines.append(f"| {name} | {found} |")
+  return "\n".join(lines) + "\n"
+
+
 def write(path: pathlib.Path, rows: list[dict]) -> None:
   """The rows as JSON, with the machine that they are of."""
   found = {"machine": machine(), "rows": rows}

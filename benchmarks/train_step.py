@@ -40,7 +40,7 @@ def main(argv=None) -> int:
     "benchmarks.train_step", _flags(args), args.processes
   )
   rows = summarize(found, configs, than)
-  print(table(rows, than))
+  print(table(rows))
   if args.json:
     timing.write(args.json, rows)
   if args.csv:
@@ -74,17 +74,21 @@ def summarize(found: list[dict], configs: dict, than: str) -> list[dict]:
     seconds = [statistics.median(process[arm]) for process in found]
     speed = [timing.over(process[than], process[arm]) for process in found]
     tokens = config.data.batch_size * config.data.seq_len
-    row = {"arm": arm, "seconds_per_step": statistics.median(seconds)}
+    row = {
+      "arm": arm,
+      "than": than,
+      "seconds_per_step": statistics.median(seconds),
+    }
     row["tokens_per_second"] = tokens / row["seconds_per_step"]
     row["processes"] = len(found)
     rows.append(row | timing.summary("relative_speed", speed))
   return rows
 
 
-def table(rows: list[dict], than: str) -> str:
+def table(rows: list[dict]) -> str:
   """The rows as markdown."""
   lines = [
-    f"| arm | ms a step | tokens/s | speed ÷ {than} |",
+    f"| arm | ms a step | tokens/s | speed ÷ {rows[0]['than']} |",
     "|---|---|---|---|",
   ]
   for row in rows:
@@ -93,7 +97,7 @@ def table(rows: list[dict], than: str) -> str:
       f"| {row['arm']} | {1e3 * row['seconds_per_step']:.1f}"
       f" | {row['tokens_per_second']:.0f} | {speed} |"
     )
-  return "\n".join(lines)
+  return "\n".join(lines) + "\n"
 
 
 def measure(configs, rounds: int, steps: int) -> list[list[float]]:
