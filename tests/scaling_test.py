@@ -133,13 +133,29 @@ def rows_of(planted, seeds=3, wrong=0.0):
 
 def test_the_report_says_whether_there_is_an_interaction():
   planted = S_BASE._replace(c=0.05)
-  _, fit, c, error, *_ = plot.law_lines(rows_of(planted, wrong=1e-5))
-  assert "c = +0.05" in fit
-  assert c.endswith(", decided.") and error.endswith(", decided.")
-  with_it, without = re.findall(r"0\.\d+[;.] ", error)
-  assert float(with_it[:-2]) < 1e-4 < float(without[:-2])
-  _, fit, c, error, *_ = plot.law_lines(rows_of(S_BASE, wrong=3e-3))
-  assert "not decided" in c and "not decided" in error
+  _, fit, change, *errors = plot.law_lines(rows_of(planted, wrong=1e-5))
+  assert "c = +0.05" in fit and len(errors) == 2
+  # E_max is 314 for 64 experts, by equation 7.
+  start, most = S_BASE.start, S_BASE.most
+  many = 1 / (1 / (63 + 1 / (1 / start - 1 / most)) + 1 / most)
+  wanted = 0.05 * np.log10(many / start)
+  assert f"of every seed alone: {wanted:+.3f}" in change
+  assert "decided. In the paper +0.01" in change and "not dec" not in change
+  for error in errors:
+    assert error.endswith(", decided.")
+    with_it, without = re.findall(r"0\.\d+[;.] ", error)
+    assert float(with_it[:-2]) < 1e-4 < float(without[:-2])
+  _, fit, *lines = plot.law_lines(rows_of(S_BASE, wrong=3e-3))
+  assert all("not decided" in line for line in lines[:3])
+
+
+def test_what_experts_change_is_told_though_the_model_is_wrong_for_all():
+  points = [law.Point(1e7, e, 3 * S_BASE.loss(1e7, e)) for e in (1, 8, 64)]
+  assert law.error(S_BASE, points) == pytest.approx(np.log10(3))
+  assert law.error(S_BASE, points, over_dense=True) < 1e-12
+  points[1] = points[1]._replace(loss=2 * points[1].loss)
+  wanted = np.log10(2) / 2**0.5
+  assert law.error(S_BASE, points, over_dense=True) == pytest.approx(wanted)
 
 
 def test_the_law_is_of_seeds_that_all_arms_have():

@@ -34,6 +34,19 @@ class Law(NamedTuple):
     """E^."""
     return _saturated(experts, self.start, self.most)
 
+  def interaction(self, experts) -> float:
+    """What so many experts change in a: c (log E^(E) - log E^(1)).
+
+    It is told by the losses where c alone is not, as a larger c with a smaller
+    E_max can mean the same.
+    """
+    one, many = np.log10(self.saturated(np.array([1, experts])))
+    return float(self.c * (many - one))
+
+
+# The paper's, for the router S-BASE.
+S_BASE = Law(-0.082, -0.108, 0.009, 1.104, 1.847, 314.478)
+
 
 class Point(NamedTuple):
   """A model: N, E (1: dense) and its loss in nats a token."""
@@ -86,10 +99,20 @@ def fit(points: Sequence[Point], interaction: bool = True) -> Law:
   return solve(min(tried, key=lambda t: t.fun).x)[1]
 
 
-def error(law: Law, points: Sequence[Point]) -> float:
-  """Root of the mean squared error of log10 L."""
+def error(law: Law, points: Sequence[Point], over_dense=False) -> float:
+  """Root of the mean squared error of log10 L.
+
+  Args:
+    law: that predicts.
+    points: what was found.
+    over_dense: of what experts change: of L over that of the dense model, of
+      which there is one, for points of one size.
+  """
   parameters, experts, losses = (np.array(x, float) for x in zip(*points))
   wrong = np.log10(law.loss(parameters, experts)) - np.log10(losses)
+  if over_dense:
+    dense = experts == 1
+    wrong = wrong[~dense] - wrong[dense]
   return float(np.sqrt((wrong**2).mean()))
 
 

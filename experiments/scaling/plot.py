@@ -19,36 +19,50 @@ def law_lines(rows: list[dict]) -> list[str]:
   fitted, largest = _split(points, held_out)
   if not largest or not _enough(fitted):
     return []
-  found = law.fit(fitted)
-  cs, gains = [], []
+  found, plain = law.fit(fitted), law.fit(fitted, interaction=False)
+  most = max(p.experts for p in fitted)
+  changes, gains = [], {False: [], True: []}
   for seed in sorted({row["seed"] for row in rows}):
     of_seed = [row for row in rows if row["seed"] == seed]
     seen, unseen = _split(_means(of_seed)[0], held_out)
-    full, plain = law.fit(seen), law.fit(seen, interaction=False)
-    cs.append(full.c)
-    gains.append(law.error(full, unseen) - law.error(plain, unseen))
+    one, other = law.fit(seen), law.fit(seen, interaction=False)
+    changes.append(one.interaction(most))
+    for over_dense, of_seeds in gains.items():
+      of_seeds.append(
+        law.error(one, unseen, over_dense)
+        - law.error(other, unseen, over_dense)
+      )
   lines = [
     f"The law of routed language models, fitted to the means of {len(fitted)}"
-    f" arms, all but those of the largest size, over {len(cs)} seeds; and to"
+    f" arms, all but those of the largest size, over {len(changes)} seeds; and to"
     " every seed alone:",
     f"- a = {found.a:+.4f}, b = {found.b:+.4f}, c = {found.c:+.4f}, d ="
     f" {found.d:+.4f}, E_start = {found.start:.2f}, E_max = {found.most:.0f};"
     f" root mean squared error of log10 L {law.error(found, fitted):.5f}."
-    f" {_S_BASE}",
-    f"- c of every seed alone: {_verdict(cs)}.",
-    f"- Error on the largest size, {held_out} parameters, which it has not seen:"
-    f" {law.error(found, largest):.5f}; without interaction (c = 0)"
-    f" {law.error(law.fit(fitted, interaction=False), largest):.5f}. The first"
-    f" minus the second, of every seed alone: {_verdict(gains)}.",
+    f" {_PAPER}",
+    f"- What {most} experts change in a, c (log E^({most}) - log E^(1)), of every"
+    f" seed alone: {_verdict(changes)}. In the paper"
+    f" {law.S_BASE.interaction(most):+.5f}.",
   ]
+  for over_dense, what in (
+    (False, f"the largest size, {held_out} parameters, which it has not seen"),
+    (True, "the same, of log10 of L over that of the dense model"),
+  ):
+    lines.append(
+      f"- Error on {what}: {law.error(found, largest, over_dense):.5f}; without"
+      f" interaction (c = 0) {law.error(plain, largest, over_dense):.5f}. The"
+      f" first minus the second, of every seed alone:"
+      f" {_verdict(gains[over_dense])}."
+    )
   if found.most > 10 * max(p.experts for p in fitted):
     lines.append("- E_max is far above all E here: it is not determined.")
   return lines
 
 
-_S_BASE = (
-  "In the paper, for S-BASE: a = -0.082, b = -0.108, c = +0.009, d = +1.104,"
-  " E_start = 1.85, E_max = 314."
+_PAPER = (
+  f"In the paper, for S-BASE: a = {law.S_BASE.a:+.3f}, b = {law.S_BASE.b:+.3f},"
+  f" c = {law.S_BASE.c:+.3f}, d = {law.S_BASE.d:+.3f}, E_start ="
+  f" {law.S_BASE.start:.2f}, E_max = {law.S_BASE.most:.0f}."
 )
 
 
