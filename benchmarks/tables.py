@@ -1,42 +1,22 @@
-"""The committed results as tables, those of docs/performance.md.
+"""Writes the committed results into docs/performance.md, as tables.
 
-python -m benchmarks.tables
+  python -m benchmarks.tables
+
+A result's tables stand between <!-- NAME.json --> and <!-- end -->.
 """
 
 import argparse
 import json
 import pathlib
+import re
 import sys
-from collections.abc import Iterator
 
 from benchmarks import moe_layer, routing, scaling, train_step
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-BENCHMARKS = {
-  "moe_layer": moe_layer,
-  "routing": routing,
-  "scaling": scaling,
-  "train_step": train_step,
-}
-
-
-def tables() -> Iterator[tuple[str, str, str]]:
-  """(file, the machine it is of, its table) of every file."""
-  for path in sorted(RESULTS.glob("*.json")):
-    found = json.loads(path.read_text())
-    benchmark = next(
-      b for n, b in BENCHMARKS.items() if path.stem.startswith(n)
-    )
-    yield path.name, _describe(found["machine"]), benchmark.table(found["rows"])
-
-
-def _describe(machine):
-  environment = ", ".join(f"{k}={v}" for k, v in machine["environment"].items())
-  return (
-    f"{machine['processor']}, {machine['cores_used']} of {machine['cores']}"
-    f" cores, jax {machine['jax']}, Python {machine['python']},"
-    f" {machine['date']}" + f", {environment}" * bool(environment)
-  )
+DOCUMENT = RESULTS.parents[1] / "docs" / "performance.md"
+BENCHMARKS = (moe_layer, routing, scaling, train_step)
+_PLACE = re.compile(r"(<!-- (\w+\.json) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 
 
 def main(argv=None) -> int:
@@ -47,9 +27,37 @@ def main(argv=None) -> int:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.parse_args(argv)
-  for name, machine, table in tables():
-    print(f"{name}: {machine}\n\n{table}")
+  DOCUMENT.write_text(filled(DOCUMENT.read_text()))
   return 0
+
+
+def filled(document: str) -> str:
+  """The document with the tables of the results that it names."""
+
+  def tables(place):
+    begin, name, end = place.groups()
+    return f"{begin}{describe(RESULTS / name)}\n{end}"
+
+  return _PLACE.sub(tables, document)
+
+
+def describe(path: pathlib.Path) -> str:
+  """The tables of a result, and the machine that it is of."""
+  found = json.loads(path.read_text())
+  benchmark = next(
+    b for b in BENCHMARKS if path.stem.startswith(b.__name__.split(".")[-1])
+  )
+  machine = found["machine"]
+  environment = (f"`{k}={v}`" for k, v in machine["environment"].items())
+  words = (
+    f"{machine['processor']}, {machine['cores_used']} of {machine['cores']}"
+    " cores",
+    f"jax {machine['jax']}",
+    f"Python {machine['python']}",
+    *environment,
+    machine["date"],
+  )
+  return f"{', '.join(words)}:\n\n{benchmark.table(found['rows'])}"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import math
+import platform
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from benchmarks import (
   routing,
   scaling,
   shapes,
+  tables,
   timing,
   train_step,
 )
@@ -290,3 +292,31 @@ def test_files_that_could_not_be_written(capsys, tmp_path):
 def test_a_process_that_ends_badly():
   with pytest.raises(ConfigError, match="moe_layer ended with 2; what"):
     timing.processes("benchmarks.moe_layer", ["--shapes=S9"], 1)
+
+
+def test_the_document_has_the_committed_results():
+  """`python -m benchmarks.tables` writes it."""
+  document = tables.DOCUMENT.read_text()
+  assert tables.filled(document) == document
+  names = {path.name for path in tables.RESULTS.glob("*.json")}
+  assert names and names == {n for n in names if f"<!-- {n} -->" in document}
+
+
+def test_only_what_is_between_the_marks_is_written(tmp_path, monkeypatch):
+  run = {
+    "seconds": dict.fromkeys(
+      shapes.DENSE, dict.fromkeys(shapes.DIRECTIONS, [2.0])
+    ),
+    "bytes": dict.fromkeys(shapes.DENSE, dict.fromkeys(shapes.DIRECTIONS, 0)),
+    "matmul_flops_per_second": 1e12,
+  }
+  rows = moe_layer.summarize("S1", [run])
+  timing.write(tmp_path / "moe_layer_again.json", rows)
+  monkeypatch.setattr(tables, "RESULTS", tmp_path)
+  before = "A\n<!-- moe_layer_again.json -->\nold\n<!-- end -->\nB\n"
+  after = tables.filled(before)
+  assert after == tables.filled(after)
+  begin, _, rest = after.partition("-->\n")
+  assert begin == "A\n<!-- moe_layer_again.json " and rest.endswith("-->\nB\n")
+  assert "| dense | 1.00 / 1.00 |" in rest and "old" not in rest
+  assert f"Python {platform.python_version()}" in rest
