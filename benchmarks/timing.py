@@ -1,6 +1,7 @@
 """What benchmarks share: turns, several processes, and the machine."""
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
@@ -87,11 +89,17 @@ def over(ones: Sequence[float], others: Sequence[float]) -> float:
 
 
 def processes(module: str, arguments: Sequence[str], count: int) -> list:
-  """What so many runs of a module print as JSON, one after another."""
+  """What so many runs of a module print as JSON, one after another.
+
+  What one has compiled, the next ones find.
+  """
   command = [sys.executable, "-m", module, *arguments]
+  compiled = {"JAX_COMPILATION_CACHE_DIR": _compiled().name}
   found = []
   for _ in range(count):
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+      command, stdout=subprocess.PIPE, text=True, env=compiled | os.environ
+    )
     if done.returncode:
       raise ConfigError(
         f"a process of {module} ended with {done.returncode}; what it wrote is"
@@ -99,6 +107,12 @@ def processes(module: str, arguments: Sequence[str], count: int) -> list:
       )
     found.append(json.loads(done.stdout.splitlines()[-1]))
   return found
+
+
+@functools.cache
+def _compiled():
+  """A folder that goes when this process ends."""
+  return tempfile.TemporaryDirectory(prefix="moe_jax_benchmark_")
 
 
 def summary(name: str, values: Sequence[float]) -> dict[str, float]:

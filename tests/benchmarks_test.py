@@ -5,7 +5,9 @@ import functools
 import io
 import json
 import math
+import pathlib
 import platform
+import subprocess
 
 import jax
 import numpy as np
@@ -287,6 +289,23 @@ def test_files_that_could_not_be_written(capsys, tmp_path):
     with pytest.raises(SystemExit):
       module.main([f"--json={tmp_path / 'none' / 'it.json'}"])
     assert "make the folder first" in capsys.readouterr().err
+
+
+def test_processes_share_what_they_compile(monkeypatch):
+  seen = []
+
+  def run(command, env, **_):
+    seen.append((command[1:], env["JAX_COMPILATION_CACHE_DIR"], env["PATH"]))
+    return subprocess.CompletedProcess(command, 0, stdout="words\n[1, 2]\n")
+
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+  monkeypatch.setenv("PATH", "here")
+  monkeypatch.setattr(subprocess, "run", run)
+  assert timing.processes("it", ["--flag"], 2) == [[1, 2], [1, 2]]
+  assert timing.processes("it", ["--flag"], 1) == [[1, 2]]
+  ((command, folder, path),) = set((tuple(c), f, p) for c, f, p in seen)
+  assert command == ("-m", "it", "--flag") and path == "here"
+  assert pathlib.Path(folder).is_dir() and len(seen) == 3
 
 
 def test_a_process_that_ends_badly():
