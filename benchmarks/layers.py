@@ -37,6 +37,10 @@ def implementations(shape: Shape, tokens_per_group: int = 256) -> dict:
     ),
     "ragged_dot": (functools.partial(peers.ragged_dot, shape), sparse),
     "all experts": (functools.partial(peers.all_experts, shape), sparse),
+    "experts alone, batched": (
+      functools.partial(peers.experts_alone, shape),
+      sparse,
+    ),
   }
   return {name: (f, params, x_TD) for name, (f, params) in found.items()}
 

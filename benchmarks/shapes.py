@@ -34,6 +34,8 @@ DROPPING = (
   "einsum, capacity 1.25",
   "scatter, capacity 1.25",
 )
+NOT_ROUTED = ("experts alone, batched",)
+ROWS = (*DROPLESS, *DROPPING, *NOT_ROUTED)  # Of a table, beside dense.
 DIRECTIONS = ("forward", "forward_backward")
 
 

@@ -91,6 +91,19 @@ def test_all_ways_of_a_layer_compute_the_same(small):
     np.testing.assert_allclose(one.ravel(), other.ravel(), rtol=1e-4, atol=1e-4)
 
 
+def test_experts_alone_are_the_experts():
+  """Row i goes to an expert by its place, in an order of its own."""
+  f, params, x_TD = layers.implementations(SMALL)[shapes.NOT_ROUTED[0]]
+  w, wanted_TD = params["experts"], np.zeros(x_TD.shape)
+  rows = SMALL.tokens * SMALL.top_k // SMALL.num_experts
+  for i in range(SMALL.tokens * SMALL.top_k):
+    x_D, e = x_TD[i % SMALL.tokens], i // rows
+    gate_F, up_F = (np.asarray(x_D @ w[name][e]) for name in ("gate", "up"))
+    hidden_F = gate_F / (1 + np.exp(-gate_F)) * up_F
+    wanted_TD[i % SMALL.tokens] += hidden_F @ w["down"][e]
+  np.testing.assert_allclose(f(params, x_TD), wanted_TD, atol=1e-4)
+
+
 def test_ratios_are_of_the_faster_dense_layer():
   seconds = {
     "dense": {d: [2.0, 4.0, 2.0] for d in shapes.DIRECTIONS},
