@@ -135,7 +135,7 @@ def test_the_report_says_whether_there_is_an_interaction():
   planted = S_BASE._replace(c=0.05)
   _, fit, change, *errors = plot.law_lines(rows_of(planted, wrong=1e-5))
   assert "c = +0.05" in fit and len(errors) == 2
-  # E_max is 314 for 64 experts, by equation 7.
+  # E^ of 64 experts, by equation 7.
   start, most = S_BASE.start, S_BASE.most
   many = 1 / (1 / (63 + 1 / (1 / start - 1 / most)) + 1 / most)
   wanted = 0.05 * np.log10(many / start)
