@@ -4,10 +4,10 @@
 
 Along each curve the layer is timed in turn with the dense layer of the same
 active FLOPs (the faster of two, see benchmarks.moe_layer). Exponents are
-slopes of log seconds, or bytes, over the log of what grows; the cost of an
-active FLOP is shown over that at the first value. Two more tables: loads that
-follow Zipf's law beside equal ones, and the memory of forward and backward.
-Bytes are what XLA plans, without parameters and tokens.
+slopes of log seconds, or bytes, over the log of what grows; the cost of a FLOP,
+of the chosen experts and of the router, is shown over that at the first value.
+Two more tables: loads that follow Zipf's law beside equal ones, and the memory
+of forward and backward. Bytes are what XLA plans, without parameters and tokens.
 """
 
 import dataclasses
@@ -170,10 +170,12 @@ def table(rows: list[dict]) -> str:
   """All of it as markdown."""
   curves = dict.fromkeys(row["curve"] for row in rows if "curve" in row)
   tables = [curve_table(rows, curve) for curve in curves]
-  tables.append(loads_table([row for row in rows if "loads" in row]))
-  tables.append(
-    memory_table([row for row in rows if "weight_gradient_bytes" in row])
-  )
+  for key, part in (
+    ("loads", loads_table),
+    ("weight_gradient_bytes", memory_table),
+  ):
+    found = [row for row in rows if key in row]
+    tables += [part(found)] if found else []
   return "\n".join(tables)
 
 
@@ -186,12 +188,14 @@ def curve_table(rows: list[dict], curve: str) -> str:
     f"|{'---|' * (1 + len(heads))}",
   ]
   of_curve = [row for row in rows if row.get("curve") == curve]
-  for row in of_curve:
+  shares = [_of_experts(curve, row["value"]) for row in of_curve]
+  for row, share in zip(of_curve, shares):
     cells = [str(row["value"])]
     for d in shapes.DIRECTIONS:
       cells.append(f"{1e3 * row[f'{d}_seconds']:.1f}")
       cells.append(timing.cell(row, f"{d}_ratio"))
-      cells.append(timing.cell(row, f"{d}_per_flop_over_first"))
+      grown = share / shares[0]
+      cells.append(timing.cell(row, f"{d}_per_flop_over_first", grown))
       cells.append(f"{row[f'{d}_bytes'] / 2**20:.0f}")
     lines.append(f"| {' | '.join(cells)} |")
   exponents = (
@@ -201,6 +205,12 @@ def curve_table(rows: list[dict], curve: str) -> str:
   )
   lines.append(f"\nExponents: {'; '.join(exponents)}.")
   return "\n".join(lines) + "\n"
+
+
+def _of_experts(curve, value):
+  """Of the FLOPs of experts and router, the share of the experts."""
+  shape = CURVES[curve].shapes[value]
+  return shape.flops / (shape.flops + shape.router_flops)
 
 
 def measure_loads(shape: str, rounds: int) -> dict:

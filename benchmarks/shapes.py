@@ -19,6 +19,11 @@ class Shape(NamedTuple):
     """Of the chosen experts' matrix products, forward."""
     return 6 * self.tokens * self.d_model * self.d_expert * self.top_k
 
+  @property
+  def router_flops(self) -> int:
+    """Of the router's matrix product, forward."""
+    return 2 * self.tokens * self.d_model * self.num_experts
+
 
 SHAPES = {
   "S1": Shape(512, 1024, 16, 2),

@@ -230,6 +230,27 @@ def test_exponents_are_slopes():
   assert rows[2]["forward_per_flop_over_first"] == pytest.approx(8**0.1)
 
 
+def test_the_product_of_the_router_is_work_too(monkeypatch):
+  """Time that grows with it costs no more for a FLOP."""
+  growing = {e: SMALL._replace(num_experts=e) for e in (4, 24)}
+  curve = scaling.Curve("experts", growing)
+  monkeypatch.setitem(scaling.CURVES, "E", curve)
+
+  def point(shape):
+    flops = float(shape.flops + shape.router_flops)
+    seconds = dict.fromkeys(shapes.DIRECTIONS, [flops])
+    names = (*shapes.DENSE, "sorted/cpu")
+    made = {"bytes": dict.fromkeys(shapes.DIRECTIONS, 1)}
+    return dict.fromkeys(names, seconds) | made
+
+  run = {str(value): point(shape) for value, shape in growing.items()}
+  rows = scaling.summarize("E", [run])
+  assert rows[1]["forward_per_flop_over_first"] > 1.1
+  text = scaling.table(rows)
+  assert text.splitlines()[3].count("| 1.00 | 1.00 |") == 2
+  assert "Zipf" not in text and "gradients of experts" not in text
+
+
 def test_forced_loads_are_not_folded_away():
   """The sort is done each time, and experts are the ones that are asked for."""
   params, _, x_TD = layers.inputs(SMALL)
@@ -332,6 +353,16 @@ def test_the_document_has_the_committed_results():
   assert tables.filled(document) == document
   names = {path.name for path in tables.RESULTS.glob("*.json")}
   assert names and names == {n for n in names if f"<!-- {n} -->" in document}
+
+
+def test_tables_writes_the_document(tmp_path, monkeypatch):
+  monkeypatch.setattr(tables, "DOCUMENT", tmp_path / "performance.md")
+  name = next(tables.RESULTS.glob("*.json")).name
+  tables.DOCUMENT.write_text(f"A\n<!-- {name} -->\n<!-- end -->\nB\n")
+  assert tables.main([]) == 0
+  found = tables.DOCUMENT.read_text()
+  assert found.startswith("A\n") and found.endswith("B\n")
+  assert tables.describe(tables.RESULTS / name) in found
 
 
 def test_only_what_is_between_the_marks_is_written(tmp_path, monkeypatch):
