@@ -208,7 +208,10 @@ def curve_table(rows: list[dict], curve: str) -> str:
 
 
 def _of_experts(curve, value):
-  """Of the FLOPs of experts and router, the share of the experts."""
+  """Of the FLOPs of experts and router, the share of the experts.
+
+  Rows have the cost of a FLOP of the experts; tables count the router's too.
+  """
   shape = CURVES[curve].shapes[value]
   return shape.flops / (shape.flops + shape.router_flops)
 
