@@ -11,12 +11,17 @@ from benchmarks.shapes import Shape
 from moe_jax import experts, layer, registry, slots, types
 
 
-def implementations(shape: Shape, tokens_per_group: int = 256) -> dict:
+def implementations(
+  shape: Shape,
+  tokens_per_group: int = 256,
+  backends: tuple[str, ...] = ("cpu", "reference"),
+) -> dict:
   """{name: (f(params, x_TD) -> y_TD, params, x_TD)}.
 
   Args:
     shape: of the layer.
     tokens_per_group: of the one-hot dispatcher, whose cost grows with it.
+    backends: of grouped_matmul, for the dispatcher sorted.
   """
   sparse, wide, x_TD = inputs(shape)
   one = {k: w[None] for k, w in wide.items()}
@@ -24,8 +29,7 @@ def implementations(shape: Shape, tokens_per_group: int = 256) -> dict:
   found = {
     "dense": (lambda p, x: _dense(shape).apply(p, x), wide),
     "dense/cpu": (functools.partial(_blocked, shape), one),
-    "sorted/cpu": (ours("sorted", "cpu"), sparse),
-    "sorted/reference": (ours("sorted", "reference"), sparse),
+    **{f"sorted/{b}": (ours("sorted", b), sparse) for b in backends},
     "gather, capacity 1.25": (ours("gather", capacity=1.25), sparse),
     "einsum, capacity 1.25": (
       ours("einsum", capacity=1.25, tokens_per_group=tokens_per_group),
@@ -101,7 +105,7 @@ class Call(NamedTuple):
 def directions(f, params, x_TD) -> dict[str, Call]:
   """{direction: a call}: forward alone, and forward with the gradients of the
   parameters and of the tokens."""
-  dy_TD = jax.random.normal(jax.random.key(9), x_TD.shape)
+  dy_TD = jax.random.normal(jax.random.key(9), x_TD.shape, x_TD.dtype)
   both = functools.partial(forward_backward, f)
 
   def compiled(f, *args):

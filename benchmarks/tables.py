@@ -11,11 +11,18 @@ import pathlib
 import re
 import sys
 
-from benchmarks import moe_layer, routing, scaling, train_step
+from benchmarks import (
+  moe_layer,
+  routing,
+  scaling,
+  topologies,
+  traffic,
+  train_step,
+)
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 DOCUMENT = RESULTS.parents[1] / "docs" / "performance.md"
-BENCHMARKS = (moe_layer, routing, scaling, train_step)
+BENCHMARKS = (moe_layer, routing, scaling, topologies, traffic, train_step)
 _PLACE = re.compile(r"(<!-- (\w+\.json) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 
 

@@ -44,7 +44,9 @@ def get_config() -> ConfigDict:
   c.model.rope_theta = 10_000.0  # base of the rotary frequencies
   c.model.norm_eps = 1e-6  # of RMSNorm
   c.model.tie_embeddings = True  # output layer = transposed embedding
-  c.model.remat = "none"  # or "block": recompute blocks in the backward pass
+  # What the backward pass computes again: "none", "dispatch" (blocks, but no
+  # exchange between devices), "block" (blocks).
+  c.model.remat = "none"
   c.model.dtype = "float32"  # of activations; parameters are float32
   c.model.allow_noncausal = False  # let routing look at later tokens
 
@@ -92,6 +94,8 @@ def get_config() -> ConfigDict:
   c.train.num_steps = 300  # optimizer steps
   c.train.accumulation = 1  # micro-batches in a step; divides data.batch_size
   c.train.log_every = 10  # steps between lines of metrics.jsonl
+  # On a mesh, compare a layer with that of one device before the first step.
+  c.train.check_mesh = True
   c.train.profile_steps = ()  # (first, end): a trace in WORKDIR/profile
   c.train.max_skipped_in_a_row = 10  # not finite, before the run gives up
 

@@ -24,6 +24,7 @@ def train_batches(
   seed: int,
   accumulation: int | None = None,
   separate_documents: bool = False,
+  rows: np.ndarray | None = None,
 ) -> "TrainBatches":
   """Returns the training batches, to be indexed by step.
 
@@ -41,6 +42,7 @@ def train_batches(
     separate_documents: where the input is the end of a document, `mask` is
       False: a model that looks at one document at a time has nothing to say
       about the next one's first token.
+    rows: only these of every batch, or micro-batch, are read; None: all.
 
   Returns:
     Batches by step: `inputs` and `targets` int32 [B, L], `mask` bool [B, L]
@@ -71,18 +73,19 @@ def train_batches(
       f"tokens that a row of seq_len {seq_len} needs, but "
       f"{corpus.num_tokens['train']}; use a shorter seq_len or more data"
     )
-  return TrainBatches(windows, batch_size, seed, accumulation)
+  return TrainBatches(windows, batch_size, seed, accumulation, rows)
 
 
 class TrainBatches:
   """Batches by step, without an end; see `train_batches`."""
 
-  def __init__(self, windows, batch_size, seed, accumulation):
+  def __init__(self, windows, batch_size, seed, accumulation, rows):
     import grain  # Slow to import: only for who reads data.
 
     self.num_windows = len(windows)
     self._windows = windows
     self._accumulation = accumulation
+    self._rows = slice(None) if rows is None else rows
     weights, parts = [], []
     for number, (weight, first, end) in enumerate(windows.parts()):
       weights.append(weight)
@@ -96,10 +99,11 @@ class TrainBatches:
     ).batch(batch_size)
 
   def __getitem__(self, step: int) -> Batch:
-    """Returns the global batch of a step, counted from 0."""
+    """Returns the batch of a step, counted from 0."""
     if step < 0:
       raise IndexError(f"step {step} is before the first one, 0")
-    batch = self._windows.batch(self._numbers[step])
+    micro = self._numbers[step].reshape(self._accumulation or 1, -1)
+    batch = self._windows.batch(micro[:, self._rows].reshape(-1))
     if self._accumulation is None:
       return batch
     return {
@@ -115,6 +119,7 @@ def validation_batches(
   batch_size: int,
   batches_per_domain: int | None = None,
   separate_documents: bool = False,
+  rows: np.ndarray | None = None,
 ) -> Iterator[tuple[str, Batch]]:
   """Returns the validation batches of every domain, always in the same order.
 
@@ -127,6 +132,7 @@ def validation_batches(
     batch_size: B, rows of a batch, >= 1.
     batches_per_domain: so many of each domain, spread evenly over its
       documents; None for all.
+    rows: only these of every batch are read; None: all.
 
   Returns:
     Pairs of a domain's name and a batch as in `train_batches`; a batch has rows
@@ -148,18 +154,20 @@ def validation_batches(
       f"dataset {corpus.name} has no two validation tokens in a row, but "
       f"{corpus.num_tokens['validation']}; use more data"
     )
-  return _validation(windows, batch_size, batches_per_domain)
+  rows = np.arange(batch_size) if rows is None else rows
+  return _validation(windows, batch_size, batches_per_domain, rows)
 
 
-def _validation(windows, batch_size, max_batches):
+def _validation(windows, batch_size, max_batches, rows):
   for domain, first, end in windows.ranges():
     chosen = range(first, end)
-    rows = None if max_batches is None else max_batches * batch_size
-    if rows is not None and rows < len(chosen):
-      chosen = np.linspace(first, end - 1, rows).astype(int).tolist()
+    most = None if max_batches is None else max_batches * batch_size
+    if most is not None and most < len(chosen):
+      chosen = np.linspace(first, end - 1, most).astype(int).tolist()
     for start in range(0, len(chosen), batch_size):
-      numbers = chosen[start : start + batch_size]
-      batch = windows.batch(numbers, rows=batch_size)
+      places = start + rows
+      numbers = [chosen[i] for i in places if i < len(chosen)]
+      batch = windows.batch(numbers, rows=len(rows))
       batch["domain"][:] = windows.corpus.domains.index(domain)
       yield domain, batch
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from moe_jax import processes
 from moe_jax.errors import ConfigError, RunError, first_line
 
 _MARGIN = 100_000  # Bytes of a checkpoint besides its arrays.
@@ -116,15 +117,10 @@ class Checkpoints:
     """
     damaged = []
     for step in reversed(self.steps()):
-      try:
-        found = self._read(step, like)
-      except ConfigError:
-        raise
-      except Exception as e:  # Whatever damage makes Orbax raise.
+      found, problem = self._read(step, like)
+      if problem:
         logging.warning(
-          "The checkpoint %s is damaged (%s)",
-          self.folder / str(step),
-          first_line(e),
+          "The checkpoint %s is damaged (%s)", self.folder / str(step), problem
         )
         damaged.append(step)
         continue
@@ -140,6 +136,22 @@ class Checkpoints:
     return None
 
   def _read(self, step, like):
+    """(Restored, None), or (None, what is wrong with it)."""
+    found, problem = None, None
+    try:
+      found, saved = self._read_own(step, like)
+    except ConfigError:
+      raise
+    except Exception as e:  # Whatever damage makes Orbax raise.
+      problem = first_line(e)
+    # Processes read different parts of it, and all need a whole one.
+    problem = next(filter(None, processes.gather(problem)), None)
+    if problem is None and digest(found.state) != saved:
+      problem = "its arrays do not have the digest that was saved"
+    return (None, problem) if problem else (found, None)
+
+  def _read_own(self, step, like):
+    """What this process holds of it, and the digest of the whole."""
     import orbax.checkpoint as ocp
 
     args = ocp.args.Composite(meta=ocp.args.JsonRestore())
@@ -153,14 +165,15 @@ class Checkpoints:
     _check_shapes(self.folder / str(step), about["shapes"], _shapes(like))
     args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
     state = self._manager.restore(step, args=args).state
-    if digest(state) != about["digest"]:
-      raise ValueError("its arrays do not have the digest that was saved")
-    return Restored(step, state, about["meta"])
+    return Restored(step, state, about["meta"]), about["digest"]
 
   def _set_aside(self, steps):
     """Damaged ones go beside the folder: their steps are written again."""
-    if not steps:
-      return
+    if steps:
+      processes.by_first(lambda: self._move(steps))
+      self._manager.reload()
+
+  def _move(self, steps):
     aside = self.folder.with_name("damaged_checkpoints")
     aside.mkdir(exist_ok=True)
     for step in steps:
@@ -168,7 +181,6 @@ class Checkpoints:
       while (to := aside / f"{step}.{number}").exists():
         number += 1
       (self.folder / str(step)).rename(to)
-    self._manager.reload()
 
   def _check_space(self, state):
     """Raises OSError now for a disk that would be full half way through."""

@@ -24,6 +24,7 @@ _SAME_NUMBERS = (
   "checkpoint.",
   "data.cache_dir",
   "data.dir",
+  "train.check_mesh",
   "train.max_skipped_in_a_row",
   "train.profile_steps",
 )
@@ -152,8 +153,8 @@ def _with_tuples(value):
   return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
-def numbers(tree, prefix=""):
-  """(dotted key, value) of all values that a run's numbers depend on.
+def flat(tree, prefix=""):
+  """(dotted key, value) of all values.
 
   Args:
     tree: a config as nested dicts.
@@ -161,9 +162,18 @@ def numbers(tree, prefix=""):
   """
   for key, value in tree.items():
     if isinstance(value, dict) and value:
-      yield from numbers(value, f"{prefix}{key}.")
-    elif not _same_numbers(f"{prefix}{key}"):
+      yield from flat(value, f"{prefix}{key}.")
+    else:
       yield prefix + key, value
+
+
+def numbers(tree):
+  """(dotted key, value) of all values that a run's numbers depend on.
+
+  Args:
+    tree: a config as nested dicts.
+  """
+  return ((k, v) for k, v in flat(tree) if not _same_numbers(k))
 
 
 def _same_numbers(key):

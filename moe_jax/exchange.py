@@ -6,8 +6,13 @@ Without axes (`axes=None`) each function does nothing.
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from moe_jax import varying
 from moe_jax.types import Array, Axes, Bound, Rows
+
+# What a remat policy keeps where no rows are to be sent twice.
+SAVED = ("rows_at_experts", "rows_back", "sizes")
 
 
 def exchange(rows: Rows, bound: Bound | None, axes: Axes | None):
@@ -23,18 +28,30 @@ def exchange(rows: Rows, bound: Bound | None, axes: Axes | None):
     function that brings such rows back.
   """
   if axes is None:
-    return rows, lambda result: result
-  if rows.tokens_per_expert_GE is None:
-    return _fixed(rows, axes)
-  return _ragged(rows, bound, axes)
+    there, back = rows, lambda result: result
+  elif rows.tokens_per_expert_GE is None:
+    there, back = _fixed(rows, axes)
+  else:
+    there, back = _ragged(rows, bound, axes)
+  at_experts, at_home, _ = SAVED
+  return _named(there, at_experts), lambda result: _named(back(result), at_home)
+
+
+def _named(rows, name):
+  return rows.replace(x=checkpoint_name(rows.x, name))
 
 
 def gather_weights(params, logical_axes, axes: Axes | None):
-  """All of D of each weight, just in time; the transpose reduce-scatters."""
+  """All of D of each weight, just in time.
+
+  The transpose scatters the sum of their gradients over fsdp, and only then adds
+  up what is left over the other axes that tokens are split over.
+  """
   if axes is None:
     return params
 
   def gather(w, names):
+    w = varying.over(w, axes.tokens)
     for dim, name in enumerate(names):
       if name == "embed":
         w = jax.lax.all_gather(w, axes.fsdp, axis=dim, tiled=True)
@@ -48,6 +65,11 @@ def once(bias, axes: Axes | None):
   if axes is None:
     return bias
   return jnp.where(jax.lax.axis_index(axes.tensor) == 0, bias, 0)
+
+
+def enter_tensor(x, axes: Axes | None):
+  """x as each shard of F takes it; the transpose adds their gradients, once."""
+  return x if axes is None else varying.over(x, (axes.tensor,))
 
 
 def sum_tensor(y, axes: Axes | None):
@@ -72,7 +94,8 @@ def _ragged(rows, bound, axes):
   groups, num_experts = count_gE.shape
 
   def transpose(per_peer):
-    return jax.lax.all_to_all(per_peer, axes.expert, 0, 0, tiled=True)
+    there = jax.lax.all_to_all(per_peer, axes.expert, 0, 0, tiled=True)
+    return checkpoint_name(there, "sizes")
 
   # [sender, e, g]: what each device sends to this one.
   count_ieg = transpose(count_gE.T).reshape(devices, -1, groups)

@@ -89,6 +89,7 @@ def moe_ffn(
   routing = route(recipe, params["router"], balance, x_GTD, side, rng_G)
   routing = place(routing)
   plan = recipe.dispatcher.plan(routing, recipe.num_experts, recipe.bound)
+  x_GTD = exchange.enter_tensor(x_GTD, axes)
   rows = plan.dispatch(x_GTD)
   rows, back = exchange.exchange(rows, recipe.bound, axes)
   experts = read(params["experts"], recipe.experts.axes, x_GTD.dtype, axes)

@@ -19,6 +19,7 @@ from moe_jax import (
   metrics,
   parallel,
   params,
+  processes,
   run_directory,
   signals,
 )
@@ -41,16 +42,20 @@ def train_and_evaluate(config, workdir) -> dict[str, float]:
     The final metrics of the validation split.
 
   Raises:
-    ConfigError: impossible values, or a folder that holds another run.
+    ConfigError: impossible values, a folder that holds another run, or
+      processes of other configs or code.
     RunError: it cannot go on.
     Interrupted: a signal stopped it.
   """
+  processes.check_same(run_directory.facts_of_a_process(workdir, config))
   with run_directory.RunDirectory(workdir, config) as directory:
     finished = directory.logged(config.train.num_steps, "validation")
     if finished is not None:
       return finished
     program = Program(config, fingerprint=directory.facts.get("data"))
-    progress = Progress(config.train.num_steps, "steps")
+    progress = Progress(
+      config.train.num_steps, "steps", shown=processes.is_first()
+    )
     with contextlib.closing(progress):
       return run(program, config.seed, directory, progress)
 
@@ -83,7 +88,7 @@ def run(program: Program, seed: int, directory, progress) -> dict[str, float]:
       if step == num_steps:
         checkpoints.wait()  # A run with its last line has its parameters.
       final = _evaluate(program, state, step, directory, stop)
-      if stop.asked:
+      if stop.asked():
         save(checkpoints, step, state, lines)
         checkpoints.wait()
         raise Interrupted(
@@ -100,11 +105,13 @@ def run(program: Program, seed: int, directory, progress) -> dict[str, float]:
 
 def _begin(program, seed, directory, checkpoints, progress):
   """(state, step, lines) of a new run, or of its newest checkpoint."""
+  processes.check_same({"the data's fingerprint": program.corpus.fingerprint})
   facts = dict(
     seed=seed,
     data=program.corpus.fingerprint,
     data_sources=program.corpus.sources,
     mesh=program.mesh_shape,
+    mesh_check=program.mesh_check and program.mesh_check._asdict(),
     grouped_matmul=grouped_matmul.backend_for(
       parallel.platform(program.mesh), program.config.model.moe.grouped_matmul
     ),
@@ -173,7 +180,7 @@ def _evaluate(program, state, step, directory, stop):
     return None
   found = directory.logged(step, "validation")
   if found is None:
-    found = program.evaluate(state, lambda: stop.asked)
+    found = program.evaluate(state, stop.asked)
     if found is not None:
       directory.log(step, "validation", found)
   return found
@@ -218,7 +225,7 @@ def take_steps(
   profile, tracing = program.config.train.profile_steps, False
   done = steps.start
   for step in steps:
-    if stop is not None and stop.asked:
+    if stop is not None and stop.asked():
       break
     if profile and step == profile[0]:
       jax.profiler.start_trace(lines.directory.path / "profile")

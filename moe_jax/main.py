@@ -7,26 +7,52 @@ import json
 import sys
 
 from moe_jax import config as config_lib
+from moe_jax.errors import ConfigError
 
 
 def main(argv=None) -> int:
   """The command: one run from a config into a work directory."""
   parser = config_lib.parser("Trains one model and evaluates it.")
+  parser.add_argument("--workdir", metavar="DIR", help="the run's folder")
   parser.add_argument(
-    "--workdir", required=True, metavar="DIR", help="the run's folder"
+    "--show-sharding",
+    action="store_true",
+    help="print what each device holds, and run nothing",
+  )
+  parser.add_argument(
+    "--multihost",
+    choices=("auto", "on", "off"),
+    default="auto",
+    help="run together with other processes; auto: where there is a cluster",
+  )
+  parser.add_argument(
+    "--multihost_timeout",
+    type=config_lib.at_least_1,
+    default=300,
+    metavar="SECONDS",
+    help="that they may take to meet",
   )
   args, config = config_lib.parse(parser, argv)
+  if not args.workdir and not args.show_sharding:
+    raise ConfigError("--workdir=DIR is missing: the folder of the run")
 
-  from moe_jax import loop, params
+  from moe_jax import loop, params, processes, shards
 
-  print(
-    "routing and balancing:",
-    json.dumps(params.describe(config.model, config.plugins)),
-    flush=True,
-  )
+  processes.join(args.multihost, args.multihost_timeout)
+  if args.show_sharding:
+    if processes.is_first():
+      print(shards.describe(config))
+    return 0
+  if processes.is_first():
+    print(
+      "routing and balancing:",
+      json.dumps(params.describe(config.model, config.plugins)),
+      flush=True,
+    )
   found = loop.train_and_evaluate(config, args.workdir)
-  for name, value in found.items():
-    print(f"{name:32}{value:12.4f}")
+  if processes.is_first():
+    for name, value in found.items():
+      print(f"{name:32}{value:12.4f}")
   return 0
 
 

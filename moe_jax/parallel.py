@@ -85,6 +85,44 @@ def token_shards(mesh: jax.sharding.Mesh | None) -> int:
   return 1 if mesh is None else math.prod(mesh.shape[a] for a in TOKENS)
 
 
+def local_rows(mesh: jax.sharding.Mesh | None, batch: int) -> np.ndarray:
+  """The rows of a global batch that this process's devices hold, in order."""
+  if mesh is None:
+    return np.arange(batch)
+  sharding = jax.NamedSharding(mesh, jax.P(TOKENS))
+  parts = sharding.addressable_devices_indices_map((batch,)).values()
+  return np.unique([np.arange(batch)[rows] for (rows,) in parts])
+
+
+def global_batch(
+  local: np.ndarray,
+  mesh: jax.sharding.Mesh | None,
+  batch: int,
+  rows: np.ndarray,
+  axis: int = 0,
+) -> Array:
+  """An array over all processes, of which each has its rows.
+
+  Args:
+    local: the rows of this process.
+    mesh: from `make_mesh`; None returns `local`.
+    batch: rows in all.
+    rows: which ones `local` has, from `local_rows`.
+    axis: of the rows.
+  """
+  if mesh is None:
+    return local
+  names = (None,) * axis + (TOKENS,)
+  shape = (*local.shape[:axis], batch, *local.shape[axis + 1 :])
+
+  def part(index):
+    wanted = np.arange(batch)[index[axis]]
+    return local.take(np.searchsorted(rows, wanted), axis)
+
+  sharding = jax.NamedSharding(mesh, jax.P(*names))
+  return jax.make_array_from_callback(shape, sharding, part)
+
+
 def spec(names: tuple[str | None, ...]) -> jax.sharding.PartitionSpec:
   """The PartitionSpec of an array with these logical axes."""
   return nn.logical_to_mesh_axes(names, RULES)

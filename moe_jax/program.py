@@ -12,6 +12,7 @@ from moe_jax import (
   batches,
   checkpoint,
   evaluate,
+  mesh_check,
   mixture,
   models,
   optim,
@@ -34,6 +35,7 @@ class Program:
 
     Raises:
       ConfigError: impossible values; before anything is compiled.
+      RunError: the mesh changes what a layer computes, see `mesh_check`.
     """
     _check(config)
     data = config.data
@@ -47,10 +49,7 @@ class Program:
       vocab_size=self.corpus.vocab_size,
       separate_documents=data.separate_documents,
       seq_len=data.seq_len,
-      batch_sizes=(
-        data.batch_size // config.train.accumulation,
-        config.eval.batch_size,
-      ),
+      batch_sizes=(self._micro_batch, config.eval.batch_size),
       mesh=self.mesh,
       plugins=config.plugins,
     )
@@ -60,6 +59,9 @@ class Program:
       [name for name, *_ in self.model.arch.segments],
     )
     self.validation()  # Refuses now, not after training.
+    self.mesh_check = None
+    if self.mesh is not None and config.train.check_mesh:
+      self.mesh_check = mesh_check.check(config, self.mesh)
     self._compile()
 
   @property
@@ -70,7 +72,7 @@ class Program:
     )
 
   def batches(self, seed: int):
-    """The training batches of a seed, by step."""
+    """The training batches of a seed, by step: this process's rows of them."""
     data = self.config.data
     return batches.train_batches(
       self.corpus,
@@ -79,17 +81,26 @@ class Program:
       seed=seed,
       accumulation=self.config.train.accumulation,
       separate_documents=data.separate_documents,
+      rows=parallel.local_rows(self.mesh, self._micro_batch),
     )
 
   def put(self, batch):
-    """A training batch on the devices."""
-    batch = {k: batch[k] for k in ("inputs", "targets", "mask")}
-    if self.mesh is None:
-      return batch
-    return jax.device_put(batch, self._sharding(None, parallel.TOKENS))
+    """A training batch on the devices of all processes."""
+    return self._put(batch, self._micro_batch, axis=1)
+
+  def _put(self, batch, size, axis):
+    rows = parallel.local_rows(self.mesh, size)
+    return {
+      k: parallel.global_batch(batch[k], self.mesh, size, rows, axis)
+      for k in ("inputs", "targets", "mask")
+    }
+
+  @property
+  def _micro_batch(self):
+    return self.config.data.batch_size // self.config.train.accumulation
 
   def validation(self):
-    """(domain, batch) pairs of the validation split."""
+    """(domain, batch) pairs of the validation split: this process's rows."""
     config = self.config
     return batches.validation_batches(
       self.corpus,
@@ -97,6 +108,7 @@ class Program:
       batch_size=config.eval.batch_size,
       batches_per_domain=config.eval.batches_per_domain,
       separate_documents=config.data.separate_documents,
+      rows=parallel.local_rows(self.mesh, config.eval.batch_size),
     )
 
   def evaluate(
@@ -105,9 +117,7 @@ class Program:
     """All metrics of the validation split; None if `stop()` came true."""
 
     def step(batch, index):
-      batch = {k: batch[k] for k in ("inputs", "targets", "mask")}
-      if self.mesh is not None:
-        batch = jax.device_put(batch, self._sharding(parallel.TOKENS))
+      batch = self._put(batch, self.config.eval.batch_size, axis=0)
       return self.eval_step(state.params, state.balance, batch, np.int32(index))
 
     return evaluate.evaluate(
@@ -190,7 +200,7 @@ class Program:
 
   def _batch_shapes(self):
     config = self.config
-    a, b = config.train.accumulation, config.data.batch_size
+    accumulation = config.train.accumulation
 
     def shapes(*leading):
       shape = (*leading, config.data.seq_len)
@@ -201,7 +211,10 @@ class Program:
         "mask": jax.ShapeDtypeStruct(shape, jnp.bool_),
       }
 
-    return shapes(a, b // a), shapes(config.eval.batch_size)
+    return (
+      shapes(accumulation, self._micro_batch),
+      shapes(config.eval.batch_size),
+    )
 
   def _sharding(self, *axes):
     return jax.NamedSharding(self.mesh, jax.P(*axes))

@@ -7,13 +7,16 @@ import time
 class Progress:
   """Counts units of work on stderr."""
 
-  def __init__(self, total: int, what: str, every: float = 10.0):
-    """Args: total units; what to call them; seconds between plain lines."""
+  def __init__(
+    self, total: int, what: str, every: float = 10.0, shown: bool = True
+  ):
+    """Args: total units; what to call them; seconds between plain lines;
+    whether to say anything."""
     self._total, self._what, self._every = total, what, every
     self._done, self._before, self._started = 0, 0, time.monotonic()
     self._said = self._started
-    self._bar = None
-    if sys.stderr.isatty():
+    self._bar, self._shown = None, shown
+    if shown and sys.stderr.isatty():
       from tqdm import tqdm
 
       self._bar = tqdm(total=total, unit=what)
@@ -26,7 +29,8 @@ class Progress:
       self._bar.update(n)
       return
     now = time.monotonic()
-    if now - self._said < self._every and self._done < self._total:
+    early = now - self._said < self._every and self._done < self._total
+    if early or not self._shown:
       return
     self._said = now
     spent = now - self._started

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
@@ -14,7 +15,7 @@ from importlib import metadata
 import jax
 
 from moe_jax import config as config_lib
-from moe_jax import writers
+from moe_jax import processes, writers
 from moe_jax.errors import ConfigError, InUse, RunError, naming
 
 _PACKAGES = (
@@ -30,7 +31,10 @@ _PACKAGES = (
 
 
 class RunDirectory:
-  """One run's files, for one process at a time.
+  """One run's files, for one run at a time.
+
+  Where several processes run it together, the first one alone reads and writes
+  them, and tells the others.
 
   Attributes:
     path: the folder.
@@ -46,25 +50,30 @@ class RunDirectory:
       config: the run's config.
 
     Raises:
-      InUse: another process is running in it.
+      InUse: another run is going on in it.
       ConfigError: it holds a run of another config, or it cannot be written
         to.
     """
     self.path = pathlib.Path(path)
+    self._config, self._writers, self._lock = config, [], None
+    self._is_first = processes.is_first()
+    self.facts, self.lines = processes.by_first(self._open)
+
+  def _open(self):
+    """What run.json said, and how many lines metrics.jsonl has."""
     with contextlib.ExitStack() as on_error:
       try:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = on_error.enter_context(_lock(self.path))
-        self._begin(config_lib.to_json(config))
+        self._begin(config_lib.to_json(self._config))
       except OSError as e:
         raise ConfigError(
           f"the work directory {self.path} cannot be written to"
           f" ({e.strerror}); choose another --workdir"
         ) from None
       on_error.pop_all()
-    self.facts = _read_json(self.path / "run.json") or {}
-    self.lines = len(self._read_lines())
-    self._config, self._writers = config, []
+    facts = _read_json(self.path / "run.json") or {}
+    return facts, len(self._read_lines())
 
   def write_to(self, names, step: int) -> None:
     """Logs to other places too, see `writers`.
@@ -73,9 +82,13 @@ class RunDirectory:
       names: of the writers.
       step: that the run goes on from.
     """
-    self._writers = writers.build(
-      names, self.path, self._config.to_dict(), step
-    )
+
+    def build():
+      self._writers = writers.build(
+        names, self.path, self._config.to_dict(), step
+      )
+
+    processes.by_first(build)
 
   def _begin(self, config):
     known = _read_json(self.path / "config.json")
@@ -110,7 +123,7 @@ class RunDirectory:
     else:
       self.facts = now
     text = json.dumps(self.facts, indent=2, sort_keys=True)
-    self._write("run.json", text + "\n")
+    processes.by_first(lambda: self._write("run.json", text + "\n"))
 
   def log(self, step: int, split: str, metrics: dict[str, float]) -> None:
     """Appends one line to metrics.jsonl.
@@ -119,6 +132,9 @@ class RunDirectory:
       RunError: the disk is full, for instance.
     """
     line = {"step": step, "split": split, **metrics}
+    self.lines += 1
+    if not self._is_first:
+      return
     try:
       with open(self._metrics, "a") as f:
         f.write(json.dumps(line) + "\n")
@@ -128,12 +144,13 @@ class RunDirectory:
         " free space on that disk, older runs for instance, and give the same"
         " command to go on from the last checkpoint"
       ) from None
-    self.lines += 1
     for writer in self._writers:
       writer.log(step, split, metrics)
 
   def sync(self) -> None:
     """Returns when metrics.jsonl would survive a loss of power."""
+    if not self._is_first:
+      return
     with naming(self._metrics), open(self._metrics, "a") as f:
       os.fsync(f.fileno())
 
@@ -147,6 +164,9 @@ class RunDirectory:
     Raises:
       ConfigError: some of these are gone; nothing is cut then.
     """
+    self.lines = processes.by_first(lambda: self._cut(step, at_least))
+
+  def _cut(self, step, at_least):
     kept = [x for x in self._read_lines() if x["step"] <= step]
     if len(kept) < at_least:
       raise ConfigError(
@@ -157,18 +177,25 @@ class RunDirectory:
     if self._metrics.exists():
       text = "".join(json.dumps(x) + "\n" for x in kept)
       self._write("metrics.jsonl", text)
-    self.lines = len(kept)
+    return len(kept)
 
   def first_config(self) -> dict:
     """As the run was begun, of which what changes no number may have changed."""
-    return _read_json(self.path / "config.json")
+    return processes.by_first(lambda: _read_json(self.path / "config.json"))
 
   def last_step(self) -> int:
     """Of the last line of metrics.jsonl; 0 if it has none."""
-    return max((x["step"] for x in self._read_lines()), default=0)
+
+    def last():
+      return max((x["step"] for x in self._read_lines()), default=0)
+
+    return processes.by_first(last)
 
   def logged(self, step: int, split: str) -> dict[str, float] | None:
     """The metrics of a line, if there is one of that step and split."""
+    return processes.by_first(lambda: self._logged(step, split))
+
+  def _logged(self, step, split):
     for line in self._read_lines():
       if (line["step"], line["split"]) == (step, split):
         return {k: v for k, v in line.items() if k not in ("step", "split")}
@@ -182,10 +209,11 @@ class RunDirectory:
     return _lines(self._metrics) if self._metrics.exists() else []
 
   def close(self) -> None:
-    """Lets another process have it."""
+    """Lets another run have it."""
     for writer in self._writers:
       writer.close()
-    self._lock.close()
+    if self._lock is not None:
+      self._lock.close()
 
   def __enter__(self):
     return self
@@ -198,6 +226,37 @@ class RunDirectory:
     with naming(self.path / name):
       temporary.write_text(text)
       temporary.replace(self.path / name)
+
+
+def facts_of_a_process(workdir: str | os.PathLike, config) -> dict[str, str]:
+  """What all processes of a run must have alike, for `processes.check_same`.
+
+  Args:
+    workdir: of the run.
+    config: its config, whose plugins are code too.
+  """
+  values = config_lib.flat(json.loads(config_lib.to_json(config)))
+  package = pathlib.Path(__file__).parent
+  sources = [(package.name, p, package) for p in package.rglob("*.py")]
+  for folder in map(pathlib.Path, config.plugins):
+    sources += [(str(folder), p, folder) for p in folder.rglob("*.py")]
+  return {
+    "--workdir": str(workdir),
+    "python": platform.python_version(),
+    "jax_enable_x64": bool(jax.config.jax_enable_x64),
+    **{
+      f"the version of {p}": metadata.version(p) for p in _PACKAGES if _has(p)
+    },
+    **{f"config.{key}": value for key, value in values},
+    **{
+      f"{name}/{file.relative_to(folder)}": _digest(file)
+      for name, file, folder in sources
+    },
+  }
+
+
+def _digest(file):
+  return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def _lock(path):

@@ -1,7 +1,11 @@
 """Signals that ask a run to stop."""
 
+import os
 import signal
 import threading
+
+import jax
+from jax.experimental import multihost_utils
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -11,15 +15,29 @@ class Stop:
 
   A second one acts as usual. Outside of the main thread, where Python allows
   no handlers, nothing is caught.
+
+  Where several processes run together, one that is sent to any of them stops
+  all of them at the same step: jax.distributed has a handler of SIGTERM for
+  that, so here it stays, and SIGINT is passed on to it.
   """
 
   def __init__(self):
-    self.asked = False
-    self._before = {}
+    self._asked, self._before = False, {}
+    self._together = jax.process_count() > 1
+    self._calls = 0
+
+  def asked(self) -> bool:
+    """Whether to stop; of several processes all have to ask equally often."""
+    if self._together and not self._asked:
+      self._calls += 1
+      self._asked = multihost_utils.reached_preemption_sync_point(self._calls)
+    return self._asked
 
   def __enter__(self):
     if threading.current_thread() is threading.main_thread():
-      self._before = {s: signal.signal(s, self._note) for s in SIGNALS}
+      caught = (signal.SIGINT,) if self._together else SIGNALS
+      note = self._pass_on if self._together else self._note
+      self._before = {s: signal.signal(s, note) for s in caught}
     return self
 
   def __exit__(self, *_):
@@ -27,8 +45,13 @@ class Stop:
 
   def _note(self, number, frame):
     del number, frame
-    self.asked = True
+    self._asked = True
     self._restore()
+
+  def _pass_on(self, number, frame):
+    del number, frame
+    self._restore()
+    os.kill(os.getpid(), signal.SIGTERM)
 
   def _restore(self):
     for number, handler in self._before.items():

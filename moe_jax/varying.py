@@ -12,12 +12,13 @@ def alike(tree):
   gradients. Outside of a sharded region it does nothing.
   """
   wanted = frozenset().union(*map(_axes, jax.tree.leaves(tree)))
+  return jax.tree.map(lambda x: over(x, wanted), tree)
 
-  def cast(x):
-    missing = tuple(wanted - _axes(x))
-    return lax.pcast(x, missing, to="varying") if missing else x
 
-  return jax.tree.map(cast, tree)
+def over(x, axes):
+  """x varying over these mesh axes too; its transpose adds up over them."""
+  missing = tuple(sorted(frozenset(axes) - _axes(x)))
+  return lax.pcast(x, missing, to="varying") if missing else x
 
 
 def _axes(x):

@@ -2,24 +2,15 @@
 
 Forward and gradient of the dispatcher `sorted`, with the megablox kernel and
 the real `ragged_all_to_all`, as `models.build` sets them up for such a mesh.
-Prints kind, count and bytes (of the results on one device) of all collectives.
+Prints kind, mesh axes, count and bytes (of the results on one device) of all
+collectives, those in loops as often as they run.
 """
 
 import argparse
-import collections
 import os
-import re
 import sys
 import time
 
-KINDS = (
-  "all-gather",
-  "all-reduce",
-  "all-to-all",
-  "collective-permute",
-  "ragged-all-to-all",
-  "reduce-scatter",
-)
 # Each mesh is (data, fsdp, expert, tensor) of the four devices.
 LAYOUTS = {
   "dropless": dict(capacity_factor=None),
@@ -27,8 +18,6 @@ LAYOUTS = {
   "buckets": dict(capacity_factor=1.25, expert_buckets=4),
 }
 LENGTH, ROWS, WIDTH, NUM_EXPERTS = 256, 8, 256, 8
-# Bytes of an element, by its name in HLO.
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s64": 8, "f64": 8}
 
 
 def main(argv=None) -> int:
@@ -57,21 +46,24 @@ def main(argv=None) -> int:
   )
   args = parser.parse_args(argv)
   _no_hardware()
+  from moe_jax import hlo
+
   sizes = tuple(int(size) for size in args.mesh.split(","))
   mesh = topology_mesh(args.topology, sizes)
   model = build(mesh, args.layout, args.dtype)
   programs = step(model) if args.step else layer_programs(model, args.dtype)
   for name, lowered in programs:
     started = time.monotonic()
-    hlo = lowered.compile().as_text()
+    text = lowered.compile().as_text()
     seconds = time.monotonic() - started
     print(
       f"{name}: {args.topology} mesh={sizes} {args.layout} {args.dtype},"
       f" compiled in {seconds:.0f} s"
     )
-    print(f"  tpu_custom_call: {kernels(hlo)}")
-    for kind, (count, size) in collectives(hlo).items():
-      print(f"  {kind}: {count}, {size} bytes")
+    print(f"  tpu_custom_call: {kernels(text)}")
+    found = hlo.by_axes(hlo.collectives(text), mesh)
+    for (kind, axes), (count, size) in found.items():
+      print(f"  {kind} over {' '.join(axes)}: {count}, {size} bytes")
   return 0
 
 
@@ -162,7 +154,7 @@ def layer_programs(model, dtype: str):
     yield "gradient", jax.jit(jax.grad(scalar, (0, 1))).lower(*args)
 
 
-def step(model):
+def step(model, seq_len: int = LENGTH):
   """(name, lowered) of `train.train_step` with two micro-batches."""
   import functools
 
@@ -176,7 +168,7 @@ def step(model):
   optimizer = optim.build(base.get_config().optim, 100)
   parts = dict(model=model, optimizer=optimizer)
   init = functools.partial(
-    train.init_state, **parts, seq_len=LENGTH, batch=ROWS
+    train.init_state, **parts, seq_len=seq_len, batch=ROWS
   )
   boxed = jax.eval_shape(init, jax.random.key(0))
   state = jax.tree.map(
@@ -187,44 +179,20 @@ def step(model):
     train.shardings(boxed, mesh),
   )
   rows = jax.NamedSharding(mesh, jax.P(None, parallel.TOKENS))
-  shape = (2, ROWS, LENGTH)
+  shape = (2, ROWS, seq_len)
   batch = {
     k: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
     for k, dtype in (("inputs", int), ("targets", int), ("mask", bool))
   }
   with jax.set_mesh(mesh):
-    run = functools.partial(
-      train.train_step, **parts, num_bytes_V=tokenizers.load().num_bytes_V
-    )
+    num_bytes_V = tokenizers.load().num_bytes_V[: model.arch.vocab_size]
+    run = functools.partial(train.train_step, **parts, num_bytes_V=num_bytes_V)
     yield "train step", jax.jit(run, donate_argnums=0).lower(state, batch)
 
 
-def kernels(hlo: str) -> int:
+def kernels(text: str) -> int:
   """How many Pallas kernels the program holds."""
-  return hlo.count('custom_call_target="tpu_custom_call"')
-
-
-def collectives(hlo: str) -> dict[str, tuple[int, int]]:
-  """{kind: (how many, bytes of their results)} out of compiled HLO."""
-  found = collections.defaultdict(lambda: (0, 0))
-  kinds = "|".join(sorted(KINDS, key=len, reverse=True))
-  # What starts asynchronously has its result where it is done.
-  pattern = rf"= (.+?) ({kinds})(-done)?\("
-  for result, kind, _ in re.findall(pattern, hlo):
-    count, size = found[kind]
-    found[kind] = (count + 1, size + _size(result))
-  return dict(sorted(found.items()))
-
-
-def _size(result: str) -> int:
-  """Bytes of "bf16[8,128]{1,0}" or of a tuple of such."""
-  total = 0
-  for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
-    size = _BYTES.get(dtype, 4)
-    for length in filter(None, shape.split(",")):
-      size *= int(length)
-    total += size
-  return total
+  return text.count('custom_call_target="tpu_custom_call"')
 
 
 if __name__ == "__main__":

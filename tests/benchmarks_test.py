@@ -21,16 +21,19 @@ from benchmarks import (
   shapes,
   tables,
   timing,
+  topologies,
+  traffic,
   train_step,
 )
 from configs import base
+from moe_jax import main
 from moe_jax.errors import ConfigError
 
 SMALL = shapes.Shape(16, 8, num_experts=4, top_k=2, tokens=64)
 SKEW = 0.5  # Added to tokens, some experts are full.
 MODULES = {
   f"benchmarks.{m.__name__.split('.')[-1]}": m
-  for m in (moe_layer, routing, scaling, train_step)
+  for m in (moe_layer, routing, scaling, topologies, train_step)
 }
 
 
@@ -287,6 +290,56 @@ def test_loads_of_zipf_follow_its_law():
   equal_TK = scaling.assignments(shapes.SHAPES["S1"], "equal")
   assert set(np.bincount(equal_TK.reshape(-1))) == {512}
   assert (equal_TK[:, 0] != equal_TK[:, 1]).all()
+
+
+def test_devices_that_a_token_goes_to():
+  expert_NK = np.array([[0, 1], [7, 0], [4, 5]])  # Two experts a device.
+  assert traffic.spread(expert_NK, 8, 4) == (4 / 3, 3 / 1.5)
+  rows = traffic.summarize("run", {"00": expert_NK}, 8, {}, [2, 3, 4])
+  assert [row["devices"] for row in rows] == [2, 4]  # 3 does not divide 8.
+  assert rows[1]["rows_by_choice"] == 2 * 3 / 4
+  assert rows[1]["rows_by_device"] == 4 / 3 * 3 / 4
+  assert "| run | 4 | 1.33 | 1.50 | 1.00 | 2.00 |" in traffic.table(rows)
+
+
+def test_a_device_limit_is_seen_in_a_run(tmp_path, capsys):
+  flags = [
+    "--config=configs/tiny.py",
+    "--config.mesh=(8,1,1,1)",
+    "--config.train.num_steps=6",
+    "--config.train.check_mesh=False",
+    "--config.eval.batches_per_domain=1",
+    "--config.model.moe.num_experts=8",
+  ]
+  groups = "'num_expert_groups': 4, 'top_expert_groups': 1"
+  limited = [f"--config.model.moe.router={{'name': 'top_k', {groups}}}"]
+  for name, more in (("free", []), ("limited", limited)):
+    assert main.main([*flags, *more, f"--workdir={tmp_path / name}"]) == 0
+  capsys.readouterr()
+  given = [f"--workdir={tmp_path / name}" for name in ("free", "limited")]
+  path = tmp_path / "traffic.json"
+  assert traffic.main([*given, "--devices=4", f"--json={path}"]) == 0
+  free, limit = json.loads(path.read_text())["rows"]
+  assert 1 < free["devices_per_token"] <= 2 == free["rows_by_choice"] / 0.75
+  assert limit["devices_per_token"] == 1
+  assert limit["router"] == {"num_expert_groups": 4, "top_expert_groups": 1}
+  with pytest.raises(ConfigError, match="no config file"):
+    traffic.main([f"--workdir={tmp_path / 'nothing'}"])
+
+
+def test_flops_and_collectives_of_topologies(small, tmp_path, capsys):
+  flags = ["--devices=8", f"--json={tmp_path / 'it.json'}"]
+  assert topologies.main([*flags, f"--figure={tmp_path / 'it'}"]) == 0
+  rows = json.loads((tmp_path / "it.json").read_text())["rows"]
+  kinds = {(row["kind"], row["axes"]) for row in rows}
+  assert kinds == {("all-to-all", "expert"), ("all-reduce", "expert")}
+  assert all(row["bytes"] == row["expected_bytes"] > 0 for row in rows)
+  shape = topologies.Shape()
+  products = 3 * 6 * shape.slots * shape.num_experts
+  products *= shape.d_model * shape.d_expert
+  assert 1 < rows[0]["flops"] / products < 1.2
+  assert {p.name for p in tmp_path.iterdir()} == {"it.json", "it.png", "it.pdf"}
+  assert "| 8 | 1,1,8,1 | 1.0000 |" in capsys.readouterr().out
 
 
 def test_speed_of_a_step_is_paired():

@@ -12,8 +12,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # A module imports from earlier levels only. A folder stands for all its files.
 LEVELS = (
-  "errors progress varying",
-  "registry types",
+  "errors hlo progress varying",
+  "processes registry types",
   "products",
   "slots exchange metrics grouped_matmul",
   "routers balancers dispatchers experts",
@@ -27,9 +27,11 @@ LEVELS = (
   "params run_directory",
   "evaluate",
   "train",
+  "mesh_check shards",
   "program",
   "loop",
   "main",
+  "launch",
 )
 LEVEL = {part: i for i, parts in enumerate(LEVELS) for part in parts.split()}
 # Folders whose files share something. Other files of a folder stand alone.

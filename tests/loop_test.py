@@ -349,7 +349,7 @@ def test_a_second_signal_acts_as_usual():
   try:
     with signals.Stop() as stop:
       os.kill(os.getpid(), signal.SIGINT)
-      assert stop.asked
+      assert stop.asked()
       with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):

@@ -56,6 +56,7 @@ class Case:
   scopes: of the switch losses; the second scope of SCOPES has twice the
     coefficient of the first, and so on.
   z_loss: whether there is one.
+  num_experts, top_k: E, which 8 divides, and K.
   tokens_per_group: "sequence", 2 * L (two sequences) or L // 2 (half a one).
   router: options of the router top_k.
   prefix, pattern, repeats: kinds of the layers.
@@ -72,6 +73,8 @@ class Case:
   layout: str
   scopes: tuple[str, ...] = ("micro_batch",)
   z_loss: bool = True
+  num_experts: int = E
+  top_k: int = 2
   tokens_per_group: int | str = "sequence"
   router: tuple[tuple[str, object], ...] = (("renormalize", True),)
   prefix: tuple[str, ...] = ()
@@ -93,7 +96,8 @@ class Case:
     layers = "+".join((*self.prefix, *self.pattern * self.repeats))
     options = ",".join(f"{k}={v}" for k, v in self.router)
     return (
-      f"{self.dtype} {self.layout} {','.join(self.scopes)} group={group}"
+      f"{self.dtype} {self.layout} {','.join(self.scopes)}"
+      f" E={self.num_experts} K={self.top_k} group={group}"
       f" {layers} remat={self.remat} shared={self.shared}"
       f" bias={self.use_bias} {options}"
     )
@@ -130,12 +134,20 @@ VARIATIONS = (
 )
 
 
+# Experts, and experts per token.
+NUMBERS = ((16, 2), (8, 1), (64, 8), (64, 2))
+
+
 def product(dtypes=("float64", "float32")):
   """All layouts x scopes, the other settings in turn; float32 once a layout."""
   cases = []
   for i, layout in enumerate(LAYOUTS):
     for j, scope in enumerate(SCOPES):
-      settings = VARIATIONS[(i + j) % len(VARIATIONS)]
+      num_experts, top_k = NUMBERS[(i + 2 * j) % len(NUMBERS)]
+      settings = VARIATIONS[(i + j) % len(VARIATIONS)] | {
+        "num_experts": num_experts,
+        "top_k": top_k,
+      }
       for dtype in dtypes:
         if dtype == "float32" and j != i % len(SCOPES):
           continue
@@ -174,7 +186,8 @@ def config(case: Case):
   if factor is not None and case.tokens_per_group == L // 2:
     factor *= 2  # Else there is less than one slot.
   m.update(
-    num_experts=E,
+    num_experts=case.num_experts,
+    top_k=case.top_k,
     d_expert=8,
     num_shared_experts=case.shared,
     activation=case.activation,

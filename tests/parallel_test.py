@@ -50,6 +50,20 @@ COVERING = {
     Case("sorted", ("group",), dtype="float32", **PAIRS),
     [(1, 2, 2, 2)],
   ),
+  "one": (
+    Case(
+      "gather",
+      num_experts=8,
+      top_k=1,
+      skew=4.0,
+      router=(("renormalize", False), ("score_before_top_k", True)),
+    ),
+    [(1, 1, 8, 1)],
+  ),
+  "many": (
+    Case("buckets", num_experts=64, top_k=8, skew=3.0, shared=1),
+    [(1, 2, 2, 2)],
+  ),
 }
 
 
@@ -64,12 +78,35 @@ def test_one_step_on_a_mesh(name):
     assert distance <= mesh_cases.TOLERANCE[case.dtype], (sizes, leaf)
 
 
+def test_three_steps_and_each_of_them_again():
+  """With a bias, a bound and accumulation; on its mesh bit for bit the same."""
+  case, sizes = Case("buckets", ("global_batch",), **FIRST), (1, 2, 2, 2)
+  states = dict.fromkeys((None, sizes), mesh_cases.initial_state(case))
+  for step in range(3):
+    batch = mesh_cases.draw_batch(dataclasses.replace(case, seed=step))
+    found = {}
+    for mesh, state in states.items():
+      found[mesh] = mesh_cases.measure(case, mesh, state=state, batch=batch)
+    again = mesh_cases.measure(case, sizes, state=states[sizes], batch=batch)
+    assert mesh_cases.worst(again[0], found[sizes][0])[0] == 0.0
+    distance, leaf = mesh_cases.check(case, found[sizes], found[None])
+    assert distance <= 1e-9, (step, leaf)
+    for mesh, (after, _) in found.items():
+      states[mesh] = states[mesh].replace(
+        step=states[mesh].step + 1,
+        params=after["params"],
+        balance=after["balance"],
+      )
+
+
 def test_covering_set_covers():
   cases = [case for case, _ in COVERING.values()]
   assert {c.layout for c in cases} == set(mesh_cases.LAYOUTS)
   assert {s for c in cases for s in c.scopes} == set(mesh_cases.SCOPES)
   meshes = {m for _, meshes in COVERING.values() for m in meshes}
   assert meshes == set(mesh_cases.MESHES)
+  assert {c.num_experts for c in cases} >= {8, 64}
+  assert {c.top_k for c in cases} == {1, 2, 8}
 
 
 def test_parameters_start_the_same_on_a_mesh():

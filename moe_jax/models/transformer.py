@@ -7,14 +7,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax import dispatchers, experts, layer, parallel, products
+from moe_jax import dispatchers, exchange, experts, layer, parallel, products
 from moe_jax.errors import ConfigError
 from moe_jax.models import attention, moe
 from moe_jax.types import Array, Mlp
 
+_only = jax.checkpoint_policies.save_only_these_names
 REMAT = {
   "none": None,
-  "block": jax.checkpoint_policies.save_only_these_names(*dispatchers.SAVED),
+  "dispatch": _only(*dispatchers.SAVED, *exchange.SAVED),
+  "block": _only(*dispatchers.SAVED),
 }
 
 
@@ -29,8 +31,9 @@ class Architecture:
     after them: "dense" or "moe".
   norm_eps: of RMSNorm.
   tie_embeddings: the output layer is the transposed embedding.
-  remat: "none", or "block": recompute blocks in the backward pass, keeping
-    only the plan's integers.
+  remat: what of a block the backward pass computes again. "block": all but the
+    plan's integers; "dispatch": the rows that experts got and gave are kept
+    too, so that nothing is sent twice; "none": nothing.
   dtype: of activations; parameters are float32.
   allow_noncausal: build a decoder though its routing looks ahead.
   separate_documents: attend to the same document only; the last token of the
@@ -280,6 +283,8 @@ class Transformer(nn.Module):
       ),
       (arch.vocab_size, arch.d_model),
     )
+    # Whole on every device, as a gather of its parts would move all tokens.
+    embedding_VD = parallel.constrain(embedding_VD, (None, None), arch.mesh)
     x_BLD = embedding_VD[tokens_BL].astype(arch.dtype)
     x_BLD *= jnp.asarray(arch.d_model**0.5, x_BLD.dtype)
     x_BLD = parallel.constrain(x_BLD, ("batch", None, None), arch.mesh)
@@ -314,5 +319,6 @@ class Transformer(nn.Module):
         ),
         (arch.d_model, arch.vocab_size),
       )
+      head_DV = parallel.constrain(head_DV, (None, None), arch.mesh)
     dtype = jnp.promote_types(x_BLD.dtype, jnp.float32)
     return products.product(x_BLD, head_DV.astype(x_BLD.dtype), dtype)

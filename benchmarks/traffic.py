@@ -1,0 +1,168 @@
+"""How many devices a token is sent to: the choices of trained models.
+
+  python -m benchmarks.traffic --workdir=runs/free --workdir=runs/limited
+
+Every run's newest checkpoint routes its validation split; the experts that it
+chooses are laid over so many devices, as the mesh axis expert would. With
+device-limited routing (2405.04434, 2.2.2; options num_expert_groups and
+top_expert_groups of the router top_k), a token's experts lie on few of them.
+Rows sent count what leaves a device, where tokens are spread evenly: one a
+choice, as this layer sends them, or one a device, which a network may share
+among the experts of that device.
+"""
+
+import pathlib
+import sys
+
+import numpy as np
+
+from benchmarks import timing
+from moe_jax import config as config_lib
+from moe_jax.errors import ConfigError
+
+
+def main(argv=None) -> int:
+  """The command."""
+  args = _arguments(argv)
+  rows = []
+  for workdir in args.workdir:
+    rows += summarize(workdir.name, *trace(workdir), args.devices)
+  print(table(rows))
+  if args.json:
+    timing.write(args.json, rows)
+  return 0
+
+
+def trace(workdir: pathlib.Path) -> tuple[dict[str, np.ndarray], int, dict]:
+  """What a run's router chooses on the validation split.
+
+  Returns:
+    {layer: experts of every unpadded token [N, K]}, E, and options of the
+    router.
+
+  Raises:
+    ConfigError: there is no run, or none with MoE layers.
+  """
+  import jax
+
+  from moe_jax import metrics, program
+  from moe_jax.checkpoint import Checkpoints
+
+  config = config_lib.load(str(workdir / "config.json"))
+  made = program.Program(config)
+  arch = made.model.arch
+  if arch.recipe is None:
+    raise ConfigError(f"{workdir} is a run without MoE layers")
+  found = Checkpoints(workdir / "checkpoints").restore(made.abstract_state)
+  if found is None:
+    raise ConfigError(f"{workdir} has no checkpoint yet; let it train first")
+  variables = {"params": found.state.params, "balance": found.state.balance}
+
+  @jax.jit
+  def choices(variables, inputs, mask):
+    _, aux = made.model.apply(variables, inputs, mask, collect="routing")
+    return {
+      segment: {i: entry["expert_GTK"] for i, entry in positions.items()}
+      for segment, positions in aux.items()
+    }
+
+  chosen = {}
+  for _, batch in made.validation():
+    mask = batch["mask"]
+    tree = jax.device_get(choices(variables, batch["inputs"], mask))
+    for layer, expert_GTK in metrics.by_layer(tree, arch.segments).items():
+      expert_NK = expert_GTK.reshape(-1, expert_GTK.shape[-1])
+      chosen.setdefault(layer, []).append(expert_NK[mask.reshape(-1)])
+  chosen = {layer: np.concatenate(parts) for layer, parts in chosen.items()}
+  return chosen, arch.recipe.num_experts, dict(config.model.moe.router)
+
+
+def summarize(
+  name: str,
+  chosen: dict[str, np.ndarray],
+  num_experts: int,
+  router: dict,
+  devices: list[int],
+) -> list[dict]:
+  """A row for each number of devices that divides E, the mean over layers."""
+  rows = []
+  for count in devices:
+    if num_experts % count:
+      continue
+    found = [
+      spread(expert_NK, num_experts, count) for expert_NK in chosen.values()
+    ]
+    reached, busiest = np.mean(found, axis=0).tolist()
+    top_k = next(iter(chosen.values())).shape[1]
+    rows.append(
+      {
+        "run": name,
+        "router": {k: v for k, v in router.items() if "groups" in k},
+        "devices": count,
+        "devices_per_token": reached,
+        "rows_by_choice": top_k * (1 - 1 / count),
+        "rows_by_device": reached * (1 - 1 / count),
+        "busiest_over_mean": busiest,
+      }
+    )
+  return rows
+
+
+def spread(
+  expert_NK: np.ndarray, num_experts: int, devices: int
+) -> tuple[float, float]:
+  """(mean number of devices that a token goes to, busiest over mean load).
+
+  Args:
+    expert_NK: in [0, E), different ones in a row.
+    num_experts: E, equally many on each device, in order.
+    devices: how many.
+  """
+  device_NK = np.sort(expert_NK // (num_experts // devices), axis=1)
+  different = 1 + (np.diff(device_NK, axis=1) > 0).sum(1)
+  load = np.bincount(device_NK.reshape(-1), minlength=devices)
+  return float(different.mean()), float(load.max() / load.mean())
+
+
+def table(rows: list[dict]) -> str:
+  """As markdown."""
+  lines = [
+    "| run | devices | devices a token goes to | rows sent a token, one a choice"
+    " | one a device | busiest device ÷ mean |",
+    "|---|---|---|---|---|---|",
+  ]
+  keys = (
+    "devices_per_token",
+    "rows_by_choice",
+    "rows_by_device",
+    "busiest_over_mean",
+  )
+  for row in rows:
+    cells = [row["run"], str(row["devices"])]
+    cells += [f"{row[key]:.2f}" for key in keys]
+    lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(lines) + "\n"
+
+
+def _arguments(argv):
+  parser = timing.parser("traffic", __doc__, rounds=1)
+  add = parser.add_argument
+  add(
+    "--workdir",
+    type=pathlib.Path,
+    action="append",
+    required=True,
+    metavar="DIR",
+    help="of a run; repeatable",
+  )
+  add(
+    "--devices",
+    type=lambda text: [int(x) for x in text.split(",")],
+    default=[2, 4, 8, 16],
+    help="numbers of them, those that divide the number of experts",
+  )
+  return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+  config_lib.run(lambda: main(sys.argv[1:]))

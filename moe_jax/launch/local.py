@@ -1,0 +1,145 @@
+"""A pod of processes on this machine, each with CPU devices of its own.
+
+  python -m moe_jax.launch.local --processes=2 --devices_per_process=2 -- \\
+    --config=configs/tiny.py --workdir=runs/tiny
+
+What stands after -- goes to `python -m moe_jax.main` in every process. They
+talk over the loopback interface. The first one's output is shown as it is, the
+others' with their number before it. A signal is passed on to all of them; where
+one fails, the others are ended. Exit codes are those of the run.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+from moe_jax import config as config_lib
+from moe_jax.errors import ConfigError
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_PATIENCE = 10.0  # Seconds for the others to end by themselves when one fails.
+
+
+def main(argv=None) -> int:
+  """The command."""
+  args = _arguments(argv)
+  command = [sys.executable, "-m", "moe_jax.main", *args.rest]
+  started = start(command, args.processes, args.devices_per_process)
+  readers = [
+    threading.Thread(target=_show, args=(number, process), daemon=True)
+    for number, process in enumerate(started)
+  ]
+  for reader in readers:
+    reader.start()
+
+  def pass_on(number, frame):
+    del number, frame
+    for process in started:
+      process.send_signal(signal.SIGTERM)
+
+  before = {s: signal.signal(s, pass_on) for s in _SIGNALS}
+  try:
+    code = wait(started)
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+  for reader in readers:
+    reader.join()
+  return code
+
+
+def start(
+  command: list[str], processes: int, devices: int, **options
+) -> list[subprocess.Popen]:
+  """Starts a command in so many processes that `processes.join` together.
+
+  Args:
+    command: the same for all.
+    processes: how many.
+    devices: CPU devices of each.
+    **options: of subprocess.Popen.
+  """
+  port = _free_port()
+  address = f"127.0.0.1:{port}"
+  flags = os.environ.get("XLA_FLAGS", "")
+  shared = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
+    "JAX_COORDINATOR_ADDRESS": address,
+    "JAX_COORDINATOR_BIND_ADDRESS": address,  # Else it is all interfaces.
+    "JAX_NUM_PROCESSES": str(processes),
+  }
+  options = {
+    "stdout": subprocess.PIPE,
+    "stderr": subprocess.STDOUT,
+    "start_new_session": True,  # Ctrl-C is passed on, once.
+  } | options
+  return [
+    subprocess.Popen(
+      command, env=shared | {"JAX_PROCESS_ID": str(number)}, **options
+    )
+    for number in range(processes)
+  ]
+
+
+def wait(started: list[subprocess.Popen]) -> int:
+  """The exit code of them all: 0 or 75 if all have it, else what went wrong."""
+  while all(process.poll() in (None, 0, 75) for process in started):
+    if all(process.poll() is not None for process in started):
+      break
+    time.sleep(0.05)
+  end = time.monotonic() + _PATIENCE
+  for process in started:
+    try:
+      process.wait(max(0.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+      process.kill()
+  codes = [process.wait() for process in started]
+  # Our own errors say more than the signal that ended those who waited.
+  wrong = sorted((c for c in codes if c not in (0, 75)), key=lambda c: c < 0)
+  if wrong:
+    return wrong[0] if wrong[0] > 0 else 128 - wrong[0]
+  return max(codes)
+
+
+def _show(number, process):
+  """Writes what a process says, as it says it."""
+  with process.stdout as said:
+    for line in said:
+      text = line.decode(errors="replace")
+      sys.stdout.write(f"[{number}] {text}" if number else text)
+      sys.stdout.flush()
+
+
+def _free_port():
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    return s.getsockname()[1]
+
+
+def _arguments(argv):
+  parser = argparse.ArgumentParser(
+    prog="python -m moe_jax.launch.local",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  add = parser.add_argument
+  add("--processes", type=config_lib.at_least_1, default=2)
+  add("--devices_per_process", type=config_lib.at_least_1, default=1)
+  add("rest", nargs="*", metavar="-- --config=... --workdir=...")
+  args = parser.parse_args(argv)
+  if not any(text.startswith("--config") for text in args.rest):
+    raise ConfigError(
+      "after -- come the flags of moe_jax.main, such as"
+      " -- --config=configs/tiny.py --workdir=runs/tiny"
+    )
+  return args
+
+
+if __name__ == "__main__":
+  config_lib.run(lambda: main(sys.argv[1:]))

@@ -1,0 +1,193 @@
+"""What a step sends between devices: kinds, how often, and bytes by formula.
+
+Pinned, so that nothing is sent unseen. A number may change where a version of
+XLA joins or splits collectives; their bytes may not.
+"""
+
+import collections
+import re
+
+import jax
+import pytest
+from jax.sharding import Mesh
+
+from benchmarks import topologies
+from configs import base
+from moe_jax import hlo, models, parallel
+from tests import aot, mesh_cases
+
+SHAPE = topologies.Shape(
+  d_model=16, d_expert=8, num_experts=16, top_k=2, slots=3, tokens=24
+)
+LENGTH = 1024  # Of a sequence in a whole step: activations outweigh weights.
+MESHES = [(1, 1, 8, 1), (2, 1, 4, 1), (1, 2, 2, 2), (2, 2, 2, 1), (8, 1, 1, 1)]
+
+
+def compiled(lowered):
+  return lowered.compile(compiler_options=mesh_cases.QUICK).as_text()
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("dispatcher", ["gather", "einsum"])
+def test_slots_are_sent_by_formula(dispatcher, sizes):
+  mesh = mesh_cases.make_mesh(sizes)
+  _, gradient = topologies.lowered(mesh, SHAPE, dispatcher)
+  found = hlo.by_axes(hlo.collectives(compiled(gradient)), mesh)
+  sizes_of = {key: size for key, (_, size) in found.items()}
+  # The weights of einsum are [T, E, C], not [T, K].
+  weights = {"gather": SHAPE.top_k, "einsum": SHAPE.num_experts * SHAPE.slots}
+  shape = SHAPE._replace(top_k=weights[dispatcher])
+  assert sizes_of == topologies.expected(sizes, shape)
+  count = {key: count for key, (count, _) in found.items()}
+  if sizes[2] > 1:  # There and back, and both gradients.
+    assert count["all-to-all", ("expert",)] == 4
+  if sizes[1] > 1:  # gate, up and down.
+    assert count["all-gather", ("fsdp",)] == 3
+    assert count["reduce-scatter", ("fsdp",)] == 3
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 8, 1), (1, 2, 2, 2)])
+def test_rows_are_gathered_by_the_emulation_on_cpu(sizes):
+  """The only all-gather over experts; of rows, and never of weights."""
+  mesh = mesh_cases.make_mesh(sizes)
+  _, gradient = topologies.lowered(mesh, SHAPE, "sorted")
+  found = hlo.collectives(compiled(gradient))
+  over = collections.defaultdict(list)
+  for one in found:
+    over[one.kind, hlo.axes(one.groups, mesh)].append(one.size)
+  rows = SHAPE.tokens * SHAPE.top_k * SHAPE.d_model * 4
+  gathered = [s for s in over["all-gather", ("expert",)] if s > rows]
+  # Tokens there, results back; the two gradients go by reduce-scatter.
+  assert gathered == [sizes[2] * rows, sizes[2] * sizes[2] * rows]
+  wanted = topologies.expected(sizes, SHAPE)
+  for key in (("all-gather", ("fsdp",)), ("reduce-scatter", ("fsdp",))):
+    assert sum(over[key]) == wanted.get(key, 0)
+
+
+def test_no_device_holds_the_choices_of_all_tokens():
+  """Neither scores nor a one-hot [T, E] of more than its own groups."""
+  mesh = mesh_cases.make_mesh((2, 1, 4, 1))
+  # Of sizes by which no other array's can be divided.
+  shape = SHAPE._replace(tokens=25, num_experts=28)
+  one_group = shape.tokens * shape.num_experts
+  for dispatcher in ("gather", "sorted"):
+    _, gradient = topologies.lowered(mesh, shape, dispatcher)
+    shapes = re.findall(r"\w+\[([\d,]+)\]", compiled(gradient))
+    sizes = set(map(elements, shapes))
+    assert {size for size in sizes if size % one_group == 0} == {one_group}
+
+
+def elements(shape):
+  total = 1
+  for length in shape.split(","):
+    total *= int(length)
+  return total
+
+
+def step_text(sizes, dispatcher="gather", capacity=1.25):
+  """(mesh, HLO) of a training step: two layers, two micro-batches."""
+  mesh = mesh_cases.make_mesh(sizes)
+  c = base.get_config().model
+  c.update(d_model=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8)
+  c.moe.update(num_experts=16, d_expert=8, capacity_factor=capacity)
+  c.moe.dispatcher = {"name": dispatcher}
+  c.moe.balancers = {"bias": {"name": "bias", "rate": 1e-3}}
+  model = models.build(
+    c, vocab_size=32, seq_len=LENGTH, batch_sizes=(8,), mesh=mesh
+  )
+  [(_, lowered)] = aot.step(model, seq_len=LENGTH)
+  return mesh, compiled(lowered)
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 2, 2), (2, 1, 4, 1)])
+def test_a_whole_step(sizes):
+  """The layers' part by formula; of the rest only weights and gradients."""
+  mesh, text = step_text(sizes)
+  found = hlo.collectives(text)
+  layers = [one for one in found if "/moe/shard_map/" in one.name]
+  groups = 8 // parallel.token_shards(mesh)
+  # C = 1.25 * T K / E.
+  shape = SHAPE._replace(groups=groups, tokens=LENGTH, slots=LENGTH * 10 // 64)
+  wanted = topologies.expected(sizes, shape)
+  router = (
+    "all-reduce",
+    tuple(a for a, n in zip(topologies.AXES[:3], sizes[:3]) if n > 1),
+  )
+  of_layers = hlo.by_axes(layers, mesh)
+  for key, size in wanted.items():
+    if key != router:  # Joined with that of other weights.
+      assert of_layers[key][1] == 2 * 2 * size, key
+  rest = hlo.by_axes([one for one in found if one not in layers], mesh)
+  for kind, axes in rest:
+    assert kind in ("all-gather", "all-reduce", "reduce-scatter"), kind
+    assert kind != "all-gather" or axes == ("fsdp",), axes
+  # No activations but those that attention sums over its heads.
+  largest = max(
+    one.size
+    for one in found
+    if one not in layers and "tensor" not in hlo.axes(one.groups, mesh)
+  )
+  assert largest < groups * LENGTH * SHAPE.d_model * 4 / 2
+
+
+def test_gradients_of_experts_are_summed_in_every_micro_batch():
+  """Known, and in docs/parallel.md: once a micro-batch, not once a step."""
+  mesh, text = step_text((2, 1, 4, 1))
+  over_data = [
+    one
+    for one in hlo.collectives(text)
+    if hlo.axes(one.groups, mesh) == ("data",) and "/moe/" in one.name
+  ]
+  assert {one.times for one in over_data} == {2 * 2}
+  size = sum(one.times * one.size for one in over_data)
+  assert size == 2 * 2 * 3 * (16 // 4) * 16 * 8 * 4
+
+
+def test_hlo_is_read():
+  """The ways in which groups of devices are written; loops; async pairs."""
+  text = """HloModule jit_f
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+}
+
+%body (p: (s32[])) -> (s32[]) {
+  %a = bf16[8,128]{1,0:T(8,128)} ragged-all-to-all(%x, %y), replica_groups={{0,1},{2,3}}, metadata={op_name="jit(f)/moe/a"}
+  %s = (f32[4]{0}, f32[16]{0}) all-gather-start(%z), replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}
+  %d = f32[16]{0} all-gather-done(%s)
+  %alone = f32[4]{0} all-reduce(%z), replica_groups={{0},{1},{2},{3}}, to_apply=%add
+}
+
+%cond (p: (s32[])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(5)
+  ROOT %less = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+%other (p: (s32[])) -> (s32[]) {
+  %b = f32[2,3]{1,0} reduce-scatter(%x), replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+
+ENTRY %main (p: s32[]) -> s32[] {
+  %w = (s32[]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %v = (s32[]) while(%t), condition=%cond, body=%other, metadata={op_name="jit(f)/while"}
+  %r = (f32[2]{0}, s32[]) all-reduce(%u, %v), replica_groups=mesh['axis_0'=2,'axis_1'=2], device_ids=([2,2]T(1,0)) {'axis_1'}, to_apply=%add
+  %q = pred[4]{0} collective-permute(%u), source_target_pairs={{0,0},{1,3},{3,1}}
+}
+"""
+  found = hlo.collectives(text)
+  assert [(one.kind, one.size, one.groups, one.times) for one in found] == [
+    ("ragged-all-to-all", 2048, ((0, 1), (2, 3)), 3),
+    ("all-gather", 64, ((0, 2), (1, 3)), 3),
+    ("reduce-scatter", 24, ((0, 1), (2, 3)), 5),
+    ("all-reduce", 12, ((0, 2), (1, 3)), 1),
+    ("collective-permute", 4, ((0, 0), (1, 3), (3, 1)), 1),
+  ]
+  assert found[0].name == "jit(f)/moe/a"
+  mesh = Mesh(jax.numpy.arange(4).reshape(2, 2), ("data", "expert"))
+  assert hlo.by_axes(found, mesh) == {
+    ("all-gather", ("data",)): (3, 192),
+    ("all-reduce", ("data",)): (1, 12),
+    ("collective-permute", ("data",)): (1, 4),
+    ("ragged-all-to-all", ("expert",)): (3, 3 * 2048),
+    ("reduce-scatter", ("expert",)): (5, 5 * 24),
+  }

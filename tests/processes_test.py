@@ -1,0 +1,178 @@
+"""Several processes are one run: `tests.pod` with two of them, and refusals."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from moe_jax import processes, run_directory
+from moe_jax.errors import ConfigError, InUse
+from moe_jax.launch import local
+from tests import kill, pod
+
+
+def test_two_processes_stopped_and_gone_on_in_one(tmp_path):
+  """Batches, losses, one step to stop at; `python -m tests.pod` has more."""
+  found = pod.run(pod.Pods(tmp_path, steps=16), sizes=(2,), then=(1,))
+  assert len(found) == 4 and all(found)
+  facts = json.loads((tmp_path / "2" / "run.json").read_text())
+  assert facts["processes"] == 2 and len(facts["devices"]) == pod.DEVICES
+  went_on = json.loads((tmp_path / "2-then-1" / "run.json").read_text())
+  assert went_on["continued"][0]["processes"] == 1
+
+
+def refused(tmp_path, command, count=2):
+  """What processes say that all end with exit code 2."""
+  started = local.start(command, count, 1, cwd=tmp_path)
+  texts = [process.communicate()[0].decode() for process in started]
+  assert [p.returncode for p in started] == [2] * count, texts
+  return [text.strip().splitlines()[-1] for text in texts]
+
+
+def shell(flags):
+  """The command, in which $JAX_PROCESS_ID may stand."""
+  return ["sh", "-c", f"exec {sys.executable} -m moe_jax.main {flags}"]
+
+
+def test_other_configs_code_and_runs_are_refused(tmp_path):
+  shutil.copytree(pod.ROOT / "configs", tmp_path / "configs")
+  tiny = f"--config=configs/tiny.py --workdir={tmp_path / 'run'}"
+  for said in refused(tmp_path, shell(f"{tiny} --config.seed=$JAX_PROCESS_ID")):
+    assert said.startswith(
+      "error: process 1 has config.seed = 1, and process 0"
+    )
+  # A line more in a file of the first one.
+  for number in range(2):
+    package = tmp_path / f"code{number}" / "moe_jax"
+    shutil.copytree(pod.ROOT / "moe_jax", package)
+  with (tmp_path / "code0" / "moe_jax" / "layer.py").open("a") as f:
+    f.write("# Edited.\n")
+  config = f"--config={tmp_path}/configs/tiny.py --workdir={tmp_path / 'run'}"
+  moved = f"cd code$JAX_PROCESS_ID && {shell(config)[-1]}"
+  for said in refused(tmp_path, ["sh", "-c", moved]):
+    assert "process 1 has moe_jax/layer.py = '" in said
+  assert not (tmp_path / "run").exists()
+  # The first one alone meets the other run; both say so.
+  from configs import tiny as config_file
+
+  with run_directory.RunDirectory(tmp_path / "run", config_file.get_config()):
+    for said in refused(tmp_path, shell(tiny)):
+      assert said.startswith("error: another run is going on in")
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_coordinator_that_is_not_there(tmp_path, index):
+  """Nor, for the coordinator, the other process."""
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{s.getsockname()[1]}"
+  known = {
+    "JAX_COORDINATOR_ADDRESS": address,
+    "JAX_COORDINATOR_BIND_ADDRESS": address,
+    "JAX_NUM_PROCESSES": "2",
+    "JAX_PROCESS_ID": f"{index}",
+  }
+  flags = ["--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}"]
+  done = subprocess.run(
+    [sys.executable, "-m", "moe_jax.main", *flags, "--multihost_timeout=2"],
+    env=os.environ | known,
+    cwd=pod.ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 2, done.stderr
+  said = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+  assert len(said) == 1 and f"did not meet at {address} within 2 s" in said[0]
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_checkpoint_is_set_aside_by_all(tmp_path):
+  """Whichever process reads the part that is damaged."""
+  pods = pod.Pods(tmp_path, steps=6)
+  pods.finish("run", 2, 2, more=("--config.checkpoint.every=3",))
+  folder = tmp_path / "run" / "checkpoints"
+  largest = max(
+    (folder / "6" / "state").rglob("*"),
+    key=lambda p: p.stat().st_size if p.is_file() else 0,
+  )
+  data = bytearray(largest.read_bytes())
+  data[len(data) // 2] ^= 255
+  largest.write_bytes(bytes(data))
+  whole = kill.lines(tmp_path / "run")
+  lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+  # As if it had been killed before its last evaluation.
+  text = "".join(f"{line}\n" for line in lines[:-1])
+  (tmp_path / "run" / "metrics.jsonl").write_text(text)
+  pods.finish("run", 2, 2, more=("--config.checkpoint.every=3",))
+  assert "is damaged" in (tmp_path / "run.log").read_text()
+  assert (tmp_path / "run" / "damaged_checkpoints" / "6.1").is_dir()
+  assert kill.lines(tmp_path / "run") == whole
+
+
+# One process.
+
+
+@pytest.mark.parametrize(
+  "environment,detected",
+  [
+    ({}, False),
+    ({"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}, True),
+    ({"SLURM_NTASKS": "8"}, False),  # In the script, outside of srun.
+    ({"SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "node[1-8]"}, True),
+    ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "node1"}, False),
+    ({"OMPI_COMM_WORLD_SIZE": "4"}, True),
+    ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+  ],
+)
+def test_a_cluster_is_detected(environment, detected):
+  platforms = {"JAX_PLATFORMS": "cpu"}
+  assert processes.detected(environment | platforms) == detected
+
+
+def test_impossible_numbers_of_processes(monkeypatch):
+  monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+  monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+  with pytest.raises(ConfigError, match="JAX_NUM_PROCESSES = 'two'"):
+    processes.join()
+  monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+  monkeypatch.setenv("JAX_PROCESS_ID", "2")
+  with pytest.raises(ConfigError, match="JAX_PROCESS_ID = 2 is not below"):
+    processes.join()
+
+
+def test_alone():
+  assert processes.is_first()
+  assert processes.gather({"a": (1, None)}) == [{"a": [1, None]}]
+  assert processes.by_first(lambda: 3) == 3
+  processes.check_same({"a": 1})
+
+
+def test_of_several(monkeypatch):
+  """What gather would bring, without any processes."""
+  monkeypatch.setattr(processes.jax, "process_count", lambda: 3)
+  told = {"raised": "InUse", "text": "busy"}
+  monkeypatch.setattr(processes, "gather", lambda value: [told, None, None])
+  monkeypatch.setattr(processes, "is_first", lambda: False)
+  with pytest.raises(InUse, match="busy"):
+    processes.by_first(lambda: pytest.fail("only the first one calls it"))
+  monkeypatch.setattr(processes, "gather", lambda x: [x, x, {"b": 2}])
+  with pytest.raises(ConfigError, match="process 2 has a = 'not there', and"):
+    processes.check_same({"a": 1, "b": 2})
+
+
+def test_launch_local_shows_who_says_what(tmp_path, capsys):
+  flags = ["--config=configs/nothing.py", f"--workdir={tmp_path}"]
+  assert local.main(["--processes=2", "--", *flags]) == 2
+  said = capsys.readouterr().out.splitlines()
+  error = 'error: there is no config file "configs/nothing.py"'
+  starts = sorted(line.split(";")[0] for line in said if "error" in line)
+  assert starts == [f"[1] {error}", error]
+
+
+def test_launch_local_without_a_command():
+  with pytest.raises(ConfigError, match="after -- come the flags"):
+    local.main(["--processes=2"])
