@@ -12,6 +12,7 @@ import re
 import sys
 
 from benchmarks import (
+  accelerator,
   moe_layer,
   routing,
   scaling,
@@ -22,7 +23,10 @@ from benchmarks import (
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 DOCUMENT = RESULTS.parents[1] / "docs" / "performance.md"
-BENCHMARKS = (moe_layer, routing, scaling, topologies, traffic, train_step)
+BENCHMARKS = (
+  *(accelerator, moe_layer, routing, scaling, topologies, traffic),
+  train_step,
+)
 _PLACE = re.compile(r"(<!-- (\w+\.json) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 
 
@@ -56,9 +60,10 @@ def describe(path: pathlib.Path) -> str:
   )
   machine = found["machine"]
   environment = (f"`{k}={v}`" for k, v in machine["environment"].items())
+  cores = f"{machine['cores_used']} of {machine['cores']} cores"
+  on_cpu = machine["device"] == "cpu"
   words = (
-    f"{machine['processor']}, {machine['cores_used']} of {machine['cores']}"
-    " cores",
+    f"{machine['processor']}, {cores}" if on_cpu else machine["device"],
     f"jax {machine['jax']}",
     f"Python {machine['python']}",
     *environment,

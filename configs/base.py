@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
   # Outside of training; None: the same; or "dropless".
   moe.eval_capacity_factor = config_dict.placeholder(object)
   moe.expert_buckets = config_dict.placeholder(int)  # None: one per expert
-  # For ragged rows: reference, cpu, tpu. None: the platform's.
+  # For ragged rows: reference, cpu, gpu, tpu. None: the platform's.
   moe.grouped_matmul = config_dict.placeholder(str)
   # A file of moe_jax/routers and its options.
   moe.router = ConfigDict({"name": "top_k", "renormalize": True})

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks import (
+  accelerator,
   layers,
   moe_layer,
   routing,
@@ -33,7 +34,7 @@ SMALL = shapes.Shape(16, 8, num_experts=4, top_k=2, tokens=64)
 SKEW = 0.5  # Added to tokens, some experts are full.
 MODULES = {
   f"benchmarks.{m.__name__.split('.')[-1]}": m
-  for m in (moe_layer, routing, scaling, topologies, train_step)
+  for m in (accelerator, moe_layer, routing, scaling, topologies, train_step)
 }
 
 
@@ -290,6 +291,29 @@ def test_loads_of_zipf_follow_its_law():
   equal_TK = scaling.assignments(shapes.SHAPES["S1"], "equal")
   assert set(np.bincount(equal_TK.reshape(-1))) == {512}
   assert (equal_TK[:, 0] != equal_TK[:, 1]).all()
+
+
+def test_the_accelerator_table(small, monkeypatch, tmp_path, capsys):
+  """Here the accelerator is a CPU."""
+  monkeypatch.setitem(accelerator.SHAPES, "small", SMALL)
+  path = tmp_path / "it.json"
+  flags = ["--shapes=small", "--rounds=1", "--processes=1", f"--json={path}"]
+  assert accelerator.main(flags) == 0
+  rows = json.loads(path.read_text())["rows"]
+  assert {row["implementation"] for row in rows} >= {"dense", "sorted/cpu"}
+  assert rows[0]["forward_ratio"] == rows[0]["forward_backward_ratio"] == 1.0
+  for row in rows:
+    rate = SMALL.flops / row["forward_seconds"]
+    assert row["forward_flops_per_second"] == rate
+  # What needs more memory than there is.
+  runs = [{"seconds": {}, "bytes": {}} for _ in range(2)]
+  for run in runs:
+    run["seconds"] = {"dense": {"forward": [2.0, 2.0]}, "huge": {}}
+    run["bytes"] = {"dense": {"forward": 8}, "huge": {}}
+  rows = accelerator.summarize("small", SMALL, runs)
+  dense, huge = accelerator.table(rows).split("\n\n")[0].splitlines()[2:]
+  assert dense == "| dense | 1.00 / not enough memory |"
+  assert huge == "| huge | not enough memory / not enough memory |"
 
 
 def test_devices_that_a_token_goes_to():

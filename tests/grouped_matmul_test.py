@@ -285,10 +285,11 @@ def test_unknown_backend():
 
 def test_default_backends():
   found = {p: grouped_matmul.backend_for(p) for p in ("cpu", "gpu", "tpu")}
-  assert found == {"cpu": "cpu", "gpu": "reference", "tpu": "tpu"}
+  assert found == {"cpu": "cpu", "gpu": "gpu", "tpu": "tpu"}
   assert grouped_matmul.backend_for("cpu", "reference") == "reference"
-  checked = {b: grouped_matmul.is_checked(b) for b in found.values()}
-  assert checked == {"cpu": True, "reference": True, "tpu": False}
+  assert grouped_matmul.backend_for("other") == "reference"
+  checked = {b: grouped_matmul.is_checked(b) for b in ("cpu", "tpu")}
+  assert checked == {"cpu": True, "tpu": False}
 
 
 @pytest.mark.parametrize(
@@ -298,6 +299,41 @@ def test_tpu_kernel_in_the_interpreter(sizes):
   """The kernel that ships with jax, run without a TPU: rows not in tiles."""
   with pltpu.force_tpu_interpret_mode():
     check("tpu", sizes, jnp.float32, 1e-4, shape=(188, 128, 4, 256))
+
+
+@pytest.fixture
+def tokamax(monkeypatch):
+  """Sets what `import tokamax` finds; None: nothing."""
+  name = f"{grouped_matmul.__name__}.gpu"
+  sys.modules.pop(name, None)
+  yield lambda found: monkeypatch.setitem(sys.modules, "tokamax", found)
+  sys.modules.pop(name, None)
+
+
+def test_gpu_kernel_gets_whole_tiles(tokamax):
+  """tokamax, of which a stand-in notes what it is given, and what goes by it."""
+  given = []
+
+  def ragged_dot(x_ND, w_EDF, sizes_E, *, preferred_element_type):
+    given.append(x_ND.shape)
+    return jax.lax.ragged_dot(
+      x_ND, w_EDF, sizes_E, preferred_element_type=preferred_element_type
+    )
+
+  tokamax(types.SimpleNamespace(ragged_dot=ragged_dot))
+  sizes = (30, 0, 41, 5)
+  check("gpu", sizes, jnp.bfloat16, 2e-2, shape=(77, 128, 4, 64))
+  assert given and set(given) == {(128, 128)}
+  given.clear()
+  for dtype, widths in ((jnp.float32, (128, 64)), (jnp.bfloat16, (128, 72))):
+    check("gpu", sizes, dtype, 2e-2, shape=(77, widths[0], 4, widths[1]))
+  assert not given and not grouped_matmul.is_checked("gpu")
+
+
+def test_gpu_without_its_kernels(tokamax):
+  tokamax(None)
+  with pytest.raises(ConfigError, match="needs tokamax.*cuda12 and cuda13"):
+    check("gpu", (1, 2), jnp.float32, 0.0, shape=(3, 4, 2, 4))
 
 
 def test_tpu_needs_whole_lanes():

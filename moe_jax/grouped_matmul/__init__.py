@@ -15,7 +15,7 @@ from moe_jax import products
 from moe_jax.errors import ConfigError, did_you_mean
 from moe_jax.types import Array
 
-_DEFAULTS = {"cpu": "cpu", "tpu": "tpu"}
+_DEFAULTS = {"cpu": "cpu", "gpu": "gpu", "tpu": "tpu"}
 
 
 def backend_for(platform: str, wanted: str | None = None) -> str:

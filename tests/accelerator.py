@@ -1,0 +1,170 @@
+"""Is it right on an accelerator? On a machine that has one:
+
+  python -m tests.accelerator
+
+Grouped products and their gradients against numpy in float64; the whole layer,
+without a mesh and on one of one device, with all that is sent, against the same
+layer on the CPU. In bfloat16 distances are up to 2e-2 of an array's norm, in
+float32 up to 2e-3, as accelerators round float32 products too. The last line
+is "N passed, M failed".
+"""
+
+import argparse
+import functools
+import sys
+
+import numpy as np
+
+from moe_jax import config
+
+NEAR = {"bfloat16": 2e-2, "float32": 2e-3}
+WIDTHS = ((64, 64), (128, 192), (320, 64), (96, 72))
+
+
+def main(argv=None) -> int:
+  """The command."""
+  parser = argparse.ArgumentParser(
+    prog="python -m tests.accelerator",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument(
+    "--cases", type=config.at_least_1, default=24, help="default: %(default)s"
+  )
+  args = parser.parse_args(argv)
+  import jax
+
+  from moe_jax import grouped_matmul
+
+  device = jax.devices()[0]
+  backend = grouped_matmul.backend_for(device.platform)
+  print(f"{device.device_kind}, jax {jax.__version__}, {backend}")
+  found = []
+  for seed in range(args.cases):
+    found.append(tell(*product(backend, seed)))
+  for dispatcher in ("sorted", "gather"):
+    for on_mesh in (False, True):
+      found.append(tell(*whole_layer(dispatcher, backend, on_mesh)))
+  print(f"{sum(found)} passed, {len(found) - sum(found)} failed")
+  return 0 if all(found) else 1
+
+
+def tell(what, distances, most):
+  """Prints a line; whether all are near."""
+  distances = [*distances]
+  good = all(d <= most for d in distances)
+  text = ", ".join(f"{d:.1e}" for d in distances)
+  print(f"{'passed' if good else 'FAILED'}: {what}: {text}", flush=True)
+  return good
+
+
+def product(backend, seed):
+  """y, dx and dw of a drawn case; what is beyond the sum is 0 exactly."""
+  import jax
+  import jax.numpy as jnp
+
+  from moe_jax import grouped_matmul
+
+  rng = np.random.default_rng(seed)
+  dtype = list(NEAR)[seed % 2]
+  d, f = WIDTHS[seed // 2 % len(WIDTHS)]
+  sizes_E = rng.integers(1, 9, rng.integers(1, 9)) ** rng.integers(0, 4)
+  sizes_E *= rng.random(len(sizes_E)) < 0.8
+  rows = int(sizes_E.sum() + rng.integers(0, 20)) or 1
+  shapes = (rows, d), (len(sizes_E), d, f), (rows, f)
+  x, w, dy = (jnp.asarray(rng.normal(size=s), dtype) for s in shapes)
+
+  @jax.jit
+  def run(x, w, sizes_E, dy):
+    y, pull = jax.vjp(
+      lambda x, w: grouped_matmul.grouped_matmul(
+        x, w, sizes_E, backend=backend
+      ),
+      x,
+      w,
+    )
+    return y, *pull(dy)
+
+  got = run(x, w, jnp.asarray(sizes_E, jnp.int32), dy)
+  x, w, dy = (np.float64(a) for a in (x, w, dy))
+  y, dx, dw = np.zeros_like(dy), np.zeros_like(x), np.zeros_like(w)
+  ends = np.cumsum(sizes_E)
+  for e, (start, end) in enumerate(zip(ends - sizes_E, ends)):
+    part = slice(start, end)
+    y[part], dx[part] = x[part] @ w[e], dy[part] @ w[e].T
+    dw[e] = x[part].T @ dy[part]
+  beyond = any(np.any(np.float64(a[sizes_E.sum() :])) for a in got[:2])
+  empty = np.any(np.float64(got[2][sizes_E == 0]))
+  what = f"{dtype} {d} x {f}, loads {sizes_E.tolist()} of {rows} rows"
+  found = *distances(got, (y, dx, dw)), np.inf if beyond or empty else 0.0
+  return what, found, NEAR[dtype]
+
+
+def whole_layer(dispatcher, backend, on_mesh):
+  """Outputs and gradients in bfloat16, against the CPU in float32."""
+  import jax
+  import jax.numpy as jnp
+
+  from moe_jax import experts, layer, parallel, registry, types
+
+  groups, tokens, d, num_experts = 4, 128, 128, 16
+  keys = jax.random.split(jax.random.key(0), 4)
+
+  def recipe(backend):
+    return layer.Recipe(
+      num_experts=num_experts,
+      router=registry.load("routers", "top_k", top_k=2),
+      dispatcher=registry.load("dispatchers", dispatcher),
+      experts=experts.build(256, backend=backend),
+      bound=None if dispatcher == "sorted" else types.Bound(20, num_experts),
+    )
+
+  made = recipe(backend)
+  params = {
+    "router": made.router.init(keys[0], d, num_experts),
+    "experts": made.experts.init(keys[1], num_experts, d),
+  }
+  # Exact in any arithmetic, so that no choice depends on rounding.
+  params["router"] = jax.tree.map(
+    lambda w: jnp.round(w * 64) / 64, params["router"]
+  )
+  x_GTD = jax.random.randint(keys[2], (groups, tokens, d), -4, 5) / 8
+  r_GTD = jax.random.normal(keys[3], x_GTD.shape)
+  params["experts"] = jax.tree.map(
+    lambda w: w.astype(jnp.bfloat16), params["experts"]
+  )
+  side = types.Side(jnp.ones((groups, tokens), bool))
+
+  def measure(run, params, x_GTD):
+    def scalar(params, x_GTD):
+      y_GTD = run(params, {}, x_GTD, side, None)[0]
+      return (y_GTD * r_GTD).sum(), y_GTD
+
+    gradient = jax.grad(scalar, (0, 1), has_aux=True)
+    return jax.jit(gradient)(params, x_GTD)
+
+  run = functools.partial(layer.moe_ffn, made)
+  if on_mesh:
+    run = parallel.sharded(made, parallel.make_mesh((1, 1, 1, 1)))
+  got = jax.device_get(measure(run, params, x_GTD.astype(jnp.bfloat16)))
+  with jax.default_device(jax.devices("cpu")[0]):
+    exact = jax.tree.map(
+      lambda w: jnp.asarray(np.asarray(w, np.float32)), (params, x_GTD)
+    )
+    side, r_GTD = jax.device_get((side, r_GTD))
+    want = measure(functools.partial(layer.moe_ffn, recipe("cpu")), *exact)
+  what = f"layer, {dispatcher}, {'a mesh of one' if on_mesh else 'no mesh'}"
+  found = distances(*map(jax.tree.leaves, (got, want)))
+  return what, found, NEAR["bfloat16"]
+
+
+def distances(got, want):
+  """Of each pair, over the second's norm."""
+  for one, other in zip(got, want, strict=True):
+    one, other = np.float64(one), np.float64(other)
+    norm = np.linalg.norm(other)
+    yield float(np.linalg.norm(one - other) / (norm or 1.0))
+
+
+if __name__ == "__main__":
+  config.run(lambda: main(sys.argv[1:]))
