@@ -252,8 +252,22 @@ def load_params(path: str | os.PathLike) -> dict:
       such as runs/tiny/checkpoints/300.
 
   Returns:
-    Nested dicts of numpy arrays: `{"params": these}` is what
-    `model.apply` takes.
+    Nested dicts of numpy arrays.
+
+  Raises:
+    ConfigError: there is no checkpoint that can be read.
+  """
+  return load_variables(path)["params"]
+
+
+def load_variables(path: str | os.PathLike) -> dict:
+  """`load_params` with the selection biases, if there are any.
+
+  Args:
+    path: as in `load_params`.
+
+  Returns:
+    {"params": ..., "balance": ...}: what `model.apply` takes.
 
   Raises:
     ConfigError: there is no checkpoint that can be read.
@@ -261,7 +275,7 @@ def load_params(path: str | os.PathLike) -> dict:
   folders = _newest_first(pathlib.Path(path).absolute())
   for folder in folders:
     try:
-      return _load_params(folder / "state")
+      return _load_variables(folder / "state")
     except Exception as e:  # Whatever damage makes Orbax raise.
       logging.warning(
         "The checkpoint %s is damaged (%s)", folder, first_line(e)
@@ -272,12 +286,16 @@ def load_params(path: str | os.PathLike) -> dict:
   )
 
 
-def _load_params(folder):
+def _load_variables(folder):
   import orbax.checkpoint as ocp
 
   handler = ocp.PyTreeCheckpointHandler()
   tree = handler.metadata(folder).tree
-  wanted = {"params": jax.tree.map(lambda _: 0, tree["params"])}
+  wanted = {
+    name: jax.tree.map(lambda _: 0, tree[name])
+    for name in ("params", "balance")
+    if tree.get(name)
+  }
   kinds = jax.tree.map(
     lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
   )
@@ -289,7 +307,7 @@ def _load_params(folder):
   saved = dict(zip(about["shapes"], about["digest"], strict=True))
   if digest(found) != [saved[name] for name in _shapes(found)]:
     raise ValueError("its arrays do not have the digest that was saved")
-  return found["params"]
+  return found
 
 
 def _newest_first(path):

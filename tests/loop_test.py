@@ -1,13 +1,17 @@
 """The loop: stopped, killed or left alone, a run is the same run."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from moe_jax import checkpoint, loop, program, run_directory, signals
 from moe_jax.errors import ConfigError, Interrupted, RunError
@@ -85,6 +89,45 @@ def test_it_goes_on_with_other_meshes(make, tmp_path):
   meshes = [x.get("mesh") for x in facts["continued"]]
   ones = dict(data=1, fsdp=1, expert=1, tensor=1)
   assert meshes == [ones | {"expert": 8}, ones, None]  # None: as at the start.
+
+
+ALONE = """
+import sys
+import jax
+import numpy as np
+from flax import traverse_util
+from moe_jax import checkpoint
+variables = checkpoint.load_variables(sys.argv[1])
+np.savez(sys.argv[2], **traverse_util.flatten_dict(variables, sep="/"))
+assert jax.device_count() == 1
+"""
+
+
+def test_what_eight_devices_wrote_is_opened_by_one(make, tmp_path):
+  """Variables to the bit, and what the model makes of them."""
+  eight, alone = make((2, 1, 4, 1)), make()
+  go(eight, tmp_path / "run")
+  subprocess.run(
+    [sys.executable, "-c", ALONE, tmp_path / "run", tmp_path / "found.npz"],
+    env=os.environ | {"XLA_FLAGS": ""},
+    check=True,
+  )
+  with np.load(tmp_path / "found.npz") as file:
+    flat = dict(file)
+  with contextlib.closing(
+    checkpoint.Checkpoints(tmp_path / "run" / "checkpoints")
+  ) as opened:
+    state = opened.restore(eight.abstract_state).state
+  variables = {"params": state.params, "balance": state.balance}
+  wanted = traverse_util.flatten_dict(jax.device_get(variables), sep="/")
+  assert flat.keys() == wanted.keys()
+  for name in wanted:
+    np.testing.assert_array_equal(flat[name], wanted[name], err_msg=name)
+  found = traverse_util.unflatten_dict(flat, sep="/")
+  measured = alone.evaluate(alone.init(jax.random.key(0)).replace(**found))
+  [line] = run_directory.read_metrics(tmp_path / "run", "validation")
+  for name in ("loss", "max_vio", "dropped"):
+    np.testing.assert_allclose(measured[name], line[name], atol=1e-5)
 
 
 def checkpoints(path):

@@ -17,7 +17,7 @@ import time
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-COPIED = ("moe_jax", "tests", "configs", "setup.cfg")
+COPIED = ("moe_jax", "benchmarks", "tests", "configs", "setup.cfg")
 # Compiling takes most of the time, and what is compiled runs once.
 QUICK = (
   "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -305,6 +305,42 @@ FAULTS = (
     "        transpose(send_start),",
     "        send_start,",
     RAGGED,
+  ),
+  Fault(
+    "a buffer is for the rows of one group",
+    "exchange.py",
+    "groups * bound.expert_buckets * bound.slots",
+    "bound.expert_buckets * bound.slots",
+    "parallel_test.py::test_layer_on_a_mesh[buckets-True]",
+  ),
+  Fault(
+    "the check of a mesh looks at no gradient",
+    "mesh_check.py",
+    'return found | {"gradients": of_params}',
+    "return found",
+    "mesh_check_test.py::test_a_wrong_gradient_alone_stops_the_run",
+  ),
+  Fault(
+    "collectives of a loop count once",
+    "hlo.py",
+    "count + one.times, size + one.times * one.size",
+    "count + 1, size + one.size",
+    "collectives_test.py::test_hlo_is_read",
+  ),
+  # Processes.
+  Fault(
+    "processes of different minds go on",
+    "processes.py",
+    "      if here != there:",
+    "      if False:",
+    "processes_test.py::test_other_configs_code_and_runs_are_refused",
+  ),
+  Fault(
+    "a process reads the rows of all",
+    "parallel.py",
+    "sharding.addressable_devices_indices_map(",
+    "sharding.devices_indices_map(",
+    "processes_test.py::test_two_processes_stopped_and_gone_on_in_one",
   ),
   # Remat and causality.
   Fault(

@@ -1,0 +1,104 @@
+"""The check before the first step: quiet on a right mesh, loud on a wrong one."""
+
+import jax
+import numpy as np
+import pytest
+
+from configs import tiny
+from moe_jax import exchange, mesh_check
+from moe_jax.errors import RunError
+from tests import mesh_cases
+
+MESH = (1, 2, 2, 2)
+ENTER = exchange.enter_tensor
+
+
+def config(dispatcher="gather", capacity=1.0, **moe):
+  c = tiny.get_config()
+  c.data.seq_len = 32
+  c.model.moe.update(num_experts=8, capacity_factor=capacity, **moe)
+  c.model.moe.dispatcher = {"name": dispatcher}
+  return c
+
+
+RUNS = {
+  "slots": config(num_shared_experts=1, use_bias=True),
+  "einsum": config("einsum", tokens_per_group=16),
+  "dropless": config("sorted", None, router={"name": "top_k", "noise": 0.3}),
+  "buckets": config(
+    "sorted",
+    0.75,
+    expert_buckets=2,
+    balancers={
+      "b": {"name": "bias", "rate": 1e-2},
+      "s": {"name": "switch", "coefficient": 1.0, "scope": "global_batch"},
+    },
+  ),
+}
+
+
+@pytest.mark.parametrize(
+  "name,sizes",
+  [*((name, MESH) for name in RUNS), ("dropless", (2, 1, 4, 1))],
+)
+def test_a_right_mesh_differs_by_rounding(name, sizes):
+  found = mesh_check.check(RUNS[name], mesh_cases.make_mesh(sizes))
+  assert 0 < found.distance < 1e-5 and found.seconds > 0
+
+
+def test_bfloat16_and_runs_without_experts():
+  half = config("sorted", None)
+  half.model.dtype = "bfloat16"
+  found = mesh_check.check(half, mesh_cases.make_mesh(MESH))
+  assert found.distance < 3e-2
+  dense = config()
+  dense.model.pattern = ("dense",)
+  assert mesh_check.check(dense, mesh_cases.make_mesh(MESH)) is None
+
+
+def by_every_shard(bias, axes):
+  """Added by each shard of F, and not once."""
+  del axes
+  return bias
+
+
+def scaled(x, axes):
+  """What the shards of F take is a little off."""
+  return x if axes is None else 1.001 * ENTER(x, axes)
+
+
+def by_expert(count_ie, num_rows):
+  """Rows stay in the order in which they were sent."""
+  del count_ie
+  return np.arange(num_rows), np.arange(num_rows)
+
+
+@pytest.mark.parametrize(
+  "name,function,faulty",
+  [
+    ("slots", "enter_tensor", scaled),
+    ("slots", "once", by_every_shard),
+    ("dropless", "_transpose_blocks", by_expert),
+    # As a count of one group instead of all.
+    ("buckets", "_buffer_rows", lambda *args: 16),
+  ],
+)
+def test_a_wrong_exchange_stops_the_run(monkeypatch, name, function, faulty):
+  monkeypatch.setattr(exchange, function, faulty)
+  with pytest.raises(RunError, match="'fsdp': 2.* differs by .* do not trust"):
+    mesh_check.check(RUNS[name], mesh_cases.make_mesh(MESH))
+
+
+def test_a_wrong_gradient_alone_stops_the_run(monkeypatch):
+  """The forward pass is right: only half of the gradients' sum is there."""
+  gather = exchange.gather_weights
+
+  def half(params, logical_axes, axes):
+    whole = gather(params, logical_axes, axes)
+    if axes is None:
+      return whole
+    return {k: jax.lax.stop_gradient(w / 2) + w / 2 for k, w in whole.items()}
+
+  monkeypatch.setattr(exchange, "gather_weights", half)
+  with pytest.raises(RunError, match=": gradients/0/"):
+    mesh_check.check(RUNS["slots"], mesh_cases.make_mesh(MESH))
