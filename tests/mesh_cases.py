@@ -148,6 +148,12 @@ def product(dtypes=("float64", "float32")):
         "num_experts": num_experts,
         "top_k": top_k,
       }
+      if top_k == 1:  # One renormalised weight would always be 1.
+        settings["router"] = tuple(
+          option
+          for option in settings.get("router", ())
+          if option[0] != "score_before_top_k"
+        )
       for dtype in dtypes:
         if dtype == "float32" and j != i % len(SCOPES):
           continue
@@ -183,8 +189,10 @@ def config(case: Case):
     allow_noncausal=order == "choice",
   )
   m = c.model.moe
-  if factor is not None and case.tokens_per_group == L // 2:
-    factor *= 2  # Else there is less than one slot.
+  if factor is not None:
+    tokens = {"sequence": L}.get(case.tokens_per_group, case.tokens_per_group)
+    one_slot = (buckets or case.num_experts) / (tokens * case.top_k)
+    factor = max(factor * (2 if tokens < L else 1), one_slot)
   m.update(
     num_experts=case.num_experts,
     top_k=case.top_k,
