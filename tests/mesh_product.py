@@ -4,6 +4,7 @@ A line per case and mesh with its worst leaf, then "N passed, M failed".
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
@@ -30,7 +31,7 @@ def main(argv=None) -> int:
   for case in mesh_cases.product(dtypes):
     if args.only not in str(case):
       continue
-    expected = mesh_cases.measure(case, None)
+    case, expected = decided(case)
     for sizes in mesh_cases.MESHES:
       started = time.monotonic()
       found = mesh_cases.measure(case, sizes)
@@ -44,6 +45,18 @@ def main(argv=None) -> int:
       )
   print(f"{passed} passed, {failed} failed")
   return 1 if failed or not passed else 0
+
+
+def decided(case):
+  """The case with the first seed of which no choice is almost a tie."""
+  from tests import mesh_cases
+
+  while True:
+    expected = mesh_cases.measure(case, None)
+    if not expected[1]:
+      return case, expected
+    print(f"ties   another seed than {case.seed} for {case}", flush=True)
+    case = dataclasses.replace(case, seed=case.seed + 10)
 
 
 def _eight_devices():
