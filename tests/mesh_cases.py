@@ -157,7 +157,12 @@ def product(dtypes=("float64", "float32")):
       for dtype in dtypes:
         if dtype == "float32" and j != i % len(SCOPES):
           continue
-        cases.append(Case(layout, (scope,), dtype=dtype, seed=i, **settings))
+        numbers = {}
+        if dtype == "float32" and num_experts * top_k > 64:
+          # Of so many near scores some are always almost ties.
+          numbers = {"num_experts": 16, "top_k": 2}
+        case = Case(layout, (scope,), dtype=dtype, seed=i, **settings)
+        cases.append(dataclasses.replace(case, **numbers))
   return cases
 
 
