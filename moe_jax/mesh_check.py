@@ -54,7 +54,7 @@ def check(config, mesh: jax.sharding.Mesh) -> Found | None:
   most = _ELSEWHERE
   if parallel.platform(mesh) == "cpu":
     most = _TOLERANCE[config.model.dtype]
-  if not max(processes.gather(distance)) <= most:
+  if not all(d <= most for d in processes.gather(distance)):
     raise RunError(
       f"on the mesh {dict(mesh.shape)} the MoE layer is not the one of a single"
       f" device: {leaf} differs by {distance:.1e} of its norm, and rounding by"
@@ -203,6 +203,8 @@ def _worst(found, expected):
       there = want[shard.index].astype(np.float64)
       off = np.linalg.norm(np.asarray(shard.data).astype(np.float64) - there)
       distance = float(off if exact else off / (norm or 1.0))
-      if not distance <= worst[0]:
+      if not np.isfinite(distance):  # Nothing is further.
+        distance = np.inf
+      if distance > worst[0]:
         worst = distance, jax.tree_util.keystr(path, simple=True, separator="/")
   return worst

@@ -89,16 +89,20 @@ def test_a_wrong_exchange_stops_the_run(monkeypatch, name, function, faulty):
     mesh_check.check(RUNS[name], mesh_cases.make_mesh(MESH))
 
 
-def test_a_wrong_gradient_alone_stops_the_run(monkeypatch):
-  """The forward pass is right: only half of the gradients' sum is there."""
+@pytest.mark.parametrize("factor", [0.5, np.nan])
+def test_a_wrong_gradient_alone_stops_the_run(monkeypatch, factor):
+  """The forward pass is right: gradients are half of what they are, or none."""
   gather = exchange.gather_weights
 
-  def half(params, logical_axes, axes):
+  def wrong(params, logical_axes, axes):
     whole = gather(params, logical_axes, axes)
     if axes is None:
       return whole
-    return {k: jax.lax.stop_gradient(w / 2) + w / 2 for k, w in whole.items()}
+    return {
+      k: jax.lax.stop_gradient(w) + factor * (w - jax.lax.stop_gradient(w))
+      for k, w in whole.items()
+    }
 
-  monkeypatch.setattr(exchange, "gather_weights", half)
+  monkeypatch.setattr(exchange, "gather_weights", wrong)
   with pytest.raises(RunError, match=": gradients/0/"):
     mesh_check.check(RUNS["slots"], mesh_cases.make_mesh(MESH))
