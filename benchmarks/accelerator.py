@@ -19,7 +19,6 @@ from moe_jax import config as config_lib
 SHAPES = {
   "A1": Shape(1024, 2048, 16, 2, 8192),
   "A2": Shape(1024, 512, 128, 8, 8192),
-  "A3": Shape(2048, 1024, 64, 8, 8192),
 }
 _CALLS = 10  # In a row, as one call is too short to time.
 

@@ -205,7 +205,7 @@ def summarize(devices: int, found: dict) -> list[dict]:
 
 def table(rows: list[dict]) -> str:
   """As markdown."""
-  first = rows[0]["flops"]
+  of_one = next((r["flops"] for r in rows if r["devices"] == 1), None)
   lines = [
     "| devices | data, fsdp, expert, tensor | FLOPs of a device ÷ those of one"
     " | collective | over | how many | kB | kB expected |",
@@ -215,7 +215,7 @@ def table(rows: list[dict]) -> str:
     cells = (
       row["devices"],
       row["mesh"],
-      f"{row['flops'] / first:.4f}",
+      f"{row['flops'] / of_one:.4f}" if of_one else "–",
       row["kind"],
       row.get("axes", ""),
       row.get("count", 0),

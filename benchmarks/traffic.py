@@ -24,9 +24,14 @@ from moe_jax.errors import ConfigError
 def main(argv=None) -> int:
   """The command."""
   args = _arguments(argv)
+  from moe_jax import run_directory
+
   rows = []
   for workdir in args.workdir:
-    rows += summarize(workdir.name, *trace(workdir), args.devices)
+    found = summarize(workdir.name, *trace(workdir), args.devices)
+    lines = run_directory.read_metrics(workdir, "validation")
+    loss = lines[-1]["loss"] if lines else None
+    rows += [{**row, "loss": loss} for row in found]
   print(table(rows))
   if args.json:
     timing.write(args.json, rows)
@@ -128,8 +133,8 @@ def table(rows: list[dict]) -> str:
   """As markdown."""
   lines = [
     "| run | devices | devices a token goes to | rows sent a token, one a choice"
-    " | one a device | busiest device ÷ mean |",
-    "|---|---|---|---|---|---|",
+    " | one a device | busiest device ÷ mean | validation loss |",
+    "|---|---|---|---|---|---|---|",
   ]
   keys = (
     "devices_per_token",
@@ -140,6 +145,8 @@ def table(rows: list[dict]) -> str:
   for row in rows:
     cells = [row["run"], str(row["devices"])]
     cells += [f"{row[key]:.2f}" for key in keys]
+    loss = row.get("loss")
+    cells.append("–" if loss is None else f"{loss:.3f}")
     lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines) + "\n"
 

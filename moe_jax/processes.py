@@ -45,12 +45,12 @@ def join(mode: str = "auto", timeout: int = 300) -> None:
   try:
     done.result(timeout)
   except ValueError as e:
-    if mode == "auto":  # A machine with a TPU, and no pod.
-      return
+    if mode == "auto" and not _told(os.environ):
+      return  # A machine with a TPU, and no pod.
     raise ConfigError(
-      f"--multihost=on, but this is no cluster that jax knows ({first_line(e)});"
-      f" set {ADDRESS}, {COUNT} and {INDEX}, or use"
-      " python -m moe_jax.launch.local"
+      "there are to be several processes, but this is no cluster that jax knows"
+      f" ({first_line(e)}); set {ADDRESS}, {COUNT} and {INDEX}, use"
+      " python -m moe_jax.launch.local, or run alone with --multihost=off"
     ) from None
   except (RuntimeError, TimeoutError) as e:
     where = given.get("coordinator_address", "the first process")
@@ -72,13 +72,17 @@ def _initialize(done, given, timeout):
 
 
 def detected(environment: Mapping[str, str]) -> bool:
+  """Whether there are, or may be, several processes."""
+  return _told(environment) or _has_tpu(environment)
+
+
+def _told(environment):
   """Whether the environment tells of several processes."""
   count = lambda name: int(environment.get(name) or 1)  # noqa: E731
   return (
     ADDRESS in environment
     or ("SLURM_STEP_NODELIST" in environment and count("SLURM_NTASKS") > 1)
     or count("OMPI_COMM_WORLD_SIZE") > 1
-    or _has_tpu(environment)
   )
 
 

@@ -27,7 +27,7 @@ from benchmarks import (
   train_step,
 )
 from configs import base
-from moe_jax import main
+from moe_jax import main, run_directory
 from moe_jax.errors import ConfigError
 
 SMALL = shapes.Shape(16, 8, num_experts=4, top_k=2, tokens=64)
@@ -346,6 +346,8 @@ def test_a_device_limit_is_seen_in_a_run(tmp_path, capsys):
   free, limit = json.loads(path.read_text())["rows"]
   assert 1 < free["devices_per_token"] <= 2 == free["rows_by_choice"] / 0.75
   assert limit["devices_per_token"] == 1
+  [*_, line] = run_directory.read_metrics(tmp_path / "limited", "validation")
+  assert limit["loss"] == line["loss"] != free["loss"]
   assert limit["router"] == {"num_expert_groups": 4, "top_expert_groups": 1}
   with pytest.raises(ConfigError, match="no config file"):
     traffic.main([f"--workdir={tmp_path / 'nothing'}"])
@@ -363,7 +365,10 @@ def test_flops_and_collectives_of_topologies(small, tmp_path, capsys):
   products *= shape.d_model * shape.d_expert
   assert 1 < rows[0]["flops"] / products < 1.2
   assert {p.name for p in tmp_path.iterdir()} == {"it.json", "it.png", "it.pdf"}
-  assert "| 8 | 1,1,8,1 | 1.0000 |" in capsys.readouterr().out
+  assert "| 8 | 1,1,8,1 | – |" in capsys.readouterr().out
+  one = {"devices": 1, "mesh": "", "kind": "", "bytes": 0, "expected_bytes": 0}
+  rows = [one | {"flops": 4.0}, one | {"devices": 8, "flops": 5.0}]
+  assert "| 8 |  | 1.2500 |" in topologies.table(rows)
 
 
 def test_speed_of_a_step_is_paired():

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from moe_jax import experts, grouped_matmul
+from configs import tiny
+from moe_jax import experts, grouped_matmul, models
 from moe_jax.errors import ConfigError
 from moe_jax.types import Rows
 
@@ -334,6 +335,15 @@ def test_gpu_without_its_kernels(tokamax):
   tokamax(None)
   with pytest.raises(ConfigError, match="needs tokamax.*cuda12 and cuda13"):
     check("gpu", (1, 2), jnp.float32, 0.0, shape=(3, 4, 2, 4))
+  c = tiny.get_config().model
+  c.moe.grouped_matmul = "gpu"
+  build = functools.partial(
+    models.build, c, vocab_size=9, seq_len=8, batch_sizes=(1,)
+  )
+  assert build().arch.recipe.checked  # Slots do without.
+  c.moe.update(dispatcher={"name": "sorted"}, capacity_factor=None)
+  with pytest.raises(ConfigError, match="needs tokamax"):
+    build()
 
 
 def test_tpu_needs_whole_lanes():

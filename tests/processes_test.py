@@ -144,6 +144,30 @@ def test_impossible_numbers_of_processes(monkeypatch):
     processes.join()
 
 
+@pytest.mark.parametrize(
+  "environment",
+  [
+    {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"},  # And no numbers.
+    {"OMPI_COMM_WORLD_SIZE": "2"},  # Without what jax knows it by.
+  ],
+)
+def test_nobody_trains_alone_by_mistake(monkeypatch, environment):
+  """What tells of several processes is not enough to find them."""
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+
+  def initialize(**given):
+    raise ValueError("Number of processes must be defined.")
+
+  monkeypatch.setattr(processes.jax.distributed, "initialize", initialize)
+  with pytest.raises(ConfigError, match="no cluster .* must be defined"):
+    processes.join()
+  processes.join("off")
+  monkeypatch.setattr(processes, "_told", lambda environment: False)
+  monkeypatch.setattr(processes, "_has_tpu", lambda environment: True)
+  processes.join()  # One machine with a TPU.
+
+
 def test_alone():
   assert processes.is_first()
   assert processes.gather({"a": (1, None)}) == [{"a": [1, None]}]

@@ -118,10 +118,11 @@ def _moe(options, mesh, plugins):
       options["use_bias"],
       options["init_scale"],
     )
+  dispatcher = part("dispatchers", options["dispatcher"])
   recipe = layer.Recipe(
     num_experts=num_experts,
     router=part("routers", options["router"], top_k=top_k),
-    dispatcher=part("dispatchers", options["dispatcher"]),
+    dispatcher=dispatcher,
     experts=experts.build(
       d_expert,
       activation,
@@ -134,7 +135,8 @@ def _moe(options, mesh, plugins):
       for label, section in sorted(dict(options["balancers"]).items())
     ),
     shared=shared,
-    checked=grouped_matmul.is_checked(backend),
+    # Slots need no backend, nor what it would have to import.
+    checked=not dispatcher.ragged or grouped_matmul.is_checked(backend),
   )
   grouping = moe.Grouping(
     options["tokens_per_group"],
