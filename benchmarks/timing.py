@@ -17,13 +17,15 @@ from moe_jax import config as config_lib
 from moe_jax.errors import ConfigError
 
 
-def parser(module: str, about: str, rounds: int) -> argparse.ArgumentParser:
+def parser(
+  module: str, about: str, rounds: int | None = None
+) -> argparse.ArgumentParser:
   """A parser with the flags that benchmarks share.
 
   Args:
     module: its name, after `benchmarks.`.
     about: its docstring.
-    rounds: how many, unless it is told otherwise.
+    rounds: how many, unless it is told otherwise; None: it measures no time.
   """
   made = argparse.ArgumentParser(
     prog=f"python -m benchmarks.{module}",
@@ -31,13 +33,14 @@ def parser(module: str, about: str, rounds: int) -> argparse.ArgumentParser:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = made.add_argument
-  add("--processes", type=config_lib.at_least_1, default=5)
-  add(
-    "--rounds",
-    type=config_lib.at_least_1,
-    default=rounds,
-    help="of a process; in each, everything has its turn",
-  )
+  if rounds is not None:
+    add("--processes", type=config_lib.at_least_1, default=5)
+    add(
+      "--rounds",
+      type=config_lib.at_least_1,
+      default=rounds,
+      help="of a process; in each, everything has its turn",
+    )
   add("--json", type=path, metavar="PATH", help="also write it there")
   # Measures in this process, and prints that as JSON.
   add("--child", action="store_true", help=argparse.SUPPRESS)

@@ -28,13 +28,16 @@ _FLOAT = 4  # Bytes.
 
 
 class Shape(NamedTuple):
-  """Of a layer: D, F, E, K, C, tokens T of a group, and groups on a device."""
+  """Of a layer: D, F, E, K, C, tokens T of a group, and groups on a device.
+
+  slots: C; None: no bound, which the dispatcher "sorted" alone does.
+  """
 
   d_model: int = 64
   d_expert: int = 128
   num_experts: int = 64
   top_k: int = 2
-  slots: int = 20
+  slots: int | None = 20
   tokens: int = 512
   groups: int = 1
 
@@ -85,7 +88,7 @@ def lowered(mesh, shape: Shape, dispatcher: str = "gather"):
   Args:
     mesh: from `parallel.make_mesh`.
     shape: what each device has; K, E and so on of all.
-    dispatcher: with slots, unless it is "sorted", which is dropless here.
+    dispatcher: its name.
   """
   import jax
   import jax.numpy as jnp
@@ -93,13 +96,13 @@ def lowered(mesh, shape: Shape, dispatcher: str = "gather"):
   from moe_jax import experts, layer, parallel, registry
   from moe_jax.types import Bound, Side
 
-  dropless = dispatcher == "sorted"
+  bound = shape.slots and Bound(shape.slots, shape.num_experts)
   recipe = layer.Recipe(
     num_experts=shape.num_experts,
     router=registry.load("routers", "top_k", top_k=shape.top_k),
     dispatcher=registry.load("dispatchers", dispatcher),
     experts=experts.build(shape.d_expert),
-    bound=None if dropless else Bound(shape.slots, shape.num_experts),
+    bound=bound,
   )
   run = parallel.sharded(recipe, mesh)
   tokens = jax.P(parallel.TOKENS)
@@ -263,7 +266,7 @@ def draw(rows: list[dict], path) -> None:
 
 
 def _arguments(argv):
-  parser = timing.parser("topologies", __doc__, rounds=1)
+  parser = timing.parser("topologies", __doc__)
   add = parser.add_argument
   add(
     "--devices",

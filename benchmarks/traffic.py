@@ -54,6 +54,9 @@ def trace(workdir: pathlib.Path) -> tuple[dict[str, np.ndarray], int, dict]:
   from moe_jax.checkpoint import Checkpoints
 
   config = config_lib.load(str(workdir / "config.json"))
+  with config.unlocked():
+    # On what is there: choices do not depend on it.
+    config.mesh = (len(jax.devices()), 1, 1, 1)
   made = program.Program(config)
   arch = made.model.arch
   if arch.recipe is None:
@@ -152,7 +155,7 @@ def table(rows: list[dict]) -> str:
 
 
 def _arguments(argv):
-  parser = timing.parser("traffic", __doc__, rounds=1)
+  parser = timing.parser("traffic", __doc__)
   add = parser.add_argument
   add(
     "--workdir",

@@ -15,7 +15,13 @@ import traceback
 
 import ml_collections
 
-from moe_jax.errors import ConfigError, Interrupted, RunError, did_you_mean
+from moe_jax.errors import (
+  ConfigError,
+  Interrupted,
+  RunError,
+  did_you_mean,
+  first_line,
+)
 
 # Keys that a run's numbers do not depend on.
 _SAME_NUMBERS = (
@@ -28,6 +34,8 @@ _SAME_NUMBERS = (
   "train.max_skipped_in_a_row",
   "train.profile_steps",
 )
+# What jax says where a process that it talks to is gone.
+_PEER = re.compile("Gloo|(closed|reset) by peer|remote process exited")
 _FOLDER_OF_A_PART = re.compile(r"data\.mixture\..+\.dir")
 
 
@@ -198,7 +206,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def at_least_1(text: str) -> int:
   """The type of a flag that counts something."""
-  if not text.isdigit() or int(text) < 1:
+  if not text.isdecimal() or int(text) < 1:
     raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
   return int(text)
 
@@ -249,24 +257,39 @@ def run(main) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(75)  # Threads that compile would crash on a slower way out.
-  except (ConfigError, RunError) as e:
-    print(f"error: {e}", file=sys.stderr)
-    sys.exit(2)
-  except OSError as e:
-    if e.errno not in (errno.ENOSPC, errno.EDQUOT):
-      raise
-    print(
-      f"error: {e.filename or 'a file'} cannot be written ({e.strerror}); free"
-      " space on that disk, older runs for instance, and give the same command"
-      " again",
-      file=sys.stderr,
-    )
-    sys.exit(2)
   except Interrupted as e:
     print(e, file=sys.stderr)
     sys.exit(75)
+  except Exception as e:
+    sentence = _sentence(e)
+    if sentence is None:
+      traceback.print_exc()
+    else:
+      print(f"error: {sentence}", file=sys.stderr)
+    code = 1 if sentence is None else 2
+    # Imported by those who joined others, and slowly.
+    processes = sys.modules.get("moe_jax.processes")
+    (processes.leave if processes else sys.exit)(code)
   finally:
     signal.signal(signal.SIGTERM, before)
+
+
+def _sentence(error):
+  """What to tell the user; None for an error that nobody thought of."""
+  if isinstance(error, ConfigError | RunError):
+    return str(error)
+  if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+    return (
+      f"{error.filename or 'a file'} cannot be written ({error.strerror}); free"
+      " space on that disk, older runs for instance, and give the same command"
+      " again"
+    )
+  if _PEER.search(str(error)):
+    return (
+      f"another process of this run has ended ({first_line(error)}); see what it"
+      " said"
+    )
+  return None
 
 
 def _get_config(path):

@@ -36,13 +36,17 @@ def make_mesh(
     devices: what to use; None: all of them.
 
   Raises:
-    ConfigError: the product is not the number of devices.
+    ConfigError: lengths that are none, or whose product is not the number of
+      devices.
   """
   devices = jax.devices() if devices is None else devices
   sizes = list(sizes)
-  if len(sizes) != len(AXES) or any(s < 1 and s != -1 for s in sizes):
+  if len(sizes) != len(AXES) or not all(
+    type(s) is int and (s >= 1 or s == -1) for s in sizes
+  ):
     raise ConfigError(
-      f"mesh = {tuple(sizes)} needs a length >= 1 for each of {AXES}"
+      f"mesh = {tuple(sizes)} needs a whole number >= 1, or -1 for what is left,"
+      f" for each of {AXES}"
     )
   if sizes.count(-1) > 1:
     raise ConfigError(f"mesh = {tuple(sizes)} has more than one -1; keep one")

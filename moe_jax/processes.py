@@ -2,10 +2,12 @@
 
 import json
 import os
+import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent import futures
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -19,6 +21,9 @@ MODES = ("auto", "on", "off")
 ADDRESS = "JAX_COORDINATOR_ADDRESS"
 COUNT = "JAX_NUM_PROCESSES"
 INDEX = "JAX_PROCESS_ID"
+# Seconds for the others, who end with the first one, to say what was wrong.
+_LAST_WORDS = 2.0
+_index = None  # Of this process among several, once it has joined them.
 
 
 def join(mode: str = "auto", timeout: int = 300) -> None:
@@ -38,6 +43,7 @@ def join(mode: str = "auto", timeout: int = 300) -> None:
     return
   given = _given(os.environ)
   # In a thread, because it ends the process itself where time runs out.
+  global _index
   done = futures.Future()
   threading.Thread(
     target=_initialize, args=(done, given, timeout), daemon=True
@@ -60,6 +66,7 @@ def join(mode: str = "auto", timeout: int = 300) -> None:
       f"{problem}; see that all were started, and can reach that address, or"
       " raise --multihost_timeout"
     ) from None
+  _index = jax.process_index()
 
 
 def _initialize(done, given, timeout):
@@ -78,12 +85,17 @@ def detected(environment: Mapping[str, str]) -> bool:
 
 def _told(environment):
   """Whether the environment tells of several processes."""
-  count = lambda name: int(environment.get(name) or 1)  # noqa: E731
-  return (
-    ADDRESS in environment
-    or ("SLURM_STEP_NODELIST" in environment and count("SLURM_NTASKS") > 1)
-    or count("OMPI_COMM_WORLD_SIZE") > 1
-  )
+  if ADDRESS in environment:
+    return True
+  known = ["OMPI_COMM_WORLD_SIZE"]
+  known += ["SLURM_NTASKS"] if "SLURM_STEP_NODELIST" in environment else []
+  return any(_number(environment.get(k) or "1", k) > 1 for k in known)
+
+
+def _number(text, name):
+  if not text.isdecimal():
+    raise ConfigError(f"{name} = {text!r} is not a whole number")
+  return int(text)
 
 
 def _has_tpu(environment):
@@ -98,18 +110,38 @@ def _given(environment):
   """Arguments of jax.distributed.initialize that variables of ours set."""
   if ADDRESS not in environment:
     return {}
-  given = {"coordinator_address": environment[ADDRESS]}
+  address = environment[ADDRESS]
+  host, _, port = address.rpartition(":")
+  if not host or not port.isdecimal():
+    raise ConfigError(f"{ADDRESS} = {address!r} is not HOST:PORT")
+  given = {"coordinator_address": address}
   for name, argument in ((COUNT, "num_processes"), (INDEX, "process_id")):
     text = environment.get(name)
     if text is None:
       continue  # A cluster that jax knows may tell.
-    if not text.isdigit():
-      raise ConfigError(f"{name} = {text!r} is not a whole number")
-    given[argument] = int(text)
+    given[argument] = _number(text, name)
   count, index = given.get("num_processes"), given.get("process_id")
   if count is not None and index is not None and index >= count:
     raise ConfigError(f"{INDEX} = {index} is not below {COUNT} = {count}")
   return given
+
+
+def leave(code: int) -> NoReturn:
+  """Ends this process, at once where others may be waiting for it.
+
+  On its regular way out jax waits for all processes to come, minutes where
+  only one has failed, and then crashes.
+
+  Args:
+    code: for the shell.
+  """
+  if _index is None:
+    sys.exit(code)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if _index == 0:
+    time.sleep(_LAST_WORDS)
+  os._exit(code)
 
 
 def is_first() -> bool:

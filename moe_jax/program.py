@@ -37,7 +37,7 @@ class Program:
       ConfigError: impossible values; before anything is compiled.
       RunError: the mesh changes what a layer computes, see `mesh_check`.
     """
-    _check(config)
+    check(config)
     data = config.data
     self.config = config
     self.mesh = parallel.mesh_or_none(config.mesh)
@@ -220,7 +220,7 @@ class Program:
     return jax.NamedSharding(self.mesh, jax.P(*axes))
 
 
-def _check(config):
+def check(config) -> None:
   """Raises ConfigError for numbers that no run takes."""
   data, accumulation = config.data, config.train.accumulation
   for section, key in (

@@ -1,6 +1,7 @@
 """What a run leaves behind: config.json, run.json, metrics.jsonl."""
 
 import contextlib
+import datetime
 import fcntl
 import hashlib
 import json
@@ -29,6 +30,8 @@ _PACKAGES = (
   "moe_jax",
 )
 
+_PATIENCE = 10.0  # Seconds for a file to be seen by other processes.
+
 
 class RunDirectory:
   """One run's files, for one run at a time.
@@ -51,16 +54,21 @@ class RunDirectory:
 
     Raises:
       InUse: another run is going on in it.
-      ConfigError: it holds a run of another config, or it cannot be written
-        to.
+      ConfigError: it holds a run of another config, it cannot be written to,
+        or not all processes share it.
     """
     self.path = pathlib.Path(path)
     self._config, self._writers, self._lock = config, [], None
     self._is_first = processes.is_first()
-    self.facts, self.lines = processes.by_first(self._open)
+    self.facts, self.lines, mark = processes.by_first(self._open)
+    try:
+      self._check_shared(mark)
+    except ConfigError:
+      self.close()
+      raise
 
   def _open(self):
-    """What run.json said, and how many lines metrics.jsonl has."""
+    """What run.json said, how many lines metrics.jsonl has, and .lock."""
     with contextlib.ExitStack() as on_error:
       try:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -73,7 +81,25 @@ class RunDirectory:
         ) from None
       on_error.pop_all()
     facts = _read_json(self.path / "run.json") or {}
-    return facts, len(self._read_lines())
+    return facts, len(self._read_lines()), self._read_mark()
+
+  def _check_shared(self, mark):
+    """Raises ConfigError, on all processes, where one sees another folder."""
+    end = time.monotonic() + _PATIENCE
+    while self._read_mark() != mark and time.monotonic() < end:
+      time.sleep(0.1)
+    seen = processes.gather(self._read_mark() == mark)
+    if not all(seen):
+      raise ConfigError(
+        f"process {seen.index(False)} does not see what process 0 has written"
+        f" in {self.path.absolute()}; give a --workdir that all processes share"
+      )
+
+  def _read_mark(self):
+    try:
+      return (self.path / ".lock").read_text()
+    except OSError:
+      return None
 
   def write_to(self, names, step: int) -> None:
     """Logs to other places too, see `writers`.
@@ -92,11 +118,24 @@ class RunDirectory:
 
   def _begin(self, config):
     known = _read_json(self.path / "config.json")
-    if known is not None:
+    if known is not None and self._has_begun():
       _check_same(self.path, known, json.loads(config))
       return
-    _check_no_run(self.path)
+    if self._has_begun():
+      raise ConfigError(
+        f"{self.path} holds a run without its config.json; choose another"
+        " --workdir, or move that one away"
+      )
     self._write("config.json", config + "\n")
+
+  def _has_begun(self):
+    """Whether it holds more than a config.json, as one that was refused does."""
+    checkpoints = self.path / "checkpoints"
+    return (
+      (self.path / "run.json").exists()
+      or self._metrics.exists()
+      or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+    )
 
   def describe(self, step: int = 0, **facts) -> None:
     """Writes run.json: versions, devices, and the given facts.
@@ -272,17 +311,10 @@ def _lock(path):
         " it, or choose another --workdir"
       ) from None
   file.truncate(0)
-  file.write(f"process {os.getpid()} on {socket.gethostname()}")
+  since = datetime.datetime.now().isoformat(" ")
+  file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}")
   file.flush()
   return file
-
-
-def _check_no_run(path):
-  if (path / "metrics.jsonl").exists() or (path / "checkpoints").exists():
-    raise ConfigError(
-      f"{path} holds a run without its config.json; choose another --workdir,"
-      " or move that one away"
-    )
 
 
 def _check_same(path, known, wanted):

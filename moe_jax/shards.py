@@ -6,7 +6,7 @@ import math
 import flax.linen as nn
 import jax
 
-from moe_jax import models, optim, parallel, tokenizers, train
+from moe_jax import models, optim, parallel, program, tokenizers, train
 
 
 def describe(config) -> str:
@@ -18,6 +18,7 @@ def describe(config) -> str:
   Raises:
     ConfigError: what the mesh cannot hold, and other impossible values.
   """
+  program.check(config)
   mesh = parallel.mesh_or_none(config.mesh)
   data, accumulation = config.data, config.train.accumulation
   model = models.build(

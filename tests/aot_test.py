@@ -7,11 +7,13 @@ import sys
 
 import pytest
 
+from tests import aot
+
 pytestmark = pytest.mark.aot
 
 
 def compiled(*flags):
-  """{program: {kernel or collective: how many}} that the command prints."""
+  """{program: {kernel or collective: (how many, bytes)}} that is printed."""
   # A TPU program holds nothing of the eight virtual CPU devices.
   env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
   done = subprocess.run(
@@ -27,40 +29,57 @@ def compiled(*flags):
     if head:
       found = programs[head[1]] = {}
     else:
-      name, number = re.match(r"  (.+): (\d+)", line).groups()
-      found[name] = int(number)
+      name, number, size = re.match(r"  (.+): (\d+)(?:, (\d+))?", line).groups()
+      found[name] = int(number), int(size or 0)
   return programs
+
+
+def exchanged(groups, buffer_rows, itemsize):
+  """Bytes that one layer's forward pass receives: there, and back."""
+  rows = groups * aot.LENGTH * 2  # K.
+  return (buffer_rows + rows) * aot.WIDTH * itemsize
 
 
 def test_dropless_over_experts():
   programs = compiled("--mesh=1,1,4,1", "--layout=dropless")
   forward, gradient = programs["forward"], programs["gradient"]
   # gate, up, down; and the gradients of rows and weights of each.
-  assert forward["tpu_custom_call"] == 3
-  assert gradient["tpu_custom_call"] == 9
-  # There and back, and again for the gradients.
-  assert forward["ragged-all-to-all over expert"] == 2
-  assert gradient["ragged-all-to-all over expert"] == 4
-  assert "all-gather over expert" not in gradient, (
-    "rows go to their experts only"
-  )
+  assert forward["tpu_custom_call"] == (3, 0)
+  assert gradient["tpu_custom_call"] == (9, 0)
+  # There and back, and again for the gradients. All rows may come.
+  size = exchanged(2, 4 * 2 * aot.LENGTH * 2, 2)
+  assert forward["ragged-all-to-all over expert"] == (2, size)
+  assert gradient["ragged-all-to-all over expert"] == (4, 2 * size)
+  # Rows go to their experts only; besides, how many, and the router's gradient.
+  assert set(gradient) == {
+    "tpu_custom_call",
+    "ragged-all-to-all over expert",
+    "all-to-all over expert",
+    "all-reduce over expert",
+  }
+  assert gradient["all-to-all over expert"][1] < 1000
 
 
 def test_buckets_over_fsdp_and_experts():
   programs = compiled("--mesh=1,2,2,1", "--layout=buckets", "--dtype=float32")
   forward, gradient = programs["forward"], programs["gradient"]
-  assert forward["ragged-all-to-all over expert"] == 2
-  assert gradient["ragged-all-to-all over expert"] == 4
+  slots = aot.LENGTH * 2 * 5 // 4 // 4  # Of a bucket, at 1.25.
+  size = exchanged(2, 2 * 4 * slots, 4)
+  assert forward["ragged-all-to-all over expert"] == (2, size)
+  assert gradient["ragged-all-to-all over expert"] == (4, 2 * size)
   # Weights are gathered over fsdp just in time, their gradients scattered.
-  assert forward["all-gather over fsdp"] >= 3
-  assert gradient["reduce-scatter over fsdp"] >= 3
+  weights = 3 * aot.NUM_EXPERTS // 2 * aot.WIDTH**2 * 4
+  count, size = forward["all-gather over fsdp"]
+  assert count >= 3 and weights <= size < 1.01 * weights
+  assert gradient["reduce-scatter over fsdp"] == (3, weights // 2)
 
 
 def test_training_step_over_experts_and_tensor():
   programs = compiled("--mesh=1,1,2,2", "--layout=bounded", "--step")
   step = programs["train step"]
-  assert step["tpu_custom_call"] == 9
-  assert (
-    step["ragged-all-to-all over expert"] == 4 * 2 * 2
-  )  # Layers, micro-batches.
-  assert step["all-reduce over tensor"] >= 1
+  assert step["tpu_custom_call"] == (9, 0)
+  slots = aot.LENGTH * 2 * 5 // 4 // aot.NUM_EXPERTS
+  size = exchanged(4, 4 * aot.NUM_EXPERTS * slots, 2)
+  runs = 2 * 2  # Layers, micro-batches.
+  assert step["ragged-all-to-all over expert"] == (4 * runs, 2 * runs * size)
+  assert step["all-reduce over tensor"][0] >= 1

@@ -27,9 +27,9 @@ LEVELS = (
   "params run_directory",
   "evaluate",
   "train",
-  "mesh_check shards",
+  "mesh_check",
   "program",
-  "loop",
+  "loop shards",
   "main",
   "launch",
 )

@@ -291,14 +291,27 @@ def test_a_folder_of_another_config(make, tmp_path):
   run_directory.RunDirectory(tmp_path, c).close()
   c.mesh, c.data.cache_dir = (8, 1, 1, 1), "elsewhere"
   run_directory.RunDirectory(tmp_path, c).close()  # The same numbers.
+  (tmp_path / "run.json").write_text("{}")
   c.optim.learning_rate = 0.5
   with pytest.raises(ConfigError) as e:
     run_directory.RunDirectory(tmp_path, c)
   for words in ("optim.learning_rate = 0.01", "0.5", "--workdir"):
     assert words in str(e.value)
   (tmp_path / "config.json").unlink()
-  (tmp_path / "metrics.jsonl").touch()
   with pytest.raises(ConfigError, match="without its config.json"):
+    run_directory.RunDirectory(tmp_path, c)
+
+
+def test_a_folder_in_which_nothing_began(make, tmp_path):
+  """One that holds only the config of a run that was refused takes another."""
+  c = make().config.copy_and_resolve_references()
+  for seed in (1, 2):
+    c.seed = seed
+    run_directory.RunDirectory(tmp_path, c).close()
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == seed
+  (tmp_path / "run.json").write_text("{}")
+  c.seed = 3
+  with pytest.raises(ConfigError, match="config.seed = 2, and now it is 3"):
     run_directory.RunDirectory(tmp_path, c)
 
 

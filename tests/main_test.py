@@ -37,6 +37,9 @@ ON_THE_MESH = ["--config=configs/tiny.py", "--config.mesh=(8,1,1,1)"]
     (["mesh=(1,1,8,1)"], ["num_experts = 4", "expert = 8"]),
     (["mesh=(2,1,1,1)"], ["(2, 1, 1, 1)", "2 devices", "8"]),
     (["mesh=(0,1,1,1)"], ["(0, 1, 1, 1)", ">= 1"]),
+    (["mesh=(2.0,2,2,1)"], ["(2.0, 2, 2, 1)", "whole number"]),
+    (["mesh=('a',1,1,1)"], ["('a', 1, 1, 1)", "whole number"]),
+    (["mesh=(True,1,8,1)"], ["(True, 1, 8, 1)", "whole number"]),
     (["mesh=(1,1,1,8)"], ["num_heads = 2", "tensor = 8"]),
     (["mesh=(-1,3,1,1)"], ["3, 1, 1)", "8"]),
     (["mesh=(-1,-1,1,1)"], ["more than one -1"]),
@@ -332,4 +335,8 @@ def test_show_sharding(capsys, tmp_path):
   # AdamW has two numbers for every parameter, and counts its steps.
   moments = int(cells["optimizer"][0].replace(",", ""))
   assert 0 <= moments - 2 * own <= 16
+  assert 0 <= moments - 2 * own <= 16
   assert not (tmp_path / "run").exists()
+  for bad in (0, 3):
+    with pytest.raises(ConfigError, match=f"train.accumulation = {bad} does"):
+      main.main([*flags, f"--config.train.accumulation={bad}"])

@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from configs import tiny
@@ -267,11 +266,8 @@ def _check_places(state, mesh):
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
     if "'experts'" in jax.tree_util.keystr(path) and leaf.ndim > 1
   ]
+  moments = [leaf for leaf in moments if leaf.shape[1] == 8]
   assert moments
   for leaf in moments:
-    if leaf.shape[1] == 8:
-      assert (
-        leaf.sharding.shard_shape(leaf.shape)[1]
-        == (experts.shard_shape(leaf.shape[:2])[1])
-      )
-  assert optax.tree.norm(state.params) > 0
+    held = leaf.sharding.shard_shape(leaf.shape)[1]
+    assert held == experts.shard_shape(leaf.shape[:2])[1] < 8

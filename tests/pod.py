@@ -4,8 +4,9 @@
 
 A run of one process is the measure. The same one in several processes, on as
 many devices in all; then one that is stopped by a SIGTERM to one of them, and
-goes on in one, two and four processes of one device each. Losses must agree
-within 1e-4, batches exactly. The last line is "N passed, M failed".
+goes on in one, two and four processes of one device each. All metrics must
+agree within 1e-4, or 1e-4 of their size, batches exactly. The last line is
+"N passed, M failed".
 """
 
 import argparse
@@ -31,7 +32,8 @@ OPTIONS = (
   "--config.model.moe.router={'name': 'top_k', 'noise': 0.1}",
   "--config.model.moe.balancers={'b': {'name': 'bias', 'rate': 1e-2}}",
 )
-NEAR = 1e-4  # Losses in nats.
+NEAR = 1e-4  # Of metrics up to 1, losses in nats; relative to larger ones.
+TIMING = "tokens_per_second"
 
 
 def main(argv=None) -> int:
@@ -139,10 +141,10 @@ class Pods:
     return good, f"exit codes {codes}, saved {saved}, last line {last}"
 
   def compare(self, name: str) -> tuple[bool, str]:
-    """The losses of a finished run beside those of one process."""
+    """All metrics of a finished run beside those of one process."""
     from moe_jax import run_directory
 
-    far = []
+    far = {}
     for split in ("train", "validation"):
       one, other = (
         run_directory.read_metrics(self.work / folder, split)
@@ -150,8 +152,16 @@ class Pods:
       )
       if [x["step"] for x in one] != [x["step"] for x in other]:
         return False, f"{len(other)} lines of {split}, not {len(one)}"
-      far += [abs(x["loss"] - y["loss"]) for x, y in zip(one, other)]
-    return max(far) <= NEAR, f"losses differ by up to {max(far):.1e}"
+      for x, y in zip(one, other):
+        if x.keys() != y.keys():
+          return False, f"other metrics: {sorted(x.keys() ^ y.keys())}"
+        for key in x.keys() - {"split", TIMING}:
+          off = abs(x[key] - y[key]) / max(1.0, abs(x[key]))
+          far[key] = max(off, far.get(key, 0.0))
+    worst = max(far, key=far.get)
+    measured = f"{len(far)} metrics; loss differs by up to {far['loss']:.1e}"
+    measured += f", {worst} most, by {far[worst]:.1e}"
+    return far[worst] <= NEAR, measured
 
   def batches(self, size: int) -> str:
     """Digest of the batches that so many processes put together."""

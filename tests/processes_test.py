@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -62,6 +64,44 @@ def test_other_configs_code_and_runs_are_refused(tmp_path):
   with run_directory.RunDirectory(tmp_path / "run", config_file.get_config()):
     for said in refused(tmp_path, shell(tiny)):
       assert said.startswith("error: another run is going on in")
+
+
+@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize(
+  ("error", "code"), [("ConfigError", 2), ("OSError", 1)]
+)
+def test_an_error_in_one_process_ends_all(tmp_path, who, error, code):
+  """Though the other one waits for it."""
+  text = f"""
+from moe_jax import config, processes
+from moe_jax.errors import ConfigError
+
+def main():
+  processes.join()
+  processes.gather("here")
+  if processes.is_first() == ({who} == 0):
+    raise {error}("it is broken")
+  processes.gather("waits")
+
+config.run(main)
+"""
+  started = local.start([sys.executable, "-c", text], 2, 1, cwd=pod.ROOT)
+  said = [p.communicate(timeout=60)[0].decode() for p in started]
+  assert started[who].returncode == code and "it is broken" in said[who]
+  assert ("Traceback" in said[who]) == (code == 1)
+  assert started[1 - who].returncode == 2
+  last = said[1 - who].strip().splitlines()[-1]
+  assert last.startswith("error: another process of this run has ended")
+
+
+def test_a_work_directory_that_is_not_shared(tmp_path, monkeypatch):
+  for number in range(2):
+    (tmp_path / f"host{number}").mkdir()
+  flags = f"--config={pod.ROOT}/configs/tiny.py --workdir=run"
+  moved = f"cd host$JAX_PROCESS_ID && {shell(flags)[-1]}"
+  monkeypatch.setenv("PYTHONPATH", str(pod.ROOT))
+  for said in refused(tmp_path, ["sh", "-c", moved]):
+    assert said.startswith("error: process 1 does not see what process 0 has")
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -135,12 +175,21 @@ def test_a_cluster_is_detected(environment, detected):
 
 def test_impossible_numbers_of_processes(monkeypatch):
   monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
-  monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
-  with pytest.raises(ConfigError, match="JAX_NUM_PROCESSES = 'two'"):
-    processes.join()
+  for bad in ("two", "²", ""):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", bad)
+    with pytest.raises(ConfigError, match=f"JAX_NUM_PROCESSES = '{bad}' is"):
+      processes.join()
   monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
   monkeypatch.setenv("JAX_PROCESS_ID", "2")
   with pytest.raises(ConfigError, match="JAX_PROCESS_ID = 2 is not below"):
+    processes.join()
+  for bad in ("localhost", ":1234", "host:port"):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", bad)
+    with pytest.raises(ConfigError, match=f"= '{bad}' is not HOST:PORT"):
+      processes.join()
+  monkeypatch.delenv("JAX_COORDINATOR_ADDRESS")
+  monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "abc")
+  with pytest.raises(ConfigError, match="OMPI_COMM_WORLD_SIZE = 'abc' is"):
     processes.join()
 
 
@@ -195,6 +244,23 @@ def test_launch_local_shows_who_says_what(tmp_path, capsys):
   error = 'error: there is no config file "configs/nothing.py"'
   starts = sorted(line.split(";")[0] for line in said if "error" in line)
   assert starts == [f"[1] {error}", error]
+
+
+def test_a_second_signal_ends_a_pod(tmp_path):
+  """The first one waits for the end of a step, here of the compiler."""
+  flags = ["--config=configs/tiny.py", f"--workdir={tmp_path}"]
+  command = [sys.executable, "-m", "moe_jax.launch.local", "--", *flags]
+  with subprocess.Popen(
+    command, stdout=subprocess.PIPE, cwd=pod.ROOT
+  ) as process:
+    while b"routing and balancing" not in process.stdout.readline():
+      assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.stdout.read()
+    assert process.wait(20) == 128 + signal.SIGKILL
 
 
 def test_launch_local_without_a_command():

@@ -5,11 +5,13 @@
 
 What stands after -- goes to `python -m moe_jax.main` in every process. They
 talk over the loopback interface. The first one's output is shown as it is, the
-others' with their number before it. A signal is passed on to all of them; where
-one fails, the others are ended. Exit codes are those of the run.
+others' with their number before it. A signal is passed on to all of them, and a
+second one ends them at once; where one fails, the others are ended. Exit codes
+are those of the run.
 """
 
 import argparse
+import itertools
 import os
 import signal
 import socket
@@ -37,10 +39,13 @@ def main(argv=None) -> int:
   for reader in readers:
     reader.start()
 
+  numbers = itertools.chain((signal.SIGTERM,), itertools.repeat(signal.SIGKILL))
+
   def pass_on(number, frame):
     del number, frame
+    number = next(numbers)
     for process in started:
-      process.send_signal(signal.SIGTERM)
+      process.send_signal(number)
 
   before = {s: signal.signal(s, pass_on) for s in _SIGNALS}
   try:
