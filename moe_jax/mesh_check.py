@@ -186,9 +186,21 @@ def _measure(run, params, x_GTD, r_GTD, balance, side, rng_G):
     total = (y_GTD * r_GTD).sum() + stats.z.sum() + (stats.prob_E**2).sum()
     return total / r_GTD.size, {"y": y_GTD, "stats": stats}
 
-  gradient = jax.jit(jax.grad(scalar, (0, 1), has_aux=True))
+  gradient = jax.jit(
+    jax.grad(scalar, (0, 1), has_aux=True), compiler_options=_quick()
+  )
   of_params, found = gradient(params, x_GTD, r_GTD, balance, side, rng_G)
   return found | {"gradients": of_params}
+
+
+def _quick():
+  """Of a program that runs once; the same operations, in less time."""
+  if jax.default_backend() != "cpu":
+    return {}
+  return {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+  }
 
 
 def _worst(found, expected):
