@@ -32,9 +32,12 @@ def get_config() -> ConfigDict:
 
   c.model = ConfigDict()
   c.model.name = "transformer"  # a file of moe_jax/models
+  # None: that of the data's tokenizer.
+  c.model.vocab_size = config_dict.placeholder(int)
   c.model.d_model = 128  # width of the residual stream
   c.model.num_layers = 4  # prefix plus a whole number of patterns
-  c.model.prefix = ()  # kinds of the first layers, "dense" or "moe"
+  # Kinds of the first layers: "dense", "moe", or "moe@VARIANT".
+  c.model.prefix = ()
   c.model.pattern = ("moe",)  # kinds of the layers that repeat after them
   c.model.num_heads = 4  # query heads
   c.model.num_kv_heads = 2  # key and value heads; divides num_heads
@@ -42,8 +45,14 @@ def get_config() -> ConfigDict:
   c.model.d_ff = 512  # hidden width of dense layers
   c.model.activation = "swiglu"  # of dense layers: relu, gelu, swiglu, geglu
   c.model.rope_theta = 10_000.0  # base of the rotary frequencies
-  c.model.norm_eps = 1e-6  # of RMSNorm
+  # More options of attention, see moe_jax/models/attention.py.
+  c.model.attention = ConfigDict()
+  # {name: options} of layers "dense@name", "moe@name" that differ in them.
+  c.model.variants = ConfigDict()
+  c.model.norm = "rms"  # or "layer"
+  c.model.norm_eps = 1e-6  # added to the mean square
   c.model.tie_embeddings = True  # output layer = transposed embedding
+  c.model.scale_embedding = True  # times sqrt(d_model)
   # What the backward pass computes again: "none", "dispatch" (blocks, but no
   # exchange between devices), "block" (blocks).
   c.model.remat = "none"
@@ -55,6 +64,7 @@ def get_config() -> ConfigDict:
   moe.top_k = 2  # K, experts per token
   moe.d_expert = 128  # F, hidden width of one expert
   moe.num_shared_experts = 0  # experts that every token passes, as one wide one
+  moe.shared_gate = False  # the shared experts times sigmoid(x w) (Qwen2-MoE)
   moe.activation = "swiglu"  # of experts: relu, gelu, swiglu, geglu
   moe.use_bias = False  # biases in experts
   moe.init_scale = 1.0  # variance of expert weights times fan-in (Switch: 0.1)
@@ -111,6 +121,8 @@ def get_config() -> ConfigDict:
   # A misspelt key is an error, but for the options of parts, which the parts
   # themselves check.
   c.lock()
-  for section in (c.data.mixture, moe.router, moe.dispatcher, moe.balancers):
+  parts = (c.model.attention, c.model.variants)
+  parts += (moe.router, moe.dispatcher, moe.balancers)
+  for section in (c.data.mixture, *parts):
     section.unlock()
   return c

@@ -34,6 +34,15 @@ _SAME_NUMBERS = (
   "train.max_skipped_in_a_row",
   "train.profile_steps",
 )
+# Keys that are younger than some runs, and what was done without them.
+_YOUNGER = {
+  "model.vocab_size": None,
+  "model.attention": {},
+  "model.variants": {},
+  "model.norm": "rms",
+  "model.scale_embedding": True,
+  "model.moe.shared_gate": False,
+}
 # What jax says where a process that it talks to is gone.
 _PEER = re.compile("Gloo|(closed|reset) by peer|remote process exited")
 _FOLDER_OF_A_PART = re.compile(r"data\.mixture\..+\.dir")
@@ -134,12 +143,19 @@ def _from_json(path):
   try:
     values = json.loads(path.read_text())
     moe = values["model"]["moe"]
+    for key, value in _YOUNGER.items():
+      *sections, last = key.split(".")
+      section = values
+      for name in sections:
+        section = section[name]
+      section.setdefault(last, value)
     for key in ("tokens_per_group", "eval_capacity_factor"):
       # A word or a number, whichever it is in the file.
       moe[key] = ml_collections.FieldReference(moe[key], object)
     config = ml_collections.ConfigDict(_with_tuples(values)).lock()
-    moe = config.model.moe
-    sections = (config.data.mixture, moe.router, moe.dispatcher, moe.balancers)
+    model, moe = config.model, config.model.moe
+    sections = (config.data.mixture, model.attention, model.variants)
+    sections += (moe.router, moe.dispatcher, moe.balancers)
     for section in sections:
       section.keys()  # A section, not a value.
   except FileNotFoundError:
@@ -181,11 +197,15 @@ def numbers(tree):
   Args:
     tree: a config as nested dicts.
   """
-  return ((k, v) for k, v in flat(tree) if not _same_numbers(k))
+  return ((k, v) for k, v in flat(tree) if not _same_numbers(k, v))
 
 
-def _same_numbers(key):
-  return key.startswith(_SAME_NUMBERS) or _FOLDER_OF_A_PART.fullmatch(key)
+def _same_numbers(key, value):
+  return (
+    key.startswith(_SAME_NUMBERS)
+    or _FOLDER_OF_A_PART.fullmatch(key)
+    or (key in _YOUNGER and _YOUNGER[key] == value)
+  )
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -1,143 +1,115 @@
-"""The validation split: loss and routing metrics, whole and by domain."""
+"""Loss and routing metrics of any weights on a text: of a run, or published.
 
-import collections
-import math
-from collections.abc import Callable, Iterable
+python -m moe_jax.evaluate --hf=PATH --dataset=python_sources
+"""
 
-import jax
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+
 import numpy as np
 
-from moe_jax import losses, metrics
-from moe_jax.models import moe
-from moe_jax.types import Mean
-
-_AHEAD = 2  # Batches that the devices may have in hand.
+from moe_jax import config as config_lib
+from moe_jax.errors import ConfigError
 
 
-def eval_step(params, balance, batch, index, *, model, num_bytes_V):
-  """Sums of one batch.
-
-  Args:
-    params, balance: the model's collections.
-    batch: inputs, targets, mask [B, L].
-    index: number of the batch, for a router that draws at evaluation too.
-
-    num_bytes_V: bytes of text that each token stands for.
-
-  Returns:
-    {"loss": Mean of nats per token, "bytes": of text that the targets stand
-    for, "stats": summed over groups}.
-  """
-  batch_size, length = batch["inputs"].shape
-  rng_G = None
-  if model.arch.grouping is not None:
-    rng_G = moe.keys(
-      jax.random.key(0),
-      batch_size,
-      length,
-      model.arch.grouping,
-      index * batch_size,
-    )
-  logits_BLV, aux = model.apply(
-    {"params": params, "balance": balance},
-    batch["inputs"],
-    batch["mask"],
-    rng_G,
+def main(argv=None) -> int:
+  """The command."""
+  parser = argparse.ArgumentParser(
+    prog="python -m moe_jax.evaluate",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  return {
-    "loss": losses.cross_entropy(logits_BLV, batch["targets"], batch["mask"]),
-    "bytes": metrics.num_bytes(num_bytes_V, batch["targets"], batch["mask"]),
-    "stats": statistics(aux),
-  }
+  add = parser.add_argument
+  source = parser.add_mutually_exclusive_group(required=True)
+  source.add_argument(
+    "--hf", metavar="DIR", help="config.json, safetensors, tokenizer.json"
+  )
+  source.add_argument(
+    "--checkpoint", metavar="DIR", help="a work directory, or one checkpoint"
+  )
+  add("--dataset", required=True, help="as config.data.name has it")
+  add("--data_dir", metavar="DIR", help="folder of a prepared TFDS dataset")
+  add("--seq_len", type=config_lib.at_least_1, default=256)
+  add("--batch_size", type=config_lib.at_least_1, default=8)
+  add("--batches_per_domain", type=config_lib.at_least_1, help="default: all")
+  add("--dtype", choices=("float32", "bfloat16"), default="float32")
+  add("--json", type=str, metavar="PATH", help="metrics, and shares of experts")
+  args = parser.parse_args(argv)
 
+  import jax
 
-def statistics(aux):
-  """{segment: {position: Stats}} out of a model's aux, summed over groups."""
-  return {
-    segment: {
-      position: metrics.sum_groups(entry["stats"])
-      for position, entry in positions.items()
-    }
-    for segment, positions in aux.items()
-  }
+  from moe_jax import batches, evaluation, mixture, trained
 
-
-def evaluate(
-  step: Callable,
-  batches: Iterable,
-  stop: Callable[[], bool],
-  *,
-  segments,
-  recipe,
-) -> dict[str, float] | None:
-  """All metrics of the split.
-
-  Args:
-    step: (batch, its number) -> what `eval_step` returns; may run ahead of the
-      host.
-    batches: (domain, batch) pairs.
-    stop: asked between batches whether to stop.
-    segments: `Architecture.segments`.
-    recipe: of the MoE layers, or None.
-
-  Returns:
-    loss, bits_per_byte, the routing metrics from the counts of the whole
-    split, `max_vio_global` with its floor, and by domain
-    `max_vio_global/<domain>` with its floor and `bits_per_byte/<domain>`.
-    None if it was stopped.
-  """
-  sums, waiting = {}, collections.deque()
-
-  def take():
-    domain, found = waiting.popleft()
-    found = jax.device_get(found)
-    sums[domain] = _add([sums[domain], found] if domain in sums else [found])
-
-  for index, (domain, batch) in enumerate(batches):
-    if stop():
-      return None
-    waiting.append((domain, step(batch, index)))
-    if len(waiting) > _AHEAD:
-      take()
-  while waiting:
-    take()
-  total = _add(list(sums.values()))
-  out = summarize(total, segments, recipe)
-  if recipe is not None:
-    out["max_vio_global"] = out["max_vio"]
-  for domain, part in sums.items():
-    found = summarize(part, segments, recipe)
-    out[f"bits_per_byte/{domain}"] = found["bits_per_byte"]
-    if recipe is not None:
-      out[f"max_vio_global/{domain}"] = found["max_vio"]
-      out[f"max_vio_floor/{domain}"] = found["max_vio_floor"]
-  return out
-
-
-def summarize(sums, segments, recipe) -> dict[str, float]:
-  """Metrics of summed batches, divided."""
-  means = loss_means(sums)
-  if recipe is not None:
-    layers = metrics.by_layer(sums["stats"], segments)
-    means |= metrics.routing(layers, recipe.router.top_k)
-  out = metrics.divide(means)
-  if recipe is not None:
-    out["max_vio_floor"] = metrics.max_vio_floor(
-      int(sums["loss"].weight), recipe.num_experts, recipe.router.top_k
+  if args.hf:
+    found = trained.published(args.hf, args.dtype)
+  else:
+    found = trained.of_run(args.checkpoint, args.batch_size, args.seq_len)
+  if not found.ends:
+    raise ConfigError(
+      f"{args.hf}/config.json has no eos_token_id, which ends a document; add it"
     )
-  return out
+  corpus = mixture.prepare(_data(args, found.tokenizer.name))
+  # The tokenizer's end is one token more than the model may have.
+  own_end, end = found.tokenizer.end, found.ends[0]
+  arch = dataclasses.replace(found.model.arch, end_of_document=end)
+  model = found.model.clone(arch=arch)
+  sizes_V = np.zeros(max(arch.vocab_size, corpus.vocab_size), np.int32)
+  sizes_V[: corpus.vocab_size] = corpus.num_bytes_V
+  compiled = jax.jit(
+    functools.partial(evaluation.eval_step, model=model, num_bytes_V=sizes_V)
+  )
+
+  def step(batch, index):
+    for name in ("inputs", "targets"):
+      batch[name] = np.where(batch[name] == own_end, end, batch[name])
+    variables = found.variables
+    return compiled(
+      variables["params"], variables.get("balance", {}), batch, np.int32(index)
+    )
+
+  split = batches.validation_batches(
+    corpus,
+    seq_len=args.seq_len,
+    batch_size=args.batch_size,
+    batches_per_domain=args.batches_per_domain,
+    separate_documents=True,
+  )
+  sums = evaluation.by_domain(step, split)
+  values = evaluation.table(sums, arch.segments, arch.recipe)
+  for name, value in values.items():
+    print(f"{name:32}{value:12.4f}")
+  rows = []
+  if arch.recipe is not None:
+    rows = evaluation.specialisation(sums, arch.segments)
+    print(
+      f"\nThe most used experts of each domain:\n\n{evaluation.describe(rows)}"
+    )
+  if args.json:
+    try:
+      with open(args.json, "w") as f:
+        json.dump({"metrics": values, "shares": rows}, f, indent=2)
+    except OSError as e:
+      raise ConfigError(
+        f"cannot write --json={args.json} ({e.strerror}); choose another path"
+      ) from None
+  return 0
 
 
-def loss_means(sums) -> dict[str, Mean]:
-  """Cross-entropy in nats per token and in bits per byte of text."""
-  nats = sums["loss"].total
+def _data(args, tokenizer: str) -> dict:
+  """The section `data` of a config, of the command's flags."""
   return {
-    "loss": sums["loss"],
-    "bits_per_byte": Mean(nats / math.log(2), sums["bytes"]),
+    "name": args.dataset,
+    "dir": args.data_dir,
+    "text_feature": "text",
+    "domain_feature": "domain",
+    "mixture": {},
+    "tokenizer": tokenizer,
+    "cache_dir": None,
   }
 
 
-def _add(trees):
-  # Counts beyond 2^24 are not exact in float32.
-  trees = [jax.tree.map(lambda x: np.asarray(x, np.float64), t) for t in trees]
-  return jax.tree.map(lambda *x: sum(x), *trees)
+if __name__ == "__main__":
+  config_lib.run(lambda: main(sys.argv[1:]))

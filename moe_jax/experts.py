@@ -9,12 +9,20 @@ from moe_jax import grouped_matmul
 from moe_jax.errors import ConfigError, did_you_mean
 from moe_jax.types import Experts, Mlp, Rows
 
-# Activation, and whether a second matrix gates it.
+
+def _clamped_swiglu(gate, up):
+  """gpt-oss (2508.10925): limits of 7, a steeper gate, and up + 1."""
+  gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
+  return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)
+
+
+# The matrices of the hidden layer, and what becomes of their results.
 ACTIVATIONS = {
-  "relu": (jax.nn.relu, False),
-  "gelu": (jax.nn.gelu, False),
-  "swiglu": (jax.nn.silu, True),
-  "geglu": (jax.nn.gelu, True),
+  "relu": (("up",), jax.nn.relu),
+  "gelu": (("up",), jax.nn.gelu),
+  "swiglu": (("gate", "up"), lambda gate, up: jax.nn.silu(gate) * up),
+  "geglu": (("gate", "up"), lambda gate, up: jax.nn.gelu(gate) * up),
+  "clamped_swiglu": (("gate", "up"), _clamped_swiglu),
 }
 
 
@@ -30,8 +38,8 @@ def build(
 
   Args:
     d_expert: F, the hidden width of one expert.
-    activation: "relu", "gelu" (two matrices), "swiglu" or "geglu" (three;
-      2002.05202).
+    activation: "relu", "gelu" (two matrices), "swiglu", "geglu" (three;
+      2002.05202) or "clamped_swiglu" (gpt-oss, 2508.10925).
     use_bias: a bias after each matrix.
     init_scale: variance of the weights times fan-in (Switch takes 0.1).
     backend: of `grouped_matmul`, for ragged rows.
@@ -76,7 +84,8 @@ def build(
     return Rows(y_ND, rows.tokens_per_expert_GE)
 
   axes = mlp_axes(activation, use_bias)
-  return Experts(init, {k: ("expert", *v) for k, v in axes.items()}, apply)
+  axes = {k: ("expert", *v) for k, v in axes.items()}
+  return Experts(init, axes, apply, activation)
 
 
 @functools.cache
@@ -94,7 +103,27 @@ def dense(
     ),
     axes=mlp_axes(activation, use_bias),
     apply=lambda params, x: mlp(params, x, activation),
+    activation=activation,
   )
+
+
+@functools.cache
+def gated(network: Mlp) -> Mlp:
+  """Times sigmoid(x w), a number for each token (Qwen2-MoE, 2407.10671)."""
+
+  def init(rng, d_model):
+    rng, of_gate = jax.random.split(rng)
+    initializer = jax.nn.initializers.truncated_normal(d_model**-0.5)
+    return network.init(rng, d_model) | {
+      "token_gate": initializer(of_gate, (d_model, 1))
+    }
+
+  def apply(params, x):
+    gate = jax.nn.sigmoid(grouped_matmul.linear(params, "token_gate", x))
+    return gate * network.apply(params, x)
+
+  axes = {**network.axes, "token_gate": ("embed", None)}
+  return Mlp(init, axes, apply, network.activation)
 
 
 def mlp(params, x, activation, linear=grouped_matmul.linear):
@@ -106,15 +135,13 @@ def mlp(params, x, activation, linear=grouped_matmul.linear):
 @functools.cache
 def parts(activation: str):
   """The network in two: see `grouped_matmul.grouped_network`."""
-  act, gated = ACTIVATIONS[activation]
+  names, combine = ACTIVATIONS[activation]
 
   def hidden(linear, params, x):
-    names = ("gate", "up") if gated else ("up",)
     return [linear(params, name, x) for name in names]
 
   def output(linear, params, hidden):
-    first, *up = hidden
-    return linear(params, "down", act(first) * up[0] if gated else act(first))
+    return linear(params, "down", combine(*hidden))
 
   return hidden, output
 
@@ -124,9 +151,9 @@ def init_mlp(rng, d_model, hidden, activation, use_bias, init_scale=1.0):
   initializer = jax.nn.initializers.variance_scaling(
     init_scale, "fan_in", "truncated_normal"
   )
-  shapes = {"up": (d_model, hidden), "down": (hidden, d_model)}
-  if ACTIVATIONS[activation][1]:
-    shapes["gate"] = (d_model, hidden)
+  names, _ = ACTIVATIONS[activation]
+  shapes = {name: (d_model, hidden) for name in names}
+  shapes["down"] = (hidden, d_model)
   rngs = dict(zip(sorted(shapes), jax.random.split(rng, len(shapes))))
   params = {name: initializer(rngs[name], shapes[name]) for name in shapes}
   if use_bias:
@@ -136,9 +163,9 @@ def init_mlp(rng, d_model, hidden, activation, use_bias, init_scale=1.0):
 
 def mlp_axes(activation: str, use_bias: bool) -> dict[str, tuple[str, ...]]:
   """Logical axes of the parameters of one network."""
-  axes = {"up": ("embed", "mlp"), "down": ("mlp", "embed")}
-  if ACTIVATIONS[activation][1]:
-    axes["gate"] = ("embed", "mlp")
+  names, _ = ACTIVATIONS[activation]
+  axes = {name: ("embed", "mlp") for name in names}
+  axes["down"] = ("mlp", "embed")
   if use_bias:
     axes |= {f"{k}_bias": v[1:] for k, v in axes.items()}
   return axes

@@ -31,7 +31,7 @@ class Recipe:
   groups_per_sequence: how many groups make up a sequence, if S is 1.
   bound: how many rows experts may receive per group; None: dropless.
   balancers: (label, Balancer) pairs; their selections are applied in turn.
-  shared: a dense network every token passes, added unscaled; None: no
+  shared: a dense network every token passes, added to the sum; None: no
     shared experts.
   checked: whether every kernel declares over which mesh axes it varies, so
     that shard_map can check them.
@@ -136,7 +136,7 @@ def read(params, logical_axes, dtype, axes: Axes | None):
   params = exchange.gather_weights(params, logical_axes, axes)
   return {
     # Added to every shard's part of the sum over F, so in all but one as 0.
-    k: w if "mlp" in logical_axes[k] else exchange.once(w, axes)
+    k: exchange.once(w, axes) if k == "down_bias" else w
     for k, w in params.items()
   }
 

@@ -14,7 +14,7 @@ import jax
 
 from moe_jax import config as config_lib
 from moe_jax import (
-  evaluate,
+  evaluation,
   grouped_matmul,
   metrics,
   parallel,
@@ -337,7 +337,7 @@ def step_means(sums: dict, arch) -> dict[str, Mean]:
     sums: what `train_step` returned, on the host.
     arch: of the model.
   """
-  means = evaluate.loss_means(sums)
+  means = evaluation.loss_means(sums)
   means["grad_norm"] = Mean(sums["grad_norm"], 1.0)
   means["aux_loss"] = Mean(sums["aux_loss"], 1.0)
   if arch.recipe is not None:

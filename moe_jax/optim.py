@@ -15,7 +15,7 @@ import optax
 from moe_jax.errors import ConfigError, did_you_mean
 
 LABELS = ("router", "experts", "rest")
-_NO_DECAY = ("scale", "_bias", "embedding")
+_NO_DECAY = ("scale", "_bias", "embedding", "sinks")
 _NO_MATRIX = ("embedding", "head")
 
 
@@ -158,7 +158,7 @@ def matrix_axes(
   """(input axes, output axes) of a leaf's matrices; None if it has none."""
   first, keys = batch_axes(path, segments), _keys(path)
   axes = tuple(range(first, leaf.ndim))
-  if len(axes) < 2 or keys[-1] in _NO_MATRIX:
+  if len(axes) < 2 or keys[-1] in _NO_MATRIX or keys[-1].endswith("_bias"):
     return None
   inputs = len(axes) - 1 if keys[-2:] == ("attention", "out") else 1
   return axes[:inputs], axes[inputs:]

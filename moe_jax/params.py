@@ -25,7 +25,8 @@ def count(model, seq_len: int) -> dict[str, int]:
 
   Returns:
     total, active, active_without_embedding, and by part: embedding, head,
-    attention, dense (feed-forward layers), experts, shared, router, norm.
+    attention, dense (feed-forward layers), experts, shared, router, norm;
+    selection_bias, which is not learnt by a gradient and in no sum.
   """
   import flax.linen as nn
   import jax
@@ -41,13 +42,14 @@ def count(model, seq_len: int) -> dict[str, int]:
   shapes = jax.eval_shape(
     lambda: nn.unbox(
       model.init(jax.random.key(0), jnp.zeros((tokens, seq_len), jnp.int32))
-    )["params"]
+    )
   )
   parts: dict[str, int] = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+  for path, leaf in jax.tree_util.tree_leaves_with_path(shapes["params"]):
     part = _part([getattr(p, "key", "") for p in path])
     parts[part] = parts.get(part, 0) + leaf.size
   total = sum(parts.values())
+  biases = sum(x.size for x in jax.tree.leaves(shapes.get("balance", {})))
   active = total
   if arch.recipe is not None:
     idle = arch.recipe.num_experts - arch.recipe.router.top_k
@@ -57,6 +59,7 @@ def count(model, seq_len: int) -> dict[str, int]:
     "active": active,
     "active_without_embedding": active - parts["embedding"],
     **parts,
+    **({"selection_bias": biases} if biases else {}),
   }
 
 
@@ -75,14 +78,16 @@ def train_flops_per_token(model, seq_len: int) -> int:
   weights = found["active"] - found.get("norm", 0)
   if not arch.tie_embeddings:
     weights -= found["embedding"]  # Looked up; tied, it is the output layer.
-  attention = arch.num_layers * arch.num_heads * arch.head_dim * seq_len
-  return 3 * (2 * weights + 4 * attention)
+  attention = sum(
+    arch.attention_of(kind).flops_per_pair for kind in arch.layers
+  )
+  return 3 * (2 * weights + attention * seq_len)
 
 
 def kv_cache_per_token(model) -> int:
   """Numbers that attention keeps for every token of a context."""
   arch = model.arch
-  return 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim
+  return sum(arch.attention_of(kind).cached_per_token for kind in arch.layers)
 
 
 def describe(model_config, plugins: tuple[str, ...] = ()) -> dict:
@@ -132,7 +137,7 @@ def main(argv=None) -> int:
     "--bytes", choices=BYTES, default="bf16", help="for the sizes in bytes"
   )
   parser.add_argument(
-    "--vocab_size", type=int, default=257, help="V; 257 for byte tokens"
+    "--vocab_size", type=int, help="V, where the config has none (257: bytes)"
   )
   args, config = config_lib.parse(parser, argv)
 
@@ -143,7 +148,7 @@ def main(argv=None) -> int:
     raise ConfigError(f"train.accumulation = {accumulation} is not 1 or more")
   model = models.build(
     config.model,
-    vocab_size=args.vocab_size,
+    vocab_size=args.vocab_size or config.model.vocab_size or 257,
     seq_len=config.data.seq_len,
     batch_sizes=(config.data.batch_size // accumulation,),
     plugins=config.plugins,

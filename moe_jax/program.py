@@ -11,7 +11,7 @@ import numpy as np
 from moe_jax import (
   batches,
   checkpoint,
-  evaluate,
+  evaluation,
   mesh_check,
   mixture,
   models,
@@ -47,7 +47,9 @@ class Program:
     self.model = models.build(
       config.model,
       vocab_size=self.corpus.vocab_size,
-      separate_documents=data.separate_documents,
+      end_of_document=(
+        self.corpus.end_of_document if data.separate_documents else None
+      ),
       seq_len=data.seq_len,
       batch_sizes=(self._micro_batch, config.eval.batch_size),
       mesh=self.mesh,
@@ -120,7 +122,7 @@ class Program:
       batch = self._put(batch, self.config.eval.batch_size, axis=0)
       return self.eval_step(state.params, state.balance, batch, np.int32(index))
 
-    return evaluate.evaluate(
+    return evaluation.evaluate(
       step,
       self.validation(),
       stop,
@@ -184,7 +186,7 @@ class Program:
     self.eval_step = (
       jax.jit(
         functools.partial(
-          evaluate.eval_step, model=self.model, num_bytes_V=num_bytes_V
+          evaluation.eval_step, model=self.model, num_bytes_V=num_bytes_V
         ),
         **shardings.get("eval", {}),
       )

@@ -12,6 +12,7 @@ from moe_jax.errors import ConfigError, did_you_mean
 
 _NONE = type(None)
 _PLAIN = {bool, int, float, str, _NONE}
+_MADE = {}  # By id, of what the cache of _build keeps alive.
 
 
 def load(kind: str, name: str, *, plugins: tuple[str, ...] = (), **options):
@@ -40,6 +41,14 @@ def load(kind: str, name: str, *, plugins: tuple[str, ...] = (), **options):
         f" {type(value).__name__}; options are numbers, words or tuples"
       )
   return _build(kind, name, tuple(plugins), items, types)
+
+
+def made_of(part) -> tuple[str, dict]:
+  """(name, all options) that `load` made a part of; {} of what it did not."""
+  if id(part) not in _MADE:
+    return "", {}
+  kind, name, plugins, options = _MADE[id(part)]
+  return name, resolved(kind, name, plugins=plugins, **dict(options))
 
 
 def names(kind: str, plugins: tuple[str, ...] = ()) -> list[str]:
@@ -101,7 +110,9 @@ def _build(kind, name, plugins, options, types):
   ]
   if missing:
     raise ConfigError(f"{kind}/{name} needs the option(s) {', '.join(missing)}")
-  return build(**dict(options))
+  part = build(**dict(options))
+  _MADE[id(part)] = kind, name, plugins, options
+  return part
 
 
 def _check_type(kind, name, option, value, hint):

@@ -4,12 +4,13 @@ A tokenizer is a record of three things; token `end` closes a document, and is
 the last of the vocabulary.
 """
 
+import functools
 import hashlib
 import json
 import os
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,8 @@ _BYTE = re.compile("<0x[0-9A-F]{2}>")  # A piece that stands for one byte.
 class Tokenizer(NamedTuple):
   """name: as it was asked for.
   encode: bytes -> int array of tokens, without an end.
+  prompt: the same, with the special tokens that a model's input begins with.
+  decode: tokens -> text.
   num_bytes_V: how many bytes of text each token stands for, 0 for the end; bits
     per byte are counted with it.
   key: changes with anything that changes the tokens.
@@ -29,6 +32,8 @@ class Tokenizer(NamedTuple):
 
   name: str
   encode: Callable[[bytes], np.ndarray]
+  prompt: Callable[[bytes], np.ndarray]
+  decode: Callable[[Sequence[int]], str]
   num_bytes_V: np.ndarray
   key: str
 
@@ -75,9 +80,17 @@ def load(name: str | os.PathLike = "bytes") -> Tokenizer:
 
 
 def _bytes():
+  def encode(text):
+    return np.frombuffer(text, np.uint8)
+
+  def decode(tokens):
+    return bytes(t for t in tokens if t < 256).decode("utf-8", "replace")
+
   return Tokenizer(
     name="bytes",
-    encode=lambda text: np.frombuffer(text, np.uint8),
+    encode=encode,
+    prompt=encode,
+    decode=decode,
     num_bytes_V=np.append(np.ones(256, np.int32), np.int32(0)),
     key="bytes",
   )
@@ -106,12 +119,18 @@ def _json(path):
       return 1
     return len(piece) if by_bytes else _length(piece)
 
-  def encode(text):
+  def encode(text, special=False):
     text = text.decode("utf-8", "replace")
-    return np.asarray(tokenizer.encode(text, add_special_tokens=False).ids)
+    return np.asarray(tokenizer.encode(text, add_special_tokens=special).ids)
 
-  lengths = _with_end(map(length, pieces))
-  return Tokenizer(str(path), encode, lengths, _key(path))
+  return Tokenizer(
+    str(path),
+    encode,
+    functools.partial(encode, special=True),
+    lambda tokens: tokenizer.decode([t for t in tokens if t < size]),
+    _with_end(map(length, pieces)),
+    _key(path),
+  )
 
 
 def _sentencepiece(path):
@@ -124,10 +143,19 @@ def _sentencepiece(path):
     piece = model.id_to_piece(i)
     lengths.append(0 if control else 1 if model.is_byte(i) else _length(piece))
 
-  def encode(text):
-    return np.asarray(model.encode(text.decode("utf-8", "replace")), np.int64)
+  def encode(text, begin=False):
+    text = text.decode("utf-8", "replace")
+    return np.asarray(model.encode(text, add_bos=begin), np.int64)
 
-  return Tokenizer(str(path), encode, _with_end(lengths), _key(path))
+  size = model.get_piece_size()
+  return Tokenizer(
+    str(path),
+    encode,
+    functools.partial(encode, begin=model.bos_id() >= 0),
+    lambda tokens: model.decode([int(t) for t in tokens if t < size]),
+    _with_end(lengths),
+    _key(path),
+  )
 
 
 def _length(piece):

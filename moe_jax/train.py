@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax import evaluate, losses, metrics, parallel
+from moe_jax import evaluation, losses, metrics, parallel
 from moe_jax.models import moe
 from moe_jax.types import Array
 
@@ -140,7 +140,7 @@ def train_step(
     sums = {
       "loss": loss,
       "bytes": metrics.num_bytes(num_bytes_V, micro["targets"], micro["mask"]),
-      "stats": evaluate.statistics(aux),
+      "stats": evaluation.statistics(aux),
       "aux_loss": balance,
     }
     return loss.total / step_tokens + balance, sums

@@ -185,17 +185,19 @@ class Dispatcher:
 class Experts:
   """The networks that are the experts.
 
-  The shards of F (axis "mlp") add up to the output. A parameter without that
-  axis is a bias of the output: it is zero in all shards but one.
+  The shards of F (axis "mlp") add up to the output. The parameter "down_bias"
+  is a bias of the output: it is zero in all shards but one.
 
   init: (rng, num_experts, d_model) -> params.
   axes: {parameter: logical axis names}.
   apply: (params, Rows) -> Rows, with expert e's own weights for its rows.
+  activation: name of the activation, for who writes a model's config.
   """
 
   init: Callable[..., dict[str, Array]]
   axes: Mapping[str, tuple[str | None, ...]]
   apply: Callable[[Mapping[str, Array], Rows], Rows]
+  activation: str = ""
 
 
 @_part
@@ -204,11 +206,13 @@ class Mlp:
 
   init: (rng, d_model) -> params; axes: {parameter: logical axis names};
   apply: (params, x [..., D]) -> y [..., D].
+  activation: name of the activation, for who writes a model's config.
   """
 
   init: Callable[..., dict[str, Array]]
   axes: Mapping[str, tuple[str | None, ...]]
   apply: Callable[[Mapping[str, Array], Array], Array]
+  activation: str = ""
 
 
 @_part

@@ -20,22 +20,22 @@ LEVELS = (
   "layer",
   "parallel",
   "models",
-  "losses optim datasets checkpoint signals sources tokenizers writers",
+  "losses optim datasets checkpoint signals sources tokenizers writers interop",
   "tokens",
   "mixture",
   "batches config",
-  "params run_directory",
-  "evaluate",
+  "params run_directory trained",
+  "evaluation",
   "train",
   "mesh_check",
   "program",
   "loop shards",
-  "main",
+  "evaluate generate main",
   "launch",
 )
 LEVEL = {part: i for i, parts in enumerate(LEVELS) for part in parts.split()}
 # Folders whose files share something. Other files of a folder stand alone.
-SHARING = ("dispatchers", "grouped_matmul", "models")
+SHARING = ("dispatchers", "grouped_matmul", "interop", "models")
 OUTSIDE = {"benchmarks", "configs", "experiments", "tests"}
 # Slow to import: inside of functions only. A builder of TFDS must be a class of
 # it, so datasets may, and nobody imports a dataset before it is asked for.

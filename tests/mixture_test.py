@@ -229,7 +229,7 @@ def build(separate):
   return models.build(
     c,
     vocab_size=257,
-    separate_documents=separate,
+    end_of_document=256 if separate else None,
     seq_len=16,
     batch_sizes=(2,),
   )

@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 
 from configs import tiny
-from moe_jax import evaluate, losses, models, optim, program, train
+from moe_jax import evaluation, losses, models, optim, program, train
 from moe_jax.errors import ConfigError
 from moe_jax.models import moe
 from tests import mesh_cases, oracle
@@ -181,7 +181,7 @@ def test_a_program_is_traced_once(sizes, monkeypatch):
     train, "train_step", chex.assert_max_traces(train.train_step, n=1)
   )
   monkeypatch.setattr(
-    evaluate, "eval_step", chex.assert_max_traces(evaluate.eval_step, n=1)
+    evaluation, "eval_step", chex.assert_max_traces(evaluation.eval_step, n=1)
   )
   c = config()
   c.mesh = sizes

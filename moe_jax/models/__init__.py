@@ -6,14 +6,14 @@ import jax
 
 from moe_jax import experts, grouped_matmul, layer, parallel, registry
 from moe_jax.errors import ConfigError
-from moe_jax.models import moe
+from moe_jax.models import attention, moe
 
 
 def build(
   config: Mapping,
   *,
   vocab_size: int,
-  separate_documents: bool = False,
+  end_of_document: int | None = None,
   seq_len: int,
   batch_sizes: tuple[int, ...],
   mesh: jax.sharding.Mesh | None = None,
@@ -23,8 +23,8 @@ def build(
 
   Args:
     config: the section `model` of a config, see `configs/base.py`.
-    vocab_size: V, of the data; its last token ends a document.
-    separate_documents: no attention across the ends of documents.
+    vocab_size: V of the data; `config.vocab_size` takes its place.
+    end_of_document: a token across which there is no attention; None: none.
     seq_len: L.
     batch_sizes: sequences in one micro-batch, and in an evaluation batch.
     mesh: from `parallel.make_mesh`; None: one device.
@@ -38,6 +38,8 @@ def build(
   """
   options = dict(config)
   name, layer_options = options.pop("name"), dict(options.pop("moe"))
+  vocab_size = _vocab_size(options.pop("vocab_size"), vocab_size)
+  options |= _attention(options)
   kinds = layer_kinds(config)
   if "moe" in kinds:
     recipe, grouping = _moe(layer_options, mesh, plugins)
@@ -51,7 +53,7 @@ def build(
     name,
     plugins=plugins,
     vocab_size=vocab_size,
-    separate_documents=separate_documents,
+    end_of_document=end_of_document,
     mesh=mesh,
     **{k: _hashable(v) for k, v in options.items()},
   )
@@ -62,17 +64,45 @@ def build(
 
 def layer_kinds(config: Mapping) -> set[str]:
   """Which of "dense" and "moe" a model of `config.model` has."""
-  prefix = set(config["prefix"])
-  repeats = config["num_layers"] > len(config["prefix"])
-  return prefix | set(config["pattern"]) if repeats else prefix
+  kinds = set(config["prefix"])
+  if config["num_layers"] > len(config["prefix"]):
+    kinds |= set(config["pattern"])
+  return {kind.partition("@")[0] for kind in kinds}
+
+
+def _vocab_size(own, of_data):
+  """The vocabulary of the model, which has that of the data in it."""
+  if own is not None and own < of_data:
+    raise ConfigError(
+      f"model.vocab_size = {own} is less than the {of_data} tokens of the data;"
+      " raise it, or set it to None"
+    )
+  return own or of_data
+
+
+_OF_ATTENTION = ("num_heads", "num_kv_heads", "head_dim", "rope_theta")
+
+
+def _attention(options):
+  """{"attention", "variants"}, taking what they are made of out of options."""
+  common = {key: options.pop(key) for key in _OF_ATTENTION}
+  common["norm_eps"] = options["norm_eps"]
+  section = dict(options["attention"])
+  return {
+    "attention": attention.options(section, **common),
+    "variants": tuple(
+      (name, attention.options(section | dict(more), **common))
+      for name, more in sorted(dict(options["variants"]).items())
+    ),
+  }
 
 
 def _check_widths(mesh, options, layer_options, kinds):
   """Attention, dense layers and experts over the mesh axes that split them."""
   widths = {
     "model.d_model": (options["d_model"], "fsdp"),
-    "model.num_heads": (options["num_heads"], "tensor"),
-    "model.num_kv_heads": (options["num_kv_heads"], "tensor"),
+    "model.num_heads": (options["attention"].num_heads, "tensor"),
+    "model.num_kv_heads": (options["attention"].num_kv_heads, "tensor"),
   }
   if "dense" in kinds:
     widths["model.d_ff"] = (options["d_ff"], "tensor")
@@ -90,6 +120,11 @@ def _moe(options, mesh, plugins):
     raise ConfigError(
       f"model.moe.num_shared_experts = {options['num_shared_experts']} is"
       " negative; 0 is none"
+    )
+  if options["shared_gate"] and not options["num_shared_experts"]:
+    raise ConfigError(
+      "model.moe.shared_gate needs shared experts; set num_shared_experts, or"
+      " shared_gate = False"
     )
   num_experts, top_k = options["num_experts"], options["top_k"]
   if top_k > num_experts:
@@ -118,6 +153,8 @@ def _moe(options, mesh, plugins):
       options["use_bias"],
       options["init_scale"],
     )
+    if options["shared_gate"]:
+      shared = experts.gated(shared)
   dispatcher = part("dispatchers", options["dispatcher"])
   recipe = layer.Recipe(
     num_experts=num_experts,

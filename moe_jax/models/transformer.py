@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import dispatchers, exchange, experts, layer, parallel, products
-from moe_jax.errors import ConfigError
-from moe_jax.models import attention, moe
+from moe_jax.errors import ConfigError, did_you_mean
+from moe_jax.models import attention, moe, norms
 from moe_jax.types import Array, Mlp
 
 _only = jax.checkpoint_policies.save_only_these_names
@@ -25,19 +25,22 @@ class Architecture:
   """Everything about a Transformer but its parameters. Hashable.
 
   vocab_size, d_model, num_layers: V, D, layers in all.
-  num_heads, num_kv_heads, head_dim, rope_theta: see `attention.Attention`.
+  attention: see `attention.Options`.
+  variants: (name, options) of other attention that some layers have.
   d_ff, activation: of the dense layers.
   prefix, pattern: kinds of the first layers, and of the ones that repeat
-    after them: "dense" or "moe".
-  norm_eps: of RMSNorm.
+    after them: "dense" or "moe", or with attention of their own
+    "dense@VARIANT", "moe@VARIANT".
+  norm, norm_eps: see `norms.Norm`.
   tie_embeddings: the output layer is the transposed embedding.
+  scale_embedding: what is looked up is multiplied by sqrt(D) (1706.03762, 3.4).
   remat: what of a block the backward pass computes again. "block": all but the
     plan's integers; "dispatch": the rows that experts got and gave are kept
     too, so that nothing is sent twice; "none": nothing.
   dtype: of activations; parameters are float32.
   allow_noncausal: build a decoder though its routing looks ahead.
-  separate_documents: attend to the same document only; the last token of the
-    vocabulary ends one.
+  end_of_document: the token that ends a document, of which a token attends to
+    its own only; None: to all that came before.
   recipe, grouping: of the MoE layers; None without any.
   mesh: what to run on; None: one device.
 
@@ -48,37 +51,35 @@ class Architecture:
   vocab_size: int
   d_model: int
   num_layers: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
+  attention: attention.Options
   d_ff: int
   activation: str = "swiglu"
   prefix: tuple[str, ...] = ()
   pattern: tuple[str, ...] = ("moe",)
-  rope_theta: float = 10_000.0
+  variants: tuple[tuple[str, attention.Options], ...] = ()
+  norm: str = "rms"
   norm_eps: float = 1e-6
   tie_embeddings: bool = True
+  scale_embedding: bool = True
   remat: str = "none"
   dtype: str = "float32"
   allow_noncausal: bool = False
-  separate_documents: bool = False
+  end_of_document: int | None = None
   recipe: layer.Recipe | None = None
   grouping: moe.Grouping | None = None
   mesh: jax.sharding.Mesh | None = None
 
   def __post_init__(self):
     for kind in (*self.prefix, *self.pattern):
-      if kind not in ("dense", "moe"):
+      ffn, _, variant = kind.partition("@")
+      if ffn not in ("dense", "moe"):
         raise ConfigError(f'a layer is "dense" or "moe", not "{kind}"')
-    for name in (
-      "vocab_size",
-      "d_model",
-      "num_layers",
-      "num_heads",
-      "num_kv_heads",
-      "head_dim",
-      "d_ff",
-    ):
+      if variant and variant not in dict(self.variants):
+        raise ConfigError(
+          f'a layer is "{kind}", but model.variants has no "{variant}"'
+          + did_you_mean(variant, dict(self.variants))
+        )
+    for name in ("vocab_size", "d_model", "num_layers", "d_ff"):
       value = getattr(self, name)
       if not isinstance(value, int) or value < 1:
         raise ConfigError(f"model.{name} = {value!r} is not 1 or more")
@@ -88,15 +89,7 @@ class Architecture:
         f"num_layers = {self.num_layers} is not the prefix {self.prefix} plus a"
         f" whole number of patterns {self.pattern}"
       )
-    if self.num_heads % self.num_kv_heads:
-      raise ConfigError(
-        f"num_kv_heads = {self.num_kv_heads} does not divide num_heads ="
-        f" {self.num_heads}"
-      )
-    if self.head_dim % 2:
-      raise ConfigError(
-        f"head_dim = {self.head_dim} is odd; rotary positions need pairs"
-      )
+    norms.check(self.norm)
     if self.remat not in REMAT:
       raise ConfigError(f'remat is one of {tuple(REMAT)}, not "{self.remat}"')
     experts.check(self.activation)
@@ -115,6 +108,16 @@ class Architecture:
       ("decoder", self.pattern, repeats, first),
     )
     return tuple(s for s in segments if s[1] and s[2])
+
+  @property
+  def layers(self) -> tuple[str, ...]:
+    """The kind of every layer, from the first to the last."""
+    return sum((p * repeats for _, p, repeats, _ in self.segments), ())
+
+  def attention_of(self, kind: str) -> attention.Options:
+    """Of a layer of this kind."""
+    _, _, variant = kind.partition("@")
+    return dict(self.variants)[variant] if variant else self.attention
 
   def check_causal(self, length: int, train: bool) -> None:
     """A decoder refuses routing that looks at later tokens."""
@@ -137,24 +140,6 @@ def build(**options) -> "Transformer":
 
 # So that the registry can name an unknown option.
 build.__signature__ = inspect.signature(Architecture)
-
-
-class RMSNorm(nn.Module):
-  """x / rms(x) * scale (1910.07467), computed in at least float32."""
-
-  eps: float
-
-  @nn.compact
-  def __call__(self, x):
-    scale = self.param(
-      "scale",
-      nn.with_logical_partitioning(nn.initializers.ones, ("embed",)),
-      (x.shape[-1],),
-    )
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    rms = jnp.sqrt((wide**2).mean(-1, keepdims=True) + self.eps)
-    scale = scale.reshape((1,) * (x.ndim - 1) + scale.shape)
-    return (wide / rms * scale).astype(x.dtype)
 
 
 class Dense(nn.Module):
@@ -184,26 +169,21 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD, inputs, layer_index, train, collect):
-    m, (mask_BL, document_BL, features, rng_G) = self.arch, inputs
+    m, (context, features, rng_G) = self.arch, inputs
     names = ("batch", None, None)
-    h = RMSNorm(m.norm_eps, name="attention_norm")(x_BLD)
-    x_BLD += attention.Attention(
-      m.num_heads,
-      m.num_kv_heads,
-      m.head_dim,
-      m.rope_theta,
-      m.mesh,
-      name="attention",
-    )(h, mask_BL, document_BL)
+    h = norms.Norm(m.norm, m.norm_eps, name="attention_norm")(x_BLD)
+    options = m.attention_of(self.kind)
+    attend = attention.build(options, m.mesh, "attention")
+    x_BLD += attend(h, context)
     x_BLD = parallel.constrain(x_BLD, names, m.mesh)
-    h = RMSNorm(m.norm_eps, name="ffn_norm")(x_BLD)
-    if self.kind == "dense":
+    h = norms.Norm(m.norm, m.norm_eps, name="ffn_norm")(x_BLD)
+    if self.kind.startswith("dense"):
       y, aux = Dense(experts.dense(m.d_ff, m.activation), name="mlp")(h), {}
     else:
       if rng_G is not None:
         rng_G = jax.vmap(jax.random.fold_in, (0, None))(rng_G, layer_index)
       y, stats, collected = moe.MoE(m.recipe, m.grouping, m.mesh, name="moe")(
-        h, mask_BL, features, rng_G, train=train, collect=collect
+        h, context.mask_BL, features, rng_G, train=train, collect=collect
       )
       aux = {"stats": stats, **collected}
     return parallel.constrain(x_BLD + y, names, m.mesh), aux
@@ -247,6 +227,7 @@ class Transformer(nn.Module):
     *,
     train: bool = False,
     collect: str | None = None,
+    cache_length: int | None = None,
   ) -> tuple[Array, dict]:
     """Next-token logits.
 
@@ -256,6 +237,9 @@ class Transformer(nn.Module):
       rng_G: one key per group (`moe.keys`); None: no noise in the router.
       train: the capacity of training instead of that of evaluation.
       collect: "routing" adds expert_GTK and weight_GTK to aux.
+      cache_length: M, how many tokens generation may keep of a sequence, as the
+        mutable collection `cache`: these tokens follow those of earlier calls.
+        Padding comes before a sequence then, and not after it. None: no cache.
 
     Returns:
       logits_BLV in at least float32.
@@ -267,14 +251,17 @@ class Transformer(nn.Module):
     if mask_BL is None:
       mask_BL = jnp.ones(tokens_BL.shape, bool)
     document_BL = None
-    if arch.separate_documents:
+    if arch.end_of_document is not None and cache_length is None:
       # The end of a document is its own last token.
-      ends_BL = (tokens_BL == arch.vocab_size - 1).astype(jnp.int32)
+      ends_BL = (tokens_BL == arch.end_of_document).astype(jnp.int32)
       document_BL = jnp.cumsum(ends_BL, axis=1) - ends_BL
-    position_1L = jnp.arange(tokens_BL.shape[1])[None, :]
+    position_BL, cache = jnp.arange(tokens_BL.shape[1])[None, :], None
+    if cache_length is not None:
+      position_BL, cache = self._advance(mask_BL, cache_length)
+    context = attention.Context(mask_BL, document_BL, position_BL, cache)
     features = {
       "token_id": tokens_BL,
-      "position": jnp.broadcast_to(position_1L, tokens_BL.shape),
+      "position": jnp.broadcast_to(position_BL, tokens_BL.shape),
     }
     embedding_VD = self.param(
       "embedding",
@@ -286,13 +273,14 @@ class Transformer(nn.Module):
     # Whole on every device, as a gather of its parts would move all tokens.
     embedding_VD = parallel.constrain(embedding_VD, (None, None), arch.mesh)
     x_BLD = embedding_VD[tokens_BL].astype(arch.dtype)
-    x_BLD *= jnp.asarray(arch.d_model**0.5, x_BLD.dtype)
+    if arch.scale_embedding:
+      x_BLD *= jnp.asarray(arch.d_model**0.5, x_BLD.dtype)
     x_BLD = parallel.constrain(x_BLD, ("batch", None, None), arch.mesh)
     aux = {}
     for name, pattern, repeats, first in arch.segments:
       x_BLD, found = nn.scan(
         Repeat,
-        variable_axes={"params": 0, "balance": 0},
+        variable_axes={"params": 0, "balance": 0, "cache": 0},
         split_rngs={"params": True},
         in_axes=(0,) + (nn.broadcast,) * 3,
         length=repeats,
@@ -300,14 +288,35 @@ class Transformer(nn.Module):
       )(pattern, arch, name=name)(
         x_BLD,
         first + len(pattern) * jnp.arange(repeats),
-        (mask_BL, document_BL, features, rng_G),
+        (context, features, rng_G),
         train,
         collect,
       )
       if found:
         aux[name] = found
-    x_BLD = RMSNorm(arch.norm_eps, name="final_norm")(x_BLD)
+    x_BLD = norms.Norm(arch.norm, arch.norm_eps, name="final_norm")(x_BLD)
     return self._logits(x_BLD, embedding_VD), aux
+
+  def _advance(self, mask_BL, cache_length):
+    """Positions of these tokens, and where they go: after earlier ones."""
+    batch, length = mask_BL.shape
+    first = self.variable("cache", "first", jnp.zeros, (), jnp.int32)
+    mask_BM = self.variable(
+      "cache", "mask", jnp.zeros, (batch, cache_length), bool
+    )
+    position_BM = self.variable(
+      "cache", "position", jnp.zeros, (batch, cache_length), jnp.int32
+    )
+    before_B1 = mask_BM.value.sum(1, keepdims=True, dtype=jnp.int32)
+    seen_BL = jnp.cumsum(mask_BL, axis=1, dtype=jnp.int32)
+    position_BL = jnp.maximum(before_B1 + seen_BL - 1, 0)
+    start = first.value
+    for variable, new in ((mask_BM, mask_BL), (position_BM, position_BL)):
+      variable.value = jax.lax.dynamic_update_slice_in_dim(
+        variable.value, new, start, axis=1
+      )
+    first.value = start + length
+    return position_BL, attention.Cache(start, mask_BM.value, position_BM.value)
 
   def _logits(self, x_BLD, embedding_VD):
     arch, head_DV = self.arch, embedding_VD.T

@@ -50,6 +50,7 @@ def build(
   second_expert: str = "all",
   apply_to: str = "output",
   priority: str = "none",
+  use_bias: bool = False,
   precision: str = "highest",
   init_scale: float = 1.0,
 ) -> Router:
@@ -77,6 +78,7 @@ def build(
     apply_to: weights multiply the expert's "output", or its "input" (Llama 4).
     priority: "none", or "score": tokens with the larger best score take their
       slots first (batch prioritised routing, 2106.05974). Not causal.
+    use_bias: logits = x W + b (gpt-oss, 2508.10925).
     precision: of the router's matmul on accelerators: "highest" is float32;
       "high" and "default" round the inputs, and flip choices.
     init_scale: W is truncated normal with variance init_scale / D.
@@ -130,7 +132,10 @@ def build(
     initializer = jax.nn.initializers.variance_scaling(
       init_scale, "fan_in", "truncated_normal"
     )
-    return {"kernel": initializer(rng, (d_model, num_experts))}
+    params = {"kernel": initializer(rng, (d_model, num_experts))}
+    if use_bias:
+      params["kernel_bias"] = jnp.zeros(num_experts)
+    return params
 
   def route(params, x_TD, *, num_experts, select, side, rng):
     del num_experts
@@ -142,6 +147,8 @@ def build(
       x_TD *= jax.random.uniform(rngs[0], x_TD.shape, dtype, low, high)
     kernel_DE = params["kernel"].astype(dtype)
     logits_TE = jnp.dot(x_TD, kernel_DE, precision=precision)
+    if use_bias:
+      logits_TE += params["kernel_bias"].astype(dtype)[None, :]
     if noise and rng is not None:
       logits_TE += noise * jax.random.normal(rngs[1], logits_TE.shape, dtype)
 
@@ -192,9 +199,12 @@ def build(
     best_T1 = jax.lax.stop_gradient(chosen_TK.max(-1, keepdims=True))
     return jnp.broadcast_to(best_T1, chosen_TK.shape)
 
+  axes = {"kernel": ("embed", None)}
+  if use_bias:
+    axes["kernel_bias"] = (None,)
   return Router(
     init=init,
-    axes={"kernel": ("embed", None)},
+    axes=axes,
     route=route,
     causal=priority == "none",
     top_k=top_k,

@@ -1,0 +1,79 @@
+"""What the configs of published decoders share: how to name, and to shrink.
+
+Their variants are sizes, and `tiny`: everything of the first size (attention,
+layers, routing, balancing), but a few thousand parameters.
+"""
+
+from collections.abc import Callable, Mapping
+
+from ml_collections import ConfigDict
+
+from configs import base
+from moe_jax.errors import ConfigError, did_you_mean
+
+
+def decoder() -> ConfigDict:
+  """configs/base.py without what none of them does."""
+  c = base.get_config()
+  c.model.tie_embeddings = False
+  c.model.scale_embedding = False
+  c.model.norm_eps = 1e-5
+  c.model.remat = "block"
+  c.model.dtype = "bfloat16"
+  c.model.moe.capacity_factor = None
+  c.model.moe.dispatcher = {"name": "sorted"}
+  c.data.seq_len = 4096
+  return c
+
+
+def one_of(sizes: Mapping[str, Callable[[], ConfigDict]], variant: str):
+  """The config of a size, or the first one shrunk.
+
+  Raises:
+    ConfigError: there is no such size.
+  """
+  if variant == "tiny":
+    return shrunk(next(iter(sizes.values()))())
+  if variant not in sizes:
+    raise ConfigError(
+      f'there is no variant "{variant}"'
+      + did_you_mean(variant, [*sizes, "tiny"])
+    )
+  return sizes[variant]()
+
+
+def shrunk(c: ConfigDict) -> ConfigDict:
+  """The same in everything but its sizes."""
+  m, moe = c.model, c.model.moe
+  latent, many = "kv_lora_rank" in m.attention, m.num_kv_heads == m.num_heads
+  m.update(vocab_size=288, d_model=16, num_heads=4, head_dim=4, d_ff=24)
+  m.num_kv_heads = 4 if latent or many else 2
+  m.prefix = m.prefix[:1]
+  m.num_layers = len(m.prefix) + len(m.pattern)
+  m.dtype = "float32"
+  moe.num_experts = 8
+  moe.top_k = min(2, moe.top_k)
+  moe.d_expert = 8
+  if "num_expert_groups" in moe.router:
+    moe.router.update(num_expert_groups=4, top_expert_groups=2)
+  for options in (m.attention, *m.variants.values()):
+    for name, value in {
+      "window": 6,
+      "chunk": 6,
+      "kv_lora_rank": 8,
+      "q_lora_rank": 6,
+      "rope_head_dim": 4,
+      "v_head_dim": 4,
+    }.items():
+      if options.get(name) is not None:
+        options[name] = value
+    if options.get("temperature"):
+      scale, _, offset = options.temperature
+      options.temperature = (scale, 8, offset)
+    if options.get("rope_scaling"):
+      options.rope_scaling.original_length = 16
+  c.data.update(seq_len=32, batch_size=8)
+  c.eval.update(batch_size=8, batches_per_domain=1)
+  c.optim.update(warmup_steps=1)
+  c.train.num_steps = 4
+  return c

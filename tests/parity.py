@@ -1,0 +1,426 @@
+"""Tiny random checkpoints with the logits of the reference implementation.
+
+  python -m tests.parity make     # writes tests/checkpoints/ anew
+  python -m tests.parity check    # ours written back, read by the reference
+
+Needs the extra `parity` (torch, transformers); the tests need only the files.
+Every family has two or more, of different shapes: odd sizes, biases and scales
+that are not trivial, groups of experts, shared experts, mixed layers.
+"""
+
+import argparse
+import pathlib
+import sys
+import tempfile
+
+import numpy as np
+
+FOLDER = pathlib.Path(__file__).parent / "checkpoints"
+LENGTH = 24  # Longer than every window and chunk below.
+NEW_TOKENS = 32
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
+YARN = {
+  "rope_type": "yarn",
+  "rope_theta": 10_000.0,
+  "factor": 4.0,
+  "original_max_position_embeddings": 16,
+}
+
+
+def cases():
+  """{name: (model_type, options of its config)}."""
+  small = dict(
+    hidden_size=20,
+    vocab_size=43,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    pad_token_id=None,
+    bos_token_id=None,
+    eos_token_id=None,
+  )
+  other = small | dict(hidden_size=14, num_attention_heads=3, vocab_size=37)
+  other |= dict(num_key_value_heads=1, rms_norm_eps=1e-6)
+  theta = {"rope_type": "default", "rope_theta": 500.0}
+  latent = dict(
+    kv_lora_rank=9,
+    qk_nope_head_dim=6,
+    qk_rope_head_dim=4,
+    v_head_dim=5,
+    head_dim=4,
+  )
+  window, full = "sliding_attention", "full_attention"
+  return {
+    "mixtral_a": (
+      "mixtral",
+      small
+      | dict(
+        head_dim=6,
+        intermediate_size=11,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        rope_parameters=theta,
+      ),
+    ),
+    "mixtral_b": (
+      "mixtral",
+      other
+      | dict(
+        head_dim=4,
+        intermediate_size=7,
+        num_local_experts=4,
+        num_experts_per_tok=3,
+        sliding_window=5,
+        tie_word_embeddings=True,
+      ),
+    ),
+    "qwen2_moe_a": (
+      "qwen2_moe",
+      small
+      | dict(
+        hidden_size=24,
+        intermediate_size=18,
+        moe_intermediate_size=7,
+        shared_expert_intermediate_size=14,
+        num_experts=6,
+        num_experts_per_tok=4,
+        norm_topk_prob=False,
+        decoder_sparse_step=1,
+      ),
+    ),
+    "qwen2_moe_b": (
+      "qwen2_moe",
+      other
+      | dict(
+        hidden_size=18,
+        intermediate_size=18,
+        moe_intermediate_size=9,
+        shared_expert_intermediate_size=9,
+        num_hidden_layers=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        decoder_sparse_step=2,
+        mlp_only_layers=[1],
+      ),
+    ),
+    "qwen3_moe_a": (
+      "qwen3_moe",
+      small
+      | dict(
+        head_dim=6,
+        intermediate_size=18,
+        moe_intermediate_size=7,
+        num_experts=6,
+        num_experts_per_tok=4,
+        norm_topk_prob=True,
+        rope_parameters=theta,
+      ),
+    ),
+    "qwen3_moe_b": (
+      "qwen3_moe",
+      other
+      | dict(
+        head_dim=8,
+        intermediate_size=10,
+        moe_intermediate_size=5,
+        num_hidden_layers=3,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=False,
+        mlp_only_layers=[0],
+        attention_bias=True,
+        tie_word_embeddings=True,
+      ),
+    ),
+    "olmoe_a": (
+      "olmoe",
+      small
+      | dict(
+        intermediate_size=7,
+        num_experts=8,
+        num_experts_per_tok=5,
+        norm_topk_prob=False,
+        hidden_size=24,
+      ),
+    ),
+    "olmoe_b": (
+      "olmoe",
+      other
+      | dict(
+        hidden_size=18,
+        num_key_value_heads=3,
+        intermediate_size=9,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        clip_qkv=1.5,
+      ),
+    ),
+    "deepseek_v3_a": (
+      "deepseek_v3",
+      small
+      | latent
+      | dict(
+        num_key_value_heads=4,
+        q_lora_rank=7,
+        intermediate_size=18,
+        moe_intermediate_size=6,
+        num_hidden_layers=3,
+        first_k_dense_replace=1,
+        n_routed_experts=8,
+        n_shared_experts=1,
+        num_experts_per_tok=3,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=2.5,
+        norm_topk_prob=True,
+        rope_parameters=YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+      ),
+    ),
+    "deepseek_v3_b": (
+      "deepseek_v3",
+      other
+      | latent
+      | dict(
+        num_key_value_heads=3,
+        q_lora_rank=None,
+        intermediate_size=10,
+        moe_intermediate_size=5,
+        first_k_dense_replace=0,
+        n_routed_experts=6,
+        n_shared_experts=2,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        routed_scaling_factor=1.0,
+        norm_topk_prob=False,
+        rope_interleave=False,
+      ),
+    ),
+    "dbrx_a": (
+      "dbrx",
+      dict(
+        d_model=20,
+        n_heads=5,
+        n_layers=2,
+        max_seq_len=64,
+        vocab_size=43,
+        attn_config=dict(kv_n_heads=5, clip_qkv=1.0, rope_theta=500.0),
+        ffn_config=dict(
+          ffn_hidden_size=9,
+          moe_num_experts=5,
+          moe_top_k=3,
+          moe_normalize_expert_weights=1.0,
+        ),
+        rope_parameters=theta,
+      ),
+    ),
+    "dbrx_b": (
+      "dbrx",
+      dict(
+        d_model=16,
+        n_heads=4,
+        n_layers=3,
+        max_seq_len=64,
+        vocab_size=37,
+        attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=10_000.0),
+        ffn_config=dict(
+          ffn_hidden_size=7,
+          moe_num_experts=4,
+          moe_top_k=2,
+          moe_normalize_expert_weights=None,
+        ),
+      ),
+    ),
+    "llama4_text_a": (
+      "llama4_text",
+      small
+      | dict(
+        head_dim=6,
+        intermediate_size=9,
+        intermediate_size_mlp=15,
+        num_hidden_layers=4,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        interleave_moe_layer_step=1,
+        no_rope_layers=[1, 1, 1, 0],
+        use_qk_norm=True,
+        attention_chunk_size=7,
+        attn_temperature_tuning=True,
+        floor_scale=8,
+        attn_scale=0.3,
+        rope_parameters={
+          "rope_type": "llama3",
+          "rope_theta": 500.0,
+          "factor": 4.0,
+          "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16,
+        },
+      ),
+    ),
+    "llama4_text_b": (
+      "llama4_text",
+      other
+      | dict(
+        head_dim=4,
+        intermediate_size=7,
+        intermediate_size_mlp=11,
+        num_hidden_layers=4,
+        num_local_experts=6,
+        num_experts_per_tok=2,
+        interleave_moe_layer_step=2,
+        no_rope_layers=[1, 1, 1, 0],
+        use_qk_norm=False,
+        attention_chunk_size=10,
+        attn_temperature_tuning=False,
+        rope_parameters=theta,
+      ),
+    ),
+    "gpt_oss_a": (
+      "gpt_oss",
+      small
+      | dict(
+        head_dim=6,
+        intermediate_size=9,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=5,
+        layer_types=[window, full],
+        rope_parameters=YARN | {"truncate": False},
+      ),
+    ),
+    "gpt_oss_b": (
+      "gpt_oss",
+      other
+      | dict(
+        head_dim=4,
+        intermediate_size=7,
+        num_hidden_layers=4,
+        num_local_experts=6,
+        num_experts_per_tok=4,
+        sliding_window=7,
+        layer_types=[window, full, window, full],
+        rope_parameters=theta,
+      ),
+    ),
+  }
+
+
+def make(folder: pathlib.Path) -> None:
+  """Writes every case: config.json, model.safetensors, expected.npz."""
+  import torch
+
+  for number, (name, (model_type, options)) in enumerate(cases().items()):
+    model = _random(model_type, options, number)
+    rng = np.random.default_rng(number)
+    tokens = rng.integers(0, options["vocab_size"], (2, LENGTH))
+    with torch.no_grad():
+      logits = model(torch.tensor(tokens)).logits.numpy()
+    path = folder / name
+    path.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(path)
+    generated = _greedy(model, tokens[:, :5])
+    (path / "generation_config.json").unlink(missing_ok=True)
+    np.savez_compressed(
+      path / "expected.npz",
+      tokens=tokens.astype(np.int32),
+      logits=logits.astype(np.float32),
+      generated=generated.astype(np.int32),
+    )
+    size = sum(f.stat().st_size for f in path.iterdir())
+    print(
+      f"{name}: {size / 1e3:.0f} kB, |logits| <= {np.abs(logits).max():.1f}"
+    )
+
+
+def _random(model_type, options, seed):
+  """A model whose every parameter matters."""
+  import torch
+  import transformers
+
+  config = transformers.AutoConfig.for_model(model_type, **options)
+  torch.manual_seed(seed)
+  model = transformers.AutoModelForCausalLM.from_config(
+    config, dtype=torch.float32, **EAGER
+  )
+  model.eval()
+  with torch.no_grad():
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+      if "inv_freq" in name:
+        continue
+      scale = 0.3 if tensor.ndim > 1 else 0.2
+      # Norms of nearly nothing would amplify rounding.
+      looked_up = "embed" in name or "wte" in name
+      tensor.normal_(0.0, 1.0 if looked_up else scale)
+      if "norm" in name:
+        tensor += 1.0
+  return model
+
+
+def _greedy(model, tokens):
+  """Token by token, from whole sequences."""
+  import torch
+
+  with torch.no_grad():
+    for _ in range(NEW_TOKENS):
+      logits = model(torch.tensor(tokens)).logits[:, -1].numpy()
+      tokens = np.concatenate([tokens, logits.argmax(-1)[:, None]], axis=1)
+  return tokens
+
+
+def check(folder: pathlib.Path) -> int:
+  """What we write, the reference reads: the same logits as before."""
+  import torch
+  import transformers
+
+  from moe_jax.interop import huggingface
+
+  failed = 0
+  for name in cases():
+    model, variables = huggingface.load(folder / name)
+    with np.load(folder / name / "expected.npz") as file:
+      expected = dict(file)
+    with tempfile.TemporaryDirectory() as written:
+      huggingface.save(written, model, variables, max_shard_bytes=20_000)
+      read, about = transformers.AutoModelForCausalLM.from_pretrained(
+        written,
+        dtype=torch.float32,
+        **EAGER,
+        output_loading_info=True,
+      )
+      read.eval()
+    with torch.no_grad():
+      logits = read(torch.tensor(expected["tokens"])).logits.numpy()
+    off = np.abs(logits - expected["logits"]).max()
+    strange = [k for k, v in about.items() if v]
+    good = off <= 1e-4 and not strange
+    failed += not good
+    word = "passed" if good else "FAILED"
+    print(f"{word}: {name} differs by {off:.1e} {strange or ''}")
+  print(f"{len(cases()) - failed} passed, {failed} failed")
+  return 1 if failed else 0
+
+
+def main(argv=None) -> int:
+  """The command."""
+  parser = argparse.ArgumentParser(
+    prog="python -m tests.parity",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("what", choices=("make", "check"))
+  parser.add_argument("--folder", type=pathlib.Path, default=FOLDER)
+  args = parser.parse_args(argv)
+  if args.what == "make":
+    make(args.folder)
+    return 0
+  return check(args.folder)
+
+
+if __name__ == "__main__":
+  sys.exit(main())
