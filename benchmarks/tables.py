@@ -14,6 +14,7 @@ import sys
 from benchmarks import (
   accelerator,
   moe_layer,
+  profile,
   routing,
   scaling,
   topologies,
@@ -24,8 +25,8 @@ from benchmarks import (
 RESULTS = pathlib.Path(__file__).parent / "results"
 DOCUMENT = RESULTS.parents[1] / "docs" / "performance.md"
 BENCHMARKS = (
-  *(accelerator, moe_layer, routing, scaling, topologies, traffic),
-  train_step,
+  *(accelerator, moe_layer, profile, routing, scaling, topologies),
+  *(traffic, train_step),
 )
 _PLACE = re.compile(r"(<!-- (\w+\.json) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 

@@ -181,9 +181,7 @@ def machine() -> dict:
   return {
     "processor": next(names, platform.processor() or platform.machine()),
     "cores": os.cpu_count(),
-    "cores_used": len(os.sched_getaffinity(0))
-    if hasattr(os, "sched_getaffinity")
-    else os.cpu_count(),
+    "cores_used": cores(),
     "device": jax.devices()[0].device_kind,
     "environment": {
       name: os.environ[name]
@@ -195,6 +193,13 @@ def machine() -> dict:
     "revision": run_directory.git_revision(),
     "date": time.strftime("%Y-%m-%d"),
   }
+
+
+def cores() -> int:
+  """That this process may use."""
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count()
 
 
 def memory() -> int:

@@ -17,6 +17,7 @@ from benchmarks import (
   accelerator,
   layers,
   moe_layer,
+  profile,
   routing,
   scaling,
   shapes,
@@ -34,7 +35,10 @@ SMALL = shapes.Shape(16, 8, num_experts=4, top_k=2, tokens=64)
 SKEW = 0.5  # Added to tokens, some experts are full.
 MODULES = {
   f"benchmarks.{m.__name__.split('.')[-1]}": m
-  for m in (accelerator, moe_layer, routing, scaling, topologies, train_step)
+  for m in (
+    *(accelerator, moe_layer, profile, routing, scaling, topologies),
+    train_step,
+  )
 }
 
 
@@ -314,6 +318,60 @@ def test_the_accelerator_table(small, monkeypatch, tmp_path, capsys):
   dense, huge = accelerator.table(rows).split("\n\n")[0].splitlines()[2:]
   assert dense == "| dense | 1.00 / not enough memory |"
   assert huge == "| huge | not enough memory / not enough memory |"
+
+
+def test_a_profile(small, tmp_path, capsys):
+  path = tmp_path / "profile.json"
+  flags = ["--shapes=small", "--rounds=1", "--processes=2", f"--json={path}"]
+  assert profile.main(flags) == 0
+  rows = json.loads(path.read_text())["rows"]
+  assert [(row["implementation"], row["direction"]) for row in rows] == [
+    (name, direction)
+    for name in ("dense/cpu", "sorted/cpu")
+    for direction in shapes.DIRECTIONS
+  ]
+  for row in rows:
+    assert 0 < row["products"] < row["wall"] * timing.cores()
+  assert f"| small | dense/cpu | forward | {1e3 * rows[0]['wall']:.0f} |" in (
+    capsys.readouterr().out
+  )
+  with pytest.raises(ConfigError, match='"dense/cpi" is not in the table'):
+    profile.main(["--only=dense/cpi"])
+
+
+def test_operations_are_of_a_kind():
+  text = """HloModule jit_f
+
+%fused (p: f32[4,4]) -> f32[4,4] {
+  %p = f32[4,4]{1,0} parameter(0)
+  ROOT %d = f32[4,4]{1,0} dot(%p, %p), lhs_contracting_dims={1}
+}
+
+%zero (p.1: f32[]) -> f32[4] {
+  %p.1 = f32[] parameter(0)
+  ROOT %b = f32[4]{0} broadcast(%p.1), dimensions={}
+}
+
+ENTRY %main (x: f32[4,4]) -> f32[4] {
+  %x = f32[4,4]{1,0} parameter(0)
+  %product = f32[4,4]{1,0} fusion(%x), kind=kLoop, calls=%fused
+  %fill = f32[4]{0} fusion(%c), kind=kLoop, calls=%zero
+  %copy.1 = f32[4]{0} copy(%fill)
+  %w = (s32[], f32[4]{0}) while(%t), condition=%cond, body=%body
+  %take = f32[4]{0} gather(%x, %i), offset_dims={1}
+  ROOT %add.1 = f32[4]{0} add(%copy.1, %copy.1)
+}
+"""
+  found = profile.kinds_of(text)
+  wanted = {
+    "product": "products",
+    "fill": "fills and copies",
+    "copy.1": "fills and copies",
+    "w": "containers",
+    "take": "gathers",
+    "add.1": "element by element",
+  }
+  assert {name: found[name] for name in wanted} == wanted
 
 
 def test_devices_that_a_token_goes_to():

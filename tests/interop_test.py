@@ -7,6 +7,7 @@ with its logits and texts; `python -m tests.parity` made them.
 import functools
 import importlib
 import json
+import pathlib
 import shutil
 import struct
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from moe_jax import evaluate, generate, models, trained
+from moe_jax import evaluate, generate, models, params, trained
 from moe_jax.errors import ConfigError
 from moe_jax.interop import families, huggingface
 from tests import mesh_cases, parity
@@ -35,6 +36,22 @@ def expected(name):
 
 def flat(variables):
   return traverse_util.flatten_dict(jax.device_get(variables), sep="/")
+
+
+PUBLISHED = json.loads(
+  pathlib.Path(__file__).with_name("published.json").read_text()
+)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_fields_of_published_models(name):
+  """All that their config.json has is known, and the model has their size.
+
+  Selection biases are counted apart, by the reference too.
+  """
+  published = PUBLISHED[name]
+  model = huggingface.build(published["fields"], "config.json")
+  assert params.count(model, 128)["total"] == published["parameters"]
 
 
 def test_every_family_has_two_checkpoints():

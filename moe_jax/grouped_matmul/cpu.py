@@ -107,7 +107,7 @@ def _backward(parts, kept, dy_ND):
     sums = _add(sums, jax.tree.map(jnp.add, grads, more), chunk)
     return sums, _write(dx_ND, dx_CD, chunk)
 
-  # All of it is written: at E = 64 the zeros would cost more than a product.
+  # All of it is written, so that it need not be zeros; XLA on CPU fills it.
   wide = lambda w: jnp.promote_types(w.dtype, jnp.float32)  # noqa: E731
   sums = jax.tree.map(lambda w: lax.empty(w.shape, wide(w)), params)
   start = varying.alike(((sums, _zeros(x_ND, room)), x_ND))[0]

@@ -157,13 +157,16 @@ def build(
   section["attention"] = {
     k: v for k, v in section["attention"].items() if v is not None
   }
-  return models.build(
-    section,
-    vocab_size=section["vocab_size"],
-    seq_len=1,
-    batch_sizes=(parallel.token_shards(mesh),),
-    mesh=mesh,
-  )
+  try:
+    return models.build(
+      section,
+      vocab_size=section["vocab_size"],
+      seq_len=1,
+      batch_sizes=(parallel.token_shards(mesh),),
+      mesh=mesh,
+    )
+  except ConfigError as e:
+    raise ConfigError(f"{where}: {e}") from None
 
 
 def save(
@@ -406,13 +409,13 @@ class _Layout:
       )
     if self.model.arch.tie_embeddings:
       extra |= {self.family.head} & names  # The embedding, once more.
-    for what, which in (
-      ("lacks", expected.keys() - names),
-      ("has unknown", names - expected.keys() - extra),
+    for what, kind, which in (
+      ("lacks", "", expected.keys() - names),
+      ("has", "unknown ", names - expected.keys() - extra),
     ):
       if which:
         raise ConfigError(
-          f"{tensors.path} {what} {len(which)} tensors, such as"
+          f"{tensors.path} {what} {len(which)} {kind}tensors, such as"
           f" {', '.join(sorted(which)[:5])}; is config.json that of these files?"
         )
     for name, shape in expected.items():
