@@ -282,14 +282,15 @@ def run(main) -> None:
     sys.exit(75)
   except Exception as e:
     sentence = _sentence(e)
-    if sentence is None:
-      traceback.print_exc()
-    else:
-      print(f"error: {sentence}", file=sys.stderr)
-    code = 1 if sentence is None else 2
+    text = f"error: {sentence}" if sentence else traceback.format_exc()
     # Imported by those who joined others, and slowly.
     processes = sys.modules.get("moe_jax.processes")
-    (processes.leave if processes else sys.exit)(code)
+    if processes:
+      processes.leave(text, 2 if sentence else 1)
+    if sentence is None:
+      raise
+    print(text, file=sys.stderr)
+    sys.exit(2)
   finally:
     signal.signal(signal.SIGTERM, before)
 

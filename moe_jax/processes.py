@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent import futures
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
@@ -126,17 +126,19 @@ def _given(environment):
   return given
 
 
-def leave(code: int) -> NoReturn:
-  """Ends this process, at once where others may be waiting for it.
+def leave(text: str, code: int) -> None:
+  """Ends this process at once, if it has joined others; else does nothing.
 
   On its regular way out jax waits for all processes to come, minutes where
   only one has failed, and then crashes.
 
   Args:
+    text: last words.
     code: for the shell.
   """
   if _index is None:
-    sys.exit(code)
+    return
+  print(text, file=sys.stderr)
   sys.stdout.flush()
   sys.stderr.flush()
   if _index == 0:
