@@ -1,11 +1,12 @@
-"""Where a layer's time goes: what XLA's threads do, by kind of operation.
+"""Where a layer's time goes: XLA's operations, by their kind.
 
   python -m benchmarks.profile --shapes=S4 --only=dense/cpu --only=sorted/cpu
 
-A call is traced by jax's profiler, and the time of every operation is summed over
-threads: matrix products; fills and copies of memory; gathers; everything else that
-goes element by element, such as activations and the sums of gradients. What is
-left of wall time × cores is waiting: for the other core, the scheduler, or pages.
+A call is traced by jax's profiler, and the time from begin to end of every
+operation is summed: matrix products; fills and copies of memory; gathers;
+everything else that goes element by element, such as activations and the sums of
+gradients. An operation may use all cores, and a few run side by side, so the sum
+may be more than the wall time.
 """
 
 import collections
@@ -43,7 +44,7 @@ def main(argv=None) -> int:
 
 
 def measure(shape: str, names: list[str], rounds: int) -> list[dict]:
-  """{"implementation", "direction", "wall", kind: core-seconds} of each call.
+  """{"implementation", "direction", "wall", kind: seconds} of each call.
 
   Args:
     shape: name.
@@ -67,7 +68,7 @@ def measure(shape: str, names: list[str], rounds: int) -> list[dict]:
 
 
 def trace(call, kinds: dict[str, str]) -> dict[str, float]:
-  """Seconds of wall time, and core-seconds by kind, of one call.
+  """Seconds of wall time, and of operations by kind, of one call.
 
   Args:
     call: a function without arguments.
@@ -138,24 +139,21 @@ def summarize(shape: str, runs: list[list[dict]]) -> list[dict]:
     row = {"shape": shape, **found[0]}
     for key in ("wall", *KINDS):
       row[key] = statistics.median(one[key] for one in found)
-    busy = sum(row[kind] for kind in KINDS)
-    row["waiting"] = timing.cores() * row["wall"] - busy
     rows.append(row)
   return rows
 
 
 def table(rows: list[dict]) -> str:
-  """As markdown, in milliseconds times cores."""
-  columns = (*KINDS, "waiting")
+  """As markdown, in milliseconds."""
   lines = [
-    f"| shape | layer | direction | wall, ms | {' | '.join(columns)} |",
-    "|---" * (4 + len(columns)) + "|",
+    f"| shape | layer | direction | wall, ms | {' | '.join(KINDS)} |",
+    "|---" * (4 + len(KINDS)) + "|",
   ]
   for row in rows:
     cells = [row["shape"], row["implementation"]]
     cells.append(row["direction"].replace("_", " + "))
     cells.append(f"{1e3 * row['wall']:.0f}")
-    cells += [f"{1e3 * row[key]:.0f}" for key in columns]
+    cells += [f"{1e3 * row[kind]:.0f}" for kind in KINDS]
     lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines) + "\n"
 
