@@ -18,7 +18,6 @@ import sys
 
 from benchmarks import shapes, timing
 from moe_jax import config as config_lib
-from moe_jax.errors import ConfigError, did_you_mean
 
 _SLOW = 5.0  # Times dense; what is slower runs in the first process only.
 _MOST = 0.8  # Of the machine's memory; what needs more does not run.
@@ -179,12 +178,7 @@ def _arguments(argv):
   )
   args = parser.parse_args(argv)
   shapes.check(args.shapes)
-  for name in args.only or ():
-    if name not in shapes.ROWS:
-      raise ConfigError(
-        f'--only: "{name}" is not in the table'
-        + did_you_mean(name, shapes.ROWS)
-      )
+  shapes.check_layers(args.only or [])
   return args
 
 

@@ -19,7 +19,6 @@ import tempfile
 
 from benchmarks import shapes, timing
 from moe_jax import config as config_lib
-from moe_jax.errors import ConfigError, did_you_mean
 
 KINDS = ("products", "fills and copies", "gathers", "element by element")
 _CONTAINERS = ("while", "call", "conditional")
@@ -171,12 +170,7 @@ def _arguments(argv):
   args = parser.parse_args(argv)
   args.only = args.only or ["dense/cpu", "sorted/cpu"]
   shapes.check(args.shapes)
-  known = (*shapes.DENSE, *shapes.ROWS)
-  for name in args.only:
-    if name not in known:
-      raise ConfigError(
-        f'--only: "{name}" is not in the table' + did_you_mean(name, known)
-      )
+  shapes.check_layers(args.only, (*shapes.DENSE, *shapes.ROWS))
   return args
 
 

@@ -1,5 +1,6 @@
 """Shapes of layers that benchmarks measure, and names of ways to compute them."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from moe_jax.errors import ConfigError, did_you_mean
@@ -50,6 +51,15 @@ def check(names: list[str]) -> None:
     if name not in SHAPES:
       raise ConfigError(
         f'--shapes: there is no shape "{name}"' + did_you_mean(name, SHAPES)
+      )
+
+
+def check_layers(names: list[str], known: Sequence[str] = ROWS) -> None:
+  """Raises ConfigError unless --only names lines of the table."""
+  for name in names:
+    if name not in known:
+      raise ConfigError(
+        f'--only: "{name}" is not in the table' + did_you_mean(name, known)
       )
 
 
