@@ -134,9 +134,10 @@ def checkpoints(path):
   return list((path / "checkpoints").iterdir())
 
 
-def test_stopped_anywhere_it_is_the_same_run(make, tmp_path):
+def test_stopped_anywhere_it_is_the_same_run(make, tmp_path, monkeypatch):
   """Bit for bit; also at odd moments of lines and evaluations."""
   made = make()
+  monkeypatch.setitem(made.config.train, "log_every", 4)
   go(made, tmp_path / "alone")
   for stop_at in (1, 9, 10, 31):
     with pytest.raises(Interrupted):
