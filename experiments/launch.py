@@ -6,7 +6,8 @@ What is finished is not run again: a run whose row lies in the work directory,
 or in the results.csv beside the question, with the same scale, arm, seed and
 config. What was stopped goes on from its last checkpoint. What another launch
 in the same work directory is running is left to it. The report is written to
-WORKDIR/report.
+WORKDIR/report. Several processes that are given the same command on a cluster
+run one run after another together.
 """
 
 import argparse
@@ -21,13 +22,15 @@ from collections.abc import Sequence
 from experiments import plan as plans
 from experiments import questions, report, runs, sweeps
 from moe_jax import config as config_lib
-from moe_jax.errors import ConfigError, Diverged, InUse
+from moe_jax import processes, run_directory
+from moe_jax.errors import ConfigError, Diverged, InUse, RunError
 from moe_jax.progress import Progress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """The command."""
   args, overrides = _arguments(argv)
+  processes.join(args.multihost, args.multihost_timeout)
   question = questions.load(args.question)
   plan = plans.make(
     question,
@@ -38,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     fresh=args.fresh,
   )
   if args.list:
-    _list(plan, args.seeds)
+    processes.by_first(lambda: _list(plan, args.seeds))
     return 0
   if args.tune:
     if args.report or args.publish or args.fresh:
@@ -49,10 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     _tune(plan)
     return 0
   launch = plan.launch(args.seeds)
-  _check_flags(args, overrides, plan, launch)
-  _check_writable(launch.workdir)
+  processes.by_first(lambda: _check_flags(args, overrides, plan, launch))
+  processes.by_first(lambda: _check_writable(launch.workdir))
   if not args.report:
     _run(launch)
+  return processes.by_first(lambda: _tell(args, plan, launch))
+
+
+def _tell(args, plan, launch) -> int:
+  """Reports, and does what else was asked for; returns the exit code."""
   _report(plan, launch)
   if args.publish:
     _publish(plan, launch)
@@ -91,10 +99,25 @@ def _check_flags(args, overrides, plan, launch):
 
 def _run(launch):
   """Runs what is not finished yet."""
+  processes.check_same(
+    {
+      f"the folder of {r.name}, seed {r.seed}": str(r.folder)
+      for r in launch.runs
+    }
+  )
   _check_arms(launch)
-  _announce(launch)
-  if launch.todo():
-    _train(launch, launch.todo())
+  processes.by_first(lambda: _announce(launch))
+  todo = _open(launch, launch.runs)
+  if todo:
+    _train(launch, todo)
+
+
+def _open(launch, group):
+  """Those of some runs that are not finished, as the first process sees it."""
+  found = processes.by_first(
+    lambda: [i for i, run in enumerate(group) if launch.row(run) is None]
+  )
+  return [group[i] for i in found]
 
 
 def _tune(plan):
@@ -109,9 +132,13 @@ def _tune(plan):
       f"{plan.question.name} tunes nothing at scale {plan.scale}; leave out"
       " --tune"
     )
-  _check_writable(plan.workdir)
+  processes.by_first(lambda: _check_writable(plan.workdir))
   for number in range(len(stages)):
     _run(plan.tuning(number))
+  processes.by_first(lambda: _tell_choices(plan))
+
+
+def _tell_choices(plan):
   folder = plan.workdir / "report"
   folder.mkdir(exist_ok=True)
   runs.write_csv(folder / "tuning.csv", plan.tuning_rows())
@@ -136,6 +163,7 @@ def _arguments(argv):
   add("--tune", action="store_true", help="choose what is tuned for each arm")
   add("--fresh", action="store_true", help="run what is committed too")
   add("--publish", action="store_true", help="put rows and figures beside it")
+  config_lib.add_multihost(parser)
   return config_lib.parse_overrides(parser, argv)
 
 
@@ -223,17 +251,21 @@ def _train(launch, todo):
 
   started, compiling, trained, progress = time.monotonic(), 0.0, 0, None
   for digest, group in itertools.groupby(todo, lambda r: r.config_digest):
-    group = [run for run in group if launch.row(run) is None]
+    group = _open(launch, list(group))
     if not group:  # Another launch was faster.
       continue
-    fingerprint = launch.fingerprint(digest)
-    program = programs.Program(launch.configs[digest], fingerprint)
+    config = launch.configs[digest]
+    processes.check_same(
+      run_directory.facts_of_a_process(launch.workdir, config)
+    )
+    fingerprint = processes.by_first(lambda d=digest: launch.fingerprint(d))
+    program = programs.Program(config, fingerprint)
     compiling += program.compile_seconds
     if progress is None:  # Its clock starts when the steps do.
       steps = sum(
         launch.configs[run.config_digest].train.num_steps for run in todo
       )
-      progress = Progress(steps, "steps")
+      progress = Progress(steps, "steps", shown=processes.is_first())
     for run in group:
       try:
         _train_one(run, program, progress)
@@ -242,6 +274,8 @@ def _train(launch, todo):
         progress.skip(program.config.train.num_steps)
   if progress is not None:
     progress.close()
+  if not processes.is_first():
+    return
   print(
     f"{trained} runs took {time.monotonic() - started:.0f} s,"
     f" {compiling:.0f} s of them compiling."
@@ -253,18 +287,27 @@ def _train(launch, todo):
 
 def _train_one(run, program, progress):
   """Raises InUse where another launch runs it, or has run it."""
-  from moe_jax import loop, run_directory
+  from moe_jax import loop
 
   config = sweeps.apply(program.config, {"seed": run.seed})
   with run_directory.RunDirectory(run.folder, config) as directory:
-    if run.row() is not None:
+    if processes.by_first(lambda: run.row() is not None):
       raise InUse(f"{run.folder} was finished by another launch")
     named = _Named(progress, f"{run.name}, seed {run.seed}")
     try:
-      run.finish(loop.run(program, run.seed, directory, named))
+      validation = loop.run(program, run.seed, directory, named)
     except Diverged as e:  # That is a result too.
-      print(f"{run.name}, seed {run.seed}: {e}", file=sys.stderr, flush=True)
-      run.finish(None)
+      validation = None
+      if processes.is_first():
+        print(f"{run.name}, seed {run.seed}: {e}", file=sys.stderr, flush=True)
+    processes.by_first(lambda: run.finish(validation))
+    seen = processes.seen(lambda: run.row() is not None)
+    if not all(seen):  # What is tuned depends on it.
+      raise RunError(
+        f"process {seen.index(False)} does not see the row that process 0 has"
+        f" written in {run.folder}; see that all processes share that folder,"
+        " and give the same command again"
+      )
 
 
 class _Named:

@@ -224,6 +224,23 @@ def parser(description: str) -> argparse.ArgumentParser:
   return parser
 
 
+def add_multihost(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags that `processes.join` takes."""
+  parser.add_argument(
+    "--multihost",
+    choices=("auto", "on", "off"),
+    default="auto",
+    help="run together with other processes; auto: where there is a cluster",
+  )
+  parser.add_argument(
+    "--multihost_timeout",
+    type=at_least_1,
+    default=300,
+    metavar="SECONDS",
+    help="that they may take to meet",
+  )
+
+
 def at_least_1(text: str) -> int:
   """The type of a flag that counts something."""
   if not text.isdecimal() or int(text) < 1:

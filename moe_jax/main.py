@@ -19,19 +19,7 @@ def main(argv=None) -> int:
     action="store_true",
     help="print what each device holds, and run nothing",
   )
-  parser.add_argument(
-    "--multihost",
-    choices=("auto", "on", "off"),
-    default="auto",
-    help="run together with other processes; auto: where there is a cluster",
-  )
-  parser.add_argument(
-    "--multihost_timeout",
-    type=config_lib.at_least_1,
-    default=300,
-    metavar="SECONDS",
-    help="that they may take to meet",
-  )
+  config_lib.add_multihost(parser)
   args, config = config_lib.parse(parser, argv)
   if not args.workdir and not args.show_sharding:
     raise ConfigError("--workdir=DIR is missing: the folder of the run")

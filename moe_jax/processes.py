@@ -23,6 +23,7 @@ COUNT = "JAX_NUM_PROCESSES"
 INDEX = "JAX_PROCESS_ID"
 # Seconds for the others, who end with the first one, to say what was wrong.
 _LAST_WORDS = 2.0
+_PATIENCE = 10.0  # Seconds for a file to be seen by other processes.
 _index = None  # Of this process among several, once it has joined them.
 
 
@@ -194,6 +195,19 @@ def by_first(function: Callable[[], Any]) -> Any:
   if "raised" in told:
     raise getattr(errors, told["raised"], RunError)(told["text"])
   return told["returned"]
+
+
+def seen(look: Callable[[], bool]) -> list[bool]:
+  """Whether each process sees what the first one has written.
+
+  Args:
+    look: true where it does; asked again for some seconds, as a file system
+      that processes share may be slow to tell all of them.
+  """
+  end = time.monotonic() + _PATIENCE
+  while not look() and time.monotonic() < end:
+    time.sleep(0.1)
+  return gather(look())
 
 
 def check_same(facts: Mapping[str, Any]) -> None:

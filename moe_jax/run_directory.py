@@ -30,8 +30,6 @@ _PACKAGES = (
   "moe_jax",
 )
 
-_PATIENCE = 10.0  # Seconds for a file to be seen by other processes.
-
 
 class RunDirectory:
   """One run's files, for one run at a time.
@@ -85,10 +83,7 @@ class RunDirectory:
 
   def _check_shared(self, mark):
     """Raises ConfigError, on all processes, where one sees another folder."""
-    end = time.monotonic() + _PATIENCE
-    while self._read_mark() != mark and time.monotonic() < end:
-      time.sleep(0.1)
-    seen = processes.gather(self._read_mark() == mark)
+    seen = processes.seen(lambda: self._read_mark() == mark)
     if not all(seen):
       raise ConfigError(
         f"process {seen.index(False)} does not see what process 0 has written"

@@ -1,5 +1,6 @@
 """Signals that ask a run to stop."""
 
+import itertools
 import os
 import signal
 import threading
@@ -8,6 +9,9 @@ import jax
 from jax.experimental import multihost_utils
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Of all runs of a process, one after another: all processes have to agree on a
+# number, and one may already be in the next run.
+_calls = itertools.count(1)
 
 
 class Stop:
@@ -24,13 +28,11 @@ class Stop:
   def __init__(self):
     self._asked, self._before = False, {}
     self._together = jax.process_count() > 1
-    self._calls = 0
 
   def asked(self) -> bool:
     """Whether to stop; of several processes all have to ask equally often."""
     if self._together and not self._asked:
-      self._calls += 1
-      self._asked = multihost_utils.reached_preemption_sync_point(self._calls)
+      self._asked = multihost_utils.reached_preemption_sync_point(next(_calls))
     return self._asked
 
   def __enter__(self):

@@ -14,6 +14,8 @@ from experiments import plan as plans
 from moe_jax import config as config_lib
 from moe_jax import parallel, program, run_directory
 from moe_jax.errors import ConfigError
+from moe_jax.launch import local
+from tests import pod
 
 SWEEP = """
 from configs import tiny
@@ -166,6 +168,70 @@ def test_launches_that_share_a_work_directory(small, programs, capsys):
     assert "Not finished, so not in it: none seed 0." in report
     assert "none seed 1" not in report
   assert numbers(run(capsys, work)) == numbers(first)
+
+
+IN_A_POD = """
+import sys
+import experiments
+from experiments import launch
+from moe_jax import config, loop, processes
+
+experiments.__path__.append({questions!r})
+add = loop.Lines.add
+
+def stopped(lines, step, sums):
+  add(lines, step, sums)
+  if (step, str(lines.directory.path)[-1]) == (5, "1") and {stops}:
+    if not processes.is_first():
+      os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.5)
+
+import os, signal, time
+loop.Lines.add = stopped
+config.run(lambda: launch.main(sys.argv[1:]))
+"""
+
+
+def test_processes_that_run_it_together(small, programs, capsys, monkeypatch):
+  """As one alone would; a signal in the second run stops all, and saves it."""
+  folder, work = small
+  flags = ["--arm=bias", "--config.train.num_steps=30"]
+  cache = work.with_name("compiled")
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+  alone = run(capsys, work.with_name("alone"), *flags)
+
+  def together(stops):
+    text = IN_A_POD.format(questions=str(folder.parent), stops=stops)
+    command = [sys.executable, "-c", text, "small", f"--workdir={work}", *flags]
+    started = local.start(command, 2, 1, cwd=pod.ROOT)
+    said = [process.communicate()[0].decode() for process in started]
+    return [process.returncode for process in started], said
+
+  codes, said = together(stops=True)
+  assert codes == [75, 75], said
+  assert "Is it small?" in said[0] and "Is it small?" not in said[1]
+  first, second = (of(work, "bias", seed) for seed in (0, 1))
+  assert (first / "row.json").exists() and not (second / "row.json").exists()
+  (saved,) = (f.name for f in (second / "checkpoints").glob("[0-9]*"))
+  assert 5 <= int(saved) < 30
+  codes, said = together(stops=False)
+  assert codes == [0, 0], said
+  facts = json.loads((second / "run.json").read_text())
+  assert facts["processes"] == 2 and facts["continued"][0]["step"] == int(saved)
+
+  def rows(workdir):
+    return runs.read_csv(workdir / "report" / "results.csv")
+
+  for one, other in zip(rows(work), rows(work.with_name("alone")), strict=True):
+    assert one.keys() == other.keys()
+    for key in one.keys() - {
+      "train/tokens_per_second",
+      *runs.KEYS,
+      *runs.ORIGIN,
+    }:
+      assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-4), key
+  assert "Report:" in said[0] and "Report:" not in said[1]
+  assert len(numbers(alone)) == len(numbers(said[0]))
 
 
 def listed(capsys, work):

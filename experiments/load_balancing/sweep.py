@@ -42,10 +42,10 @@ def pod() -> sweeps.Sweep:
       --config.data.name=NAME --config.data.dir=DIR \
       --config.data.tokenizer=tokenizer.json --config.mesh='(1,8,8,1)'
 
-  It is one process with all accelerators: several hosts cannot share a run yet.
-  Their tokenizer has 32,064 tokens. Learning rates are theirs; of the steps in
-  the schedule of 3B nothing is published, and it is WSD here. Weights begin as
-  everywhere in this package, not with their standard deviation of 0.006.
+  on every host. Their tokenizer has 32,064 tokens. Learning rates are theirs; of
+  the steps in the schedule of 3B nothing is published, and it is WSD here.
+  Weights begin as everywhere in this package, not with their standard deviation
+  of 0.006.
   """
   sizes = _sizes()
   arms = sweeps.product(sizes, _balancers(bias=1e-3))

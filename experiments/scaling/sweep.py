@@ -59,6 +59,8 @@ def pod() -> sweeps.Sweep:
     python -m experiments.launch scaling --scale=pod --arm=768-64 \
       --config.data.name=NAME --config.data.dir=DIR \
       --config.data.tokenizer=tokenizer.json --config.mesh='(1,8,8,1)'
+
+  on every host.
   """
   config = cpu_config()
   config.data.name = "text_of_your_own"

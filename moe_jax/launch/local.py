@@ -3,8 +3,8 @@
   python -m moe_jax.launch.local --processes=2 --devices_per_process=2 -- \\
     --config=configs/tiny.py --workdir=runs/tiny
 
-What stands after -- goes to `python -m moe_jax.main` in every process. They
-talk over the loopback interface. The first one's output is shown as it is, the
+What stands after -- goes to `python -m moe_jax.main` in every process, or to
+another --module, such as experiments.launch. They talk over the loopback interface. The first one's output is shown as it is, the
 others' with their number before it. A signal is passed on to all of them, and a
 second one ends them at once; where one fails, the others are ended. Exit codes
 are those of the run.
@@ -30,7 +30,7 @@ _PATIENCE = 10.0  # Seconds for the others to end by themselves when one fails.
 def main(argv=None) -> int:
   """The command."""
   args = _arguments(argv)
-  command = [sys.executable, "-m", "moe_jax.main", *args.rest]
+  command = [sys.executable, "-m", args.module, *args.rest]
   started = start(command, args.processes, args.devices_per_process)
   readers = [
     threading.Thread(target=_show, args=(number, process), daemon=True)
@@ -136,11 +136,12 @@ def _arguments(argv):
   add = parser.add_argument
   add("--processes", type=config_lib.at_least_1, default=2)
   add("--devices_per_process", type=config_lib.at_least_1, default=1)
+  add("--module", default="moe_jax.main", help="what the processes run")
   add("rest", nargs="*", metavar="-- --config=... --workdir=...")
   args = parser.parse_args(argv)
-  if not any(text.startswith("--config") for text in args.rest):
+  if not args.rest:
     raise ConfigError(
-      "after -- come the flags of moe_jax.main, such as"
+      f"after -- come the flags of {args.module}; for moe_jax.main, such as"
       " -- --config=configs/tiny.py --workdir=runs/tiny"
     )
   return args
