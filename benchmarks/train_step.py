@@ -4,8 +4,10 @@
 
 Times the compiled steps of all arms in turn, round by round, so that what else
 the machine does falls on all of them alike; several processes give medians and
-an interval. With --csv the timings go to a file; as times.csv beside the
-question, it gives its report the seconds that the training of each arm takes.
+an interval. Where arms have a dense one for each size, as in scaling,
+--than=dense is that of their own size. With --csv the timings go to a file; as
+times.csv beside the question, it gives its report the seconds that the training
+of each arm takes.
 """
 
 import json
@@ -27,11 +29,7 @@ def main(argv=None) -> int:
     questions.load(args.question), scale=args.scale, arms=args.arm
   )
   configs = {arm: plan.sweep.configs()[arm] for arm in plan.arms}
-  than = args.than or next(iter(configs))
-  if than not in configs:
-    raise ConfigError(
-      f'--than: "{than}" is not one of the arms' + did_you_mean(than, configs)
-    )
+  relative_to = than(args.than or next(iter(configs)), configs)
   if args.child:
     found = measure(list(configs.values()), args.rounds, args.steps)
     print(json.dumps(dict(zip(configs, found))))
@@ -39,7 +37,7 @@ def main(argv=None) -> int:
   found = timing.processes(
     "benchmarks.train_step", _flags(args), args.processes
   )
-  rows = summarize(found, configs, than)
+  rows = summarize(found, configs, relative_to)
   print(table(rows))
   if args.json:
     timing.write(args.json, rows)
@@ -61,22 +59,37 @@ def main(argv=None) -> int:
   return 0
 
 
-def summarize(found: list[dict], configs: dict, than: str) -> list[dict]:
+def than(wanted: str, arms) -> dict[str, str]:
+  """{arm: the one that its speed is relative to}."""
+  if wanted in arms:
+    return dict.fromkeys(arms, wanted)
+  found = {arm: f"{arm.rpartition('-')[0]}-{wanted}" for arm in arms}
+  if not set(found.values()) <= set(arms):
+    raise ConfigError(
+      f'--than: "{wanted}" is not one of the arms, nor is there one for each of'
+      " their sizes" + did_you_mean(wanted, arms)
+    )
+  return found
+
+
+def summarize(
+  found: list[dict], configs: dict, relative_to: dict[str, str]
+) -> list[dict]:
   """A row per arm: medians over processes, with their interval.
 
   Args:
     found: of each process, {arm: seconds per step, by round}.
     configs: of the arms.
-    than: the arm that speed is relative to.
+    relative_to: from `than`.
   """
   rows = []
   for arm, config in configs.items():
     seconds = [statistics.median(process[arm]) for process in found]
-    speed = [timing.over(process[than], process[arm]) for process in found]
+    speed = [timing.over(one[relative_to[arm]], one[arm]) for one in found]
     tokens = config.data.batch_size * config.data.seq_len
     row = {
       "arm": arm,
-      "than": than,
+      "than": relative_to[arm],
       "seconds_per_step": statistics.median(seconds),
     }
     row["tokens_per_second"] = tokens / row["seconds_per_step"]
@@ -87,8 +100,11 @@ def summarize(found: list[dict], configs: dict, than: str) -> list[dict]:
 
 def table(rows: list[dict]) -> str:
   """The rows as markdown."""
+  name = rows[0]["than"]
+  if any(row["than"] != name for row in rows):
+    name = f"{name.rpartition('-')[2]} of its size"
   lines = [
-    f"| arm | ms a step | tokens/s | speed ÷ {rows[0]['than']} |",
+    f"| arm | ms a step | tokens/s | speed ÷ {name} |",
     "|---|---|---|---|",
   ]
   for row in rows:
@@ -140,7 +156,7 @@ def _arguments(argv):
   add("question", metavar="QUESTION", help=", ".join(questions.names()))
   add("--scale", metavar="NAME", help="as of experiments.launch")
   add("--arm", action="append", metavar="NAME", help="only this; repeatable")
-  add("--than", metavar="NAME", help="the arm of speed 1; the first one")
+  add("--than", metavar="NAME", help="arm of speed 1; the first one")
   add(
     "--steps",
     type=config_lib.at_least_1,

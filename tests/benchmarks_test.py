@@ -440,12 +440,24 @@ def test_speed_of_a_step_is_paired():
     {"dense": [1.0, 2.0, 3.0], "moe": [2.0, 4.0, 3.0]},
     {"dense": [1.0, 1.0, 1.0], "moe": [1.0, 1.0, 1.0]},
   ]
-  rows = train_step.summarize(found, configs, "dense")
+  than = dict.fromkeys(configs, "dense")
+  rows = train_step.summarize(found, configs, than)
   assert [row["relative_speed"] for row in rows] == [1.0, 0.75]
   tokens = config.data.batch_size * config.data.seq_len
   assert rows[1]["seconds_per_step"] == 2.0
   assert rows[1]["tokens_per_second"] == tokens / 2
-  assert "| moe | 2000.0 |" in train_step.table(rows)
+  table = train_step.table(rows)
+  assert "| moe | 2000.0 |" in table and "speed ÷ dense |" in table
+  # With that of its own size.
+  times = {"8-dense": [1.0], "8-2": [2.0], "16-dense": [3.0], "16-2": [4.0]}
+  configs = dict.fromkeys(times, config)
+  than = train_step.than("dense", configs)
+  rows = train_step.summarize([times], configs, than)
+  assert [row["relative_speed"] for row in rows] == [1.0, 0.5, 1.0, 0.75]
+  assert "speed ÷ dense of its size" in train_step.table(rows)
+  assert set(train_step.than("16-2", configs).values()) == {"16-2"}
+  with pytest.raises(ConfigError, match="nor is there one for each"):
+    train_step.than("dense", ["8-dense", "8-2", "16-2"])
 
 
 def test_what_there_is_not():
