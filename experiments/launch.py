@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from experiments import plan as plans
 from experiments import questions, report, runs, sweeps
 from moe_jax import config as config_lib
-from moe_jax import processes, run_directory
 from moe_jax.errors import ConfigError, Diverged, InUse, RunError
 from moe_jax.progress import Progress
 
@@ -30,6 +29,9 @@ from moe_jax.progress import Progress
 def main(argv: Sequence[str] | None = None) -> int:
   """The command."""
   args, overrides = _arguments(argv)
+
+  from moe_jax import processes
+
   processes.join(args.multihost, args.multihost_timeout)
   question = questions.load(args.question)
   plan = plans.make(
@@ -99,6 +101,8 @@ def _check_flags(args, overrides, plan, launch):
 
 def _run(launch):
   """Runs what is not finished yet."""
+  from moe_jax import processes
+
   processes.check_same(
     {
       f"the folder of {r.name}, seed {r.seed}": str(r.folder)
@@ -114,6 +118,8 @@ def _run(launch):
 
 def _open(launch, group):
   """Those of some runs that are not finished, as the first process sees it."""
+  from moe_jax import processes
+
   found = processes.by_first(
     lambda: [i for i, run in enumerate(group) if launch.row(run) is None]
   )
@@ -126,6 +132,8 @@ def _tune(plan):
   Raises:
     ConfigError: there is nothing to tune.
   """
+  from moe_jax import processes
+
   stages = plan.sweep.stages
   if not stages:
     raise ConfigError(
@@ -247,6 +255,7 @@ def _call(options):
 
 def _train(launch, todo):
   """Runs arm by arm, all seeds of an arm with one program."""
+  from moe_jax import processes, run_directory
   from moe_jax import program as programs
 
   started, compiling, trained, progress = time.monotonic(), 0.0, 0, None
@@ -287,7 +296,7 @@ def _train(launch, todo):
 
 def _train_one(run, program, progress):
   """Raises InUse where another launch runs it, or has run it."""
-  from moe_jax import loop
+  from moe_jax import loop, processes, run_directory
 
   config = sweeps.apply(program.config, {"seed": run.seed})
   with run_directory.RunDirectory(run.folder, config) as directory:
