@@ -5,15 +5,16 @@
 Times the compiled steps of all arms in turn, round by round, so that what else
 the machine does falls on all of them alike; several processes give medians and
 an interval. Where arms have a dense one for each size, as in scaling,
---than=dense is that of their own size. With --csv the timings go to a file; as
-times.csv beside the question, it gives its report the seconds that the training
-of each arm takes.
+--than=dense is that of their own size. --config.KEY=VALUE changes all arms, as in
+experiments.launch. With --csv the timings go to a file; as times.csv beside the
+question, it gives its report the seconds that the training of each arm takes.
 """
 
 import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 
 from benchmarks import timing
 from experiments import plan as plans
@@ -24,9 +25,12 @@ from moe_jax.errors import ConfigError, did_you_mean
 
 def main(argv=None) -> int:
   """The command."""
-  args = _arguments(argv)
+  args, overrides = _arguments(argv)
   plan = plans.make(
-    questions.load(args.question), scale=args.scale, arms=args.arm
+    questions.load(args.question),
+    scale=args.scale,
+    arms=args.arm,
+    overrides=overrides,
   )
   configs = {arm: plan.sweep.configs()[arm] for arm in plan.arms}
   relative_to = than(args.than or next(iter(configs)), configs)
@@ -35,9 +39,9 @@ def main(argv=None) -> int:
     print(json.dumps(dict(zip(configs, found))))
     return 0
   found = timing.processes(
-    "benchmarks.train_step", _flags(args), args.processes
+    "benchmarks.train_step", _flags(args, overrides), args.processes
   )
-  rows = summarize(found, configs, relative_to)
+  rows = summarize(found, configs, relative_to, overrides)
   print(table(rows))
   if args.json:
     timing.write(args.json, rows)
@@ -73,7 +77,10 @@ def than(wanted: str, arms) -> dict[str, str]:
 
 
 def summarize(
-  found: list[dict], configs: dict, relative_to: dict[str, str]
+  found: list[dict],
+  configs: dict,
+  relative_to: dict[str, str],
+  overrides: Sequence[str] = (),
 ) -> list[dict]:
   """A row per arm: medians over processes, with their interval.
 
@@ -81,6 +88,7 @@ def summarize(
     found: of each process, {arm: seconds per step, by round}.
     configs: of the arms.
     relative_to: from `than`.
+    overrides: KEY=VALUE, what the arms have besides.
   """
   rows = []
   for arm, config in configs.items():
@@ -90,6 +98,7 @@ def summarize(
     row = {
       "arm": arm,
       "than": relative_to[arm],
+      "config": list(overrides),
       "seconds_per_step": statistics.median(seconds),
     }
     row["tokens_per_second"] = tokens / row["seconds_per_step"]
@@ -103,7 +112,9 @@ def table(rows: list[dict]) -> str:
   name = rows[0]["than"]
   if any(row["than"] != name for row in rows):
     name = f"{name.rpartition('-')[2]} of its size"
-  lines = [
+  changed = ", ".join(f"`{text}`" for text in rows[0].get("config", ()))
+  lines = [f"With {changed}:\n"] if changed else []
+  lines += [
     f"| arm | ms a step | tokens/s | speed ÷ {name} |",
     "|---|---|---|---|",
   ]
@@ -143,11 +154,12 @@ def measure(configs, rounds: int, steps: int) -> list[list[float]]:
   return seconds
 
 
-def _flags(args):
+def _flags(args, overrides):
   flags = [args.question, "--child", f"--rounds={args.rounds}"]
   flags += [f"--steps={args.steps}"]
   flags += [f"--scale={args.scale}"] * bool(args.scale)
-  return flags + [f"--arm={arm}" for arm in args.arm or ()]
+  flags += [f"--arm={arm}" for arm in args.arm or ()]
+  return flags + [f"--config.{text}" for text in overrides]
 
 
 def _arguments(argv):
@@ -164,7 +176,12 @@ def _arguments(argv):
     help="of an arm in a round",
   )
   add("--csv", type=timing.path, metavar="PATH", help="put all timings there")
-  return parser.parse_args(argv)
+  args, overrides = config_lib.parse_overrides(parser, argv)
+  if args.csv and overrides:
+    raise ConfigError(
+      "--csv keeps the times of the arms as they are; leave out --config"
+    )
+  return args, overrides
 
 
 if __name__ == "__main__":

@@ -448,6 +448,8 @@ def test_speed_of_a_step_is_paired():
   assert rows[1]["tokens_per_second"] == tokens / 2
   table = train_step.table(rows)
   assert "| moe | 2000.0 |" in table and "speed ÷ dense |" in table
+  rows = train_step.summarize(found, configs, than, ["train.accumulation=2"])
+  assert train_step.table(rows).startswith("With `train.accumulation=2`:\n\n|")
   # With that of its own size.
   times = {"8-dense": [1.0], "8-2": [2.0], "16-dense": [3.0], "16-2": [4.0]}
   configs = dict.fromkeys(times, config)
@@ -471,6 +473,8 @@ def test_what_there_is_not():
     scaling.main(["--curves=", "--figure=it"])
   with pytest.raises(ConfigError, match='"bia" is not .*did you mean "bias"'):
     train_step.main(["load_balancing", "--than=bia"])
+  with pytest.raises(ConfigError, match="--csv keeps the times of the arms"):
+    train_step.main(["load_balancing", "--csv=x.csv", "--config.seed=1"])
 
 
 def test_files_that_could_not_be_written(capsys, tmp_path):
