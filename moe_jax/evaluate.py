@@ -12,6 +12,7 @@ import sys
 import numpy as np
 
 from moe_jax import config as config_lib
+from moe_jax import trained
 from moe_jax.errors import ConfigError
 
 
@@ -23,30 +24,26 @@ def main(argv=None) -> int:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
-  source = parser.add_mutually_exclusive_group(required=True)
-  source.add_argument(
-    "--hf", metavar="DIR", help="config.json, safetensors, tokenizer.json"
-  )
-  source.add_argument(
-    "--checkpoint", metavar="DIR", help="a work directory, or one checkpoint"
-  )
+  trained.add_flags(parser)
   add("--dataset", required=True, help="as config.data.name has it")
   add("--data_dir", metavar="DIR", help="folder of a prepared TFDS dataset")
   add("--seq_len", type=config_lib.at_least_1, default=256)
   add("--batch_size", type=config_lib.at_least_1, default=8)
   add("--batches_per_domain", type=config_lib.at_least_1, help="default: all")
-  add("--dtype", choices=("float32", "bfloat16"), default="float32")
   add("--json", type=str, metavar="PATH", help="metrics, and shares of experts")
   args = parser.parse_args(argv)
 
   import jax
 
-  from moe_jax import batches, evaluation, mixture, trained
+  from moe_jax import batches, evaluation, mixture, parallel
 
-  if args.hf:
-    found = trained.published(args.hf, args.dtype)
-  else:
-    found = trained.of_run(args.checkpoint, args.batch_size, args.seq_len)
+  found = trained.load(args)
+  shards = parallel.token_shards(found.model.arch.mesh)
+  if args.batch_size % shards:
+    raise ConfigError(
+      f"--batch_size={args.batch_size} does not divide over {shards} devices of"
+      " --mesh along data, fsdp and expert; give a multiple"
+    )
   if not found.ends:
     raise ConfigError(
       f"{args.hf}/config.json has no eos_token_id, which ends a document; add it"

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_jax import config as config_lib
+from moe_jax import trained
 from moe_jax.errors import ConfigError
 
 
@@ -42,7 +43,7 @@ def generate(
   """Continues prompts, all at once, with a cache of keys and values.
 
   Args:
-    model: dropless, or its capacity is that of a single token.
+    model: dropless, or its capacity is that of a single token; on its mesh.
     variables: {"params": ...}, and "balance" if the model has it.
     prompts: B of them, each of at least one token.
     num_tokens: N, at most so many for each.
@@ -60,7 +61,13 @@ def generate(
   import jax
   import jax.numpy as jnp
 
+  from moe_jax import parallel
+
   _check(prompts, num_tokens, temperature, top_k, top_p, model.arch.vocab_size)
+  asked = len(prompts)
+  # As many rows as divide over the devices.
+  more = -asked % parallel.token_shards(model.arch.mesh)
+  prompts = [*prompts, *(prompts[0] for _ in range(more))]
   lengths = [len(p) for p in prompts]
   longest = max(lengths)
   tokens_BL = np.zeros((len(prompts), longest), np.int32)
@@ -86,10 +93,11 @@ def generate(
     found.append(np.where(over_B, -1, np.asarray(token_B)))
     routed.append(chosen)
     over_B |= np.isin(found[-1], ends)
-  return Generated(
-    np.stack(found, axis=1),
-    _by_layer(routed, model.arch.segments, len(prompts)) if experts else None,
-  )
+  by_layer = None
+  if experts:
+    by_layer = _by_layer(routed, model.arch.segments, len(prompts))
+    by_layer = {layer: chosen[:asked] for layer, chosen in by_layer.items()}
+  return Generated(np.stack(found, axis=1)[:asked], by_layer)
 
 
 @functools.lru_cache(maxsize=8)
@@ -200,29 +208,17 @@ def main(argv=None) -> int:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
-  source = parser.add_mutually_exclusive_group(required=True)
-  source.add_argument(
-    "--checkpoint", metavar="DIR", help="a work directory, or one checkpoint"
-  )
-  source.add_argument(
-    "--hf", metavar="DIR", help="config.json, safetensors, tokenizer.json"
-  )
+  trained.add_flags(parser)
   add("--prompt", action="append", required=True, help="repeatable: a batch")
   add("--num_tokens", type=config_lib.at_least_1, default=64)
   add("--temperature", type=float, default=0.0, help="0: the most probable")
   add("--top_k", type=config_lib.at_least_1)
   add("--top_p", type=float)
   add("--seed", type=int, default=0)
-  add("--dtype", choices=("float32", "bfloat16"), default="float32")
   add("--experts", action="store_true", help="print those of every token")
   args = parser.parse_args(argv)
 
-  from moe_jax import trained
-
-  if args.hf:
-    found = trained.published(args.hf, args.dtype)
-  else:
-    found = trained.of_run(args.checkpoint, len(args.prompt))
+  found = trained.load(args)
   prompts = [
     found.tokenizer.prompt(text.encode()).tolist() for text in args.prompt
   ]

@@ -1,6 +1,6 @@
 """A model with its weights and its tokenizer: of a run, or published."""
 
-import dataclasses
+import argparse
 import logging
 import pathlib
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from moe_jax.errors import ConfigError
 
 
 class Trained(NamedTuple):
-  """model, variables: for `model.apply`, dropless.
+  """model, variables: for `model.apply`, dropless, on one device or a mesh.
 
   tokenizer: of its text.
   ends: tokens that end a text, the first of which stands for the end of a
@@ -24,18 +24,66 @@ class Trained(NamedTuple):
   ends: tuple[int, ...]
 
 
-def of_run(path: str, batch: int = 1, seq_len: int = 1) -> Trained:
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags that `load` takes."""
+  source = parser.add_mutually_exclusive_group(required=True)
+  source.add_argument(
+    "--checkpoint", metavar="DIR", help="a work directory, or one checkpoint"
+  )
+  source.add_argument(
+    "--hf", metavar="DIR", help="config.json, safetensors, tokenizer.json"
+  )
+  parser.add_argument(
+    "--dtype",
+    choices=("float32", "bfloat16"),
+    default="float32",
+    help="of --hf; a run has its own",
+  )
+  parser.add_argument(
+    "--mesh",
+    type=_sizes,
+    metavar="DATA,FSDP,EXPERT,TENSOR",
+    help="devices along each axis, -1: what is left; default: one device",
+  )
+
+
+def _sizes(text):
+  try:
+    return tuple(int(size) for size in text.strip("()").split(","))
+  except ValueError:
+    raise argparse.ArgumentTypeError(
+      f"{text!r} is not four whole numbers, such as 1,1,-1,1"
+    ) from None
+
+
+def load(args: argparse.Namespace) -> Trained:
+  """What the flags of `add_flags` ask for.
+
+  Raises:
+    ConfigError: as `of_run` and `published`, or an impossible mesh.
+  """
+  from moe_jax import parallel
+
+  mesh = None if args.mesh is None else parallel.mesh_or_none(args.mesh)
+  if args.hf:
+    return published(args.hf, args.dtype, mesh)
+  return of_run(args.checkpoint, mesh)
+
+
+def of_run(path: str, mesh=None) -> Trained:
   """The newest checkpoint of a run, or one of them.
 
   Args:
     path: a work directory, or WORKDIR/checkpoints/STEP.
-    batch: sequences that the model is to take at a time.
-    seq_len: tokens of each.
+    mesh: from `parallel.make_mesh`; None: one device.
 
   Raises:
-    ConfigError: there is no run, or no checkpoint that can be read.
+    ConfigError: there is no run, no checkpoint that can be read, or the model
+      does not divide over the mesh.
   """
-  from moe_jax import checkpoint, models
+  import jax
+
+  from moe_jax import checkpoint, models, parallel
 
   folder = pathlib.Path(path).absolute()
   runs = [
@@ -44,25 +92,31 @@ def of_run(path: str, batch: int = 1, seq_len: int = 1) -> Trained:
   if not runs:
     raise ConfigError(f"{path} is no work directory of a run, nor in one")
   config = config_lib.load(str(runs[0] / "config.json"))
+  section = config.model.to_dict()
+  section["moe"] |= models.DROPLESS
   tokenizer = tokenizers.load(config.data.tokenizer)
   model = models.build(
-    config.model,
+    section,
     vocab_size=tokenizer.vocab_size,
     end_of_document=tokenizer.end if config.data.separate_documents else None,
-    seq_len=seq_len,
-    batch_sizes=(batch,),
+    seq_len=1,
+    batch_sizes=(parallel.token_shards(mesh),),
+    mesh=mesh,
     plugins=config.plugins,
   )
   variables = checkpoint.load_variables(folder)
-  return Trained(dropless(model), variables, tokenizer, (tokenizer.end,))
+  if mesh is not None:
+    variables = jax.device_put(variables, models.shardings(model))
+  return Trained(model, variables, tokenizer, (tokenizer.end,))
 
 
-def published(path: str, dtype: str = "float32") -> Trained:
+def published(path: str, dtype: str = "float32", mesh=None) -> Trained:
   """The weights in a folder of config.json, safetensors and tokenizer.json.
 
   Args:
     path: the folder. Without a tokenizer.json tokens are bytes.
     dtype: of parameters and activations.
+    mesh: as in `of_run`.
 
   Raises:
     ConfigError: see `interop.huggingface.load`; or a vocabulary too small.
@@ -70,7 +124,7 @@ def published(path: str, dtype: str = "float32") -> Trained:
   from moe_jax.interop import huggingface
 
   folder = pathlib.Path(path)
-  model, variables = huggingface.load(folder, dtype=dtype)
+  model, variables = huggingface.load(folder, mesh, dtype=dtype)
   ends = huggingface.read_config(folder).get("eos_token_id")
   ends = () if ends is None else (ends,) if isinstance(ends, int) else ends
   file = folder / "tokenizer.json"
@@ -84,19 +138,3 @@ def published(path: str, dtype: str = "float32") -> Trained:
       f" model {model.arch.vocab_size}; put the model's tokenizer.json beside it"
     )
   return Trained(model, variables, tokenizer, tuple(ends))
-
-
-def dropless(model):
-  """The same model, whose experts take every token that is sent to them."""
-  from moe_jax import registry
-  from moe_jax.models import moe
-
-  arch = model.arch
-  if arch.recipe is None:
-    return model
-  recipe = dataclasses.replace(
-    arch.recipe, dispatcher=registry.load("dispatchers", "sorted")
-  )
-  return model.clone(
-    arch=dataclasses.replace(arch, recipe=recipe, grouping=moe.Grouping())
-  )

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import generate, main, trained
+from moe_jax import generate, main, parallel, trained
 from moe_jax.errors import ConfigError
 from moe_jax.interop import huggingface
 from tests import parity
@@ -119,6 +119,29 @@ def test_impossible_values(loaded, prompts, options, words):
     generate.generate(*loaded, prompts, 4, **options)
 
 
+@pytest.mark.parametrize(
+  "name,sizes", [("deepseek_v3_a", (1, 2, 2, 2)), ("gpt_oss_a", (1, 1, 4, 1))]
+)
+def test_a_mesh_changes_nothing(name, sizes):
+  """Nor does it matter that three texts do not divide over the devices."""
+  devices = jax.devices()[: np.prod(sizes)]
+  mesh = parallel.make_mesh(sizes, devices)
+  loaded = huggingface.load(parity.FOLDER / name)
+  spread = huggingface.load(parity.FOLDER / name, mesh)
+  assert len(spread[1]["params"]["embedding"].devices()) == len(devices)
+  prompts = [[1, 2, 3, 4, 5, 6, 7], [9], [5, 5, 2]]
+  for options in ({}, {"temperature": 1.0, "top_p": 0.9, "seed": 3}):
+    one, other = (
+      generate.generate(*found, prompts, 9, experts=True, **options)
+      for found in (loaded, spread)
+    )
+    np.testing.assert_array_equal(one.tokens_BN, other.tokens_BN)
+    for layer, chosen in one.experts.items():
+      np.testing.assert_array_equal(
+        np.sort(chosen), np.sort(other.experts[layer])
+      )
+
+
 def test_the_command_on_a_run(tmp_path, capsys):
   """Byte for byte what the model says of whole texts."""
   run = tmp_path / "run"
@@ -128,6 +151,8 @@ def test_the_command_on_a_run(tmp_path, capsys):
       *("--config.train.num_steps=3", "--config.train.log_every=3"),
       "--config.optim.warmup_steps=1",
       "--config.eval.batches_per_domain=1",
+      # Groups of whole batches, which no text fills.
+      "--config.model.moe.tokens_per_group=64",
       f"--workdir={run}",
     ]
   )
@@ -147,6 +172,9 @@ def test_the_command_on_a_run(tmp_path, capsys):
   assert "\n".join(lines).startswith(text)
   logits = found.model.apply(found.variables, np.array([tokens[:-1]]))[0]
   assert logits[0, -5:].argmax(-1).tolist() == tokens[-5:]
+  mesh = "--mesh=1,2,4,1"
+  assert generate.main([f"--checkpoint={run}", *flags, mesh]) == 0
+  assert capsys.readouterr().out.splitlines() == lines
   with pytest.raises(ConfigError, match="no work directory"):
     generate.main([f"--checkpoint={tmp_path / 'none'}", "--prompt=x"])
 

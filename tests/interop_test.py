@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from moe_jax import evaluate, generate, models, params, trained
+from moe_jax import evaluate, generate, models, params
 from moe_jax.errors import ConfigError
 from moe_jax.interop import families, huggingface
 from tests import mesh_cases, parity
@@ -182,7 +182,6 @@ def test_what_we_train_can_be_saved(name, model_type, tmp_path):
   # Layers may be another prefix and pattern of the same list.
   assert again.arch.layers == model.arch.layers
   tokens = np.random.default_rng(1).integers(0, 256, (2, 32))
-  model = trained.dropless(model)
   one, other = LOGITS(model, variables, tokens), LOGITS(again, found, tokens)
   np.testing.assert_array_equal(one, other)
 
@@ -416,9 +415,10 @@ def test_patterns_are_found():
 
 def preset(name):
   """(model, random variables) of a preset's variant tiny."""
-  c = importlib.import_module(f"configs.{name}").get_config("tiny")
+  c = importlib.import_module(f"configs.{name}").get_config("tiny").model
+  c.moe.update(models.DROPLESS)
   model = models.build(
-    c.model, vocab_size=288, seq_len=32, batch_sizes=(1,), end_of_document=256
+    c, vocab_size=288, seq_len=32, batch_sizes=(1,), end_of_document=256
   )
   shapes = jax.eval_shape(
     lambda: model.init(jax.random.key(0), np.zeros((1, 32), np.int32))
@@ -451,5 +451,17 @@ def test_the_routing_report_of_published_weights(tmp_path, capsys):
   assert abs(sum(row["share"] for row in of_one) - 1) < 1e-6
   best = max(of_one, key=lambda row: row["share"])
   assert f"{best['expert']}: {100 * best['share']:.0f} %" in printed
+  # On a mesh it is the same.
+  spread = [*flags, f"--json={tmp_path / 'mesh.json'}", "--mesh=(1,2,2,-1)"]
+  assert evaluate.main(spread) == 0
+  capsys.readouterr()
+  again = json.loads((tmp_path / "mesh.json").read_text())
+  assert again["metrics"] == pytest.approx(metrics, rel=1e-5, abs=1e-6)
+  assert len(again["shares"]) == len(shares)
+  with pytest.raises(ConfigError, match="batch_size=6 does not divide over 4"):
+    evaluate.main([*spread, "--batch_size=6"])
+  with pytest.raises(SystemExit):
+    evaluate.main([*flags, "--mesh=expert"])
+  assert "is not four whole numbers" in capsys.readouterr().err
   # MaxVio is that of these shares.
   assert abs(metrics["max_vio_global/code"] - (8 * best["share"] - 1)) < 1e-5

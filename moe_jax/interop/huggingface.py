@@ -51,13 +51,9 @@ _MOE = {
   "activation": "swiglu",
   "use_bias": False,
   "init_scale": 1.0,
-  "tokens_per_group": "sequence",
-  "capacity_factor": None,
-  "eval_capacity_factor": None,
-  "expert_buckets": None,
   "grouped_matmul": None,
-  "dispatcher": {"name": "sorted"},
   "balancers": {},
+  **models.DROPLESS,
 }
 
 
@@ -322,13 +318,12 @@ class _Layout:
   def __init__(self, family: families.Family, model):
     self.family, self.model = family, model
     arch = model.arch
-    tokens = jnp.zeros((max(1, parallel.token_shards(arch.mesh)), 1), jnp.int32)
-    boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens))
-    self.shapes = traverse_util.flatten_dict(nn.unbox(boxed), sep="/")
+    shapes = nn.unbox(models.variables(model))
+    self.shapes = traverse_util.flatten_dict(shapes, sep="/")
     self.shardings = None
     if arch.mesh is not None:
       self.shardings = traverse_util.flatten_dict(
-        parallel.shardings(boxed, arch.mesh), sep="/"
+        models.shardings(model), sep="/"
       )
     # Leaf -> (tensor, how to read) for those outside of layers.
     self.top = {

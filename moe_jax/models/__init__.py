@@ -3,10 +3,21 @@
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 
 from moe_jax import experts, grouped_matmul, layer, parallel, registry
 from moe_jax.errors import ConfigError
 from moe_jax.models import attention, moe
+
+# Of a section `model.moe`: experts take every token that is sent to them, and no
+# sequence shares a group with another.
+DROPLESS = {
+  "tokens_per_group": "sequence",
+  "capacity_factor": None,
+  "eval_capacity_factor": None,
+  "expert_buckets": None,
+  "dispatcher": {"name": "sorted"},
+}
 
 
 def build(
@@ -60,6 +71,18 @@ def build(
   for train in (True, False):
     model.arch.check_causal(seq_len, train)
   return model
+
+
+def variables(model):
+  """Shapes of a model's variables, boxed with their logical axes."""
+  shards = parallel.token_shards(model.arch.mesh)
+  tokens_BL = jnp.zeros((shards, 1), jnp.int32)
+  return jax.eval_shape(lambda: model.init(jax.random.key(0), tokens_BL))
+
+
+def shardings(model):
+  """Of a model's variables, on its mesh."""
+  return parallel.shardings(variables(model), model.arch.mesh)
 
 
 def layer_kinds(config: Mapping) -> set[str]:
