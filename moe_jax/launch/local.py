@@ -4,10 +4,11 @@
     --config=configs/tiny.py --workdir=runs/tiny
 
 What stands after -- goes to `python -m moe_jax.main` in every process, or to
-another --module, such as experiments.launch. They talk over the loopback interface. The first one's output is shown as it is, the
-others' with their number before it. A signal is passed on to all of them, and a
-second one ends them at once; where one fails, the others are ended. Exit codes
-are those of the run.
+another --module, such as experiments.launch. They talk over the loopback
+interface. The first one's output is shown as it is, the others' with their
+number before it. A signal is passed on to all of them, and a second one ends
+them at once; where one fails, the others are ended. Exit codes are those of the
+run.
 """
 
 import argparse
