@@ -7,9 +7,11 @@ is used. Arrays are restored onto any mesh.
 """
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -23,6 +25,12 @@ from moe_jax import processes
 from moe_jax.errors import ConfigError, RunError, first_line
 
 _MARGIN = 100_000  # Bytes of a checkpoint besides its arrays.
+_ERRORS = errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM
+# What is said where a machine lacks something; the checkpoint may be whole.
+_LACKS = re.compile(
+  "PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|"
+  "MemoryError|" + "|".join(os.strerror(number) for number in _ERRORS)
+)
 _FORMAT = 1  # Raise it when a checkpoint means something else than before.
 
 
@@ -114,6 +122,7 @@ class Checkpoints:
 
     Raises:
       ConfigError: it is of another model, or all of them are damaged.
+      RunError: it cannot be read just now, and may be whole.
     """
     damaged = []
     for step in reversed(self.steps()):
@@ -143,9 +152,11 @@ class Checkpoints:
     except ConfigError:
       raise
     except Exception as e:  # Whatever damage makes Orbax raise.
-      problem = first_line(e)
+      problem = _problem(e)
     # Processes read different parts of it, and all need a whole one.
     problem = next(filter(None, processes.gather(problem)), None)
+    if problem:
+      _check_damage(self.folder / str(step), problem)
     if problem is None and digest(found.state) != saved:
       problem = "its arrays do not have the digest that was saved"
     return (None, problem) if problem else (found, None)
@@ -271,19 +282,34 @@ def load_variables(path: str | os.PathLike) -> dict:
 
   Raises:
     ConfigError: there is no checkpoint that can be read.
+    RunError: the newest cannot be read just now, and may be whole.
   """
   folders = _newest_first(pathlib.Path(path).absolute())
   for folder in folders:
     try:
       return _load_variables(folder / "state")
     except Exception as e:  # Whatever damage makes Orbax raise.
-      logging.warning(
-        "The checkpoint %s is damaged (%s)", folder, first_line(e)
-      )
+      problem = _problem(e)
+      _check_damage(folder, problem)
+      logging.warning("The checkpoint %s is damaged (%s)", folder, problem)
   raise ConfigError(
     f"no checkpoint in {path} can be read: {', '.join(f.name for f in folders)}"
     " are damaged; give another"
   )
+
+
+def _problem(error):
+  return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _check_damage(folder, problem):
+  """Raises RunError for a problem that says nothing about a checkpoint."""
+  if _LACKS.search(problem):
+    raise RunError(
+      f"the checkpoint {folder} cannot be read ({problem}), though it may be"
+      " whole; give the same command again when it can, or move it away to use"
+      " the one before it"
+    )
 
 
 def _load_variables(folder):

@@ -57,7 +57,7 @@ def make_mesh(
   if math.prod(sizes) != len(devices):
     raise ConfigError(
       f"mesh = {tuple(sizes)} over {AXES} needs {math.prod(sizes)} devices, but"
-      f" there are {len(devices)}; change config.mesh, or on CPU set"
+      f" there are {len(devices)}; change the mesh, or on CPU set"
       " XLA_FLAGS=--xla_force_host_platform_device_count=N"
     )
   return jax.sharding.Mesh(

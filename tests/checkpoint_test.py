@@ -1,6 +1,7 @@
 """Checkpoints: whole, checked, and restored onto any mesh."""
 
 import contextlib
+import errno
 import json
 import pathlib
 import resource
@@ -9,6 +10,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from moe_jax import checkpoint, parallel
@@ -182,6 +184,38 @@ def test_all_damaged_is_an_error_and_nothing_is_moved(folder):
     with pytest.raises(ConfigError, match="all checkpoints in .* are damaged"):
       checkpoints.restore(abstract())
     assert checkpoints.steps() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    PermissionError(errno.EACCES, "Permission denied", "state"),
+    OSError(errno.EIO, "Input/output error"),
+    MemoryError(),
+    RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."),
+    ValueError("UNAVAILABLE: Error reading from gs://"),
+  ],
+  ids=lambda e: type(e).__name__,
+)
+def test_what_a_machine_lacks_is_no_damage(folder, error, monkeypatch):
+  """Newer steps are not given up for it."""
+
+  def lacking(*_, **__):
+    raise error
+
+  def check_whole(checkpoints):
+    assert checkpoints.restore(abstract()).step == 3
+    assert not folder.with_name("damaged_checkpoints").exists()
+
+  with opened(folder) as checkpoints:
+    with monkeypatch.context() as m:
+      m.setattr(ocp.CheckpointManager, "restore", lacking)
+      with pytest.raises(RunError, match="3 cannot be read .* may be whole"):
+        checkpoints.restore(abstract())
+    check_whole(checkpoints)
+  monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", lacking)
+  with pytest.raises(RunError, match="3 cannot be read .* may be whole"):
+    checkpoint.load_params(folder)
 
 
 def test_one_that_was_not_finished_is_none(folder):
