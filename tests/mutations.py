@@ -451,6 +451,27 @@ FAULTS = (
     "",
     "checkpoint_test.py::test_one_of_another_model_is_refused",
   ),
+  Fault(
+    "a checkpoint that a machine has no memory for is damaged",
+    "checkpoint.py",
+    "if _LACKS.search(problem):",
+    "if False:",
+    "checkpoint_test.py::test_what_a_machine_lacks_is_no_damage",
+  ),
+  Fault(
+    "a run is sampled from in the groups that it was trained in",
+    "trained.py",
+    '  section["moe"] |= models.DROPLESS\n',
+    "",
+    "generate_test.py::test_the_command_on_a_run",
+  ),
+  Fault(
+    "texts are not filled up to the devices of a mesh",
+    "generate.py",
+    "-asked % parallel.token_shards(model.arch.mesh)",
+    "0",
+    "generate_test.py::test_a_mesh_changes_nothing",
+  ),
   # Optimizers.
   Fault(
     "experts are one matrix",
@@ -498,13 +519,16 @@ def main(argv=None) -> int:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument(
-    "--only", default="", metavar="TEXT", help="faults that contain this text"
+    "--only",
+    action="append",
+    metavar="TEXT",
+    help="faults that contain this text; repeatable",
   )
   parser.add_argument(
     "--jobs", type=int, default=2, help="at a time; default: %(default)s"
   )
   args = parser.parse_args(argv)
-  faults = [f for f in FAULTS if args.only in f.name]
+  faults = [f for f in FAULTS if any(x in f.name for x in args.only or [""])]
   sources = [faulty(f) for f in faults]
   _check_without_a_fault(faults)
   missed = 0
