@@ -182,7 +182,7 @@ def step(model, seq_len: int = LENGTH):
   shape = (2, ROWS, seq_len)
   batch = {
     k: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
-    for k, dtype in (("inputs", int), ("targets", int), ("mask", bool))
+    for k, dtype in (("inputs", "int32"), ("targets", "int32"), ("mask", bool))
   }
   with jax.set_mesh(mesh):
     num_bytes_V = tokenizers.load().num_bytes_V[: model.arch.vocab_size]
