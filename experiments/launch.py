@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   from moe_jax import processes
 
   processes.join(args.multihost, args.multihost_timeout)
+  flags = {f"--{name}": value for name, value in vars(args).items()}
+  processes.check_same(flags | {"--config": overrides})
   question = questions.load(args.question)
   plan = plans.make(
     question,

@@ -171,7 +171,7 @@ def test_launches_that_share_a_work_directory(small, programs, capsys):
 
 
 IN_A_POD = """
-import sys
+import os, signal, sys, time
 import experiments
 from experiments import launch
 from moe_jax import config, loop, processes
@@ -186,7 +186,6 @@ def stopped(lines, step, sums):
       os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.5)
 
-import os, signal, time
 loop.Lines.add = stopped
 config.run(lambda: launch.main(sys.argv[1:]))
 """

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from moe_jax import processes, run_directory
+from moe_jax import processes, run_directory, signals
 from moe_jax.errors import ConfigError, InUse
 from moe_jax.launch import local
 from tests import kill, pod
@@ -64,6 +64,33 @@ def test_other_configs_code_and_runs_are_refused(tmp_path):
   with run_directory.RunDirectory(tmp_path / "run", config_file.get_config()):
     for said in refused(tmp_path, shell(tiny)):
       assert said.startswith("error: another run is going on in")
+
+
+def test_other_flags_of_an_experiment_are_refused(tmp_path, monkeypatch):
+  """Also where they would not make it run the same things in turn."""
+  monkeypatch.setenv("PYTHONPATH", str(pod.ROOT))
+  launch = f"exec {sys.executable} -m experiments.launch load_balancing"
+  for flags, words in (
+    ("--seeds=$((1 + JAX_PROCESS_ID))", "has --seeds = 2, and process 0 has 1"),
+    ("$(test $JAX_PROCESS_ID = 0 || echo --report)", "has --report = True"),
+  ):
+    command = f"{launch} --workdir={tmp_path / 'run'} {flags}"
+    for said in refused(tmp_path, ["sh", "-c", command]):
+      assert f"error: process 1 {words}" in said
+  assert not (tmp_path / "run").exists()
+
+
+def test_the_number_to_stop_at_grows_over_runs(monkeypatch):
+  """One process may be in the next run already, and jax takes the largest."""
+  numbers = []
+  monkeypatch.setattr(signals.jax, "process_count", lambda: 2)
+  monkeypatch.setattr(
+    signals.multihost_utils, "reached_preemption_sync_point", numbers.append
+  )
+  for _ in range(2):
+    with signals.Stop() as stop:
+      assert not stop.asked() and not stop.asked()
+  assert numbers == sorted(set(numbers)) and len(numbers) == 4
 
 
 @pytest.mark.parametrize("who", [0, 1])
