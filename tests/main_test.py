@@ -35,6 +35,11 @@ ON_THE_MESH = ["--config=configs/tiny.py", "--config.mesh=(8,1,1,1)"]
     (["model.moe.top_k=9"], ["top_k = 9", "num_experts = 4"]),
     (["model.moe.capacity_factor=0.001"], ["capacity_factor = 0.001", "zero"]),
     (["mesh=(1,1,8,1)"], ["num_experts = 4", "expert = 8"]),
+    (
+      ["mesh=(2,1,4,1)", "model.moe.dispatcher={'name': 'sorted'}"]
+      + ["model.moe.expert_buckets=2"],
+      ["expert_buckets = 2", "expert = 4", "multiple"],
+    ),
     (["mesh=(2,1,1,1)"], ["(2, 1, 1, 1)", "2 devices", "8"]),
     (["mesh=(0,1,1,1)"], ["(0, 1, 1, 1)", ">= 1"]),
     (["mesh=(2.0,2,2,1)"], ["(2.0, 2, 2, 1)", "whole number"]),
