@@ -14,7 +14,7 @@ import sys
 
 from benchmarks import timing
 from benchmarks.shapes import DIRECTIONS, Shape
-from moe_jax import config as config_lib
+from moe_jax.run import config as config_lib
 
 SHAPES = {
   "A1": Shape(1024, 2048, 16, 2, 8192),
@@ -71,12 +71,12 @@ def implementations(shape: Shape) -> dict:
   import jax.numpy as jnp
 
   from benchmarks import layers
-  from moe_jax import grouped_matmul
+  from moe_jax.moe import kernels
 
   def cast(tree):
     return jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
 
-  best = grouped_matmul.backend_for(jax.default_backend())
+  best = kernels.backend_for(jax.default_backend())
   named = layers.implementations(shape, backends=(best, "reference"))
   wanted = (
     "dense",

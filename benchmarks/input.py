@@ -14,8 +14,8 @@ import pathlib
 import statistics
 import time
 
-from moe_jax import batches, tokens
-from moe_jax import config as config_lib
+from moe_jax.data import batches, tokens
+from moe_jax.run import config as config_lib
 
 
 def main() -> int:

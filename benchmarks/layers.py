@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from benchmarks import peers
 from benchmarks.shapes import Shape
-from moe_jax import experts, layer, registry, slots, types
+from moe_jax.core import registry
+from moe_jax.moe import experts, layer, types
 
 
 def implementations(
@@ -127,7 +128,7 @@ def _ours(shape, dispatcher, backend=None, capacity=None, tokens_per_group=0):
   bound = None
   tokens = min(tokens_per_group or shape.tokens, shape.tokens)
   if capacity is not None:
-    bound = slots.capacity(capacity, tokens, shape.top_k, shape.num_experts)
+    bound = capacity.capacity(capacity, tokens, shape.top_k, shape.num_experts)
   made = recipe(shape, dispatcher, backend, bound)
   return functools.partial(run, made, shape.tokens // tokens)
 

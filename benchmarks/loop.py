@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 
-from moe_jax import config as config_lib
+from moe_jax.run import config as config_lib
 
 
 def main(argv=None) -> int:
@@ -28,7 +28,7 @@ def main(argv=None) -> int:
   parser.add_argument("--json", metavar="PATH", help="also write JSON there")
   args, config = config_lib.parse(parser, argv)
 
-  from moe_jax.program import Program
+  from moe_jax.training.program import Program
 
   program = Program(config)
   with tempfile.TemporaryDirectory(prefix="moe_jax_loop_") as folder:
@@ -58,7 +58,8 @@ def measure(program, folder, num_steps: int, rounds: int) -> list[float]:
   """
   import jax
 
-  from moe_jax import checkpoint, loop, progress, run_directory
+  from moe_jax.run import progress, run_directory
+  from moe_jax.training import checkpoint, loop
 
   directory = run_directory.RunDirectory(folder, program.config)
   options = program.config.checkpoint

@@ -13,8 +13,8 @@ import sys
 import tempfile
 import time
 
-from moe_jax import config as config_lib
-from moe_jax.errors import ConfigError
+from moe_jax.core.errors import ConfigError
+from moe_jax.run import config as config_lib
 
 
 def main(argv=None) -> int:
@@ -30,8 +30,8 @@ def main(argv=None) -> int:
 
   import jax
 
-  from moe_jax.checkpoint import Checkpoints
-  from moe_jax.program import Program
+  from moe_jax.training.checkpoint import Checkpoints
+  from moe_jax.training.program import Program
 
   program = Program(config)
   compiling = peak()

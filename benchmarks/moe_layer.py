@@ -17,7 +17,7 @@ import statistics
 import sys
 
 from benchmarks import shapes, timing
-from moe_jax import config as config_lib
+from moe_jax.run import config as config_lib
 
 _SLOW = 5.0  # Times dense; what is slower runs in the first process only.
 _MOST = 0.8  # Of the machine's memory; what needs more does not run.

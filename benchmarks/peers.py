@@ -1,7 +1,7 @@
 """What others do for a MoE layer, as short as it goes.
 
 Each is f(shape, [its capacity factor], params, x_TD) -> y_TD, with the
-parameters of `moe_jax.layer`.
+parameters of `moe_jax.moe.layer`.
 """
 
 import jax

@@ -18,7 +18,7 @@ import sys
 import tempfile
 
 from benchmarks import shapes, timing
-from moe_jax import config as config_lib
+from moe_jax.run import config as config_lib
 
 KINDS = ("products", "fills and copies", "gathers", "element by element")
 _CONTAINERS = ("while", "call", "conditional")

@@ -15,7 +15,7 @@ import statistics
 import sys
 
 from benchmarks import shapes, timing
-from moe_jax import config as config_lib
+from moe_jax.run import config as config_lib
 
 ALL = ("before the experts", "after the experts")
 WITHOUT_EXPERTS = "all without the experts"
@@ -58,7 +58,7 @@ def stages(shape: shapes.Shape) -> dict:
   import jax.numpy as jnp
 
   from benchmarks import layers
-  from moe_jax import layer, types
+  from moe_jax.moe import layer, types
 
   recipe = layers.recipe(shape)
   params, _, x_TD = layers.inputs(shape)

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks import shapes, timing
-from moe_jax import config as config_lib
-from moe_jax.errors import ConfigError, did_you_mean
+from moe_jax.core.errors import ConfigError, did_you_mean
+from moe_jax.run import config as config_lib
 
 
 class Curve(NamedTuple):

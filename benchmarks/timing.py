@@ -13,8 +13,8 @@ import tempfile
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
-from moe_jax import config as config_lib
-from moe_jax.errors import ConfigError
+from moe_jax.core.errors import ConfigError
+from moe_jax.run import config as config_lib
 
 
 def parser(
@@ -173,7 +173,7 @@ def machine() -> dict:
   """What numbers are of."""
   import jax
 
-  from moe_jax import run_directory
+  from moe_jax.run import run_directory
 
   cpuinfo = pathlib.Path("/proc/cpuinfo")
   lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []

@@ -15,7 +15,7 @@ import sys
 from typing import NamedTuple
 
 from benchmarks import timing
-from moe_jax import config as config_lib
+from moe_jax.run import config as config_lib
 
 MESHES = {
   1: (1, 1, 1, 1),
@@ -66,7 +66,8 @@ def main(argv=None) -> int:
 
 def measure(sizes: tuple[int, ...], shape: Shape) -> dict:
   """{"flops", "collectives": [(kind, axes, count, bytes)]} of a device."""
-  from moe_jax import hlo, parallel
+  from benchmarks import hlo
+  from moe_jax.core import parallel
 
   mesh = parallel.make_mesh(sizes)
   forward, gradient = lowered(mesh, shape)
@@ -93,8 +94,9 @@ def lowered(mesh, shape: Shape, dispatcher: str = "gather"):
   import jax
   import jax.numpy as jnp
 
-  from moe_jax import experts, layer, parallel, registry
-  from moe_jax.types import Bound, Side
+  from moe_jax.core import parallel, registry
+  from moe_jax.moe import experts, layer, sharded
+  from moe_jax.moe.types import Bound, Side
 
   bound = shape.slots and Bound(shape.slots, shape.num_experts)
   recipe = layer.Recipe(
@@ -104,7 +106,7 @@ def lowered(mesh, shape: Shape, dispatcher: str = "gather"):
     experts=experts.build(shape.d_expert),
     bound=bound,
   )
-  run = parallel.sharded(recipe, mesh)
+  run = sharded.sharded(recipe, mesh)
   tokens = jax.P(parallel.TOKENS)
 
   def shaped(shape, spec, dtype=jnp.float32):

@@ -17,14 +17,14 @@ import sys
 import numpy as np
 
 from benchmarks import timing
-from moe_jax import config as config_lib
-from moe_jax.errors import ConfigError
+from moe_jax.core.errors import ConfigError
+from moe_jax.run import config as config_lib
 
 
 def main(argv=None) -> int:
   """The command."""
   args = _arguments(argv)
-  from moe_jax import run_directory
+  from moe_jax.run import run_directory
 
   rows = []
   for workdir in args.workdir:
@@ -50,8 +50,8 @@ def trace(workdir: pathlib.Path) -> tuple[dict[str, np.ndarray], int, dict]:
   """
   import jax
 
-  from moe_jax import metrics, program
-  from moe_jax.checkpoint import Checkpoints
+  from moe_jax.training import metrics, program
+  from moe_jax.training.checkpoint import Checkpoints
 
   config = config_lib.load(str(workdir / "config.json"))
   with config.unlocked():

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from benchmarks import timing
 from experiments import plan as plans
 from experiments import questions, runs, sweeps
-from moe_jax import config as config_lib
-from moe_jax.errors import ConfigError, did_you_mean
+from moe_jax.core.errors import ConfigError, did_you_mean
+from moe_jax.run import config as config_lib
 
 
 def main(argv=None) -> int:
@@ -137,7 +137,7 @@ def measure(configs, rounds: int, steps: int) -> list[list[float]]:
   """
   import jax
 
-  from moe_jax.program import Program
+  from moe_jax.training.program import Program
 
   programs = [Program(c) for c in configs]
   states = [p.init(jax.random.key(0)) for p in programs]

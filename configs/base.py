@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
   c.plugins = ()  # folders with routers/NAME.py, balancers/NAME.py, ... of yours
 
   c.data = ConfigDict()
-  # A dataset of moe_jax/datasets, of a plugin, or any that TFDS knows.
+  # A dataset of moe_jax/data/datasets, of a plugin, or any that TFDS knows.
   c.data.name = "python_sources"
   c.data.dir = config_dict.placeholder(str)  # folder of a prepared TFDS dataset
   c.data.text_feature = "text"  # what is read of an example
@@ -75,11 +75,11 @@ def get_config() -> ConfigDict:
   moe.expert_buckets = config_dict.placeholder(int)  # None: one per expert
   # For ragged rows: reference, cpu, gpu, tpu. None: the platform's.
   moe.grouped_matmul = config_dict.placeholder(str)
-  # A file of moe_jax/routers and its options.
+  # A file of moe_jax/moe/routers and its options.
   moe.router = ConfigDict({"name": "top_k", "renormalize": True})
-  # A file of moe_jax/dispatchers and its options.
+  # A file of moe_jax/moe/dispatchers and its options.
   moe.dispatcher = ConfigDict({"name": "gather", "order": "token"})
-  # Any number of files of moe_jax/balancers, by a label of yours.
+  # Any number of files of moe_jax/moe/balancers, by a label of yours.
   moe.balancers = ConfigDict()
 
   c.optim = ConfigDict()

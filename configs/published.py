@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from ml_collections import ConfigDict
 
 from configs import base
-from moe_jax.errors import ConfigError, did_you_mean
+from moe_jax.core.errors import ConfigError, did_you_mean
 
 
 def decoder() -> ConfigDict:

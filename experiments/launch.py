@@ -21,16 +21,16 @@ from collections.abc import Sequence
 
 from experiments import plan as plans
 from experiments import questions, report, runs, sweeps
-from moe_jax import config as config_lib
-from moe_jax.errors import ConfigError, Diverged, InUse, RunError
-from moe_jax.progress import Progress
+from moe_jax.core.errors import ConfigError, Diverged, InUse, RunError
+from moe_jax.run import config as config_lib
+from moe_jax.run.progress import Progress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """The command."""
   args, overrides = _arguments(argv)
 
-  from moe_jax import processes
+  from moe_jax.run import processes
 
   processes.join(args.multihost, args.multihost_timeout)
   flags = {f"--{name}": value for name, value in vars(args).items()}
@@ -103,7 +103,7 @@ def _check_flags(args, overrides, plan, launch):
 
 def _run(launch):
   """Runs what is not finished yet."""
-  from moe_jax import processes
+  from moe_jax.run import processes
 
   processes.check_same(
     {
@@ -120,7 +120,7 @@ def _run(launch):
 
 def _open(launch, group):
   """Those of some runs that are not finished, as the first process sees it."""
-  from moe_jax import processes
+  from moe_jax.run import processes
 
   found = processes.by_first(
     lambda: [i for i, run in enumerate(group) if launch.row(run) is None]
@@ -134,7 +134,7 @@ def _tune(plan):
   Raises:
     ConfigError: there is nothing to tune.
   """
-  from moe_jax import processes
+  from moe_jax.run import processes
 
   stages = plan.sweep.stages
   if not stages:
@@ -206,7 +206,10 @@ def _check_writable(workdir):
 
 def _check_arms(launch):
   """No arm trains where a later one could not."""
-  from moe_jax import models, optim, parallel, tokenizers
+  from moe_jax import models
+  from moe_jax.core import parallel
+  from moe_jax.data import tokenizers
+  from moe_jax.training import optim
 
   for name, config in _configs(launch).items():
     try:
@@ -228,7 +231,7 @@ def _check_arms(launch):
 
 def _announce(launch):
   """What is going to happen, with every arm's resolved balancing recipe."""
-  from moe_jax import params
+  from moe_jax.models import counts
 
   arms, wanted = len(_configs(launch)), len(launch.runs)
   print(launch.title)
@@ -237,7 +240,7 @@ def _announce(launch):
     f" {launch.workdir}"
   )
   for name, config in _configs(launch).items():
-    recipe = params.describe(config.model, config.plugins)
+    recipe = counts.describe(config.model, config.plugins)
     balancers = map(_call, recipe.get("balancers", {}).values())
     print(f"  {name}: {'; '.join(balancers) or 'no balancer'}")
   sys.stdout.flush()
@@ -257,8 +260,8 @@ def _call(options):
 
 def _train(launch, todo):
   """Runs arm by arm, all seeds of an arm with one program."""
-  from moe_jax import processes, run_directory
-  from moe_jax import program as programs
+  from moe_jax.run import processes, run_directory
+  from moe_jax.training import program as programs
 
   started, compiling, trained, progress = time.monotonic(), 0.0, 0, None
   for digest, group in itertools.groupby(todo, lambda r: r.config_digest):
@@ -298,7 +301,8 @@ def _train(launch, todo):
 
 def _train_one(run, program, progress):
   """Raises InUse where another launch runs it, or has run it."""
-  from moe_jax import loop, processes, run_directory
+  from moe_jax.run import processes, run_directory
+  from moe_jax.training import loop
 
   config = sweeps.apply(program.config, {"seed": run.seed})
   with run_directory.RunDirectory(run.folder, config) as directory:

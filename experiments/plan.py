@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments import questions, runs, sweeps, tuning
-from moe_jax import config as config_lib
-from moe_jax.errors import ConfigError, did_you_mean
+from moe_jax.core.errors import ConfigError, did_you_mean
+from moe_jax.run import config as config_lib
 
 
 @dataclasses.dataclass(frozen=True)

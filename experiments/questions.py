@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import experiments
 from experiments import report, sweeps
-from moe_jax.errors import ConfigError, did_you_mean
+from moe_jax.core.errors import ConfigError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)

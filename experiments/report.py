@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from experiments import figures, intervals, runs
-from moe_jax.errors import did_you_mean
+from moe_jax.core.errors import did_you_mean
 
 
 class Column(NamedTuple):

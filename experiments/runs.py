@@ -7,7 +7,7 @@ import os
 import pathlib
 from collections.abc import Mapping
 
-from moe_jax.errors import naming
+from moe_jax.core.errors import naming
 
 KEYS = ("scale", "arm", "seed", "config_digest")
 ORIGIN = ("data", "revision")
@@ -120,7 +120,7 @@ class Run:
     ]
 
   def _lines(self, split):
-    from moe_jax import run_directory  # Imports jax.
+    from moe_jax.run import run_directory
 
     return run_directory.read_metrics(self.folder, split)
 

@@ -20,8 +20,8 @@ from typing import Any
 import ml_collections
 
 from experiments import tuning
-from moe_jax import config as config_lib
-from moe_jax.errors import ConfigError, did_you_mean
+from moe_jax.core.errors import ConfigError, did_you_mean
+from moe_jax.run import config as config_lib
 
 Arms = dict[str, dict[str, Any]]
 

@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 
-from moe_jax.errors import ConfigError
+from moe_jax.core.errors import ConfigError
 
 SEED = 1000  # The first of them; no report has a seed like it.
 

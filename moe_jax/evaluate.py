@@ -11,9 +11,9 @@ import sys
 
 import numpy as np
 
-from moe_jax import config as config_lib
-from moe_jax import trained
-from moe_jax.errors import ConfigError
+from moe_jax.core.errors import ConfigError
+from moe_jax.run import config as config_lib
+from moe_jax.training import trained
 
 
 def main(argv=None) -> int:
@@ -35,7 +35,9 @@ def main(argv=None) -> int:
 
   import jax
 
-  from moe_jax import batches, evaluation, mixture, parallel
+  from moe_jax.core import parallel
+  from moe_jax.data import batches, mixture
+  from moe_jax.training import evaluation
 
   found = trained.load(args)
   shards = parallel.token_shards(found.model.arch.mesh)

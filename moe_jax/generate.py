@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_jax import config as config_lib
-from moe_jax import trained
-from moe_jax.errors import ConfigError
+from moe_jax.core.errors import ConfigError
+from moe_jax.run import config as config_lib
+from moe_jax.training import trained
 
 
 class Generated(NamedTuple):
@@ -61,7 +61,7 @@ def generate(
   import jax
   import jax.numpy as jnp
 
-  from moe_jax import parallel
+  from moe_jax.core import parallel
 
   _check(prompts, num_tokens, temperature, top_k, top_p, model.arch.vocab_size)
   asked = len(prompts)
@@ -170,7 +170,7 @@ def _check(prompts, num_tokens, temperature, top_k, top_p, vocab_size):
 
 def _by_layer(routed, segments, batch):
   """{layer: experts of all tokens, one after another}."""
-  from moe_jax import metrics
+  from moe_jax.training import metrics
 
   parts = {}
   for chosen in routed:

@@ -6,8 +6,8 @@ python -m moe_jax.main --config=configs/tiny.py --workdir=runs/tiny
 import json
 import sys
 
-from moe_jax import config as config_lib
-from moe_jax.errors import ConfigError
+from moe_jax.core.errors import ConfigError
+from moe_jax.run import config as config_lib
 
 
 def main(argv=None) -> int:
@@ -24,7 +24,9 @@ def main(argv=None) -> int:
   if not args.workdir and not args.show_sharding:
     raise ConfigError("--workdir=DIR is missing: the folder of the run")
 
-  from moe_jax import loop, params, processes, shards
+  from moe_jax.models import counts
+  from moe_jax.run import processes
+  from moe_jax.training import loop, shards
 
   processes.join(args.multihost, args.multihost_timeout)
   if args.show_sharding:
@@ -34,7 +36,7 @@ def main(argv=None) -> int:
   if processes.is_first():
     print(
       "routing and balancing:",
-      json.dumps(params.describe(config.model, config.plugins)),
+      json.dumps(counts.describe(config.model, config.plugins)),
       flush=True,
     )
   found = loop.train_and_evaluate(config, args.workdir)

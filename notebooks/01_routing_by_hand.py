@@ -32,8 +32,10 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib import pyplot as plt
 
-from moe_jax import experts, layer, metrics, registry, slots
-from moe_jax.types import Rows, Side
+from moe_jax.core import registry
+from moe_jax.moe import capacity, experts, layer
+from moe_jax.moe.types import Rows, Side
+from moe_jax.training import metrics
 
 np.set_printoptions(precision=2, suppress=True, linewidth=100)
 sentence = "the cat sat on the mat and the dog sat on the rug"
@@ -145,8 +147,8 @@ print("floor  ", round(metrics.max_vio_floor(T, E, K), 2))
 # contributes nothing, and passes by the layer through the residual.
 
 # %%
-bound = slots.capacity(1.25, T, K, E)
-place_TK = slots.rank(expert_TK, None, E, "token")
+bound = capacity.capacity(1.25, T, K, E)
+place_TK = capacity.rank(expert_TK, None, E, "token")
 kept_TK = place_TK < bound.slots
 print("slots of an expert:", bound.slots)
 for word, experts_K, places_K in zip(words, expert_TK, place_TK):
@@ -241,7 +243,7 @@ variants = {
   "sigmoid gate": dataclasses.replace(recipe, router=sigmoid),
   "first choices first": dataclasses.replace(recipe, dispatcher=by_choice),
   "twice the slots": dataclasses.replace(
-    recipe, bound=slots.capacity(2.5, T, K, E)
+    recipe, bound=capacity.capacity(2.5, T, K, E)
   ),
   "dropless": dataclasses.replace(
     recipe, dispatcher=registry.load("dispatchers", "sorted"), bound=None

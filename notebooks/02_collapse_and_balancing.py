@@ -28,9 +28,9 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 import moe_jax
-from moe_jax import config as config_lib
-from moe_jax import metrics
-from moe_jax.program import Program
+from moe_jax.run import config as config_lib
+from moe_jax.training import metrics
+from moe_jax.training.program import Program
 
 FAST = bool(os.environ.get("MOE_JAX_FAST"))  # As the tests run it.
 ROOT = pathlib.Path(moe_jax.__file__).parents[1]

@@ -15,7 +15,7 @@ import sys
 
 import numpy as np
 
-from moe_jax import config
+from moe_jax.run import config
 
 NEAR = {"bfloat16": 2e-2, "float32": 2e-3}
 WIDTHS = ((64, 64), (128, 192), (320, 64), (96, 72))
@@ -34,10 +34,10 @@ def main(argv=None) -> int:
   args = parser.parse_args(argv)
   import jax
 
-  from moe_jax import grouped_matmul
+  from moe_jax.moe import kernels
 
   device = jax.devices()[0]
-  backend = grouped_matmul.backend_for(device.platform)
+  backend = kernels.backend_for(device.platform)
   print(f"{device.device_kind}, jax {jax.__version__}, {backend}")
   found = []
   for seed in range(args.cases):
@@ -63,7 +63,7 @@ def product(backend, seed):
   import jax
   import jax.numpy as jnp
 
-  from moe_jax import grouped_matmul
+  from moe_jax.moe import kernels
 
   rng = np.random.default_rng(seed)
   dtype = list(NEAR)[seed % 2]
@@ -77,9 +77,7 @@ def product(backend, seed):
   @jax.jit
   def run(x, w, sizes_E, dy):
     y, pull = jax.vjp(
-      lambda x, w: grouped_matmul.grouped_matmul(
-        x, w, sizes_E, backend=backend
-      ),
+      lambda x, w: kernels.grouped_matmul(x, w, sizes_E, backend=backend),
       x,
       w,
     )
@@ -105,7 +103,8 @@ def whole_layer(dispatcher, backend, on_mesh):
   import jax
   import jax.numpy as jnp
 
-  from moe_jax import experts, layer, parallel, registry, types
+  from moe_jax.core import parallel, registry
+  from moe_jax.moe import experts, layer, sharded, types
 
   groups, tokens, d, num_experts = 4, 128, 128, 16
   keys = jax.random.split(jax.random.key(0), 4)
@@ -145,7 +144,7 @@ def whole_layer(dispatcher, backend, on_mesh):
 
   run = functools.partial(layer.moe_ffn, made)
   if on_mesh:
-    run = parallel.sharded(made, parallel.make_mesh((1, 1, 1, 1)))
+    run = sharded.sharded(made, parallel.make_mesh((1, 1, 1, 1)))
   got = jax.device_get(measure(run, params, x_GTD.astype(jnp.bfloat16)))
   with jax.default_device(jax.devices("cpu")[0]):
     exact = jax.tree.map(

@@ -46,7 +46,7 @@ def main(argv=None) -> int:
   )
   args = parser.parse_args(argv)
   _no_hardware()
-  from moe_jax import hlo
+  from benchmarks import hlo
 
   sizes = tuple(int(size) for size in args.mesh.split(","))
   mesh = topology_mesh(args.topology, sizes)
@@ -79,7 +79,7 @@ def _no_hardware():
 def topology_mesh(topology: str, sizes):
   from jax.experimental import topologies
 
-  from moe_jax import parallel
+  from moe_jax.core import parallel
 
   described = topologies.get_topology_desc(
     platform="tpu", topology_name=topology
@@ -111,15 +111,16 @@ def layer_programs(model, dtype: str):
   import jax
   import jax.numpy as jnp
 
-  from moe_jax import parallel
-  from moe_jax.types import Side
+  from moe_jax.core import parallel
+  from moe_jax.moe import sharded
+  from moe_jax.moe.types import Side
 
   mesh = model.arch.mesh
   groups = ROWS
   tokens, recipe = model.arch.grouping.resolve(
     model.arch.recipe, LENGTH, train=True
   )
-  run = parallel.sharded(recipe, mesh)
+  run = sharded.sharded(recipe, mesh)
 
   def shaped(shape, dtype, spec):
     sharding = jax.NamedSharding(mesh, spec)
@@ -155,20 +156,22 @@ def layer_programs(model, dtype: str):
 
 
 def step(model, seq_len: int = LENGTH):
-  """(name, lowered) of `train.train_step` with two micro-batches."""
+  """(name, lowered) of `train_step.train_step` with two micro-batches."""
   import functools
 
   import jax
   from flax import linen as nn
 
   from configs import base
-  from moe_jax import optim, parallel, tokenizers, train
+  from moe_jax.core import parallel
+  from moe_jax.data import tokenizers
+  from moe_jax.training import optim, train_step
 
   mesh = model.arch.mesh
   optimizer = optim.build(base.get_config().optim, 100)
   parts = dict(model=model, optimizer=optimizer)
   init = functools.partial(
-    train.init_state, **parts, seq_len=seq_len, batch=ROWS
+    train_step.init_state, **parts, seq_len=seq_len, batch=ROWS
   )
   boxed = jax.eval_shape(init, jax.random.key(0))
   state = jax.tree.map(
@@ -176,7 +179,7 @@ def step(model, seq_len: int = LENGTH):
       x.shape, x.dtype, sharding=sharding
     ),
     nn.unbox(boxed),
-    train.shardings(boxed, mesh),
+    train_step.shardings(boxed, mesh),
   )
   rows = jax.NamedSharding(mesh, jax.P(None, parallel.TOKENS))
   shape = (2, ROWS, seq_len)
@@ -186,7 +189,9 @@ def step(model, seq_len: int = LENGTH):
   }
   with jax.set_mesh(mesh):
     num_bytes_V = tokenizers.load().num_bytes_V[: model.arch.vocab_size]
-    run = functools.partial(train.train_step, **parts, num_bytes_V=num_bytes_V)
+    run = functools.partial(
+      train_step.train_step, **parts, num_bytes_V=num_bytes_V
+    )
     yield "train step", jax.jit(run, donate_argnums=0).lower(state, batch)
 
 

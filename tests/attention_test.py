@@ -9,7 +9,7 @@ import pytest
 
 from configs import base
 from moe_jax import models
-from moe_jax.errors import ConfigError
+from moe_jax.core.errors import ConfigError
 from moe_jax.models import attention, rotary
 from tests import mesh_cases
 

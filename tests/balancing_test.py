@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import layer, registry
-from moe_jax.types import Side, Stats
+from moe_jax.core import registry
+from moe_jax.moe import layer
+from moe_jax.moe.types import Side, Stats
 from tests import oracle
 
 T, E, K = 1024, 8, 2

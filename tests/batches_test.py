@@ -5,8 +5,8 @@ import collections
 import numpy as np
 import pytest
 
-from moe_jax import batches, tokens
-from moe_jax.errors import ConfigError
+from moe_jax.core.errors import ConfigError
+from moe_jax.data import batches, tokens
 
 SEQ_LEN = 7
 DOMAINS = ("code", "empty", "tiny", "prose")

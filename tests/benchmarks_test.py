@@ -28,8 +28,9 @@ from benchmarks import (
   train_step,
 )
 from configs import base
-from moe_jax import main, run_directory
-from moe_jax.errors import ConfigError
+from moe_jax import main
+from moe_jax.core.errors import ConfigError
+from moe_jax.run import run_directory
 
 SMALL = shapes.Shape(16, 8, num_experts=4, top_k=2, tokens=64)
 SKEW = 0.5  # Added to tokens, some experts are full.

@@ -8,9 +8,10 @@ import pytest
 from flax import linen as nn
 
 from configs import base
-from moe_jax import models, registry
-from moe_jax.errors import ConfigError
-from moe_jax.models import moe
+from moe_jax import models
+from moe_jax.core import registry
+from moe_jax.core.errors import ConfigError
+from moe_jax.moe import groups
 from tests import mesh_cases
 
 V, L, B, CUT = 16, 12, 4, 5
@@ -67,7 +68,7 @@ def changes(model, seeds):
   )
 
   def run(variables, tokens_BL, rng):
-    rng_G = moe.keys(rng, B, L, grouping)
+    rng_G = groups.keys(rng, B, L, grouping)
     logits, aux = model.apply(variables, tokens_BL, None, rng_G, train=True)
     return logits, aux["decoder"]["0"]["stats"].dropped
 

@@ -13,8 +13,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from moe_jax import checkpoint, parallel
-from moe_jax.errors import ConfigError, RunError
+from moe_jax.core import parallel
+from moe_jax.core.errors import ConfigError, RunError
+from moe_jax.training import checkpoint
 
 SPECS = {
   "params": {"experts": jax.P("expert", "fsdp"), "scale": jax.P()},

@@ -11,9 +11,10 @@ import jax
 import pytest
 from jax.sharding import Mesh
 
-from benchmarks import topologies
+from benchmarks import hlo, topologies
 from configs import base
-from moe_jax import hlo, models, parallel
+from moe_jax import models
+from moe_jax.core import parallel
 from tests import aot, mesh_cases
 
 SHAPE = topologies.Shape(

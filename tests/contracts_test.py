@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import experts, layer, registry, slots
-from moe_jax.errors import ConfigError
-from moe_jax.types import Bound, Mean, Router, Routing, Side, Stats
+from moe_jax.core import registry
+from moe_jax.core.errors import ConfigError
+from moe_jax.moe import capacity, experts, layer
+from moe_jax.moe.types import Bound, Mean, Router, Routing, Side, Stats
 
 # All different, so that an axis is known by its length.
 G, T, S, D, E, F = 2, 12, 3, 8, 6, 5
@@ -139,7 +140,7 @@ def layouts(property_name):
       continue
     base = options_of("dispatchers", name)
     known = inspect.signature(module_of("dispatchers", name).build).parameters
-    orders = slots.ORDERS if "order" in known else (None,)
+    orders = capacity.ORDERS if "order" in known else (None,)
     for order in orders:
       options = base if order is None else base | {"order": order}
       options = tuple(sorted(options.items()))

@@ -9,8 +9,9 @@ import sys
 import pytest
 import tensorflow_datasets as tfds
 
-from moe_jax import registry, tokens
-from moe_jax.errors import ConfigError
+from moe_jax.core import registry
+from moe_jax.core.errors import ConfigError
+from moe_jax.data import tokens
 
 MEGABYTE = 10**6
 
@@ -100,7 +101,7 @@ def test_every_source_is_recorded_and_none_is_a_test(corpus, documents):
 def texts_of(tmp_path, corpus):
   """The texts of a file with this source, however short."""
   del corpus  # It loads the module.
-  module = sys.modules["moe_jax.datasets.python_sources"]
+  module = sys.modules["moe_jax.data.datasets.python_sources"]
 
   def texts_of(source):
     path = tmp_path / "file.py"

@@ -6,9 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import generate, main, parallel, trained
-from moe_jax.errors import ConfigError
-from moe_jax.interop import huggingface
+from moe_jax import generate, main
+from moe_jax.core import parallel
+from moe_jax.core.errors import ConfigError
+from moe_jax.hf import huggingface
+from moe_jax.training import trained
 from tests import parity
 
 LOGITS = np.log([0.4, 0.3, 0.2, 0.06, 0.04]).astype(np.float32)

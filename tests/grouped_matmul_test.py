@@ -12,9 +12,10 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from configs import tiny
-from moe_jax import experts, grouped_matmul, models
-from moe_jax.errors import ConfigError
-from moe_jax.types import Rows
+from moe_jax import models
+from moe_jax.core.errors import ConfigError
+from moe_jax.moe import experts, kernels
+from moe_jax.moe.types import Rows
 
 N, D, E, F = 13, 5, 4, 6
 SIZES = [
@@ -49,9 +50,7 @@ def value_and_gradient(backend):
   @jax.jit
   def run(x_ND, w_EDF, sizes_E, dy_NF):
     y_NF, pull = jax.vjp(
-      lambda x, w: grouped_matmul.grouped_matmul(
-        x, w, sizes_E, backend=backend
-      ),
+      lambda x, w: kernels.grouped_matmul(x, w, sizes_E, backend=backend),
       x_ND,
       w_EDF,
     )
@@ -245,7 +244,7 @@ def test_no_kernel_has_to_mind_the_other_rows(monkeypatch):
     nobody = jnp.arange(len(x_ND)) >= sizes_E.sum()
     return jnp.where(nobody[:, None], jnp.nan, y_NF)
 
-  name = f"{grouped_matmul.__name__}.careless"
+  name = f"{kernels.__name__}.careless"
   monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(matmul=careless))
   for sizes in SIZES:
     check("careless", sizes, jnp.float32, 1e-5)
@@ -256,7 +255,7 @@ def test_bfloat16_is_added_up_in_float32(backend):
   """A sum of 512 numbers that bfloat16 would stop counting at 256."""
   rows, d = 8, 512
   x_ND, w_EDF = np.ones((rows, d)), np.ones((2, d, 3))
-  y_NF = grouped_matmul.grouped_matmul(
+  y_NF = kernels.grouped_matmul(
     jnp.asarray(x_ND, jnp.bfloat16),
     jnp.asarray(w_EDF, jnp.bfloat16),
     jnp.array([3, 5]),
@@ -268,7 +267,7 @@ def test_bfloat16_is_added_up_in_float32(backend):
 def test_float64():
   x_ND, w_EDF, _ = random_inputs(0, np.float64)
   with jax.enable_x64(True):
-    y_NF = jax.jit(grouped_matmul.grouped_matmul)(
+    y_NF = jax.jit(kernels.grouped_matmul)(
       x_ND, w_EDF, np.array(SIZES[0], np.int32)
     )
     assert y_NF.dtype == np.float64
@@ -277,19 +276,19 @@ def test_float64():
 
 
 def test_unknown_backend():
-  grouped_matmul.check("reference")
+  kernels.check("reference")
   with pytest.raises(ConfigError, match='"referense".*mean "reference"'):
-    grouped_matmul.check("referense")
+    kernels.check("referense")
   with pytest.raises(ConfigError, match='"referense".*mean "reference"'):
     experts.build(4, backend="referense")
 
 
 def test_default_backends():
-  found = {p: grouped_matmul.backend_for(p) for p in ("cpu", "gpu", "tpu")}
+  found = {p: kernels.backend_for(p) for p in ("cpu", "gpu", "tpu")}
   assert found == {"cpu": "cpu", "gpu": "gpu", "tpu": "tpu"}
-  assert grouped_matmul.backend_for("cpu", "reference") == "reference"
-  assert grouped_matmul.backend_for("other") == "reference"
-  checked = {b: grouped_matmul.is_checked(b) for b in ("cpu", "tpu")}
+  assert kernels.backend_for("cpu", "reference") == "reference"
+  assert kernels.backend_for("other") == "reference"
+  checked = {b: kernels.is_checked(b) for b in ("cpu", "tpu")}
   assert checked == {"cpu": True, "tpu": False}
 
 
@@ -305,7 +304,7 @@ def test_tpu_kernel_in_the_interpreter(sizes):
 @pytest.fixture
 def tokamax(monkeypatch):
   """Sets what `import tokamax` finds; None: nothing."""
-  name = f"{grouped_matmul.__name__}.gpu"
+  name = f"{kernels.__name__}.gpu"
   sys.modules.pop(name, None)
   yield lambda found: monkeypatch.setitem(sys.modules, "tokamax", found)
   sys.modules.pop(name, None)
@@ -328,7 +327,7 @@ def test_gpu_kernel_gets_whole_tiles(tokamax):
   given.clear()
   for dtype, widths in ((jnp.float32, (128, 64)), (jnp.bfloat16, (128, 72))):
     check("gpu", sizes, dtype, 2e-2, shape=(77, widths[0], 4, widths[1]))
-  assert not given and not grouped_matmul.is_checked("gpu")
+  assert not given and not kernels.is_checked("gpu")
 
 
 def test_gpu_without_its_kernels(tokamax):
@@ -348,7 +347,7 @@ def test_gpu_without_its_kernels(tokamax):
 
 def test_tpu_needs_whole_lanes():
   with pytest.raises(ConfigError, match="divisible by 128, got 5"):
-    grouped_matmul.grouped_matmul(
+    kernels.grouped_matmul(
       *random_inputs(0, np.float32)[:2],
       np.array(SIZES[0], np.int32),
       backend="tpu",

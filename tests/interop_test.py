@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from moe_jax import evaluate, generate, models, params
-from moe_jax.errors import ConfigError
-from moe_jax.interop import families, huggingface
+from moe_jax import evaluate, generate, models
+from moe_jax.core.errors import ConfigError
+from moe_jax.hf import families, huggingface
+from moe_jax.models import counts
 from tests import mesh_cases, parity
 
 NAMES = sorted(parity.cases())
@@ -51,7 +52,7 @@ def test_fields_of_published_models(name):
   """
   published = PUBLISHED[name]
   model = huggingface.build(published["fields"], "config.json")
-  assert params.count(model, 128)["total"] == published["parameters"]
+  assert counts.count(model, 128)["total"] == published["parameters"]
 
 
 def test_every_family_has_two_checkpoints():

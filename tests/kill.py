@@ -123,7 +123,7 @@ def wait_for(folder, step, process):
 
 def difference(one, other) -> str | None:
   """The first thing in which two finished runs differ."""
-  from moe_jax import checkpoint
+  from moe_jax.training import checkpoint
 
   for here, there in zip(lines(one), lines(other)):
     if here != there:

@@ -11,10 +11,12 @@ import experiments
 from benchmarks import train_step
 from experiments import launch, questions, runs, sweeps, tuning
 from experiments import plan as plans
-from moe_jax import config as config_lib
-from moe_jax import parallel, program, run_directory
-from moe_jax.errors import ConfigError
+from moe_jax.core import parallel
+from moe_jax.core.errors import ConfigError
 from moe_jax.launch import local
+from moe_jax.run import config as config_lib
+from moe_jax.run import run_directory
+from moe_jax.training import program
 from tests import pod
 
 SWEEP = """

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import experts, layer, registry
-from moe_jax.types import Bound, Router, Routing, Side
+from moe_jax.core import registry
+from moe_jax.moe import experts, layer
+from moe_jax.moe.types import Bound, Router, Routing, Side
 from tests import oracle
 
 G, T, S, D, E, K, F = 2, 12, 2, 6, 8, 2, 5

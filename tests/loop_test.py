@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from moe_jax import checkpoint, loop, program, run_directory, signals
-from moe_jax.errors import ConfigError, Interrupted, RunError
+from moe_jax.core.errors import ConfigError, Interrupted, RunError
+from moe_jax.run import run_directory, signals
+from moe_jax.training import checkpoint, loop, program
 from tests import kill
 from tests.small import SmallCorpus, config
 

@@ -10,9 +10,10 @@ import tempfile
 
 import pytest
 
-from moe_jax import config as config_lib
-from moe_jax import main, params, run_directory
-from moe_jax.errors import ConfigError, naming
+from moe_jax import main, params
+from moe_jax.core.errors import ConfigError, naming
+from moe_jax.run import config as config_lib
+from moe_jax.run import run_directory
 
 # The tests see eight devices.
 ON_THE_MESH = ["--config=configs/tiny.py", "--config.mesh=(8,1,1,1)"]

@@ -13,9 +13,11 @@ import optax
 from flax import linen as nn
 
 from configs import base
-from moe_jax import models, optim, parallel, train
-from moe_jax.models import moe
-from moe_jax.types import Router, Stats
+from moe_jax import models
+from moe_jax.core import parallel
+from moe_jax.moe import groups
+from moe_jax.moe.types import Router, Stats
+from moe_jax.training import optim, train_step
 
 # (data, fsdp, expert, tensor).
 MESHES = (
@@ -347,7 +349,7 @@ def measure(case: Case, sizes, *, state=None, batch=None):
     batch = draw_batch(case) if batch is None else batch
     if sizes is not None:
       mesh = make_mesh(sizes)
-      state = jax.device_put(state, train.shardings(boxed, mesh))
+      state = jax.device_put(state, train_step.shardings(boxed, mesh))
       tokens = jax.NamedSharding(mesh, jax.P(None, parallel.TOKENS))
       batch = jax.device_put(batch, tokens)
     found = jax.device_get(run(state, batch))
@@ -360,7 +362,7 @@ def _program(case, sizes):
   mesh = None if sizes is None else make_mesh(sizes)
   model, optimizer = build(case, mesh)
   init = functools.partial(
-    train.init_state,
+    train_step.init_state,
     model=model,
     optimizer=optimizer,
     seq_len=L,
@@ -385,12 +387,12 @@ def make_mesh(sizes):
 
 
 def _everything(model, optimizer, state, batch):
-  new, sums = train.train_step(
+  new, sums = train_step.train_step(
     state, batch, model=model, optimizer=optimizer, num_bytes_V=np.ones(V)
   )
   _, rows, length = batch["inputs"].shape
   # The first micro-batch once more, now with its outputs.
-  rng_G = moe.keys(
+  rng_G = groups.keys(
     jax.random.fold_in(state.rng, state.step),
     rows,
     length,

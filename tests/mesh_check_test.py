@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from moe_jax import exchange, mesh_check
-from moe_jax.errors import RunError
+from moe_jax.core.errors import RunError
+from moe_jax.moe import exchange
+from moe_jax.training import mesh_check
 from tests import mesh_cases
 
 MESH = (1, 2, 2, 2)

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import metrics, tokenizers
+from moe_jax.data import tokenizers
 from moe_jax.models import transformer
-from moe_jax.types import Mean, Stats
+from moe_jax.moe.types import Mean, Stats
+from moe_jax.training import metrics
 from tests import oracle
 
 R, G, S, E, K = 2, 3, 2, 6, 2

@@ -8,8 +8,10 @@ import pytest
 import tensorflow_datasets as tfds
 
 from configs import base
-from moe_jax import batches, config, main, mixture, models, run_directory
-from moe_jax.errors import ConfigError
+from moe_jax import main, models
+from moe_jax.core.errors import ConfigError
+from moe_jax.data import batches, mixture
+from moe_jax.run import config, run_directory
 
 SEQ_LEN = 32
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from moe_jax import models, optim, parallel, train
-from moe_jax.errors import ConfigError
+from moe_jax import models
+from moe_jax.core import parallel
+from moe_jax.core.errors import ConfigError
+from moe_jax.training import optim, train_step
 from tests import mesh_cases
 from tests.small import BYTES, ROWS, L, V, config
 
@@ -226,20 +228,24 @@ def test_three_steps_on_a_mesh(name):
     )
     optimizer = optim.build(c.optim, 10)
     init = functools.partial(
-      train.init_state, model=model, optimizer=optimizer, seq_len=L, batch=ROWS
+      train_step.init_state,
+      model=model,
+      optimizer=optimizer,
+      seq_len=L,
+      batch=ROWS,
     )
     boxed = jax.eval_shape(init, jax.random.key(0))
     placed = {}
     if mesh is not None:
-      placed = {"out_shardings": train.shardings(boxed, mesh)}
-    state = jax.jit(lambda rng: train.nn.unbox(init(rng)), **placed)(
+      placed = {"out_shardings": train_step.shardings(boxed, mesh)}
+    state = jax.jit(lambda rng: train_step.nn.unbox(init(rng)), **placed)(
       jax.random.key(0)
     )
     if mesh is not None:
       _check_places(state, mesh)
     step = jax.jit(
       functools.partial(
-        train.train_step,
+        train_step.train_step,
         model=model,
         optimizer=optimizer,
         num_bytes_V=BYTES,

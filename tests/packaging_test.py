@@ -129,8 +129,8 @@ def test_named_paths_are_there():
 
 
 def test_the_layer_in_the_readme_is_the_layer():
-  shown = textwrap.indent(block_under("from: moe_jax/layer.py"), "  ")
-  assert shown in (ROOT / "moe_jax/layer.py").read_text()
+  shown = textwrap.indent(block_under("from: moe_jax/moe/layer.py"), "  ")
+  assert shown in (ROOT / "moe_jax/moe/layer.py").read_text()
 
 
 def test_there_are_commands():
@@ -166,8 +166,9 @@ def test_the_examples_of_extending(tmp_path):
   import jax
   import jax.numpy as jnp
 
-  from moe_jax import experts, layer, registry
-  from moe_jax.types import Bound, Side
+  from moe_jax.core import registry
+  from moe_jax.moe import experts, layer
+  from moe_jax.moe.types import Bound, Side
 
   text = (ROOT / "docs/extending.md").read_text()
   for name in re.findall(r"<!-- file: (\S+) -->", text):

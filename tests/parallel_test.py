@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moe_jax import exchange, experts, layer, parallel, registry, train
-from moe_jax.models import moe
-from moe_jax.types import Axes, Bound, Side
+from moe_jax.core import registry
+from moe_jax.moe import exchange, experts, groups, layer, sharded
+from moe_jax.moe.types import Axes, Bound, Side
+from moe_jax.training import train_step
 from tests import mesh_cases, oracle
 from tests.mesh_cases import Case, L
 
@@ -116,12 +117,16 @@ def test_parameters_start_the_same_on_a_mesh():
     mesh = None if sizes is None else mesh_cases.make_mesh(sizes)
     model, optimizer = mesh_cases.build(case, mesh)
     init = functools.partial(
-      train.init_state, model=model, optimizer=optimizer, seq_len=L, batch=8
+      train_step.init_state,
+      model=model,
+      optimizer=optimizer,
+      seq_len=L,
+      batch=8,
     )
     boxed = jax.eval_shape(init, jax.random.key(0))
     out = {}
     if mesh is not None:
-      out = {"out_shardings": train.shardings(boxed, mesh)}
+      out = {"out_shardings": train_step.shardings(boxed, mesh)}
     run = jax.jit(lambda rng, init=init: nn.unbox(init(rng)), **out)
     rng = jax.random.key(0)
     run = run.lower(rng).compile(compiler_options=mesh_cases.QUICK)
@@ -296,7 +301,7 @@ def layer_case(layout, checked=True):
 
 def run_layer(recipe, args, r_GTD, mesh):
   """Outputs, statistics, what was collected, and all gradients."""
-  run = parallel.sharded(recipe, mesh)
+  run = sharded.sharded(recipe, mesh)
 
   def scalar(params, x_GTD, balance, side):
     y_GTD, stats, kept = run(
@@ -330,10 +335,10 @@ def test_layer_on_a_mesh(layout, checked):
 
 
 def test_keys_of_groups_do_not_depend_on_the_batch_they_come_in():
-  grouping = moe.Grouping(tokens_per_group=4)
+  grouping = groups.Grouping(tokens_per_group=4)
   rng = jax.random.key(3)
-  whole = moe.keys(rng, 6, L, grouping)
-  part = moe.keys(rng, 2, L, grouping, first=4)
+  whole = groups.keys(rng, 6, L, grouping)
+  part = groups.keys(rng, 2, L, grouping, first=4)
   np.testing.assert_array_equal(
     jax.random.key_data(whole)[8:], jax.random.key_data(part)
   )

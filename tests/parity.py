@@ -378,7 +378,7 @@ def check(folder: pathlib.Path) -> int:
   import torch
   import transformers
 
-  from moe_jax.interop import huggingface
+  from moe_jax.hf import huggingface
 
   failed = 0
   for name in cases():

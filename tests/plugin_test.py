@@ -11,7 +11,7 @@ import pytest
 
 import experiments
 from experiments import launch
-from moe_jax import run_directory
+from moe_jax.run import run_directory
 
 DOCUMENT = pathlib.Path(__file__).parents[1] / "docs" / "extending.md"
 SWEEP = """

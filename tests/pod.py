@@ -18,8 +18,8 @@ import signal
 import sys
 import tempfile
 
-from moe_jax import config as config_lib
 from moe_jax.launch import local
+from moe_jax.run import config as config_lib
 from tests import kill
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -130,7 +130,7 @@ class Pods:
     kill.wait_for(self.work / name, self.steps // 5 + 5, started[0])
     started[-1].send_signal(signal.SIGTERM)
     local.wait(started)
-    from moe_jax import run_directory
+    from moe_jax.run import run_directory
 
     codes = [process.returncode for process in started]
     folder = self.work / name / "checkpoints"
@@ -142,7 +142,7 @@ class Pods:
 
   def compare(self, name: str) -> tuple[bool, str]:
     """All metrics of a finished run beside those of one process."""
-    from moe_jax import run_directory
+    from moe_jax.run import run_directory
 
     far = {}
     for split in ("train", "validation"):
@@ -178,7 +178,8 @@ def _write_digest(path, config, steps=8):
   import numpy as np
   from jax.experimental import multihost_utils
 
-  from moe_jax import processes, program
+  from moe_jax.run import processes
+  from moe_jax.training import program
 
   processes.join()
   made = program.Program(config)

@@ -13,10 +13,13 @@ import optax
 import pytest
 from flax import linen as nn
 
-from moe_jax import config as config_lib
-from moe_jax import models, params, registry, train
-from moe_jax.errors import ConfigError
-from moe_jax.types import Side
+from moe_jax import models
+from moe_jax.core import registry
+from moe_jax.core.errors import ConfigError
+from moe_jax.models import counts
+from moe_jax.moe.types import Side
+from moe_jax.run import config as config_lib
+from moe_jax.training import train_step
 from tests import mesh_cases
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -42,7 +45,7 @@ def build(name, mesh=None, dtype=None):
 
 
 def counted(name):
-  return params.count(build(name), 32)
+  return counts.count(build(name), 32)
 
 
 # Total and active parameters, the embedding counted once where a token's row of
@@ -141,7 +144,7 @@ def test_kv_caches():
     ("deepseek_v3:671b", 61 * (512 + 64)),
     ("gpt_oss:120b", 36 * 2 * 8 * 64),
   ):
-    assert params.kv_cache_per_token(build(name)) == wanted
+    assert counts.kv_cache_per_token(build(name)) == wanted
 
 
 # Routing, from each system's own description, a token at a time.
@@ -335,7 +338,7 @@ def step(model):
   """Parameters, balance and sums after a step of SGD on random numbers."""
   optimizer = optax.sgd(0.1)
   init = functools.partial(
-    train.init_state, model=model, optimizer=optimizer, seq_len=32, batch=8
+    train_step.init_state, model=model, optimizer=optimizer, seq_len=32, batch=8
   )
   boxed = jax.eval_shape(init, jax.random.key(0))
   rng = np.random.default_rng(0)
@@ -356,10 +359,10 @@ def step(model):
     "mask": np.arange(32) < rng.integers(20, 33, (1, 8, 1)),
   }
   if model.arch.mesh is not None:
-    state = jax.device_put(state, train.shardings(boxed, model.arch.mesh))
+    state = jax.device_put(state, train_step.shardings(boxed, model.arch.mesh))
   run = jax.jit(
     functools.partial(
-      train.train_step,
+      train_step.train_step,
       model=model,
       optimizer=optimizer,
       num_bytes_V=np.ones(288),
@@ -409,7 +412,7 @@ def test_attention_flops_of_a_layout():
     ("deepseek_v3:671b", 61 * 2 * 128 * (128 + 64 + 128)),
   ):
     model = build(name)
-    one, two = (params.train_flops_per_token(model, n) for n in (32, 64))
+    one, two = (counts.train_flops_per_token(model, n) for n in (32, 64))
     assert two - one == 3 * 32 * pair
 
 

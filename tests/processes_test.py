@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from moe_jax import processes, run_directory, signals
-from moe_jax.errors import ConfigError, InUse
+from moe_jax.core.errors import ConfigError, InUse
 from moe_jax.launch import local
+from moe_jax.run import processes, run_directory, signals
 from tests import kill, pod
 
 
@@ -51,12 +51,12 @@ def test_other_configs_code_and_runs_are_refused(tmp_path):
   for number in range(2):
     package = tmp_path / f"code{number}" / "moe_jax"
     shutil.copytree(pod.ROOT / "moe_jax", package)
-  with (tmp_path / "code0" / "moe_jax" / "layer.py").open("a") as f:
+  with (tmp_path / "code0" / "moe_jax" / "moe" / "layer.py").open("a") as f:
     f.write("# Edited.\n")
   config = f"--config={tmp_path}/configs/tiny.py --workdir={tmp_path / 'run'}"
   moved = f"cd code$JAX_PROCESS_ID && {shell(config)[-1]}"
   for said in refused(tmp_path, ["sh", "-c", moved]):
-    assert "process 1 has moe_jax/layer.py = '" in said
+    assert "process 1 has moe_jax/moe/layer.py = '" in said
   assert not (tmp_path / "run").exists()
   # The first one alone meets the other run; both say so.
   from configs import tiny as config_file
@@ -101,7 +101,7 @@ def test_an_error_in_one_process_ends_all(tmp_path, who, error, code):
   """Though the other one waits for it."""
   text = f"""
 from moe_jax import config, processes
-from moe_jax.errors import ConfigError
+from moe_jax.core.errors import ConfigError
 
 def main():
   processes.join()

@@ -3,7 +3,8 @@
 import pytest
 
 from experiments import launch, questions, sweeps
-from moe_jax import models, params
+from moe_jax import models
+from moe_jax.models import counts
 
 
 def test_every_question_is_whole():
@@ -56,14 +57,14 @@ def counted(config, vocab_size=257):
     seq_len=config.data.seq_len,
     batch_sizes=(config.data.batch_size,),
   )
-  return params.count(model, config.data.seq_len), model
+  return counts.count(model, config.data.seq_len), model
 
 
 def test_the_dense_arm_has_as_many_active_parameters():
   arms = questions.load("load_balancing").sweep("cpu").configs()
   (sparse, one), (dense, other) = (counted(arms[a]) for a in ("bias", "dense"))
   assert sparse["active"] == dense["active"] == dense["total"]
-  flops = [params.train_flops_per_token(m, 128) for m in (one, other)]
+  flops = [counts.train_flops_per_token(m, 128) for m in (one, other)]
   # Six for every weight but the norms', and 12 L times heads' widths a layer.
   weights = dense["active"] - dense["norm"]
   assert flops == [6 * weights + 12 * 128 * 4 * 64] * 2

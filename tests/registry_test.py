@@ -2,9 +2,9 @@
 
 import pytest
 
-from moe_jax import registry
-from moe_jax.errors import ConfigError
-from moe_jax.types import Balancer, Dispatcher, Router
+from moe_jax.core import registry
+from moe_jax.core.errors import ConfigError
+from moe_jax.moe.types import Balancer, Dispatcher, Router
 
 PART = '''"""A part for a test."""
 

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-from moe_jax import dispatchers, losses, models
-from moe_jax.models import moe, transformer
+from moe_jax import models
+from moe_jax.models import transformer
+from moe_jax.moe import dispatchers, groups
+from moe_jax.training import losses
 from tests import mesh_cases
 from tests.mesh_cases import Case, L
 
@@ -31,7 +33,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.types import Router, Routing
+from moe_jax.moe.types import Router, Routing
 
 
 def build(top_k, from_values):
@@ -63,7 +65,7 @@ def gradient_jaxpr(model, case):
   shapes = nn.unbox(shapes)
 
   def objective(params, balance):
-    rng_G = moe.keys(jax.random.key(1), rows, L, arch.grouping)
+    rng_G = groups.keys(jax.random.key(1), rows, L, arch.grouping)
     logits, aux = model.apply(
       {"params": params, "balance": balance},
       micro["inputs"],

@@ -10,7 +10,7 @@ import pytest
 
 from experiments import plan, questions, report, tuning
 from experiments.scaling import law, plot, speedup, sweep
-from moe_jax.errors import ConfigError
+from moe_jax.core.errors import ConfigError
 
 # Clark et al. (2202.01169), their table of S-BASE.
 S_BASE = law.Law(-0.082, -0.108, 0.009, 1.104, 1.847, 314.478)
@@ -218,7 +218,8 @@ def test_an_arm_that_tries_nothing_takes_the_choice_of_another(tmp_path):
 
 
 def test_arms_of_a_size_have_equal_active_parameters_but_the_router():
-  from moe_jax import models, params
+  from moe_jax import models
+  from moe_jax.models import counts
 
   configs = questions.load("scaling").sweep("cpu").configs()
 
@@ -230,7 +231,7 @@ def test_arms_of_a_size_have_equal_active_parameters_but_the_router():
       seq_len=c.data.seq_len,
       batch_sizes=(c.data.batch_size,),
     )
-    return params.count(model, c.data.seq_len)["active"]
+    return counts.count(model, c.data.seq_len)["active"]
 
   for size in (16, 64):
     dense = active(sweep.name(size, sweep.DENSE))

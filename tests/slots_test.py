@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import dispatchers, slots
-from moe_jax.errors import ConfigError
-from moe_jax.types import Bound, Routing
+from moe_jax.core.errors import ConfigError
+from moe_jax.moe import capacity, dispatchers
+from moe_jax.moe.types import Bound, Routing
 from tests import oracle
 
 G, T, E = 2, 7, 6
@@ -56,7 +56,7 @@ def assign(order, buckets, prioritised):
   return run
 
 
-@pytest.mark.parametrize("order", slots.ORDERS)
+@pytest.mark.parametrize("order", capacity.ORDERS)
 @pytest.mark.parametrize("top_k", [1, 3])
 @pytest.mark.parametrize("buckets", [None, E, 2])
 @pytest.mark.parametrize("prioritised", [False, True])
@@ -86,11 +86,11 @@ def test_assign(order, top_k, buckets, prioritised):
   check()
 
 
-@pytest.mark.parametrize("order", slots.ORDERS)
+@pytest.mark.parametrize("order", capacity.ORDERS)
 @pytest.mark.parametrize("prioritised", [False, True])
 def test_rank(order, prioritised):
   """Queues of any length, the dropped ones included; no bucket is E."""
-  rank = jax.jit(slots.rank, static_argnums=(2, 3))
+  rank = jax.jit(capacity.rank, static_argnums=(2, 3))
 
   @hypothesis.given(routings(3))
   def check(routing):
@@ -120,7 +120,7 @@ def test_both_ways_to_sort(key_N):
   want_N = np.argsort(key_N, kind="stable")
   for num_keys in (10, 2**31 // 50, 2**31 // 50 + 1, 2**40):
     np.testing.assert_array_equal(
-      slots._stable_argsort(key_N, num_keys), want_N, err_msg=str(num_keys)
+      capacity._stable_argsort(key_N, num_keys), want_N, err_msg=str(num_keys)
     )
 
 
@@ -130,17 +130,17 @@ def test_packing_reaches_the_largest_number():
   for num_keys in (2**31 // size, 2**31 // size + 1):
     key_N = np.arange(num_keys - size, num_keys, dtype=np.int32)[::-1]
     np.testing.assert_array_equal(
-      slots._stable_argsort(key_N, num_keys), np.arange(size)[::-1]
+      capacity._stable_argsort(key_N, num_keys), np.arange(size)[::-1]
     )
 
 
 def test_capacity():
-  assert slots.capacity(1.0, 16, 1, 8) == Bound(2, 8)
-  assert slots.capacity(1.25, 16, 2, 8) == Bound(5, 8)
+  assert capacity.capacity(1.0, 16, 1, 8) == Bound(2, 8)
+  assert capacity.capacity(1.25, 16, 2, 8) == Bound(5, 8)
   # Switch rounds down.
-  assert slots.capacity(1.0, 15, 1, 8) == Bound(1, 8)
-  assert slots.capacity(1.99, 8, 1, 8) == Bound(1, 8)
-  assert slots.capacity(2.0, 8, 2, 2) == Bound(16, 2)
+  assert capacity.capacity(1.0, 15, 1, 8) == Bound(1, 8)
+  assert capacity.capacity(1.99, 8, 1, 8) == Bound(1, 8)
+  assert capacity.capacity(2.0, 8, 2, 2) == Bound(16, 2)
 
 
 @hypothesis.given(
@@ -152,9 +152,9 @@ def test_capacity_is_the_exact_floor(percent, tokens, top_k, many):
   buckets = 8 if many else 1
   exact = percent * tokens * top_k // (100 * buckets)
   hypothesis.assume(exact >= 1)
-  assert slots.capacity(percent / 100, tokens, top_k, buckets).slots == exact
+  assert capacity.capacity(percent / 100, tokens, top_k, buckets).slots == exact
 
 
 def test_a_capacity_of_zero_is_refused():
   with pytest.raises(ConfigError, match="rounds to zero"):
-    slots.capacity(1.0, 4, 1, 8)
+    capacity.capacity(1.0, 4, 1, 8)

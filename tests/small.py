@@ -3,7 +3,7 @@
 import numpy as np
 
 from configs import tiny
-from moe_jax import tokenizers
+from moe_jax.data import tokenizers
 
 V, L, ROWS = 257, 16, 8
 BYTES = tokenizers.load().num_bytes_V

@@ -4,8 +4,8 @@ import pytest
 
 from configs import tiny
 from experiments import sweeps, tuning
-from moe_jax import config as config_lib
-from moe_jax.errors import ConfigError
+from moe_jax.core.errors import ConfigError
+from moe_jax.run import config as config_lib
 
 
 def test_sweep_algebra():

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from moe_jax import registry, tokenizers, tokens
-from moe_jax.errors import ConfigError
+from moe_jax.core import registry
+from moe_jax.core.errors import ConfigError
+from moe_jax.data import tokenizers, tokens
 
 PLUGIN = '''
 import tensorflow_datasets as tfds

@@ -11,9 +11,10 @@ import pytest
 from flax import linen as nn
 
 from configs import tiny
-from moe_jax import evaluation, losses, models, optim, program, train
-from moe_jax.errors import ConfigError
-from moe_jax.models import moe
+from moe_jax import models
+from moe_jax.core.errors import ConfigError
+from moe_jax.moe import groups
+from moe_jax.training import evaluation, losses, optim, program, train_step
 from tests import mesh_cases, oracle
 from tests.small import BYTES, ROWS, L, SmallCorpus, V, config
 
@@ -23,7 +24,11 @@ def setting(c):
   model = models.build(c.model, vocab_size=V, seq_len=L, batch_sizes=(ROWS,))
   optimizer = optim.build(c.optim, 100)
   init = functools.partial(
-    train.init_state, model=model, optimizer=optimizer, seq_len=L, batch=ROWS
+    train_step.init_state,
+    model=model,
+    optimizer=optimizer,
+    seq_len=L,
+    batch=ROWS,
   )
   rng = jax.random.key(0)
   state = quick(jax.jit(lambda rng: nn.unbox(init(rng))), rng)(rng)
@@ -45,7 +50,7 @@ def test_the_loss_falls():
   c.optim.learning_rate = 1e-2
   model, optimizer, state, batch = setting(c)
   step = functools.partial(
-    train.train_step, model=model, optimizer=optimizer, num_bytes_V=BYTES
+    train_step.train_step, model=model, optimizer=optimizer, num_bytes_V=BYTES
   )
   step = quick(jax.jit(step), state, batch)
   found = []
@@ -81,7 +86,7 @@ def test_a_step_is_its_pieces():
           {"params": params, "balance": state.balance},
           micro["inputs"],
           micro["mask"],
-          moe.keys(step_rng, ROWS, L, grouping, first=i * ROWS),
+          groups.keys(step_rng, ROWS, L, grouping, first=i * ROWS),
           train=True,
         )
         log_p = jax.nn.log_softmax(logits)
@@ -99,7 +104,7 @@ def test_a_step_is_its_pieces():
 
     def both(state, batch):
       by_hand = jax.grad(loss, has_aux=True)(state.params)
-      return by_hand, train.train_step(
+      return by_hand, train_step.train_step(
         state,
         batch,
         model=model,
@@ -134,7 +139,7 @@ def test_noise_differs_by_layer_group_and_step():
   @jax.jit
   def experts(step):
     step_rng = jax.random.fold_in(state.rng, step)
-    rng_G = moe.keys(step_rng, ROWS, L, model.arch.grouping)
+    rng_G = groups.keys(step_rng, ROWS, L, model.arch.grouping)
     _, aux = model.apply(
       {"params": state.params, "balance": state.balance},
       batch["inputs"][0],
@@ -156,7 +161,7 @@ def test_a_step_draws_from_its_own_number():
   c.model.moe.router = {"name": "random"}
   model, optimizer, state, batch = setting(c)
   step = functools.partial(
-    train.train_step, model=model, optimizer=optimizer, num_bytes_V=BYTES
+    train_step.train_step, model=model, optimizer=optimizer, num_bytes_V=BYTES
   )
   step = quick(jax.jit(step), state, batch)
 
@@ -178,7 +183,7 @@ def test_a_program_is_traced_once(sizes, monkeypatch):
   monkeypatch.setattr(program.mixture, "prepare", lambda *a, **k: SmallCorpus())
   chex.clear_trace_counter()
   monkeypatch.setattr(
-    train, "train_step", chex.assert_max_traces(train.train_step, n=1)
+    train_step, "train_step", chex.assert_max_traces(train_step.train_step, n=1)
   )
   monkeypatch.setattr(
     evaluation, "eval_step", chex.assert_max_traces(evaluation.eval_step, n=1)

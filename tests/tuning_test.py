@@ -3,7 +3,7 @@
 import pytest
 
 from experiments import tuning
-from moe_jax.errors import ConfigError
+from moe_jax.core.errors import ConfigError
 
 LOWEST = tuning.Stage("optim.learning_rate", (1e-3, 1e-2, 1e-1))
 TARGET = tuning.Stage(

@@ -7,9 +7,10 @@ import types
 import jax
 import pytest
 
-from moe_jax import config as config_lib
-from moe_jax import loop, program, run_directory, writers
-from moe_jax.errors import ConfigError, Interrupted
+from moe_jax.core.errors import ConfigError, Interrupted
+from moe_jax.run import config as config_lib
+from moe_jax.run import run_directory, writers
+from moe_jax.training import loop, program
 from tests.loop_test import Told
 from tests.small import SmallCorpus, config
 

@@ -21,8 +21,8 @@ import sys
 import threading
 import time
 
-from moe_jax import config as config_lib
-from moe_jax.errors import ConfigError
+from moe_jax.core.errors import ConfigError
+from moe_jax.run import config as config_lib
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PATIENCE = 10.0  # Seconds for the others to end by themselves when one fails.

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from moe_jax import experts, grouped_matmul, layer, parallel, registry
-from moe_jax.errors import ConfigError
-from moe_jax.models import attention, moe
+from moe_jax.core import parallel, registry
+from moe_jax.core.errors import ConfigError
+from moe_jax.models import attention
+from moe_jax.moe import experts, groups, kernels, layer
 
 # Of a section `model.moe`: experts take every token that is sent to them, and no
 # sequence shares a group with another.
@@ -55,7 +56,7 @@ def build(
   if "moe" in kinds:
     recipe, grouping = _moe(layer_options, mesh, plugins)
     for batch in batch_sizes:
-      moe.check(recipe, grouping, length=seq_len, batch=batch, mesh=mesh)
+      groups.check(recipe, grouping, length=seq_len, batch=batch, mesh=mesh)
     options |= {"recipe": recipe, "grouping": grouping}
   if mesh is not None:
     _check_widths(mesh, options, layer_options, kinds)
@@ -164,7 +165,7 @@ def _moe(options, mesh, plugins):
       raise ConfigError(f"{sorted(twice)} of {name} is set by model.moe itself")
     return registry.load(kind, name, plugins=plugins, **section, **more)
 
-  backend = grouped_matmul.backend_for(
+  backend = kernels.backend_for(
     parallel.platform(mesh), options["grouped_matmul"]
   )
   activation, d_expert = options["activation"], options["d_expert"]
@@ -196,9 +197,9 @@ def _moe(options, mesh, plugins):
     ),
     shared=shared,
     # Slots need no backend, nor what it would have to import.
-    checked=not dispatcher.ragged or grouped_matmul.is_checked(backend),
+    checked=not dispatcher.ragged or kernels.is_checked(backend),
   )
-  grouping = moe.Grouping(
+  grouping = groups.Grouping(
     options["tokens_per_group"],
     options["capacity_factor"],
     options["eval_capacity_factor"],

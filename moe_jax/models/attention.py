@@ -12,10 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax import parallel, products
-from moe_jax.errors import ConfigError, did_you_mean
+from moe_jax.core import linear, parallel
+from moe_jax.core.errors import ConfigError, did_you_mean
 from moe_jax.models import norms, rotary
-from moe_jax.types import Array
+from moe_jax.moe.types import Array
 
 _CHOICES = {
   "rope": ("half", "interleaved", "none"),
@@ -240,7 +240,7 @@ class Attention(nn.Module):
       ),
       (x_BLD.shape[-1], heads, m.head_dim),
     )
-    y = products.product(x_BLD, w.astype(x_BLD.dtype))
+    y = linear.product(x_BLD, w.astype(x_BLD.dtype))
     if m.bias != "none":
       y += bias(self, name, (logical, None), (heads, m.head_dim), y.dtype)
     return parallel.constrain(y, ("batch", None, logical, None), self.mesh)
@@ -275,7 +275,7 @@ class LatentAttention(nn.Module):
     q, q_turned = q[..., :nope], q[..., nope:]
     q_turned = turned(q_turned, context.position_BL, m)
     c = self._matrix("kv_down", (x_BLD.shape[-1], latent + m.rope_head_dim))
-    c = products.product(x_BLD, c.astype(dtype))
+    c = linear.product(x_BLD, c.astype(dtype))
     c, k_turned = c[..., :latent], c[..., None, latent:]
     c = norms.Norm("rms", _LATENT_EPS, None, name="kv_norm")(c)
     k_turned = turned(k_turned, context.position_BL, m)
@@ -290,7 +290,7 @@ class LatentAttention(nn.Module):
     sees_BLM = visible(m, context)
     sinks_H = sinks(self)
     if context.cache is None:
-      kv = products.product(c, up)
+      kv = linear.product(c, up)
       kv = parallel.constrain(kv, ("batch", None, "heads", None), self.mesh)
       k, v = kv[..., :nope], kv[..., nope:]
       k_turned = jnp.broadcast_to(k_turned, (*k.shape[:3], m.rope_head_dim))
@@ -310,7 +310,7 @@ class LatentAttention(nn.Module):
 
   def _down(self, x_BLD, name, width):
     w = self._matrix(f"{name}_down", (x_BLD.shape[-1], width))
-    y = products.product(x_BLD, w.astype(x_BLD.dtype))
+    y = linear.product(x_BLD, w.astype(x_BLD.dtype))
     return norms.Norm("rms", _LATENT_EPS, None, name=f"{name}_norm")(y)
 
   def _up(self, c_BLC, name, width):
@@ -320,7 +320,7 @@ class LatentAttention(nn.Module):
       (c_BLC.shape[-1], self.options.num_heads, width),
       (first, "heads", None),
     )
-    y = products.product(c_BLC, w.astype(c_BLC.dtype))
+    y = linear.product(c_BLC, w.astype(c_BLC.dtype))
     return parallel.constrain(y, ("batch", None, "heads", None), self.mesh)
 
   def _matrix(self, name, shape, axes=("embed", None)):
@@ -356,7 +356,7 @@ def project_out(module, y_BLHh, d_model: int):
     (heads, width, d_model),
   )
   y_BLD = y_BLHh.reshape(*y_BLHh.shape[:2], -1)
-  y_BLD = products.product(y_BLD, out.reshape(-1, d_model).astype(y_BLD.dtype))
+  y_BLD = linear.product(y_BLD, out.reshape(-1, d_model).astype(y_BLD.dtype))
   if module.options.bias == "all":
     y_BLD += bias(module, "out", ("embed",), (d_model,), y_BLD.dtype)
   return y_BLD

@@ -3,8 +3,8 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from moe_jax.errors import ConfigError, did_you_mean
-from moe_jax.types import Array
+from moe_jax.core.errors import ConfigError, did_you_mean
+from moe_jax.moe.types import Array
 
 KINDS = ("rms", "layer")
 

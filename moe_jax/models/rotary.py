@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
-from moe_jax.errors import ConfigError, did_you_mean
-from moe_jax.types import Array
+from moe_jax.core.errors import ConfigError, did_you_mean
+from moe_jax.moe.types import Array
 
 
 @dataclasses.dataclass(frozen=True)

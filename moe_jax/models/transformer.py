@@ -7,10 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax import dispatchers, exchange, experts, layer, parallel, products
-from moe_jax.errors import ConfigError, did_you_mean
-from moe_jax.models import attention, moe, norms
-from moe_jax.types import Array, Mlp
+from moe_jax.core import linear, parallel
+from moe_jax.core.errors import ConfigError, did_you_mean
+from moe_jax.models import attention, norms
+from moe_jax.moe import dispatchers, exchange, experts, groups, layer, linen
+from moe_jax.moe.types import Array, Mlp
 
 _only = jax.checkpoint_policies.save_only_these_names
 REMAT = {
@@ -66,7 +67,7 @@ class Architecture:
   allow_noncausal: bool = False
   end_of_document: int | None = None
   recipe: layer.Recipe | None = None
-  grouping: moe.Grouping | None = None
+  grouping: groups.Grouping | None = None
   mesh: jax.sharding.Mesh | None = None
 
   def __post_init__(self):
@@ -182,7 +183,7 @@ class Block(nn.Module):
     else:
       if rng_G is not None:
         rng_G = jax.vmap(jax.random.fold_in, (0, None))(rng_G, layer_index)
-      y, stats, collected = moe.MoE(m.recipe, m.grouping, m.mesh, name="moe")(
+      y, stats, collected = linen.MoE(m.recipe, m.grouping, m.mesh, name="moe")(
         h, context.mask_BL, features, rng_G, train=train, collect=collect
       )
       aux = {"stats": stats, **collected}
@@ -234,7 +235,7 @@ class Transformer(nn.Module):
     Args:
       tokens_BL: int32 in [0, V).
       mask_BL: bool, False for padding; None: no padding.
-      rng_G: one key per group (`moe.keys`); None: no noise in the router.
+      rng_G: one key per group (`groups.keys`); None: no noise in the router.
       train: the capacity of training instead of that of evaluation.
       collect: "routing" adds expert_GTK and weight_GTK to aux.
       cache_length: M, how many tokens generation may keep of a sequence, as the
@@ -330,4 +331,4 @@ class Transformer(nn.Module):
       )
       head_DV = parallel.constrain(head_DV, (None, None), arch.mesh)
     dtype = jnp.promote_types(x_BLD.dtype, jnp.float32)
-    return products.product(x_BLD, head_DV.astype(x_BLD.dtype), dtype)
+    return linear.product(x_BLD, head_DV.astype(x_BLD.dtype), dtype)

@@ -1,0 +1,159 @@
+"""The mesh, what is sharded over which of its axes, and the sharded layer."""
+
+import math
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax import Array
+
+from moe_jax.core.errors import ConfigError
+
+AXES = ("data", "fsdp", "expert", "tensor")
+TOKENS = ("data", "fsdp", "expert")
+
+# Logical axis of a parameter or activation -> mesh axes. One table for all.
+RULES = (
+  ("batch", TOKENS),
+  ("expert", "expert"),
+  ("embed", "fsdp"),
+  ("mlp", "tensor"),
+  ("heads", "tensor"),
+  ("kv_heads", "tensor"),
+  ("vocab", None),  # 256 bytes and a mark divide over nothing.
+  ("layers", None),
+)
+
+
+def make_mesh(
+  sizes: tuple[int, int, int, int], devices=None
+) -> jax.sharding.Mesh:
+  """The mesh (data, fsdp, expert, tensor); unused axes have length 1.
+
+  Args:
+    sizes: length of each axis, >= 1; -1 for one of them takes what is left.
+    devices: what to use; None: all of them.
+
+  Raises:
+    ConfigError: lengths that are none, or whose product is not the number of
+      devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = list(sizes)
+  if len(sizes) != len(AXES) or not all(
+    type(s) is int and (s >= 1 or s == -1) for s in sizes
+  ):
+    raise ConfigError(
+      f"mesh = {tuple(sizes)} needs a whole number >= 1, or -1 for what is left,"
+      f" for each of {AXES}"
+    )
+  if sizes.count(-1) > 1:
+    raise ConfigError(f"mesh = {tuple(sizes)} has more than one -1; keep one")
+  if -1 in sizes:
+    known = -math.prod(sizes)
+    # Rounded down, so that the product below is wrong if it does not divide.
+    sizes[sizes.index(-1)] = max(1, len(devices) // known)
+  if math.prod(sizes) != len(devices):
+    raise ConfigError(
+      f"mesh = {tuple(sizes)} over {AXES} needs {math.prod(sizes)} devices, but"
+      f" there are {len(devices)}; change the mesh, or on CPU set"
+      " XLA_FLAGS=--xla_force_host_platform_device_count=N"
+    )
+  return jax.sharding.Mesh(
+    np.asarray(devices).reshape(sizes),
+    AXES,
+    axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
+  )
+
+
+def mesh_or_none(sizes) -> jax.sharding.Mesh | None:
+  """`make_mesh`, or None for a single device.
+
+  Raises:
+    ConfigError: as `make_mesh`.
+  """
+  mesh = make_mesh(tuple(sizes))
+  return mesh if mesh.size > 1 else None
+
+
+def platform(mesh: jax.sharding.Mesh | None) -> str:
+  """What it runs on: "cpu", "gpu", "tpu"."""
+  if mesh is None:
+    return jax.default_backend()
+  return mesh.devices.flat[0].platform
+
+
+def token_shards(mesh: jax.sharding.Mesh | None) -> int:
+  """Over how many devices the batch is split."""
+  return 1 if mesh is None else math.prod(mesh.shape[a] for a in TOKENS)
+
+
+def local_rows(mesh: jax.sharding.Mesh | None, batch: int) -> np.ndarray:
+  """The rows of a global batch that this process's devices hold, in order."""
+  if mesh is None:
+    return np.arange(batch)
+  sharding = jax.NamedSharding(mesh, jax.P(TOKENS))
+  parts = sharding.addressable_devices_indices_map((batch,)).values()
+  return np.unique([np.arange(batch)[rows] for (rows,) in parts])
+
+
+def global_batch(
+  local: np.ndarray,
+  mesh: jax.sharding.Mesh | None,
+  batch: int,
+  rows: np.ndarray,
+  axis: int = 0,
+) -> Array:
+  """An array over all processes, of which each has its rows.
+
+  Args:
+    local: the rows of this process.
+    mesh: from `make_mesh`; None returns `local`.
+    batch: rows in all.
+    rows: which ones `local` has, from `local_rows`.
+    axis: of the rows.
+  """
+  if mesh is None:
+    return local
+  names = (None,) * axis + (TOKENS,)
+  shape = (*local.shape[:axis], batch, *local.shape[axis + 1 :])
+
+  def part(index):
+    wanted = np.arange(batch)[index[axis]]
+    return local.take(np.searchsorted(rows, wanted), axis)
+
+  sharding = jax.NamedSharding(mesh, jax.P(*names))
+  return jax.make_array_from_callback(shape, sharding, part)
+
+
+def spec(names: tuple[str | None, ...]) -> jax.sharding.PartitionSpec:
+  """The PartitionSpec of an array with these logical axes."""
+  return nn.logical_to_mesh_axes(names, RULES)
+
+
+def constrain(x: Array, names, mesh: jax.sharding.Mesh | None) -> Array:
+  """x with its sharding pinned; x itself without a mesh."""
+  if mesh is None:
+    return x
+  sharding = jax.NamedSharding(mesh, spec(names))
+  return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def shardings(boxed, mesh: jax.sharding.Mesh):
+  """Shardings of a tree of linen parameters with logical axis names."""
+  return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+
+
+def check_widths(mesh: jax.sharding.Mesh, **widths: tuple[int, str]) -> None:
+  """Raises ConfigError for a width that its mesh axis does not divide.
+
+  Args:
+    mesh: from `make_mesh`.
+    **widths: by the name of the config's key, (width, mesh axis).
+  """
+  for key, (width, axis) in widths.items():
+    if width % mesh.shape[axis]:
+      raise ConfigError(
+        f"{key} = {width} does not divide over the mesh axis {axis} ="
+        f" {mesh.shape[axis]}; change one so that the second divides the first"
+      )

@@ -1,0 +1,154 @@
+"""Ways to lay tokens out for their experts, one file each.
+
+What they share is which assignment gets a slot.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from moe_jax.core import varying
+from moe_jax.core.errors import ConfigError
+from moe_jax.moe import capacity
+from moe_jax.moe.types import Array, Bound, Routing
+
+# What every remat policy keeps, so that a recompute cannot route differently.
+SAVED = ("expert", "slot", "kept")
+
+
+def assign(
+  routing: Routing, num_experts: int, bound: Bound | None, order: str
+) -> tuple[Array, Array]:
+  """The slot of every assignment inside its expert, and whether it has one.
+
+  Args:
+    routing: with leading G.
+    num_experts: E.
+    bound: None keeps every valid assignment.
+    order: "token" or "choice", see `capacity.rank`.
+
+  Returns:
+    slot_GTK: int32, the place in the queue of its expert among kept
+      assignments (only then does it mean anything).
+    kept_GTK: bool.
+  """
+
+  def one_group(routing: Routing):
+    def rank(bucket_TK, valid_TK, num_buckets):
+      bucket_TK = jnp.where(valid_TK, bucket_TK, num_buckets)
+      return capacity.rank(bucket_TK, routing.priority_TK, num_buckets, order)
+
+    expert_TK, kept_TK = routing.expert_TK, routing.valid_TK
+    if bound is None:
+      return rank(expert_TK, kept_TK, num_experts), kept_TK
+    bucket_TK = expert_TK // (num_experts // bound.expert_buckets)
+    slot_TK = rank(bucket_TK, kept_TK, bound.expert_buckets)
+    kept_TK &= slot_TK < bound.slots
+    if bound.expert_buckets < num_experts:
+      slot_TK = rank(expert_TK, kept_TK, num_experts)
+    return slot_TK, kept_TK
+
+  slot_GTK, kept_GTK = jax.vmap(one_group)(routing)
+  return checkpoint_name(slot_GTK, "slot"), checkpoint_name(kept_GTK, "kept")
+
+
+def causal(order: str, top_k: int, bound: Bound | None) -> bool:
+  """Whether slots given in this order are independent of later tokens.
+
+  Token by token, a slot depends on earlier tokens only. Choice by choice, a
+  later token's first choice takes a slot before this one's second choice,
+  unless there is only one choice or no capacity to run out of.
+  """
+  return order == "token" or top_k == 1 or bound is None
+
+
+@jax.custom_vjp
+def take(x_ND: Array, index: Array, inverse_NK: Array) -> Array:
+  """Rows of x by index, zeros where it is out of range.
+
+  Its gradient is a gather too, where autodiff would scatter row by row.
+
+  Args:
+    x_ND: rows.
+    index: int32 of any shape, at most N.
+    inverse_NK: where each row of x went in the flat index; out of range for
+      none. Every in-range entry of the index must appear once.
+  """
+  del inverse_NK
+  return _take(x_ND, index)
+
+
+def _take(x_ND, index):
+  return jnp.asarray(x_ND).at[index].get(mode="fill", fill_value=0)
+
+
+def _take_forward(x_ND, index, inverse_NK):
+  return _take(x_ND, index), inverse_NK
+
+
+def _take_backward(inverse_NK, dy):
+  dy_MD = dy.reshape(-1, dy.shape[-1])
+  choices = range(inverse_NK.shape[1])
+  return sum(_take(dy_MD, inverse_NK[:, k]) for k in choices), None, None
+
+
+take.defvjp(_take_forward, _take_backward)
+
+
+def combine(
+  x_ND: Array, weight_TK: Array, row_TK: Array, owner_N: Array
+) -> Array:
+  """y_t = sum over k of weight_tk * x[row_tk], in the weights' dtype.
+
+  Gathers both ways, one for each k, as nothing of size T * K * D is made.
+
+  Args:
+    x_ND: rows.
+    weight_TK: weights.
+    row_TK: int32, out of range for none.
+    owner_N: the inverse of row_TK: t * K + k, out of range for none.
+  """
+  x_ND, weight_TK = varying.alike((x_ND, weight_TK))
+  return _combine(x_ND, weight_TK, row_TK, owner_N)
+
+
+@jax.custom_vjp
+def _combine(x_ND, weight_TK, row_TK, owner_N):
+  del owner_N
+  return sum(
+    weight_TK[:, k, None] * _take(x_ND, row_TK[:, k])
+    for k in range(row_TK.shape[1])
+  )
+
+
+def _combine_forward(*args):
+  return _combine(*args), args
+
+
+def _combine_backward(kept, dy_TD):
+  x_ND, weight_TK, row_TK, owner_N = kept
+  top_k = row_TK.shape[1]
+  weight_N = _take(weight_TK.reshape(-1), owner_N)
+  dx_ND = weight_N[:, None] * _take(dy_TD, owner_N // top_k)
+  dweight_TK = jnp.stack(
+    [(dy_TD * _take(x_ND, row_TK[:, k])).sum(-1) for k in range(top_k)], axis=1
+  )
+  return dx_ND.astype(x_ND.dtype), dweight_TK, None, None
+
+
+_combine.defvjp(_combine_forward, _combine_backward)
+
+
+def check_bound(bound: Bound | None, num_experts: int) -> None:
+  """Raises ConfigError for a bound that slots [E, C] cannot hold."""
+  if bound is None or bound.expert_buckets != num_experts:
+    raise ConfigError(
+      "the dispatchers einsum and gather give every expert the same number of"
+      f" slots: they need a capacity_factor and expert_buckets = {num_experts};"
+      " use the dispatcher sorted for dropless or bucket-bounded routing"
+    )
+
+
+def check_order(order: str) -> None:
+  if order not in capacity.ORDERS:
+    raise ConfigError(f'order is one of {capacity.ORDERS}, not "{order}"')

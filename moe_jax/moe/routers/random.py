@@ -1,0 +1,41 @@
+"""The control: K distinct experts drawn uniformly for every token."""
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from moe_jax.moe.types import Router, Routing
+
+CONTRACT_EXCEPTIONS = {
+  "gradient": "has no parameters at all",
+  "expert_symmetry": "draws by number of expert",
+  "token_symmetry": "draws by place",
+}
+
+
+def build(top_k: int) -> Router:
+  """Args: top_k: K. Without any key one fixed draw is used for every group.
+
+  Weights are 1/K, probabilities 1/E; it has no parameters, no logits and
+  nothing that a balancer could change.
+  """
+
+  def init(rng, d_model, num_experts):
+    del rng, d_model, num_experts
+    return {}
+
+  def route(params, x_TD, *, num_experts, select, side, rng):
+    del params, select
+    dtype = jnp.promote_types(x_TD.dtype, jnp.float32)
+    shape = (x_TD.shape[0], num_experts)
+    rng = jax.random.key(0) if rng is None else rng
+    _, expert_TK = jax.lax.top_k(jax.random.uniform(rng, shape), top_k)
+    expert_TK = checkpoint_name(expert_TK, "expert")
+    return Routing(
+      expert_TK=expert_TK,
+      weight_TK=jnp.full(expert_TK.shape, 1 / top_k, dtype),
+      valid_TK=jnp.broadcast_to(side.mask_T[:, None], expert_TK.shape),
+      prob_TE=jnp.full(shape, 1 / num_experts, dtype),
+    )
+
+  return Router(init, {}, route, causal=True, top_k=top_k, always_draws=True)

@@ -1,0 +1,228 @@
+"""Several processes as one run: on a pod, a cluster, or this machine."""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent import futures
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from moe_jax.core import errors
+from moe_jax.core.errors import ConfigError, RunError, first_line
+
+MODES = ("auto", "on", "off")
+# What `moe_jax.launch.local`, or a launcher of yours, gives each process.
+ADDRESS = "JAX_COORDINATOR_ADDRESS"
+COUNT = "JAX_NUM_PROCESSES"
+INDEX = "JAX_PROCESS_ID"
+# Seconds for the others, who end with the first one, to say what was wrong.
+_LAST_WORDS = 2.0
+_PATIENCE = 10.0  # Seconds for a file to be seen by other processes.
+_index = None  # Of this process among several, once it has joined them.
+
+
+def join(mode: str = "auto", timeout: int = 300) -> None:
+  """Makes this process one of several; before anything that needs a device.
+
+  Args:
+    mode: "on": by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID,
+      or as jax.distributed finds out (Cloud TPU, GKE, SLURM, Open MPI); "off":
+      alone; "auto": "on" where the environment tells of several processes.
+    timeout: seconds to wait for all of them, >= 1.
+
+  Raises:
+    ConfigError: "on" without a cluster; values that are none; the others did
+      not come in time.
+  """
+  if mode == "off" or (mode == "auto" and not detected(os.environ)):
+    return
+  given = _given(os.environ)
+  # In a thread, because it ends the process itself where time runs out.
+  global _index
+  done = futures.Future()
+  threading.Thread(
+    target=_initialize, args=(done, given, timeout), daemon=True
+  ).start()
+  try:
+    done.result(timeout)
+  except ValueError as e:
+    if mode == "auto" and not _told(os.environ):
+      return  # A machine with a TPU, and no pod.
+    raise ConfigError(
+      "there are to be several processes, but this is no cluster that jax knows"
+      f" ({first_line(e)}); set {ADDRESS}, {COUNT} and {INDEX}, use"
+      " python -m moe_jax.launch.local, or run alone with --multihost=off"
+    ) from None
+  except (RuntimeError, TimeoutError) as e:
+    where = given.get("coordinator_address", "the first process")
+    problem = f" ({first_line(e)})" if str(e) else ""
+    raise ConfigError(
+      f"the processes of this run did not meet at {where} within {timeout} s"
+      f"{problem}; see that all were started, and can reach that address, or"
+      " raise --multihost_timeout"
+    ) from None
+  _index = jax.process_index()
+
+
+def _initialize(done, given, timeout):
+  """jax.distributed.initialize, with more time than anyone waits."""
+  try:
+    jax.distributed.initialize(**given, initialization_timeout=2 * timeout + 60)
+    done.set_result(None)
+  except Exception as e:
+    done.set_exception(e)
+
+
+def detected(environment: Mapping[str, str]) -> bool:
+  """Whether there are, or may be, several processes."""
+  return _told(environment) or _has_tpu(environment)
+
+
+def _told(environment):
+  """Whether the environment tells of several processes."""
+  if ADDRESS in environment:
+    return True
+  known = ["OMPI_COMM_WORLD_SIZE"]
+  known += ["SLURM_NTASKS"] if "SLURM_STEP_NODELIST" in environment else []
+  return any(_number(environment.get(k) or "1", k) > 1 for k in known)
+
+
+def _number(text, name):
+  if not text.isdecimal():
+    raise ConfigError(f"{name} = {text!r} is not a whole number")
+  return int(text)
+
+
+def _has_tpu(environment):
+  """Whether jax would run on a TPU here; then it knows whether it is a pod."""
+  platforms = environment.get("JAX_PLATFORMS", "")
+  if platforms and "tpu" not in platforms:
+    return False
+  return any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0")))
+
+
+def _given(environment):
+  """Arguments of jax.distributed.initialize that variables of ours set."""
+  if ADDRESS not in environment:
+    return {}
+  address = environment[ADDRESS]
+  host, _, port = address.rpartition(":")
+  if not host or not port.isdecimal():
+    raise ConfigError(f"{ADDRESS} = {address!r} is not HOST:PORT")
+  given = {"coordinator_address": address}
+  for name, argument in ((COUNT, "num_processes"), (INDEX, "process_id")):
+    text = environment.get(name)
+    if text is None:
+      continue  # A cluster that jax knows may tell.
+    given[argument] = _number(text, name)
+  count, index = given.get("num_processes"), given.get("process_id")
+  if count is not None and index is not None and index >= count:
+    raise ConfigError(f"{INDEX} = {index} is not below {COUNT} = {count}")
+  return given
+
+
+def leave(text: str, code: int) -> None:
+  """Ends this process at once, if it has joined others; else does nothing.
+
+  On its regular way out jax waits for all processes to come, minutes where
+  only one has failed, and then crashes.
+
+  Args:
+    text: last words.
+    code: for the shell.
+  """
+  if _index is None:
+    return
+  print(text, file=sys.stderr)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if _index == 0:
+    time.sleep(_LAST_WORDS)
+  os._exit(code)
+
+
+def is_first() -> bool:
+  """Whether this process is the one that writes."""
+  return jax.process_index() == 0
+
+
+def gather(value: Any) -> list:
+  """What every process gives, on all of them, in their order.
+
+  All have to call it, as often and in the same order.
+
+  Args:
+    value: what JSON can hold.
+  """
+  text = json.dumps(value).encode()
+  if jax.process_count() == 1:
+    return [json.loads(text)]
+  sizes = multihost_utils.process_allgather(np.int32(len(text))).tolist()
+  # Of few different sizes, as each is compiled.
+  padded = np.zeros(1 << max(sizes).bit_length(), np.uint8)
+  padded[: len(text)] = np.frombuffer(text, np.uint8)
+  found = multihost_utils.process_allgather(padded)
+  return [json.loads(row[:size].tobytes()) for row, size in zip(found, sizes)]
+
+
+def by_first(function: Callable[[], Any]) -> Any:
+  """What function() returns on the first process, on all of them.
+
+  Args:
+    function: called by the first process only; returns what JSON can hold.
+
+  Raises:
+    What it raises, on all of them.
+  """
+  if jax.process_count() == 1:
+    return function()
+  told, raised = {}, None
+  if is_first():
+    try:
+      told["returned"] = function()
+    except Exception as e:
+      raised = e
+      told |= {"raised": type(e).__name__, "text": str(e)}
+  told = gather(told)[0]
+  if raised is not None:
+    raise raised
+  if "raised" in told:
+    raise getattr(errors, told["raised"], RunError)(told["text"])
+  return told["returned"]
+
+
+def seen(look: Callable[[], bool]) -> list[bool]:
+  """Whether each process sees what the first one has written.
+
+  Args:
+    look: true where it does; asked again for some seconds, as a file system
+      that processes share may be slow to tell all of them.
+  """
+  end = time.monotonic() + _PATIENCE
+  while not look() and time.monotonic() < end:
+    time.sleep(0.1)
+  return gather(look())
+
+
+def check_same(facts: Mapping[str, Any]) -> None:
+  """Raises ConfigError, on all processes, where these are not of one mind.
+
+  Args:
+    facts: by name; what JSON can hold.
+  """
+  first, *others = gather(dict(facts))
+  for number, other in enumerate(others, 1):
+    for name in sorted({*first, *other}):
+      here, there = (known.get(name, "not there") for known in (first, other))
+      if here != there:
+        raise ConfigError(
+          f"process {number} has {name} = {there!r}, and process 0 has"
+          f" {here!r}; start all processes with the same command, code and"
+          " versions"
+        )

@@ -1,0 +1,349 @@
+"""The training loop: one seed from its first step, or where it was, to its end.
+
+A run that was stopped at any moment and one that never was write the same
+lines and end with the same parameters. For that, everything a line is made of
+is either in the train state, or depends on the number of the step, or is saved
+with the checkpoint (the sums of a line that has not been written yet).
+"""
+
+import contextlib
+import json
+import time
+
+import jax
+
+from moe_jax.core import parallel
+from moe_jax.core.errors import ConfigError, Diverged, Interrupted
+from moe_jax.models import counts
+from moe_jax.moe import kernels
+from moe_jax.moe.types import Mean
+from moe_jax.run import config as config_lib
+from moe_jax.run import processes, run_directory, signals
+from moe_jax.run.progress import Progress
+from moe_jax.training import evaluation, metrics
+from moe_jax.training.checkpoint import Checkpoints
+from moe_jax.training.program import Program
+
+
+def train_and_evaluate(config, workdir) -> dict[str, float]:
+  """One run from a config: builds, trains, evaluates, writes the run's files.
+
+  Args:
+    config: see `configs/base.py`.
+    workdir: the run's folder. A run that it holds already goes on, or if it
+      is finished is only read.
+
+  Returns:
+    The final metrics of the validation split.
+
+  Raises:
+    ConfigError: impossible values, a folder that holds another run, or
+      processes of other configs or code.
+    RunError: it cannot go on.
+    Interrupted: a signal stopped it.
+  """
+  processes.check_same(run_directory.facts_of_a_process(workdir, config))
+  with run_directory.RunDirectory(workdir, config) as directory:
+    finished = directory.logged(config.train.num_steps, "validation")
+    if finished is not None:
+      return finished
+    program = Program(config, fingerprint=directory.facts.get("data"))
+    progress = Progress(
+      config.train.num_steps, "steps", shown=processes.is_first()
+    )
+    with contextlib.closing(progress):
+      return run(program, config.seed, directory, progress)
+
+
+def run(program: Program, seed: int, directory, progress) -> dict[str, float]:
+  """Trains one seed with a program, from its newest checkpoint if it has one.
+
+  Args:
+    program: compiled functions; shared by all seeds.
+    seed: of the parameters, the data's order and the router's noise.
+    directory: RunDirectory to write to.
+    progress: Progress, told of every step.
+
+  Returns:
+    The final metrics of the validation split.
+
+  Raises:
+    As `train_and_evaluate`.
+  """
+  options, num_steps = program.config.checkpoint, program.config.train.num_steps
+  checkpoints = Checkpoints(
+    directory.path / "checkpoints",
+    keep_last=options.keep_last,
+    keep_every=options.keep_every,
+  )
+  with contextlib.closing(checkpoints), signals.Stop() as stop:
+    state, step, lines = _begin(program, seed, directory, checkpoints, progress)
+    stream = program.batches(seed)
+    while True:
+      if step == num_steps:
+        checkpoints.wait()  # A run with its last line has its parameters.
+      final = _evaluate(program, state, step, directory, stop)
+      if stop.asked():
+        save(checkpoints, step, state, lines)
+        checkpoints.wait()
+        raise Interrupted(
+          f"stopped by a signal after step {step} and saved in"
+          f" {directory.path}; the same command goes on"
+        )
+      if step == num_steps:
+        return final
+      steps = range(step, _next_evaluation(program.config, step))
+      state, step = take_steps(
+        program, state, stream, steps, lines, checkpoints, stop
+      )
+
+
+def _begin(program, seed, directory, checkpoints, progress):
+  """(state, step, lines) of a new run, or of its newest checkpoint."""
+  processes.check_same({"the data's fingerprint": program.corpus.fingerprint})
+  facts = dict(
+    seed=seed,
+    data=program.corpus.fingerprint,
+    data_sources=program.corpus.sources,
+    mesh=program.mesh_shape,
+    mesh_check=program.mesh_check and program.mesh_check._asdict(),
+    grouped_matmul=kernels.backend_for(
+      parallel.platform(program.mesh), program.config.model.moe.grouped_matmul
+    ),
+    recipe=counts.describe(program.config.model, program.config.plugins),
+    parameters=counts.count(program.model, program.config.data.seq_len),
+    train_flops_per_token=counts.train_flops_per_token(
+      program.model, program.config.data.seq_len
+    ),
+    compile_seconds=program.compile_seconds,
+  )
+  found = checkpoints.restore(program.abstract_state)
+  lines = Lines(program, directory, progress)
+  writers = program.config.writers
+  directory.write_to(writers, 0 if found is None else found.step)
+  if found is None:
+    _check_lost(directory, options=program.config.checkpoint)
+    directory.cut(0)
+    directory.describe(**facts)
+    return program.init(jax.random.key(seed)), 0, lines
+  known = found.meta["data"]
+  if known != program.corpus.fingerprint:
+    raise ConfigError(
+      f"the checkpoint {checkpoints.folder / str(found.step)} was trained on"
+      f" data with fingerprint {known[:12]}…, but {program.corpus.name} now has"
+      f" {program.corpus.fingerprint[:12]}…; bring that data back (run.json has"
+      " the versions it was made from), or choose another --workdir"
+    )
+  directory.cut(found.step, at_least=found.meta.get("lines", 0))
+  directory.describe(step=found.step, **facts)
+  lines.resume(found.step, found.meta["line"])
+  return found.state, found.step, lines
+
+
+def _check_lost(directory, options):
+  """Raises ConfigError for lines that tell of a checkpoint that is gone.
+
+  A process that was killed may have been writing its last one; and how often
+  they are saved may have been changed since the run began.
+  """
+  last, every = directory.last_step(), options.every
+  known = directory.first_config()["checkpoint"]["every"]
+  if every and known and last > 2 * max(every, known):
+    raise ConfigError(
+      f"{directory.path} has metrics up to step {last} and no checkpoint, which"
+      " is saved every"
+      f" {every} steps; bring its folder checkpoints back, or choose another"
+      " --workdir to start again"
+    )
+
+
+def _next_evaluation(config, step):
+  every = config.eval.every or config.train.num_steps
+  return min((step // every + 1) * every, config.train.num_steps)
+
+
+def _evaluate(program, state, step, directory, stop):
+  """Metrics of the validation split, if there are to be any after this step.
+
+  None too if it is asked to stop meanwhile; then they are made when it goes on.
+  """
+  config = program.config
+  every = config.eval.every
+  if step != config.train.num_steps and not (
+    step and every and step % every == 0
+  ):
+    return None
+  found = directory.logged(step, "validation")
+  if found is None:
+    found = program.evaluate(state, stop.asked)
+    if found is not None:
+      directory.log(step, "validation", found)
+  return found
+
+
+def save(checkpoints, step: int, state, lines) -> None:
+  """Writes the checkpoint after a step, with all that a restart needs."""
+  config, corpus = lines.program.config, lines.program.corpus
+  begun = lines.begun()
+  lines.directory.sync()
+  checkpoints.save(
+    step,
+    state,
+    {
+      "config": json.loads(config_lib.to_json(config)),
+      "data": corpus.fingerprint,
+      "line": begun,
+      "lines": lines.directory.lines,
+    },
+  )
+
+
+def take_steps(
+  program: Program, state, stream, steps: range, lines, checkpoints, stop
+):
+  """Trains for some steps, or until it is asked to stop.
+
+  A line is written while the devices compute the step after it.
+
+  Args:
+    program, state: what to train.
+    stream: batches by step.
+    steps: which steps, counted from 0.
+    lines: Lines that the metrics go to.
+    checkpoints: where `checkpoint.every` steps are saved; None: nowhere.
+    stop: signals.Stop; None: nobody asks.
+
+  Returns:
+    TrainState and the number of steps done.
+  """
+  every, last = program.config.checkpoint.every, program.config.train.num_steps
+  profile, tracing = program.config.train.profile_steps, False
+  done = steps.start
+  for step in steps:
+    if stop is not None and stop.asked():
+      break
+    if profile and step == profile[0]:
+      jax.profiler.start_trace(lines.directory.path / "profile")
+      tracing = True
+    state, sums = program.train_step(state, program.put(stream[step]))
+    lines.write()  # Now that the devices have something to do.
+    done = step + 1
+    lines.add(done, sums)
+    if tracing and done == profile[1]:
+      tracing = _stop_trace(state)
+    due = done == last or (every and done % every == 0)
+    if checkpoints is not None and due:
+      lines.write()
+      save(checkpoints, done, state, lines)
+  lines.write()
+  if tracing:  # Asked to stop, or time for an evaluation.
+    _stop_trace(state)
+  return state, done
+
+
+def _stop_trace(state) -> bool:
+  """Ends a profile, and returns that there is none under way."""
+  jax.block_until_ready(state)
+  jax.profiler.stop_trace()
+  return False
+
+
+class Lines:
+  """The training lines of metrics.jsonl: sums of steps, divided once."""
+
+  def __init__(self, program: Program, directory, progress):
+    self.program = program
+    self.directory, self._progress = directory, progress
+    self._every = program.config.train.log_every
+    self._waiting = []  # (step, sums on the devices) not added up yet.
+    self._means, self._skipped = {}, 0  # Of the line that is begun.
+    self._tokens, self._since = 0.0, time.monotonic()
+    self._told = 0  # Steps that the progress line knows of.
+
+  def resume(self, step: int, begun) -> None:
+    """Takes over a line that `begun` before a restart."""
+    self._means = {k: Mean(*pair) for k, pair in begun.items()}
+    self._progress.skip(step)
+    self._told = step
+    self._since = time.monotonic()
+
+  def begun(self) -> dict[str, tuple[float, float]]:
+    """Sums of the steps since the last line, for the next process."""
+    self._add_up()
+    return {k: (m.total, m.weight) for k, m in self._means.items()}
+
+  def add(self, step: int, sums) -> None:
+    """Takes what `train_step` returned, without waiting for it."""
+    self._waiting.append((step, sums))
+
+  def write(self) -> None:
+    """Writes a line if one is complete.
+
+    Raises:
+      Diverged: too many steps in a row were not finite.
+    """
+    if not self._waiting:
+      return
+    step = self._waiting[-1][0]
+    if step % self._every and step != self.program.config.train.num_steps:
+      return
+    self._add_up()
+    now = time.monotonic()
+    found = metrics.divide(self._means)
+    found["skipped_steps"] = self._skipped
+    found["tokens_per_second"] = self._tokens / (now - self._since)
+    self.directory.log(step, "train", found)
+    self._means, self._tokens, self._since = {}, 0.0, now
+    note = [f"{k} {found[k]:.3f}" for k in ("loss", "max_vio") if k in found]
+    self._progress.update(step - self._told, ", ".join(note))
+    self._told = step
+
+  def _add_up(self):
+    for step, sums in jax.device_get(self._waiting):
+      self._tokens += float(sums["loss"].weight)
+      self._skipped = int(sums["skipped"])
+      if not sums["skipped_in_a_row"]:
+        means = step_means(sums, self.program.model.arch)
+        self._means = metrics.add_up([self._means, means])
+      self._check(step, int(sums["skipped_in_a_row"]))
+    self._waiting = []
+
+  def _check(self, step, in_a_row):
+    most = self.program.config.train.max_skipped_in_a_row
+    if in_a_row < most:
+      return
+    folder = self.directory.path / "checkpoints"
+    whole = [int(f.name) for f in folder.glob("[0-9]*") if f.name.isdigit()]
+    good = [s for s in whole if s <= step - in_a_row]
+    last = f"the last good checkpoint is {folder / str(max(good, default=0))}"
+    raise Diverged(
+      f"the loss or the gradient was not finite in {in_a_row} steps in a row,"
+      f" the last of them {step}, and none of these was applied;"
+      f" {last if good else 'there is no checkpoint before them'}. Raise"
+      " train.max_skipped_in_a_row to go on, or lower optim.learning_rate in"
+      " another --workdir"
+    )
+
+
+def step_means(sums: dict, arch) -> dict[str, Mean]:
+  """All metrics of one step; add up those of several, and divide once.
+
+  Args:
+    sums: what `train_step` returned, on the host.
+    arch: of the model.
+  """
+  means = evaluation.loss_means(sums)
+  means["grad_norm"] = Mean(sums["grad_norm"], 1.0)
+  means["aux_loss"] = Mean(sums["aux_loss"], 1.0)
+  if arch.recipe is not None:
+    layers = metrics.by_layer(sums["stats"], arch.segments)
+    means |= metrics.routing(layers, arch.recipe.router.top_k)
+    means["bias_range"] = metrics.bias_range(sums["balance"])
+    floor = metrics.max_vio_floor(
+      int(sums["loss"].weight),
+      arch.recipe.num_experts,
+      arch.recipe.router.top_k,
+    )
+    means["max_vio_floor"] = Mean(floor, 1.0)
+  # Python's floats survive JSON to the last bit.
+  return {k: Mean(float(m.total), float(m.weight)) for k, m in means.items()}

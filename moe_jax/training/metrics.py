@@ -1,0 +1,200 @@
+"""The one set of metrics, same names for every router, on host arrays.
+
+Everything arrives as sums and is divided once, here. `max_vio` and its kin
+are not means of tokens: they are computed from the counts of a whole step (or
+a whole split) and then averaged over layers and steps.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.moe.types import Mean, Stats
+
+
+def sum_groups(stats: Stats) -> Stats:
+  """Sums over groups and sequences, kept as axes of length 1: [R, 1, 1, ...].
+
+  Args:
+    stats: of the layers of one segment, leading [R, G, S].
+  """
+  return jax.tree.map(lambda x: x.sum((1, 2), keepdims=True), stats)
+
+
+def by_layer(tree: Mapping, segments) -> dict[str, Stats]:
+  """{layer number as two digits: its entry}, in the model's order.
+
+  Args:
+    tree: {segment: {position in the pattern: arrays [R, ...]}}.
+    segments: (name, pattern, repeats, first layer), `Architecture.segments`.
+  """
+  layers = {}
+  for name, pattern, repeats, first in segments:
+    for position, entry in tree.get(name, {}).items():
+      for r in range(repeats):
+        number = first + r * len(pattern) + int(position)
+        layers[f"{number:02d}"] = jax.tree.map(lambda x, r=r: x[r], entry)
+  return dict(sorted(layers.items()))
+
+
+def routing(layers: Mapping[str, Stats], top_k: int) -> dict[str, Mean]:
+  """All routing metrics of one step or one split.
+
+  Args:
+    layers: from `by_layer`, summed over groups, as numpy arrays.
+    top_k: K.
+
+  Returns:
+    {name: Mean}; add the Means of several steps and divide once.
+  """
+  if not layers:
+    return {}
+  out: dict[str, Mean] = {}
+
+  def add(name, total, weight=1.0):
+    out[name] = out.get(name, Mean(0.0, 0.0)) + Mean(
+      float(total), float(weight)
+    )
+
+  for number, s in layers.items():
+    count_E, prob_E = s.count_E.reshape(-1), s.prob_E.reshape(-1)
+    tokens = float(s.tokens.sum())
+    add("max_vio", max_vio(count_E))
+    add(f"max_vio/{number}", max_vio(count_E))
+    add("min_vio", min_vio(count_E))
+    add("load_cv", load_cv(count_E))
+    add("dead_experts", (count_E == 0).sum())
+    add("balance_loss", balance_loss(count_E, prob_E))
+    add("z_loss", s.z.sum(), tokens)
+    add("router_entropy", s.entropy.sum(), tokens)
+    add("router_confidence", s.confidence.sum(), tokens)
+    dropped = {cause: float(n.sum()) for cause, n in s.dropped.items()}
+    add("dropped", sum(dropped.values()), tokens * top_k)
+    for cause, n in dropped.items():
+      add(f"dropped/{cause}", n, tokens * top_k)
+    for name, value in s.extra.items():
+      add(f"extra/{name}", value.sum(), tokens)
+  return out
+
+
+def max_vio(count_E) -> float:
+  """(max load - mean load) / mean load (2408.15664, 4.1)."""
+  mean = np.mean(count_E)
+  return float((np.max(count_E) - mean) / mean) if mean else 0.0
+
+
+def min_vio(count_E) -> float:
+  """(mean load - min load) / mean load; 1 with a dead expert."""
+  mean = np.mean(count_E)
+  return float((mean - np.min(count_E)) / mean) if mean else 0.0
+
+
+def load_cv(count_E) -> float:
+  """Standard deviation of the loads over their mean."""
+  mean = np.mean(count_E)
+  return float(np.std(count_E) / mean) if mean else 0.0
+
+
+def balance_loss(count_E, prob_E) -> float:
+  """E sum f P, whatever was trained on: 1 at balance (2101.03961, eq. 4)."""
+  count_E, prob_E = np.asarray(count_E, float), np.asarray(prob_E, float)
+  if not count_E.sum() or not prob_E.sum():
+    return 0.0
+  shares = count_E / count_E.sum() * prob_E / prob_E.sum()
+  return float(len(count_E) * shares.sum())
+
+
+def bias_range(balance: Mapping) -> Mean:
+  """max - min of the selection bias, averaged over layers; 0 without one."""
+  leaves = jax.tree_util.tree_leaves_with_path(balance)
+  ranges = [
+    np.ptp(np.asarray(x).reshape(-1, x.shape[-1]), axis=-1)
+    for path, x in leaves
+    if getattr(path[-1], "key", None) == "bias_E"
+  ]
+  if not ranges:
+    return Mean(0.0, 1.0)
+  ranges = np.concatenate(ranges)
+  return Mean(float(ranges.sum()), float(len(ranges)))
+
+
+def max_vio_floor(tokens: int, num_experts: int, top_k: int) -> float:
+  """Mean MaxVio when each token draws K distinct experts uniformly.
+
+  Simulated from a fixed seed for a number of tokens within 5 % of this one, and
+  taken from there by 1 / sqrt(tokens): steps differ by their padding, and a
+  simulation for each would cost more than the step.
+  """
+  if tokens == 0 or top_k == num_experts:
+    return 0.0
+  near = round(2 ** (round(8 * math.log2(tokens)) / 8))
+  floor = _simulated_floor(near, num_experts, top_k)
+  return floor * math.sqrt(near / tokens)
+
+
+@functools.cache
+def _simulated_floor(tokens, num_experts, top_k):
+  """Of many choices a draw, from the normal limit of the same counts."""
+  rng = np.random.default_rng(0)
+  fast = _chance_of_distinct(num_experts, top_k) > 0.1
+  if tokens * top_k <= (2_000_000 if fast else 200_000):
+    draws = max(16, min(200, 10_000_000 // (tokens * top_k)))
+    counts = [
+      _uniform_loads(rng, tokens, num_experts, top_k) for _ in range(draws)
+    ]
+  else:
+    share = top_k / num_experts
+    noise = rng.standard_normal((4096, num_experts))
+    noise -= noise.mean(1, keepdims=True)
+    variance = tokens * share * (1 - share) * num_experts / (num_experts - 1)
+    counts = tokens * share + math.sqrt(variance) * noise
+  return float(np.mean([max_vio(c) for c in counts]))
+
+
+def _chance_of_distinct(num_experts, top_k):
+  """That as many draws with replacement are distinct, of fewer in or out."""
+  fewer = min(top_k, num_experts - top_k)
+  return math.prod(1 - i / num_experts for i in range(fewer))
+
+
+def _uniform_loads(rng, tokens, num_experts, top_k):
+  """Loads of one draw. Tokens that drew an expert twice draw again."""
+  if top_k > num_experts / 2:  # Easier to say who is left out.
+    left_out = num_experts - top_k
+    return tokens - _uniform_loads(rng, tokens, num_experts, left_out)
+  if _chance_of_distinct(num_experts, top_k) < 0.1:
+    chosen = np.argpartition(rng.random((tokens, num_experts)), top_k, axis=1)
+    return np.bincount(chosen[:, :top_k].reshape(-1), minlength=num_experts)
+  load_E, todo = np.zeros(num_experts, int), tokens
+  while todo:
+    drawn = np.sort(rng.integers(num_experts, size=(todo, top_k)), axis=1)
+    distinct = (np.diff(drawn, axis=1) > 0).all(1)
+    load_E += np.bincount(drawn[distinct].reshape(-1), minlength=num_experts)
+    todo -= int(distinct.sum())
+  return load_E
+
+
+def divide(means: Mapping[str, Mean]) -> dict[str, float]:
+  """The one division."""
+  return {
+    k: float(m.total) / float(m.weight) if m.weight else 0.0
+    for k, m in means.items()
+  }
+
+
+def add_up(several: list[Mapping[str, Mean]]) -> dict[str, Mean]:
+  """Sums of Means by name."""
+  total: dict[str, Mean] = {}
+  for means in several:
+    for name, mean in means.items():
+      total[name] = total[name] + mean if name in total else mean
+  return total
+
+
+def num_bytes(num_bytes_V, targets, mask):
+  """Bytes of text that the unpadded targets stand for."""
+  return jnp.where(mask, jnp.asarray(num_bytes_V)[targets], 0).sum()

@@ -1,0 +1,228 @@
+"""The structure of the package, measured: rooms, files, functions, imports.
+
+  python -m tests.house
+
+prints what is there and ends with exit code 1 beyond the limits below.
+"""
+
+import ast
+import functools
+import io
+import pathlib
+import statistics
+import sys
+import tokenize
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PACKAGE = "moe_jax"
+
+# A room imports from itself and from the rooms before it.
+ROOMS = ("core", "moe", "data", "models", "hf", "run", "training", "tasks")
+COMMANDS = "commands"  # The files at the top level, after all rooms.
+MOST_CODE_LINES = 7000
+MOST_ROOMS = 8
+MOST_FILES = 10  # In a room or one of its folders, __init__.py not counted.
+MOST_LINES = 400  # In a file.
+MOST_LINES_OF_A_FUNCTION = 60
+MOST_LINES_OF_THE_MEDIAN = 10
+
+
+class Module(NamedTuple):
+  """name: with dots; room: of `ROOMS` or `COMMANDS`; tree: parsed source;
+  lines, code: of the file, and without docstrings, comments and blanks."""
+
+  name: str
+  path: pathlib.Path
+  room: str
+  tree: ast.Module
+  lines: int
+  code: int
+
+  @property
+  def folder(self) -> str:
+    return self.path.parent.relative_to(ROOT).as_posix()
+
+
+@functools.cache
+def modules() -> dict[str, Module]:
+  """All modules of the package, by name."""
+  paths = sorted((ROOT / PACKAGE).rglob("*.py"))
+  return {m.name: m for m in map(_module, paths)}
+
+
+def _module(path):
+  parts = path.relative_to(ROOT).with_suffix("").parts
+  name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+  room = parts[1] if len(parts) > 2 and parts[1] in ROOMS else COMMANDS
+  text = path.read_text()
+  tree = ast.parse(text)
+  return Module(
+    name, path, room, tree, len(text.splitlines()), _code_lines(text, tree)
+  )
+
+
+def _code_lines(text, tree):
+  """Lines that hold anything but docstrings, comments and blanks."""
+  skipped = {
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+  }
+  lines = set()
+  for token in tokenize.generate_tokens(io.StringIO(text).readline):
+    if token.type not in skipped:
+      lines |= set(range(token.start[0], token.end[0] + 1))
+  kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+  for node in ast.walk(tree):
+    if isinstance(node, kinds) and ast.get_docstring(node, clean=False):
+      docstring = node.body[0]
+      lines -= set(range(docstring.lineno, docstring.end_lineno + 1))
+  return len(lines)
+
+
+def functions(module: Module) -> list[tuple[int, str]]:
+  """(lines, name:line) of every function of a module."""
+  kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+  return [
+    (node.end_lineno - node.lineno + 1, f"{node.name}:{node.lineno}")
+    for node in ast.walk(module.tree)
+    if isinstance(node, kinds)
+  ]
+
+
+def imports(module: Module, top_level: bool = False) -> set[str]:
+  """Full names that a module imports.
+
+  Args:
+    module: from `modules`.
+    top_level: only what is imported together with the module.
+  """
+  found, stack = set(), [module.tree]
+  while stack:
+    node = stack.pop()
+    if isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, f"{module.name}: imports are absolute"
+      for alias in node.names:
+        full = f"{node.module}.{alias.name}"
+        found.add(full if full in modules() else node.module)
+    function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    if not (top_level and function):
+      stack.extend(ast.iter_child_nodes(node))
+  return found
+
+
+def imports_up() -> list[str]:
+  """Imports of a room from a later one."""
+  order = {room: i for i, room in enumerate((*ROOMS, COMMANDS))}
+  return [
+    f"{module.name} imports {other}, from the later room"
+    f" {modules()[other].room}"
+    for module in modules().values()
+    for other in sorted(imports(module))
+    if other in modules()
+    and other != PACKAGE
+    and order[modules()[other].room] > order[module.room]
+  ]
+
+
+def cycles() -> list[str]:
+  """Modules that import each other, directly or through others."""
+  edges = {
+    m.name: [n for n in imports(m, top_level=True) if n in modules()]
+    for m in modules().values()
+  }
+  found, done = [], set()
+
+  def visit(name, path):
+    if name in path:
+      found.append(" imports ".join([*path[path.index(name) :], name]))
+    elif name not in done:
+      for other in edges[name]:
+        visit(other, [*path, name])
+      done.add(name)
+
+  for name in edges:
+    visit(name, [])
+  return found
+
+
+def problems() -> list[str]:
+  """Everything beyond the limits, a sentence each."""
+  found = imports_up() + cycles()
+  total = sum(m.code for m in modules().values())
+  if total > MOST_CODE_LINES:
+    found.append(f"{total} code lines are more than {MOST_CODE_LINES}")
+  rooms = {m.room for m in modules().values()} - {COMMANDS}
+  if len(rooms) > MOST_ROOMS:
+    found.append(f"{len(rooms)} rooms are more than {MOST_ROOMS}")
+  for folder, count in files_by_folder().items():
+    if count > MOST_FILES:
+      found.append(f"{folder} has {count} files, more than {MOST_FILES}")
+  lengths = []
+  for module in modules().values():
+    if module.lines > MOST_LINES:
+      found.append(
+        f"{module.name} has {module.lines} lines, more than {MOST_LINES}"
+      )
+    for lines, name in functions(module):
+      lengths.append(lines)
+      if lines > MOST_LINES_OF_A_FUNCTION:
+        found.append(
+          f"{module.name}.{name} has {lines} lines, more than"
+          f" {MOST_LINES_OF_A_FUNCTION}"
+        )
+  if statistics.median(lengths) > MOST_LINES_OF_THE_MEDIAN:
+    found.append(
+      f"the median function has {statistics.median(lengths)} lines, more than"
+      f" {MOST_LINES_OF_THE_MEDIAN}"
+    )
+  return found
+
+
+def files_by_folder() -> dict[str, int]:
+  """{folder: its files, without __init__.py}."""
+  counts = {}
+  for module in modules().values():
+    counted = module.path.name != "__init__.py"
+    counts[module.folder] = counts.get(module.folder, 0) + counted
+  return counts
+
+
+def _print():
+  for room in (*ROOMS, COMMANDS):
+    inside = [m for m in modules().values() if m.room == room]
+    if not inside:
+      continue
+    print(f"{room}: {sum(m.code for m in inside)} code lines")
+    for m in inside:
+      longest = max(functions(m), default=(0, "-"))
+      print(
+        f"  {m.name:44} {m.code:5} code {m.lines:5} lines; longest function"
+        f" {longest[1]} {longest[0]}"
+      )
+  lengths = sorted(n for m in modules().values() for n, _ in functions(m))
+  print(
+    f"{sum(m.code for m in modules().values())} code lines in"
+    f" {len(modules())} files; {len(lengths)} functions, median"
+    f" {statistics.median(lengths)}, longest {lengths[-1]} lines"
+  )
+
+
+def main() -> int:
+  """The command."""
+  _print()
+  found = problems()
+  for problem in found:
+    print(f"beyond the limits: {problem}")
+  print(f"{len(found)} problems")
+  return 1 if found else 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
