@@ -31,9 +31,9 @@ def implementations(
     "dense": (lambda p, x: _dense(shape).apply(p, x), wide),
     "dense/cpu": (functools.partial(_blocked, shape), one),
     **{f"sorted/{b}": (ours("sorted", b), sparse) for b in backends},
-    "gather, capacity 1.25": (ours("gather", capacity=1.25), sparse),
+    "gather, capacity 1.25": (ours("gather", capacity_factor=1.25), sparse),
     "einsum, capacity 1.25": (
-      ours("einsum", capacity=1.25, tokens_per_group=tokens_per_group),
+      ours("einsum", capacity_factor=1.25, tokens_per_group=tokens_per_group),
       sparse,
     ),
     "scatter, capacity 1.25": (
@@ -124,11 +124,15 @@ def forward_backward(f, params, x_TD, dy_TD):
   return y_TD, pull(dy_TD)
 
 
-def _ours(shape, dispatcher, backend=None, capacity=None, tokens_per_group=0):
+def _ours(
+  shape, dispatcher, backend=None, capacity_factor=None, tokens_per_group=0
+):
   bound = None
   tokens = min(tokens_per_group or shape.tokens, shape.tokens)
-  if capacity is not None:
-    bound = capacity.capacity(capacity, tokens, shape.top_k, shape.num_experts)
+  if capacity_factor is not None:
+    bound = capacity.capacity(
+      capacity_factor, tokens, shape.top_k, shape.num_experts
+    )
   made = recipe(shape, dispatcher, backend, bound)
   return functools.partial(run, made, shape.tokens // tokens)
 

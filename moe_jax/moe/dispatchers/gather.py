@@ -72,7 +72,7 @@ def owners(row_GTK: Array, num_rows: int) -> Array:
 
 
 def build(order: str = "token") -> Dispatcher:
-  """Args: order: who gets slots first, "token" or "choice" (`slots.rank`)."""
+  """Args: order: who gets slots first, "token" or "choice" (`capacity.rank`)."""
   dispatchers.check_order(order)
 
   def plan(routing, num_experts, bound):

@@ -36,7 +36,7 @@ class Plan:
 
 
 def build(order: str = "token") -> Dispatcher:
-  """Args: order: who gets slots first, "token" or "choice" (`slots.rank`)."""
+  """Args: order: who gets slots first, "token" or "choice" (`capacity.rank`)."""
   dispatchers.check_order(order)
 
   def plan(routing, num_experts, bound):
