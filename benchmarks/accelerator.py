@@ -14,7 +14,7 @@ import sys
 
 from benchmarks import timing
 from benchmarks.shapes import DIRECTIONS, Shape
-from moe_jax.run import config as config_lib
+from moe_jax.run import command
 
 SHAPES = {
   "A1": Shape(1024, 2048, 16, 2, 8192),
@@ -161,4 +161,4 @@ def _arguments(argv):
 
 
 if __name__ == "__main__":
-  config_lib.run(lambda: main(sys.argv[1:]))
+  command.run(lambda: main(sys.argv[1:]))

@@ -14,7 +14,8 @@ import pathlib
 import statistics
 import time
 
-from moe_jax.data import batches, tokens
+from moe_jax.data import batches, corpora
+from moe_jax.run import command
 from moe_jax.run import config as config_lib
 
 
@@ -22,7 +23,7 @@ def main() -> int:
   """The command."""
   args = _arguments()
   start = time.perf_counter()
-  corpus = tokens.prepare(args.dataset, data_dir=args.data_dir)
+  corpus = corpora.prepare(args.dataset, data_dir=args.data_dir)
   prepare_s = time.perf_counter() - start
   stream = batches.train_batches(
     corpus,
@@ -78,4 +79,4 @@ def _arguments():
 
 
 if __name__ == "__main__":
-  config_lib.run(main)
+  command.run(main)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from benchmarks import peers
 from benchmarks.shapes import Shape
 from moe_jax.core import registry
-from moe_jax.moe import experts, layer, types
+from moe_jax.moe import capacity, experts, layer, types
 
 
 def implementations(
@@ -145,4 +145,4 @@ def _blocked(shape, params, x_TD):
   """The dense layer as one expert that all rows go to."""
   one = experts.build(shape.top_k * shape.d_expert, backend="cpu")
   rows = types.Rows(x_TD, jnp.array([[len(x_TD)]], jnp.int32))
-  return one.apply(params, rows).x
+  return one.apply(params, rows, None).x

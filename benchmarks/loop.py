@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 
+from moe_jax.run import command
 from moe_jax.run import config as config_lib
 
 
@@ -92,4 +93,4 @@ def measure(program, folder, num_steps: int, rounds: int) -> list[float]:
 
 
 if __name__ == "__main__":
-  config_lib.run(lambda: main(sys.argv[1:]))
+  command.run(lambda: main(sys.argv[1:]))

@@ -14,6 +14,7 @@ import tempfile
 import time
 
 from moe_jax.core.errors import ConfigError
+from moe_jax.run import command
 from moe_jax.run import config as config_lib
 
 
@@ -91,4 +92,4 @@ def peak() -> int:
 
 
 if __name__ == "__main__":
-  config_lib.run(lambda: main(sys.argv[1:]))
+  command.run(lambda: main(sys.argv[1:]))

@@ -17,7 +17,7 @@ import statistics
 import sys
 
 from benchmarks import shapes, timing
-from moe_jax.run import config as config_lib
+from moe_jax.run import command
 
 _SLOW = 5.0  # Times dense; what is slower runs in the first process only.
 _MOST = 0.8  # Of the machine's memory; what needs more does not run.
@@ -183,4 +183,4 @@ def _arguments(argv):
 
 
 if __name__ == "__main__":
-  config_lib.run(lambda: main(sys.argv[1:]))
+  command.run(lambda: main(sys.argv[1:]))

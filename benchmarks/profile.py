@@ -18,7 +18,7 @@ import sys
 import tempfile
 
 from benchmarks import shapes, timing
-from moe_jax.run import config as config_lib
+from moe_jax.run import command
 
 KINDS = ("products", "fills and copies", "gathers", "element by element")
 _CONTAINERS = ("while", "call", "conditional")
@@ -175,4 +175,4 @@ def _arguments(argv):
 
 
 if __name__ == "__main__":
-  config_lib.run(lambda: main(sys.argv[1:]))
+  command.run(lambda: main(sys.argv[1:]))

@@ -15,7 +15,7 @@ import statistics
 import sys
 
 from benchmarks import shapes, timing
-from moe_jax.run import config as config_lib
+from moe_jax.run import command
 
 ALL = ("before the experts", "after the experts")
 WITHOUT_EXPERTS = "all without the experts"
@@ -59,6 +59,7 @@ def stages(shape: shapes.Shape) -> dict:
 
   from benchmarks import layers
   from moe_jax.moe import layer, types
+  from moe_jax.moe import statistics as layer_statistics
 
   recipe = layers.recipe(shape)
   params, _, x_TD = layers.inputs(shape)
@@ -81,14 +82,14 @@ def stages(shape: shapes.Shape) -> dict:
     return layer.route(recipe, params["router"], {}, x_GTD, side, None)
 
   def plan(routing):
-    return recipe.dispatcher.plan(routing, shape.num_experts, None)
+    return recipe.dispatcher.plan(routing.choice, shape.num_experts, None)
 
   def before(x_GTD):
     made = plan(route(x_GTD))
     return made, made.dispatch(x_GTD)
 
   def report(routing, plan):
-    return layer.report(recipe, routing, plan.kept_GTK, side.mask_T)
+    return layer_statistics.report(recipe, routing, plan, side, {})
 
   x_GTD = x_TD[None]
   score_GTE = stage("scores", scores, x_GTD)
@@ -133,4 +134,4 @@ def table(rows: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-  config_lib.run(lambda: main(sys.argv[1:]))
+  command.run(lambda: main(sys.argv[1:]))

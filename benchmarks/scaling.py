@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks import shapes, timing
 from moe_jax.core.errors import ConfigError, did_you_mean
-from moe_jax.run import config as config_lib
+from moe_jax.run import command
 
 
 class Curve(NamedTuple):
@@ -266,7 +266,8 @@ def forced(shape: shapes.Shape, params: dict, expert_TK: np.ndarray):
     params = dict(params)
     expert_TK = params.pop("expert_TK").astype(np.int32)
     routing = recipe.router.route(params, *args, **options)
-    return routing.replace(expert_TK=expert_TK)
+    choice = routing.choice.replace(expert_TK=expert_TK)
+    return routing.replace(choice=choice)
 
   router = dataclasses.replace(recipe.router, route=route)
   own = params["router"] | {"expert_TK": expert_TK.astype(np.float32)}
@@ -419,4 +420,4 @@ def _arguments(argv):
 
 
 if __name__ == "__main__":
-  config_lib.run(lambda: main(sys.argv[1:]))
+  command.run(lambda: main(sys.argv[1:]))

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from moe_jax.core.errors import ConfigError
+from moe_jax.launch import local
 from moe_jax.run import config as config_lib
 
 
@@ -100,16 +101,31 @@ def processes(module: str, arguments: Sequence[str], count: int) -> list:
   compiled = {"JAX_COMPILATION_CACHE_DIR": _compiled().name}
   found = []
   for _ in range(count):
-    done = subprocess.run(
-      command, stdout=subprocess.PIPE, text=True, env=compiled | os.environ
-    )
-    if done.returncode:
+    code, said = _run(command, compiled | os.environ)
+    if code:
       raise ConfigError(
-        f"a process of {module} ended with {done.returncode}; what it wrote is"
-        " above, and -9 is often a lack of memory"
+        f"a process of {module} ended with {code}; what it wrote is above, and"
+        " -9 is often a lack of memory"
       )
-    found.append(json.loads(done.stdout.splitlines()[-1]))
+    found.append(json.loads(said.splitlines()[-1]))
   return found
+
+
+def _run(command, env):
+  """Runs a process that ends with this one; returns its code and its output."""
+  with (
+    subprocess.Popen(
+      command,
+      stdout=subprocess.PIPE,
+      text=True,
+      env=env,
+      start_new_session=True,
+    ) as process,
+    local.tied() as tie,
+  ):
+    tie(process)
+    said, _ = process.communicate()
+  return process.returncode, said
 
 
 @functools.cache
@@ -173,7 +189,7 @@ def machine() -> dict:
   """What numbers are of."""
   import jax
 
-  from moe_jax.run import run_directory
+  from moe_jax.run import provenance
 
   cpuinfo = pathlib.Path("/proc/cpuinfo")
   lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
@@ -190,7 +206,7 @@ def machine() -> dict:
     },
     "jax": jax.__version__,
     "python": platform.python_version(),
-    "revision": run_directory.git_revision(),
+    "revision": provenance.git_revision(),
     "date": time.strftime("%Y-%m-%d"),
   }
 

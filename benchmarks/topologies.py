@@ -15,7 +15,7 @@ import sys
 from typing import NamedTuple
 
 from benchmarks import timing
-from moe_jax.run import config as config_lib
+from moe_jax.run import command
 
 MESHES = {
   1: (1, 1, 1, 1),
@@ -284,4 +284,4 @@ def _arguments(argv):
 
 
 if __name__ == "__main__":
-  config_lib.run(lambda: main(sys.argv[1:]))
+  command.run(lambda: main(sys.argv[1:]))

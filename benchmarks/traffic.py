@@ -18,6 +18,7 @@ import numpy as np
 
 from benchmarks import timing
 from moe_jax.core.errors import ConfigError
+from moe_jax.run import command
 from moe_jax.run import config as config_lib
 
 
@@ -28,7 +29,9 @@ def main(argv=None) -> int:
 
   rows = []
   for workdir in args.workdir:
-    found = summarize(workdir.name, *trace(workdir), args.devices)
+    found = summarize(
+      workdir.name, *trace(workdir, args.trust_plugins), args.devices
+    )
     lines = run_directory.read_metrics(workdir, "validation")
     loss = lines[-1]["loss"] if lines else None
     rows += [{**row, "loss": loss} for row in found]
@@ -38,28 +41,33 @@ def main(argv=None) -> int:
   return 0
 
 
-def trace(workdir: pathlib.Path) -> tuple[dict[str, np.ndarray], int, dict]:
-  """What a run's router chooses on the validation split.
+def trace(
+  workdir: pathlib.Path, trust_plugins: bool
+) -> tuple[dict[str, np.ndarray], dict[str, int], dict]:
+  """What a run's routers choose on the validation split.
 
   Returns:
-    {layer: experts of every unpadded token [N, K]}, E, and options of the
-    router.
+    {layer: experts of every unpadded token [N, K]}, {layer: E}, and the options
+    of `model.moe.router`.
 
   Raises:
-    ConfigError: there is no run, or none with MoE layers.
+    ConfigError: there is no run, or none whose tokens choose experts.
   """
   import jax
 
-  from moe_jax.training import metrics, program
+  from moe_jax import models
+  from moe_jax.training import program
   from moe_jax.training.checkpoint import Checkpoints
 
-  config = config_lib.load(str(workdir / "config.json"))
+  config = config_lib.load(
+    str(workdir / "config.json"), trust_plugins=trust_plugins
+  )
   with config.unlocked():
     # On what is there: choices do not depend on it.
     config.mesh = (len(jax.devices()), 1, 1, 1)
   made = program.Program(config)
-  arch = made.model.arch
-  if arch.recipe is None:
+  sublayers = models.sublayers(made.model)
+  if not sublayers:
     raise ConfigError(f"{workdir} is a run without MoE layers")
   found = Checkpoints(workdir / "checkpoints").restore(made.abstract_state)
   if found is None:
@@ -69,46 +77,53 @@ def trace(workdir: pathlib.Path) -> tuple[dict[str, np.ndarray], int, dict]:
   @jax.jit
   def choices(variables, inputs, mask):
     _, aux = made.model.apply(variables, inputs, mask, collect="routing")
-    return {
-      segment: {i: entry["expert_GTK"] for i, entry in positions.items()}
-      for segment, positions in aux.items()
-    }
+    by_path = {path: models.at(aux, path) for path in sublayers}
+    if not all("expert_GTK" in collected for collected in by_path.values()):
+      raise ConfigError(f"{workdir} has layers whose tokens choose no experts")
+    return {path: found["expert_GTK"] for path, found in by_path.items()}
 
   chosen = {}
-  for _, batch in made.validation():
+  for _, batch in made.task.validation():
     mask = batch["mask"]
-    tree = jax.device_get(choices(variables, batch["inputs"], mask))
-    for layer, expert_GTK in metrics.by_layer(tree, arch.segments).items():
-      expert_NK = expert_GTK.reshape(-1, expert_GTK.shape[-1])
-      chosen.setdefault(layer, []).append(expert_NK[mask.reshape(-1)])
-  chosen = {layer: np.concatenate(parts) for layer, parts in chosen.items()}
-  return chosen, arch.recipe.num_experts, dict(config.model.moe.router)
+    by_path = jax.device_get(choices(variables, batch["inputs"], mask))
+    for path, parts in sublayers.items():
+      for number, expert_GTK in zip(parts.numbers, by_path[path]):
+        expert_NK = expert_GTK.reshape(-1, expert_GTK.shape[-1])[mask.ravel()]
+        chosen.setdefault(f"{number:02d}", []).append(expert_NK)
+  chosen = {layer: np.concatenate(chosen[layer]) for layer in sorted(chosen)}
+  num_experts = {
+    f"{number:02d}": parts.recipe.num_experts
+    for parts in sublayers.values()
+    for number in parts.numbers
+  }
+  return chosen, num_experts, dict(config.model.moe.router)
 
 
 def summarize(
   name: str,
   chosen: dict[str, np.ndarray],
-  num_experts: int,
+  num_experts: dict[str, int],
   router: dict,
   devices: list[int],
 ) -> list[dict]:
   """A row for each number of devices that divides E, the mean over layers."""
   rows = []
   for count in devices:
-    if num_experts % count:
+    if any(total % count for total in num_experts.values()):
       continue
     found = [
-      spread(expert_NK, num_experts, count) for expert_NK in chosen.values()
+      spread(expert_NK, num_experts[layer], count)
+      for layer, expert_NK in chosen.items()
     ]
     reached, busiest = np.mean(found, axis=0).tolist()
-    top_k = next(iter(chosen.values())).shape[1]
+    top_k = np.mean([expert_NK.shape[1] for expert_NK in chosen.values()])
     rows.append(
       {
         "run": name,
         "router": {k: v for k, v in router.items() if "groups" in k},
         "devices": count,
         "devices_per_token": reached,
-        "rows_by_choice": top_k * (1 - 1 / count),
+        "rows_by_choice": float(top_k * (1 - 1 / count)),
         "rows_by_device": reached * (1 - 1 / count),
         "busiest_over_mean": busiest,
       }
@@ -171,8 +186,9 @@ def _arguments(argv):
     default=[2, 4, 8, 16],
     help="numbers of them, those that divide the number of experts",
   )
+  config_lib.add_trust(parser)
   return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-  config_lib.run(lambda: main(sys.argv[1:]))
+  command.run(lambda: main(sys.argv[1:]))

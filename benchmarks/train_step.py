@@ -17,22 +17,23 @@ import time
 from collections.abc import Sequence
 
 from benchmarks import timing
-from experiments import plan as plans
-from experiments import questions, runs, sweeps
+from experiments import plan, questions, runs, sweeps
 from moe_jax.core.errors import ConfigError, did_you_mean
+from moe_jax.run import command
 from moe_jax.run import config as config_lib
 
 
 def main(argv=None) -> int:
   """The command."""
   args, overrides = _arguments(argv)
-  plan = plans.make(
+  experiment = plan.make(
     questions.load(args.question),
     scale=args.scale,
     arms=args.arm,
     overrides=overrides,
   )
-  configs = {arm: plan.sweep.configs()[arm] for arm in plan.arms}
+  all_configs = experiment.sweep.configs()
+  configs = {arm: all_configs[arm] for arm in experiment.arms}
   relative_to = than(args.than or next(iter(configs)), configs)
   if args.child:
     found = measure(list(configs.values()), args.rounds, args.steps)
@@ -48,7 +49,7 @@ def main(argv=None) -> int:
   if args.csv:
     seconds = [
       {
-        "scale": plan.scale,
+        "scale": experiment.scale,
         "arm": arm,
         "config_digest": sweeps.digest(configs[arm]),
         "process": number,
@@ -59,7 +60,7 @@ def main(argv=None) -> int:
       for number, process in enumerate(found)
       for i, value in enumerate(process[arm])
     ]
-    runs.replace_scale(args.csv, plan.scale, seconds)
+    runs.replace_scale(args.csv, experiment.scale, seconds)
   return 0
 
 
@@ -157,6 +158,7 @@ def measure(configs, rounds: int, steps: int) -> list[list[float]]:
 def _flags(args, overrides):
   flags = [args.question, "--child", f"--rounds={args.rounds}"]
   flags += [f"--steps={args.steps}"]
+  flags += [f"--questions={args.questions}"] * bool(args.questions)
   flags += [f"--scale={args.scale}"] * bool(args.scale)
   flags += [f"--arm={arm}" for arm in args.arm or ()]
   return flags + [f"--config.{text}" for text in overrides]
@@ -164,10 +166,8 @@ def _flags(args, overrides):
 
 def _arguments(argv):
   parser = timing.parser("train_step", __doc__, rounds=15)
+  questions.add_arguments(parser, argv)
   add = parser.add_argument
-  add("question", metavar="QUESTION", help=", ".join(questions.names()))
-  add("--scale", metavar="NAME", help="as of experiments.launch")
-  add("--arm", action="append", metavar="NAME", help="only this; repeatable")
   add("--than", metavar="NAME", help="arm of speed 1; the first one")
   add(
     "--steps",
@@ -185,4 +185,4 @@ def _arguments(argv):
 
 
 if __name__ == "__main__":
-  config_lib.run(lambda: main(sys.argv[1:]))
+  command.run(lambda: main(sys.argv[1:]))

@@ -5,7 +5,9 @@ This is a model of a few hundred thousand parameters for a laptop.
   python -m moe_jax.main --config=configs/base.py --workdir=runs/base
 """
 
-from ml_collections import ConfigDict, FieldReference, config_dict
+from ml_collections import ConfigDict
+
+from moe_jax.run import config as config_lib
 
 
 def get_config() -> ConfigDict:
@@ -16,24 +18,26 @@ def get_config() -> ConfigDict:
   c.writers = ()  # beside metrics.jsonl: "tensorboard", "wandb"
   c.plugins = ()  # folders with routers/NAME.py, balancers/NAME.py, ... of yours
 
+  c.task = ConfigDict({"name": "next_token"})  # a file of moe_jax/tasks
+
   c.data = ConfigDict()
   # A dataset of moe_jax/data/datasets, of a plugin, or any that TFDS knows.
   c.data.name = "python_sources"
-  c.data.dir = config_dict.placeholder(str)  # folder of a prepared TFDS dataset
+  c.data.dir = None  # folder of a prepared TFDS dataset
   c.data.text_feature = "text"  # what is read of an example
   c.data.domain_feature = "domain"  # what names its domain, if there is one
   # Instead of that one: {label: {"name": ..., "weight": ..., "dir": ...}}.
   c.data.mixture = ConfigDict()
   c.data.tokenizer = "bytes"  # or a tokenizer.json, or a SentencePiece .model
   c.data.separate_documents = True  # no attention or loss across their ends
-  c.data.cache_dir = config_dict.placeholder(str)  # None: ~/.cache/moe_jax
+  c.data.cache_dir = None  # None: ~/.cache/moe_jax
   c.data.seq_len = 256  # tokens in a sequence
   c.data.batch_size = 16  # sequences in a step, over all devices
 
   c.model = ConfigDict()
-  c.model.name = "transformer"  # a file of moe_jax/models
+  c.model.name = "decoder"  # a file of moe_jax/models
   # None: that of the data's tokenizer.
-  c.model.vocab_size = config_dict.placeholder(int)
+  c.model.vocab_size = None
   c.model.d_model = 128  # width of the residual stream
   c.model.num_layers = 4  # prefix plus a whole number of patterns
   # Kinds of the first layers: "dense", "moe", or "moe@VARIANT".
@@ -45,9 +49,10 @@ def get_config() -> ConfigDict:
   c.model.d_ff = 512  # hidden width of dense layers
   c.model.activation = "swiglu"  # of dense layers: relu, gelu, swiglu, geglu
   c.model.rope_theta = 10_000.0  # base of the rotary frequencies
-  # More options of attention, see moe_jax/models/attention.py.
+  # More options of attention, see moe_jax/models/attention/options.py.
   c.model.attention = ConfigDict()
-  # {name: options} of layers "dense@name", "moe@name" that differ in them.
+  # {name: keys} of layers "dense@name", "moe@name" that differ in them: options
+  # of attention, d_ff, activation, and "moe": any keys of model.moe.
   c.model.variants = ConfigDict()
   c.model.norm = "rms"  # or "layer"
   c.model.norm_eps = 1e-6  # added to the mean square
@@ -68,22 +73,26 @@ def get_config() -> ConfigDict:
   moe.activation = "swiglu"  # of experts: relu, gelu, swiglu, geglu
   moe.use_bias = False  # biases in experts
   moe.init_scale = 1.0  # variance of expert weights times fan-in (Switch: 0.1)
-  moe.tokens_per_group = FieldReference("sequence", object)  # or a number
+  moe.tokens_per_group = "sequence"  # or a number
   moe.capacity_factor = 2.0  # slots over balanced load; None: dropless (sorted)
   # Outside of training; None: the same; or "dropless".
-  moe.eval_capacity_factor = config_dict.placeholder(object)
-  moe.expert_buckets = config_dict.placeholder(int)  # None: one per expert
+  moe.eval_capacity_factor = None
+  moe.expert_buckets = None  # None: one per expert
+  moe.capacity_rounding = "floor"  # of slots: floor, ceil, round
+  moe.capacity_multiple = 1  # slots are rounded up to a multiple of it
+  moe.min_capacity = 0  # and are no fewer than that
   # For ragged rows: reference, cpu, gpu, tpu. None: the platform's.
-  moe.grouped_matmul = config_dict.placeholder(str)
+  moe.grouped_matmul = None
   # A file of moe_jax/moe/routers and its options.
-  moe.router = ConfigDict({"name": "top_k", "renormalize": True})
+  moe.router = ConfigDict({"name": "top_k"})
   # A file of moe_jax/moe/dispatchers and its options.
   moe.dispatcher = ConfigDict({"name": "gather", "order": "token"})
   # Any number of files of moe_jax/moe/balancers, by a label of yours.
   moe.balancers = ConfigDict()
 
   c.optim = ConfigDict()
-  c.optim.name = "adamw"  # or "adafactor", "muon", "sgd"
+  # A file of moe_jax/training/optimizers and its options.
+  c.optim.optimizer = ConfigDict({"name": "adamw"})
   c.optim.learning_rate = 3e-3  # at the end of the warm-up
   c.optim.warmup_steps = 20  # linear
   c.optim.schedule = "cosine"  # after it: constant, cosine, wsd
@@ -95,13 +104,13 @@ def get_config() -> ConfigDict:
   parts = {"router": 1.0, "experts": 1.0, "rest": 1.0}
   c.optim.learning_rate_factors = ConfigDict(parts)
   c.optim.weight_decay_factors = ConfigDict(parts)
-  c.optim.b1 = 0.9  # AdamW, and what Muon leaves to it
-  c.optim.b2 = 0.95  # AdamW; the momentum of Muon
-  c.optim.eps = 1e-8  # AdamW, Muon
-  c.optim.clip_norm = FieldReference(1.0, float)  # of the gradient; None: no
+  c.optim.clip_norm = 1.0  # of the gradient; None: no
 
   c.train = ConfigDict()
   c.train.num_steps = 300  # optimizer steps
+  # Decay of an exponential moving average of the parameters, evaluated beside
+  # them; None: none.
+  c.train.ema = None
   c.train.accumulation = 1  # micro-batches in a step; divides data.batch_size
   c.train.log_every = 10  # steps between lines of metrics.jsonl
   # On a mesh, compare a layer with that of one device before the first step.
@@ -112,17 +121,10 @@ def get_config() -> ConfigDict:
   c.checkpoint = ConfigDict()
   c.checkpoint.every = 1000  # steps; 0: at the end, and when it is stopped
   c.checkpoint.keep_last = 3  # of the newest
-  c.checkpoint.keep_every = config_dict.placeholder(int)  # steps, for good
+  c.checkpoint.keep_every = None  # steps, for good
 
   c.eval = ConfigDict()
   c.eval.every = 0  # steps between evaluations; 0: at the end only
   c.eval.batch_size = 16  # sequences
-  c.eval.batches_per_domain = config_dict.placeholder(int)  # None: all
-  # A misspelt key is an error, but for the options of parts, which the parts
-  # themselves check.
-  c.lock()
-  parts = (c.model.attention, c.model.variants)
-  parts += (moe.router, moe.dispatcher, moe.balancers)
-  for section in (c.data.mixture, *parts):
-    section.unlock()
-  return c
+  c.eval.batches_per_domain = None  # None: all
+  return config_lib.locked(c.to_dict())

@@ -61,5 +61,5 @@ def _671b():
     "load": {"name": "switch", "coefficient": 1e-4, "scope": "sequence"},
   }
   c.optim.learning_rate = 2.2e-4
-  c.optim.b2 = 0.95
+  c.optim.optimizer.b2 = 0.95
   return c

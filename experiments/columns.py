@@ -1,41 +1,51 @@
 """Columns that the tables of several questions have."""
 
-from experiments.report import Column
+from experiments.report import Column, Report
 
 BITS_PER_BYTE = Column(
-  "bits_per_byte", meaning="of the validation windows that are read."
+  "bits_per_byte",
+  "bits per byte",
+  meaning="validation bits per byte (lower is better).",
+  best=min,
 )
 MAX_VIO_GLOBAL = Column(
   "max_vio_global",
-  meaning="MaxVio of the loads on all validation windows that are read, mean"
-  " over layers.",
+  "MaxVio",
+  meaning="MaxVio of the loads on all validation windows, mean over MoE layers"
+  " (0: equal loads).",
+  best=min,
 )
 # A metric of training is its mean over the last quarter of the steps.
 MAX_VIO = Column(
   "train/max_vio",
-  "max_vio",
-  meaning="MaxVio of a training step, mean over layers and the last quarter of"
-  " the steps.",
+  "step MaxVio",
+  meaning="MaxVio of a training step, mean over MoE layers and the last quarter"
+  " of the steps.",
+  best=min,
 )
 MAX_VIO_FLOOR = Column(
   "train/max_vio_floor",
-  "floor of a step",
-  meaning="MaxVio of a random router on as many tokens.",
+  "step floor",
+  meaning="MaxVio of a uniform random router on as many tokens as a step has.",
 )
 DROPPED = Column(
   "dropped",
-  meaning="share of the validation windows' assignments without a slot.",
+  meaning="share of the validation assignments that found no free slot.",
 )
 TRAIN_FLOPS = Column(
   "train_flops",
   "TFLOP",
   digits=1,
   factor=1e-12,
-  meaning="1e12 operations of training that the active parameters ask for.",
+  meaning="10^12 operations of training, counted from the active parameters.",
 )
 TRAIN_SECONDS = Column(
   "train_seconds",
   "seconds",
   digits=0,
-  meaning="of training: steps times what one takes (times.csv).",
+  meaning="training time: steps times the seconds of a step in times.csv.",
+  optional=True,
 )
+
+REPORT = Report((BITS_PER_BYTE, MAX_VIO_GLOBAL))
+"""The report of a question that has no plot.py."""

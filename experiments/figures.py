@@ -2,46 +2,23 @@
 
 An arm has its own colour (of Okabe and Ito's palette, which colour-blind
 readers can tell apart) and its own line or marker, for readers in grey.
+
+A plot is anything with draw(rows, points, folder), which writes its files, and
+with `needs`, the metrics of the curves that it draws, if there are any.
 """
 
 import pathlib
 import statistics
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Collection
+from typing import NamedTuple
 
-from experiments import intervals
+from experiments import intervals, runs
 
-_COLORS = (
-  "#000000",
-  "#e69f00",
-  "#56b4e9",
-  "#009e73",
-  "#0072b2",
-  "#d55e00",
-  "#cc79a7",
-  "#888888",
-)
-_LINES = (
-  "-",
-  (0, (6, 2)),
-  (0, (1, 1)),
-  "-.",
-  (0, (3, 1, 1, 1, 1, 1)),
-  (0, (10, 4)),
-  (0, (1, 4)),
-  (0, (8, 1, 1, 1, 1, 1)),
-)
-_MARKERS = "osD^vPX*"
-
-
-class Plot(Protocol):
-  """Anything a report draws."""
-
-  def needs(self) -> set[str]:
-    """Metrics of the curves that it draws."""
-
-  def draw(self, rows: list[dict], points: list[dict], folder) -> None:
-    """Writes its files into the folder, from rows and points of curves."""
+_COLORS = ["#000000", "#e69f00", "#56b4e9", "#009e73"]
+_COLORS += ["#0072b2", "#d55e00", "#cc79a7", "#888888"]
+_LINES = ["-", (0, (6, 2)), (0, (1, 1)), "-.", (0, (3, 1, 1, 1, 1, 1))]
+_LINES += [(0, (10, 4)), (0, (1, 4)), (0, (8, 1, 1, 1, 1, 1))]
+_MARKERS = list("osD^vPX*")
 
 
 class Curve(NamedTuple):
@@ -52,7 +29,7 @@ class Curve(NamedTuple):
   floor: a metric that is drawn as one dashed line, or None.
   floor_label: of that line.
   log: logarithmic vertical axis.
-  arms: the ones that it shows; None: all.
+  arms: rows -> names of the arms that it shows; None: all.
   """
 
   metric: str
@@ -60,14 +37,11 @@ class Curve(NamedTuple):
   floor: str | None = None
   floor_label: str = ""
   log: bool = False
-  arms: Sequence[str] | None = None
+  arms: Callable[[list[dict]], Collection[str]] | None = None
 
+  @property
   def needs(self) -> set[str]:
-    """Metrics of training that it draws."""
     return {self.metric, self.floor} - {None}
-
-  def _shows(self, arm):
-    return self.arms is None or arm in self.arms
 
   def draw(self, rows: list[dict], points: list[dict], folder) -> None:
     """Writes <metric>.png and <metric>.pdf.
@@ -78,8 +52,8 @@ class Curve(NamedTuple):
       folder: to write to.
     """
     figure, (axes,) = panels(1)
-    shown = [r for r in rows or points if self._shows(r["arm"])]
-    for arm, style in styles(shown).items():
+    arms = self.arms(rows) if self.arms else [r["arm"] for r in rows]
+    for arm, style in styles(arms).items():
       steps, mean, low, high = band(points, arm, self.metric)
       if steps:
         axes.plot(steps, mean, label=arm, color=style.color, ls=style.line)
@@ -95,7 +69,7 @@ class Curve(NamedTuple):
 
 
 class Scatter(NamedTuple):
-  """Two metrics of the arms' ends: means with their intervals over seeds.
+  """Two metrics of the arms' ends: means with their spread over seeds.
 
   x, y: metrics of results.csv.
   x_label, y_label: of the axes.
@@ -108,10 +82,6 @@ class Scatter(NamedTuple):
   y_label: str
   log: bool = False
 
-  def needs(self) -> set[str]:
-    """Metrics of training that it draws: none."""
-    return set()
-
   def draw(self, rows: list[dict], points: list[dict], folder) -> None:
     """Writes <y>_over_<x>.png and .pdf. An arm without an x is a line across.
 
@@ -122,56 +92,77 @@ class Scatter(NamedTuple):
     """
     del points
     figure, (axes,) = panels(1)
-    for arm, style in styles(rows).items():
-      of_arm = [r for r in rows if r["arm"] == arm and self.y in r]
-      if not of_arm:
-        continue
-      y = intervals.of([r[self.y] for r in of_arm])
-      placed = [r[self.x] for r in of_arm if self.x in r]
-      if not placed:
-        axes.axhline(y.mean, color=style.color, ls=style.line, lw=1, label=arm)
-        half = y.half or 0
-        axes.axhspan(
-          y.mean - half, y.mean + half, color=style.color, alpha=0.15, lw=0
-        )
-        continue
-      x = intervals.of(placed)
-      axes.errorbar(
-        x.mean,
-        y.mean,
-        xerr=x.half,
-        yerr=y.half,
-        fmt=style.marker,
-        color=style.color,
-        ms=7,
-        capsize=3,
-        lw=1,
-        label=arm,
-      )
+    few = True
+    for arm, style in styles(r["arm"] for r in rows if self.y in r).items():
+      ends = [r for r in rows if r["arm"] == arm and self.y in r]
+      placed = [r for r in ends if self.x in r]
+      y = [r[self.y] for r in placed or ends]
+      few &= len(y) <= intervals.FEW
+      if placed:
+        mark(axes, style, [r[self.x] for r in placed], y, arm)
+      else:
+        mean, ends = intervals.of(y).mean, intervals.of(y).ends
+        axes.axhline(mean, color=style.color, ls=style.line, lw=1, label=arm)
+        axes.axhspan(*ends, color=style.color, alpha=0.15, lw=0)
     if self.log:
       _log_scale(axes, "x")
-    axes.set(xlabel=self.x_label, ylabel=self.y_label)
+    elif all(r.get(self.x, 0) >= 0 for r in rows):  # A share, for instance.
+      axes.set_xlim(left=max(axes.get_xlim()[0], -0.05))
+    bars = "points: seeds" if few else "bars: 95 % interval"
+    axes.set(xlabel=f"{self.x_label} ({bars})", ylabel=self.y_label)
     save(figure, axes, folder, f"{self.y}_over_{self.x}")
 
 
-class _Style(NamedTuple):
+MAX_VIO = Curve(
+  "max_vio",
+  label="MaxVio of a step, mean over layers",
+  floor="max_vio_floor",
+  floor_label="random router",
+  log=True,
+)
+BITS_OVER_MAX_VIO = Scatter(
+  "max_vio_global",
+  "bits_per_byte",
+  x_label="MaxVio over all validation windows",
+  y_label="bits per byte of the validation windows",
+  log=True,
+)
+
+
+class Style(NamedTuple):
+  """How an arm looks."""
+
   color: str
   line: object
   marker: str
 
 
-def styles(dicts) -> dict[str, _Style]:
-  """{arm: its look}, in the order in which the arms come."""
-  arms = dict.fromkeys(d["arm"] for d in dicts)
+def styles(arms) -> dict[str, Style]:
+  """{arm: its look}, in the order in which the arms first come."""
   looks = []
   for turn in range(len(_COLORS)):  # After eight arms other pairs begin.
-    shifted = (
-      _COLORS,
-      _LINES[turn:] + _LINES[:turn],
-      _MARKERS[turn:] + _MARKERS[:turn],
-    )
-    looks += zip(*shifted, strict=True)
-  return {arm: _Style(*look) for arm, look in zip(arms, looks)}
+    turned = (_LINES[turn:] + _LINES[:turn], _MARKERS[turn:] + _MARKERS[:turn])
+    looks += zip(_COLORS, *turned, strict=True)
+  return {arm: Style(*look) for arm, look in zip(dict.fromkeys(arms), looks)}
+
+
+def mark(axes, style: Style, x: list, y: list, label: str | None) -> None:
+  """Draws a mean over seeds: few seeds as points, else bars of its interval."""
+  means = [intervals.of(values) for values in (x, y)]
+  bars = [None if i.few else i.half or None for i in means]
+  if 1 < len(y) <= intervals.FEW:
+    axes.plot(x, y, style.marker, color=style.color, ms=3, alpha=0.5)
+  axes.errorbar(
+    *(interval.mean for interval in means),
+    xerr=bars[0],
+    yerr=bars[1],
+    fmt=style.marker,
+    color=style.color,
+    ms=7,
+    capsize=3,
+    lw=1,
+    label=label,
+  )
 
 
 def panels(count: int):
@@ -207,25 +198,18 @@ def save(figure, axes, folder, name: str) -> None:
     figure.legend(
       loc="outside upper center", ncols=3, handlelength=3, fontsize="small"
     )
-  name = name.replace("/", "_")
+  path = pathlib.Path(folder, name.replace("/", "_"))
   # Equal figures are equal files.
   for kind, dated in (("png", {}), ("pdf", {"CreationDate": None})):
-    path = pathlib.Path(folder, f"{name}.{kind}")
-    figure.savefig(path, dpi=150, metadata=dated)
+    figure.savefig(f"{path}.{kind}", dpi=150, metadata=dated)
   plt.close(figure)
 
 
 def band(points: list[dict], arm: str, metric: str) -> tuple[list, ...]:
   """(steps, mean, lowest, highest over seeds) of an arm's metric."""
-  by_step = {}
-  for p in points:
-    if p["arm"] == arm and metric in p:
-      by_step.setdefault(p["step"], []).append(p[metric])
+  by_step = runs.grouped(
+    (p["step"], p[metric]) for p in points if p["arm"] == arm and metric in p
+  )
   steps = sorted(by_step)
   values = [by_step[s] for s in steps]
-  return (
-    steps,
-    [statistics.fmean(v) for v in values],
-    [min(v) for v in values],
-    [max(v) for v in values],
-  )
+  return (steps, *(list(map(f, values)) for f in (statistics.fmean, min, max)))

@@ -6,33 +6,46 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 LEVEL = 0.95
+FEW = 3  # Up to as many values are shown themselves, and no interval.
 
 
 class Interval(NamedTuple):
-  """mean ± half; half is None with a single value. count: values."""
+  """mean ± half; half is None with a single value. values: all of them."""
 
   mean: float
   half: float | None
-  count: int
+  values: tuple[float, ...]
+
+  @property
+  def few(self) -> bool:
+    """Whether the values say more than an interval."""
+    return len(self.values) <= FEW
+
+  @property
+  def ends(self) -> tuple[float, float]:
+    """The ends to show: lowest and highest of few values, or the interval's."""
+    if self.few:
+      return min(self.values), max(self.values)
+    return self.mean - self.half, self.mean + self.half
 
   @property
   def decides(self) -> bool:
-    """Whether it leaves zero out."""
+    """Whether the interval excludes zero."""
     return self.half is not None and abs(self.mean) > self.half
 
 
 def of(values: Sequence[float]) -> Interval:
   """The mean and half its 95 % t-interval: t(n - 1) s / sqrt(n)."""
-  mean, n = statistics.fmean(values), len(values)
-  if n == 1:
-    return Interval(mean, None, 1)
-  from scipy import stats  # Slow to import.
+  mean, half, n = statistics.fmean(values), None, len(values)
+  if n > 1:
+    from scipy import stats  # Slow to import.
 
-  t = stats.t.ppf((1 + LEVEL) / 2, n - 1)
-  return Interval(mean, t * statistics.stdev(values) / math.sqrt(n), n)
+    t = stats.t.ppf((1 + LEVEL) / 2, n - 1)
+    half = t * statistics.stdev(values) / math.sqrt(n)
+  return Interval(mean, half, tuple(values))
 
 
 def paired(ones: dict[int, float], others: dict[int, float]) -> Interval | None:
-  """Of one - other over the seeds that both have; None without any."""
+  """The interval of `one - other` over common seeds; None if there are none."""
   seeds = sorted(ones.keys() & others.keys())
   return of([ones[s] - others[s] for s in seeds]) if seeds else None

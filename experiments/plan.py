@@ -1,7 +1,8 @@
-"""What is asked for, resolved: the runs of a question, and which are finished.
+"""The runs that a command asks for, and which of them are finished.
 
-An arm that is tuned gets its choices from rows, of the work directory or of the
-tuning.csv beside the question, so that choices can be made again from them.
+All of it follows from the question, the flags and one look at finished rows.
+An arm that is tuned gets its choices from such rows too, so that choices can be
+made again from the rows that are committed.
 """
 
 import dataclasses
@@ -9,79 +10,51 @@ import itertools
 import math
 import pathlib
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from experiments import questions, runs, sweeps, tuning
-from moe_jax.core.errors import ConfigError, did_you_mean
+from moe_jax.core.errors import ConfigError
 from moe_jax.run import config as config_lib
 
 
-@dataclasses.dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
   """Runs that are wanted, arm by arm.
 
   title: of their report.
   workdir: where the runs lie.
-  configs: by digest.
-  runs: wanted, arm by arm.
-  committed: rows and curves that lie beside the question.
-  seconds: {arm: of a training step, where it was timed}.
-  choices: what was tuned, in words.
+  runs: the ones that are wanted.
+  open: those of them that are not finished.
+  finished: rows of the others.
+  summary: in words, how much is finished and how the arms differ.
   """
 
   title: str
   workdir: pathlib.Path
-  configs: Mapping[str, Any]
   runs: Sequence[runs.Run]
-  committed: tuple[list[dict], list[dict]] = ([], [])
-  seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
-  choices: Sequence[str] = ()
+  open: Sequence[runs.Run]
+  finished: Sequence[dict]
+  summary: str
 
-  def row(self, run: runs.Run) -> dict | None:
-    """A run's row, from the work directory or committed; None: to be run."""
-    rows = (row for row in self.committed[0] if run.is_of(row))
-    row = run.row() or next(rows, None)
-    if row is not None and run.arm in self.seconds:
-      row = row | {"train_seconds": row["steps"] * self.seconds[run.arm]}
-    return row
+  def fingerprint(self, run: runs.Run) -> str | None:
+    """Fingerprint of the data that runs here started with; None before that.
 
-  def finished(self) -> list[runs.Run]:
-    """The runs that have a row."""
-    return [run for run in self.runs if self.row(run) is not None]
-
-  def todo(self) -> list[runs.Run]:
-    """The runs that have none."""
-    return [run for run in self.runs if self.row(run) is None]
-
-  def fingerprint(self, config_digest: str) -> str | None:
-    """Of the data that runs here were trained on; None: there are none yet.
-
-    Only runs count whose config names the same data as that of the digest.
+    Only runs count whose config names the same data as that of `run`.
     """
-    data = {d: c.data.to_dict() for d, c in self.configs.items()}
-    found = (
-      run.fingerprint()
-      for run in self.runs
-      if data[run.config_digest] == data[config_digest]
-    )
-    return next((f for f in found if f is not None), None)
-
-  def curve(self, run: runs.Run) -> list[dict]:
-    """A finished run's curve, from where its row is."""
-    if run.row():
-      return run.curve()
-    return [point for point in self.committed[1] if run.is_of(point)]
+    alike = (r for r in self.runs if r.config.data == run.config.data)
+    return next(filter(None, (r.fingerprint() for r in alike)), None)
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Experiment:
   """A question at a scale.
 
   question, scale, sweep: what is asked.
   arms: names of those that are wanted.
   workdir: of its runs.
-  fresh: take no row that is committed.
+  fresh: take no row that is published.
+  published: rows of results.csv beside the question, by `runs.identity`.
+  rows: of all finished runs that count, in the same way.
   """
 
   question: questions.Question
@@ -90,172 +63,224 @@ class Plan:
   arms: tuple[str, ...]
   workdir: pathlib.Path
   fresh: bool = False
+  published: Mapping[tuple, dict] = dataclasses.field(default_factory=dict)
+  rows: Mapping[tuple, dict] = dataclasses.field(default_factory=dict)
 
-  def launch(self, seeds: int | None = None) -> Launch:
-    """All arms with seeds 0 to N - 1; None: as many as the sweep says.
+  def look(self) -> list[list[dict]]:
+    """[the published rows, those of the tuning and of the work directory]."""
+    others = [*self._beside("tuning.csv"), *runs.finished(self.workdir)]
+    return [self._beside("results.csv"), others]
+
+  def knowing(self, found: Iterable[Iterable[dict]]) -> "Experiment":
+    """The same experiment with the rows that `look` has returned."""
+    published, rows = ({runs.identity(r): r for r in some} for some in found)
+    rows = rows if self.fresh else published | rows
+    return dataclasses.replace(self, published=published, rows=rows)
+
+  def _beside(self, name):
+    """The rows of a csv beside the question, of this scale."""
+    rows = runs.read_csv(self.question.folder / name)
+    return [row for row in rows if row["scale"] == self.scale]
+
+  def row(self, run: runs.Run) -> dict | None:
+    """The row of a run; None if it is not finished."""
+    return self.rows.get(runs.identity(run.key))
+
+  def launch(
+    self, seeds: int | None = None, stage: int | None = None
+  ) -> Launch:
+    """The runs of all arms, or of a stage of their tuning.
+
+    Args:
+      seeds: 0 to N - 1 of each arm; None: as many as the sweep says.
+      stage: None: the arms with what was chosen for them.
 
     Raises:
       ConfigError: no seeds, or an arm that is to be tuned first.
     """
+    title, workdir = self.question.title, self.workdir
+    if stage is None:
+      wanted = [run for arm in self.arms for run in self._seeds(arm, seeds)]
+    else:
+      title += f" Tuning, stage {stage + 1} of {len(self.sweep.stages)}"
+      workdir, wanted = workdir / "tuning", self._stage(stage)
+    rows = [self.row(run) for run in wanted]
+    unfinished = [run for run, row in zip(wanted, rows) if row is None]
+    finished = [row for row in rows if row is not None]
+    configs = {run.arm_and_tried: run.config for run in wanted}
+    # What is special about a single arm is what tells it from the others.
+    others = self.sweep.configs() if len(configs) == 1 else {}
+    differ = differences(others | configs)
+    summary = [
+      title,
+      f"{len(configs)} arms, {len(finished)} of {len(wanted)} runs finished; in"
+      f" {workdir}",
+      *(f"  {name}: {differ[name]}" for name in configs),
+    ]
+    summary = "\n".join(summary)
+    return Launch(title, workdir, wanted, unfinished, finished, summary)
+
+  def _seeds(self, arm, seeds):
+    """The runs of an arm with what was chosen for it."""
     if seeds is not None and seeds < 1:
       raise ConfigError(f"--seeds={seeds} is no run at all; give 1 or more")
-    chosen = self.chosen()
-    for arm, overrides in chosen.items():
-      if overrides is None:
-        raise ConfigError(
-          f"the arm {arm} of {self.question.name} is not tuned yet at scale"
-          f" {self.scale}; give the same command with --tune first"
-        )
-    wanted, configs = [], {}
-    for arm, overrides in chosen.items():
-      count = seeds or self.sweep.seeds_of.get(arm, self.sweep.seeds)
-      for seed in range(count):
-        run, config = self._run(arm, seed, overrides)
-        wanted.append(run)
-        configs[run.config_digest] = config
-    rows = [] if self.fresh else self._committed("results.csv")
-    curves = [] if self.fresh else self._committed("curves.csv")
-    return Launch(
-      self.question.title,
-      self.workdir,
-      configs,
-      wanted,
-      (rows, curves),
-      self._seconds(),
-      self.choices(),
-    )
+    overrides = self.chosen(arm)
+    if overrides is None:
+      raise ConfigError(
+        f"the arm {arm} of {self.question.name} is not tuned yet at scale"
+        f" {self.scale}; give the same command with --tune first"
+      )
+    count = seeds or self.sweep.seeds_of.get(arm, self.sweep.seeds)
+    return [self._run(arm, seed, overrides) for seed in range(count)]
 
-  def tuning(self, stage: int) -> Launch:
-    """What a stage of the tuning tries, for the arms whose turn it is.
+  def _stage(self, stage):
+    """What a stage tries, for the arms whose turn it is.
 
     These are the ones that are wanted and those whose choices they take.
     """
-    wanted = dict.fromkeys(self.arms)
+    arms = dict.fromkeys(self.arms)
     for later in reversed(self.sweep.stages[stage:]):
-      wanted |= dict.fromkeys(map(later.source, wanted))
-    chosen = dataclasses.replace(self, arms=tuple(wanted)).chosen(stage)
-    return self._tuning(
-      [(a, c) for a, c in chosen.items() if c is not None], stage
-    )
+      arms |= dict.fromkeys(map(later.source, arms))
+    chosen = {arm: self.chosen(arm, stage) for arm in arms}
+    ready = {arm: c for arm, c in chosen.items() if c is not None}
+    return [run for arm in ready for run in self._tried(arm, stage, ready[arm])]
 
-  def chosen(self, stages: int | None = None) -> dict[str, dict | None]:
-    """{arm: its tuned overrides}; None for one whose runs are not finished.
+  def chosen(self, arm: str, stages: int | None = None) -> dict | None:
+    """An arm's tuned overrides; None if runs that decide are not finished.
+
+    Each choice is made with what its source had chosen before.
 
     Args:
       stages: how many stages count; None: all.
     """
-    return {arm: self._chosen(arm, stages) for arm in self.arms}
-
-  def _chosen(self, arm, stages):
-    """An arm's choices, each with what its source had chosen before."""
     chosen = {}
     for number, stage in enumerate(self.sweep.stages[:stages]):
       source = stage.source(arm)
       if not stage.tried(source):
         continue
-      before = chosen if source == arm else self._chosen(source, number)
-      found = None if before is None else self._choose(source, number, before)
-      if found is None:
+      before = chosen if source == arm else self.chosen(source, number)
+      choice = None if before is None else self._choose(source, number, before)
+      if choice is None:
         return None
-      chosen |= found
+      chosen |= choice
     return chosen
+
+  def _choose(self, arm, number, chosen):
+    """An arm's choice in one stage; None if its runs are not finished."""
+    stage, metrics = self.sweep.stages[number], []
+    for run in self._tried(arm, number, chosen):
+      row = self.row(run)
+      if row is None:
+        return None
+      if not runs.diverged(row) and stage.metric not in row:
+        raise ConfigError(
+          f"{self.question.name} tunes by {stage.metric}, which runs of the arm"
+          f" {arm} do not have; they have: {', '.join(sorted(row))}"
+        )
+      metrics.append(row.get(stage.metric, math.inf))  # Where it diverged.
+    n = stage.seeds
+    means = {
+      value: statistics.fmean(metrics[n * i : n * (i + 1)])
+      for i, value in enumerate(stage.tried(arm))
+    }
+    return stage.choose(arm, means)
+
+  def _tried(self, arm, number, chosen):
+    """The runs of an arm in a stage: all seeds of a value, then of the next."""
+    stage = self.sweep.stages[number]
+    seeds = range(tuning.SEED, tuning.SEED + stage.seeds)
+    return [
+      self._run(arm, seed, chosen | overrides, tuned=True)
+      for overrides in stage.tried(arm).values()
+      for seed in seeds
+    ]
+
+  def _run(self, arm, seed, overrides, tuned=False):
+    config = sweeps.apply(self.sweep.config, self.sweep.arms[arm] | overrides)
+    digest = sweeps.digest(config)
+    workdir = self.workdir / "tuning" if tuned else self.workdir
+    folder = workdir / arm / digest / str(seed)
+    tried = overrides if tuned else {}
+    return runs.Run(self.scale, arm, seed, digest, folder, config, tried)
 
   def choices(self) -> list[str]:
     """What was chosen for the arms, in words; [] if nothing is tuned."""
-    if not self.sweep.stages:
+    stages = self.sweep.stages
+    if not stages:
       return []
-    arms = {}  # That chose alike.
-    for arm, chosen in self.chosen().items():
-      what = "not tuned yet"
+    alike = {}  # Arms by what was chosen for them.
+    for arm in self.arms:
+      chosen, words = self.chosen(arm), "not tuned yet"
       if chosen is not None:
-        what = tuning.describe(self.sweep.stages, arm, chosen)
-      arms.setdefault(what, []).append(arm)
-    last = tuning.SEED + max(s.seeds for s in self.sweep.stages) - 1
+        words = tuning.describe(stages, arm, chosen)
+      alike.setdefault(words, []).append(arm)
+    last = tuning.SEED + max(s.seeds for s in stages) - 1
     seeds = f"s {tuning.SEED} to {last}" if last > tuning.SEED else f" {last}"
     return [
       f"Chosen for each arm on seed{seeds}, from tuning.csv:",
-      *(f"- {', '.join(alike)}: {what}" for what, alike in arms.items()),
+      *(f"- {', '.join(arms)}: {words}" for words, arms in alike.items()),
     ]
 
   def tuning_rows(self) -> list[dict]:
     """Everything that was tried and is finished.
 
-    What lies beside the question of this scale and is tried no more is kept: it
-    is part of how the choices came about.
+    What lies beside the question and is tried no more is kept: it is part of how
+    the choices came about.
     """
-    launches = [self.tuning(i) for i in range(len(self.sweep.stages))]
-    found = {
-      (run.config_digest, run.seed): launch.row(run) | dict(run.tried)
-      for launch in launches
-      for run in launch.finished()
-    }
-    before = {
-      (row["config_digest"], row["seed"]): row
-      for row in self._committed("tuning.csv")
-      if row["scale"] == self.scale
-    }
-    return list((before | found).values())
+    rows = {runs.identity(row): row for row in self._beside("tuning.csv")}
+    for stage in range(len(self.sweep.stages)):
+      for run in self._stage(stage):
+        if row := self.row(run):
+          rows[runs.identity(row)] = row | dict(run.tried)
+    return list(rows.values())
 
-  def _choose(self, arm, number, chosen):
-    stage = self.sweep.stages[number]
-    launch = self._tuning([(arm, chosen)], number)
-    rows = [launch.row(run) for run in launch.runs]
-    if None in rows:
-      return None
-    lost = {stage.metric: math.inf}  # What a run that diverged has.
-    rows = [lost | row if runs.diverged(row) else row for row in rows]
-    if any(stage.metric not in row for row in rows):
-      raise ConfigError(
-        f"{self.question.name} tunes by {stage.metric}, which runs of the arm"
-        f" {arm} do not have; they have: {', '.join(sorted(rows[0]))}"
-      )
-    metrics, n = [row[stage.metric] for row in rows], stage.seeds
-    found = {
-      value: statistics.fmean(metrics[n * i : n * (i + 1)])
-      for i, value in enumerate(stage.tried(arm))
-    }
-    return stage.choose(arm, found)
-
-  def _tuning(self, arms, number):
-    """The launch of a stage for (arm, its choices so far)."""
-    wanted, configs, stages = [], {}, self.sweep.stages
-    seeds = range(tuning.SEED, tuning.SEED + stages[number].seeds)
-    for arm, chosen in arms:
-      for tried, seed in itertools.product(
-        stages[number].tried(arm).values(), seeds
-      ):
-        run, config = self._run(arm, seed, chosen | tried, tuned=True)
-        wanted.append(run)
-        configs[run.config_digest] = config
-    return Launch(
-      f"{self.question.title} Tuning, stage {number + 1} of {len(stages)}",
-      self.workdir / "tuning",
-      configs,
-      wanted,
-      (self._committed("tuning.csv"), []),
+  def curves(self, wanted: Iterable[runs.Run]) -> list[dict]:
+    """The curves of runs that are finished, each from where its row is."""
+    published = {}
+    for point in self._beside("curves.csv"):
+      published.setdefault(runs.identity(point), []).append(point)
+    curves = (
+      run.curve() if run.row() else published.get(runs.identity(run.key), [])
+      for run in wanted
+      if self.row(run) is not None
     )
+    return list(itertools.chain.from_iterable(curves))
 
-  def _run(self, arm, seed, overrides, tuned=False):
-    """A run, and its config."""
-    config = sweeps.apply(self.sweep.config, self.sweep.arms[arm] | overrides)
-    digest = sweeps.digest(config)
-    folder = self.workdir / "tuning" if tuned else self.workdir
-    folder = folder / arm / digest / str(seed)
-    tried = overrides if tuned else {}
-    return runs.Run(self.scale, arm, seed, digest, folder, tried), config
-
-  def _seconds(self):
-    """{arm: median seconds of a step} out of times.csv, of these configs."""
-    by_arm = {}
+  def timed(self, rows: Iterable[dict]) -> list[dict]:
+    """Rows with train_seconds: their steps times the median in times.csv."""
     digests = {a: sweeps.digest(c) for a, c in self.sweep.configs().items()}
-    for row in self._committed("times.csv"):
-      same = row["config_digest"] == digests.get(row["arm"])
-      if row["scale"] == self.scale and same:
-        by_arm.setdefault(row["arm"], []).append(row["seconds_per_step"])
-    return {arm: statistics.median(found) for arm, found in by_arm.items()}
+    seconds = {}
+    for time in self._beside("times.csv"):
+      if time["config_digest"] == digests.get(time["arm"]):
+        seconds.setdefault(time["arm"], []).append(time["seconds_per_step"])
+    medians = {arm: statistics.median(s) for arm, s in seconds.items()}
+    return [
+      row | {"train_seconds": row["steps"] * medians[row["arm"]]}
+      if row["arm"] in medians
+      else row
+      for row in rows
+    ]
 
-  def _committed(self, name):
-    return runs.read_csv(self.question.folder / name)
+  def lost(self, launch: Launch) -> set[tuple[str, int]]:
+    """(arm, seed) of published rows that the launch does not make again.
+
+    Rows of arms that the question has no more are none of them.
+    """
+    rows = self.published.values()
+    known = {(r["arm"], r["seed"]) for r in rows if r["arm"] in self.sweep.arms}
+    return known - {(run.arm, run.seed) for run in launch.runs}
+
+  def status(self, seeds: int | None) -> list[str]:
+    """Lines for --list: the scales, and how many seeds of an arm are finished."""
+    lines = [f"scales: {', '.join(self.question.scales)}"]
+    for arm in self.arms:
+      words = "not tuned yet"
+      if self.chosen(arm) is not None:
+        rows = [self.row(run) for run in self._seeds(arm, seeds)]
+        finished = len(rows) - rows.count(None)
+        words = f"{finished} of {len(rows)} seeds finished"
+      lines.append(f"{arm:24}{words}")
+    return lines
 
 
 def make(
@@ -266,8 +291,8 @@ def make(
   workdir: str | None = None,
   overrides: Sequence[str] = (),
   fresh: bool = False,
-) -> Plan:
-  """Resolves what was asked for; None stands for the question's own choice.
+) -> Experiment:
+  """Resolves flags; None stands for the question's own choice.
 
   Args:
     overrides: texts KEY=VALUE, for the config of all arms.
@@ -277,40 +302,19 @@ def make(
   """
   scale = scale or next(iter(question.scales))
   sweep = question.sweep(scale)
-  for arm in arms or ():
-    if arm not in sweep.arms:
-      raise ConfigError(
-        f'{question.name} has no arm "{arm}" at scale {scale}'
-        + did_you_mean(arm, sweep.arms)
-      )
-  wanted = tuple(arm for arm in sweep.arms if not arms or arm in arms)
-  config = sweeps.apply(sweep.config, {})
-  for text in overrides:
-    _check_is_shared(sweep, wanted, text.partition("=")[0])
-    config_lib.override(config, text)
-  return Plan(
-    question,
-    scale,
-    dataclasses.replace(sweep, config=config),
-    wanted,
-    pathlib.Path(workdir or pathlib.Path("runs", question.name, scale)),
-    fresh,
-  )
+  arms = sweep.only(arms or ())
+  sweep = sweep.override(overrides, arms)
+  folder = pathlib.Path(workdir or pathlib.Path("runs", question.name, scale))
+  return Experiment(question, scale, sweep, arms, folder, fresh)
 
 
-def _check_is_shared(sweep, arms, key):
-  """Raises ConfigError for a key that is not the same for all arms."""
-  if key == "seed":
-    raise ConfigError("--config.seed is what the arms repeat; give --seeds=N")
-  for arm in arms:
-    own = list(sweep.arms[arm])
-    for stage in sweep.stages:
-      tried = stage.tried(stage.source(arm)).values()
-      own += [key for overrides in tried for key in overrides]
-    for other in own:
-      if f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}."):
-        raise ConfigError(
-          f"--config.{key} would have no effect on the arm {arm}, which has or"
-          f" tunes a {other} of its own; change sweep.py, or train it alone with"
-          " python -m moe_jax.main and a run's config.json"
-        )
+def differences(configs: Mapping[str, Any]) -> dict[str, str]:
+  """{name: the config keys in which the configs differ, with its values}."""
+  flat = {n: dict(config_lib.flat(c.to_dict())) for n, c in configs.items()}
+  keys = dict.fromkeys(itertools.chain.from_iterable(flat.values()))
+  texts = {k: {repr(values.get(k)) for values in flat.values()} for k in keys}
+  differ = [key for key in keys if len(texts[key]) > 1]
+  return {
+    name: ", ".join(f"{k}={values[k]!r}" for k in differ if k in values)
+    for name, values in flat.items()
+  }

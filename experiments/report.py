@@ -1,11 +1,12 @@
 """From rows to table.md, table.tex, results.csv and figures."""
 
 import pathlib
+import shutil
+import statistics
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from experiments import figures, intervals, runs
-from moe_jax.core.errors import did_you_mean
+from experiments import intervals, runs
 
 
 class Column(NamedTuple):
@@ -17,6 +18,9 @@ class Column(NamedTuple):
   meaning: one sentence for under the table.
   over: show metric / over, run by run; None: metric.
   factor: of a unit, such as 1e-12.
+  best: min or max, if that is the better value; it is bold in LaTeX where it
+    differs significantly from every other one.
+  optional: that no run has the metric is nothing to tell.
   """
 
   metric: str
@@ -25,82 +29,68 @@ class Column(NamedTuple):
   meaning: str | None = None
   over: str | None = None
   factor: float = 1.0
+  best: Callable | None = None
+  optional: bool = False
 
   @property
   def head(self) -> str:
     return self.title or self.metric
 
+  def by_seed(self, rows: Sequence[dict], arm: str) -> dict[int, float]:
+    """{seed: value} of an arm."""
+    metric, over = self.metric, self.over
+    return {
+      r["seed"]: self.factor * r[metric] / (r[over] if over else 1)
+      for r in rows
+      if r["arm"] == arm and {metric, over or metric} <= r.keys()
+    }
+
 
 class Claim(NamedTuple):
-  """Is `metric` of `arm` different from that of `than`? Paired by seed."""
+  """Is `metric` of `arm` different from that of `baseline`? Paired by seed.
 
-  metric: str
-  arm: str
-  than: str
-
-
-class Match(NamedTuple):
-  """Have two arms the same `metric`, up to a share of it?
-
-  The arms were meant to be alike in it, so that a claim about another metric
-  is not about this one.
+  alike: a metric in which the two were meant to be alike, up to `ALIKE`, so that
+    the claim is not about this one; None: there is none.
   """
 
   metric: str
   arm: str
-  than: str
-  within: float = 0.2
+  baseline: str
+  alike: str | None = None
 
 
-class Derivation(NamedTuple):
-  """Metrics of a run that take other runs, such as an arm relative to another.
-
-  derive: (rows, curves) -> the rows with these metrics.
-  needs: what it reads of the curves.
-  gives: names of the metrics.
-  """
-
-  derive: Callable[[list[dict], list[dict]], list[dict]]
-  needs: Sequence[str]
-  gives: Sequence[str]
+ALIKE = 0.2
 
 
-class Plan(NamedTuple):
-  """What a question's report shows.
+class Report(NamedTuple):
+  """What is shown of a question.
 
   columns: of the table.
-  claims: differences between arms; shown, like matches, where both arms are.
-  matches: what arms have in common.
-  plots: drawn from the rows and from the curves.
-  derivation: of more metrics; None: there are none.
+  claims: differences between arms; shown where both arms are.
+  plots: drawn from the rows and from the curves, see `figures`.
+  derive: (rows, curves) -> the rows with metrics that take several runs, such as
+    an arm relative to another; None: there are none.
+  needs: metrics of the curves that `derive` reads.
   findings: each rows -> lines of text, for under the claims.
   """
 
   columns: Sequence[Column]
   claims: Sequence[Claim] = ()
-  matches: Sequence[Match] = ()
-  plots: Sequence[figures.Plot] = ()
-  derivation: Derivation | None = None
+  plots: Sequence = ()
+  derive: Callable[[list[dict], list[dict]], list[dict]] | None = None
+  needs: Sequence[str] = ()
   findings: Sequence[Callable[[list[dict]], list[str]]] = ()
 
-
-def unknown(plan: Plan, rows: Sequence[dict]) -> list[str]:
-  """Metrics that the table or a claim is of and no row has, each with a hint."""
-  known = {k for row in rows for k in row}
-  if plan.derivation is not None:
-    known |= set(plan.derivation.gives)
-  wanted = [c.metric for c in (*plan.columns, *plan.claims, *plan.matches)]
-  return [
-    f'"{metric}"{did_you_mean(metric, known)}'
-    for metric in dict.fromkeys(wanted)
-    if metric not in known
-  ]
+  def column(self, metric: str) -> Column:
+    """How the table shows a metric."""
+    same = (c for c in self.columns if c.metric == metric and not c.over)
+    return next(same, Column(metric))
 
 
 def write(
   folder: pathlib.Path,
   title: str,
-  plan: Plan,
+  report: Report,
   rows: list[dict],
   curves: list[dict],
   notes: Sequence[str] = (),
@@ -110,127 +100,110 @@ def write(
   Args:
     folder: to write to.
     title: of the table.
-    plan: what to show.
+    report: what to show.
     rows: a dict for each finished run: `runs.KEYS`, then metrics.
     curves: the same with a `step`, a dict for each step of each run.
     notes: lines for the end of the table's text.
 
-  Returns:
-    table.md, the text.
+  Returns the text of table.md.
   """
-  folder.mkdir(parents=True, exist_ok=True)
-  runs.write_csv(folder / "results.csv", rows)
-  runs.write_csv(folder / "curves.csv", _thin(curves, plan))
-  rows = runs.read_csv(folder / "results.csv")
-  curves = runs.read_csv(folder / "curves.csv")
-  if plan.derivation is not None:
-    rows = plan.derivation.derive(rows, curves)
-  table = _table(plan.columns, rows)
-  text = "\n\n".join(
-    block
-    for block in (
-      f"# {title}",
-      _markdown(table),
-      _about(plan.columns, rows),
-      *(
-        "\n".join(
-          f"- {say(one, plan, rows)}"
-          for one in several
-          if {one.arm, one.than} <= set(_arms(rows))
-        )
-        for say, several in ((claim, plan.claims), (match, plan.matches))
-      ),
-      *("\n".join(finding(rows)) for finding in plan.findings),
-      "\n".join(notes),
-    )
-    if block
-  )
-  (folder / "table.md").write_text(text + "\n")
-  (folder / "table.tex").write_text(_latex(table))
-  for plot in plan.plots:
+  rows, curves = _through_csv(folder, rows, _thin(curves, report))
+  if report.derive is not None:
+    rows = report.derive(rows, curves)
+  report, missing = _without_missing(report, rows)
+  table, about = _table(report.columns, rows), _about(rows)
+  bold = {(_best(c, rows), c.head) for c in report.columns}
+  (folder / "table.tex").write_text(_latex(table, f"{title} {about}", bold))
+  for plot in report.plots:
     plot.draw(rows, curves, folder)
+  blocks = [
+    [f"# {title}"],
+    _markdown(table),
+    [about, *_remarks(report, rows, missing)],
+    *_claims(report, rows),
+    *(finding(rows) for finding in report.findings),
+    notes,
+  ]
+  text = "\n\n".join("\n".join(block) for block in blocks if block)
+  (folder / "table.md").write_text(text + "\n")
   return text
 
 
-def claim(claim: Claim, plan: Plan, rows: list[dict]) -> str:
-  """The difference between two arms, and in words whether it decides."""
-  column = _column(claim.metric, plan)
-  arm, than = claim.arm, claim.than
-  found = intervals.paired(
-    _by_seed(rows, arm, column), _by_seed(rows, than, column)
-  )
-  what = f"{column.head}, {arm} minus {than}"
-  if found is None:
+def _through_csv(folder, rows, curves):
+  """Rows and curves as they are read back from what is written."""
+  folder.mkdir(parents=True, exist_ok=True)
+  results, thin = folder / "results.csv", folder / "curves.csv"
+  runs.write_csv(results, rows)
+  runs.write_csv(thin, curves)
+  return runs.read_csv(results), runs.read_csv(thin)
+
+
+def _without_missing(report, rows):
+  """(the report of metrics that rows have, columns that are left out)."""
+  missing = [c for c in report.columns if not any(c.metric in r for r in rows)]
+  metrics = {c.metric for c in missing}
+  columns = [c for c in report.columns if c.metric not in metrics]
+  claims = [c for c in report.claims if c.metric not in metrics]
+  return report._replace(columns=columns, claims=claims), missing
+
+
+def _claims(report, rows):
+  """Two blocks of lines: the claims, and what was meant to be alike in them."""
+  arms = {r["arm"] for r in rows}
+  there = [c for c in report.claims if {c.arm, c.baseline} <= arms]
+  yield [f"- {claim(c, report, rows)}" for c in there]
+  yield [f"- {match(c, report, rows)}" for c in there if c.alike]
+
+
+def claim(claim: Claim, report: Report, rows: list[dict]) -> str:
+  """The difference between two arms, and whether it is significant."""
+  column, (_, arm, baseline, alike) = report.column(claim.metric), claim
+  pair = (column.by_seed(rows, x) for x in (arm, baseline))
+  interval = intervals.paired(*pair)
+  what = f"{column.head}, {arm} minus {baseline}"
+  if interval is None:
     return f"{what}: no seed has both."
-  number = f"{what}: {_signed(found, column.digits)}"
-  doubt = "".join(
-    f" Their {m.metric} is not alike, though."
-    for m in plan.matches
-    if {m.arm, m.than} == {arm, than} and not _is_alike(m, plan, rows)
-  )
-  seeds = f"{found.count} pair{'s' * (found.count > 1)}"
-  if found.half is None:
-    return f"{number} ({seeds}): one seed decides nothing."
-  if found.decides:
-    word = "lower" if found.mean < 0 else "higher"
-    return f"{number} ({seeds}): {arm} is {word}.{doubt}"
-  return f"{number} ({seeds}): not decided, zero is in the interval."
+  what += f": {interval.mean:+.{column.digits}f}"
+  if interval.half is None:
+    return f"{what} (1 pair): a single pair of seeds gives no interval."
+  what += f" ± {interval.half:.{column.digits}f} ({len(interval.values)} pairs)"
+  if not interval.decides:
+    return f"{what}: no significant difference (95 % interval includes 0)."
+  what += f": {arm} is {'lower' if interval.mean < 0 else 'higher'}."
+  if alike and not _is_alike(_ratio(claim, report, rows)):
+    what += f" Note that their {report.column(alike).head} is not alike."
+  return what
 
 
-def match(match: Match, plan: Plan, rows: list[dict]) -> str:
-  """The ratio of two arms' means, and whether it is within what was wanted."""
-  column, ratio = _column(match.metric, plan), _ratio(match, plan, rows)
-  what = f"{column.head}, {match.arm} over {match.than}"
+def match(claim: Claim, report: Report, rows: list[dict]) -> str:
+  """Whether two arms are alike in what they were meant to be alike in."""
+  ratio, head = _ratio(claim, report, rows), report.column(claim.alike).head
+  what = f"{head}, {claim.arm} over {claim.baseline}"
   if ratio is None:
     return f"{what}: not both have it."
-  word = "within" if _is_alike(match, plan, rows) else "not within"
-  return f"{what}: {ratio:.2f}, {word} {100 * match.within:.0f} %."
+  word = "within" if _is_alike(ratio) else "not within"
+  return f"{what}: {ratio:.2f}, {word} {100 * ALIKE:.0f} %."
 
 
-def _is_alike(match, plan, rows):
-  ratio, most = _ratio(match, plan, rows), 1 + match.within
-  return ratio is not None and 1 / most <= ratio <= most
-
-
-def _ratio(match, plan, rows):
-  """Of the two arms' means; None if there is none."""
-  column = _column(match.metric, plan)
-  values = [
-    list(_by_seed(rows, arm, column).values())
-    for arm in (match.arm, match.than)
-  ]
+def _ratio(claim, report, rows):
+  """The ratio of the two arms' means; None if there is none."""
+  column = report.column(claim.alike)
+  values = [column.by_seed(rows, arm) for arm in (claim.arm, claim.baseline)]
   if not all(values):
     return None
-  one, other = (intervals.of(v).mean for v in values)
-  return one / other if other else None
+  mean, baseline = (statistics.fmean(v.values()) for v in values)
+  return mean / baseline if baseline else None
 
 
-def _column(metric, plan):
-  """How the table shows a metric."""
-  same = (c for c in plan.columns if c.metric == metric and not c.over)
-  return next(same, Column(metric))
-
-
-def _by_seed(rows, arm, column):
-  """{seed: value} of an arm."""
-  metric, over = column.metric, column.over
-  needed = {metric} if over is None else {metric, over}
-  return {
-    r["seed"]: column.factor * r[metric] / (r[over] if over else 1)
-    for r in rows
-    if r["arm"] == arm and needed <= r.keys()
-  }
-
-
-def _arms(rows):
-  return list(dict.fromkeys(r["arm"] for r in rows))
+def _is_alike(ratio):
+  return ratio is not None and 1 / (1 + ALIKE) <= ratio <= 1 + ALIKE
 
 
 def _table(columns, rows):
   """Lines of cells, the head first."""
   lines = [["arm", *(c.head for c in columns)]]
-  for arm in _arms(rows):
-    cells = [_cell(_by_seed(rows, arm, c), c.digits) for c in columns]
+  for arm in dict.fromkeys(r["arm"] for r in rows):
+    cells = [_cell(c.by_seed(rows, arm), c.digits) for c in columns]
     lines.append([arm, *cells])
   return lines
 
@@ -238,100 +211,167 @@ def _table(columns, rows):
 def _cell(by_seed, digits):
   if not by_seed:
     return "–"
-  mean, half, _ = intervals.of(list(by_seed.values()))
-  if half is None or len(set(by_seed.values())) == 1:
-    return f"{mean:.{digits}f}"
-  return f"{mean:.{digits}f} ± {half:.{digits}f}"
+  interval = intervals.of(list(by_seed.values()))
+  mean = f"{interval.mean:.{digits}f}"
+  if len(set(by_seed.values())) == 1:
+    return mean
+  if interval.few:
+    return f"{mean} [{', '.join(f'{x:.{digits}f}' for x in interval.ends)}]"
+  return f"{mean} ± {interval.half:.{digits}f}"
 
 
-def _signed(interval, digits):
-  number = f"{interval.mean:+.{digits}f}"
-  if interval.half is None:
-    return number
-  return f"{number} ± {interval.half:.{digits}f}"
+def _best(column, rows):
+  """The arm with the best value, if all paired intervals say so; else None."""
+  arms = dict.fromkeys(r["arm"] for r in rows)
+  values = {arm: column.by_seed(rows, arm) for arm in arms}
+  means = {a: intervals.of([*v.values()]).mean for a, v in values.items() if v}
+  if column.best is None or len(means) < 2:
+    return None
+  best = column.best(means, key=means.get)
+  pairs = (
+    intervals.paired(values[best], values[a]) for a in means if a != best
+  )
+  return best if all(pair and pair.decides for pair in pairs) else None
 
 
-def _about(columns, rows):
-  """What the numbers are."""
-  scales = ", ".join(dict.fromkeys(r["scale"] for r in rows))
-  lines = [
-    f"Scale {scales}, {len(rows)} runs, {_seeds(rows)}. Mean ± half the 95 %"
-    " t-interval over seeds; differences are paired by seed."
+def _about(rows):
+  """The runs that a table is made of, and how it shows their spread."""
+  arms = {}  # By their seeds.
+  for arm in dict.fromkeys(r["arm"] for r in rows):
+    seeds = sorted(r["seed"] for r in rows if r["arm"] == arm)
+    arms.setdefault(tuple(seeds), []).append(arm)
+  words = [
+    f"seeds {', '.join(map(str, seeds))}"
+    + f" of {', '.join(alike)}" * (len(arms) > 1)
+    for seeds, alike in sorted(arms.items(), key=lambda x: -len(x[1]))
   ]
+  scales = ", ".join(dict.fromkeys(r["scale"] for r in rows))
+  about = f"Scale {scales}, {len(rows)} runs, {'; '.join(words)}."
+  if any(len(seeds) > intervals.FEW for seeds in arms):
+    about += " Mean ± half the 95 % t-interval over seeds."
+  if any(1 < len(seeds) <= intervals.FEW for seeds in arms):
+    about += " With two or three seeds: mean [lowest, highest]."
+  return about
+
+
+def _remarks(report, rows, missing):
+  """What a reader has to know about the rows, and what the columns are."""
+  lines = ["Differences are paired by seed."] if report.claims else []
   lost = [f"{r['arm']} seed {r['seed']}" for r in rows if runs.diverged(r)]
   if lost:
     lines.append(f"Diverged, so not in the numbers: {', '.join(lost)}.")
-  for what in runs.ORIGIN:
-    found = sorted({r[what] for r in rows if r.get(what)})
-    if len(found) > 1:
+  for origin in runs.ORIGIN:
+    several = sorted({r[origin] for r in rows if r.get(origin)})
+    if len(several) > 1:
       lines.append(
-        f"These rows are of more than one {what}: {', '.join(found)}. What they"
-        " differ in may not be the arm."
+        f"These rows are of more than one {origin}: {', '.join(several)}."
+        " Differences may come from the code, not from the arm."
       )
-  lines += [f"`{c.head}`: {c.meaning}" for c in columns if c.meaning]
-  return "\n\n".join(lines[:1]) + "".join(f"\n- {x}" for x in lines[1:])
-
-
-def _seeds(rows):
-  """The seeds, and of which arms where not all have the same."""
-  alike = {}  # Arms by their seeds.
-  for arm in _arms(rows):
-    seeds = tuple(sorted(r["seed"] for r in rows if r["arm"] == arm))
-    alike.setdefault(seeds, []).append(arm)
-  words = {
-    f"seeds {', '.join(map(str, seeds))}": arms
-    for seeds, arms in sorted(alike.items(), key=lambda x: -len(x[1]))
-  }
-  if len(words) == 1:
-    return next(iter(words))
-  return "; ".join(f"{w} of {', '.join(arms)}" for w, arms in words.items())
+  lines += [
+    f"{c.head} (`{c.metric}`): {c.meaning}" for c in report.columns if c.meaning
+  ]
+  lines += [
+    f"Left out, as no run here has it: `{c.metric}`."
+    for c in missing
+    if not c.optional
+  ]
+  return [f"- {line}" for line in lines]
 
 
 def _markdown(table):
   widths = [max(map(len, column)) for column in zip(*table)]
-  lines = [
+  head, *lines = (
     "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |"
     for line in table
-  ]
-  rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-  return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def _latex(table):
-  head, *lines = (
-    " & ".join(_latex_cell(cell) for cell in line) + r" \\" for line in table
   )
+  return [head, "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines]
+
+
+_ESCAPES = str.maketrans(
+  {c: f"\\{c}" for c in "&%$#_{}"}
+  | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
+  | {"^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", "÷": r"$\div$"}
+  | {"–": "--", "±": r"$\pm$"}
+)
+
+
+def _latex(table, caption, bold):
+  """The table for the package booktabs, below a caption to copy.
+
+  Args:
+    table: from `_table`.
+    caption: plain text.
+    bold: (arm, head) of the cells that are bold.
+  """
+  lines = []
+  for cells in table:
+    texts = (cell.translate(_ESCAPES) for cell in cells)
+    texts = (
+      rf"\textbf{{{text}}}" if (cells[0], head) in bold else text
+      for head, text in zip(table[0], texts)
+    )
+    lines.append(" & ".join(texts) + r" \\")
   return "\n".join(
     [
+      r"% Needs \usepackage{booktabs}. Caption:",
+      f"% {caption.translate(_ESCAPES)}",
       r"\begin{tabular}{l" + "r" * (len(table[0]) - 1) + "}",
-      r"\hline",
-      head,
-      r"\hline",
-      *lines,
-      r"\hline",
-      r"\end{tabular}",
-      "",
+      *(r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"),
+      "\\end{tabular}\n",
     ]
   )
 
 
-def _latex_cell(cell):
-  for plain, escaped in (
-    ("_", r"\_"),
-    ("%", r"\%"),
-    ("&", r"\&"),
-    ("–", "--"),
-    ("±", r"$\pm$"),
-  ):
-    cell = cell.replace(plain, escaped)
-  return cell
-
-
-def _thin(curves, plan):
+def _thin(curves, report):
   """Only what the figures need."""
   place = {*runs.KEYS, "step"}
-  wanted = set().union(*(plot.needs() for plot in plan.plots))
-  if plan.derivation is not None:
-    wanted |= set(plan.derivation.needs)
+  drawn = (getattr(plot, "needs", ()) for plot in report.plots)
+  wanted = set(report.needs).union(*drawn)
   thin = [{k: v for k, v in p.items() if k in place | wanted} for p in curves]
   return [point for point in thin if point.keys() - place]
+
+
+def publish(made: pathlib.Path, beside: pathlib.Path, scale: str) -> None:
+  """Puts a report's rows, curves, table and figures beside its question.
+
+  What lies there of other scales stays.
+  """
+  for path in sorted(made.glob("*.csv")):
+    runs.replace_scale(beside / path.name, scale, runs.read_csv(path))
+  (beside / "figures").mkdir(exist_ok=True)
+  for path in [*made.glob("*.png"), *made.glob("*.pdf")]:
+    shutil.copyfile(path, beside / "figures" / f"{scale}_{path.name}")
+  shutil.copyfile(made / "table.md", beside / "figures" / f"{scale}.md")
+
+
+def compare(rows: Sequence[dict], published: dict) -> tuple[list[str], bool]:
+  """Whether new rows are equal to the published ones, up to their timings.
+
+  Args:
+    rows: new ones.
+    published: rows by `runs.identity`.
+
+  Returns:
+    A line for each row, and whether all are equal.
+  """
+  others = {
+    "train/tokens_per_second",
+    "train_seconds",
+    *runs.ORIGIN,
+    *runs.KEYS,
+  }
+  lines, same = [], True
+  for row in rows:
+    name = f"{row['arm']} seed {row['seed']}"
+    old = published.get(runs.identity(row))
+    if old is None:
+      lines.append(f"{name}: no row is committed")
+      continue
+    count = len(old.keys() - others)
+    differ = [k for k in old if k not in others and old[k] != row.get(k)]
+    same &= not differ
+    lines.append(
+      f"{name}: {count - len(differ)} of {count} committed numbers are the same"
+      " to the last bit" + f"; not {', '.join(differ[:5])}" * bool(differ)
+    )
+  return lines, same

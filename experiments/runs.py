@@ -1,13 +1,17 @@
-"""One run of a question: its folder, and whether it is finished."""
+"""One run of a question: its folder, its row of results and its curve."""
 
 import csv
 import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from moe_jax.core.errors import naming
+import ml_collections
+
+from moe_jax.core.errors import ConfigError
+from moe_jax.core.files import naming
 
 KEYS = ("scale", "arm", "seed", "config_digest")
 ORIGIN = ("data", "revision")
@@ -20,7 +24,8 @@ _LAST = 0.25  # The part of training that `summary` averages over.
 class Run:
   """A run that is wanted.
 
-  folder: of its own, which no run of another config has.
+  folder: where its files lie; a run of another config has another one.
+  config: without the run's seed.
   tried: what is tried with it, {config key: value}, if it is for tuning.
   """
 
@@ -29,100 +34,125 @@ class Run:
   seed: int
   config_digest: str
   folder: pathlib.Path
+  config: ml_collections.ConfigDict | None = dataclasses.field(
+    default=None, repr=False, compare=False
+  )
   tried: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   @property
-  def name(self) -> str:
+  def arm_and_tried(self) -> str:
     """The arm, and what is tried with it."""
     tried = (f"{k.split('.')[-1]}={v:g}" for k, v in self.tried.items())
     return " ".join([self.arm, *tried])
 
   @property
+  def name(self) -> str:
+    """The run in words."""
+    return f"{self.arm_and_tried} seed {self.seed}"
+
+  @property
   def key(self) -> dict:
-    """What the run's rows begin with."""
+    """The first columns of the run's rows, by which it is known."""
     return {k: getattr(self, k) for k in KEYS}
 
   def row(self) -> dict | None:
-    """Its row of results; None if it is not finished, or of another config."""
-    try:
-      row = json.loads((self.folder / "row.json").read_text())
-    except (OSError, ValueError):
-      return None
-    return row if self.is_of(row) else None
-
-  def is_of(self, row) -> bool:
-    """Whether a row is this run's."""
-    return isinstance(row, dict) and all(
-      row.get(k) == v for k, v in self.key.items()
-    )
+    """The row in its folder; None if the run is not finished."""
+    row = _read_row(self.folder / "row.json")
+    return row if row and identity(row) == identity(self.key) else None
 
   def fingerprint(self) -> str | None:
-    """Of the data that its folder's run began with; None if there is none."""
+    """Fingerprint of the data that the run started with; None before that."""
     try:
-      return self._facts()["data"]
+      return self._json("run.json")["data"]
     except (OSError, ValueError, KeyError):
       return None
 
-  def _facts(self):
-    return json.loads((self.folder / "run.json").read_text())
-
-  def _origin(self):
-    """Of which data and code it is, so that rows of several are noticed."""
-    facts = self._facts()
-    git = facts["git"]
-    edited = "+" if git.endswith("+") else ""
-    return {"data": facts["data"][:12], "revision": git[:12] + edited}
-
-  def _cost(self):
-    """What it took: steps, and operations of its active parameters."""
-    facts = self._facts()
-    config = json.loads((self.folder / "config.json").read_text())
-    steps, data = config["train"]["num_steps"], config["data"]
-    tokens = steps * data["batch_size"] * data["seq_len"]
-    parameters = (facts["parameters"][k] for k in ("active", "total"))
-    flops = tokens * facts["train_flops_per_token"]
-    return dict(zip(COST, (steps, *parameters, flops), strict=True))
-
   def finish(self, validation: dict[str, float] | None) -> None:
-    """Writes its row, the mark that the run is whole.
+    """Writes the run's row, the mark that it is finished.
 
     Args:
       validation: metrics of the validation split at the end; None: it diverged.
     """
-    found = {"diverged": 1.0}
-    if validation is not None:
-      found = summary(self._lines("train"), validation)
-    row = self.key | self._origin() | self._cost() | found
+    row = self.key | self._origin_and_cost()
+    if validation is None:
+      row["diverged"] = 1.0
+    else:
+      row |= summary(self._lines("train"), validation)
     path, temporary = self.folder / "row.json", self.folder / ".row.json"
     with naming(path):
       temporary.write_text(json.dumps(row, indent=2) + "\n")
       os.replace(temporary, path)
 
-  def curve(self) -> list[dict]:
-    """Some hundred lines of its training metrics, at most; [] without any.
+  def _origin_and_cost(self):
+    """The columns `ORIGIN` and `COST`: data, code, and the training's size."""
+    facts, config = self._json("run.json"), self._json("config.json")
+    git, steps = facts["git"], config["train"]["num_steps"]
+    tokens = steps * config["data"]["batch_size"] * config["data"]["seq_len"]
+    return {
+      "data": facts["data"][:12],
+      "revision": git[:12] + "+" * git.endswith("+"),
+      "steps": steps,
+      "active_parameters": facts["parameters"]["active"],
+      "total_parameters": facts["parameters"]["total"],
+      "train_flops": tokens * facts["train_flops_per_token"],
+    }
 
-    Then those of its evaluations, as validation/METRIC.
+  def curve(self) -> list[dict]:
+    """At most a hundred lines of training metrics, then the evaluations.
+
+    Metrics of evaluations are called validation/METRIC. [] without any lines.
     """
     try:
-      lines, evaluations = self._lines("train"), self._lines("validation")
+      points, evaluations = self._lines("train"), self._lines("validation")
     except OSError:
       return []
-    every = -(-len(lines) // _POINTS) or 1
-    lines = lines[::-every][::-1]  # Always the last one.
-    named = [dict(line) for line in lines]
+    every = -(-len(points) // _POINTS) or 1
+    points = points[::-every][::-1]  # With the last one.
     for line in evaluations:
-      step = {"step": line.pop("step")}
-      named.append(step | {f"validation/{k}": v for k, v in line.items()})
-    extra = ("split", "validation/split")
+      named = {f"validation/{k}": v for k, v in line.items() if k != "step"}
+      points.append({"step": line["step"]} | named)
     return [
-      self.key | {k: v for k, v in line.items() if k not in extra}
-      for line in named
+      self.key | {k: v for k, v in point.items() if not k.endswith("split")}
+      for point in points
     ]
+
+  def _json(self, name):
+    return json.loads((self.folder / name).read_text())
 
   def _lines(self, split):
     from moe_jax.run import run_directory
 
     return run_directory.read_metrics(self.folder, split)
+
+
+def identity(row: Mapping) -> tuple:
+  """The values of `KEYS`, by which a row and its run belong together."""
+  return tuple(row.get(k) for k in KEYS)
+
+
+def grouped(pairs: Iterable[tuple]) -> dict[Any, list]:
+  """{key: values} of (key, value), in the order in which they come."""
+  groups = {}
+  for key, value in pairs:
+    groups.setdefault(key, []).append(value)
+  return groups
+
+
+def finished(workdir: pathlib.Path) -> list[dict]:
+  """The rows of all runs that are finished in a work directory."""
+  folders = (workdir, workdir / "tuning")
+  paths = (p for f in folders for p in sorted(f.glob("*/*/*/row.json")))
+  return [row for row in map(_read_row, paths) if row]
+
+
+def _read_row(path):
+  """A row; None where there is none, or something else."""
+  try:
+    row = json.loads(path.read_text())
+    types = [type(row.get(k)) for k in KEYS]
+  except (OSError, ValueError, AttributeError):
+    return None
+  return row if types == [str, str, int, str] else None
 
 
 def diverged(row: dict) -> bool:
@@ -142,14 +172,10 @@ def summary(lines: list[dict], validation: dict[str, float]) -> dict:
     last quarter of the steps.
   """
   late = [x for x in lines if x["step"] > (1 - _LAST) * lines[-1]["step"]]
-  names = dict.fromkeys(k for x in late for k in x)
-  out = dict(validation)
-  for name in names:
-    # A line of steps that were all skipped has no metrics.
-    found = [x[name] for x in late if name in x]
-    if name not in ("step", "split"):
-      out[f"train/{name}"] = sum(found) / len(found)
-  return out
+  # A line of steps that were all skipped has no metrics.
+  values = grouped(item for line in late for item in line.items())
+  means = {k: v for k, v in values.items() if k not in ("step", "split")}
+  return validation | {f"train/{k}": sum(v) / len(v) for k, v in means.items()}
 
 
 def write_csv(path: pathlib.Path, rows: list[dict]) -> None:
@@ -173,11 +199,18 @@ def replace_scale(path: pathlib.Path, scale: str, rows: list[dict]) -> None:
 
 
 def read_csv(path: pathlib.Path) -> list[dict]:
-  """What `write_csv` wrote; [] if there is no such file."""
+  """The rows that `write_csv` wrote; [] if there is no such file."""
   if not path.exists():
     return []
   with open(path, newline="") as f:
-    return [_typed(row) for row in csv.DictReader(f)]
+    reader = csv.DictReader(f)
+    try:
+      return [_typed(row) for row in reader]
+    except (ValueError, TypeError, csv.Error) as e:
+      raise ConfigError(
+        f"{path}, line {reader.line_num}, is not a row of an experiment ({e});"
+        " bring back the file that was written"
+      ) from None
 
 
 def _typed(row):

@@ -14,11 +14,12 @@ import hashlib
 import itertools
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_collections
 
+from configs import base
 from experiments import tuning
 from moe_jax.core.errors import ConfigError, did_you_mean
 from moe_jax.run import config as config_lib
@@ -45,20 +46,66 @@ class Sweep:
 
   def __post_init__(self):
     """Raises ConfigError for names of arms that there are not."""
-    named = {"seeds_of": self.seeds_of}
+    named = [("seeds_of", name) for name in self.seeds_of]
     for number, stage in enumerate(self.stages):
-      named[f"stages[{number}].like"] = [*stage.like, *stage.like.values()]
-      for field in ("key", "values"):
-        value = getattr(stage, field)
-        names = value if isinstance(value, Mapping) else ()
-        named[f"stages[{number}].{field}"] = names
-    for field, names in named.items():
-      for name in names:
-        if name not in self.arms:
+      names = {"like": [*stage.like, *stage.like.values()]}
+      for field, value in (("key", stage.key), ("values", stage.values)):
+        names[field] = value if isinstance(value, Mapping) else ()
+      named += [(f"stages[{number}].{f}", n) for f in names for n in names[f]]
+    for field, name in named:
+      if name not in self.arms:
+        raise ConfigError(
+          f'{field} names the arm "{name}", which this sweep does not have'
+          + did_you_mean(name, self.arms)
+        )
+
+  def only(self, arms: Iterable[str]) -> tuple[str, ...]:
+    """The names of the given arms in the sweep's order; of all for none.
+
+    Raises:
+      ConfigError: there is no such arm.
+    """
+    for arm in arms:
+      if arm not in self.arms:
+        raise ConfigError(
+          f'there is no arm "{arm}" at this scale'
+          + did_you_mean(arm, self.arms)
+        )
+    return tuple(arm for arm in self.arms if not arms or arm in arms)
+
+  def override(self, texts: Iterable[str], arms: Iterable[str]) -> "Sweep":
+    """The sweep with values for all arms.
+
+    Args:
+      texts: KEY=VALUE.
+      arms: the ones that are wanted.
+
+    Raises:
+      ConfigError: no such key, or one that is not the same for all these arms.
+    """
+    config = apply(self.config, {})
+    for text in texts:
+      key = text.partition("=")[0]
+      if key == "seed":
+        raise ConfigError(
+          "--config.seed is what the arms repeat; give --seeds=N"
+        )
+      for arm, own in self._own(arms):
+        if f"{key}.".startswith(f"{own}.") or f"{own}.".startswith(f"{key}."):
           raise ConfigError(
-            f'{field} names the arm "{name}", which this sweep does not have'
-            + did_you_mean(name, self.arms)
+            f"--config.{key} would have no effect on the arm {arm}, which has or"
+            f" tunes a {own} of its own; change sweep.py, or train it alone with"
+            " python -m moe_jax.main and a run's config.json"
           )
+      config_lib.override(config, text)
+    return dataclasses.replace(self, config=config)
+
+  def _own(self, arms):
+    """(arm, key) of what arms set or tune by themselves."""
+    for arm in arms:
+      tuned = (s.tried(s.source(arm)).values() for s in self.stages)
+      for overrides in (self.arms[arm], *itertools.chain.from_iterable(tuned)):
+        yield from ((arm, key) for key in overrides)
 
   def configs(self) -> dict[str, ml_collections.ConfigDict]:
     """The config of each arm, as it is before anything is tuned."""
@@ -70,24 +117,20 @@ def over(key: str, values: Mapping[str, Any]) -> Arms:
   return {name: {key: value} for name, value in values.items()}
 
 
-def chain(*several: Arms) -> Arms:
-  """The arms of one sweep after those of the other."""
-  return _unique(item for arms in several for item in arms.items())
-
-
 def product(*several: Arms) -> Arms:
   """Every arm of one sweep with every arm of the others."""
-  items = (arms.items() for arms in several)
-  return _unique(_join(parts) for parts in itertools.product(*items))
-
-
-def zipped(*several: Arms) -> Arms:
-  """The first arms together, the second ones together, and so on."""
-  sizes = [len(arms) for arms in several]
-  if len(set(sizes)) != 1:
-    raise ConfigError(f"sweeps of {sizes} arms cannot be zipped")
-  items = (arms.items() for arms in several)
-  return _unique(_join(parts) for parts in zip(*items))
+  product = {}
+  for parts in itertools.product(*(arms.items() for arms in several)):
+    name, together = "-".join(name for name, _ in parts), {}
+    for _, overrides in parts:
+      twice = sorted(together.keys() & overrides.keys())
+      if twice:
+        raise ConfigError(f'arm "{name}" sets {", ".join(twice)} twice')
+      together |= overrides
+    if name in product:
+      raise ConfigError(f'two arms are called "{name}"; rename one')
+    product[name] = together
+  return product
 
 
 def apply(
@@ -101,52 +144,24 @@ def apply(
   new = copy.deepcopy(config)
   if not new.is_locked:
     new.lock()
-  for key, value in overrides.items():
-    config_lib.override(new, f"{key}={value!r}")
-  return new
+  texts = [f"{key}={value!r}" for key, value in overrides.items()]
+  return config_lib.overridden(new, texts)
 
 
 def digest(config: ml_collections.ConfigDict) -> str:
   """Twelve hexadecimal digits that change with what a run's numbers depend on.
 
-  That is any value but the seed and, for instance, the mesh; and any file of a
-  plugin, as its path alone does not say what it does. A run that goes on may
-  find its data elsewhere, but two folders are two datasets to an experiment.
+  These are the values that differ from configs/base.py, but for the seed and,
+  for instance, the mesh; and the files of plugins, as a path alone does not say
+  what they do. An option that is added to configs/base.py changes no digest.
   """
-  values = dict(config_lib.numbers(config.to_dict()))
-  values.pop("seed", None)
-  # It decides which runs are given up.
-  values["train.max_skipped_in_a_row"] = config.train.max_skipped_in_a_row
-  if config.data.dir is not None:
-    values["data.dir"] = config.data.dir
-  for label, part in config.data.mixture.items():
-    if part.get("dir") is not None:
-      values[f"data.mixture.{label}.dir"] = part["dir"]
+  values = config_lib.differences(config.to_dict(), base.get_config().to_dict())
+  idle = ("seed", *config_lib.IDLE)
+  values = {k: v for k, v in values.items() if not k.startswith(idle)}
   values["plugin_files"] = [
     (f.relative_to(folder).as_posix(), f.read_text())
-    for folder in map(pathlib.Path, config.get("plugins", ()))
+    for folder in map(pathlib.Path, config.plugins)
     for f in sorted(folder.glob("*/*.py"))
   ]
   text = json.dumps(values, sort_keys=True, separators=(",", ":"))
   return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _join(parts):
-  """Several (name, overrides) as one."""
-  name = "-".join(name for name, _ in parts)
-  together = {}
-  for _, overrides in parts:
-    twice = sorted(together.keys() & overrides.keys())
-    if twice:
-      raise ConfigError(f'arm "{name}" sets {", ".join(twice)} twice')
-    together |= overrides
-  return name, together
-
-
-def _unique(items):
-  arms = {}
-  for name, overrides in items:
-    if name in arms:
-      raise ConfigError(f'two arms are called "{name}"; rename one')
-    arms[name] = dict(overrides)
-  return arms

@@ -3,15 +3,17 @@
 python -m moe_jax.main --config=configs/tiny.py --workdir=runs/tiny
 """
 
-import json
 import sys
 
 from moe_jax.core.errors import ConfigError
-from moe_jax.run import config as config_lib
+from moe_jax.run import command
 
 
 def main(argv=None) -> int:
   """The command: one run from a config into a work directory."""
+  # Inside, where `command.run` handles signals already.
+  from moe_jax.run import config as config_lib
+
   parser = config_lib.parser("Trains one model and evaluates it.")
   parser.add_argument("--workdir", metavar="DIR", help="the run's folder")
   parser.add_argument(
@@ -24,21 +26,15 @@ def main(argv=None) -> int:
   if not args.workdir and not args.show_sharding:
     raise ConfigError("--workdir=DIR is missing: the folder of the run")
 
-  from moe_jax.models import counts
   from moe_jax.run import processes
-  from moe_jax.training import loop, shards
+  from moe_jax.training import loop, program, shards
 
+  program.check(config)
   processes.join(args.multihost, args.multihost_timeout)
   if args.show_sharding:
     if processes.is_first():
       print(shards.describe(config))
     return 0
-  if processes.is_first():
-    print(
-      "routing and balancing:",
-      json.dumps(counts.describe(config.model, config.plugins)),
-      flush=True,
-    )
   found = loop.train_and_evaluate(config, args.workdir)
   if processes.is_first():
     for name, value in found.items():
@@ -47,4 +43,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-  config_lib.run(lambda: main(sys.argv[1:]))
+  command.run(lambda: main(sys.argv[1:]))

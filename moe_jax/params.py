@@ -3,10 +3,12 @@
 python -m moe_jax.params --config=configs/base.py
 """
 
+import dataclasses
 import json
 import sys
 
 from moe_jax.core.errors import ConfigError
+from moe_jax.run import command
 from moe_jax.run import config as config_lib
 
 BYTES = {"f32": 4, "bf16": 2, "f16": 2, "f8": 1}
@@ -24,23 +26,23 @@ def main(argv=None) -> int:
   )
   args, config = config_lib.parse(parser, argv)
 
-  from moe_jax import models
-  from moe_jax.models import counts
+  import jax
 
-  accumulation = config.train.accumulation
-  if accumulation < 1:
-    raise ConfigError(f"train.accumulation = {accumulation} is not 1 or more")
-  model = models.build(
-    config.model,
-    vocab_size=args.vocab_size or config.model.vocab_size or 257,
-    seq_len=config.data.seq_len,
-    batch_sizes=(config.data.batch_size // accumulation,),
-    plugins=config.plugins,
-  )
-  found = counts.count(model, config.data.seq_len)
+  from moe_jax.models import counts
+  from moe_jax.training import program
+
+  program.check(config)
+  task = program.build_task(config, prepare=False)
+  vocab_size = args.vocab_size or config.model.vocab_size
+  if vocab_size:
+    given = {**task.given, "vocab_size": vocab_size}
+    task = dataclasses.replace(task, given=given)
+  model = program.build_model(config, task)
+  variables = jax.eval_shape(lambda: task.init(model, jax.random.key(0)))
+  found = counts.count(model, variables)
   width = BYTES[args.bytes]
   found["train_flops_per_token"] = counts.train_flops_per_token(
-    model, config.data.seq_len
+    model, found, task.length
   )
   found[f"weights_bytes_{args.bytes}"] = found["total"] * width
   found[f"kv_cache_bytes_per_token_{args.bytes}"] = (
@@ -60,4 +62,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-  config_lib.run(lambda: main(sys.argv[1:]))
+  command.run(lambda: main(sys.argv[1:]))

@@ -108,8 +108,8 @@ for word, experts_K, weights_K in zip(words, expert_TK, weight_TK):
   print(f"{word:5}{chosen}")
 
 # %% [markdown]
-# The router of the package says the same, in one value that everything after it
-# reads: a `Routing`.
+# The router of the package says the same in its `Routing`, which holds a choice
+# (here a `TokenChoice`: every token names its experts) and the probabilities.
 
 # %%
 side = Side(jnp.ones(T, bool))
@@ -121,8 +121,8 @@ routing = router.route(
   side=side,
   rng=None,
 )
-np.testing.assert_array_equal(routing.expert_TK, expert_TK)
-np.testing.assert_allclose(routing.weight_TK, weight_TK, rtol=1e-5)
+np.testing.assert_array_equal(routing.choice.expert_TK, expert_TK)
+np.testing.assert_allclose(routing.choice.weight_TK, weight_TK, rtol=1e-5)
 
 # %% [markdown]
 # ## Loads
@@ -177,7 +177,7 @@ for e, owners in enumerate(owner_EC.tolist()):
   print(f"e{e}", [words[o - 1] if o else "-" for o in owners])
 
 dispatcher = registry.load("dispatchers", "gather")
-one_group = jax.tree.map(lambda x: x[None], routing)
+one_group = jax.tree.map(lambda x: x[None], routing.choice)
 plan = dispatcher.plan(one_group, E, bound)
 np.testing.assert_allclose(plan.dispatch(x_TD[None]).x[0], x_ECD, rtol=1e-6)
 np.testing.assert_array_equal(plan.kept_GTK[0], kept_TK)
@@ -195,7 +195,7 @@ gate, up, down = (expert_params[k] for k in ("gate", "up", "down"))
 hidden_ECF = jax.nn.silu(jnp.einsum("ECD,EDF->ECF", x_ECD, gate))
 hidden_ECF *= jnp.einsum("ECD,EDF->ECF", x_ECD, up)
 y_ECD = jnp.einsum("ECF,EFD->ECD", hidden_ECF, down)
-rows = network.apply(expert_params, Rows(x_ECD[None]))
+rows = network.apply(expert_params, Rows(x_ECD[None]), None)
 np.testing.assert_allclose(rows.x[0], y_ECD, rtol=1e-4, atol=1e-5)
 print("y_ECD", y_ECD.shape)
 
@@ -223,7 +223,8 @@ params = {"router": router_params, "experts": expert_params}
 in_groups = Side(side.mask_T[None])
 y_GTD, stats, _ = layer.moe_ffn(recipe, params, {}, x_TD[None], in_groups)
 np.testing.assert_allclose(y_GTD[0], y_TD, rtol=1e-4, atol=1e-5)
-for name, value in metrics.routing({"00": stats}, K).items():
+layers = {"00": metrics.Layer(stats, router)}
+for name, value in metrics.routing(layers).items():
   print(f"{name:20}{float(value.value()):.3f}")
 
 # %% [markdown]
@@ -253,7 +254,8 @@ for name, variant in variants.items():
   other_GTD, stats, _ = layer.moe_ffn(
     variant, params, {}, x_TD[None], in_groups
   )
-  found = metrics.divide(metrics.routing({"00": stats}, K))
+  layers = {"00": metrics.Layer(stats, variant.router)}
+  found = metrics.divide(metrics.routing(layers))
   moved = float(jnp.abs(other_GTD - y_GTD).max())
   print(
     f"{name:22}dropped {found['dropped']:.2f}   MaxVio {found['max_vio']:.2f}"

@@ -64,15 +64,15 @@ def train(balancers):
     [*SHARED, f"model.moe.balancers={balancers!r}"],
   )
   program = Program(config)
-  arch, recipe = program.model.arch, program.model.arch.recipe
+  sublayers = program.model.sublayers
   state, batches = program.init(jax.random.key(0)), program.batches(0)
   load_SLE, lines = [], []
   for step in range(STEPS):
     state, sums = program.train_step(state, program.put(batches[step]))
     sums = jax.device_get(sums)
-    layers = metrics.by_layer(sums["stats"], arch.segments)
-    load_SLE.append([s.count_E.ravel() for s in layers.values()])
-    means = metrics.routing(layers, recipe.router.top_k)
+    layers = metrics.by_layer(sums["stats"], sublayers)
+    load_SLE.append([layer.count_E for layer in layers.values()])
+    means = metrics.routing(layers)
     lines.append(metrics.divide(means | {"loss": sums["loss"]}))
   return np.array(load_SLE), lines, state
 

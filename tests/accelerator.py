@@ -15,7 +15,7 @@ import sys
 
 import numpy as np
 
-from moe_jax.run import config
+from moe_jax.run import command, config
 
 NEAR = {"bfloat16": 2e-2, "float32": 2e-3}
 WIDTHS = ((64, 64), (128, 192), (320, 64), (96, 72))
@@ -166,4 +166,4 @@ def distances(got, want):
 
 
 if __name__ == "__main__":
-  config.run(lambda: main(sys.argv[1:]))
+  command.run(lambda: main(sys.argv[1:]))

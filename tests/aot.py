@@ -99,10 +99,9 @@ def build(mesh, layout: str, dtype: str):
   c.moe.update(num_experts=NUM_EXPERTS, d_expert=WIDTH, **LAYOUTS[layout])
   c.moe.dispatcher = {"name": "sorted"}
   c.moe.balancers = {"bias": {"name": "bias", "rate": 1e-3}}
-  model = models.build(
-    c, vocab_size=256, seq_len=LENGTH, batch_sizes=(ROWS,), mesh=mesh
-  )
-  assert model.arch.recipe.checked is False, "the kernel declares no axes"
+  model = models.build(c, vocab_size=256, mesh=mesh)
+  experts = model.arch.layer("moe").recipe.experts
+  assert experts.checked is False, "the kernel declares no axes"
   return model
 
 
@@ -115,11 +114,9 @@ def layer_programs(model, dtype: str):
   from moe_jax.moe import sharded
   from moe_jax.moe.types import Side
 
-  mesh = model.arch.mesh
+  mesh, parts = model.arch.mesh, model.arch.layer("moe")
   groups = ROWS
-  tokens, recipe = model.arch.grouping.resolve(
-    model.arch.recipe, LENGTH, train=True
-  )
+  tokens, recipe = parts.grouping.resolve(parts.recipe, LENGTH, train=True)
   run = sharded.sharded(recipe, mesh)
 
   def shaped(shape, dtype, spec):
@@ -157,22 +154,22 @@ def layer_programs(model, dtype: str):
 
 def step(model, seq_len: int = LENGTH):
   """(name, lowered) of `train_step.train_step` with two micro-batches."""
-  import functools
 
   import jax
+  import numpy as np
   from flax import linen as nn
 
   from configs import base
   from moe_jax.core import parallel
-  from moe_jax.data import tokenizers
-  from moe_jax.training import optim, train_step
+  from moe_jax.training import train_step
+  from tests import small
 
   mesh = model.arch.mesh
-  optimizer = optim.build(base.get_config().optim, 100)
-  parts = dict(model=model, optimizer=optimizer)
-  init = functools.partial(
-    train_step.init_state, **parts, seq_len=seq_len, batch=ROWS
-  )
+  bytes_V = np.ones(model.arch.vocab_size, np.int32)
+  config = base.get_config()
+  config.train.num_steps = 100
+  task = small.task(bytes_V, seq_len, mesh)
+  init, run = small.training(config, model, task)
   boxed = jax.eval_shape(init, jax.random.key(0))
   state = jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(
@@ -188,11 +185,9 @@ def step(model, seq_len: int = LENGTH):
     for k, dtype in (("inputs", "int32"), ("targets", "int32"), ("mask", bool))
   }
   with jax.set_mesh(mesh):
-    num_bytes_V = tokenizers.load().num_bytes_V[: model.arch.vocab_size]
-    run = functools.partial(
-      train_step.train_step, **parts, num_bytes_V=num_bytes_V
-    )
-    yield "train step", jax.jit(run, donate_argnums=0).lower(state, batch)
+    numbers = train_step.numbers(config, model)
+    lowered = jax.jit(run, donate_argnums=0).lower(state, batch, numbers)
+    yield "train step", lowered
 
 
 def kernels(text: str) -> int:

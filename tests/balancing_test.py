@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax.core import registry
 from moe_jax.moe import layer
-from moe_jax.moe.types import Side, Stats
+from moe_jax.moe.types import Loads, Side, Stats
 from tests import oracle
 
 T, E, K = 1024, 8, 2
@@ -22,15 +22,22 @@ def stats_of(count_E) -> Stats:
   none = jnp.zeros((1, 1))
   return Stats(
     tokens=count_GSE.sum(-1) // K,
-    count_E=count_GSE,
-    first_choice_E=count_GSE,
+    loads=loads_of(count_GSE),
     prob_E=jnp.zeros(count_GSE.shape),
-    weight_E=jnp.zeros(count_GSE.shape),
-    kept_E=count_GSE,
-    dropped={},
     z=none,
     entropy=none,
-    confidence=none,
+  )
+
+
+def loads_of(count_GSE) -> Loads:
+  """Loads of which everything has a slot, and every choice is a first one."""
+  return Loads(
+    count_E=count_GSE,
+    first_choice_E=count_GSE,
+    kept_E=count_GSE,
+    weight_E=count_GSE.astype(np.float32),
+    dropped={},
+    confidence=np.zeros(count_GSE.shape[:2], np.float32),
   )
 
 
@@ -66,7 +73,7 @@ def loads(balancer, router, skew_E, rng):
       side=Side(mask_T),
       rng=None,
     )
-    count_E = jnp.zeros(E, jnp.int32).at[routing.expert_TK].add(1)
+    count_E = jnp.zeros(E, jnp.int32).at[routing.choice.expert_TK].add(1)
     return balancer.update(state, stats_of(count_E), step), count_E
 
   state, count_E = jax.lax.scan(
@@ -129,6 +136,33 @@ def test_rules_by_hand():
   np.testing.assert_allclose(state["bias_E"], [0.5, 0.25, 0, -0.75])
 
 
+@pytest.mark.parametrize("experts", [3, 7, 60, 64, 384])
+def test_the_sign_rule_is_exact(experts):
+  """Experts whose load is the mean stay, also where 1/E is no exact float."""
+  sign = registry.load("balancers", "bias", rate=1.0)
+  update = jax.jit(sign.update)
+  rng = np.random.default_rng(experts)
+  at_the_mean = np.full(experts, 100)
+  at_the_mean[:2] = 101, 99
+  one_above = at_the_mean + (np.arange(experts) == 2)  # No load is the mean.
+  large = rng.integers(0, 2**31 // experts, experts)
+  for count_E in (at_the_mean, one_above, rng.integers(0, 9, experts), large):
+    # The mean as a fraction: E * load against the sum, in whole numbers.
+    excess_E = [experts * int(c) - int(count_E.sum()) for c in count_E]
+    state = update(sign.init(experts), stats_of(count_E), 0)
+    np.testing.assert_array_equal(state["bias_E"], -np.sign(excess_E))
+
+
+def test_shares_of_a_mixture_move_the_bias_too():
+  """Loads that are no whole numbers."""
+  sign = registry.load("balancers", "bias", rate=0.5)
+  stats = stats_of([0, 2, 4, 10])
+  share_E = stats.count_E / 3
+  stats = stats.replace(loads=stats.loads.replace(count_E=share_E))
+  state = sign.update(sign.init(4), stats, 0)
+  assert np.sign(state["bias_E"])[[0, 1, 3]].tolist() == [1, 1, -1]
+
+
 def test_freeze():
   balancer = registry.load("balancers", "bias", rate=0.5, freeze_after=2)
   stats, state = stats_of([0, 2, 4, 10]), balancer.init(4)
@@ -175,9 +209,9 @@ def test_biases_of_several_balancers_add_up():
   side = Side(np.ones((1, 4), bool))
   params = {"kernel": np.eye(E, dtype=np.float32)}
   route = functools.partial(layer.route, recipe, params)
-  assert (route(both, x_GTD, side, None).expert_TK == 2).all()
+  assert (route(both, x_GTD, side, None).choice.expert_TK == 2).all()
   swapped = {"a": {"bias_E": second}, "b": {"bias_E": first * 0}}
-  assert (route(swapped, x_GTD, side, None).expert_TK == 5).all()
+  assert (route(swapped, x_GTD, side, None).choice.expert_TK == 5).all()
 
 
 def test_scope_sequence_sums_the_groups_of_a_sequence():
@@ -186,20 +220,15 @@ def test_scope_sequence_sums_the_groups_of_a_sequence():
   zero = np.zeros((4, 1), np.int32)
   halves = Stats(
     tokens=count.sum(1).reshape(4, 1),
-    count_E=count[:, None],
-    first_choice_E=count[:, None],
+    loads=loads_of(count[:, None]),
     prob_E=count[:, None].astype(np.float32),
-    weight_E=count[:, None].astype(np.float32),
-    kept_E=count[:, None],
-    dropped={},
     z=zero,
     entropy=zero,
-    confidence=zero,
     groups_per_sequence=2,
   )
   switch = registry.load(
     "balancers", "switch", coefficient=1.0, scope="sequence"
   )
   # f = P = (1/2, 1/2, 0), then (1/4, 1/4, 1/2): 3 * 1/2 and 3 * 3/8.
-  loss = switch.loss({}, halves, np.zeros(3, np.int32)).value()
+  loss = switch.loss({}, halves, np.zeros(3, np.int32), {}).value()
   np.testing.assert_allclose(loss, (1.5 + 1.125) / 2, rtol=1e-6)

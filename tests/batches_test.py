@@ -1,12 +1,15 @@
 """Batches by step: the same ones whatever was read before, and nothing lost."""
 
 import collections
+import dataclasses
+import itertools
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
 from moe_jax.core.errors import ConfigError
-from moe_jax.data import batches, tokens
+from moe_jax.data import batches, corpora
 
 SEQ_LEN = 7
 DOMAINS = ("code", "empty", "tiny", "prose")
@@ -29,12 +32,17 @@ def corpus(tmp_path_factory):
 
 
 def make_corpus(folder, num_tokens):
-  return tokens.Corpus(
+  return corpora.Corpus(
     name="random",
-    directory=folder,
     fingerprint="",
     num_bytes_V=(1,) * 256 + (0,),
-    domains=DOMAINS,
+    parts=((1.0, DOMAINS),),
+    files={
+      split: {
+        d: folder / f"{split}-{i:03d}.tokens" for i, d in enumerate(sizes)
+      }
+      for split, sizes in num_tokens.items()
+    },
     num_tokens=num_tokens,
     num_documents={},
     sources={},
@@ -208,11 +216,6 @@ def test_validation_is_the_same_every_time_and_can_be_cut(corpus):
   ("kwargs", "match"),
   [
     ({"seq_len": 502}, "has the 503 training tokens.*use a shorter seq_len"),
-    ({"seq_len": 0}, "seq_len is 0; give 1 or more"),
-    ({"batch_size": 0}, "batch_size is 0"),
-    ({"accumulation": 0}, "accumulation is 0"),
-    ({"accumulation": 3}, "batch_size 8 is not a multiple of accumulation 3"),
-    ({"seed": -1}, "the data seed is -1"),
   ],
 )
 def test_impossible_training_batches_are_refused(corpus, kwargs, match):
@@ -230,11 +233,181 @@ def test_there_is_no_step_before_the_first(corpus):
 
 
 def test_impossible_validation_batches_are_refused_at_the_call(corpus):
-  with pytest.raises(ConfigError, match="batches_per_domain is 0"):
-    batches.validation_batches(
-      corpus, seq_len=4, batch_size=1, batches_per_domain=0
-    )
   none = {**SIZES, "validation": {**dict.fromkeys(DOMAINS, 0), "tiny": 1}}
-  short = make_corpus(corpus.directory, none)
-  with pytest.raises(ConfigError, match="no two validation tokens"):
+  short = dataclasses.replace(corpus, num_tokens=none)
+  with pytest.raises(
+    ConfigError, match=r"no validation text to predict in \('code'"
+  ):
     batches.validation_batches(short, seq_len=4, batch_size=1)
+  with pytest.raises(ConfigError, match="begins with 4 tokens, and has no"):
+    batches.validation_batches(
+      corpus, seq_len=4, batch_size=1, begin=(1, 2, 3, 4)
+    )
+
+
+# Shares of a mixture.
+
+
+class Parts:
+  """Some thousand tokens in each of several parts."""
+
+  name, end_of_document = "parts", 10**6
+
+  def __init__(self, *weights):
+    self.domains = tuple(f"d{i}" for i in range(len(weights)))
+    self.parts = tuple((w, (d,)) for w, d in zip(weights, self.domains))
+    self.num_tokens = {"train": dict.fromkeys(self.domains, 1001)}
+
+  def tokens(self, split, domain):
+    return np.arange(1001) + 2000 * self.domains.index(domain)
+
+
+def parts_of_rows(weights, number):
+  """The part of each of the first rows of a stream."""
+  stream = batches.train_batches(
+    Parts(*weights), seq_len=5, batch_size=number, seed=0
+  )
+  return stream[0]["domain"]
+
+
+@pytest.mark.parametrize(
+  "weights",
+  [(1.0, 1.0099), (1, 3), (0.1, 0.3), (1e-3, 2.0), (2 / 3, 1 / 3), (7, 1e6)],
+)
+def test_a_part_has_its_exact_share_of_any_first_rows(weights):
+  part = parts_of_rows(weights, 4000)
+  share = Fraction(str(weights[1])) / sum(Fraction(str(w)) for w in weights)
+  for n in range(4001):
+    assert abs((part[:n] == 1).sum() - n * share) < 1
+
+
+@pytest.mark.parametrize("weights", [(5, 3, 2), (0.1, 0.7, 0.2), (1, 1, 1, 1)])
+def test_several_parts_have_their_exact_shares(weights):
+  part = parts_of_rows(weights, 3000)
+  for number, weight in enumerate(weights):
+    for n in (1, 10, 999, 3000):
+      want = n * weight / sum(weights)
+      assert abs((part[:n] == number).sum() - want) < len(weights)
+
+
+@pytest.mark.parametrize("weights", [(1,), (1, 1), (3.0, 1.0), (1.0, 0.5, 4.0)])
+def test_the_rows_are_those_of_grain_where_it_is_exact(weights):
+  """So that runs of before go on with the rows that they had."""
+  import grain
+
+  sources = [
+    grain.MapDataset.range(200 * i, 200 * (i + 1))
+    .seed(7 + 1000 * i)
+    .shuffle()
+    .repeat()
+    for i in range(len(weights))
+  ]
+  mixed = grain.MapDataset.mix(sources, weights) if weights[1:] else sources[0]
+  stream = batches.train_batches(
+    Parts(*weights), seq_len=5, batch_size=16, seed=7
+  )
+  for step in (0, 1, 50, 10**6):
+    part, place = np.divmod([mixed[16 * step + i] for i in range(16)], 200)
+    first = stream[step]["inputs"][:, 0]
+    np.testing.assert_array_equal(first, 2000 * part + 5 * place)
+
+
+# Domains without text, and tokens that a model begins with.
+
+
+class Texts:
+  """Documents given as lists of tokens, by domain."""
+
+  name, end_of_document = "texts", 9
+
+  def __init__(self, **documents):
+    self.domains = tuple(documents)
+    self.parts = ((1.0, self.domains),)
+    self._tokens = {
+      domain: np.array([t for d in texts for t in [*d, 9]], np.uint16)
+      for domain, texts in documents.items()
+    }
+    sizes = {k: len(v) for k, v in self._tokens.items()}
+    self.num_tokens = {"validation": sizes, "train": sizes}
+
+  def tokens(self, split, domain):
+    return self._tokens[domain]
+
+
+@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize("most", [None, 1])
+def test_no_domain_is_without_text_to_predict(separate, most):
+  corpus = Texts(
+    text=[[1, 2, 3]] * 4, empty=[[]] * 20, letter=[[1]], none=[], last=[[1, 2]]
+  )
+  found = validate(corpus, separate_documents=separate, batches_per_domain=most)
+  assert [domain for domain, _ in found] == ["text", "last"]
+  assert [b["domain"].tolist() for _, b in found] == [[0] * 4, [4] * 4]
+  for _, batch in found:
+    assert (batch["targets"][batch["mask"]] != 9).any()
+
+
+def test_rows_without_a_target_are_left_out():
+  """Where the end of a document is no input."""
+  corpus = Texts(a=[[1, 2], *[[]] * 30, [3, 4]])
+  whole = validate(corpus, seq_len=4, batch_size=1)
+  assert len(whole) == 9
+  apart = validate(corpus, seq_len=4, batch_size=1, separate_documents=True)
+  assert len(apart) == 2 and all(b["mask"].any() for _, b in apart)
+  read = [t for _, b in apart for t in b["targets"][b["mask"]].tolist()]
+  assert read == [2, 9, 4, 9]
+
+
+def test_a_corpus_of_empty_documents_is_refused():
+  with pytest.raises(
+    ConfigError, match="no validation text .* {'a': 9} tokens"
+  ):
+    validate(Texts(a=[[]] * 9))
+
+
+LENGTHS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 14, 20, 0, 0, 1, 29]
+
+
+@pytest.mark.parametrize("begin", [(7,), (7, 8)])
+@pytest.mark.parametrize("seq_len", [3, 7, 64])
+@pytest.mark.parametrize("separate", [True, False])
+def test_rows_begin_as_the_model_wants_and_no_token_is_lost(
+  begin, seq_len, separate
+):
+  rng = np.random.default_rng(0)
+  texts = [rng.integers(0, 7, n).tolist() for n in LENGTHS]
+  found = validate(
+    Texts(a=texts, b=[[]], c=texts[::-1]),
+    seq_len=seq_len,
+    batch_size=3,
+    begin=begin,
+    separate_documents=separate,
+  )
+  assert {domain for domain, _ in found} == {"a", "c"}
+  want = {"a": texts, "c": texts[::-1]}
+  for domain, rows in itertools.groupby(found, key=lambda pair: pair[0]):
+    targets = []
+    for _, batch in rows:
+      real = batch["mask"].any(1)
+      for inputs, target, mask in zip(
+        batch["inputs"][real], batch["targets"][real], batch["mask"][real]
+      ):
+        assert tuple(inputs[: len(begin)]) == begin
+        targets += target[mask].tolist()
+        # All before a target is of its document.
+        last = np.flatnonzero(mask)[-1]
+        assert 9 not in inputs[: last + 1]
+        assert not set(begin) & set(inputs[len(begin) :])
+    assert targets == [t for text in want[domain] for t in [*text, 9]]
+
+
+def test_a_row_repeats_the_token_before_its_first_target():
+  (_, first), (_, second) = validate(
+    Texts(a=[[1, 2, 3, 4, 5]]), seq_len=4, batch_size=1, begin=(7,)
+  )
+  assert first["inputs"].tolist() == [[7, 1, 2, 3]]
+  assert first["targets"].tolist() == [[1, 2, 3, 4]]
+  assert first["mask"].all()
+  assert second["inputs"].tolist() == [[7, 4, 5, 9]]
+  assert second["targets"].tolist() == [[4, 5, 9, 0]]
+  assert second["mask"].tolist() == [[False, True, True, False]]

@@ -7,7 +7,6 @@ import json
 import math
 import pathlib
 import platform
-import subprocess
 
 import jax
 import numpy as np
@@ -378,7 +377,7 @@ ENTRY %main (x: f32[4,4]) -> f32[4] {
 def test_devices_that_a_token_goes_to():
   expert_NK = np.array([[0, 1], [7, 0], [4, 5]])  # Two experts a device.
   assert traffic.spread(expert_NK, 8, 4) == (4 / 3, 3 / 1.5)
-  rows = traffic.summarize("run", {"00": expert_NK}, 8, {}, [2, 3, 4])
+  rows = traffic.summarize("run", {"00": expert_NK}, {"00": 8}, {}, [2, 3, 4])
   assert [row["devices"] for row in rows] == [2, 4]  # 3 does not divide 8.
   assert rows[1]["rows_by_choice"] == 2 * 3 / 4
   assert rows[1]["rows_by_device"] == 4 / 3 * 3 / 4
@@ -489,13 +488,13 @@ def test_files_that_could_not_be_written(capsys, tmp_path):
 def test_processes_share_what_they_compile(monkeypatch):
   seen = []
 
-  def run(command, env, **_):
+  def run(command, env):
     seen.append((command[1:], env["JAX_COMPILATION_CACHE_DIR"], env["PATH"]))
-    return subprocess.CompletedProcess(command, 0, stdout="words\n[1, 2]\n")
+    return 0, "words\n[1, 2]\n"
 
   monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
   monkeypatch.setenv("PATH", "here")
-  monkeypatch.setattr(subprocess, "run", run)
+  monkeypatch.setattr(timing, "_run", run)
   assert timing.processes("it", ["--flag"], 2) == [[1, 2], [1, 2]]
   assert timing.processes("it", ["--flag"], 1) == [[1, 2]]
   ((command, folder, path),) = set((tuple(c), f, p) for c, f, p in seen)

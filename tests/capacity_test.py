@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.core import registry
 from moe_jax.core.errors import ConfigError
-from moe_jax.moe import capacity, dispatchers
-from moe_jax.moe.types import Bound, Routing
+from moe_jax.moe import capacity, dispatchers, groups, layer
+from moe_jax.moe.types import Bound, TokenChoice
 from tests import oracle
 
 G, T, E = 2, 7, 6
@@ -44,14 +45,14 @@ def assign(order, buckets, prioritised):
 
   @jax.jit
   def run(expert_GTK, valid_GTK, priority_GTK, num_slots):
-    routing = Routing(
+    choice = TokenChoice(
       expert_TK=expert_GTK,
       weight_TK=jnp.ones(expert_GTK.shape),
       valid_TK=valid_GTK,
       priority_TK=priority_GTK if prioritised else None,
     )
     bound = None if buckets is None else Bound(num_slots, buckets)
-    return dispatchers.assign(routing, E, bound, order)
+    return dispatchers.assign(choice, E, bound, order)
 
   return run
 
@@ -155,6 +156,58 @@ def test_capacity_is_the_exact_floor(percent, tokens, top_k, many):
   assert capacity.capacity(percent / 100, tokens, top_k, buckets).slots == exact
 
 
+@pytest.mark.parametrize(
+  "rounding,want",
+  [
+    # 1.25 * 18 / 8 = 2.8125, 10 / 8 = 1.25 and 12 / 8 = 1.5 slots.
+    (("floor",), (2, 1, 1)),
+    (("ceil",), (3, 2, 2)),
+    (("round",), (3, 1, 2)),
+    # V-MoE: up to a multiple of 4 after rounding.
+    (("ceil", 4), (4, 4, 4)),
+    (("floor", 2), (2, 2, 2)),
+    # Mesh TensorFlow's Switch has at least 4.
+    (("floor", 1, 4), (4, 4, 4)),
+    (("round", 1, 2), (3, 2, 2)),
+    # The minimum comes last, and is no multiple then.
+    (("floor", 4, 6), (6, 6, 6)),
+    (("ceil", 8, 6), (8, 8, 8)),
+  ],
+)
+def test_capacity_rounding(rounding, want):
+  loads = ((1.25, 18), (1.0, 10), (1.0, 12))
+  found = [capacity.capacity(*load, 1, 8, *rounding) for load in loads]
+  assert found == [Bound(slots, 8) for slots in want]
+
+
+@pytest.mark.parametrize("rounding", capacity.ROUNDINGS)
+def test_whole_capacities_need_no_rounding(rounding):
+  """1.1 * 10 is 11.000000000000002, which is still 11 slots."""
+  assert capacity.capacity(1.1, 10, 1, 1, rounding) == Bound(11, 1)
+  assert capacity.capacity(1.15, 100, 1, 1, rounding) == Bound(115, 1)
+
+
 def test_a_capacity_of_zero_is_refused():
-  with pytest.raises(ConfigError, match="rounds to zero"):
-    capacity.capacity(1.0, 4, 1, 8)
+  """Unless it is rounded up, or there is a minimum."""
+  for rounding in ("floor", "round"):
+    with pytest.raises(ConfigError, match="rounds to zero.*min_capacity"):
+      capacity.capacity(1.0, 3, 1, 8, rounding)
+  assert capacity.capacity(1.0, 3, 1, 8, "ceil") == Bound(1, 8)
+  assert capacity.capacity(1.0, 3, 1, 8, minimum=4) == Bound(4, 8)
+
+
+def test_rounding_options_reach_the_bound_of_a_group():
+  """And no bucket has more slots than a group can send to it."""
+  router = registry.load("routers", "top_k", top_k=1)
+  dispatcher = registry.load("dispatchers", "gather")
+  recipe = layer.Recipe(8, router, dispatcher, experts=None)
+  options = dict(capacity_factor=1.0, capacity_rounding="round")
+  for more, length, slots in (
+    ({}, 12, 2),
+    ({"capacity_multiple": 4}, 12, 4),
+    ({"min_capacity": 5}, 12, 5),
+    ({"min_capacity": 5}, 3, 3),
+  ):
+    grouping = groups.Grouping(**options, **more)
+    _, resolved = grouping.resolve(recipe, length, train=True)
+    assert resolved.bound == Bound(slots, 8)

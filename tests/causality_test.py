@@ -1,7 +1,5 @@
 """A decoder's logits do not depend on later tokens, at tight capacity."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -9,9 +7,7 @@ from flax import linen as nn
 
 from configs import base
 from moe_jax import models
-from moe_jax.core import registry
 from moe_jax.core.errors import ConfigError
-from moe_jax.moe import groups
 from tests import mesh_cases
 
 V, L, B, CUT = 16, 12, 4, 5
@@ -56,21 +52,21 @@ def config(router, dispatcher, order, factor, buckets):
   return c.model
 
 
-def build(model):
-  return models.build(model, vocab_size=V, seq_len=L, batch_sizes=(B,))
+def build(section):
+  model = models.build(section, vocab_size=V)
+  models.check(model, length=L, batches={"rows": B}, mesh=None)
+  return model
 
 
 def changes(model, seeds):
   """By seed: change of the logits [B, L] when tokens from CUT on change, drops."""
-  grouping = model.arch.grouping
   shapes = nn.unbox(
     jax.eval_shape(model.init, jax.random.key(0), np.zeros((B, L), int))
   )
 
   def run(variables, tokens_BL, rng):
-    rng_G = groups.keys(rng, B, L, grouping)
-    logits, aux = model.apply(variables, tokens_BL, None, rng_G, train=True)
-    return logits, aux["decoder"]["0"]["stats"].dropped
+    logits, aux = model.apply(variables, tokens_BL, None, rng, train=True)
+    return logits, aux["decoder"]["0"]["moe"]["stats"].dropped
 
   tokens_BL = np.zeros((B, L), np.int32)
   program = jax.jit(run).lower(shapes, tokens_BL, jax.random.key(0))
@@ -125,15 +121,23 @@ def test_capacity_of_evaluation_is_checked_too():
     build(model)
 
 
-def test_a_model_called_at_another_length_is_checked_too():
+def test_a_model_that_nobody_checked_refuses_when_it_is_called():
   """Capacity of a group of whole sequences depends on their length."""
-  model = build(config({"name": "top_k"}, "gather", "token", 0.5, None))
-  recipe = dataclasses.replace(
-    model.arch.recipe,
-    dispatcher=registry.load("dispatchers", "gather", order="choice"),
-  )
-  arch = dataclasses.replace(model.arch, recipe=recipe)
+  section = config({"name": "top_k"}, "gather", "choice", 0.5, None)
+  model = models.build(section, vocab_size=V)
+  tokens_BL = np.zeros((1, 7), int)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), tokens_BL)
   with pytest.raises(ConfigError, match="later tokens"):
-    jax.eval_shape(
-      model.clone(arch=arch).init, jax.random.key(0), np.zeros((1, 7), int)
-    )
+    jax.eval_shape(model.apply, shapes, tokens_BL)
+
+
+def test_the_kind_that_leaks_is_named():
+  model = config({"name": "top_k"}, "gather", "token", 0.5, None)
+  model.pattern = ("moe", "moe@early")
+  model.num_layers = 2
+  dispatcher = {"name": "gather", "order": "choice"}
+  model.variants = {"early": {"moe": {"dispatcher": dispatcher}}}
+  with pytest.raises(ConfigError, match='in layers "moe@early".*later tokens'):
+    build(model)
+  model.variants = {"early": {"moe": {"capacity_factor": 1.0}}}
+  build(model)

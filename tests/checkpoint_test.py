@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from moe_jax.core import parallel
+from moe_jax.core import checksums, parallel
 from moe_jax.core.errors import ConfigError, RunError
 from moe_jax.training import checkpoint
 
@@ -97,8 +97,11 @@ def test_any_mesh_reads_what_any_mesh_wrote(tmp_path, wrote):
 
 
 def test_the_digest_is_of_the_values_and_not_of_the_mesh():
-  digests = {tuple(checkpoint.digest(state(1, sizes))) for sizes in MESHES}
-  assert len(digests) == 1
+  first, *others = (checksums.of_arrays(state(1, sizes)) for sizes in MESHES)
+  assert all(other == first for other in others)
+  assert (
+    first["rng"][0] == "key<fry>[]" and first["half"][0] == "bfloat16[16, 4]"
+  )
 
 
 @pytest.mark.parametrize(
@@ -121,7 +124,7 @@ def test_the_digest_sees_one_bit_and_one_exchange(dtype):
 
 def _digest(raw, dtype):
   x = jnp.asarray(raw.view(jnp.dtype(dtype)).reshape(2, -1))
-  return tuple(checkpoint.digest({"x": x}))
+  return checksums.of_arrays({"x": x})["x"][1]
 
 
 def test_the_newest_is_restored_and_nothing_is_none(tmp_path, folder):
@@ -151,16 +154,40 @@ def damage(kind, step):
       path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
   elif kind == "without meta":
     (step / "meta" / "metadata").unlink()
-  elif kind == "another digest":  # Bytes that the storage takes for good ones.
+  elif kind == "other arrays":  # Bytes that the storage takes for good ones.
+    arrays = about(step)["arrays"]
+    rewrite(step, arrays={k: [t, "0" * 8] for k, (t, _) in arrays.items()})
+  elif kind == "without types":  # Then random keys are read as integers.
+    (step / "state" / "array_metadatas" / "process_0").unlink()
+  elif kind == "other meta":
     path = step / "meta" / "metadata"
-    meta = json.loads(path.read_text())
-    meta["digest"] = ["00000000"] * len(meta["digest"])
-    path.write_text(json.dumps(meta))
+    text = path.read_text()
+    path.write_text(text.replace('"note": 3', '"note": 2'))
+    assert path.read_text() != text
+  elif kind == "not UTF-8":
+    path = step / "meta" / "metadata"
+    path.write_bytes(path.read_bytes().replace(b"note", b"n\xefte"))
+  elif kind == "deep":
+    (step / "meta" / "metadata").write_text("[" * 100_000)
 
 
-@pytest.mark.parametrize(
-  "kind", ["flipped", "cut short", "without meta", "another digest"]
-)
+def about(step):
+  return json.loads((step / "meta" / "metadata").read_text())
+
+
+def rewrite(step, **changes):
+  """Changes what lies beside the arrays, with the checksum that it must have."""
+  changed = about(step) | changes
+  del changed["checksum"]
+  changed["checksum"] = checksums.of_json(changed)
+  (step / "meta" / "metadata").write_text(json.dumps(changed))
+
+
+JSON_DAMAGES = "without meta", "other meta", "not UTF-8", "deep"
+ARRAY_DAMAGES = "flipped", "cut short", "other arrays", "without types"
+
+
+@pytest.mark.parametrize("kind", JSON_DAMAGES + ARRAY_DAMAGES)
 def test_a_damaged_one_is_set_aside_and_the_one_before_is_used(
   folder, kind, caplog
 ):
@@ -180,7 +207,7 @@ def test_a_damaged_one_is_set_aside_and_the_one_before_is_used(
 
 def test_all_damaged_is_an_error_and_nothing_is_moved(folder):
   for step in folder.glob("[0-9]"):
-    damage("another digest", step)
+    damage("other arrays", step)
   with opened(folder) as checkpoints:
     with pytest.raises(ConfigError, match="all checkpoints in .* are damaged"):
       checkpoints.restore(abstract())
@@ -233,9 +260,6 @@ def test_how_many_are_kept(tmp_path):
       checkpoints.save(step, state(step), {})
     checkpoints.wait()
     assert checkpoints.steps() == [4, 6, 7]
-  for options in ({"keep_last": 0}, {"keep_every": 0}):
-    with pytest.raises(ConfigError, match=f"{next(iter(options))} = 0"):
-      checkpoint.Checkpoints(tmp_path / "d", **options)
 
 
 def test_one_of_another_model_is_refused(folder):
@@ -249,6 +273,38 @@ def test_one_of_another_model_is_refused(folder):
     assert words in str(e.value)
 
 
+def test_one_of_the_old_layout_is_refused(folder):
+  """So is one of a layout that is not known yet."""
+  path = folder / "3" / "meta" / "metadata"
+  whole = path.read_bytes()
+  old = {"format": 1, "digest": ["0"], "shapes": {"w": "int8[]"}, "meta": {}}
+  with opened(folder) as checkpoints:
+    for number, write in (
+      (1, lambda: path.write_text(json.dumps(old))),
+      (3, lambda: rewrite(folder / "3", format=3)),
+    ):
+      write()
+      words = f"3 has format {number}, not 2; use the version"
+      with pytest.raises(ConfigError, match=words):
+        checkpoints.restore(abstract())
+      with pytest.raises(ConfigError, match=words):
+        checkpoint.load_params(folder)
+      path.write_bytes(whole)
+  # Format 1 had no checksum; what has a wrong one is damaged.
+  path.write_text(json.dumps(old | {"checksum": "0"}))
+  same(checkpoint.load_params(folder), state(2)["params"])
+
+
+def test_variables_of_which_a_part_is_gone_are_not_loaded(folder, monkeypatch):
+  """Such as biases that the list of arrays no longer names."""
+  read = checkpoint._read_arrays
+  monkeypatch.setattr(checkpoint, "_read_arrays", lambda *a: {"balance": {}})
+  with pytest.raises(ConfigError, match="no checkpoint in .* can be read"):
+    checkpoint.load_params(folder)
+  monkeypatch.setattr(checkpoint, "_read_arrays", read)
+  checkpoint.load_params(folder)
+
+
 def test_parameters_load_as_numpy_from_anywhere(tmp_path, folder, caplog):
   want = jax.device_get(state(3)["params"])
   for path in (tmp_path, folder, folder / "3", str(folder / "3")):
@@ -259,6 +315,8 @@ def test_parameters_load_as_numpy_from_anywhere(tmp_path, folder, caplog):
   assert not caplog.records, "it warns of something"
   with pytest.raises(ConfigError, match="no checkpoint in"):
     checkpoint.load_params(tmp_path / "nowhere")
+  with pytest.raises(ConfigError, match=r"no moving average"):
+    checkpoint.load_variables(folder, ema=True)
 
 
 def test_float64_loads_where_jax_has_none(tmp_path):
@@ -271,7 +329,7 @@ def test_float64_loads_where_jax_has_none(tmp_path):
   same(checkpoint.load_params(tmp_path), jax.device_get(wide["params"]))
 
 
-@pytest.mark.parametrize("kind", ["flipped", "cut short", "another digest"])
+@pytest.mark.parametrize("kind", ["flipped", "other arrays", "other meta"])
 def test_parameters_of_a_damaged_one_are_not_loaded(folder, kind, caplog):
   damage(kind, folder / "3")
   same(checkpoint.load_params(folder), state(2)["params"])

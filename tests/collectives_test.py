@@ -102,9 +102,7 @@ def step_text(sizes, dispatcher="gather", capacity=1.25):
   c.moe.update(num_experts=16, d_expert=8, capacity_factor=capacity)
   c.moe.dispatcher = {"name": dispatcher}
   c.moe.balancers = {"bias": {"name": "bias", "rate": 1e-3}}
-  model = models.build(
-    c, vocab_size=32, seq_len=LENGTH, batch_sizes=(8,), mesh=mesh
-  )
+  model = models.build(c, vocab_size=32, mesh=mesh)
   [(_, lowered)] = aot.step(model, seq_len=LENGTH)
   return mesh, compiled(lowered)
 

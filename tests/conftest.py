@@ -2,6 +2,7 @@
 
 import os
 import platform
+import signal
 import sys
 
 _DEVICES = "--xla_force_host_platform_device_count"
@@ -39,6 +40,16 @@ def pytest_collection_modifyitems(config, items):
   left_out = [i for i in items if i.get_closest_marker("aot")]
   items[:] = [i for i in items if i not in left_out]
   config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+  """Takes back the handlers of signals that a command leaves in place."""
+  numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+  before = {number: signal.getsignal(number) for number in numbers}
+  yield
+  for number, handler in before.items():
+    signal.signal(number, handler)
 
 
 @pytest.hookimpl(wrapper=True)

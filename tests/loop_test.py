@@ -1,6 +1,7 @@
 """The loop: stopped, killed or left alone, a run is the same run."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import pytest
 from flax import traverse_util
 
 from moe_jax.core.errors import ConfigError, Interrupted, RunError
+from moe_jax.data import mixed
 from moe_jax.run import run_directory, signals
 from moe_jax.training import checkpoint, loop, program
 from tests import kill
@@ -33,10 +35,10 @@ def make():
       c.mesh = sizes or (1, 1, 1, 1)
       c.model.moe.num_experts = 8
       c.optim.learning_rate = 1e-2
-      c.train.update(num_steps=STEPS, log_every=1)
+      c.train.update(num_steps=STEPS, log_every=1, ema=0.75)
       c.checkpoint.every = 10
       with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program.mixture, "prepare", lambda *a, **k: SmallCorpus())
+        patch.setattr(mixed, "prepare", lambda *a, **k: SmallCorpus())
         if sizes is None:
           patch.setattr(program.parallel, "mesh_or_none", lambda sizes: None)
         made[sizes] = program.Program(c)
@@ -97,7 +99,7 @@ import sys
 import jax
 import numpy as np
 from flax import traverse_util
-from moe_jax import checkpoint
+from moe_jax.training import checkpoint
 variables = checkpoint.load_variables(sys.argv[1])
 np.savez(sys.argv[2], **traverse_util.flatten_dict(variables, sep="/"))
 assert jax.device_count() == 1
@@ -124,11 +126,18 @@ def test_what_eight_devices_wrote_is_opened_by_one(make, tmp_path):
   assert flat.keys() == wanted.keys()
   for name in wanted:
     np.testing.assert_array_equal(flat[name], wanted[name], err_msg=name)
+  average = checkpoint.load_variables(tmp_path / "run", ema=True)
+  jax.tree.map(np.testing.assert_array_equal, average["params"], state.ema)
   found = traverse_util.unflatten_dict(flat, sep="/")
   measured = alone.evaluate(alone.init(jax.random.key(0)).replace(**found))
   [line] = run_directory.read_metrics(tmp_path / "run", "validation")
   for name in ("loss", "max_vio", "dropped"):
     np.testing.assert_allclose(measured[name], line[name], atol=1e-5)
+  found["params"] = average["params"]
+  measured = alone.evaluate(alone.init(jax.random.key(0)).replace(**found))
+  for name in ("loss", "bits_per_byte", "max_vio"):
+    np.testing.assert_allclose(measured[name], line[f"ema/{name}"], atol=1e-5)
+  assert abs(line["ema/loss"] - line["loss"]) > 1e-4
 
 
 def checkpoints(path):
@@ -193,14 +202,16 @@ def test_a_signal_in_an_evaluation_ends_it(make, tmp_path, monkeypatch):
   want = go(made, tmp_path / "alone")
   seen = []
 
-  def validation():
-    for pair in program.Program.validation(made):
+  def validation(rows=None):
+    for pair in task.validation(rows):
       seen.append(pair)
       if len(seen) == 2:
         os.kill(os.getpid(), signal.SIGTERM)
       yield pair
 
-  monkeypatch.setattr(made, "validation", validation)
+  task = made.task
+  stopping = dataclasses.replace(task, validation=validation)
+  monkeypatch.setattr(made, "task", stopping)
   with pytest.raises(Interrupted, match=f"after step {STEPS} and saved"):
     go(made, tmp_path / "stopped")
   assert len(seen) == 2
@@ -278,49 +289,11 @@ def test_an_evaluation_that_was_cut_off_is_made_again(make, tmp_path):
 # What is refused.
 
 
-def test_two_processes_in_one_folder(make, tmp_path):
-  made = make()
-  with (
-    run_directory.RunDirectory(tmp_path, made.config),
-    pytest.raises(ConfigError, match=f"process {os.getpid()} on"),
-  ):
-    run_directory.RunDirectory(tmp_path, made.config)
-  run_directory.RunDirectory(tmp_path, made.config).close()
-
-
-def test_a_folder_of_another_config(make, tmp_path):
-  c = make().config.copy_and_resolve_references()
-  run_directory.RunDirectory(tmp_path, c).close()
-  c.mesh, c.data.cache_dir = (8, 1, 1, 1), "elsewhere"
-  run_directory.RunDirectory(tmp_path, c).close()  # The same numbers.
-  (tmp_path / "run.json").write_text("{}")
-  c.optim.learning_rate = 0.5
-  with pytest.raises(ConfigError) as e:
-    run_directory.RunDirectory(tmp_path, c)
-  for words in ("optim.learning_rate = 0.01", "0.5", "--workdir"):
-    assert words in str(e.value)
-  (tmp_path / "config.json").unlink()
-  with pytest.raises(ConfigError, match="without its config.json"):
-    run_directory.RunDirectory(tmp_path, c)
-
-
-def test_a_folder_in_which_nothing_began(make, tmp_path):
-  """One that holds only the config of a run that was refused takes another."""
-  c = make().config.copy_and_resolve_references()
-  for seed in (1, 2):
-    c.seed = seed
-    run_directory.RunDirectory(tmp_path, c).close()
-    assert json.loads((tmp_path / "config.json").read_text())["seed"] == seed
-  (tmp_path / "run.json").write_text("{}")
-  c.seed = 3
-  with pytest.raises(ConfigError, match="config.seed = 2, and now it is 3"):
-    run_directory.RunDirectory(tmp_path, c)
-
-
 def test_other_data(make, tmp_path, monkeypatch):
   made = make()
   go(made, tmp_path)
-  monkeypatch.setattr(SmallCorpus, "fingerprint", "1")
+  other = dataclasses.replace(made.task, fingerprint="1")
+  monkeypatch.setattr(made, "task", other)
   with pytest.raises(ConfigError, match="fingerprint 0…, but small now has 1…"):
     go(made, tmp_path)
 
@@ -358,7 +331,7 @@ def test_a_step_that_is_not_finite_changes_nothing(make, monkeypatch):
   assert not np.isfinite(sums["loss"].total / sums["loss"].weight)
   after = jax.device_get(state)
   assert (int(after.step), int(after.skipped)) == (2, 1)
-  for part in ("params", "opt_state", "balance"):
+  for part in ("params", "opt_state", "balance", "ema"):
     jax.tree.map(
       np.testing.assert_array_equal, getattr(before, part), getattr(after, part)
     )

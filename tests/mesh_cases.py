@@ -15,9 +15,9 @@ from flax import linen as nn
 from configs import base
 from moe_jax import models
 from moe_jax.core import parallel
-from moe_jax.moe import groups
-from moe_jax.moe.types import Router, Stats
-from moe_jax.training import optim, train_step
+from moe_jax.moe.types import Router
+from moe_jax.training import balancing, train_step
+from tests import small
 
 # (data, fsdp, expert, tensor).
 MESHES = (
@@ -43,6 +43,8 @@ TIE = {"float64": 1e-6, "float32": 2e-5}
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
 V, L, E = 32, 8, 16
 BIAS_RATE, Z_COEFFICIENT = 1e-2, 1e-2
+# Of a step whose optimizer takes none, and without a moving average.
+NO_NUMBERS = {"optim": None, "balancers": {}, "ema": None}
 # These programs run once: most of their time is compiling.
 QUICK = {
   "xla_backend_optimization_level": 0,
@@ -62,6 +64,7 @@ class Case:
   tokens_per_group: "sequence", 2 * L (two sequences) or L // 2 (half a one).
   router: options of the router top_k.
   prefix, pattern, repeats: kinds of the layers.
+  other: key of OTHERS, of layers "moe@other".
   remat: "none" or "block".
   shared: number of shared experts.
   use_bias: a bias after each matrix of the experts.
@@ -82,6 +85,7 @@ class Case:
   prefix: tuple[str, ...] = ()
   pattern: tuple[str, ...] = ("moe",)
   repeats: int = 2
+  other: str | None = None
   remat: str = "block"
   activation: str = "swiglu"
   shared: int = 0
@@ -135,6 +139,18 @@ VARIATIONS = (
   ),
 )
 
+
+# Keys of `model.moe` that layers "moe@other" have of their own.
+OTHERS = {
+  "few": {
+    "num_experts": 4,
+    "top_k": 1,
+    "tokens_per_group": L // 2,
+    "router": {"name": "top_k", "score": "sigmoid", "noise": 0.3},
+    "dispatcher": {"name": "sorted"},
+    "balancers": {"b": {"name": "bias", "rate": BIAS_RATE}},
+  }
+}
 
 # Experts, and experts per token.
 NUMBERS = ((16, 2), (8, 1), (64, 8), (64, 2))
@@ -224,27 +240,41 @@ def config(case: Case):
       "coefficient": coefficient(scope),
       "scope": scope,
     }
-  c.optim.update(
-    name="sgd", learning_rate=0.1, schedule="constant", warmup_steps=0
-  )
+  if case.other is not None:
+    c.model.variants = {"other": {"moe": OTHERS[case.other]}}
   return c
 
 
+def plain_model(case: Case, mesh):
+  """The model of a case on a mesh; None: one device."""
+  model = models.build(config(case).model, vocab_size=V, mesh=mesh)
+  rows = {"rows": micro_rows(case)}
+  models.check(model, length=L, batches=rows, mesh=mesh)
+  return model
+
+
 def build(case: Case, mesh):
-  """The model of a case, which reports ties, and its optimizer."""
-  c = config(case)
-  model = models.build(
-    c.model,
-    vocab_size=V,
-    seq_len=L,
-    batch_sizes=(micro_rows(case),),
-    mesh=mesh,
+  """What `train_step` takes: the model, which reports ties, and the others."""
+
+  def reporting(recipe):
+    assert recipe.experts.checked is True
+    return dataclasses.replace(recipe, router=watched(recipe.router))
+
+  sgd = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
+  return {
+    "model": with_recipes(plain_model(case, mesh), reporting),
+    "task": small.task(np.ones(V, np.int32), L, mesh),
+    "optimizer": lambda *_: recording(sgd),
+  }
+
+
+def with_recipes(model, change):
+  """The same decoder with `change(recipe)` in all its MoE layers."""
+  kinds = tuple(
+    (kind, parts._replace(recipe=parts.recipe and change(parts.recipe)))
+    for kind, parts in model.arch.kinds
   )
-  recipe = model.arch.recipe
-  assert recipe.checked is True
-  recipe = dataclasses.replace(recipe, router=watched(recipe.router))
-  arch = dataclasses.replace(model.arch, recipe=recipe)
-  return model.clone(arch=arch), recording(optim.build(c.optim, 10))
+  return model.clone(arch=dataclasses.replace(model.arch, kinds=kinds))
 
 
 @functools.cache
@@ -360,16 +390,10 @@ def measure(case: Case, sizes, *, state=None, batch=None):
 def _program(case, sizes):
   """The boxed state's shapes, and a function that compiles when called."""
   mesh = None if sizes is None else make_mesh(sizes)
-  model, optimizer = build(case, mesh)
-  init = functools.partial(
-    train_step.init_state,
-    model=model,
-    optimizer=optimizer,
-    seq_len=L,
-    batch=micro_rows(case),
-  )
+  parts = build(case, mesh)
+  init = functools.partial(train_step.init_state, **parts, numbers=NO_NUMBERS)
   boxed = jax.eval_shape(init, jax.random.key(0))
-  step = jax.jit(functools.partial(_everything, model, optimizer))
+  step = jax.jit(functools.partial(_everything, parts))
   compiled = {}
 
   def run(state, batch):
@@ -386,28 +410,20 @@ def make_mesh(sizes):
   return parallel.make_mesh(sizes, jax.devices()[: np.prod(sizes)])
 
 
-def _everything(model, optimizer, state, batch):
-  new, sums = train_step.train_step(
-    state, batch, model=model, optimizer=optimizer, num_bytes_V=np.ones(V)
-  )
-  _, rows, length = batch["inputs"].shape
+def _everything(parts, state, batch):
+  new, sums = train_step.train_step(state, batch, NO_NUMBERS, **parts)
   # The first micro-batch once more, now with its outputs.
-  rng_G = groups.keys(
-    jax.random.fold_in(state.rng, state.step),
-    rows,
-    length,
-    model.arch.grouping,
-  )
+  model = parts["model"]
   logits, aux = model.apply(
     {"params": state.params, "balance": state.balance},
     batch["inputs"][0],
     batch["mask"][0],
-    rng_G,
+    jax.random.fold_in(state.rng, state.step),
     train=True,
   )
   return {
     "logits": logits,
-    "stats": aux,
+    "stats": balancing.statistics(aux, model.sublayers),
     "gradient": new.opt_state[0],
     "params": new.params,
     "balance": new.balance,
@@ -417,24 +433,17 @@ def _everything(model, optimizer, state, batch):
 
 def take_ties(found) -> float:
   """How many tokens had almost made another choice; taken out of extra."""
-  is_stats = lambda x: isinstance(x, Stats)  # noqa: E731
   ties = 0.0
-  for tree in (found["stats"], found["sums"]["stats"]):
-    for stats in jax.tree.leaves(tree, is_leaf=is_stats):
+  for by_path in (found["stats"], found["sums"]["stats"]):
+    for stats in by_path.values():
       ties += float(stats.extra.pop("ties").sum())
   return ties
 
 
 def dropped(found) -> int:
   """Assignments of the step without a slot."""
-  causes = jax.tree.leaves(
-    [
-      entry.dropped
-      for positions in found["sums"]["stats"].values()
-      for entry in positions.values()
-    ]
-  )
-  return int(sum(c.sum() for c in causes))
+  causes = [s.dropped for s in found["sums"]["stats"].values()]
+  return int(sum(c.sum() for c in jax.tree.leaves(causes)))
 
 
 def worst(found, expected) -> tuple[float, str]:

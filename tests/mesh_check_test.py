@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from configs import tiny
+from moe_jax import models
 from moe_jax.core.errors import RunError
 from moe_jax.moe import exchange
 from moe_jax.training import mesh_check
@@ -14,12 +15,21 @@ MESH = (1, 2, 2, 2)
 ENTER = exchange.enter_tensor
 
 
+LENGTH = 32
+
+
 def config(dispatcher="gather", capacity=1.0, **moe):
-  c = tiny.get_config()
-  c.data.seq_len = 32
-  c.model.moe.update(num_experts=8, capacity_factor=capacity, **moe)
-  c.model.moe.dispatcher = {"name": dispatcher}
+  c = tiny.get_config().model
+  c.num_kv_heads = 2
+  c.moe.update(num_experts=8, capacity_factor=capacity, **moe)
+  c.moe.dispatcher = {"name": dispatcher}
   return c
+
+
+def check(c, sizes=MESH):
+  mesh = mesh_cases.make_mesh(sizes)
+  model = models.build(c, vocab_size=9, mesh=mesh)
+  return mesh_check.check(model, LENGTH, c.dtype, mesh)
 
 
 RUNS = {
@@ -43,18 +53,17 @@ RUNS = {
   [*((name, MESH) for name in RUNS), ("dropless", (2, 1, 4, 1))],
 )
 def test_a_right_mesh_differs_by_rounding(name, sizes):
-  found = mesh_check.check(RUNS[name], mesh_cases.make_mesh(sizes))
+  found = check(RUNS[name], sizes)
   assert 0 < found.distance < 1e-5 and found.seconds > 0
 
 
 def test_bfloat16_and_runs_without_experts():
   half = config("sorted", None)
-  half.model.dtype = "bfloat16"
-  found = mesh_check.check(half, mesh_cases.make_mesh(MESH))
-  assert found.distance < 3e-2
+  half.dtype = "bfloat16"
+  assert check(half).distance < 3e-2
   dense = config()
-  dense.model.pattern = ("dense",)
-  assert mesh_check.check(dense, mesh_cases.make_mesh(MESH)) is None
+  dense.pattern = ("dense",)
+  assert check(dense) is None
 
 
 def by_every_shard(bias, axes):
@@ -87,7 +96,7 @@ def by_expert(count_ie, num_rows):
 def test_a_wrong_exchange_stops_the_run(monkeypatch, name, function, faulty):
   monkeypatch.setattr(exchange, function, faulty)
   with pytest.raises(RunError, match="'fsdp': 2.* differs by .* do not trust"):
-    mesh_check.check(RUNS[name], mesh_cases.make_mesh(MESH))
+    check(RUNS[name])
 
 
 @pytest.mark.parametrize("factor", [0.5, np.nan])
@@ -106,4 +115,17 @@ def test_a_wrong_gradient_alone_stops_the_run(monkeypatch, factor):
 
   monkeypatch.setattr(exchange, "gather_weights", wrong)
   with pytest.raises(RunError, match=": gradients/0/"):
-    mesh_check.check(RUNS["slots"], mesh_cases.make_mesh(MESH))
+    check(RUNS["slots"])
+
+
+def test_every_kind_of_layer_is_checked(monkeypatch):
+  """Also where the wrong exchange is that of one kind alone."""
+  c = config()
+  c.pattern = ("moe", "moe@rows")
+  rows = {"dispatcher": {"name": "sorted"}, "capacity_factor": None}
+  c.variants = {"rows": {"moe": rows | {"num_experts": 4, "top_k": 1}}}
+  c.variants["rows"]["moe"]["router"] = {"name": "top_k"}
+  assert check(c).distance < 1e-5
+  monkeypatch.setattr(exchange, "_transpose_blocks", by_expert)
+  with pytest.raises(RunError, match="do not trust"):
+    check(c)

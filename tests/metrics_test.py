@@ -1,63 +1,68 @@
 """Metrics by their definitions, against the oracle where it has them."""
 
-import types
+import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.data import tokenizers
-from moe_jax.models import transformer
-from moe_jax.moe.types import Mean, Stats
-from moe_jax.training import metrics
+from configs import tiny
+from moe_jax import models
+from moe_jax.core import registry
+from moe_jax.moe import groups, layer
+from moe_jax.moe.types import Loads, Mean, Stats, Sublayer
+from moe_jax.training import balancing, metrics
 from tests import oracle
 
 R, G, S, E, K = 2, 3, 2, 6, 2
 
 
-def draw(seed, dead=None) -> Stats:
+def draw(seed, dead=None, num_experts=E, top_k=K) -> Stats:
   """Stats [R, G, S, ...] of 10 tokens a sequence."""
   rng = np.random.default_rng(seed)
   tokens, whole = np.full((R, G, S), 10), (R, G, S)
-  p = np.ones(E) if dead is None else np.arange(E) != dead
-  count = rng.multinomial(K * 10, p / p.sum(), whole)
-  prob = rng.dirichlet(np.ones(E), whole) * 10
+  p = np.ones(num_experts) if dead is None else np.arange(num_experts) != dead
+  count = rng.multinomial(top_k * 10, p / p.sum(), whole)
+  prob = rng.dirichlet(np.ones(num_experts), whole) * 10
   dropped = rng.integers(0, 3, whole)
   return Stats(
     tokens=tokens,
-    count_E=count,
-    first_choice_E=count // 2,
+    loads=Loads(
+      count_E=count,
+      first_choice_E=count // 2,
+      kept_E=count,
+      weight_E=prob,
+      dropped={
+        "capacity": dropped,
+        "buffer": np.zeros(whole, int),
+        "unrouted": 2 * dropped,
+      },
+      confidence=rng.random(whole),
+    ),
     prob_E=prob,
-    weight_E=prob,
-    kept_E=count,
-    dropped={
-      "capacity": dropped,
-      "buffer": np.zeros(whole, int),
-      "unrouted": 2 * dropped,
-    },
     z=rng.random(whole),
     entropy=rng.random(whole),
-    confidence=rng.random(whole),
     extra={"mine": rng.random(whole)},
   )
 
 
-def segments(prefix, pattern, num_layers):
-  shape = types.SimpleNamespace(
-    prefix=prefix, pattern=pattern, num_layers=num_layers
+def sublayer(numbers, num_experts=E, **router) -> Sublayer:
+  """Layers of these numbers; the options are fields of their router."""
+  any_router = registry.load("routers", "random", top_k=1)
+  router = dataclasses.replace(any_router, **{"top_k": K, **router})
+  recipe = layer.Recipe(num_experts, router, dispatcher=None, experts=None)
+  return Sublayer(recipe, groups.Grouping(), numbers)
+
+
+def layers_of(stats):
+  path = "decoder/0/moe"
+  return metrics.by_layer(
+    balancing.sum_groups({path: stats}), {path: sublayer((0, 1))}
   )
-  return transformer.Architecture.segments.fget(shape)
-
-
-def layers_of(stats, pattern=("moe",), prefix=()):
-  tree = {"decoder": {"0": metrics.sum_groups(stats)}}
-  shape = segments(prefix, pattern, len(prefix) + R * len(pattern))
-  return metrics.by_layer(tree, shape)
 
 
 def test_sums_over_groups_keep_two_axes():
   stats = draw(0)
-  total = metrics.sum_groups(stats)
+  total = balancing.sum_groups({"any": stats})["any"]
   assert total.count_E.shape == (R, 1, 1, E)
   assert total.extra["mine"].shape == (R, 1, 1)
   np.testing.assert_array_equal(
@@ -70,7 +75,7 @@ def test_sums_over_groups_keep_two_axes():
 
 def test_routing_metrics_by_definition():
   stats = draw(1, dead=4)
-  found = metrics.divide(metrics.routing(layers_of(stats), K))
+  found = metrics.divide(metrics.routing(layers_of(stats)))
   count_RE = stats.count_E.sum((1, 2))
   prob_RE = stats.prob_E.sum((1, 2))
   tokens = stats.tokens.sum()
@@ -101,11 +106,70 @@ def test_routing_metrics_by_definition():
     assert found[f"dropped/{name}"] == pytest.approx(want, rel=1e-12)
   want = sum(n.sum() for n in stats.dropped.values()) / (tokens * K)
   assert found["dropped"] == pytest.approx(want, rel=1e-12)
+  assert found["experts_per_token"] == K
+
+
+def test_kinds_of_layers_with_other_numbers_of_experts_and_choices():
+  """Each layer by its own E and K; a token counts once in every layer."""
+  stats = {
+    "decoder/0/moe": draw(1, num_experts=4, top_k=1),
+    "decoder/1/moe": draw(2, num_experts=16, top_k=3),
+  }
+  sublayers = {
+    "decoder/0/moe": sublayer((0, 2), num_experts=4, top_k=1),
+    "decoder/1/moe": sublayer((1, 3), num_experts=16, top_k=3),
+  }
+  layers = metrics.by_layer(balancing.sum_groups(stats), sublayers)
+  assert [x.count_E.size for x in layers.values()] == [4, 16, 4, 16]
+  found = metrics.divide(metrics.routing(layers))
+  tokens = 2 * R * G * S * 10
+  assert found["experts_per_token"] == (1 + 3) / 2
+  dropped = sum(n.sum() for s in stats.values() for n in s.dropped.values())
+  # Of one choice of half the tokens, and three of the others.
+  assert found["dropped"] == pytest.approx(dropped / (tokens / 2 * (1 + 3)))
+  few_RE, many_RE = (s.count_E.sum((1, 2)) for s in stats.values())
+  for number, count_E in zip(
+    ("00", "01", "02", "03"), (few_RE[0], many_RE[0], few_RE[1], many_RE[1])
+  ):
+    want = oracle.max_vio(count_E)
+    assert found[f"max_vio/{number}"] == pytest.approx(want, rel=1e-12)
+  want = sum(s.z.sum() for s in stats.values()) / tokens
+  assert found["z_loss"] == pytest.approx(want, rel=1e-12)
+  each = [metrics.max_vio_floor(tokens // 4, *ek) for ek in ((4, 1), (16, 3))]
+  assert metrics.mean_floor(layers) == pytest.approx(np.mean(each), rel=1e-12)
+
+
+def test_a_router_that_does_not_always_choose_as_many():
+  """Fewer choices are no drops; shares are of the choices that were made."""
+  stats = draw(1)
+  none = np.zeros_like(stats.tokens)
+  dropped = {**stats.dropped, "unrouted": none}
+  stats = stats.replace(loads=stats.loads.replace(dropped=dropped))
+  for top_k in (E, None):
+    layers = metrics.by_layer(
+      balancing.sum_groups({"a": stats}),
+      {"a": sublayer((0, 1), fixed=False, top_k=top_k)},
+    )
+    found = metrics.divide(metrics.routing(layers))
+    assert found["experts_per_token"] == K
+    assert found["dropped/unrouted"] == 0
+    want = dropped["capacity"].sum() / stats.count_E.sum()
+    assert found["dropped"] == pytest.approx(want, rel=1e-12)
+    # Every expert with the same probability, independently of the others.
+    want = binomial_floor(60, E, K / E)
+    assert metrics.mean_floor(layers) == pytest.approx(want, rel=0.1)
+
+
+def binomial_floor(tokens, num_experts, share):
+  """Mean MaxVio of loads that are binomial each."""
+  rng = np.random.default_rng(1)
+  draws = rng.random((2000, tokens, num_experts)) < share
+  return np.mean([oracle.max_vio(count_E) for count_E in draws.sum(1)])
 
 
 def test_what_a_router_reports_is_per_token():
   stats = draw(1)
-  found = metrics.divide(metrics.routing(layers_of(stats), K))
+  found = metrics.divide(metrics.routing(layers_of(stats)))
   want = stats.extra["mine"].sum() / stats.tokens.sum()
   np.testing.assert_allclose(found["extra/mine"], want)
 
@@ -118,28 +182,28 @@ def test_extremes():
   assert metrics.balance_loss([2, 2], [1.0, 1.0]) == pytest.approx(1, abs=1e-12)
   assert metrics.balance_loss([4, 0], [2.0, 0.0]) == pytest.approx(2)
   assert metrics.balance_loss([0, 0], [0.0, 0.0]) == 0
-  assert metrics.routing({}, K) == {}
+  assert metrics.routing({}) == {}
 
 
 def test_layers_are_named_by_their_number():
-  tree = {
-    "prefix": {"1": {"x": np.array([[10]])}},
-    "decoder": {
-      "0": {"x": np.array([[20], [50]])},
-      "2": {"x": np.array([[40], [70]])},
-    },
+  c = tiny.get_config().model
+  c.update(prefix=("dense", "moe"), pattern=("moe", "dense", "moe"))
+  c.num_layers = 8
+  stats = {
+    "prefix/1/moe": {"x": np.array([[10]])},
+    "decoder/0/moe": {"x": np.array([[20], [50]])},
+    "decoder/2/moe": {"x": np.array([[40], [70]])},
   }
-  shape = segments(("dense", "moe"), ("moe", "dense", "moe"), 8)
-  found = metrics.by_layer(tree, shape)
+  found = metrics.by_layer(stats, models.build(c, vocab_size=9).sublayers)
   assert list(found) == ["01", "02", "04", "05", "07"]
-  assert [int(v["x"][0]) for v in found.values()] == [10, 20, 40, 50, 70]
+  assert [int(v.stats["x"][0]) for v in found.values()] == [10, 20, 40, 50, 70]
 
 
 def test_several_steps_are_divided_once():
   """A mean over tokens, not a mean of means."""
   many, few = draw(2), draw(3)
   few = few.replace(tokens=few.tokens // 10, z=few.z / 7)
-  steps = [metrics.routing(layers_of(s), K) for s in (many, few)]
+  steps = [metrics.routing(layers_of(s)) for s in (many, few)]
   found = metrics.divide(metrics.add_up(steps))
   want = (many.z.sum() + few.z.sum()) / (many.tokens.sum() + few.tokens.sum())
   assert found["z_loss"] == pytest.approx(want, rel=1e-12)
@@ -217,10 +281,3 @@ def test_floor_shrinks_with_tokens():
   assert few / many == pytest.approx(10, rel=0.15)
   assert metrics.max_vio_floor(100, 4, 4) == 0
   assert metrics.max_vio_floor(0, 4, 2) == 0
-
-
-def test_bytes_are_no_ends_of_documents():
-  targets = jnp.array([[1, 255, 256], [256, 3, 4]])
-  mask = jnp.array([[True, True, True], [True, True, False]])
-  num_bytes_V = tokenizers.load().num_bytes_V
-  assert metrics.num_bytes(num_bytes_V, targets, mask) == 3

@@ -1,29 +1,64 @@
-"""Optimizers: experts and layers apart, parts with rates of their own."""
+"""Optimizers: experts and layers apart, parts with rates of their own.
 
-import functools
+Those of the plugin folders in MOE_JAX_PLUGINS are tested like ours.
+"""
 
+import os
+
+import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from configs import tiny
 from moe_jax import models
-from moe_jax.core import parallel
+from moe_jax.core import options as options_lib
+from moe_jax.core import parallel, registry
 from moe_jax.core.errors import ConfigError
-from moe_jax.training import optim, train_step
+from moe_jax.core.roles import FACTORS, Role
+from moe_jax.training import optimizers, train_step
+from moe_jax.training.optimizers import schedules
 from tests import mesh_cases
-from tests.small import BYTES, ROWS, L, V, config
+from tests.small import ROWS, L, V, config, task, training
 
 R, E = 2, 3
 D, F = 20, 24
 LARGE = (136, 144)  # Adafactor factors no smaller matrices.
-NAMES = tuple(optim.DIRECTIONS)
+OURS = registry.names("optimizers")
+PLUGINS = tuple(
+  filter(None, os.environ.get("MOE_JAX_PLUGINS", "").split(os.pathsep))
+)
+NAMES = registry.names("optimizers", PLUGINS)
+SCHEDULES = schedules.OPTIONS["schedule"].choices
+
+ROLES = {
+  "embedding": Role("embedding", ("vocab", "embed")),
+  "head": Role("head", ("embed", "vocab")),
+  "decoder": {
+    "0": {
+      "attention": {
+        "query": Role("attention", ("layers", "embed", "heads", None)),
+        "out": Role("attention", ("layers", "heads", None, "embed")),
+      },
+      "ffn_norm": {"scale": Role("norm", ("layers", "embed"))},
+      "moe": {
+        "router": {"kernel": Role("router", ("layers", "embed", None))},
+        "experts": {
+          "up": Role("experts", ("layers", "expert", "embed", "mlp"))
+        },
+      },
+    }
+  },
+}
 
 
 def options(name, **changes):
   c = tiny.get_config().optim
-  c.update(name=name, learning_rate=1.0, schedule="constant", warmup_steps=0)
+  c.optimizer = {"name": name}
+  c.update(learning_rate=1.0, schedule="constant", warmup_steps=0)
   c.update(weight_decay=0.0, clip_norm=None)
   for key, value in changes.items():
     c[key] = value
@@ -38,6 +73,7 @@ def tree(seed, experts=None, size=(D, F)):
   drawn = draw(R, E, D, F)
   return {
     "embedding": draw(V, D),
+    "head": draw(D, V),
     "decoder": {
       "0": {
         "attention": {"query": draw(R, D, 4, 8), "out": draw(R, 4, 8, D)},
@@ -51,19 +87,21 @@ def tree(seed, experts=None, size=(D, F)):
   }
 
 
-def moved(c, gradients, params):
-  """The updates of several steps."""
-  optimizer = optim.build(c, 10)
+def moved(c, gradients, params, roles=ROLES):
+  """The updates of several steps, the numbers of `c` being arguments."""
+  optimizers.check(c, 10, PLUGINS)
+  direction = optimizers.load(c, PLUGINS).direction
 
   @jax.jit
-  def run(params):
-    state, found = optimizer.init(params), []
+  def run(params, numbers):
+    optimizer = optimizers.build(direction, roles, numbers)
+    state, updates = optimizer.init(params), []
     for gradient in gradients:
-      updates, state = optimizer.update(gradient, state, params)
-      found.append(updates)
-    return found
+      update, state = optimizer.update(gradient, state, params)
+      updates.append(update)
+    return updates
 
-  return jax.device_get(run(params))
+  return jax.device_get(run(params, optimizers.numbers(c, 10, PLUGINS)))
 
 
 def up_of(tree):
@@ -71,21 +109,20 @@ def up_of(tree):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_segments_can_have_other_names(name):
-  """What counts is that the model says which they are."""
-  c = options(name)
+def test_names_of_parameters_mean_nothing(name):
+  """Their roles do: under any other names they move the same."""
+  new = {"decoder": "tower", "moe": "x_bias", "experts": "scale", "up": "head"}
 
-  def moved_as(segment, **known):
-    rename = lambda t: {segment if k == "decoder" else k: t[k] for k in t}  # noqa: E731
-    params, gradient = (rename(tree(i, size=LARGE)) for i in (0, 1))
-    optimizer = optim.build(c, 10, **known)
-    update = jax.jit(optimizer.update)
-    updates, _ = update(gradient, optimizer.init(params), params)
-    return jax.device_get(updates[segment])
+  def renamed(tree):
+    if not isinstance(tree, dict):
+      return tree
+    return {new.get(k, k): renamed(v) for k, v in tree.items()}
 
-  same = moved_as("decoder")
-  tower = moved_as("tower", segments=("tower",))
-  jax.tree.map(np.testing.assert_array_equal, same, tower)
+  c = options(name, weight_decay=0.1)
+  params, gradient = (tree(i, size=LARGE) for i in (0, 1))
+  (same,) = moved(c, [gradient], params)
+  (other,) = moved(c, [renamed(gradient)], renamed(params), renamed(ROLES))
+  jax.tree.map(np.testing.assert_array_equal, renamed(same), other)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -93,13 +130,13 @@ def test_an_expert_does_not_feel_another_ones_gradient(name):
   """Nor does a layer feel another layer's."""
   huge = lambda x: x.at[1, 2].multiply(1e3)  # noqa: E731
   size = LARGE if name == "adafactor" else (D, F)
-  found, other = (
+  plain, other = (
     moved(
       options(name), [tree(1, f, size), tree(2, f, size)], tree(0, size=size)
     )
     for f in (lambda x: x, huge)
   )
-  for one, two in zip(found, other):
+  for one, two in zip(plain, other):
     changed = np.abs(up_of(one) - up_of(two)).max((2, 3)) > 1e-6
     may = np.zeros((R, E), bool)
     may[1, 2] = True
@@ -113,7 +150,12 @@ def test_every_expert_moves_as_a_lone_matrix_does(name):
   together = moved(options(name), gradients, params)
   for r, e in ((0, 0), (1, 2)):
     lone = lambda t, r=r, e=e: {"matrix": up_of(t)[r, e]}  # noqa: E731
-    alone = moved(options(name), [lone(g) for g in gradients], lone(params))
+    alone = moved(
+      options(name),
+      [lone(g) for g in gradients],
+      lone(params),
+      {"matrix": Role("other", (None, None))},
+    )
     for one, two in zip(together, alone):
       np.testing.assert_allclose(
         up_of(one)[r, e], two["matrix"], rtol=2e-4, atol=1e-6
@@ -123,21 +165,21 @@ def test_every_expert_moves_as_a_lone_matrix_does(name):
 def test_adafactor_by_hand():
   """1804.04235, algorithm 4, in its first step."""
   params, gradient = tree(0, size=LARGE), tree(1, size=LARGE)
-  (found,) = moved(options("adafactor"), [gradient], params)
+  (update,) = moved(options("adafactor"), [gradient], params)
   g, p = (np.float64(up_of(t)[1, 2]) for t in (gradient, params))
   square = g**2 + 1e-30  # The decay of the first step is 0.
   rows, columns = square.mean(1), square.mean(0)
   u = g / np.sqrt(np.outer(rows, columns) / rows.mean())
   u /= max(1.0, np.sqrt((u**2).mean()))
   u *= max(1e-3, np.sqrt((p**2).mean()))
-  np.testing.assert_allclose(up_of(found)[1, 2], -u, rtol=1e-3, atol=1e-5)
+  np.testing.assert_allclose(up_of(update)[1, 2], -u, rtol=1e-3, atol=1e-5)
 
 
 def test_muon_is_orthogonal_in_every_matrix_and_of_adams_size():
-  (found,) = moved(options("muon"), [tree(1)], tree(0))
-  part = found["decoder"]["0"]
+  (update,) = moved(options("muon"), [tree(1)], tree(0))
+  part = update["decoder"]["0"]
   for matrix in (
-    *up_of(found).reshape(-1, D, F),
+    *up_of(update).reshape(-1, D, F),
     *part["moe"]["router"]["kernel"],
     *part["attention"]["query"].reshape(R, D, -1),
     *part["attention"]["out"].reshape(R, -1, D),
@@ -146,9 +188,9 @@ def test_muon_is_orthogonal_in_every_matrix_and_of_adams_size():
     size = 0.2 * np.sqrt(max(matrix.shape))
     # Five iterations bring singular values near one, not to it.
     assert (0.5 * size < values).all() and (values < 1.4 * size).all()
-  adam = moved(options("adamw"), [tree(1)], tree(0))[0]
-  for name in ("embedding",):
-    np.testing.assert_allclose(found[name], adam[name], rtol=1e-5)
+  (adam,) = moved(options("adamw"), [tree(1)], tree(0))
+  for name in ("embedding", "head"):
+    np.testing.assert_allclose(update[name], adam[name], rtol=1e-5)
   np.testing.assert_allclose(
     part["ffn_norm"]["scale"],
     adam["decoder"]["0"]["ffn_norm"]["scale"],
@@ -156,25 +198,66 @@ def test_muon_is_orthogonal_in_every_matrix_and_of_adams_size():
   )
 
 
+def test_the_momentum_of_muon_is_its_own():
+  """And b1 and b2 are of its AdamW part alone."""
+  gradients = [tree(1), tree(2)]
+
+  def last(**changes):
+    c = options("muon")
+    c.optimizer.update(changes)
+    *_, update = moved(c, gradients, tree(0))
+    return up_of(update), update["embedding"]
+
+  matrix, embedding = last()
+  other_matrix, same_embedding = last(momentum=0.5)
+  same_matrix, other_embedding = last(b1=0.5, b2=0.5)
+  np.testing.assert_array_equal(same_embedding, embedding)
+  np.testing.assert_array_equal(same_matrix, matrix)
+  assert np.abs(other_matrix - matrix).max() > 1e-3
+  assert np.abs(other_embedding - embedding).max() > 1e-3
+
+
+def test_adamw_is_optax_adam():
+  """To the bit, though its numbers are arguments here and constants there."""
+  c = options("adamw", learning_rate=0.1)
+  c.optimizer.update(b1=0.8, b2=0.9, eps=1e-3)
+  gradients, params = [tree(1), tree(2), tree(3)], tree(0)
+  adam = optax.adam(0.1, b1=0.8, b2=0.9, eps=1e-3)
+
+  @jax.jit
+  def by_optax(params):
+    state, updates = adam.init(params), []
+    for gradient in gradients:
+      update, state = adam.update(gradient, state, params)
+      updates.append(update)
+    return updates
+
+  for ours, theirs in zip(moved(c, gradients, params), by_optax(params)):
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_parts_have_rates_of_their_own(name):
   gradient, params = tree(1), tree(0)
   (plain,) = moved(options(name), [gradient], params)
   factors = {"router": 0.0, "experts": 2.0, "rest": 0.5}
-  (found,) = moved(
+  (scaled,) = moved(
     options(name, learning_rate_factors=factors), [gradient], params
   )
-  flat = lambda t: jax.tree_util.tree_leaves_with_path(t)  # noqa: E731
-  for (path, one), (_, other) in zip(flat(plain), flat(found)):
-    np.testing.assert_allclose(
-      other, one * factors[optim.label(path)], rtol=1e-6
-    )
+  jax.tree.map(
+    lambda role, one, other: np.testing.assert_allclose(
+      other, one * factors[role.factor], rtol=1e-6
+    ),
+    ROLES,
+    plain,
+    scaled,
+  )
 
 
 def test_every_part_is_a_key_of_the_config():
   c = tiny.get_config()
   for key in ("learning_rate_factors", "weight_decay_factors"):
-    assert set(c.optim[key]) == set(optim.LABELS)
+    assert set(c.optim[key]) == set(FACTORS)
 
 
 def test_weight_decay_by_part():
@@ -183,15 +266,31 @@ def test_weight_decay_by_part():
   c = options(
     "adamw", weight_decay=0.1, weight_decay_factors={"router": 0.0, "rest": 3}
   )
-  (found,) = moved(c, [nothing], params)
-  part, of = found["decoder"]["0"], params["decoder"]["0"]
+  (update,) = moved(c, [nothing], params)
+  part, of = update["decoder"]["0"], params["decoder"]["0"]
   assert not part["moe"]["router"]["kernel"].any()
-  np.testing.assert_allclose(up_of(found), -0.1 * up_of(params), rtol=1e-6)
+  np.testing.assert_allclose(up_of(update), -0.1 * up_of(params), rtol=1e-6)
+  np.testing.assert_allclose(update["head"], -0.3 * params["head"], rtol=1e-6)
   for name in ("query", "out"):
     np.testing.assert_allclose(
       part["attention"][name], -0.3 * of["attention"][name], rtol=1e-6
     )
   assert not part["ffn_norm"]["scale"].any()
+  assert not update["embedding"].any()
+  c.optimizer.name = "sgd"
+  (update,) = moved(c, [nothing], params)
+  assert not any(x.any() for x in jax.tree.leaves(update))
+
+
+def test_clipping():
+  params = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
+  roles = {"a": Role("other", (None,)), "b": Role("other", (None,))}
+  gradient = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}
+  for clip, factor in ((None, 1.0), (10.0, 1.0), (1.0, 0.2)):
+    c = options("sgd", learning_rate=0.1, clip_norm=clip)
+    (update,) = moved(c, [gradient], params, roles)
+    np.testing.assert_allclose(update["a"], [-0.3 * factor, 0], rtol=1e-6)
+    np.testing.assert_allclose(update["b"], [-0.4 * factor], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -199,13 +298,153 @@ def test_weight_decay_by_part():
   [
     ({"learning_rate_factors": {"ruoter": 1.0}}, ["ruoter", "router"]),
     ({"weight_decay_factors": {"router": -1.0}}, ["router = -1.0"]),
-    ({"name": "adafctor"}, ["adafctor", "adafactor"]),
+    ({"optimizer": {"name": "adafctor"}}, ["adafctor", "adafactor"]),
+    (
+      {"optimizer": {"name": "sgd", "b1": 0.9}},
+      ['optim.optimizer has no "b1"'],
+    ),
+    ({"optimizer": {"name": "muon", "momentum": 1.0}}, ["momentum = 1.0"]),
+    ({"schedule": "cosin"}, ['did you mean "cosine"']),
+    ({"warmup_steps": 20}, ["warmup_steps = 20"]),
+    ({"schedule": "wsd", "decay_steps": 0}, ["decay_steps = 0"]),
+    ({"learning_rate": float("nan")}, ["learning_rate = nan"]),
+    ({"clip_norm": float("inf")}, ["clip_norm = inf"]),
   ],
 )
 def test_impossible_options_are_refused(changes, words):
+  section = options("adamw", **changes)
   with pytest.raises(ConfigError) as e:
-    optim.build(options(**({"name": "adamw"} | changes)), 10)
+    options_lib.section(optimizers.OPTIONS).check(section, "optim")
+    optimizers.check(section, 10)
   assert all(word in str(e.value) for word in words), str(e.value)
+
+
+def test_a_plugin_that_builds_something_else(tmp_path):
+  (tmp_path / "optimizers").mkdir()
+  (tmp_path / "optimizers" / "none.py").write_text("def build():\n  pass\n")
+  c = options("none")
+  with pytest.raises(
+    ConfigError, match="optimizers/none.*returned None.*Optimizer"
+  ):
+    optimizers.check(c, 10, (str(tmp_path),))
+  with pytest.raises(ConfigError, match='no "none"'):
+    optimizers.check(c, 10)
+
+
+# Numbers do not compile.
+
+
+def sections():
+  """Sections that differ in every number, for each optimizer and schedule."""
+  for name, schedule in zip(OURS, (*SCHEDULES, "cosine")):
+    c = options(name, schedule=schedule, decay_steps=3, clip_norm=1.0)
+    other = options(name, schedule=schedule, decay_steps=2, clip_norm=0.5)
+    other.update(learning_rate=0.2, warmup_steps=3, final_fraction=0.3)
+    other.update(weight_decay=0.3)
+    for key in ("learning_rate_factors", "weight_decay_factors"):
+      other[key] = {"router": 0.5, "experts": 0.2, "rest": 0.1}
+    if name in ("adamw", "muon"):
+      other.optimizer.update(b1=0.5, b2=0.6, eps=1e-4)
+    yield pytest.param(c, other, id=f"{name}-{schedule}")
+
+
+@pytest.mark.parametrize(("one", "other"), list(sections()))
+def test_other_numbers_are_the_same_program(one, other):
+  """And change what it computes."""
+  direction = optimizers.load(one).direction
+  assert optimizers.load(other).direction is direction
+  roles = {"w": Role("other", (None, None))}
+  params = {"w": jnp.ones((3, 4))}
+
+  @jax.jit
+  @chex.assert_max_traces(n=1)
+  def run(params, numbers):
+    optimizer = optimizers.build(direction, roles, numbers)
+    update, _ = optimizer.update(params, optimizer.init(params), params)
+    return update["w"]
+
+  chex.clear_trace_counter()
+  numbers = optimizers.numbers(one, 9), optimizers.numbers(other, 19)
+  first, second = (run(params, n) for n in numbers)
+  assert np.abs(first - second).min() > 1e-4
+
+
+def of_optax(c, num_steps):
+  """The same schedule, made of optax's with numbers in the program."""
+  peak, warmup, decay = c.learning_rate, c.warmup_steps, c.decay_steps
+  rest = num_steps - warmup
+  if c.schedule == "constant":
+    after = optax.constant_schedule(peak)
+  elif c.schedule == "cosine":
+    after = optax.cosine_decay_schedule(
+      peak, max(rest - 1, 1), c.final_fraction
+    )
+  else:
+    final = peak * c.final_fraction
+    start = peak * (1 - 1 / decay) + final / decay
+    after = optax.join_schedules(
+      [
+        optax.constant_schedule(peak),
+        optax.linear_schedule(start, final, max(decay - 1, 1)),
+      ],
+      [rest - decay],
+    )
+  warm = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+  return optax.join_schedules([warm, after], [warmup])
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_rates_of_arguments_and_of_constants(name):
+  """They are the same to the bit, at the ends of a schedule too."""
+
+  @jax.jit
+  def ours(numbers, steps):
+    return jax.lax.map(schedules.rate(numbers), steps)
+
+  for peak, warmup, decay, num_steps in (
+    (1e-2, 50, 17, 500),
+    (7.8e-4, 1000, 113, 5651),
+    (3e-3, 0, 1, 1),
+  ):
+    c = options("adamw", learning_rate=peak, schedule=name, decay_steps=decay)
+    c.warmup_steps = warmup
+    schedules.check(c, num_steps)
+    steps = jnp.arange(num_steps + 1)
+    theirs = jax.jit(lambda s, c=c, n=num_steps: jax.lax.map(of_optax(c, n), s))
+    np.testing.assert_array_equal(
+      ours(schedules.numbers(c, num_steps), steps), theirs(steps)
+    )
+
+
+def schedule(num_steps, **options):
+  c = tiny.get_config().optim
+  c.update(learning_rate=1.0, **options)
+  rate = schedules.rate(schedules.numbers(c, num_steps))
+  return jax.vmap(rate)(jnp.arange(num_steps + 1)).tolist()
+
+
+def test_warm_up_is_linear_and_moves_at_once():
+  rates = schedule(10, warmup_steps=4, schedule="constant")
+  np.testing.assert_allclose(rates[:4], [0.25, 0.5, 0.75, 1.0], rtol=1e-6)
+  assert rates[4:] == [1.0] * 7
+
+
+def test_cosine():
+  rates = schedule(12, warmup_steps=2, schedule="cosine", final_fraction=0.2)
+  t = np.arange(10) / 9
+  want = 0.2 + 0.8 * (1 + np.cos(np.pi * t)) / 2
+  np.testing.assert_allclose(rates[2:12], want, rtol=1e-5)
+
+
+def test_warm_up_stable_decay():
+  rates = schedule(
+    12, warmup_steps=2, schedule="wsd", decay_steps=4, final_fraction=0.2
+  )
+  assert rates[2:8] == [1.0] * 6
+  np.testing.assert_allclose(rates[8:12], [0.8, 0.6, 0.4, 0.2], rtol=1e-5)
+
+
+# On a mesh.
 
 
 @pytest.mark.parametrize("name", ["adafactor", "muon"])
@@ -214,7 +453,9 @@ def test_three_steps_on_a_mesh(name):
   c = config()
   c.model.update(d_model=16)
   c.model.moe.update(num_experts=8)
-  c.optim.update(name=name, learning_rate=1e-2)
+  c.optim.update(optimizer={"name": name}, learning_rate=1e-2)
+  c.train.ema = 0.5
+  numbers = train_step.numbers(c, models.build(c.model, vocab_size=V))
   rng = np.random.default_rng(0)
   batch = {
     "inputs": rng.integers(0, V, (2, ROWS, L)).astype(np.int32),
@@ -223,40 +464,26 @@ def test_three_steps_on_a_mesh(name):
   }
 
   def losses(mesh):
-    model = models.build(
-      c.model, vocab_size=V, seq_len=L, batch_sizes=(ROWS,), mesh=mesh
-    )
-    optimizer = optim.build(c.optim, 10)
-    init = functools.partial(
-      train_step.init_state,
-      model=model,
-      optimizer=optimizer,
-      seq_len=L,
-      batch=ROWS,
-    )
+    model = models.build(c.model, vocab_size=V, mesh=mesh)
+    init, step = training(c, model, task(mesh=mesh))
     boxed = jax.eval_shape(init, jax.random.key(0))
     placed = {}
     if mesh is not None:
       placed = {"out_shardings": train_step.shardings(boxed, mesh)}
-    state = jax.jit(lambda rng: train_step.nn.unbox(init(rng)), **placed)(
+    state = jax.jit(lambda rng: nn.unbox(init(rng)), **placed)(
       jax.random.key(0)
     )
     if mesh is not None:
       _check_places(state, mesh)
-    step = jax.jit(
-      functools.partial(
-        train_step.train_step,
-        model=model,
-        optimizer=optimizer,
-        num_bytes_V=BYTES,
-      )
-    ).lower(state, batch)
+    step = jax.jit(step).lower(state, batch, numbers)
     step = step.compile(compiler_options=mesh_cases.QUICK)
-    found = []
+    losses, average = [], np.float64(up_of(state.params))
     for _ in range(3):
-      state, sums = step(state, batch)
-      found.append(float(sums["loss"].value()))
-    return found
+      state, sums = step(state, batch, numbers)
+      losses.append(float(sums["loss"].value()))
+      average = 0.5 * average + 0.5 * np.float64(up_of(state.params))
+    np.testing.assert_allclose(up_of(state.ema), average, rtol=1e-5, atol=1e-7)
+    return losses
 
   alone = losses(None)
   np.testing.assert_allclose(
@@ -277,3 +504,5 @@ def _check_places(state, mesh):
   for leaf in moments:
     held = leaf.sharding.shard_shape(leaf.shape)[1]
     assert held == experts.shard_shape(leaf.shape[:2])[1] < 8
+  for p, e in zip(jax.tree.leaves(state.params), jax.tree.leaves(state.ema)):
+    assert e.sharding == p.sharding

@@ -288,7 +288,8 @@ def moe_layer(
 
   1701.06538 eq. 1, with shared experts as in 2401.06066 eq. 9. The input
   variant computes expert(weight * x). A dropped choice adds nothing. Padding
-  gets the shared network alone, takes no slot and is counted nowhere.
+  is a token of zeros, gets the shared network alone, takes no slot and is
+  counted nowhere.
 
   Args:
     params: {"router": {"kernel"}, "experts": see `experts`, and optionally
@@ -307,7 +308,7 @@ def moe_layer(
     tokens, count_E, first_choice_E, prob_E, weight_E, kept_E, dropped
     ({"capacity", "buffer", "unrouted"}), z, entropy, confidence.
   """
-  x_GTD = _float64(x_GTD)
+  x_GTD = _float64(x_GTD) * _float64(mask_GT)[..., None]
   G, T, _ = x_GTD.shape
   E = np.shape(params["router"]["kernel"])[1]
   if T % sequences:

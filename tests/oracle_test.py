@@ -295,8 +295,8 @@ def small_layer(**options):
 
 def test_layer_with_capacity():
   y, stats = small_layer(top_k=1, bound=(2, 2))
-  # a and b get 3/4 of expert 0; c is dropped, d is padding: shared only.
-  np.testing.assert_allclose(y[0, :, 0], [10.75, 10.75, 10, 10])
+  # a and b get 3/4 of expert 0; c is dropped: shared only; d is padding: zero.
+  np.testing.assert_allclose(y[0, :, 0], [10.75, 10.75, 10, 0])
   np.testing.assert_array_equal(y[0, :, 1], 0)
 
   assert stats["tokens"].tolist() == [[2, 1]]
@@ -321,7 +321,7 @@ def test_layer_with_two_choices_and_a_buffer():
   # Both experts share 5 slots, token-major: only c's second choice is dropped.
   y, stats = small_layer(top_k=2, bound=(5, 1))
   # 3/4 * 1 + 1/4 * 2 = 1.25.
-  np.testing.assert_allclose(y[0, :, 0], [11.25, 11.25, 10.75, 10])
+  np.testing.assert_allclose(y[0, :, 0], [11.25, 11.25, 10.75, 0])
   assert stats["count_E"].tolist() == [[[2, 2], [1, 1]]]
   assert stats["first_choice_E"].tolist() == [[[2, 0], [1, 0]]]
   assert stats["kept_E"].tolist() == [[[2, 2], [1, 0]]]
@@ -333,7 +333,7 @@ def test_layer_with_two_choices_and_a_buffer():
 def test_layer_with_undrawn_second_experts():
   # w2 = 1/4: used below a draw of 1/2, so b's is not.
   y, stats = small_layer(top_k=2, second_draw_GT=[[0.4, 0.6, 0.4, 0.6]])
-  np.testing.assert_allclose(y[0, :, 0], [11.25, 10.75, 11.25, 10])
+  np.testing.assert_allclose(y[0, :, 0], [11.25, 10.75, 11.25, 0])
   assert stats["count_E"].tolist() == [[[2, 1], [1, 1]]]
   assert stats["dropped"]["unrouted"].tolist() == [[1, 0]]
   np.testing.assert_allclose(stats["confidence"], [[1.75, 1]])

@@ -199,5 +199,5 @@ def test_the_examples_of_extending(tmp_path):
     "balancers", "importance", plugins=plugins, coefficient=0.5
   )
   even = stats.replace(prob_E=jnp.ones_like(stats.prob_E))
-  loss = balancer.loss({}, even, jnp.zeros(4, jnp.int32)).value()
+  loss = balancer.loss({}, even, jnp.zeros(4, jnp.int32), {}).value()
   assert abs(loss - 0.5) < 1e-6

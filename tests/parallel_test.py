@@ -61,6 +61,17 @@ COVERING = {
     ),
     [(1, 1, 8, 1)],
   ),
+  "kinds": (
+    Case(
+      "gather",
+      ("micro_batch",),
+      prefix=("moe@other",),
+      pattern=("moe", "dense", "moe@other"),
+      repeats=1,
+      other="few",
+    ),
+    [(2, 1, 4, 1)],
+  ),
   "many": (
     Case("buckets", num_experts=64, top_k=8, skew=3.0, shared=1),
     [(1, 2, 2, 2)],
@@ -115,13 +126,10 @@ def test_parameters_start_the_same_on_a_mesh():
   states = []
   for sizes in (None, (1, 2, 2, 2)):
     mesh = None if sizes is None else mesh_cases.make_mesh(sizes)
-    model, optimizer = mesh_cases.build(case, mesh)
     init = functools.partial(
       train_step.init_state,
-      model=model,
-      optimizer=optimizer,
-      seq_len=L,
-      batch=8,
+      **mesh_cases.build(case, mesh),
+      numbers=mesh_cases.NO_NUMBERS,
     )
     boxed = jax.eval_shape(init, jax.random.key(0))
     out = {}
@@ -176,7 +184,7 @@ def test_balance_of_a_step():
     # What is reported by group is of the first micro-batch.
     turned = {k: np.roll(v, -i, axis=0) for k, v in batch.items()}
     found, _ = mesh_cases.measure(case, None, batch=turned)
-    micro = found["stats"]["decoder"]["0"]["stats"]
+    micro = found["stats"]["decoder/0/moe"]
     for r in range(case.repeats):
       s = jax.tree.map(lambda x, r=r: x[r], micro)
       loss += mesh_cases.Z_COEFFICIENT * s.z.sum() / s.tokens.sum()
@@ -186,7 +194,7 @@ def test_balance_of_a_step():
     so_far_RE += micro.count_E.sum((1, 2))
   loss /= case.accumulation
   np.testing.assert_allclose(step["sums"]["aux_loss"], loss, rtol=1e-12)
-  count_RE = step["sums"]["stats"]["decoder"]["0"].count_E.sum((1, 2))
+  count_RE = step["sums"]["stats"]["decoder/0/moe"].count_E.sum((1, 2))
   np.testing.assert_array_equal(count_RE, so_far_RE)
 
   bias = lambda tree: tree["decoder"]["0"]["moe"]["bias"]["bias_E"]  # noqa: E731
@@ -234,6 +242,15 @@ def test_scanned_repeats_are_an_unrolled_pattern():
       for k, v in tree.items()
     }
 
+  def unstacked(stats):
+    """The same of {"decoder/0/moe": [2, ...]}."""
+    return {
+      f"decoder/{r}/moe": jax.tree.map(
+        lambda x, r=r: x[r : r + 1], stats["decoder/0/moe"]
+      )
+      for r in (0, 1)
+    }
+
   state = mesh_cases.initial_state(scanned)
   other = mesh_cases.initial_state(unrolled).replace(
     params=unstack(state.params), balance=unstack(state.balance)
@@ -244,9 +261,9 @@ def test_scanned_repeats_are_an_unrolled_pattern():
   found_sums, found_stats = found.pop("sums"), found.pop("stats")
   want = {k: v if k == "logits" else unstack(v) for k, v in want.items()}
   assert mesh_cases.worst(found, want)[0] <= 1e-9
-  assert mesh_cases.worst(found_stats, unstack(stats))[0] <= 1e-9
+  assert mesh_cases.worst(found_stats, unstacked(stats))[0] <= 1e-9
   assert (
-    mesh_cases.worst(found_sums["stats"], unstack(sums["stats"]))[0] <= 1e-9
+    mesh_cases.worst(found_sums["stats"], unstacked(sums["stats"]))[0] <= 1e-9
   )
   assert mesh_cases.worst(found_sums["loss"], sums["loss"])[0] <= 1e-9
 
@@ -263,19 +280,24 @@ BOUNDS = {
 }
 
 
-def layer_case(layout, checked=True):
-  """A recipe with everything that the exchange treats specially."""
+def layer_case(layout, checked):
+  """A recipe with everything that the exchange treats specially.
+
+  In one layout the bias of a network's output has a name of its own.
+  """
   dispatcher, bound = BOUNDS[layout]
+  offset = renamed if layout == "einsum" else lambda network: network
   recipe = layer.Recipe(
     num_experts=E,
     router=registry.load("routers", "top_k", top_k=2, renormalize=True),
     dispatcher=registry.load("dispatchers", dispatcher),
-    experts=experts.build(F, "swiglu", True),
+    experts=dataclasses.replace(
+      offset(experts.build(F, "swiglu", True)), checked=checked
+    ),
     bound=bound,
     sequences=S,
     balancers=(("bias", registry.load("balancers", "bias", rate=1e-2)),),
-    shared=experts.dense(2 * F, "gelu", True),
-    checked=checked,
+    shared=offset(experts.dense(2 * F, "gelu", True)),
   )
   rng = np.random.default_rng(3)
 
@@ -284,6 +306,8 @@ def layer_case(layout, checked=True):
     if gate:
       shapes["gate"] = (D, hidden)
     biases = {f"{k}_bias": v[1:] for k, v in shapes.items()}
+    if layout == "einsum":
+      biases["offset"] = biases.pop("down_bias")
     return {
       k: rng.normal(size=lead + v) / 2 for k, v in (shapes | biases).items()
     }
@@ -297,6 +321,20 @@ def layer_case(layout, checked=True):
   mask_GT = np.arange(T) < rng.integers(0, T + 1, (G, 1))
   x_GTD, r_GTD = rng.normal(size=(2, G, T, D))
   return recipe, (params, balance, x_GTD, Side(mask_GT)), r_GTD
+
+
+def renamed(network):
+  """Experts, or a dense network, whose output's bias is called "offset"."""
+
+  def apply(params, *args):
+    ours = {"offset": "down_bias"}
+    return network.apply({ours.get(k, k): w for k, w in params.items()}, *args)
+
+  axes = dict(network.axes)
+  axes["offset"] = axes.pop("down_bias")
+  return dataclasses.replace(
+    network, axes=axes, apply=apply, added_once=("offset",)
+  )
 
 
 def run_layer(recipe, args, r_GTD, mesh):
@@ -320,7 +358,7 @@ def run_layer(recipe, args, r_GTD, mesh):
 
 @pytest.mark.parametrize(
   "layout,checked",
-  [(k, True) for k in BOUNDS] + [("gather", False), ("dropless", False)],
+  [(k, True) for k in BOUNDS] + [("buckets", False), ("dropless", False)],
 )
 def test_layer_on_a_mesh(layout, checked):
   """With check_vma, and without it, which a kernel may need."""
@@ -335,10 +373,10 @@ def test_layer_on_a_mesh(layout, checked):
 
 
 def test_keys_of_groups_do_not_depend_on_the_batch_they_come_in():
-  grouping = groups.Grouping(tokens_per_group=4)
+  grouping = groups.Grouping(4, None, None, None)
   rng = jax.random.key(3)
-  whole = groups.keys(rng, 6, L, grouping)
-  part = groups.keys(rng, 2, L, grouping, first=4)
+  whole = grouping.keys(rng, 6, L)
+  part = grouping.keys(rng, 2, L, first=4)
   np.testing.assert_array_equal(
     jax.random.key_data(whole)[8:], jax.random.key_data(part)
   )

@@ -378,15 +378,15 @@ def check(folder: pathlib.Path) -> int:
   import torch
   import transformers
 
-  from moe_jax.hf import huggingface
+  from moe_jax import hf
 
   failed = 0
   for name in cases():
-    model, variables = huggingface.load(folder / name)
+    model, variables = hf.load(folder / name)
     with np.load(folder / name / "expected.npz") as file:
       expected = dict(file)
     with tempfile.TemporaryDirectory() as written:
-      huggingface.save(written, model, variables, max_shard_bytes=20_000)
+      hf.save(written, model, variables, max_shard_bytes=20_000)
       read, about = transformers.AutoModelForCausalLM.from_pretrained(
         written,
         dtype=torch.float32,

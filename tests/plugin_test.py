@@ -24,6 +24,8 @@ def demo():
   c.plugins = ({folder!r},)
   c.data.seq_len = 32
   c.model.num_layers = 1
+  c.optim.optimizer = {{"name": "lion", "b2": 0.95}}
+  c.optim.learning_rate = 1e-3
   c.train.num_steps = 8
   c.train.log_every = 4
   c.eval.batches_per_domain = 1
@@ -36,9 +38,9 @@ def demo():
 SCALES = {{"demo": demo}}
 """
 PLOT = """
-from experiments.report import Column, Plan
+from experiments.report import Column, Report
 
-PLAN = Plan(columns=(Column("bits_per_byte"), Column("max_vio_global")))
+REPORT = Report(columns=(Column("bits_per_byte"), Column("max_vio_global")))
 """
 
 
@@ -54,7 +56,7 @@ def folder(tmp_path):
     path = tmp_path / "plugins" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
-  assert len(parts) == 3
+  assert len(parts) == 4
   return tmp_path / "plugins"
 
 
@@ -66,11 +68,10 @@ def test_it_trains_on_a_mesh_and_appears_in_a_report(
   (question / "__init__.py").write_text('"""Which router?"""\n')
   (question / "sweep.py").write_text(SWEEP.format(folder=str(folder)))
   (question / "plot.py").write_text(PLOT)
-  paths = [*experiments.__path__, str(question.parent)]
-  monkeypatch.setattr(experiments, "__path__", paths)
-  work = tmp_path / "work"
+  monkeypatch.setattr(experiments, "__path__", list(experiments.__path__))
+  work, flag = tmp_path / "work", f"--questions={question.parent}"
   try:
-    assert launch.main(["which_router", f"--workdir={work}"]) == 0
+    assert launch.main(["which_router", flag, f"--workdir={work}"]) == 0
   finally:
     for name in [m for m in sys.modules if "which_router" in m]:
       del sys.modules[name]
@@ -79,7 +80,8 @@ def test_it_trains_on_a_mesh_and_appears_in_a_report(
   (folder,) = work.glob("cosine/*/0")
   run = json.loads((folder / "run.json").read_text())
   assert run["mesh"] == {"data": 1, "fsdp": 2, "expert": 4, "tensor": 1}
-  assert run["recipe"]["router"] == {"name": "cosine", "temperature": 0.2}
+  (recipe,) = run["recipe"].values()
+  assert recipe["router"] == {"name": "cosine", "top_k": 2, "temperature": 0.2}
   first, last = run_directory.read_metrics(folder, "train")
   assert last["loss"] < first["loss"]
   assert last["router_entropy"] > 0 and last["max_vio"] > 0
@@ -87,7 +89,7 @@ def test_it_trains_on_a_mesh_and_appears_in_a_report(
 
 def test_they_keep_the_contracts(folder):
   """And the contract tests would say so if one did not."""
-  done = _contracts(folder, "cosine or importance or heaviest_first")
+  done = _contracts(folder, "cosine or importance or heaviest_first or lion")
   assert done.returncode == 0, done.stdout
   path = folder / "routers" / "cosine.py"
   right = path.read_text()
@@ -101,7 +103,8 @@ def test_they_keep_the_contracts(folder):
 def _contracts(folder, which):
   command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-k", which]
   return subprocess.run(
-    [*command, "-p", "no:cacheprovider", "tests/contracts_test.py"],
+    [*command, "-p", "no:cacheprovider"]
+    + ["tests/contracts_test.py", "tests/optim_test.py"],
     capture_output=True,
     text=True,
     env={**os.environ, "MOE_JAX_PLUGINS": str(folder)},

@@ -19,6 +19,7 @@ import sys
 import tempfile
 
 from moe_jax.launch import local
+from moe_jax.run import command
 from moe_jax.run import config as config_lib
 from tests import kill
 
@@ -198,4 +199,4 @@ def _write_digest(path, config, steps=8):
 
 
 if __name__ == "__main__":
-  config_lib.run(lambda: main(sys.argv[1:]))
+  command.run(lambda: main(sys.argv[1:]))

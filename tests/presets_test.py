@@ -20,7 +20,7 @@ from moe_jax.models import counts
 from moe_jax.moe.types import Side
 from moe_jax.run import config as config_lib
 from moe_jax.training import train_step
-from tests import mesh_cases
+from tests import mesh_cases, small
 
 ROOT = pathlib.Path(__file__).parents[1]
 FAMILIES = (
@@ -39,13 +39,14 @@ def build(name, mesh=None, dtype=None):
   c = load(name)
   if dtype is not None:
     c.model.dtype = dtype
-  return models.build(
-    c.model, vocab_size=257, seq_len=32, batch_sizes=(8,), mesh=mesh
-  )
+  model = models.build(c.model, vocab_size=257, mesh=mesh)
+  models.check(model, length=32, batches={"rows": 8}, mesh=mesh)
+  return model
 
 
 def counted(name):
-  return counts.count(build(name), 32)
+  model = build(name)
+  return counts.count(model, models.variables(model))
 
 
 # Total and active parameters, the embedding counted once where a token's row of
@@ -260,10 +261,9 @@ def test_routing_as_its_authors_describe_it(family):
 
 
 def routed(options, num_experts, top_k, biased, shift=0.0, tokens=40):
-  """(Routing, logits, selection bias) of random tokens."""
+  """(TokenChoice, logits, selection bias) of random tokens."""
   rng = np.random.default_rng(0)
-  name, options = registry.split("routers", options)
-  router = registry.load("routers", name, top_k=top_k, **options)
+  router = registry.from_config("routers", options, "router", top_k=top_k)
   d_model = 16
   kernel = {
     k: rng.normal(size=v.shape).astype(np.float32) / 4
@@ -280,7 +280,11 @@ def routed(options, num_experts, top_k, biased, shift=0.0, tokens=40):
     rng=None,
   )
   logits = np.float64(x_TD) @ np.float64(kernel["kernel"])
-  return jax.device_get(found), logits + kernel.get("kernel_bias", 0), bias_E
+  return (
+    jax.device_get(found.choice),
+    logits + kernel.get("kernel_bias", 0),
+    bias_E,
+  )
 
 
 def variants(family):
@@ -296,10 +300,10 @@ def test_both_values_of_the_group_mask():
   for shift, same in ((1.0, True), (-2.0, False)):
     found = {}
     for mask in ("-inf", "0"):
-      routing, x_TE, bias_E = routed(
+      choice, x_TE, bias_E = routed(
         options | {"expert_group_mask": mask}, 256, 8, True, shift=shift
       )
-      found[mask] = np.sort(routing.expert_TK)
+      found[mask] = np.sort(choice.expert_TK)
     assert ((found["-inf"] == found["0"]).all(1) == same).all()
     for t, x_E in enumerate(x_TE):
       chosen, _ = deepseek_v3(x_E, bias_E)
@@ -313,7 +317,7 @@ def test_scaling_the_input_is_not_scaling_the_output():
   variables = model.init(jax.random.key(0), tokens)
   c = load("llama4:tiny")
   c.model.moe.router.apply_to = "output"
-  other = models.build(c.model, vocab_size=257, seq_len=32, batch_sizes=(1,))
+  other = models.build(c.model, vocab_size=257)
   one, two = (m.apply(variables, tokens)[0] for m in (model, other))
   assert np.abs(one - two).max() > 1e-2
 
@@ -336,10 +340,13 @@ def test_a_step_on_a_mesh_and_without_one(family):
 
 def step(model):
   """Parameters, balance and sums after a step of SGD on random numbers."""
-  optimizer = optax.sgd(0.1)
-  init = functools.partial(
-    train_step.init_state, model=model, optimizer=optimizer, seq_len=32, batch=8
-  )
+  parts = {
+    "model": model,
+    "task": small.task(np.ones(288, np.int32), 32, model.arch.mesh),
+    "optimizer": lambda *_: optax.sgd(0.1),
+  }
+  numbers = mesh_cases.NO_NUMBERS
+  init = functools.partial(train_step.init_state, **parts, numbers=numbers)
   boxed = jax.eval_shape(init, jax.random.key(0))
   rng = np.random.default_rng(0)
 
@@ -361,12 +368,7 @@ def step(model):
   if model.arch.mesh is not None:
     state = jax.device_put(state, train_step.shardings(boxed, model.arch.mesh))
   run = jax.jit(
-    functools.partial(
-      train_step.train_step,
-      model=model,
-      optimizer=optimizer,
-      num_bytes_V=np.ones(288),
-    )
+    functools.partial(train_step.train_step, **parts, numbers=numbers)
   )
   run = run.lower(state, batch).compile(compiler_options=mesh_cases.QUICK)
   new, sums = jax.device_get(run(state, batch))
@@ -393,7 +395,7 @@ def test_no_model_is_named_in_the_package():
   files = [
     f
     for f in (ROOT / "moe_jax").rglob("*.py")
-    if "interop" not in f.relative_to(ROOT).parts
+    if "hf" not in f.relative_to(ROOT).parts
   ]
   found = [
     (f.name, line)
@@ -412,7 +414,8 @@ def test_attention_flops_of_a_layout():
     ("deepseek_v3:671b", 61 * 2 * 128 * (128 + 64 + 128)),
   ):
     model = build(name)
-    one, two = (counts.train_flops_per_token(model, n) for n in (32, 64))
+    sizes = counted(name)
+    one, two = (counts.train_flops_per_token(model, sizes, n) for n in (32, 64))
     assert two - one == 3 * 32 * pair
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shutil
 import signal
 import socket
@@ -93,32 +94,76 @@ def test_the_number_to_stop_at_grows_over_runs(monkeypatch):
   assert numbers == sorted(set(numbers)) and len(numbers) == 4
 
 
-@pytest.mark.parametrize("who", [0, 1])
-@pytest.mark.parametrize(
-  ("error", "code"), [("ConfigError", 2), ("OSError", 1)]
-)
-def test_an_error_in_one_process_ends_all(tmp_path, who, error, code):
-  """Though the other one waits for it."""
-  text = f"""
-from moe_jax import config, processes
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_clock_of_the_first_process_ends_a_run(monkeypatch, index):
+  """It stops as at a signal, of which jax tells the others."""
+  sent = []
+  monkeypatch.setattr(signals.jax, "process_count", lambda: 2)
+  monkeypatch.setattr(signals.jax, "process_index", lambda: index)
+  monkeypatch.setattr(
+    signals.multihost_utils, "reached_preemption_sync_point", lambda n: False
+  )
+  monkeypatch.setattr(signals.os, "kill", lambda *a: sent.append(a))
+  stop = signals.Stop(deadline=time.monotonic() + 60)
+  assert not stop.asked() and not sent
+  stop = signals.Stop(deadline=time.monotonic() - 1)
+  assert not stop.asked() and not stop.asked()
+  assert sent == [(os.getpid(), signal.SIGTERM)] * (index == 0)
+
+
+ENDING = """
+import signal
 from moe_jax.core.errors import ConfigError
+from moe_jax.run import command, processes
+
+processes._SILENCE, processes._BEAT = 4, 0.2
 
 def main():
   processes.join()
   processes.gather("here")
-  if processes.is_first() == ({who} == 0):
-    raise {error}("it is broken")
+  print("joined", flush=True)
+  if processes.is_first() == (WHO == 0):
+    ACTION
   processes.gather("waits")
 
-config.run(main)
+command.run(main)
 """
+
+
+def ending(who, action):
+  """What a process says, and the other one that waits for it, once it does
+  something else."""
+  text = ENDING.replace("WHO", str(who)).replace("ACTION", action)
   started = local.start([sys.executable, "-c", text], 2, 1, cwd=pod.ROOT)
-  said = [p.communicate(timeout=60)[0].decode() for p in started]
-  assert started[who].returncode == code and "it is broken" in said[who]
-  assert ("Traceback" in said[who]) == (code == 1)
-  assert started[1 - who].returncode == 2
-  last = said[1 - who].strip().splitlines()[-1]
+  said = []
+  for process in (started[1 - who], started[who]):
+    said.append(process.communicate(timeout=100)[0].decode())
+    for other in started:
+      other.send_signal(signal.SIGCONT)
+  return started[who], said[1], started[1 - who], said[0]
+
+
+@pytest.mark.parametrize(
+  ("who", "error", "code"), [(0, "ConfigError", 2), (1, "OSError", 1)]
+)
+def test_an_error_in_one_process_ends_all(who, error, code):
+  """Though the other one waits for it."""
+  process, said, other, last = ending(who, f"raise {error}('it is broken')")
+  assert process.returncode == code and "it is broken" in said
+  assert ("Traceback" in said) == (code == 1)
+  assert other.returncode == 2
+  last = last.strip().splitlines()[-1]
   assert last.startswith("error: another process of this run has ended")
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_process_that_hangs_ends_the_others(who):
+  """Process 0 is the one through which they talk."""
+  _, _, other, said = ending(who, "signal.raise_signal(signal.SIGSTOP)")
+  assert other.returncode == 2
+  last = said.strip().splitlines()[-1]
+  assert last.startswith(f"error: process {who} of this run has given no sign")
+  assert "    @ " not in said, "a stack of C++"
 
 
 def test_a_work_directory_that_is_not_shared(tmp_path, monkeypatch):
@@ -271,6 +316,44 @@ def test_launch_local_shows_who_says_what(tmp_path, capsys):
   error = 'error: there is no config file "configs/nothing.py"'
   starts = sorted(line.split(";")[0] for line in said if "error" in line)
   assert starts == [f"[1] {error}", error]
+
+
+@pytest.mark.parametrize(
+  ("number", "code"), [(signal.SIGHUP, 75), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_processes_end_with_their_launcher(tmp_path, monkeypatch, number, code):
+  """A closed terminal stops them, so that they save; nobody listens any more
+  to what they say."""
+  (tmp_path / "waits.py").write_text("""
+import os, signal, sys, time
+def stop(*_):
+  for _ in range(5000):
+    print("it stops" * 50)
+  sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+print("process", os.getpid(), flush=True)
+time.sleep(60)
+""")
+  path = f"{tmp_path}{os.pathsep}{pod.ROOT}"
+  monkeypatch.setenv("PYTHONPATH", path)
+  command = [sys.executable, "-m", "moe_jax.launch.local", "--module=waits"]
+  launcher = subprocess.Popen([*command, "--", "x"], stdout=subprocess.PIPE)
+  pids = [int(launcher.stdout.readline().split()[-1]) for _ in range(2)]
+  launcher.stdout.close()
+  launcher.send_signal(number)
+  assert launcher.wait(30) == code
+  end = time.monotonic() + 10
+  while any(map(running, pids)) and time.monotonic() < end:
+    time.sleep(0.05)
+  assert not any(map(running, pids))
+
+
+def running(pid):
+  try:
+    state = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()
+  except FileNotFoundError:
+    return False
+  return state[0] != "Z"
 
 
 def test_a_second_signal_ends_a_pod(tmp_path):

@@ -1,35 +1,49 @@
-"""The questions that are committed: whole, and of their rows."""
+"""The committed questions, whole and of their rows; and one's own."""
+
+import subprocess
+import sys
 
 import pytest
 
-from experiments import launch, questions, sweeps
+import experiments
+from experiments import columns, launch, questions, sweeps
 from moe_jax import models
+from moe_jax.core.errors import ConfigError
 from moe_jax.models import counts
+from tests.house import ROOT
 
-
-def test_every_question_is_whole():
-  for name in questions.names():
-    question = questions.load(name)
-    assert (question.folder / "README.md").exists()
-    pairs = set()
-    for scale in question.scales:
-      sweep = question.sweep(scale)
-      arms = sweep.configs()
-      assert len({sweeps.digest(c) for c in arms.values()}) == len(arms)
-      pairs |= {(one, other) for one in arms for other in arms}
-    for claim in (*question.plan.claims, *question.plan.matches):
-      assert (claim.arm, claim.than) in pairs
-
-
+TRACKED = subprocess.run(
+  ["git", "ls-files", "experiments"],
+  cwd=ROOT,
+  capture_output=True,
+  check=True,
+  text=True,
+).stdout.split()
 COMMITTED = [
+  n for n in questions.names() if f"experiments/{n}/sweep.py" in TRACKED
+]
+TABLES = [
   (name, scale)
-  for name in questions.names()
+  for name in COMMITTED
   for scale in questions.load(name).scales
-  if (questions.load(name).folder / "figures" / f"{scale}.md").exists()
+  if f"experiments/{name}/figures/{scale}.md" in TRACKED
 ]
 
 
-@pytest.mark.parametrize("name, scale", COMMITTED)
+@pytest.mark.parametrize("name", COMMITTED)
+def test_a_committed_question_is_whole(name):
+  question = questions.load(name)
+  assert (question.folder / "README.md").exists()
+  pairs = set()
+  for scale in question.scales:
+    arms = question.sweep(scale).configs()
+    assert len({sweeps.digest(c) for c in arms.values()}) == len(arms)
+    pairs |= {(arm, baseline) for arm in arms for baseline in arms}
+  for claim in question.report.claims:
+    assert (claim.arm, claim.baseline) in pairs
+
+
+@pytest.mark.parametrize("name, scale", TABLES)
 def test_a_committed_table_is_of_the_committed_rows(
   name, scale, tmp_path, capsys
 ):
@@ -41,30 +55,25 @@ def test_a_committed_table_is_of_the_committed_rows(
   made, kept = tmp_path / "report", question.folder / "figures"
   table = (made / "table.md").read_text()
   assert table == (kept / f"{scale}.md").read_text()
-  lines = [line for line in table.splitlines() if line[:2] in ("| ", "- ")]
-  missing = set(lines) - set(
-    (question.folder / "README.md").read_text().split("\n")
-  )
-  assert not [line for line in missing if not line.startswith("- `")]
+  shown = table.split("\n\n", 1)[1]  # All but the title.
+  assert shown in (question.folder / "README.md").read_text()
   for path in made.glob("*.png"):
     assert (kept / f"{scale}_{path.name}").exists()
 
 
 def counted(config, vocab_size=257):
-  model = models.build(
-    config.model,
-    vocab_size=vocab_size,
-    seq_len=config.data.seq_len,
-    batch_sizes=(config.data.batch_size,),
-  )
-  return counts.count(model, config.data.seq_len), model
+  model = models.build(config.model, vocab_size=vocab_size)
+  return counts.count(model, models.variables(model)), model
 
 
 def test_the_dense_arm_has_as_many_active_parameters():
   arms = questions.load("load_balancing").sweep("cpu").configs()
   (sparse, one), (dense, other) = (counted(arms[a]) for a in ("bias", "dense"))
   assert sparse["active"] == dense["active"] == dense["total"]
-  flops = [counts.train_flops_per_token(m, 128) for m in (one, other)]
+  flops = [
+    counts.train_flops_per_token(model, sizes, 128)
+    for model, sizes in ((one, sparse), (other, dense))
+  ]
   # Six for every weight but the norms', and 12 L times heads' widths a layer.
   weights = dense["active"] - dense["norm"]
   assert flops == [6 * weights + 12 * 128 * 4 * 64] * 2
@@ -83,3 +92,78 @@ def test_the_sizes_of_the_paper(arm, billions):
   assert dense["total"] == pytest.approx(found["active"], rel=1e-3)
   tokens = config.data.batch_size * config.data.seq_len * config.train.num_steps
   assert round(tokens / 1e9, -1) in (90, 200)
+
+
+SWEEP = """
+from configs import tiny
+from experiments import sweeps
+
+def demo():
+  arms = sweeps.over("model.moe.top_k", {"k1": 1, "k2": 2})
+  return sweeps.Sweep(tiny.get_config(), arms, seeds=2)
+
+SCALES = {"demo": demo}
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+  """The folder of a question, as small as one may be."""
+  folder = tmp_path / "of_mine" / "mine"
+  folder.mkdir(parents=True)
+  (folder / "__init__.py").write_text('"""Is it mine?"""\n')
+  (folder / "sweep.py").write_text(SWEEP)
+  monkeypatch.setattr(experiments, "__path__", list(experiments.__path__))
+  yield folder
+  for name in [m for m in sys.modules if m.startswith("experiments.mine")]:
+    del sys.modules[name]
+
+
+def test_a_question_may_lie_anywhere(mine, tmp_path, capsys):
+  """Help and --list name it beside the others, and it needs no plot.py."""
+  flag = f"--questions={mine.parent}"
+  with pytest.raises(SystemExit) as stopped:
+    launch.main([flag, "--help"])
+  assert stopped.value.code == 0
+  assert "load_balancing, mine, scaling" in capsys.readouterr().out
+  assert launch.main([flag, "--list"]) == 0
+  listed = capsys.readouterr().out.splitlines()
+  assert "mine                    Is it mine?" in listed
+  assert [line.split()[0] for line in listed] == questions.names()
+  work = f"--workdir={tmp_path / 'work'}"
+  assert launch.main([flag, "mine", "--list", work]) == 0
+  assert (
+    "k1                      0 of 2 seeds finished" in capsys.readouterr().out
+  )
+  question = questions.load("mine")
+  assert question.folder == mine and question.report is columns.REPORT
+
+
+@pytest.mark.parametrize(
+  "names, file, text, words",
+  [
+    ("nowhere", "sweep.py", SWEEP, "nowhere holds no question; a question is"),
+    ("of_mine/mine", "sweep.py", SWEEP, "mine holds no question; a question"),
+    ("of_mine", "sweep.py", None, "sweep.py has to define SCALES; see docs"),
+    ("of_mine", "sweep.py", "", "sweep.py has to define SCALES; see docs"),
+    ("of_mine", "plot.py", "", "plot.py has to define REPORT; see docs"),
+  ],
+)
+def test_a_question_that_is_not_whole(mine, names, file, text, words):
+  path = mine / file
+  path.unlink() if text is None else path.write_text(text)
+  flag = f"--questions={mine.parents[1] / names}"
+  with pytest.raises(ConfigError, match=words):
+    launch.main([flag, "mine", "--list"])
+
+
+@pytest.mark.parametrize("name", ["gating", "report"])
+def test_a_question_takes_no_name_of_another_module(mine, name):
+  mine.rename(mine.with_name(name))
+  with pytest.raises(ConfigError, match=f'"{name}" in .* rename its folder'):
+    launch.main([f"--questions={mine.parent}", name, "--list"])
+
+
+def test_a_launch_without_a_question_names_them(capsys):
+  with pytest.raises(ConfigError, match="give a QUESTION; known: gating, load"):
+    launch.main([])

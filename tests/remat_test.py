@@ -9,11 +9,12 @@ import pytest
 from flax import linen as nn
 
 from moe_jax import models
-from moe_jax.models import transformer
-from moe_jax.moe import dispatchers, groups
-from moe_jax.training import losses
+from moe_jax.models import decoder
+from moe_jax.moe import dispatchers
+from moe_jax.tasks import next_token
+from moe_jax.training import balancing
 from tests import mesh_cases
-from tests.mesh_cases import Case, L
+from tests.mesh_cases import Case
 
 CASES = {
   "einsum": Case("einsum"),
@@ -33,7 +34,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.moe.types import Router, Routing
+from moe_jax.moe.types import Router, Routing, TokenChoice
 
 
 def build(top_k, from_values):
@@ -46,12 +47,8 @@ def build(top_k, from_values):
     expert_TK = checkpoint_name(expert_TK, "expert")
     if not from_values:
       value_TK = jnp.take_along_axis(prob_TE, expert_TK, axis=-1)
-    return Routing(
-      expert_TK=expert_TK,
-      weight_TK=value_TK,
-      valid_TK=jnp.broadcast_to(side.mask_T[:, None], expert_TK.shape),
-      prob_TE=prob_TE,
-    )
+    valid_TK = jnp.broadcast_to(side.mask_T[:, None], expert_TK.shape)
+    return Routing(TokenChoice(expert_TK, value_TK, valid_TK), prob_TE)
 
   return Router(init, {"kernel": ("embed", None)}, route, True, top_k)
 '''
@@ -59,28 +56,25 @@ def build(top_k, from_values):
 
 def gradient_jaxpr(model, case):
   """The gradient of cross-entropy plus balance losses, as a jaxpr."""
-  arch, rows = model.arch, mesh_cases.micro_rows(case)
   micro = {k: v[0] for k, v in mesh_cases.draw_batch(case).items()}
   shapes = jax.eval_shape(model.init, jax.random.key(0), micro["inputs"])
   shapes = nn.unbox(shapes)
 
   def objective(params, balance):
-    rng_G = groups.keys(jax.random.key(1), rows, L, arch.grouping)
     logits, aux = model.apply(
       {"params": params, "balance": balance},
       micro["inputs"],
       micro["mask"],
-      rng_G,
+      jax.random.key(1),
       train=True,
     )
-    loss = losses.cross_entropy(logits, micro["targets"], micro["mask"])
-    stats = {s: {i: a["stats"] for i, a in p.items()} for s, p in aux.items()}
-    so_far = jax.tree.map(
-      lambda s: s.count_E.sum((1, 2)) * 0,
-      stats,
-      is_leaf=lambda x: hasattr(x, "count_E"),
+    loss = next_token.cross_entropy(logits, micro["targets"], micro["mask"])
+    sublayers = model.sublayers
+    stats = balancing.statistics(aux, sublayers)
+    so_far = {k: s.count_E.sum((1, 2)) * 0 for k, s in stats.items()}
+    return loss.value() + balancing.loss(
+      sublayers, balance, stats, so_far, params
     )
-    return loss.value() + losses.balance(arch.recipe, balance, stats, so_far)
 
   balance = shapes.get("balance", {})
   return jax.make_jaxpr(jax.grad(objective))(shapes["params"], balance).jaxpr
@@ -128,20 +122,19 @@ def sub_jaxprs(eqn):
         yield part
 
 
+def choices(case):
+  """The top-k itself, and that of the loop that decides between scores that
+  are equal as they have saturated; logits do not."""
+  return 1 if ("score_before_top_k", False) in case.router else 2
+
+
 def moe_bodies(case):
   return (*case.prefix, *case.pattern).count("moe")
 
 
 def build(case, sizes):
   mesh = None if sizes is None else mesh_cases.make_mesh(sizes)
-  c = mesh_cases.config(case)
-  return models.build(
-    c.model,
-    vocab_size=mesh_cases.V,
-    seq_len=L,
-    batch_sizes=(mesh_cases.micro_rows(case),),
-    mesh=mesh,
-  )
+  return mesh_cases.plain_model(case, mesh)
 
 
 @pytest.mark.parametrize("sizes", [None, (1, 2, 2, 2)])
@@ -149,7 +142,7 @@ def build(case, sizes):
 def test_a_recompute_does_not_choose(name, sizes):
   case = dataclasses.replace(CASES[name], dtype="float32")
   jaxpr = gradient_jaxpr(build(case, sizes), case)
-  assert count(jaxpr)["top_k"] == moe_bodies(case)
+  assert count(jaxpr)["top_k"] == choices(case) * moe_bodies(case)
   recomputed = count(jaxpr, recompute=True)
   assert recomputed["dot_general"] > 0, "it recomputes something"
   assert recomputed["top_k"] == recomputed["sort"] == 0
@@ -166,7 +159,7 @@ def test_groups_of_experts_are_not_chosen_again():
     dtype="float32",
   )
   jaxpr = gradient_jaxpr(build(case, None), case)
-  assert count(jaxpr)["top_k"] == 2 * moe_bodies(case)
+  assert count(jaxpr)["top_k"] == (1 + choices(case)) * moe_bodies(case)
   assert count(jaxpr, recompute=True)["top_k"] == 0
 
 
@@ -179,13 +172,11 @@ def test_the_mutant_that_reads_the_values_chooses_twice(
   folder.mkdir()
   (folder / "values.py").write_text(MUTANT)
   case = Case("gather", dtype="float32")
-  c = mesh_cases.config(case)
-  c.model.moe.router = {"name": "values", "from_values": from_values}
+  c = mesh_cases.config(case).model
+  c.moe.router = {"name": "values", "from_values": from_values}
   model = models.build(
-    c.model,
+    c,
     vocab_size=mesh_cases.V,
-    seq_len=L,
-    batch_sizes=(8,),
     mesh=None if sizes is None else mesh_cases.make_mesh(sizes),
     plugins=(str(tmp_path),),
   )
@@ -198,7 +189,7 @@ def test_the_mutant_that_reads_the_values_chooses_twice(
 def test_every_saved_name_is_needed(forgotten, monkeypatch):
   names = [n for n in dispatchers.SAVED if n != forgotten]
   policy = jax.checkpoint_policies.save_only_these_names(*names)
-  monkeypatch.setitem(transformer.REMAT, "block", policy)
+  monkeypatch.setitem(decoder.REMAT, "block", policy)
   case = Case("sorted", dtype="float32")
   recomputed = count(gradient_jaxpr(build(case, None), case), recompute=True)
   chosen_again = recomputed["top_k"] + recomputed["sort"]
@@ -224,7 +215,7 @@ def test_without_remat_nothing_is_recomputed():
   case = Case("gather", dtype="float32", remat="none")
   found = count(gradient_jaxpr(build(case, None), case))
   assert not any(found[name] for name in RECOMPUTE)
-  assert found["top_k"] == moe_bodies(case)
+  assert found["top_k"] == choices(case) * moe_bodies(case)
 
 
 @pytest.mark.parametrize("layout", ["gather", "buckets"])

@@ -1,16 +1,22 @@
-"""A model of a few thousand parameters, and random data for it."""
+"""A model of a few thousand parameters, and random data for its task."""
 
+import functools
+
+import jax
 import numpy as np
 
 from configs import tiny
+from moe_jax.core import roles
 from moe_jax.data import tokenizers
+from moe_jax.tasks import next_token
+from moe_jax.training import optimizers, train_step
 
 V, L, ROWS = 257, 16, 8
 BYTES = tokenizers.load().num_bytes_V
 
 
 class SmallCorpus:
-  """Two domains of random bytes, as `tokens.prepare` would return."""
+  """Two domains of random bytes, as `corpora.prepare` would return."""
 
   name, fingerprint, sources = "small", "0", {}
   vocab_size, domains, end_of_document = V, ("a", "b"), V - 1
@@ -40,3 +46,40 @@ def config(**moe_options):
   c.optim.update(warmup_steps=0, schedule="constant")
   c.train.update(accumulation=2, num_steps=3, log_every=1)
   return c
+
+
+def task(num_bytes_V=BYTES, length=L, mesh=None):
+  """Next-token prediction without a text: the test makes its own batches.
+
+  Args:
+    num_bytes_V: bytes that each token stands for. None ends a document.
+    length: tokens of a sequence.
+    mesh: from `parallel.make_mesh`; None: one device.
+  """
+  c = config()
+  c.data.update(seq_len=length, separate_documents=False)
+  corpus = next_token.Unread("none", num_bytes_V, end_of_document=-1)
+  return next_token.of_corpus(c, corpus, mesh)
+
+
+def training(c, model, task):
+  """(init, step) of a config: rng -> boxed state, and
+  (state, batch, numbers) -> (state, sums)."""
+  optimizer = functools.partial(
+    optimizers.build, optimizers.load(c.optim, c.plugins).direction
+  )
+  init = functools.partial(
+    train_step.init_state,
+    model=model,
+    task=task,
+    optimizer=optimizer,
+    numbers=train_step.numbers(c, model),
+  )
+  boxed = jax.eval_shape(init, jax.random.key(0))
+  step = functools.partial(
+    train_step.train_step,
+    model=model,
+    task=task,
+    optimizer=functools.partial(optimizer, roles.of(boxed.params)),
+  )
+  return init, step

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from moe_jax.core.errors import ConfigError, Interrupted
+from moe_jax.data import mixed
 from moe_jax.run import config as config_lib
 from moe_jax.run import run_directory, writers
 from moe_jax.training import loop, program
@@ -25,7 +26,7 @@ def settings():
 def made():
   """A program of `settings`."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(program.mixture, "prepare", lambda *a, **k: SmallCorpus())
+    patch.setattr(mixed, "prepare", lambda *a, **k: SmallCorpus())
     patch.setattr(program.parallel, "mesh_or_none", lambda sizes: None)
     return program.Program(settings())
 

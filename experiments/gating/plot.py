@@ -1,14 +1,10 @@
 """What the report of gating shows."""
 
-from experiments import columns
-from experiments.figures import Curve, Scatter
-from experiments.report import Claim, Column, Match, Plan
+from experiments import columns, figures
+from experiments.report import Claim, Column, Report
 
-_GATES, _FORMS, _BALANCERS = (
-  ("sigmoid", "softmax"),
-  ("renorm", "raw"),
-  ("bias", "loss"),
-)
+_GATES, _FORMS = ("sigmoid", "softmax"), ("renorm", "raw")
+_BALANCERS = ("bias", "loss")
 # Arms that differ in one thing; and of each gate the best.
 _PAIRS = (
   *(
@@ -19,7 +15,7 @@ _PAIRS = (
   ("sigmoid-raw-bias", "softmax-renorm-loss"),
 )
 
-PLAN = Plan(
+REPORT = Report(
   columns=(
     columns.BITS_PER_BYTE,
     columns.MAX_VIO_GLOBAL,
@@ -28,27 +24,14 @@ PLAN = Plan(
     columns.DROPPED,
     Column(
       "router_confidence",
-      meaning="summed share of the chosen experts in all scores of a token.",
+      "router confidence",
+      meaning="the chosen experts' share of a token's scores.",
     ),
     columns.TRAIN_FLOPS,
     columns.TRAIN_SECONDS,
   ),
-  claims=tuple(Claim("bits_per_byte", *pair) for pair in _PAIRS),
-  matches=tuple(Match("max_vio_global", *pair) for pair in _PAIRS),
-  plots=(
-    Scatter(
-      "max_vio_global",
-      "bits_per_byte",
-      x_label="MaxVio over all validation windows (bars: 95 % interval)",
-      y_label="bits per byte of the validation windows",
-      log=True,
-    ),
-    Curve(
-      "max_vio",
-      label="MaxVio of a step, mean over layers",
-      floor="max_vio_floor",
-      floor_label="random router",
-      log=True,
-    ),
+  claims=tuple(
+    Claim("bits_per_byte", *pair, alike="max_vio_global") for pair in _PAIRS
   ),
+  plots=(figures.BITS_OVER_MAX_VIO, figures.MAX_VIO),
 )

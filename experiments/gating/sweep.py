@@ -1,14 +1,13 @@
 """The arms: gate x balancer x whether the chosen weights are renormalised."""
 
-from experiments import sweeps, tuning
-from experiments.load_balancing import sweep as load_balancing
+from experiments import small, sweeps, tuning
 
 TARGET = 0.3  # The max_vio_global at which all arms are compared.
 
 
 def demo() -> sweeps.Sweep:
   """Minutes on two CPU cores; nothing is tuned, so the balance is not equal."""
-  return sweeps.Sweep(load_balancing.demo_config(), _arms(), seeds=1)
+  return sweeps.Sweep(small.demo_config(), _arms(), seeds=1)
 
 
 def cpu() -> sweeps.Sweep:
@@ -26,7 +25,7 @@ def cpu() -> sweeps.Sweep:
     seeds=3,  # One of them is off by a sixth.
   )
   return sweeps.Sweep(
-    load_balancing.cpu_config(), _arms(), seeds=8, stages=(rates, strengths)
+    small.cpu_config(), _arms(), seeds=8, stages=(rates, strengths)
   )
 
 
@@ -42,15 +41,12 @@ def _arms():
   """softmax-renorm-loss, ..., sigmoid-raw-bias."""
   arms = {}
   for score in ("softmax", "sigmoid"):
+    gate = {"name": "top_k", "score": score}
     forms = sweeps.over(
       "model.moe.router",
       {
-        f"{score}-{form}": {
-          "name": "top_k",
-          "score": score,
-          "renormalize": form == "renorm",
-        }
-        for form in ("renorm", "raw")
+        f"{score}-renorm": gate | {"renormalize": True},
+        f"{score}-raw": gate | {"renormalize": False},
       },
     )
     balancers = sweeps.over(

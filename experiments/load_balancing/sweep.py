@@ -1,7 +1,6 @@
 """The arms: a switch loss of two sizes, a loss-free bias, or nothing."""
 
-from configs import base
-from experiments import sweeps, tuning
+from experiments import small, sweeps, tuning
 
 _BALANCERS = "model.moe.balancers"
 
@@ -12,7 +11,7 @@ def demo() -> sweeps.Sweep:
   The bias moves by 1e-2 a step, ten times the rate of Wang et al.: they have
   40,000 steps to move it in, and here are some hundred.
   """
-  return sweeps.Sweep(demo_config(), _balancers(bias=1e-2), seeds=3)
+  return sweeps.Sweep(small.demo_config(), _balancers(bias=1e-2), seeds=3)
 
 
 def cpu() -> sweeps.Sweep:
@@ -30,7 +29,7 @@ def cpu() -> sweeps.Sweep:
     "dense_longer": dense | {"train.num_steps": 650},
   }
   rates = tuning.Stage("optim.learning_rate", (3e-3, 1e-2, 3e-2))
-  return sweeps.Sweep(cpu_config(), arms, seeds=8, stages=(rates,))
+  return sweeps.Sweep(small.cpu_config(), arms, seeds=8, stages=(rates,))
 
 
 def pod() -> sweeps.Sweep:
@@ -70,110 +69,41 @@ def _balancers(bias):
   )
 
 
-def demo_config():
-  c = base.get_config()
-  c.data.seq_len = 64
-  c.data.batch_size = 8
-  c.model.d_model = 64
-  c.model.num_layers = 3
-  c.model.num_heads = 4
-  c.model.num_kv_heads = 4
-  c.model.head_dim = 16
-  c.model.rope_theta = 300.0  # For a context this short.
-  c.model.remat = "block"  # Faster here: new memory costs more than FLOPs.
-  c.model.moe.num_experts = 16
-  c.model.moe.d_expert = 64
-  # The gate of Wang et al.: the bias is added to scores between 0 and 1.
-  c.model.moe.router = {
-    "name": "top_k",
-    "score": "sigmoid",
-    "renormalize": True,
-  }
-  c.optim.learning_rate = 1e-2
-  c.optim.weight_decay = 0.0
-  c.optim.b1 = 0.8
-  c.train.num_steps = 400
-  c.eval.batch_size = 64
-  c.eval.batches_per_domain = 8
-  return c
-
-
-def cpu_config():
-  """What the scale `cpu` of several questions shares."""
-  c = demo_config()
-  c.data.seq_len = 128
-  c.data.batch_size = 16
-  c.model.num_layers = 4
-  c.model.prefix = ("dense",)
-  c.model.num_heads = 2
-  c.model.num_kv_heads = 2
-  c.model.head_dim = 32
-  c.model.d_ff = 160  # Of the first layer: the width of active experts.
-  c.model.moe.num_experts = 32
-  c.model.moe.top_k = 4
-  c.model.moe.d_expert = 32
-  c.model.moe.num_shared_experts = 1
-  # One group a step: a sequence is of one domain, its loads are not balanced.
-  c.model.moe.tokens_per_group = 2048
-  c.optim.warmup_steps = 50
-  c.optim.b1 = 0.9
-  c.train.num_steps = 500
-  c.checkpoint.every = 0  # A run takes minutes.
-  c.eval.batch_size = 16
-  c.eval.batches_per_domain = 64
-  return c
-
-
 def _pod_config():
-  c = cpu_config()
-  c.data.name = "text_of_your_own"
-  c.data.seq_len = 2048
-  c.model.moe.num_experts = 64
-  c.model.moe.top_k = 6
-  c.model.moe.num_shared_experts = 2
+  c = small.cpu_config()
+  c.data.update(name="text_of_your_own", seq_len=2048)
+  c.model.moe.update(num_experts=64, top_k=6, num_shared_experts=2)
   c.model.moe.tokens_per_group = 2048
   c.model.moe.capacity_factor = None  # Dropless.
   c.model.moe.dispatcher = {"name": "sorted"}
-  c.model.rope_theta = 10_000.0
-  c.model.tie_embeddings = False
-  c.model.dtype = "bfloat16"
-  c.optim.warmup_steps = 1000
-  c.optim.weight_decay = 0.1
-  c.optim.b2 = 0.95
+  c.model.update(rope_theta=10_000.0, tie_embeddings=False, dtype="bfloat16")
+  c.optim.update(warmup_steps=1000, weight_decay=0.1)
+  c.optim.optimizer.b2 = 0.95
   c.train.log_every = 50
   c.checkpoint.every = 1000
-  c.eval.every = 1000
-  c.eval.batch_size = 128
+  c.eval.update(every=1000, batch_size=128)
   return c
 
 
 def _sizes():
   """Widths, and the hidden width of a dense layer over the granularity."""
+  wsd = {"optim.schedule": "wsd", "optim.decay_steps": 11_302}
   return {
-    "1b": {
-      "model.d_model": 1024,
-      "model.num_layers": 10,
-      "model.num_heads": 8,
-      "model.num_kv_heads": 8,
-      "model.head_dim": 128,
-      "model.d_ff": 2736,
-      "model.moe.d_expert": 512,
-      "data.batch_size": 1152,
-      "train.num_steps": 40_000,
-      "optim.learning_rate": 1e-3,
-    },
-    "3b": {
-      "model.d_model": 1280,
-      "model.num_layers": 12,
-      "model.num_heads": 10,
-      "model.num_kv_heads": 10,
-      "model.head_dim": 128,
-      "model.d_ff": 3408,
-      "model.moe.d_expert": 856,
-      "data.batch_size": 1728,
-      "train.num_steps": 56_514,
-      "optim.learning_rate": 7.8e-4,
-      "optim.schedule": "wsd",
-      "optim.decay_steps": 11_302,
-    },
+    "1b": _size(1024, 10, 2736, 512, 1152, 40_000, 1e-3),
+    "3b": _size(1280, 12, 3408, 856, 1728, 56_514, 7.8e-4) | wsd,
+  }
+
+
+def _size(d_model, layers, d_ff, d_expert, batch_size, steps, rate):
+  return {
+    "model.d_model": d_model,
+    "model.num_layers": layers,
+    "model.num_heads": d_model // 128,
+    "model.num_kv_heads": d_model // 128,
+    "model.head_dim": 128,
+    "model.d_ff": d_ff,
+    "model.moe.d_expert": d_expert,
+    "data.batch_size": batch_size,
+    "train.num_steps": steps,
+    "optim.learning_rate": rate,
   }

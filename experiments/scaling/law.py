@@ -23,6 +23,14 @@ class Law(NamedTuple):
   start: float
   most: float
 
+  def words(self, digits: int) -> str:
+    """The constants as text."""
+    names = {"a": self.a, "b": self.b, "c": self.c, "d": self.d}
+    words = [f"{name} = {x:+.{digits}f}" for name, x in names.items()]
+    return ", ".join(
+      [*words, f"E_start = {self.start:.2f}", f"E_max = {self.most:.0f}"]
+    )
+
   def loss(self, parameters, experts) -> np.ndarray:
     """L of N and E, which may be arrays."""
     log_n, log_e = np.log10(parameters), np.log10(self.saturated(experts))
@@ -68,26 +76,10 @@ def fit(points: Sequence[Point], interaction: bool = True) -> Law:
   """
   from scipy import optimize  # Slow to import.
 
-  parameters, experts, losses = (np.array(x, float) for x in zip(*points))
-  log_n, log_l = np.log10(parameters), np.log10(losses)
-
-  def solve(bounds):
-    # E_max above E_start, both above 1.
-    start = 1 + np.exp(bounds[0])
-    most = start + np.exp(bounds[1])
-    log_e = np.log10(_saturated(experts, start, most))
-    terms = [log_n, log_e, np.ones_like(log_n)]
-    terms += [log_n * log_e] if interaction else []
-    matrix = np.stack(terms, axis=1)
-    found, *_ = np.linalg.lstsq(matrix, log_l, rcond=None)
-    a, b, d, *c = found
-    error = ((matrix @ found - log_l) ** 2).mean()
-    return error, Law(a, b, c[0] if c else 0.0, d, start, most)
-
   # From several places, as the error has more than one hollow.
   tried = [
     optimize.minimize(
-      lambda x: solve(x)[0],
+      lambda bounds: _solve(bounds, points, interaction)[0],
       np.log([start, most]),
       method="Nelder-Mead",
       bounds=[(-5, 5), (0, 10)],
@@ -96,7 +88,23 @@ def fit(points: Sequence[Point], interaction: bool = True) -> Law:
     for start in (0.1, 1.0, 5.0)
     for most in (50.0, 1000.0)
   ]
-  return solve(min(tried, key=lambda t: t.fun).x)[1]
+  return _solve(min(tried, key=lambda t: t.fun).x, points, interaction)[1]
+
+
+def _solve(bounds, points, interaction):
+  """(error, the law) for E_start above 1 and E_max above it."""
+  parameters, experts, losses = (np.array(x, float) for x in zip(*points))
+  log_n, log_l = np.log10(parameters), np.log10(losses)
+  start = 1 + np.exp(bounds[0])
+  most = start + np.exp(bounds[1])
+  log_e = np.log10(_saturated(experts, start, most))
+  terms = [log_n, log_e, np.ones_like(log_n)]
+  terms += [log_n * log_e] if interaction else []
+  matrix = np.stack(terms, axis=1)
+  found, *_ = np.linalg.lstsq(matrix, log_l, rcond=None)
+  a, b, d, *c = found
+  error = ((matrix @ found - log_l) ** 2).mean()
+  return error, Law(a, b, c[0] if c else 0.0, d, start, most)
 
 
 def error(law: Law, points: Sequence[Point], over_dense=False) -> float:

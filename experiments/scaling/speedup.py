@@ -9,11 +9,12 @@ would make the others' mean too large.
 
 import statistics
 
-from experiments import report
+from experiments import runs
 from experiments.scaling import sweep
 
 LOSS = "validation/bits_per_byte"
 STEPS, TIME = "step_speedup", "time_speedup"
+Points = list[tuple[int, float]]  # (step, loss), ascending.
 
 
 def derive(rows: list[dict], curves: list[dict]) -> list[dict]:
@@ -22,36 +23,34 @@ def derive(rows: list[dict], curves: list[dict]) -> list[dict]:
   A row has none without a curve, or without one of the dense model; and none in
   time without the seconds of a step (times.csv).
   """
-  points, found = _points(curves), []
-  dense = {(r["arm"], r["seed"]): r for r in rows}
-  for row in rows:
+  points = runs.grouped(
+    ((p["arm"], p["seed"]), (p["step"], p[LOSS])) for p in curves if LOSS in p
+  )
+  by_place, derived = {(row["arm"], row["seed"]): row for row in rows}, []
+  for place, row in by_place.items():
     size = row["arm"].split("-")[0]
-    key = (sweep.name(size, sweep.DENSE), row["seed"])
-    new = dict(row)
-    of_dense, of_row = points.get(key), points.get((row["arm"], row["seed"]))
-    if of_dense and of_row:
-      new[STEPS] = speedup(of_dense, of_row)
-      seconds = [_seconds(r) for r in (dense.get(key, {}), row)]
-      if None not in seconds:
+    dense, new = (sweep.name(size, sweep.DENSE), row["seed"]), dict(row)
+    if dense in points and place in points:
+      new[STEPS] = speedup(sorted(points[dense]), sorted(points[place]))
+      timed = [by_place.get(dense, {}), row]
+      if all("train_seconds" in r for r in timed):
+        seconds = [r["train_seconds"] / r["steps"] for r in timed]
         new[TIME] = new[STEPS] * seconds[0] / seconds[1]
-    found.append(new)
-  return found
+    derived.append(new)
+  return derived
 
 
-def speedup(
-  ones: list[tuple[int, float]], others: list[tuple[int, float]]
-) -> float:
-  """One's steps to the worse of both last losses, over the other's.
+def speedup(dense: Points, others: Points) -> float:
+  """The dense model's steps to the worse of both last losses, over the other's.
 
-  Args:
-    ones, others: (step, loss), ascending; read after `smooth`.
+  Both curves are read after `smooth`.
   """
-  ones, others = smooth(ones), smooth(others)
-  target = max(ones[-1][1], others[-1][1])
-  return reached(ones, target) / reached(others, target)
+  dense, others = smooth(dense), smooth(others)
+  target = max(dense[-1][1], others[-1][1])
+  return reached(dense, target) / reached(others, target)
 
 
-def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+def smooth(points: Points) -> Points:
   """Means of three neighbours, as one reading says little of a curve's end."""
   if len(points) < 3:
     return points
@@ -59,13 +58,8 @@ def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
   return [(w[1][0], statistics.fmean(y for _, y in w)) for w in windows]
 
 
-def reached(points: list[tuple[int, float]], target: float) -> float:
-  """The first step with that loss, on straight lines.
-
-  Args:
-    points: (step, loss), ascending.
-    target: a loss that is not below the last one.
-  """
+def reached(points: Points, target: float) -> float:
+  """The first step with a loss, on straight lines; it is not below the last."""
   before = None
   for step, loss in points:
     if loss <= target:
@@ -75,23 +69,3 @@ def reached(points: list[tuple[int, float]], target: float) -> float:
       return step0 + (step - step0) * (loss0 - target) / (loss0 - loss)
     before = step, loss
   raise ValueError(f"a loss of {target} is not reached")
-
-
-def _points(curves):
-  """{(arm, seed): [(step, loss)]}."""
-  points = {}
-  for point in curves:
-    if LOSS in point:
-      key = point["arm"], point["seed"]
-      points.setdefault(key, []).append((point["step"], point[LOSS]))
-  return {key: sorted(found) for key, found in points.items()}
-
-
-def _seconds(row):
-  """Of a step."""
-  if "train_seconds" not in row:
-    return None
-  return row["train_seconds"] / row["steps"]
-
-
-DERIVATION = report.Derivation(derive, (LOSS,), (STEPS, TIME))

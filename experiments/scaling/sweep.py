@@ -5,8 +5,7 @@ language models of Clark et al. (2202.01169): a token passes one, of the width
 of the dense layer, so that only the router adds to the active parameters.
 """
 
-from experiments import sweeps, tuning
-from experiments.load_balancing import sweep as load_balancing
+from experiments import small, sweeps, tuning
 
 DENSE = "dense"
 
@@ -62,27 +61,18 @@ def pod() -> sweeps.Sweep:
 
   on every host.
   """
-  config = cpu_config()
-  config.data.name = "text_of_your_own"
-  config.data.seq_len = 512
-  config.data.batch_size = 2048
-  config.model.num_layers = 12
-  config.model.activation = "relu"
-  config.model.moe.activation = "relu"
-  config.model.moe.init_scale = 0.1
-  config.model.moe.tokens_per_group = 4096
-  config.model.rope_theta = 10_000.0
-  config.model.dtype = "bfloat16"
-  config.optim.name = "adafactor"
-  config.optim.warmup_steps = 10_000
-  config.optim.learning_rate = 1e-2
-  config.train.num_steps = 100_000
-  config.train.log_every = 100
-  config.checkpoint.every = 1000
-  config.eval.every = 1000
-  config.eval.batch_size = 2048
+  c = cpu_config()
+  c.data.update(name="text_of_your_own", seq_len=512, batch_size=2048)
+  c.model.update(num_layers=12, activation="relu", rope_theta=10_000.0)
+  c.model.dtype = "bfloat16"
+  c.model.moe.update(activation="relu", init_scale=0.1, tokens_per_group=4096)
+  c.optim.optimizer = {"name": "adafactor"}
+  c.optim.update(warmup_steps=10_000, learning_rate=1e-2)
+  c.train.update(num_steps=100_000, log_every=100)
+  c.checkpoint.every = 1000
+  c.eval.update(every=1000, batch_size=2048)
   return sweeps.Sweep(
-    config, arms((512, 768, 1024), (8, 16, 32, 64, 128), head_dim=64), seeds=1
+    c, arms((512, 768, 1024), (8, 16, 32, 64, 128), head_dim=64), seeds=1
   )
 
 
@@ -114,12 +104,9 @@ def arms(sizes, experts, head_dim=16) -> sweeps.Arms:
 
 def cpu_config():
   """Two layers, top-1, dropless, with the loss of Switch."""
-  c = load_balancing.cpu_config()
-  c.model.num_layers = 2
-  c.model.prefix = ()
-  c.model.pattern = (DENSE, "moe")
-  c.model.moe.top_k = 1
-  c.model.moe.num_shared_experts = 0
+  c = small.cpu_config()
+  c.model.update(num_layers=2, prefix=(), pattern=(DENSE, "moe"))
+  c.model.moe.update(top_k=1, num_shared_experts=0)
   c.model.moe.tokens_per_group = "sequence"
   c.model.moe.capacity_factor = None  # Dropless.
   c.model.moe.router = {"name": "top_k"}
@@ -129,6 +116,5 @@ def cpu_config():
   # step at which a loss is reached means something.
   c.optim.schedule = "constant"
   c.train.num_steps = 2000
-  c.eval.every = 100
-  c.eval.batches_per_domain = 8
+  c.eval.update(every=100, batches_per_domain=8)
   return c

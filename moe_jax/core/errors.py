@@ -1,6 +1,5 @@
 """Errors that tell the user what to do."""
 
-import contextlib
 import difflib
 
 
@@ -38,20 +37,13 @@ def first_line(error: Exception) -> str:
   return str(error).strip().split("\n")[0][:300]
 
 
-@contextlib.contextmanager
-def naming(path):
-  """Gives an OSError of writing a file, which names none, its path."""
-  try:
-    yield
-  except OSError as e:
-    e.filename = e.filename or str(path)
-    raise
+def nearest(word, known) -> str:
+  """'; did you mean "x"?' with the nearest known word; "" if none is near."""
+  near = difflib.get_close_matches(str(word), sorted(known), n=1, cutoff=0.5)
+  return f'; did you mean "{near[0]}"?' if near else ""
 
 
 def did_you_mean(word, known) -> str:
-  """'; did you mean "x"?' with the nearest known word, or a list of them."""
-  known = sorted(known)
-  near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
-  if near:
-    return f'; did you mean "{near[0]}"?'
-  return f"; known: {', '.join(known)}" if known else ""
+  """`nearest`, or a list of all known words."""
+  words = ", ".join(sorted(known))
+  return nearest(word, known) or (words and f"; known: {words}")

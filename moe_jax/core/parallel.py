@@ -8,8 +8,10 @@ import numpy as np
 from jax import Array
 
 from moe_jax.core.errors import ConfigError
+from moe_jax.core.options import either, integer, items
 
 AXES = ("data", "fsdp", "expert", "tensor")
+SIZES = items(either(integer(1), integer(-1, -1)), len(AXES))
 TOKENS = ("data", "fsdp", "expert")
 
 # Logical axis of a parameter or activation -> mesh axes. One table for all.
@@ -38,15 +40,9 @@ def make_mesh(
     ConfigError: lengths that are none, or whose product is not the number of
       devices.
   """
+  SIZES.check(tuple(sizes), "mesh")
   devices = jax.devices() if devices is None else devices
   sizes = list(sizes)
-  if len(sizes) != len(AXES) or not all(
-    type(s) is int and (s >= 1 or s == -1) for s in sizes
-  ):
-    raise ConfigError(
-      f"mesh = {tuple(sizes)} needs a whole number >= 1, or -1 for what is left,"
-      f" for each of {AXES}"
-    )
   if sizes.count(-1) > 1:
     raise ConfigError(f"mesh = {tuple(sizes)} has more than one -1; keep one")
   if -1 in sizes:

@@ -1,29 +1,51 @@
 """Parts by name: a router, balancer, dispatcher, ... is one file."""
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
 import inspect
 import pathlib
 import sys
+import types
 import typing
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+from moe_jax.core import options as options_lib
 from moe_jax.core.errors import ConfigError, did_you_mean
 
-_NONE = type(None)
-_PLAIN = {bool, int, float, str, _NONE}
 # Where the files of each kind of part lie in the package.
 _ROOMS = {
   "routers": "moe",
   "balancers": "moe",
   "dispatchers": "moe",
   "datasets": "data",
+  "optimizers": "training",
 }
-_MADE = {}  # By id, of what the cache of _build keeps alive.
+
+
+class Spec(NamedTuple):
+  """The name and the options that a part is made of.
+
+  kind: a folder, such as "routers".
+  name: a file in it, without ".py".
+  plugins: folders that are looked through first, for <kind>/<name>.py.
+  options: all arguments of the file's `build`, those with a default included.
+  """
+
+  kind: str
+  name: str
+  plugins: tuple[str, ...]
+  options: Mapping[str, Any]
+
+  @property
+  def build(self):
+    return _module(self.kind, self.name, self.plugins).build
 
 
 def load(kind: str, name: str, *, plugins: tuple[str, ...] = (), **options):
-  """Calls `build(**options)` of moe_jax/<kind>/<name>.py or of a plugin.
+  """Calls `build(**options)` of moe_jax/<room>/<kind>/<name>.py or of a plugin.
 
   Args:
     kind: folder: "routers", "balancers", "dispatchers", "models", "datasets".
@@ -32,134 +54,192 @@ def load(kind: str, name: str, *, plugins: tuple[str, ...] = (), **options):
     **options: what the file's `build` takes; hashable.
 
   Returns:
-    What `build` returns. Equal options give the same object, so that it can
-    be a static argument of jit and a field of a linen module.
+    What `build` returns, and if that is a record with a field `spec`, its
+    `Spec`. Equal options give the same object, so that it can be a static
+    argument of jit and a field of a linen module.
 
   Raises:
-    ConfigError: no such name or option; names the nearest known one.
+    ConfigError: no such name or option, or a value that its annotation in
+      `build` does not allow.
   """
-  # 1, 1.0 and True are equal, but not the same option.
-  items = tuple(sorted(options.items()))
-  types = tuple(type(value) for _, value in items)
-  for option, value in items:
-    if isinstance(value, dict | list | set):
-      raise ConfigError(
-        f"{kind}/{name}: the option {option} = {value!r} is of type"
-        f" {type(value).__name__}; options are numbers, words or tuples"
-      )
-  return _build(kind, name, tuple(plugins), items, types)
+  return _made(_resolved(kind, name, plugins, options, f"{kind}/{name}"))
 
 
-def made_of(part) -> tuple[str, dict]:
-  """(name, all options) that `load` made a part of; {} of what it did not."""
-  if id(part) not in _MADE:
-    return "", {}
-  kind, name, plugins, options = _MADE[id(part)]
-  return name, resolved(kind, name, plugins=plugins, **dict(options))
+def find(kind: str, name: str, plugins: tuple[str, ...] = ()):
+  """The file of a part, as a module with a function `build`.
+
+  Raises:
+    ConfigError: there is none; names the nearest known one.
+  """
+  return _module(kind, name, tuple(plugins))
+
+
+def from_config(
+  kind: str, section, key: str, *, plugins: tuple[str, ...] = (), **more
+):
+  """The part that a section of a config describes.
+
+  Args:
+    kind, plugins: as in `load`.
+    section: a mapping of "name" and the options of the part.
+    key: of the section, for errors.
+    **more: options that another section has.
+
+  Raises:
+    ConfigError: as `load`; or the section is none.
+  """
+  return _made(spec(kind, section, key, plugins=plugins, **more))
+
+
+def spec(
+  kind: str, section, key: str, *, plugins: tuple[str, ...] = (), **more
+) -> Spec:
+  """`from_config` without building the part: its checked options."""
+  options_lib.part().check(section, key)
+  options = dict(section)
+  name = options.pop("name")
+  for option in more:
+    if option in options:
+      raise ConfigError(f"{key}.{option} is set outside of {key}; leave it out")
+  return _resolved(kind, name, plugins, options | more, key)
+
+
+def rebuild(part, numbers: Mapping[str, Any]):
+  """The part again, with other values for some of its number options.
+
+  Args:
+    part: from `load` or `from_config`; or a Spec.
+    numbers: {option: value}, tracers for instance. They are not checked.
+  """
+  made_of = _spec_of(part)
+  return _with_spec(made_of.build(**{**made_of.options, **numbers}), made_of)
+
+
+def number_options(part) -> dict[str, float]:
+  """{option: value} of a part's options that change no shape.
+
+  Args:
+    part: from `load` or `from_config`; or a Spec.
+  """
+  made_of = _spec_of(part)
+  table = options_lib.of(made_of.build)
+  return {
+    name: value
+    for name, value in made_of.options.items()
+    if table[name].is_number and type(value) in (int, float)
+  }
 
 
 def names(kind: str, plugins: tuple[str, ...] = ()) -> list[str]:
-  """The names that `load` knows for a kind, sorted."""
-  package = importlib.import_module(_package(kind))
-  folders = [*package.__path__, *(pathlib.Path(f, kind) for f in plugins)]
-  files = (
-    f for folder in folders for f in pathlib.Path(folder).glob("[!_]*.py")
-  )
-  # Files beside them that are no part have no `build`.
-  return sorted({f.stem for f in files if "\ndef build(" in f.read_text()})
+  """The names that `load` knows for a kind, sorted.
 
-
-def split(kind: str, section) -> tuple[str, dict]:
-  """(name, options) of a part as a config has it: a mapping with its name.
-
-  Raises:
-    ConfigError: it is something else.
+  All files of the kind's folders are parts, but those that begin with "_" and
+  those in the tuple SHARED of the package.
   """
-  try:
-    options = dict(section)
-    return options.pop("name"), options
-  except (TypeError, ValueError, KeyError):
-    raise ConfigError(
-      f"one of the {kind} is {section!r}; give a dict with its name and"
-      f' options, such as {{"name": "{names(kind)[0]}"}}'
-    ) from None
+  return sorted(_files(kind, plugins))
 
 
-def resolved(
-  kind: str, name: str, *, plugins: tuple[str, ...] = (), **options
-) -> dict:
-  """The options of a part: the given ones, and the defaults of the others."""
-  build = _module(kind, name, tuple(plugins)).build
-  known = inspect.signature(build).parameters
-  defaults = {
-    n: p.default for n, p in known.items() if p.default is not p.empty
-  }
-  return {**defaults, **options}
+def _spec_of(part):
+  return part if isinstance(part, Spec) else part.spec
+
+
+def _resolved(kind, name, plugins, given, key):
+  """The Spec of a part whose options have been checked."""
+  plugins = tuple(plugins)
+  options_lib.text().check(name, f"{key}.name")
+  build = _module(kind, name, plugins).build
+  given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+  options_lib.arguments(build).check(given, key)
+  arguments = inspect.signature(build).parameters.values()
+  defaults = {a.name: a.default for a in arguments}
+  return Spec(kind, name, plugins, defaults | given)
+
+
+def _made(made_of):
+  items = tuple(sorted(made_of.options.items()))
+  # 1, 1.0 and True are equal, but not the same option.
+  return _build(*made_of[:3], items, tuple(type(value) for _, value in items))
 
 
 @functools.cache
-def _build(kind, name, plugins, options, types):
-  del types
-  build = _module(kind, name, plugins).build
-  known = inspect.signature(build).parameters
-  for option, _ in options:
-    if option not in known:
+def _build(kind, name, plugins, items, types_of_values):
+  del types_of_values
+  made_of = Spec(kind, name, plugins, dict(items))
+  wanted = getattr(importlib.import_module(_package(kind)), "PART", None)
+  module = _module(kind, name, plugins)
+  try:
+    part = module.build(**made_of.options)
+  except TypeError as e:
+    # The record lacks a field, or has no such field.
+    if wanted is None or f"{wanted.__name__}.__init__()" not in str(e):
+      raise
+    raise ConfigError(f"{module.__file__}: {e}; see {wanted.__module__}") from e
+  if wanted is not None:
+    _check_part(part, wanted, module.__file__)
+  return _with_spec(part, made_of)
+
+
+def _check_part(part, wanted, where):
+  """Raises ConfigError for a part that is not the record of its kind."""
+  if not isinstance(part, wanted):
+    raise ConfigError(
+      f"{where}: build(...) returned {options_lib.shown(part)}, not the"
+      f" record {wanted.__name__}; see {wanted.__module__}"
+    )
+  for name, hint in typing.get_type_hints(wanted).items():
+    union = isinstance(hint, types.UnionType)
+    kinds = typing.get_args(hint) if union else (hint,)
+    kinds = tuple(typing.get_origin(kind) or kind for kind in kinds)
+    value = getattr(part, name)
+    if Any not in kinds and not isinstance(value, kinds):
       raise ConfigError(
-        f'{kind}/{name} has no option "{option}"' + did_you_mean(option, known)
+        f"{where}: {wanted.__name__}.{name} is {options_lib.shown(value)}, not"
+        f" {hint}; see {wanted.__module__}"
       )
-  hints = typing.get_type_hints(build)
-  for option, value in options:
-    _check_type(kind, name, option, value, hints.get(option))
-  missing = [
-    p.name
-    for p in known.values()
-    if p.default is p.empty and p.name not in dict(options)
-  ]
-  if missing:
-    raise ConfigError(f"{kind}/{name} needs the option(s) {', '.join(missing)}")
-  part = build(**dict(options))
-  _MADE[id(part)] = kind, name, plugins, options
-  return part
 
 
-def _check_type(kind, name, option, value, hint):
-  """Raises ConfigError for a value of another type than `build` says."""
-  allowed = typing.get_args(hint) or (hint,)
-  if not set(allowed) <= _PLAIN:  # Not annotated, or with a type of its own.
-    return
-  if type(value) in allowed or (type(value) is int and float in allowed):
-    return
-  wanted = " or ".join("None" if t is _NONE else t.__name__ for t in allowed)
-  raise ConfigError(
-    f"{kind}/{name}: the option {option} = {value!r} is of type"
-    f" {type(value).__name__}; give {wanted}"
-  )
+def _with_spec(part, made_of):
+  fields = getattr(part, "__dataclass_fields__", {})
+  return dataclasses.replace(part, spec=made_of) if "spec" in fields else part
 
 
 @functools.cache
 def _module(kind, name, plugins):
   module = _find(kind, name, plugins)
-  if not hasattr(module, "build"):
-    raise ConfigError(f'"{name}" in {kind} has no function build(...)')
+  if not callable(getattr(module, "build", None)):
+    raise ConfigError(f"{module.__file__} has no function build(...)")
   return module
 
 
 def _find(kind, name, plugins):
-  for folder in plugins:
+  files = _files(kind, plugins)
+  if name not in files:
+    raise ConfigError(
+      f'there is no "{name}" in {kind}{did_you_mean(name, files)}'
+    )
+  if files[name].parent.parent in map(pathlib.Path, plugins):
+    return _import_file(files[name], f"moe_jax_plugins.{kind}.{name}")
+  return importlib.import_module(f"{_package(kind)}.{name}")
+
+
+def _files(kind, plugins):
+  """{name: path} of a kind's parts; those of the first plugin win."""
+  package = importlib.import_module(_package(kind))
+  files = _parts_in(*package.__path__)
+  for name in getattr(package, "SHARED", ()):
+    files.pop(name, None)
+  for folder in reversed(plugins):
     if not pathlib.Path(folder).is_dir():
       raise ConfigError(
         f"the plugin folder {pathlib.Path(folder).absolute()} is not there;"
         " correct config.plugins"
       )
-    path = pathlib.Path(folder, kind, f"{name}.py")
-    if path.exists():
-      return _import_file(path, f"moe_jax_plugins.{kind}.{name}")
-  if name not in names(kind):
-    raise ConfigError(
-      f'there is no "{name}" in {kind}'
-      + did_you_mean(name, names(kind, plugins))
-    )
-  return importlib.import_module(f"{_package(kind)}.{name}")
+    files |= _parts_in(folder, kind)
+  return files
+
+
+def _parts_in(*folder):
+  return {p.stem: p for p in pathlib.Path(*folder).glob("[!_]*.py")}
 
 
 def _package(kind):

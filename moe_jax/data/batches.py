@@ -6,18 +6,26 @@ s * batch_size + r of the stream, so that a run resumes at any step with no
 state to restore, and every host of a pod sees the same global batch.
 """
 
-from collections.abc import Iterator
+import fractions
+import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from moe_jax.core.errors import ConfigError
-from moe_jax.data import tokens
+from moe_jax.core.options import integer
+from moe_jax.data import corpora
 
+OPTIONS = {
+  "seq_len": integer(1),
+  "batch_size": integer(1),
+  "separate_documents": bool,
+}
 Batch = dict[str, np.ndarray]
 
 
 def train_batches(
-  corpus: tokens.Corpus,
+  corpus: corpora.Corpus,
   *,
   seq_len: int,
   batch_size: int,
@@ -33,7 +41,7 @@ def train_batches(
   an epoch (fewer than seq_len at the end of a domain are left out).
 
   Args:
-    corpus: from `tokens.prepare`.
+    corpus: from `corpora.prepare` or `mixed.prepare`.
     seq_len: L, tokens of a row, >= 1.
     batch_size: B, rows of a step, >= 1.
     seed: of the order, >= 0.
@@ -52,183 +60,209 @@ def train_batches(
   Raises:
     ConfigError: an impossible number, or a corpus shorter than one window.
   """
-  _check(seq_len=seq_len, batch_size=batch_size)
-  if accumulation is not None:
-    _check(accumulation=accumulation)
-    if batch_size % accumulation:
-      raise ConfigError(
-        f"batch_size {batch_size} is not a multiple of accumulation "
-        f"{accumulation}; change one of them"
-      )
-  if seed < 0:
-    raise ConfigError(f"the data seed is {seed}; give one that is 0 or more")
-  windows = _Windows(
-    corpus, "train", seq_len, whole=True, separate=separate_documents
+  rows = slice(None) if rows is None else rows
+  end = corpus.end_of_document if separate_documents else None
+  return TrainBatches(
+    corpus, seq_len, (batch_size, accumulation), seed, end, rows
   )
-  for _, first, end in windows.parts():
-    if first < end:
-      continue
-    raise ConfigError(
-      f"no domain of dataset {corpus.name} has the {seq_len + 1} training "
-      f"tokens that a row of seq_len {seq_len} needs, but "
-      f"{corpus.num_tokens['train']}; use a shorter seq_len or more data"
-    )
-  return TrainBatches(windows, batch_size, seed, accumulation, rows)
 
 
 class TrainBatches:
-  """Batches by step, without an end; see `train_batches`."""
+  """Batches by step, without an end; see `train_batches`.
 
-  def __init__(self, windows, batch_size, seed, accumulation, rows):
+  Attributes:
+    num_windows: windows of an epoch.
+  """
+
+  def __init__(self, corpus, seq_len, sizes, seed, end, rows):
     import grain  # Slow to import: only for who reads data.
 
-    self.num_windows = len(windows)
-    self._windows = windows
-    self._accumulation = accumulation
-    self._rows = slice(None) if rows is None else rows
-    weights, parts = [], []
-    for number, (weight, first, end) in enumerate(windows.parts()):
-      weights.append(weight)
-      windows_of_part = grain.MapDataset.range(first, end)
+    self._seq_len, self._sizes, self._end = seq_len, sizes, end
+    self._rows = rows
+    # Plain arrays: a slice of a np.memmap costs several times as much.
+    self._tokens = [
+      np.asarray(corpus.tokens("train", d)) for d in corpus.domains
+    ]
+    counts = [max(t.size - 1, 0) // seq_len for t in self._tokens]
+    self._ends = np.cumsum(counts)
+    self._firsts = self._ends - counts
+    self.num_windows = sum(counts)
+    weights = [fractions.Fraction(str(weight)) for weight, _ in corpus.parts]
+    scale = math.lcm(*(weight.denominator for weight in weights))
+    self._weights = [int(weight * scale) for weight in weights]
+    self._parts, first = [], 0
+    for number, (_, domains) in enumerate(corpus.parts):
+      last = first + sum(counts[: len(domains)])
+      del counts[: len(domains)]
+      if first == last:
+        raise ConfigError(
+          f"no domain of dataset {corpus.name} has the {seq_len + 1} training"
+          f" tokens that a row of seq_len {seq_len} needs, but"
+          f" {corpus.num_tokens['train']}; use a shorter seq_len or more data"
+        )
       # No two parts in the same order.
-      parts.append(
-        windows_of_part.seed(seed + 1000 * number).shuffle().repeat()
-      )
-    self._numbers = (
-      grain.MapDataset.mix(parts, weights) if len(parts) > 1 else parts[0]
-    ).batch(batch_size)
+      windows = grain.MapDataset.range(first, last).seed(seed + 1000 * number)
+      self._parts.append(windows.shuffle().repeat())
+      first = last
 
   def __getitem__(self, step: int) -> Batch:
     """Returns the batch of a step, counted from 0."""
     if step < 0:
       raise IndexError(f"step {step} is before the first one, 0")
-    micro = self._numbers[step].reshape(self._accumulation or 1, -1)
-    batch = self._windows.batch(micro[:, self._rows].reshape(-1))
-    if self._accumulation is None:
+    size, accumulation = self._sizes
+    rows = range(int(step) * size, int(step + 1) * size)
+    places = [_place(row, self._weights) for row in rows]
+    windows = np.array([self._parts[part][i] for part, i in places])
+    windows = windows.reshape(accumulation or 1, -1)[:, self._rows]
+    numbers = windows.reshape(-1)
+    domains = np.searchsorted(self._ends, numbers, side="right")
+    starts = (numbers - self._firsts[domains]) * self._seq_len
+    reads = (
+      (self._tokens[domain][start : start + self._seq_len + 1], 0)
+      for domain, start in zip(domains, starts)
+    )
+    batch = _batch(reads, domains, self._seq_len, self._end)
+    if accumulation is None:
       return batch
-    return {
-      key: value.reshape(self._accumulation, -1, *value.shape[1:])
-      for key, value in batch.items()
-    }
+    shape = windows.shape
+    return {k: v.reshape(*shape, *v.shape[1:]) for k, v in batch.items()}
+
+
+def _place(row, weights):
+  """Returns (part, place in the part) of a row of the training stream.
+
+  Of any first n rows the first part has its share, rounded up; of the others
+  the second part has its share, and so on: exact at any distance, where Grain's
+  `MapDataset.mix` rounds the weights first.
+  """
+  rows, total = (row, row + 1), sum(weights)
+  for part, weight in enumerate(weights):
+    later = [n * (total - weight) // total for n in rows]
+    place = rows[0] - later[0]
+    if place < rows[1] - later[1]:
+      return part, place
+    rows, total = later, total - weight
+  raise AssertionError(f"{weights} are not whole numbers above 0")
 
 
 def validation_batches(
-  corpus: tokens.Corpus,
+  corpus: corpora.Corpus,
   *,
   seq_len: int,
   batch_size: int,
   batches_per_domain: int | None = None,
   separate_documents: bool = False,
+  begin: Sequence[int] = (),
   rows: np.ndarray | None = None,
 ) -> Iterator[tuple[str, Batch]]:
   """Returns the validation batches of every domain, always in the same order.
 
   Every token but a domain's first is a target exactly once: the last row and
-  the last batch of a domain are padded, with `mask` False.
+  the last batch of a domain are padded, with `mask` False. Rows without a
+  target, and domains in which no text is a target, are left out.
 
   Args:
-    corpus: from `tokens.prepare`.
-    seq_len: L, tokens of a row, >= 1.
+    corpus, seq_len, separate_documents: as in `train_batches`.
     batch_size: B, rows of a batch, >= 1.
     batches_per_domain: so many of each domain, spread evenly over its
       documents; None for all.
+    begin: fewer than L tokens that every row begins with, for a model that was
+      trained with them. Then a row has tokens of one document, and the first
+      token of a document is a target too.
     rows: only these of every batch are read; None: all.
 
   Returns:
-    Pairs of a domain's name and a batch as in `train_batches`; a batch has rows
-    of one domain. A domain with fewer than two tokens has none.
+    Pairs of a domain's name and a batch as in `train_batches`, of one domain.
 
   Raises:
-    ConfigError: an impossible number, or no validation tokens.
+    ConfigError: an impossible number, or no text to predict.
   """
-  _check(seq_len=seq_len, batch_size=batch_size)
-  if batches_per_domain is not None:
-    _check(batches_per_domain=batches_per_domain)
-  windows = _Windows(
-    corpus, "validation", seq_len, whole=False, separate=separate_documents
-  )
-  for _, first, end in windows.parts():
-    if first < end:
-      continue
+  if len(begin) >= seq_len:
     raise ConfigError(
-      f"dataset {corpus.name} has no two validation tokens in a row, but "
-      f"{corpus.num_tokens['validation']}; use more data"
+      f"a row of seq_len {seq_len} begins with {len(begin)} tokens, and has no"
+      " room for text; use a longer one"
     )
+  end = corpus.end_of_document
+  masked = end if separate_documents else None
+  domains = {}
+  for domain in corpus.domains:
+    tokens = np.asarray(corpus.tokens("validation", domain))
+    domains[domain] = tokens, _spans(tokens, end, masked, seq_len, len(begin))
+  for _, names in corpus.parts:
+    if not any(len(domains[name][1]) for name in names):
+      raise ConfigError(
+        f"dataset {corpus.name} has no validation text to predict in {names},"
+        f" but {corpus.num_tokens['validation']} tokens; use more data"
+      )
+  most = batches_per_domain and batches_per_domain * batch_size
   rows = np.arange(batch_size) if rows is None else rows
-  return _validation(windows, batch_size, batches_per_domain, rows)
+  options = np.array(begin, np.int64), batch_size, most, seq_len, masked, rows
+  return _validation(domains, *options)
 
 
-def _validation(windows, batch_size, max_batches, rows):
-  for domain, first, end in windows.ranges():
-    chosen = range(first, end)
-    most = None if max_batches is None else max_batches * batch_size
-    if most is not None and most < len(chosen):
-      chosen = np.linspace(first, end - 1, most).astype(int).tolist()
-    for start in range(0, len(chosen), batch_size):
+def _validation(domains, begin, batch_size, most, seq_len, masked, rows):
+  first = 0
+  for number, (domain, (tokens, spans)) in enumerate(domains.items()):
+    last = first + len(spans) - 1
+    if most and most < len(spans):
+      # Where floats are cut depends on the number of the first row.
+      spans = spans[np.linspace(first, last, most).astype(int) - first]
+    first = last + 1
+    for start in range(0, len(spans), batch_size):
       places = start + rows
-      numbers = [chosen[i] for i in places if i < len(chosen)]
-      batch = windows.batch(numbers, rows=len(rows))
-      batch["domain"][:] = windows.corpus.domains.index(domain)
-      yield domain, batch
+      reads = (
+        (np.append(begin, tokens[i:j]), skipped)
+        for i, j, skipped in spans[places[places < len(spans)]]
+      )
+      numbers = np.full(len(rows), number)
+      yield domain, _batch(reads, numbers, seq_len, masked)
 
 
-class _Windows:
-  """The windows of a split, numbered through all domains.
+def _spans(tokens, end, masked, seq_len, num_begin):
+  """Returns the rows of a domain, integers [rows, 3].
+
+  They are the row's first token, the place after its last one, and how many of
+  its first targets do not count.
+  """
+  text, length = tokens != end, seq_len - num_begin
+  if num_begin:
+    firsts = np.flatnonzero(np.append(True, ~text[:-1]))[: tokens.size]
+    sizes = np.diff(firsts, append=tokens.size)
+    places = np.arange(tokens.size) - np.repeat(firsts, sizes)
+    starts = np.flatnonzero((places % length == 0) & (text | (places == 0)))
+    stops = np.append(starts[1:], tokens.size)[: starts.size]
+    stops += tokens[stops - 1] != end  # The next row repeats a token.
+    skipped = num_begin - (places[starts] == 0)
+    targets = text
+  else:
+    counted = tokens[:-1] != masked if masked else text[:-1] | True
+    starts = np.unique(np.flatnonzero(counted) // length) * length
+    stops, skipped = starts + length + 1, np.zeros_like(starts)
+    targets = counted & text[1:]
+  spans = np.stack([starts, stops, skipped], axis=1)
+  return spans if targets.any() else spans[:0]
+
+
+def _batch(reads, domains, seq_len, end):
+  """Returns a batch of rows that are padded.
 
   Args:
-    whole: leave out the shorter window at the end of a domain.
-    separate: the end of a document is no input, as nothing follows it.
+    reads: (tokens, number of first targets that do not count) of the first rows.
+    domains: number of the domain of every row.
+    seq_len: tokens of a row.
+    end: the token that is no input, or None.
   """
-
-  def __init__(self, corpus, split, seq_len, *, whole, separate):
-    self.corpus = corpus
-    self._seq_len, self._separate = seq_len, separate
-    # Plain arrays: a slice of a np.memmap costs several times as much.
-    self._tokens = [np.asarray(corpus.tokens(split, d)) for d in corpus.domains]
-    targets = np.array([max(t.size - 1, 0) for t in self._tokens])
-    counts = targets // seq_len if whole else -(-targets // seq_len)
-    self._ends = np.cumsum(counts)
-    self._firsts = self._ends - counts
-
-  def __len__(self):
-    return int(self._ends[-1]) if self._ends.size else 0
-
-  def ranges(self):
-    """Yields (domain, number of its first window, number after its last)."""
-    yield from zip(
-      self.corpus.domains, self._firsts.tolist(), self._ends.tolist()
-    )
-
-  def parts(self):
-    """Yields (weight, first window, number after the last) of each part."""
-    ranges = {domain: (first, end) for domain, first, end in self.ranges()}
-    for weight, domains in self.corpus.parts:
-      yield weight, ranges[domains[0]][0], ranges[domains[-1]][1]
-
-  def batch(self, numbers, rows=None):
-    """Returns the batch of these windows, padded to a number of rows."""
-    rows = len(numbers) if rows is None else rows
-    window = np.zeros((rows, self._seq_len + 1), np.int32)
-    mask = np.zeros((rows, self._seq_len), np.bool_)
-    domain = np.zeros(rows, np.int32)
-    domain[: len(numbers)] = np.searchsorted(self._ends, numbers, side="right")
-    for row, number in enumerate(numbers):
-      start = (number - self._firsts[domain[row]]) * self._seq_len
-      read = self._tokens[domain[row]][start : start + self._seq_len + 1]
-      window[row, : read.size] = read
-      mask[row, : read.size - 1] = True
-    if self._separate:
-      mask &= window[:, :-1] != self.corpus.end_of_document
-    return {
-      # Copies: a view of one would change with the other.
-      "inputs": window[:, :-1].copy(),
-      "targets": window[:, 1:].copy(),
-      "mask": mask,
-      "domain": domain,
-    }
-
-
-def _check(**numbers):
-  for name, value in numbers.items():
-    if value < 1:
-      raise ConfigError(f"{name} is {value}; give 1 or more")
+  window = np.zeros((len(domains), seq_len + 1), np.int32)
+  mask = np.zeros((len(domains), seq_len), np.bool_)
+  for row, (tokens, skipped) in enumerate(reads):
+    window[row, : tokens.size] = tokens
+    mask[row, skipped : tokens.size - 1] = True
+  if end is not None:
+    mask &= window[:, :-1] != end
+  return {
+    # Copies: a view of one would change with the other.
+    "inputs": window[:, :-1].copy(),
+    "targets": window[:, 1:].copy(),
+    "mask": mask,
+    "domain": domains.astype(np.int32),
+  }

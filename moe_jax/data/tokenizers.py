@@ -1,11 +1,10 @@
 """Text to tokens: bytes, or a tokenizer from a local file.
 
-A tokenizer is a record of three things; token `end` closes a document, and is
-the last of the vocabulary.
+The last token of a vocabulary ends a document; the file does not have it.
 """
 
-import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -15,19 +14,26 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moe_jax.core import files
 from moe_jax.core.errors import ConfigError, first_line
 
-_BYTE = re.compile("<0x[0-9A-F]{2}>")  # A piece that stands for one byte.
+_BYTE = "<0x[0-9A-F]{2}>"  # The pieces that stand for one byte.
+_MOST_IDS = 2**24  # Published vocabularies have up to 2^18.
 
 
 class Tokenizer(NamedTuple):
-  """name: as it was asked for.
-  encode: bytes -> int array of tokens, without an end.
-  prompt: the same, with the special tokens that a model's input begins with.
+  """Functions between text and tokens, and the size of every token.
+
+  name: as in the config.
+  encode: text as bytes -> int64 tokens of a document, without its end. Text
+    that spells a special token is encoded as text.
+  prompt: text as bytes -> int64 tokens of a model's input: `begin`, and the
+    text, which may spell special tokens.
   decode: tokens -> text.
-  num_bytes_V: how many bytes of text each token stands for, 0 for the end; bits
-    per byte are counted with it.
-  key: changes with anything that changes the tokens.
+  num_bytes_V: bytes of text that each token stands for, 0 for special tokens
+    and the end; bits per byte are counted with it.
+  key: changes with anything that changes the tokens of a document.
+  begin: special tokens that the inputs of the file's model begin with.
   """
 
   name: str
@@ -36,6 +42,7 @@ class Tokenizer(NamedTuple):
   decode: Callable[[Sequence[int]], str]
   num_bytes_V: np.ndarray
   key: str
+  begin: tuple[int, ...] = ()
 
   @property
   def vocab_size(self) -> int:
@@ -47,7 +54,7 @@ class Tokenizer(NamedTuple):
 
 
 def load(name: str | os.PathLike = "bytes") -> Tokenizer:
-  """The tokenizer of that name.
+  """Returns the tokenizer of a name.
 
   Args:
     name: "bytes", or a file: tokenizer.json of the library tokenizers, or a
@@ -65,14 +72,17 @@ def load(name: str | os.PathLike = "bytes") -> Tokenizer:
       f'data.tokenizer = {str(name)!r} is neither "bytes" nor a file that is'
       " there, a tokenizer.json or a SentencePiece .model"
     )
+  key = hashlib.sha256(path.read_bytes()).hexdigest()
   try:
-    return readers[path.suffix](path)
+    return readers[path.suffix](path, key)
   except ImportError as e:
     raise ConfigError(
       f"data.tokenizer = {str(name)!r} needs the package {e.name}; run: pip"
       " install 'moe_jax[data]'"
     ) from None
-  except Exception as e:  # Their parsers raise plain Exception.
+  except (ConfigError, KeyboardInterrupt, SystemExit):
+    raise
+  except BaseException as e:  # A panic in Rust is no Exception.
     raise ConfigError(
       f"data.tokenizer = {str(name)!r} cannot be read ({first_line(e)}); give a"
       " tokenizer.json or a SentencePiece .model"
@@ -81,91 +91,173 @@ def load(name: str | os.PathLike = "bytes") -> Tokenizer:
 
 def _bytes():
   def encode(text):
-    return np.frombuffer(text, np.uint8)
+    return np.frombuffer(text, np.uint8).astype(np.int64)
 
   def decode(tokens):
     return bytes(t for t in tokens if t < 256).decode("utf-8", "replace")
 
-  return Tokenizer(
-    name="bytes",
-    encode=encode,
-    prompt=encode,
-    decode=decode,
-    num_bytes_V=np.append(np.ones(256, np.int32), np.int32(0)),
-    key="bytes",
-  )
+  sizes_V = np.append(np.ones(256, np.int32), np.int32(0))
+  return Tokenizer("bytes", encode, encode, decode, sizes_V, "bytes")
 
 
-def _json(path):
+def _json(path, key):
   import tokenizers
 
-  tokenizer = tokenizers.Tokenizer.from_file(str(path))
+  content = files.read_json(path, "a tokenizer.json", "give another file")
+  model = content["model"]
+  added = {t["content"]: t for t in content.get("added_tokens") or ()}
+  pieces, unknown = model["vocab"], model.get("unk_token")
+  if isinstance(pieces, list):  # A Unigram model: [piece, score] by id.
+    if model.get("unk_id") is not None:
+      unknown = pieces[model["unk_id"]][0]
+    pieces = {piece: i for i, (piece, _) in enumerate(pieces)}
+  ids = {text: t["id"] for text, t in added.items()} | pieces
+  if pieces is model["vocab"]:
+    model["vocab"] = ids  # Else added tokens get other ids after a gap.
+  model.pop("dropout", None)  # Equal text has equal tokens.
+  tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
   tokenizer.no_truncation()
   tokenizer.no_padding()
-  content = json.loads(path.read_text())
-  model = content["model"]
-  # In byte-level vocabularies a character stands for a byte.
-  by_bytes = "ByteLevel" in json.dumps(content.get("decoder"))
-  added = content.get("added_tokens") or ()
-  no_text = {t["content"] for t in added if t["special"]}
-  no_text.add(model.get("unk_token"))
-  size = tokenizer.get_vocab_size()
-  pieces = [tokenizer.id_to_token(i) or "" for i in range(size)]
-
-  def length(piece):
-    if piece in no_text:
-      return 0
-    if model.get("byte_fallback") and _BYTE.fullmatch(piece):
-      return 1
-    return len(piece) if by_bytes else _length(piece)
-
-  def encode(text, special=False):
-    text = text.decode("utf-8", "replace")
-    return np.asarray(tokenizer.encode(text, add_special_tokens=special).ids)
-
+  end = max(ids.values()) + 1
+  if (
+    any(tokenizer.token_to_id(text) != t["id"] for text, t in added.items())
+    or len(set(ids.values())) < len(ids)
+    or end > _MOST_IDS
+  ):
+    raise ValueError(f"a token has no id of its own up to {_MOST_IDS}")
+  special = {text for text, t in added.items() if t["special"]}
+  begin = _begin(tokenizer, path, ids)
   return Tokenizer(
     str(path),
-    encode,
-    functools.partial(encode, special=True),
-    lambda tokens: tokenizer.decode([t for t in tokens if t < size]),
-    _with_end(map(length, pieces)),
-    _key(path),
+    _document_encoder(tokenizer, str(path), special, unknown),
+    lambda text: np.array([*begin, *_ids(tokenizer, _text(text))], np.int64),
+    lambda tokens: tokenizer.decode([t for t in tokens if t < end]),
+    _sizes(content, pieces, ids, special | {unknown}),
+    key,
+    begin,
   )
 
 
-def _sentencepiece(path):
+def _ids(tokenizer, text, *, as_text=False):
+  """Returns ids; `as_text`: special tokens that are spelled are text."""
+  tokenizer.encode_special_tokens = as_text
+  return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _document_encoder(tokenizer, name, special, unknown):
+  """Returns `Tokenizer.encode`: text that spells a special token stays text.
+
+  Some models match text with every piece of their vocabulary, special ones
+  too. So what spells such a piece is cut after its first character.
+  """
+  from tokenizers import Regex, pre_tokenizers
+
+  words = special | {unknown} - {None}
+  spelled = "|".join([_BYTE, *map(re.escape, words)])
+  cut = pre_tokenizers.Split(
+    Regex(rf"(?={spelled})[\s\S]"), "merged_with_previous"
+  )
+  usual = tokenizer.pre_tokenizer
+  cutting = pre_tokenizers.Sequence([usual, cut] if usual else [cut])
+  control = {tokenizer.token_to_id(word) for word in special - {unknown}}
+
+  def encode(content):
+    text = _text(content)
+    tokens = _ids(tokenizer, text, as_text=True)
+    if control.intersection(tokens) or re.search(spelled, text):
+      tokenizer.pre_tokenizer = cutting
+      tokens = _ids(tokenizer, text, as_text=True)
+      tokenizer.pre_tokenizer = usual
+    for token in control.intersection(tokens):
+      raise ConfigError(
+        f"a document spells {tokenizer.id_to_token(token)!r}, a special token"
+        f" that data.tokenizer = {name!r} cannot encode as text; take another"
+        " tokenizer, or leave the document out"
+      )
+    return np.array(tokens, np.int64)
+
+  return encode
+
+
+def _begin(tokenizer, path, ids):
+  """Returns the special tokens that the file's template puts first.
+
+  The tokenizer_config.json beside it may add one, or leave it out.
+  """
+  some_text = next((p for p in ids if _ids(tokenizer, p, as_text=True)), "")
+  encoding = tokenizer.encode(some_text)
+  # What is of no sequence is of the template.
+  pairs = zip(encoding.sequence_ids, encoding.ids)
+  template = itertools.takewhile(lambda pair: pair[0] is None, pairs)
+  begin = tuple(i for _, i in template)
+  settings = path.with_name("tokenizer_config.json")
+  if settings.exists():
+    settings = files.read_json(
+      settings, "settings of a tokenizer", "correct it"
+    )
+    if settings.get("add_bos_token") is False:
+      return ()
+    if settings.get("add_bos_token") and not begin:
+      token = settings["bos_token"]
+      return (ids[token["content"] if isinstance(token, dict) else token],)
+  return begin
+
+
+def _sizes(content, pieces, ids, no_text):
+  """Returns `Tokenizer.num_bytes_V` of a tokenizer.json."""
+  from tokenizers import pre_tokenizers
+
+  model = content["model"]
+  steps = [content.get(k) for k in ("normalizer", "pre_tokenizer", "decoder")]
+  by_bytes = '"ByteLevel"' in json.dumps(steps)
+  # In byte-level vocabularies each of these characters stands for a byte.
+  letters = set(pre_tokenizers.ByteLevel.alphabet() if by_bytes else "")
+  prefix = model.get("continuing_subword_prefix") or ""
+  sizes_V = np.zeros(max(ids.values()) + 2, np.int32)
+  for piece in ids.keys() - no_text:
+    if piece in pieces and letters.issuperset(piece):
+      size = len(piece)
+    elif by_bytes or piece not in pieces:  # An added token, as it is written.
+      size = len(piece.encode())
+    elif model.get("byte_fallback") and re.fullmatch(_BYTE, piece):
+      size = 1
+    else:
+      size = _length(piece.removeprefix(prefix))
+    sizes_V[ids[piece]] = size
+  return sizes_V
+
+
+def _sentencepiece(path, key):
   import sentencepiece
 
   model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-  lengths = []
-  for i in range(model.get_piece_size()):
-    control = model.is_control(i) or model.is_unknown(i)
-    piece = model.id_to_piece(i)
-    lengths.append(0 if control else 1 if model.is_byte(i) else _length(piece))
-
-  def encode(text, begin=False):
-    text = text.decode("utf-8", "replace")
-    return np.asarray(model.encode(text, add_bos=begin), np.int64)
-
   size = model.get_piece_size()
+  sizes_V = np.zeros(size + 1, np.int32)
+  for i in range(size):
+    if model.is_byte(i):
+      sizes_V[i] = 1
+    elif not (model.is_control(i) or model.is_unknown(i)):
+      sizes_V[i] = _length(model.id_to_piece(i))
+  begin = (model.bos_id(),) if model.bos_id() >= 0 else ()
+
+  def encode(text, begin=()):
+    return np.array([*begin, *model.encode(_text(text))], np.int64)
+
   return Tokenizer(
     str(path),
     encode,
-    functools.partial(encode, begin=model.bos_id() >= 0),
+    lambda text: encode(text, begin),
     lambda tokens: model.decode([int(t) for t in tokens if t < size]),
-    _with_end(lengths),
-    _key(path),
+    sizes_V,
+    key,
+    begin,
   )
 
 
+def _text(content):
+  return content.decode("utf-8", "replace")
+
+
 def _length(piece):
-  """Bytes of a piece in which a space is written as U+2581."""
+  """Returns the bytes of a piece in which a space is written as U+2581."""
   return len(piece.replace("\u2581", " ").encode())
-
-
-def _with_end(lengths):
-  return np.array([*lengths, 0], np.int32)
-
-
-def _key(path):
-  return hashlib.sha256(path.read_bytes()).hexdigest()

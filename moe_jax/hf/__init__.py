@@ -1,0 +1,130 @@
+"""Published weights in and out: folders of config.json and safetensors.
+
+  from moe_jax import hf
+
+  model, variables = hf.load("path/to/mixtral")
+  hf.save("path/to/copy", model, variables)
+
+`families` has a table for each family, `rows` and `tensors` what its rows mean.
+Needs the extra `hf`.
+"""
+
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import traverse_util
+
+from moe_jax import models
+from moe_jax.core.errors import ConfigError
+from moe_jax.hf import architecture, config, fields, weights
+
+
+def load(
+  path: str | os.PathLike,
+  mesh: jax.sharding.Mesh | None = None,
+  *,
+  dtype: str = "float32",
+) -> tuple[nn.Module, dict]:
+  """A published model, dropless, and its weights.
+
+  Nothing is loaded unless every tensor is there, with the right shape and a
+  dtype that can be read. Each device then reads what it holds, an expert or a
+  layer's matrix at a time.
+
+  Args:
+    path: folder of config.json and model.safetensors, or of an index and the
+      files that it names.
+    mesh: from `parallel.make_mesh`; None: one device.
+    dtype: of parameters and activations, "float32" or "bfloat16".
+
+  Returns:
+    (model, {"params": ..., "balance": ...}) for `model.apply`. balance is there
+    if the model has selection biases. `model.arch.source` has what the folder
+    says beside: see `config.Source`.
+
+  Raises:
+    ConfigError: an unknown model_type or field, missing, unknown or damaged
+      files and tensors; names the first of them.
+  """
+  path = pathlib.Path(path)
+  where = str(path / "config.json")
+  values, generation = config.load(path)
+  files = weights.Files(path)
+  family, ours, source = config.read(
+    values, where, limits=files.limits(), generation=generation
+  )
+  model = architecture.build(ours, where, mesh, dtype)
+  shapes = architecture.shapes(model)
+  layout = weights.Layout(family, model.arch.segments, shapes)
+  layout.check(files, ours.get("left_out", ()))
+  shardings = None if mesh is None else models.shardings(model)
+  variables = layout.read(files, dtype, shardings)
+  return architecture.with_source(model, source), variables
+
+
+def save(
+  path: str | os.PathLike,
+  model: nn.Module,
+  variables: Mapping[str, Any],
+  *,
+  model_type: str | None = None,
+  max_shard_bytes: int = 5_000_000_000,
+  extra: Mapping[str, Any] | None = None,
+) -> None:
+  """Writes a model as the reference implementation reads it.
+
+  A model that `load` made keeps the special tokens, the longest context and all
+  other fields of its folder that change nothing in what it computes.
+
+  Args:
+    path: folder to make; not there yet, or empty.
+    model, variables: as `load` returns them, or of a run of ours, as it trains.
+    model_type: of config.json; None: the first that has such models.
+    max_shard_bytes: files are as large, or hold a single tensor.
+    extra: fields of config.json that change nothing in what a model computes,
+      such as {"eos_token_id": tokenizer.end, "max_position_embeddings": 256}.
+      Special tokens that nobody gives are null.
+
+  Raises:
+    ConfigError: no family has such a model, an unknown field in extra, or the
+      folder is not empty.
+  """
+  path, extra = pathlib.Path(path), dict(extra or {})
+  if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    raise ConfigError(f"{path} is not an empty folder; save to another")
+  for name in itertools.filterfalse(fields.ignored, extra):
+    raise ConfigError(
+      f'extra has "{name}", which is no field that changes nothing in what a'
+      " model computes; leave it out"
+    )
+  family, values = config.write(model.arch, model_type)
+  layout = weights.Layout(family, model.arch.segments, variables)
+  dtype = layout.leaves["params/embedding"].dtype.name
+  source = model.arch.source
+  values |= {**config.kept(family, source), "dtype": dtype, **extra}
+  texts = {"config.json": traverse_util.unflatten_dict(values, sep=".")}
+  if source and source.generation:
+    special = {k: x for k, x in extra.items() if k in source.generation}
+    texts["generation_config.json"] = {**source.generation, **special}
+  path.parent.mkdir(parents=True, exist_ok=True)
+  # Under another name until it is whole.
+  with tempfile.TemporaryDirectory(
+    dir=path.parent, prefix=f".{path.name}-"
+  ) as work:
+    whole = pathlib.Path(work) / "whole"
+    whole.mkdir()
+    layout.write(whole, max_shard_bytes)
+    for name, value in texts.items():
+      text = json.dumps(value, indent=2, sort_keys=True)
+      (whole / name).write_text(f"{text}\n")
+    if path.exists():
+      path.rmdir()
+    shutil.move(whole, path)

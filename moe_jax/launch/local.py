@@ -7,12 +7,12 @@ What stands after -- goes to `python -m moe_jax.main` in every process, or to
 another --module, such as experiments.launch. They talk over the loopback
 interface. The first one's output is shown as it is, the others' with their
 number before it. A signal is passed on to all of them, and a second one ends
-them at once; where one fails, the others are ended. Exit codes are those of the
-run.
+them at once; where one fails, or this process is killed, the others are ended.
+Exit codes are those of the run.
 """
 
 import argparse
-import itertools
+import contextlib
 import os
 import signal
 import socket
@@ -20,43 +20,73 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 
 from moe_jax.core.errors import ConfigError
+from moe_jax.run import command
 from moe_jax.run import config as config_lib
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PATIENCE = 10.0  # Seconds for the others to end by themselves when one fails.
+# Kills the groups of the processes that it has read, once its input ends.
+_GUARD = """
+while read pid; do groups="$groups -$pid"; done
+kill -s KILL -- $groups
+"""
 
 
 def main(argv=None) -> int:
   """The command."""
   args = _arguments(argv)
-  command = [sys.executable, "-m", args.module, *args.rest]
-  started = start(command, args.processes, args.devices_per_process)
-  readers = [
-    threading.Thread(target=_show, args=(number, process), daemon=True)
-    for number, process in enumerate(started)
-  ]
-  for reader in readers:
-    reader.start()
-
-  numbers = itertools.chain((signal.SIGTERM,), itertools.repeat(signal.SIGKILL))
+  module = [sys.executable, "-m", args.module, *args.rest]
+  started, asked = [], []
 
   def pass_on(number, frame):
-    del number, frame
-    number = next(numbers)
+    del frame
+    asked.append(number)
     for process in started:
-      process.send_signal(number)
+      process.send_signal(signal.SIGTERM if len(asked) == 1 else signal.SIGKILL)
 
-  before = {s: signal.signal(s, pass_on) for s in _SIGNALS}
-  try:
+  for number in (*command.SIGNALS, signal.SIGHUP):
+    if signal.getsignal(number) != signal.SIG_IGN:  # By nohup, for instance.
+      signal.signal(number, pass_on)
+  with tied() as tie:
+    started += start(module, args.processes, args.devices_per_process)
+    for process in started:
+      tie(process)
+      if asked:  # While they were started.
+        process.terminate()
+    readers = [
+      threading.Thread(target=_show, args=pair) for pair in enumerate(started)
+    ]
+    for reader in readers:
+      reader.start()
     code = wait(started)
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
-  for reader in readers:
-    reader.join()
+    for reader in readers:
+      reader.join()
   return code
+
+
+@contextlib.contextmanager
+def tied() -> Iterator[Callable[[subprocess.Popen], None]]:
+  """Yields a function that ties a process of a session of its own to this one.
+
+  If this process ends inside `with`, however it is killed, or `with` ends in an
+  exception, the process is killed, and all that it has started.
+  """
+  with subprocess.Popen(
+    ["sh", "-c", _GUARD],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+    start_new_session=True,
+  ) as guard:
+
+    def tie(process):
+      guard.stdin.write(f"{process.pid}\n".encode())
+      guard.stdin.flush()
+
+    yield tie
+    guard.kill()
 
 
 def start(
@@ -70,8 +100,9 @@ def start(
     devices: CPU devices of each.
     **options: of subprocess.Popen.
   """
-  port = _free_port()
-  address = f"127.0.0.1:{port}"
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{s.getsockname()[1]}"
   flags = os.environ.get("XLA_FLAGS", "")
   shared = os.environ | {
     "JAX_PLATFORMS": "cpu",
@@ -118,14 +149,9 @@ def _show(number, process):
   with process.stdout as said:
     for line in said:
       text = line.decode(errors="replace")
-      sys.stdout.write(f"[{number}] {text}" if number else text)
-      sys.stdout.flush()
-
-
-def _free_port():
-  with socket.socket() as s:
-    s.bind(("127.0.0.1", 0))
-    return s.getsockname()[1]
+      with contextlib.suppress(OSError):  # Nobody listens; the process goes on.
+        sys.stdout.write(f"[{number}] {text}" if number else text)
+        sys.stdout.flush()
 
 
 def _arguments(argv):
@@ -149,4 +175,4 @@ def _arguments(argv):
 
 
 if __name__ == "__main__":
-  config_lib.run(lambda: main(sys.argv[1:]))
+  command.run(lambda: main(sys.argv[1:]))

@@ -1,9 +1,13 @@
 """Parameters, operations and cache of a model, without allocating any of it."""
 
-from moe_jax.core import registry
+import flax.linen as nn
+import jax
+
+from moe_jax import models
+from moe_jax.core import roles
 
 
-def count(model, seq_len: int) -> dict[str, int]:
+def count(model, variables) -> dict[str, int]:
   """Numbers of parameters.
 
   Active counts, for one token, the chosen K of E routed experts and
@@ -11,49 +15,44 @@ def count(model, seq_len: int) -> dict[str, int]:
 
   Args:
     model: from `models.build`.
-    seq_len: any length the model accepts.
+    variables: shapes of its variables as `model.init` returns them, see
+      `models.variables`.
 
   Returns:
-    total, active, active_without_embedding, and by part: embedding, head,
-    attention, dense (feed-forward layers), experts, shared, router, norm;
-    selection_bias, which is not learnt by a gradient and in no sum.
+    total, active, active_without_embedding; by the part that a parameter is
+    declared to be of: embedding, head, attention, dense (feed-forward layers),
+    experts, shared, router, norm; and selection_bias, which is not learnt by a
+    gradient and in no sum.
   """
-  import flax.linen as nn
-  import jax
-  import jax.numpy as jnp
-
-  from moe_jax.core import parallel
-
-  arch = model.arch
-  tokens = max(1, parallel.token_shards(arch.mesh))
-  if arch.grouping is not None:
-    per_group, _ = arch.grouping.resolve(arch.recipe, seq_len, True)
-    tokens *= max(1, per_group // seq_len)
-  shapes = jax.eval_shape(
-    lambda: nn.unbox(
-      model.init(jax.random.key(0), jnp.zeros((tokens, seq_len), jnp.int32))
-    )
-  )
+  shapes = nn.unbox(variables)
   parts: dict[str, int] = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(shapes["params"]):
-    part = _part([getattr(p, "key", "") for p in path])
-    parts[part] = parts.get(part, 0) + leaf.size
+  of_params = jax.tree.leaves(roles.of(variables["params"]))
+  for role, leaf in zip(of_params, jax.tree.leaves(shapes["params"])):
+    parts[role.part] = parts.get(role.part, 0) + leaf.size
   total = sum(parts.values())
   biases = sum(x.size for x in jax.tree.leaves(shapes.get("balance", {})))
-  active = total
-  if arch.recipe is not None:
-    idle = arch.recipe.num_experts - arch.recipe.router.top_k
-    active -= parts.get("experts", 0) // arch.recipe.num_experts * idle
+  active = total - sum(
+    _idle(parts.recipe, models.at(shapes["params"], f"{path}/experts"))
+    for path, parts in models.sublayers(model).items()
+  )
   return {
     "total": total,
     "active": active,
-    "active_without_embedding": active - parts["embedding"],
+    "active_without_embedding": active - parts.get("embedding", 0),
     **parts,
     **({"selection_bias": biases} if biases else {}),
   }
 
 
-def train_flops_per_token(model, seq_len: int) -> int:
+def _idle(recipe, experts) -> int:
+  """Parameters of the experts that a token does not pass."""
+  size = sum(x.size for x in jax.tree.leaves(experts))
+  router, num_experts = recipe.router, recipe.num_experts
+  taken = router.average_k or router.top_k or num_experts
+  return round(size / num_experts * (num_experts - taken))
+
+
+def train_flops_per_token(model, sizes: dict, length: int) -> int:
   """Floating-point operations of a training step for one token.
 
   Forward two for every active weight that multiplies, and 4 L H d a layer for
@@ -62,58 +61,50 @@ def train_flops_per_token(model, seq_len: int) -> int:
 
   Args:
     model: from `models.build`.
-    seq_len: L.
+    sizes: from `count`.
+    length: L.
   """
-  arch, found = model.arch, count(model, seq_len)
-  weights = found["active"] - found.get("norm", 0)
+  weights = sizes["active"] - sizes.get("norm", 0)
+  arch = getattr(model, "arch", None)
+  if arch is None:  # A model of somebody else's.
+    return 6 * weights
   if not arch.tie_embeddings:
-    weights -= found["embedding"]  # Looked up; tied, it is the output layer.
+    weights -= sizes.get(
+      "embedding", 0
+    )  # Looked up; tied, it is the output layer.
   attention = sum(
-    arch.attention_of(kind).flops_per_pair for kind in arch.layers
+    arch.layer(kind).attention.flops_per_pair for kind in arch.layers
   )
-  return 3 * (2 * weights + attention * seq_len)
+  return 3 * (2 * weights + attention * length)
 
 
 def kv_cache_per_token(model) -> int:
   """Numbers that attention keeps for every token of a context."""
   arch = model.arch
-  return sum(arch.attention_of(kind).cached_per_token for kind in arch.layers)
+  return sum(
+    arch.layer(kind).attention.cached_per_token for kind in arch.layers
+  )
 
 
-def describe(model_config, plugins: tuple[str, ...] = ()) -> dict:
-  """The resolved routing and balancing recipe, with no hidden defaults.
-
-  {} for a model without MoE layers.
-  """
-  from moe_jax import models
-
-  if "moe" not in models.layer_kinds(model_config):
-    return {}
-
-  def part(kind, section):
-    name, options = registry.split(kind, section)
-    options = registry.resolved(kind, name, plugins=plugins, **options)
-    return {"name": name, **options}
-
-  recipe = model_config.moe.to_dict()
-  recipe["router"] = part("routers", recipe["router"])
-  recipe["dispatcher"] = part("dispatchers", recipe["dispatcher"])
-  recipe["balancers"] = {
-    label: part("balancers", section)
-    for label, section in recipe["balancers"].items()
+def describe(model) -> dict:
+  """{layers: recipe in words} of the MoE layers, with no hidden defaults."""
+  recipes = {}
+  for parts in models.sublayers(model).values():
+    recipes.setdefault((parts.recipe, parts.grouping), []).extend(parts.numbers)
+  return {
+    ", ".join(map(str, sorted(numbers))): {
+      "num_experts": recipe.num_experts,
+      "router": _part_options(recipe.router),
+      "dispatcher": _part_options(recipe.dispatcher),
+      "balancers": {k: _part_options(b) for k, b in recipe.balancers},
+      "d_expert": recipe.experts.width,
+      "activation": recipe.experts.activation,
+      "shared": recipe.shared.width if recipe.shared else 0,
+      **grouping._asdict(),
+    }
+    for (recipe, grouping), numbers in recipes.items()
   }
-  return recipe
 
 
-def _part(keys):
-  if "moe" in keys:
-    return {"experts": "experts", "shared": "shared", "router": "router"}[
-      keys[keys.index("moe") + 1]
-    ]
-  if "mlp" in keys:
-    return "dense"
-  if "attention" in keys:
-    return "attention"
-  if keys[-1] == "scale":
-    return "norm"
-  return keys[-1]
+def _part_options(part):
+  return {"name": part.spec.name, **part.spec.options}

@@ -3,16 +3,10 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from moe_jax.core.errors import ConfigError, did_you_mean
+from moe_jax.core import roles
 from moe_jax.moe.types import Array
 
 KINDS = ("rms", "layer")
-
-
-def check(kind: str) -> None:
-  """Raises ConfigError unless there is such a norm."""
-  if kind not in KINDS:
-    raise ConfigError(f'there is no norm "{kind}"' + did_you_mean(kind, KINDS))
 
 
 class Norm(nn.Module):
@@ -21,17 +15,19 @@ class Norm(nn.Module):
   kind: "rms" or "layer".
   eps: added to the mean square.
   axis: logical axis of the scale.
+  part: of the model that the scale is counted to.
   """
 
   kind: str
   eps: float
   axis: str | None = "embed"
+  part: str = "norm"
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     scale = self.param(
       "scale",
-      nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)),
+      roles.declared(nn.initializers.ones, (self.axis,), self.part),
       (x.shape[-1],),
     )
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -42,5 +38,6 @@ class Norm(nn.Module):
 
 
 def unit(x: Array, eps: float) -> Array:
-  """x over its root mean square."""
+  """x over its root mean square, in at least float32."""
+  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + eps)

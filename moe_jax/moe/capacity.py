@@ -10,10 +10,19 @@ from moe_jax.moe.types import Array, Bound
 ORDERS = ("token", "choice")
 
 
+ROUNDINGS = {"floor": math.floor, "ceil": math.ceil, "round": round}
+
+
 def capacity(
-  factor: float, tokens: int, top_k: int, expert_buckets: int
+  factor: float,
+  tokens: int,
+  top_k: int,
+  expert_buckets: int,
+  rounding: str = "floor",
+  multiple: int = 1,
+  minimum: int = 0,
 ) -> Bound:
-  """Slots of one group: floor(factor * T * K / buckets) each (2101.03961, 3).
+  """Slots of one group: factor * T * K / buckets each (2101.03961, eq. 3).
 
   Args:
     factor: the capacity factor, > 0; 1 is room for balanced loads exactly.
@@ -21,23 +30,23 @@ def capacity(
     top_k: experts per token.
     expert_buckets: buckets of experts that share slots; as many as experts
       for ordinary capacity.
+    rounding: "floor" (Switch), "ceil" or "round" (V-MoE), to a whole number.
+    multiple: then up to a multiple of it (V-MoE takes 4).
+    minimum: no fewer slots than that (4 in Mesh TensorFlow's Switch).
 
   Raises:
     ConfigError: it rounds to zero.
   """
-  if not 0 < factor < math.inf:
-    raise ConfigError(
-      f"capacity_factor = {factor} is not a number above 0; 1 is room for"
-      " balanced loads, and None is dropless"
-    )
-  # 1.15 * 100 is 114.99999999999999.
-  slots = int(factor * tokens * top_k / expert_buckets + 1e-9)
+  slots = factor * tokens * top_k / expert_buckets
+  # 1.15 * 100 is 114.99999999999999, and 1.1 * 10 is 11.000000000000002.
+  slots = ROUNDINGS[rounding](round(slots, 9))
+  slots = max(-(-slots // multiple) * multiple, minimum)
   if slots < 1:
     raise ConfigError(
       f"the capacity rounds to zero: capacity_factor = {factor} times"
       f" {tokens} tokens_per_group times top_k = {top_k} over {expert_buckets}"
       " buckets of experts is below 1; raise capacity_factor or"
-      " tokens_per_group"
+      " tokens_per_group, or set min_capacity"
     )
   return Bound(slots, expert_buckets)
 

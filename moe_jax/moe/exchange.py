@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.core import varying
 from moe_jax.moe.types import Array, Axes, Bound, Rows
 
+_EXPERTS = 0x45  # Folded into the keys of a group for its experts.
 # What a remat policy keeps where no rows are to be sent twice.
 SAVED = ("rows_at_experts", "rows_back", "sizes")
 
@@ -58,6 +59,32 @@ def gather_weights(params, logical_axes, axes: Axes | None):
     return w
 
   return {k: gather(w, logical_axes[k]) for k, w in params.items()}
+
+
+def expert_keys(experts, rng_G, num_experts: int, axes: Axes | None):
+  """A key for each group and each expert that this device's rows are of.
+
+  Args:
+    experts: `Experts`; None is returned unless they draw.
+    rng_G: keys of this device's groups, or None.
+    num_experts: E.
+    axes: mesh axes, or None on a single device.
+  """
+  if rng_G is None or not experts.draws:
+    return None
+  expert_E = jnp.arange(num_experts)
+  if axes is not None:
+    data = jax.lax.all_gather(
+      jax.random.key_data(rng_G), axes.expert, axis=0, tiled=True
+    )
+    rng_G = jax.random.wrap_key_data(data)
+    here = num_experts // jax.lax.axis_size(axes.expert)
+    first = jax.lax.axis_index(axes.expert) * here
+    expert_E = first + jnp.arange(here)
+  of_group = jax.vmap(jax.random.fold_in, (None, 0))
+  # Apart from the keys that a router splits from the same ones.
+  rng_G = jax.vmap(lambda rng: jax.random.fold_in(rng, _EXPERTS))(rng_G)
+  return jax.vmap(of_group, (0, None))(rng_G, expert_E)
 
 
 def once(bias, axes: Axes | None):

@@ -8,24 +8,46 @@ import jax.numpy as jnp
 
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
+from moe_jax.core.options import either, integer, number, optional, word
 from moe_jax.moe import capacity, dispatchers, layer, sharded
 from moe_jax.moe.types import Array
 
 
 class Grouping(NamedTuple):
-  """How tokens form groups and how many rows experts may get in each.
+  """Groups of tokens, and the capacity of experts in each.
 
   tokens_per_group: T, or "sequence". Whole sequences or whole fractions.
   capacity_factor: slots over balanced load; None: dropless.
   eval_capacity_factor: the same outside training; None: as in training;
     "dropless".
   expert_buckets: buckets of experts that share slots; None: one per expert.
+  capacity_rounding, capacity_multiple, min_capacity: see `capacity.capacity`.
   """
 
-  tokens_per_group: int | str = "sequence"
-  capacity_factor: float | None = None
-  eval_capacity_factor: float | str | None = None
-  expert_buckets: int | None = None
+  tokens_per_group: either(integer(1), word("sequence")) = "sequence"
+  capacity_factor: optional(number(above=0)) = None
+  eval_capacity_factor: optional(either(number(above=0), word("dropless"))) = (
+    None
+  )
+  expert_buckets: optional(integer(1)) = None
+  capacity_rounding: word(*capacity.ROUNDINGS) = "floor"
+  capacity_multiple: integer(1) = 1
+  min_capacity: integer(0) = 0
+
+  def tokens(self, length: int) -> int:
+    """T for sequences of this length.
+
+    Raises:
+      ConfigError: groups that cut across sequences.
+    """
+    tokens = self.tokens_per_group
+    tokens = length if tokens == "sequence" else tokens
+    if tokens % length and length % tokens:
+      raise ConfigError(
+        f"tokens_per_group = {tokens} is neither a multiple nor a divisor of the"
+        f' sequence length {length}; "sequence" always fits'
+      )
+    return tokens
 
   def resolve(
     self, recipe: layer.Recipe, length: int, train: bool
@@ -35,17 +57,7 @@ class Grouping(NamedTuple):
     Raises:
       ConfigError: groups that cut across sequences, or a capacity of zero.
     """
-    tokens = self.tokens_per_group
-    if not isinstance(tokens, int) and tokens != "sequence":
-      raise ConfigError(
-        f'tokens_per_group is a number or "sequence", not {tokens!r}'
-      )
-    tokens = length if tokens == "sequence" else tokens
-    if tokens < 1 or (tokens % length and length % tokens):
-      raise ConfigError(
-        f"tokens_per_group = {tokens} is neither a multiple nor a divisor of the"
-        f' sequence length {length}; "sequence" always fits'
-      )
+    tokens = self.tokens(length)
     bound = self._bound(recipe, tokens, train)
     if not recipe.dispatcher.ragged:
       dispatchers.check_bound(bound, recipe.num_experts)
@@ -69,18 +81,33 @@ class Grouping(NamedTuple):
       )
     if factor is None:
       return None
-    top_k = recipe.router.top_k
+    num_experts = recipe.num_experts
     buckets = self.expert_buckets
-    buckets = recipe.num_experts if buckets is None else buckets
-    if buckets < 1 or recipe.num_experts % buckets:
+    buckets = num_experts if buckets is None else buckets
+    if num_experts % buckets:
       raise ConfigError(
         f"expert_buckets = {buckets} does not divide num_experts ="
-        f" {recipe.num_experts}"
+        f" {num_experts}"
       )
-    bound = capacity.capacity(factor, tokens, top_k, buckets)
+    top_k = recipe.router.top_k or num_experts
+    rounding = self.capacity_rounding, self.capacity_multiple, self.min_capacity
+    bound = capacity.capacity(factor, tokens, top_k, buckets, *rounding)
     # No more than a group can send to a bucket.
-    most = tokens * min(top_k, recipe.num_experts // buckets)
+    most = tokens * min(top_k, num_experts // buckets)
     return bound._replace(slots=min(bound.slots, most))
+
+  def keys(self, rng: Array, batch: int, length: int, first=0) -> Array:
+    """One key per group of a batch, the same on any mesh.
+
+    Args:
+      rng: the key of (seed, step).
+      batch: sequences.
+      length: tokens in a sequence.
+      first: index of the first sequence in the whole batch of a step.
+    """
+    tokens = self.tokens(length)
+    groups = batch * length // tokens
+    return layer.group_keys(rng, groups, jnp.asarray(first) * length // tokens)
 
 
 def check(
@@ -89,9 +116,18 @@ def check(
   *,
   length: int,
   batch: int,
+  key: str,
   mesh: jax.sharding.Mesh | None,
 ) -> None:
-  """Raises ConfigError for what would fail, or lie, on this mesh or batch."""
+  """Raises ConfigError for what would fail, or lie, on this mesh or batch.
+
+  Args:
+    recipe, grouping: of a kind of layer.
+    length: tokens in a sequence.
+    batch: sequences of a forward pass.
+    key: config key that sets the batch.
+    mesh: from `parallel.make_mesh`; None: one device.
+  """
   for train in (True, False):
     tokens, resolved = grouping.resolve(recipe, length, train)
     if mesh is not None:
@@ -99,15 +135,7 @@ def check(
   shards, per_group = parallel.token_shards(mesh), max(1, tokens // length)
   if batch % (shards * per_group):
     raise ConfigError(
-      f"a micro-batch of {batch} sequences does not divide into {shards} token"
-      f" shards of whole groups of {per_group} sequences; make data.batch_size"
-      f" over train.accumulation a multiple of {shards * per_group}"
+      f"a batch of {batch} sequences does not divide into {shards} token shards"
+      f" of whole groups of {per_group} sequences; make {key} a multiple of"
+      f" {shards * per_group}"
     )
-
-
-def keys(rng: Array, batch: int, length: int, grouping: Grouping, first=0):
-  """One key per group of a batch; `first` is its first sequence's index."""
-  tokens = grouping.tokens_per_group
-  tokens = length if tokens == "sequence" else tokens
-  groups = batch * length // tokens
-  return layer.group_keys(rng, groups, jnp.asarray(first) * length // tokens)

@@ -11,11 +11,7 @@ from moe_jax.moe.types import Axes, Side
 def check(recipe: layer.Recipe, mesh: jax.sharding.Mesh) -> None:
   """Raises ConfigError where experts or their buckets do not divide."""
   expert = mesh.shape["expert"]
-  if recipe.num_experts % expert:
-    raise ConfigError(
-      f"num_experts = {recipe.num_experts} does not divide over the mesh axis"
-      f" expert = {expert}; change one so that the second divides the first"
-    )
+  parallel.check_widths(mesh, num_experts=(recipe.num_experts, "expert"))
   bound = recipe.bound
   if bound is not None and bound.expert_buckets % expert:
     raise ConfigError(
@@ -56,7 +52,7 @@ def sharded(recipe: layer.Recipe, mesh: jax.sharding.Mesh | None):
       mesh=mesh,
       in_specs=(weights, everywhere, tokens, tokens, tokens),
       out_specs=(tokens, tokens, tokens),
-      check_vma=recipe.checked,
+      check_vma=recipe.experts.checked or not recipe.dispatcher.ragged,
     )(params, balance, x_GTD, side, rng_G)
 
   return run

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import flax.struct
 import jax
@@ -25,7 +25,8 @@ import jax.numpy as jnp
 
 Array = jax.Array
 # Parts compare by identity: the registry gives the same object for the same
-# options, which is what makes them static arguments and linen fields.
+# options, which is what makes them static arguments and linen fields. It fills
+# in `spec` (`registry.Spec`): the name and options that a part was made of.
 _part = dataclasses.dataclass(frozen=True, eq=False)
 
 
@@ -58,11 +59,11 @@ class Bound(NamedTuple):
 
 @flax.struct.dataclass
 class Side:
-  """What is known of each token besides its vector.
+  """Facts about each token besides its vector.
 
   mask_T: bool, False for padding, which takes no slot and is not counted.
   features: per-token arrays [T, ...] that a router may look at: token_id,
-    position, modality, timestep, domain, forced_expert, ...
+    position, modality, timestep, domain, ...
   """
 
   mask_T: Array
@@ -70,18 +71,13 @@ class Side:
 
 
 @flax.struct.dataclass
-class Routing:
-  """What a router decided for one group (with a leading G after vmap).
+class TokenChoice:
+  """Every token names its experts. Laid out by the config's dispatcher.
 
   expert_TK: int32 in [0, E), a token's experts, best first.
-  weight_TK: at least float32, what each chosen expert is scaled by.
+  weight_TK: at least float32, the factor of each chosen expert.
   valid_TK: bool, False for padding and for a choice that was not made.
   priority_TK: float, larger takes its slot earlier; None: in token order.
-  prob_TE: rows sum to 1, the distribution that losses and entropy are
-    computed from; None where a router has none.
-  logits_TE: the router's raw scores, for the z-loss; None where there are none.
-  extra: per-token arrays [T] of what else the router wants logged: extra/NAME
-    is their mean over unpadded tokens.
   weight_input: scale the expert's input by weight_TK, not its output.
   """
 
@@ -89,10 +85,53 @@ class Routing:
   weight_TK: Array
   valid_TK: Array
   priority_TK: Array | None = None
+  weight_input: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+@flax.struct.dataclass
+class SlotChoice:
+  """Every expert names its tokens (expert choice, 2202.09368).
+
+  An expert names a token at most once.
+
+  token_EC: int32 in [0, T), the tokens of an expert.
+  weight_EC: at least float32, the factor of each token's result.
+  valid_EC: bool, False for a slot that stays empty. Padding is never valid.
+  """
+
+  token_EC: Array
+  weight_EC: Array
+  valid_EC: Array
+
+
+@flax.struct.dataclass
+class Mixture:
+  """Every slot holds a weighted mean of tokens (Soft MoE, 2308.00951).
+
+  dispatch_TEC: weights of the tokens in each slot, 0 for padding.
+  combine_TEC: weights of the slots in each token, 0 for padding.
+  """
+
+  dispatch_TEC: Array
+  combine_TEC: Array
+
+
+@flax.struct.dataclass
+class Routing:
+  """A router's decision for one group (with a leading G after vmap).
+
+  choice: in the form in which the router decides.
+  prob_TE: rows sum to 1, the distribution that losses and entropy are
+    computed from; None where a router has none.
+  logits_TE: the router's raw scores, for the z-loss; None where there are none.
+  extra: per-token arrays [T] that the router wants logged: extra/NAME is their
+    mean over unpadded tokens.
+  """
+
+  choice: TokenChoice | SlotChoice | Mixture
   prob_TE: Array | None = None
   logits_TE: Array | None = None
   extra: Mapping[str, Array] = flax.struct.field(default_factory=dict)
-  weight_input: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 @flax.struct.dataclass
@@ -110,93 +149,152 @@ class Rows:
 
 
 @flax.struct.dataclass
+class Loads:
+  """Work of the experts by sequence, with leading axes [G, S]: sums.
+
+  An assignment is a pair of a token and one of its experts. Counts are int32;
+  for a `Mixture` they are floats, the shares of tokens in the slots.
+
+  count_E: assignments to each expert, dropped ones included.
+  first_choice_E: the same for first choices alone.
+  kept_E: assignments that got a slot.
+  weight_E: sum of the weights by expert.
+  dropped: by cause. capacity: the expert was full; buffer: its bucket of
+    experts was full; unrouted: a token got fewer experts than K.
+  confidence: summed probability of the chosen experts.
+  """
+
+  count_E: Array
+  first_choice_E: Array
+  kept_E: Array
+  weight_E: Array
+  dropped: Mapping[str, Array]
+  confidence: Array
+
+
+class Plan(Protocol):
+  """A choice laid out for the experts: the layer below it knows no K."""
+
+  def dispatch(self, x_GTD: Array) -> Rows:
+    """Tokens to the rows of their experts."""
+
+  def combine(self, rows: Rows) -> Array:
+    """Results of the rows to y_GTD, in the dtype of the rows."""
+
+  def loads(self, tokens: Any) -> Loads:
+    """The loads by sequence, from a `plans.Tokens`."""
+
+
+@flax.struct.dataclass
 class Stats:
   """Sums over the unpadded tokens of a sequence, with leading axes [G, S].
 
   tokens: int32, unpadded tokens.
-  count_E: int32, tokens the router sent to each expert, dropped ones included.
-  first_choice_E: int32, the same for first choices alone.
+  loads: see `Loads`; its fields are also attributes of this record.
   prob_E: sum of prob_TE.
-  weight_E: sum of weight_TK by expert.
-  kept_E: int32, assignments that got a slot.
-  dropped: int32 by cause. capacity: the expert was full; buffer: its bucket
-    of experts was full; unrouted: the router chose fewer than K.
   z: sum of logsumexp(logits)^2.
   entropy: sum of the entropy of prob_TE, in nats.
-  confidence: sum of the probability of the chosen experts.
   extra: sums of what the router reported for each token.
+  observed: {balancer label: sums of its `observe`}, of whole groups, S = 1.
   groups_per_sequence: above 1 where groups are fractions of a sequence, whose
     entries then lie one after the other along G.
   """
 
   tokens: Array
-  count_E: Array
-  first_choice_E: Array
+  loads: Loads
   prob_E: Array
-  weight_E: Array
-  kept_E: Array
-  dropped: Mapping[str, Array]
   z: Array
   entropy: Array
-  confidence: Array
   extra: Mapping[str, Array] = flax.struct.field(default_factory=dict)
+  observed: Mapping[str, Mapping[str, Array]] = flax.struct.field(
+    default_factory=dict
+  )
   groups_per_sequence: int = flax.struct.field(pytree_node=False, default=1)
+
+  count_E = property(lambda self: self.loads.count_E)
+  first_choice_E = property(lambda self: self.loads.first_choice_E)
+  kept_E = property(lambda self: self.loads.kept_E)
+  weight_E = property(lambda self: self.loads.weight_E)
+  dropped = property(lambda self: self.loads.dropped)
+  confidence = property(lambda self: self.loads.confidence)
 
 
 @_part
 class Router:
-  """Scores tokens and chooses their experts. Knows no mesh and no capacity.
+  """Scores tokens and chooses their experts. Knows no mesh.
 
   init: (rng, d_model, num_experts) -> params, a flat dict of arrays.
   axes: {parameter: logical axis names}.
   route: (params, x_TD, *, num_experts, select, side, rng) -> Routing, for one
-    group. select maps scores_TE to the scores that choose; rng None means no noise.
+    group. select maps scores_TE to the scores that choose; rng None means no
+    noise.
   causal: whether a token's choice is independent of the tokens after it.
-  top_k: K.
+  top_k: K, the most experts that a token may get; None: as many as there are.
+  fixed: whether a token always gets K, so that fewer are a drop.
+  average_k: experts that a token gets on average, where K does not say it.
   always_draws: whether it needs a key outside training too; else it is given
     none there.
+  spec: set by the registry.
   """
 
   init: Callable[..., dict[str, Array]]
   axes: Mapping[str, tuple[str | None, ...]]
   route: Callable[..., Routing]
   causal: bool
-  top_k: int
+  top_k: int | None = None
+  fixed: bool = True
+  average_k: float | None = None
   always_draws: bool = False
+  spec: Any = None
 
 
 @_part
 class Dispatcher:
-  """Lays tokens out for their experts and brings the results back.
+  """Lays a `TokenChoice` out for the experts and brings the results back.
 
-  plan: (Routing with leading G, num_experts, Bound | None) -> Plan.
+  plan: (TokenChoice with leading G, num_experts, Bound | None) -> Plan.
   causal: (top_k, Bound | None) -> bool, whether a token's slots are
     independent of the tokens after it.
   ragged: whether its Rows are ragged rows; if not, it needs a Bound with one
     bucket per expert.
+  spec: set by the registry.
   """
 
-  plan: Callable[..., Any]
+  plan: Callable[..., Plan]
   causal: Callable[[int, Bound | None], bool]
   ragged: bool
+  spec: Any = None
 
 
 @_part
 class Experts:
   """The networks that are the experts.
 
-  The shards of F (axis "mlp") add up to the output. The parameter "down_bias"
-  is a bias of the output: it is zero in all shards but one.
+  The shards of F (axis "mlp") add up to the output.
 
   init: (rng, num_experts, d_model) -> params.
   axes: {parameter: logical axis names}.
-  apply: (params, Rows) -> Rows, with expert e's own weights for its rows.
+  apply: (params, Rows, rng_GE) -> Rows, with expert e's own weights for its
+    rows. rng_GE: one key for each group and expert; None unless it `draws`, and
+    outside of training.
+  added_once: parameters that are added to the output, such as its bias; they
+    are zero in all shards of F but one.
+  draws: whether it needs keys in training.
+  checked: whether its kernels declare over which mesh axes their results vary,
+    so that shard_map can check them.
+  width: F, for who checks that it divides over a mesh.
+  resized: (F) -> the same with another hidden width.
   activation: name of the activation, for who writes a model's config.
   """
 
   init: Callable[..., dict[str, Array]]
   axes: Mapping[str, tuple[str | None, ...]]
-  apply: Callable[[Mapping[str, Array], Rows], Rows]
+  apply: Callable[..., Rows]
+  added_once: tuple[str, ...] = ()
+  draws: bool = False
+  checked: bool = True
+  width: int = 0
+  resized: Callable[[int], Any] | None = None
   activation: str = ""
 
 
@@ -206,30 +304,55 @@ class Mlp:
 
   init: (rng, d_model) -> params; axes: {parameter: logical axis names};
   apply: (params, x [..., D]) -> y [..., D].
-  activation: name of the activation, for who writes a model's config.
+  added_once, width, resized, activation: as in `Experts`.
   """
 
   init: Callable[..., dict[str, Array]]
   axes: Mapping[str, tuple[str | None, ...]]
   apply: Callable[[Mapping[str, Array], Array], Array]
+  added_once: tuple[str, ...] = ()
+  width: int = 0
+  resized: Callable[[int], Any] | None = None
   activation: str = ""
 
 
 @_part
 class Balancer:
-  """A way to keep experts equally loaded.
+  """A way to keep experts equally loaded. Every field has a default.
 
   init: (num_experts) -> state, a dict of arrays.
   select: (state, score_TE) -> score_TE, for choosing only.
-  loss: (state, Stats, count_E so far in this step) -> Mean, coefficient
-    included; None if it adds no loss.
+  observe: (state, Routing, mask_T) -> {name: array of sums} of one group;
+    carried by `Stats.observed` like counts. None: it needs no more than counts.
+  loss: (state, Stats, count_E so far in this step, router's parameters) ->
+    Mean, coefficient included; None: it adds no loss.
   update: (state, Stats, step) -> state, once per optimizer step.
+  spec: set by the registry.
   """
 
-  init: Callable[[int], dict[str, Array]]
-  select: Callable[[Mapping[str, Array], Array], Array]
-  loss: Callable[[Mapping[str, Array], Stats, Array], Mean] | None
-  update: Callable[[Mapping[str, Array], Stats, Array], dict[str, Array]]
+  init: Callable[[int], dict[str, Array]] = lambda num_experts: {}
+  select: Callable[[Mapping[str, Array], Array], Array] = (
+    lambda state, score_TE: score_TE
+  )
+  observe: Callable[..., dict[str, Array]] | None = None
+  loss: Callable[..., Mean] | None = None
+  update: Callable[..., dict[str, Array]] = lambda state, stats, step: state
+  spec: Any = None
+
+
+class Sublayer(NamedTuple):
+  """MoE layers of a model that share a recipe and lie in the same arrays.
+
+  recipe: `layer.Recipe`.
+  grouping: `groups.Grouping`.
+  numbers: number of the layer in the model, for each repeat.
+  stacked: whether arrays have a leading axis of repeats; if not, there is one.
+  """
+
+  recipe: Any
+  grouping: Any
+  numbers: tuple[int, ...]
+  stacked: bool = True
 
 
 class Axes(NamedTuple):

@@ -2,53 +2,44 @@
 
 import argparse
 import ast
-import errno
+import functools
 import importlib.util
 import inspect
 import json
-import os
 import pathlib
 import re
-import signal
 import sys
 import traceback
 
 import ml_collections
 
-from moe_jax.core.errors import (
-  ConfigError,
-  Interrupted,
-  RunError,
-  did_you_mean,
-  first_line,
-)
+from moe_jax.core import files
+from moe_jax.core.errors import ConfigError, did_you_mean, first_line
+from moe_jax.core.options import integer
 
 # Keys that a run's numbers do not depend on.
-_SAME_NUMBERS = (
-  "mesh",
-  "writers",
-  "checkpoint.",
-  "data.cache_dir",
-  "data.dir",
-  "train.check_mesh",
-  "train.max_skipped_in_a_row",
-  "train.profile_steps",
+IDLE = ("mesh", "writers", "checkpoint.", "data.cache_dir")
+IDLE += ("train.check_mesh", "train.profile_steps")
+# And those that may be others when a run goes on.
+_FREE = (*IDLE, "data.dir", "train.max_skipped_in_a_row")
+# Sections whose keys are up to the config: the options of a part, and parts or
+# data by a label.
+OPEN = (
+  "task",
+  "data.mixture",
+  "model.attention",
+  "model.variants",
+  "model.moe.router",
+  "model.moe.dispatcher",
+  "model.moe.balancers",
+  "optim.optimizer",
 )
-# Keys that are younger than some runs, and what was done without them.
-_YOUNGER = {
-  "model.vocab_size": None,
-  "model.attention": {},
-  "model.variants": {},
-  "model.norm": "rms",
-  "model.scale_embedding": True,
-  "model.moe.shared_gate": False,
-}
-# What jax says where a process that it talks to is gone.
-_PEER = re.compile("Gloo|(closed|reset) by peer|remote process exited")
 _FOLDER_OF_A_PART = re.compile(r"data\.mixture\..+\.dir")
 
 
-def load(spec: str, overrides=()) -> ml_collections.ConfigDict:
+def load(
+  spec: str, overrides=(), *, trust_plugins: bool = False
+) -> ml_collections.ConfigDict:
   """The locked config of FILE[:VARIANT] with overrides applied.
 
   Args:
@@ -56,16 +47,20 @@ def load(spec: str, overrides=()) -> ml_collections.ConfigDict:
       `get_config(variant)` for a ":VARIANT"; or the config.json of a run.
     overrides: texts such as "model.moe.top_k=4"; values as Python writes
       them, or bare words.
+    trust_plugins: whether code may be run that a config.json names. Plugins of
+      a Python file or of an override are the user's own.
 
   Raises:
-    ConfigError: no such file, variant or key, or a value of another type.
+    ConfigError: no such file, variant or key, a value of another type, or
+      plugins that are not trusted.
   """
   path, _, variant = spec.partition(":")
   if path.endswith(".json"):
     config = _from_json(pathlib.Path(path))
-    for text in overrides:
-      override(config, text)
-    return config
+    own = any(text.startswith("plugins=") for text in overrides)
+    if not trust_plugins and not own:
+      _check_no_plugins(path, config)
+    return overridden(config, overrides)
   get_config = _get_config(pathlib.Path(path))
   if variant and not inspect.signature(get_config).parameters:
     raise ConfigError(f'{path} has no variants, so it has no ":{variant}"')
@@ -77,9 +72,32 @@ def load(spec: str, overrides=()) -> ml_collections.ConfigDict:
     line = [f.lineno for f in lines if f.filename.endswith(path)]
     place = f"{path}, line {line[-1]}" if line else path
     raise ConfigError(f"{place}: {sentence}") from None
-  if not config.is_locked:
-    config.lock()
-  for text in overrides:
+  return overridden(config if config.is_locked else config.lock(), overrides)
+
+
+def locked(values) -> ml_collections.ConfigDict:
+  """A config in which a misspelt key is an error, but in an open section.
+
+  Types are not looked at here: `program.check` knows more about each value.
+
+  Args:
+    values: nested dicts.
+  """
+  config = ml_collections.ConfigDict(values, type_safe=False).lock()
+  for key in OPEN:
+    functools.reduce(getattr, key.split("."), config).unlock()
+  return config
+
+
+def overridden(config: ml_collections.ConfigDict, texts):
+  """The config after `override` by all texts: sections before their keys, and
+  the name of a part before its options."""
+
+  def turn(text):
+    key = text.partition("=")[0]
+    return key.count("."), not key.endswith(".name")
+
+  for text in sorted(texts, key=turn):
     override(config, text)
   return config
 
@@ -87,50 +105,56 @@ def load(spec: str, overrides=()) -> ml_collections.ConfigDict:
 def override(config: ml_collections.ConfigDict, text: str) -> None:
   """Sets one dotted key, "optim.learning_rate=1e-3".
 
-  A whole section is set by a dict: "model.moe.router={'name': 'random'}".
+  A whole section is set by a dict: "model.moe.router={'name': 'random'}". In an
+  open section keys and sections that are not there are made, and another name
+  of a part takes the options of the old one away.
   """
   key, equals, value = text.partition("=")
   if not equals:
     raise ConfigError(f'"{text}" is not KEY=VALUE')
-  *sections, last = key.split(".")
-  section = config
-  for i, name in enumerate([*sections, last]):
-    is_section = isinstance(section, ml_collections.ConfigDict)
-    is_new = is_section and not section.is_locked and name is last
-    if not is_section or (name not in section and not is_new):
-      _unknown_key(section, sections[:i], key, name)
-    if i < len(sections):
-      section = section[name]
-  value = _parse(value)
-  old = section.get(last, value)
-  if isinstance(section.get(last), ml_collections.ConfigDict):
-    _set_section(config, key, section, last, value)
-    return
   try:
-    section[last] = value
-  except (TypeError, ValueError):
-    like = "('a', 'b') or ('a',)" if isinstance(old, tuple) else "one like it"
-    raise ConfigError(
-      f"config.{key} = {value!r} is of type {type(value).__name__}, but its"
-      f" default {old!r} is of type {type(old).__name__}; give {like}"
-    ) from None
+    _set(config, "config", key.split("."), _parse(value))
+  except ConfigError:
+    raise
+  except (KeyError, TypeError, ValueError) as e:  # ml_collections refuses.
+    raise ConfigError(f"config.{text} cannot be ({first_line(e)})") from None
 
 
-def _set_section(config, key, parent, name, value):
-  """Replaces the options of a part, or sets known keys of a fixed section."""
+def _set(section, place, names, value):
+  """Sets the value under some names, one inside of the other, in a section."""
+  key, (name, *rest) = ".".join([place, *names]), names
+  if not isinstance(section, ml_collections.ConfigDict):
+    raise ConfigError(f"{key}: {place} is a value, not a section")
+  if name not in section and section.is_locked:
+    remedy = did_you_mean(name, section.keys())
+    raise ConfigError(f'{key}: there is no "{name}" in {place}{remedy}')
+  old = section.get(name)
+  if rest:
+    if name not in section:
+      section[name] = ml_collections.ConfigDict(type_safe=False)
+    _set(section[name], f"{place}.{name}", rest, value)
+  elif isinstance(old, ml_collections.ConfigDict):
+    _set_section(section, key, name, value)
+  else:
+    if name == "name" and value != old and not section.is_locked:
+      for other in list(section):
+        del section[other]
+    whole = isinstance(old, float) and type(value) is int
+    section[name] = float(value) if whole else value
+
+
+def _set_section(parent, key, name, value):
+  """Replaces an open section, or sets some keys of another one."""
   if not isinstance(value, dict):
     raise ConfigError(
-      f"config.{key} is a section and {value!r} is no dict; set it by one, such"
-      " as {'name': 'random'}, with all its quotes and braces"
+      f"{key} is a section and {value!r} is no dict; set it by one, such as"
+      " {'name': 'random'}, with all its quotes and braces"
     )
-  section = parent[name]
-  if section.is_locked:
-    for k, v in value.items():
-      override(config, f"{key}.{k}={v!r}")
+  if not parent[name].is_locked:
+    parent[name] = value
     return
-  for k in list(section):
-    del section[k]
-  section.update(value)
+  for k, v in value.items():
+    _set(parent[name], key, [k], v)
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:
@@ -139,35 +163,35 @@ def to_json(config: ml_collections.ConfigDict) -> str:
 
 
 def _from_json(path):
-  """The config that a run left behind, locked as that of configs/base.py."""
+  """The config that a run left behind; a key that it lacks has its default."""
+  what = "the config.json of a run"
+  remedy = "give one, or a Python file such as configs/base.py"
   try:
-    values = json.loads(path.read_text())
-    moe = values["model"]["moe"]
-    for key, value in _YOUNGER.items():
-      *sections, last = key.split(".")
-      section = values
-      for name in sections:
-        section = section[name]
-      section.setdefault(last, value)
-    for key in ("tokens_per_group", "eval_capacity_factor"):
-      # A word or a number, whichever it is in the file.
-      moe[key] = ml_collections.FieldReference(moe[key], object)
-    config = ml_collections.ConfigDict(_with_tuples(values)).lock()
-    model, moe = config.model, config.model.moe
-    sections = (config.data.mixture, model.attention, model.variants)
-    sections += (moe.router, moe.dispatcher, moe.balancers)
-    for section in sections:
-      section.keys()  # A section, not a value.
+    values = files.read_json(path, what, remedy)
+    for name in ("data", "model", "optim", "train"):
+      values[name].items()  # A section, not a value.
+    return locked(_with_tuples(complete(values)))
   except FileNotFoundError:
     raise ConfigError(f'there is no config file "{path}"') from None
+  except ConfigError:
+    raise
   except (ValueError, AttributeError, KeyError, TypeError) as e:
-    raise ConfigError(
-      f"{path} is not the config.json of a run ({e}); give one, or a Python"
-      " file such as configs/base.py"
-    ) from None
-  for section in sections:
-    section.unlock()
-  return config
+    raise ConfigError(f"{path} is not {what} ({e}); {remedy}") from None
+
+
+def _check_no_plugins(path, config):
+  """Raises ConfigError where a config from elsewhere names code."""
+  if not config.plugins:
+    return
+  folders = config.plugins if isinstance(config.plugins, tuple) else ()
+  files = [f for name in folders for f in pathlib.Path(str(name)).rglob("*.py")]
+  some = [str(file.absolute()) for file in sorted(files)[:5]]
+  some += ["..."] * (len(files) > 5)
+  raise ConfigError(
+    f"{path} names plugins = {config.plugins}, whose code would be run"
+    f" ({', '.join(some) or 'no file is there'}); read it, and give"
+    " --trust_plugins if it may run"
+  )
 
 
 def _with_tuples(value):
@@ -177,35 +201,59 @@ def _with_tuples(value):
   return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
-def flat(tree, prefix=""):
+@functools.cache
+def defaults() -> dict:
+  """configs/base.py, as nested dicts; {} where that file is not installed."""
+  path = pathlib.Path(__file__).parents[2] / "configs" / "base.py"
+  return _get_config(path)().to_dict() if path.is_file() else {}
+
+
+def complete(values: dict) -> dict:
+  """The values of an older config.json, with defaults for keys that it lacks."""
+
+  def filled(given, default, key):
+    if key in OPEN or not all(isinstance(x, dict) for x in (given, default)):
+      return given
+    place = f"{key}." if key else ""
+    pairs = ((k, default.get(k), v) for k, v in given.items())
+    return default | {k: filled(v, d, place + k) for k, d, v in pairs}
+
+  return filled(values, defaults(), "")
+
+
+def flat(tree: dict, prefix="", whole=()):
   """(dotted key, value) of all values.
 
   Args:
     tree: a config as nested dicts.
     prefix: of the keys.
+    whole: keys of sections that are one value.
   """
   for key, value in tree.items():
-    if isinstance(value, dict) and value:
-      yield from flat(value, f"{prefix}{key}.")
+    key = prefix + key
+    if isinstance(value, dict) and value and key not in whole:
+      yield from flat(value, f"{key}.", whole)
     else:
-      yield prefix + key, value
+      yield key, value
 
 
-def numbers(tree):
-  """(dotted key, value) of all values that a run's numbers depend on.
-
-  Args:
-    tree: a config as nested dicts.
-  """
-  return ((k, v) for k, v in flat(tree) if not _same_numbers(k, v))
-
-
-def _same_numbers(key, value):
+def numbers(tree: dict):
+  """(dotted key, value) of all values that a run's numbers depend on."""
   return (
-    key.startswith(_SAME_NUMBERS)
-    or _FOLDER_OF_A_PART.fullmatch(key)
-    or (key in _YOUNGER and _YOUNGER[key] == value)
+    (key, value)
+    for key, value in flat(tree)
+    if not key.startswith(_FREE) and not _FOLDER_OF_A_PART.fullmatch(key)
   )
+
+
+def differences(tree: dict, other: dict) -> dict:
+  """{dotted key: value} of what is not the same in two configs.
+
+  An open section that differs is there as a whole.
+  """
+  old = dict(flat(other, whole=OPEN))
+  new = flat(tree, whole=OPEN)
+  return {k: v for k, v in new if k not in old or old[k] != v}
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -221,7 +269,17 @@ def parser(description: str) -> argparse.ArgumentParser:
     metavar="FILE[:VARIANT]",
     help="a Python file with get_config(), or the config.json of a run",
   )
+  add_trust(parser)
   return parser
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+  """Adds the flag of `load` for the config.json of a run."""
+  parser.add_argument(
+    "--trust_plugins",
+    action="store_true",
+    help="run the code of plugins that a run's config.json names",
+  )
 
 
 def add_multihost(parser: argparse.ArgumentParser) -> None:
@@ -243,9 +301,24 @@ def add_multihost(parser: argparse.ArgumentParser) -> None:
 
 def at_least_1(text: str) -> int:
   """The type of a flag that counts something."""
-  if not text.isdecimal() or int(text) < 1:
-    raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+  if not text.isdecimal() or not integer(1).fits(int(text)):
+    raise argparse.ArgumentTypeError(f"{text} is not {integer(1).words}")
   return int(text)
+
+
+def check_utf8(argv=None) -> None:
+  """Raises ConfigError for an argument that is not UTF-8.
+
+  Args:
+    argv: the arguments; None: those of the process.
+  """
+  for text in sys.argv[1:] if argv is None else argv:
+    try:
+      text.encode()
+    except UnicodeEncodeError:
+      raise ConfigError(
+        f"the argument {ascii(text)} is not UTF-8; give texts and paths in UTF-8"
+      ) from None
 
 
 def parse(parser: argparse.ArgumentParser, argv=None):
@@ -255,15 +328,16 @@ def parse(parser: argparse.ArgumentParser, argv=None):
     ConfigError: an unknown flag or anything `load` refuses.
   """
   args, overrides = parse_overrides(parser, argv)
-  return args, load(args.config, overrides)
+  return args, load(args.config, overrides, trust_plugins=args.trust_plugins)
 
 
 def parse_overrides(parser: argparse.ArgumentParser, argv=None):
   """(arguments, texts KEY=VALUE of the flags --config.KEY=VALUE).
 
   Raises:
-    ConfigError: an unknown flag.
+    ConfigError: an unknown flag, or one that is not UTF-8.
   """
+  check_utf8(argv)
   args, rest = parser.parse_known_args(argv)
   prefix = "--config."
   unknown = [r for r in rest if not r.startswith(prefix)]
@@ -274,60 +348,6 @@ def parse_overrides(parser: argparse.ArgumentParser, argv=None):
       + did_you_mean(unknown[0].partition("=")[0], flags)
     )
   return args, [r[len(prefix) :] for r in rest]
-
-
-def run(main) -> None:
-  """Calls main() and turns errors of ours into one sentence and exit codes.
-
-  2: something is wrong, and says what to do. 75: a signal stopped it, and the
-  same command goes on.
-  """
-
-  def interrupt(number, frame):
-    raise KeyboardInterrupt
-
-  before = signal.signal(signal.SIGTERM, interrupt)
-  try:
-    sys.exit(main())
-  except KeyboardInterrupt:
-    print("stopped by a signal; the same command goes on", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(75)  # Threads that compile would crash on a slower way out.
-  except Interrupted as e:
-    print(e, file=sys.stderr)
-    sys.exit(75)
-  except Exception as e:
-    sentence = _sentence(e)
-    text = f"error: {sentence}" if sentence else traceback.format_exc()
-    # Imported by those who joined others, and slowly.
-    processes = sys.modules.get("moe_jax.run.processes")
-    if processes:
-      processes.leave(text, 2 if sentence else 1)
-    if sentence is None:
-      raise
-    print(text, file=sys.stderr)
-    sys.exit(2)
-  finally:
-    signal.signal(signal.SIGTERM, before)
-
-
-def _sentence(error):
-  """What to tell the user; None for an error that nobody thought of."""
-  if isinstance(error, ConfigError | RunError):
-    return str(error)
-  if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-    return (
-      f"{error.filename or 'a file'} cannot be written ({error.strerror}); free"
-      " space on that disk, older runs for instance, and give the same command"
-      " again"
-    )
-  if _PEER.search(str(error)):
-    return (
-      f"another process of this run has ended ({first_line(error)}); see what it"
-      " said"
-    )
-  return None
 
 
 def _get_config(path):
@@ -360,15 +380,5 @@ def _parse(text):
     return words[text.lower()]
   try:
     return ast.literal_eval(text)
-  except (ValueError, SyntaxError):
+  except (ValueError, SyntaxError, MemoryError, RecursionError):
     return text  # A bare word.
-
-
-def _unknown_key(section, parents, key, name):
-  place = ".".join(["config", *parents])
-  if not isinstance(section, ml_collections.ConfigDict):
-    raise ConfigError(f"config.{key}: {place} is a value, not a section")
-  remedy = did_you_mean(name, section.keys())
-  if not section.is_locked:
-    remedy = f"; set the whole section, {place}=" + "{...}"
-  raise ConfigError(f'config.{key}: there is no "{name}" in {place}{remedy}')

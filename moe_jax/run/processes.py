@@ -1,8 +1,12 @@
 """Several processes as one run: on a pod, a cluster, or this machine."""
 
+import atexit
+import contextlib
+import functools
+import itertools
 import json
 import os
-import sys
+import pathlib
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -11,20 +15,21 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from moe_jax.core import errors
 from moe_jax.core.errors import ConfigError, RunError, first_line
+from moe_jax.run import command
 
-MODES = ("auto", "on", "off")
 # What `moe_jax.launch.local`, or a launcher of yours, gives each process.
 ADDRESS = "JAX_COORDINATOR_ADDRESS"
 COUNT = "JAX_NUM_PROCESSES"
 INDEX = "JAX_PROCESS_ID"
-# Seconds for the others, who end with the first one, to say what was wrong.
-_LAST_WORDS = 2.0
 _PATIENCE = 10.0  # Seconds for a file to be seen by other processes.
-_index = None  # Of this process among several, once it has joined them.
+_SILENCE = 60  # Seconds without a sign of life: then a process is given up.
+_BEAT = 5.0  # Seconds between two signs of life.
+_ALIVE = "moe_jax/alive/{}/{}"  # Process, round.
 
 
 def join(mode: str = "auto", timeout: int = 300) -> None:
@@ -44,7 +49,6 @@ def join(mode: str = "auto", timeout: int = 300) -> None:
     return
   given = _given(os.environ)
   # In a thread, because it ends the process itself where time runs out.
-  global _index
   done = futures.Future()
   threading.Thread(
     target=_initialize, args=(done, given, timeout), daemon=True
@@ -67,16 +71,64 @@ def join(mode: str = "auto", timeout: int = 300) -> None:
       f"{problem}; see that all were started, and can reach that address, or"
       " raise --multihost_timeout"
     ) from None
-  _index = jax.process_index()
+  command.joined(jax.process_index())
+  client = distributed.global_state.client
+  threading.Thread(target=_watch, args=(client,), daemon=True).start()
 
 
 def _initialize(done, given, timeout):
   """jax.distributed.initialize, with more time than anyone waits."""
   try:
-    jax.distributed.initialize(**given, initialization_timeout=2 * timeout + 60)
+    jax.distributed.initialize(
+      **given,
+      initialization_timeout=2 * timeout + 60,
+      # It would abort this process with a stack of C++; `_watch` is earlier.
+      heartbeat_timeout_seconds=5 * _SILENCE,
+    )
     done.set_result(None)
   except Exception as e:
     done.set_exception(e)
+
+
+def _watch(client):
+  """Ends this process with a sentence when another one has fallen silent.
+
+  In every round each process writes a key to the store of jax.distributed,
+  which lies in process 0, and waits for the keys of all.
+  """
+  ended = threading.Event()
+  # What jax does at the end of a process takes as long as the others do.
+  atexit.register(ended.set)
+
+  def write(number):  # Without a limit of time, so in a thread of its own.
+    own = jax.process_index()
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      client.key_value_set(_ALIVE.format(own, number), "")
+      if number > 1:  # Which all have read, or they would not be here.
+        client.key_value_delete(_ALIVE.format(own, number - 2))
+
+  def hear(process, number, seconds=_SILENCE):
+    key = _ALIVE.format(process, number)
+    client.blocking_key_value_get(key, 1000 * seconds)
+
+  try:
+    for number in itertools.count():
+      threading.Thread(target=write, args=(number,), daemon=True).start()
+      for process in range(jax.process_count()):
+        hear(process, number)
+      time.sleep(_BEAT)
+  except jax.errors.JaxRuntimeError as e:
+    if "DEADLINE_EXCEEDED" in str(e) and not ended.is_set():
+      try:
+        hear(0, number, seconds=1)
+      except jax.errors.JaxRuntimeError:
+        process = 0
+      command.leave(
+        f"error: process {process} of this run has given no sign of life for"
+        f" {_SILENCE} s; end it if it hangs, and give the same command to go on"
+        " from the last checkpoint",
+        2,
+      )
 
 
 def detected(environment: Mapping[str, str]) -> bool:
@@ -127,26 +179,6 @@ def _given(environment):
   return given
 
 
-def leave(text: str, code: int) -> None:
-  """Ends this process at once, if it has joined others; else does nothing.
-
-  On its regular way out jax waits for all processes to come, minutes where
-  only one has failed, and then crashes.
-
-  Args:
-    text: last words.
-    code: for the shell.
-  """
-  if _index is None:
-    return
-  print(text, file=sys.stderr)
-  sys.stdout.flush()
-  sys.stderr.flush()
-  if _index == 0:
-    time.sleep(_LAST_WORDS)
-  os._exit(code)
-
-
 def is_first() -> bool:
   """Whether this process is the one that writes."""
   return jax.process_index() == 0
@@ -172,13 +204,13 @@ def gather(value: Any) -> list:
 
 
 def by_first(function: Callable[[], Any]) -> Any:
-  """What function() returns on the first process, on all of them.
+  """Calls a function on the first process; returns its result on all of them.
 
   Args:
-    function: called by the first process only; returns what JSON can hold.
+    function: returns what JSON can hold.
 
   Raises:
-    What it raises, on all of them.
+    What it raises, on all of them; on the others as one of our errors.
   """
   if jax.process_count() == 1:
     return function()
@@ -197,17 +229,36 @@ def by_first(function: Callable[[], Any]) -> Any:
   return told["returned"]
 
 
-def seen(look: Callable[[], bool]) -> list[bool]:
-  """Whether each process sees what the first one has written.
+def on_first(function: Callable) -> Callable:
+  """A function that is called through `by_first`; not inside of another."""
+
+  @functools.wraps(function)
+  def call(*args, **kwargs):
+    return by_first(lambda: function(*args, **kwargs))
+
+  return call
+
+
+def check_shared(path: pathlib.Path) -> None:
+  """Raises ConfigError, on all processes, where one sees another file.
 
   Args:
-    look: true where it does; asked again for some seconds, as a file system
-      that processes share may be slow to tell all of them.
+    path: of a file that the first process has written. A file system that
+      processes share may take some seconds to tell all of them.
   """
-  end = time.monotonic() + _PATIENCE
-  while not look() and time.monotonic() < end:
+
+  def read():
+    return path.read_text(errors="replace") if path.exists() else None
+
+  text, end = by_first(read), time.monotonic() + _PATIENCE
+  while read() != text and time.monotonic() < end:
     time.sleep(0.1)
-  return gather(look())
+  seen = gather(read() == text)
+  if not all(seen):
+    raise ConfigError(
+      f"process {seen.index(False)} does not see what process 0 has written in"
+      f" {path.parent.absolute()}; give a --workdir that all processes share"
+    )
 
 
 def check_same(facts: Mapping[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """One progress line with the time left: a bar only on a terminal."""
 
 import sys
-import time
+
+from tqdm import tqdm
 
 
 class Progress:
@@ -10,50 +11,46 @@ class Progress:
   def __init__(
     self, total: int, what: str, every: float = 10.0, shown: bool = True
   ):
-    """Args: total units; what to call them; seconds between plain lines;
-    whether to say anything."""
-    self._total, self._what, self._every = total, what, every
-    self._done, self._before, self._started = 0, 0, time.monotonic()
-    self._said = self._started
-    self._bar, self._shown = None, shown
-    if shown and sys.stderr.isatty():
-      from tqdm import tqdm
+    """Shows nothing done yet.
 
-      self._bar = tqdm(total=total, unit=what)
+    Args:
+      total: units.
+      what: what to call them.
+      every: seconds between lines where stderr is no terminal.
+      shown: whether to say anything.
+    """
+    options = {"total": total, "unit": what, "smoothing": 0, "miniters": 1}
+    if not sys.stderr.isatty():
+      options |= {
+        "file": _Lines(),
+        "mininterval": every,
+        "bar_format": "{n_fmt}/{total_fmt} {unit}, {elapsed} spent, {remaining}"
+        " left{postfix}",
+      }
+    self._bar = tqdm(**options, disable=not shown)
 
   def update(self, n: int, note: str = "") -> None:
     """n more units are done; note is shown behind."""
-    self._done += n
-    if self._bar is not None:
-      self._bar.set_postfix_str(note, refresh=False)
-      self._bar.update(n)
-      return
-    now = time.monotonic()
-    early = now - self._said < self._every and self._done < self._total
-    if early or not self._shown:
-      return
-    self._said = now
-    spent = now - self._started
-    rate = (self._done - self._before) / max(spent, 1e-9)
-    left = (self._total - self._done) / rate if rate else 0
-    print(
-      f"{self._done}/{self._total} {self._what}, {_minutes(spent)} spent,"
-      f" {_minutes(left)} left. {note}",
-      file=sys.stderr,
-      flush=True,
-    )
+    self._bar.set_postfix_str(note, refresh=False)
+    self._bar.update(n)
 
   def skip(self, n: int) -> None:
     """n units had been done before this process; no time is counted for them."""
-    self._done += n
-    self._before += n
-    if self._bar is not None:
+    if not self._bar.disable:
+      self._bar.initial += n
       self._bar.update(n)
 
   def close(self) -> None:
-    if self._bar is not None:
-      self._bar.close()
+    """Shows how far it came."""
+    self._bar.close()
 
 
-def _minutes(seconds):
-  return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+class _Lines:
+  """Writes a line for every state of a bar that would be drawn over."""
+
+  def write(self, text):
+    if text.strip():
+      sys.stderr.write(text.strip() + "\n")
+
+  def flush(self):
+    sys.stderr.flush()

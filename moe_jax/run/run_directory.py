@@ -3,44 +3,34 @@
 import contextlib
 import datetime
 import fcntl
-import hashlib
 import json
 import os
 import pathlib
-import platform
 import socket
-import subprocess
-import time
-from importlib import metadata
+import sys
+from collections.abc import Mapping
 
-import jax
+from absl import logging
 
-from moe_jax.core.errors import ConfigError, InUse, RunError, naming
+from moe_jax.core import files
+from moe_jax.core.errors import ConfigError, InUse, RunError
 from moe_jax.run import config as config_lib
-from moe_jax.run import processes, writers
+from moe_jax.run import processes, provenance, writers
 
-_PACKAGES = (
-  "jax",
-  "jaxlib",
-  "flax",
-  "optax",
-  "orbax-checkpoint",
-  "numpy",
-  "grain",
-  "moe_jax",
-)
+_CONFIG, _FACTS, _METRICS = "config.json", "run.json", "metrics.jsonl"
+_REMEDY = "bring it back as it was, or choose another --workdir"
 
 
-class RunDirectory:
+class RunDirectory(contextlib.AbstractContextManager):
   """One run's files, for one run at a time.
 
   Where several processes run it together, the first one alone reads and writes
-  them, and tells the others.
+  them, and tells the others. All of them call every method.
 
   Attributes:
     path: the folder.
     facts: what run.json said when it was opened; {} for a new run.
-    lines: how many metrics.jsonl has.
+    lines: how many metrics.jsonl has, after `go_on` or `start_over`.
   """
 
   def __init__(self, path: str | os.PathLike, config):
@@ -52,250 +42,271 @@ class RunDirectory:
 
     Raises:
       InUse: another run is going on in it.
-      ConfigError: it holds a run of another config, it cannot be written to,
-        or not all processes share it.
+      ConfigError: it holds a run of another config or a damaged one, it cannot
+        be written to, or not all processes share it.
     """
-    self.path = pathlib.Path(path)
-    self._config, self._writers, self._lock = config, [], None
+    self.path, self.lines = pathlib.Path(path), 0
+    self._config, self._writers = config, []
     self._is_first = processes.is_first()
-    self.facts, self.lines, mark = processes.by_first(self._open)
+    self._begun_with = {}  # The config of the run that the folder held.
+    self._sizes = {}  # Bytes of the files, as this process has left them.
+    with contextlib.ExitStack() as stack:
+      self.facts = processes.by_first(lambda: self._open(stack))
+      processes.check_shared(self.path / ".lock")
+      self._closing = stack.pop_all()
+
+  def _open(self, stack):
+    """Returns run.json, once the folder belongs to this run."""
     try:
-      self._check_shared(mark)
-    except ConfigError:
-      self.close()
-      raise
-
-  def _open(self):
-    """What run.json said, how many lines metrics.jsonl has, and .lock."""
-    with contextlib.ExitStack() as on_error:
-      try:
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = on_error.enter_context(_lock(self.path))
-        self._begin(config_lib.to_json(self._config))
-      except OSError as e:
-        raise ConfigError(
-          f"the work directory {self.path} cannot be written to"
-          f" ({e.strerror}); choose another --workdir"
-        ) from None
-      on_error.pop_all()
-    facts = _read_json(self.path / "run.json") or {}
-    return facts, len(self._read_lines()), self._read_mark()
-
-  def _check_shared(self, mark):
-    """Raises ConfigError, on all processes, where one sees another folder."""
-    seen = processes.seen(lambda: self._read_mark() == mark)
-    if not all(seen):
+      self.path.mkdir(parents=True, exist_ok=True)
+      stack.enter_context(_lock(self.path))
+      facts = self._begin(config_lib.to_json(self._config))
+      self._sizes = {n: _size(self.path / n) for n in (_CONFIG, _METRICS)}
+      return facts
+    except OSError as e:
       raise ConfigError(
-        f"process {seen.index(False)} does not see what process 0 has written"
-        f" in {self.path.absolute()}; give a --workdir that all processes share"
-      )
-
-  def _read_mark(self):
-    try:
-      return (self.path / ".lock").read_text()
-    except OSError:
-      return None
-
-  def write_to(self, names, step: int) -> None:
-    """Logs to other places too, see `writers`.
-
-    Args:
-      names: of the writers.
-      step: that the run goes on from.
-    """
-
-    def build():
-      self._writers = writers.build(
-        names, self.path, self._config.to_dict(), step
-      )
-
-    processes.by_first(build)
+        f"the work directory {self.path} cannot be written to ({e.strerror});"
+        " choose another --workdir"
+      ) from None
 
   def _begin(self, config):
-    known = _read_json(self.path / "config.json")
-    if known is not None and self._has_begun():
-      _check_same(self.path, known, json.loads(config))
-      return
-    if self._has_begun():
-      raise ConfigError(
-        f"{self.path} holds a run without its config.json; choose another"
-        " --workdir, or move that one away"
-      )
-    self._write("config.json", config + "\n")
+    """Returns the facts of the run in the folder, or writes config.json."""
+    if not self._has_begun():
+      files.write_text(self.path / _CONFIG, config + "\n")
+      return {}
+    self._begun_with = self._read(_CONFIG, "the config of a run")
+    _check_same(self.path, self._begun_with, json.loads(config))
+    facts = self._read(_FACTS, "the record of a run")
+    for name, kind in (("data", str), ("continued", list)):
+      if not isinstance(facts.get(name, kind()), kind):
+        raise ConfigError(
+          f"{self.path / _FACTS} is not the record of a run ({name} is"
+          f" {facts[name]!r:.50}); {_REMEDY}"
+        )
+    return facts
 
   def _has_begun(self):
-    """Whether it holds more than a config.json, as one that was refused does."""
-    checkpoints = self.path / "checkpoints"
-    return (
-      (self.path / "run.json").exists()
-      or self._metrics.exists()
-      or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+    """Whether the folder holds a run; a refused start leaves only config.json."""
+    begun = (_FACTS, _METRICS, "checkpoints/*")
+    return any(any(self.path.glob(pattern)) for pattern in begun)
+
+  def _read(self, name, what):
+    try:
+      return files.read_json(self.path / name, what, _REMEDY)
+    except FileNotFoundError:
+      raise ConfigError(
+        f"{self.path} holds a run without its {name}; {_REMEDY}"
+      ) from None
+
+  def start_over(self, **facts) -> None:
+    """Begins at step 0, as there is no checkpoint.
+
+    Args:
+      **facts: for run.json, see `describe`.
+
+    Raises:
+      ConfigError: the lines of metrics tell of a checkpoint that is gone, or a
+        writer cannot begin.
+    """
+    self._check_lost()
+    self._begin_at(0, 0, facts)
+
+  def go_on(self, step: int, lines: int, **facts) -> None:
+    """Begins after a checkpoint; takes later lines out of metrics.jsonl.
+
+    Args:
+      step: of the checkpoint.
+      lines: how many were written by then.
+      **facts: for run.json, see `describe`.
+
+    Raises:
+      ConfigError: some of these lines are gone, and nothing is cut; or a writer
+        cannot begin.
+    """
+    self._begin_at(step, lines, facts)
+    if self._is_first:
+      print(f"{self.path} goes on after step {step}", file=sys.stderr)
+
+  def _begin_at(self, step, lines, facts):
+    self._begin_writers(step)
+    self.lines = self._cut(step, lines)
+    self.describe(step, **facts)
+
+  @processes.on_first
+  def _begin_writers(self, step):
+    config = self._config
+    self._writers = writers.build(
+      config.writers, self.path, config.to_dict(), step
     )
+    for writer in self._writers:
+      self._closing.callback(writer.close)
+
+  @processes.on_first
+  def _check_lost(self):
+    """Raises ConfigError for lines that were written after a checkpoint."""
+    # A process may be killed while it writes its first checkpoint, and how often
+    # they are saved may have been changed since the run began.
+    last = max((line["step"] for line in self._lines()), default=0)
+    every = self._config.checkpoint.every
+    known = dict(config_lib.flat(self._begun_with)).get(
+      "checkpoint.every", every
+    )
+    if every and type(known) is int and known and last > 2 * max(every, known):
+      raise ConfigError(
+        f"{self.path} has metrics up to step {last} and no checkpoint, which is"
+        f" saved every {every} steps; bring its folder checkpoints back, or"
+        " choose another --workdir to start again"
+      )
+
+  @processes.on_first
+  def _cut(self, step, at_least):
+    # A line that broke after the checkpoint is written again.
+    lines = self._lines(until_broken=True)
+    kept = [line for line in lines if line["step"] <= step]
+    path = self.path / _METRICS
+    if len(kept) < at_least:
+      raise ConfigError(
+        f"{path} has {len(kept)} whole lines up to step {step}, where"
+        f" {at_least} were written; bring them back, or choose another"
+        " --workdir to start again"
+      )
+    if path.exists():
+      self._write(_METRICS, "".join(json.dumps(x) + "\n" for x in kept))
+    return len(kept)
 
   def describe(self, step: int = 0, **facts) -> None:
     """Writes run.json: versions, devices, and the given facts.
 
     Args:
-      step: where this process starts. Above 0, what it found goes to the list
-        "continued", and the rest stays as it was at the start.
+      step: where this process starts. Above 0, what has changed goes to the
+        list "continued", and the rest stays as it was at the start.
       **facts: more of it.
     """
-    now = {
-      "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-      "git": git_revision(),
-      "versions": {p: metadata.version(p) for p in _PACKAGES if _has(p)},
-      "python": platform.python_version(),
-      "platform": jax.default_backend(),
-      "devices": [d.device_kind for d in jax.devices()],
-      "processes": jax.process_count(),
-      "xla_flags": os.environ.get("XLA_FLAGS", ""),
-      **facts,
-    }
+    now = json.loads(json.dumps(provenance.facts(self._config) | facts))
     if step and self.facts:
       changed = {k: v for k, v in now.items() if v != self.facts.get(k)}
       self.facts.setdefault("continued", []).append({"step": step} | changed)
+      if "plugins" in changed and self._is_first:
+        logging.warning(
+          "The plugins of %s changed; see its run.json", self.path
+        )
     else:
       self.facts = now
-    text = json.dumps(self.facts, indent=2, sort_keys=True)
-    processes.by_first(lambda: self._write("run.json", text + "\n"))
+    text = json.dumps(self.facts, indent=2, sort_keys=True) + "\n"
+    processes.by_first(lambda: self._write(_FACTS, text))
 
-  def log(self, step: int, split: str, metrics: dict[str, float]) -> None:
+  def log(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
     """Appends one line to metrics.jsonl.
 
     Raises:
-      RunError: the disk is full, for instance.
+      RunError: it cannot be written, or a file of the run was changed.
     """
-    line = {"step": step, "split": split, **metrics}
     self.lines += 1
     if not self._is_first:
       return
-    try:
-      with open(self._metrics, "a") as f:
-        f.write(json.dumps(line) + "\n")
-    except OSError as e:
-      raise RunError(
-        f"{self._metrics} cannot be written to ({e.strerror});"
-        " free space on that disk, older runs for instance, and give the same"
-        " command to go on from the last checkpoint"
-      ) from None
+    line = {"step": step, "split": split, **metrics}
+    self._append(json.dumps(line) + "\n")
     for writer in self._writers:
       writer.log(step, split, metrics)
 
   def sync(self) -> None:
-    """Returns when metrics.jsonl would survive a loss of power."""
-    if not self._is_first:
-      return
-    with naming(self._metrics), open(self._metrics, "a") as f:
-      os.fsync(f.fileno())
-
-  def cut(self, step: int, at_least: int = 0) -> None:
-    """Takes the lines after a step out of metrics.jsonl, and broken ones.
-
-    Args:
-      step: of the last line that stays.
-      at_least: how many were written by then.
+    """Returns when metrics.jsonl would survive a loss of power.
 
     Raises:
-      ConfigError: some of these are gone; nothing is cut then.
+      RunError: as in `log`.
     """
-    self.lines = processes.by_first(lambda: self._cut(step, at_least))
+    if self._is_first:
+      self._append("", sync=True)
 
-  def _cut(self, step, at_least):
-    kept = [x for x in self._read_lines() if x["step"] <= step]
-    if len(kept) < at_least:
-      raise ConfigError(
-        f"{self._metrics} has {len(kept)} whole lines up to step {step}, where"
-        f" {at_least} were written; bring them back, or choose another"
-        " --workdir to start again"
-      )
-    if self._metrics.exists():
-      text = "".join(json.dumps(x) + "\n" for x in kept)
-      self._write("metrics.jsonl", text)
-    return len(kept)
+  def _append(self, text, sync=False):
+    path, raw = self.path / _METRICS, text.encode()
+    with _writing(path):
+      self._check_kept()
+      with path.open("ab") as f:
+        f.write(raw)
+        if sync:
+          f.flush()
+          os.fsync(f.fileno())
+    self._sizes[_METRICS] += len(raw)
 
-  def first_config(self) -> dict:
-    """As the run was begun, of which what changes no number may have changed."""
-    return processes.by_first(lambda: _read_json(self.path / "config.json"))
+  def _check_kept(self):
+    """Raises RunError where something else has changed a file meanwhile."""
+    for name, size in self._sizes.items():
+      there = _size(self.path / name)
+      if there != size:
+        raise RunError(
+          f"{self.path / name} has {there} bytes, where this run has left {size}:"
+          f" it was changed or deleted meanwhile; {_REMEDY}"
+        )
 
-  def last_step(self) -> int:
-    """Of the last line of metrics.jsonl; 0 if it has none."""
-
-    def last():
-      return max((x["step"] for x in self._read_lines()), default=0)
-
-    return processes.by_first(last)
-
+  @processes.on_first
   def logged(self, step: int, split: str) -> dict[str, float] | None:
     """The metrics of a line, if there is one of that step and split."""
-    return processes.by_first(lambda: self._logged(step, split))
-
-  def _logged(self, step, split):
-    for line in self._read_lines():
-      if (line["step"], line["split"]) == (step, split):
-        return {k: v for k, v in line.items() if k not in ("step", "split")}
+    for line in self._lines(until_broken=True):
+      if (line.pop("step"), line.pop("split")) == (step, split):
+        return line
     return None
 
-  @property
-  def _metrics(self):
-    return self.path / "metrics.jsonl"
+  def _lines(self, **options):
+    there = (self.path / _METRICS).exists()
+    return _read_lines(self.path, **options) if there else []
 
-  def _read_lines(self):
-    return _lines(self._metrics) if self._metrics.exists() else []
+  def _write(self, name, text):
+    with _writing(self.path / name):
+      files.write_text(self.path / name, text)
+    self._sizes[name] = len(text.encode())
 
   def close(self) -> None:
     """Lets another run have it."""
-    for writer in self._writers:
-      writer.close()
-    if self._lock is not None:
-      self._lock.close()
-
-  def __enter__(self):
-    return self
+    self._closing.close()
 
   def __exit__(self, *_):
     self.close()
 
-  def _write(self, name, text):
-    temporary = self.path / f".{name}"
-    with naming(self.path / name):
-      temporary.write_text(text)
-      temporary.replace(self.path / name)
 
+def read_metrics(path: str | os.PathLike, split: str) -> list[dict]:
+  """The lines of a run's metrics.jsonl of one split, in order.
 
-def facts_of_a_process(workdir: str | os.PathLike, config) -> dict[str, str]:
-  """What all processes of a run must have alike, for `processes.check_same`.
-
-  Args:
-    workdir: of the run.
-    config: its config, whose plugins are code too.
+  Raises:
+    ConfigError: a line is damaged.
+    FileNotFoundError: there are none.
   """
-  values = config_lib.flat(json.loads(config_lib.to_json(config)))
-  package = pathlib.Path(__file__).parents[1]
-  sources = [(package.name, p, package) for p in package.rglob("*.py")]
-  for folder in map(pathlib.Path, config.plugins):
-    sources += [(str(folder), p, folder) for p in folder.rglob("*.py")]
-  return {
-    "--workdir": str(workdir),
-    "python": platform.python_version(),
-    "jax_enable_x64": bool(jax.config.jax_enable_x64),
-    **{
-      f"the version of {p}": metadata.version(p) for p in _PACKAGES if _has(p)
-    },
-    **{f"config.{key}": value for key, value in values},
-    **{
-      f"{name}/{file.relative_to(folder)}": _digest(file)
-      for name, file, folder in sources
-    },
-  }
+  return [x for x in _read_lines(pathlib.Path(path)) if x["split"] == split]
 
 
-def _digest(file):
-  return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+def _read_lines(path, **options):
+  return files.read_json_lines(
+    path / _METRICS, "a line of metrics", _REMEDY, check=_check_line, **options
+  )
+
+
+def _check_line(line):
+  """Raises ValueError for a line of another shape."""
+  if not isinstance(line, dict):
+    raise ValueError(f"it is a {type(line).__name__}")
+  for name, value in ({"step": None, "split": None} | line).items():
+    kinds = {"step": (int,), "split": (str,)}.get(name, (int, float))
+    if type(value) not in kinds:
+      raise ValueError(f"{name} is {value!r:.20}")
+
+
+def _check_same(path, known, wanted):
+  """Raises ConfigError for a value that would change the run's numbers."""
+  known = config_lib.complete(known)
+  known, wanted = (dict(config_lib.numbers(x)) for x in (known, wanted))
+  for key in sorted({*known, *wanted}):
+    old, new = (d.get(key, "not set") for d in (known, wanted))
+    if old != new:
+      raise ConfigError(
+        f"{path} holds a run with config.{key} = {old!r}, and now it is"
+        f" {new!r}; give the same value to go on with that run, or choose"
+        " another --workdir"
+      )
 
 
 def _lock(path):
   """A file that the system keeps locked while this process lives."""
-  file = (path / ".lock").open("a+")
+  file = (path / ".lock").open("a+", errors="replace")
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
@@ -312,70 +323,19 @@ def _lock(path):
   return file
 
 
-def _check_same(path, known, wanted):
-  """Raises ConfigError for a value that would change the run's numbers."""
-  known, wanted = (dict(config_lib.numbers(x)) for x in (known, wanted))
-  for key in sorted({*known, *wanted}):
-    old, new = (d.get(key, "not set") for d in (known, wanted))
-    if old != new:
-      raise ConfigError(
-        f"{path} holds a run with config.{key} = {old!r}, and now it is"
-        f" {new!r}; give the same value to go on with that run, or choose"
-        " another --workdir"
-      )
-
-
-def _read_json(path):
+@contextlib.contextmanager
+def _writing(path):
+  """Turns an OSError of writing a file into one sentence."""
   try:
-    return json.loads(path.read_text())
-  except (FileNotFoundError, ValueError):
-    return None
+    yield
+  except OSError as e:
+    raise RunError(
+      f"{path} cannot be written to ({e.strerror}); free space on that disk,"
+      " older runs for instance, and give the same command to go on from the"
+      " last checkpoint"
+    ) from None
 
 
-def _lines(path):
-  """The lines of metrics.jsonl up to the first that is broken.
-
-  The last one is, where a process was killed while it wrote it.
-  """
-  found = []
-  with open(path) as f:
-    for line in f:
-      try:
-        value = json.loads(line)
-        found.append(value | {"step": int(value["step"])})
-      except (ValueError, TypeError, KeyError):
-        break
-  return found
-
-
-def read_metrics(path: str | os.PathLike, split: str) -> list[dict]:
-  """The lines of a run's metrics.jsonl of one split, in order."""
-  lines = _lines(pathlib.Path(path, "metrics.jsonl"))
-  return [line for line in lines if line["split"] == split]
-
-
-def git_revision() -> str:
-  """Revision of the checkout the code runs from, with "+" if it was edited."""
-
-  def git(*args):
-    done = subprocess.run(
-      ["git", *args],
-      cwd=pathlib.Path(__file__).parent,
-      capture_output=True,
-      text=True,
-    )
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-  try:
-    revision = git("rev-parse", "HEAD")
-    return revision + ("+" if git("status", "--porcelain") else "")
-  except OSError:
-    return ""
-
-
-def _has(package):
-  try:
-    metadata.version(package)
-  except metadata.PackageNotFoundError:
-    return False
-  return True
+def _size(path):
+  """Bytes of a file; 0 if it is not there."""
+  return path.stat().st_size if path.exists() else 0

@@ -8,7 +8,8 @@ import hashlib
 import importlib
 from collections.abc import Mapping
 
-from moe_jax.core.errors import ConfigError, did_you_mean, first_line
+from moe_jax.core.errors import ConfigError, first_line
+from moe_jax.core.options import items, word
 
 
 class TensorBoard:
@@ -59,10 +60,11 @@ class WandB:
 
 
 KNOWN = {"tensorboard": TensorBoard, "wandb": WandB}
+NAMES = items(word(*KNOWN))
 
 
 def check(names) -> None:
-  """Raises ConfigError for an unknown writer, or one without its library."""
+  """Raises ConfigError for a writer without its library."""
   for name in names:
     _library(name)
 
@@ -94,10 +96,6 @@ def _begun(name, path, config, step):
 
 
 def _library(name):
-  if name not in KNOWN:
-    raise ConfigError(
-      f'there is no writer "{name}"' + did_you_mean(name, KNOWN)
-    )
   try:
     return importlib.import_module(KNOWN[name].library)
   except ImportError:

@@ -1,13 +1,14 @@
 """Checkpoints, over Orbax: written while training goes on, checked when read.
 
 FOLDER/STEP/state holds the arrays, FOLDER/STEP/meta a JSON of what else is
-needed to go on. A checkpoint is there as a whole or not at all; one whose
-bytes changed later is noticed by its digest, set aside, and the one before it
-is used. Arrays are restored onto any mesh.
+needed to go on. A checkpoint is there as a whole or not at all; one that has
+changed since is noticed by its checksums, set aside, and the one before it is
+used. Arrays are restored onto any mesh.
 """
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import pathlib
@@ -17,13 +18,19 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from moe_jax.core import checksums, files
 from moe_jax.core.errors import ConfigError, RunError, first_line
+from moe_jax.core.options import integer, optional
 from moe_jax.run import processes
 
+OPTIONS = {
+  "every": integer(0),
+  "keep_last": integer(1),
+  "keep_every": optional(integer(1)),
+}
 _MARGIN = 100_000  # Bytes of a checkpoint besides its arrays.
 _ERRORS = errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM
 # What is said where a machine lacks something; the checkpoint may be whole.
@@ -31,7 +38,7 @@ _LACKS = re.compile(
   "PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|"
   "MemoryError|" + "|".join(os.strerror(number) for number in _ERRORS)
 )
-_FORMAT = 1  # Raise it when a checkpoint means something else than before.
+_FORMAT = 2  # Raise it when a checkpoint means something else than before.
 
 
 class Restored(NamedTuple):
@@ -43,7 +50,10 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-  """The checkpoints of one run."""
+  """The checkpoints of one run.
+
+  Where several processes run it together, all of them call every method.
+  """
 
   def __init__(
     self,
@@ -59,9 +69,17 @@ class Checkpoints:
       keep_last: how many of the newest to keep, >= 1.
       keep_every: keep those of steps that are multiples of it too; None: no.
     """
-    check(keep_last, keep_every)
+    import orbax.checkpoint as ocp  # Slow to import.
+
     self.folder = pathlib.Path(folder).absolute()
-    self._manager = _manager(self.folder, keep_last, keep_every)
+    self._manager = ocp.CheckpointManager(
+      self.folder,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep_last,
+        keep_period=keep_every,
+        cleanup_tmp_directories=True,  # Of a process that was killed.
+      ),
+    )
     self._writing = None  # The step that is being written.
 
   def steps(self) -> list[int]:
@@ -85,19 +103,19 @@ class Checkpoints:
     self.wait()
     if step in self.steps():
       return
-    meta = {
+    about = {
       "format": _FORMAT,
-      "digest": digest(state),
-      "shapes": _shapes(state),
-      "meta": dict(meta),
+      "arrays": checksums.of_arrays(state),
+      "meta": json.loads(json.dumps(dict(meta))),
     }
+    about["checksum"] = checksums.of_json(about)
     self._writing = step
     with self._failing():
-      self._check_space(state)
+      _check_space(self.folder, state)
       self._manager.save(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+          state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(about)
         ),
       )
 
@@ -111,6 +129,23 @@ class Checkpoints:
       self._manager.wait_until_finished()
     self._writing = None
 
+  @contextlib.contextmanager
+  def _failing(self):
+    """Turns what goes wrong in writing into one sentence."""
+    try:
+      yield
+    except Exception as e:
+      others = {s for s in self.steps() if s != self._writing}
+      whole = [s for s in others if (self.folder / str(s)).exists()]
+      last = f"the last whole one is {self.folder / str(max(whole, default=0))}"
+      raise RunError(
+        f"the checkpoint of step {self._writing} cannot be written to"
+        f" {self.folder} ({first_line(e)});"
+        f" {last if whole else 'there is no other'}."
+        " Free space on that disk, older runs for instance, and give the same"
+        " command to go on"
+      ) from e
+
   def restore(self, like) -> Restored | None:
     """Reads the newest whole checkpoint.
 
@@ -121,22 +156,19 @@ class Checkpoints:
       None if there is no checkpoint at all.
 
     Raises:
-      ConfigError: it is of another model, or all of them are damaged.
+      ConfigError: it is of another model or version, or all are damaged.
       RunError: it cannot be read just now, and may be whole.
     """
     damaged = []
     for step in reversed(self.steps()):
-      found, problem = self._read(step, like)
-      if problem:
-        logging.warning(
-          "The checkpoint %s is damaged (%s)", self.folder / str(step), problem
-        )
-        damaged.append(step)
-        continue
-      self._set_aside(damaged)
-      if damaged:
-        logging.warning("Going on from the one before it, step %d", step)
-      return found
+      read = self._read(step, like)
+      if read:
+        if damaged:
+          processes.by_first(lambda: _set_aside(self.folder, damaged))
+          logging.warning("Going on from the one before it, step %d", step)
+          self._manager.reload()
+        return Restored(step, *read)
+      damaged.append(step)
     if damaged:
       raise ConfigError(
         f"all checkpoints in {self.folder} are damaged; move that folder away"
@@ -145,79 +177,15 @@ class Checkpoints:
     return None
 
   def _read(self, step, like):
-    """(Restored, None), or (None, what is wrong with it)."""
-    found, problem = None, None
-    try:
-      found, saved = self._read_own(step, like)
-    except ConfigError:
-      raise
-    except Exception as e:  # Whatever damage makes Orbax raise.
-      problem = _problem(e)
-    # Processes read different parts of it, and all need a whole one.
-    problem = next(filter(None, processes.gather(problem)), None)
-    if problem:
-      _check_damage(self.folder / str(step), problem)
-    if problem is None and digest(found.state) != saved:
-      problem = "its arrays do not have the digest that was saved"
-    return (None, problem) if problem else (found, None)
-
-  def _read_own(self, step, like):
-    """What this process holds of it, and the digest of the whole."""
     import orbax.checkpoint as ocp
 
-    args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-    about = self._manager.restore(step, args=args).meta
-    if about["format"] != _FORMAT:
-      raise ConfigError(
-        f"the checkpoint {self.folder / str(step)} has format"
-        f" {about['format']}, not {_FORMAT}; use the version of moe_jax that"
-        " wrote it"
-      )
-    _check_shapes(self.folder / str(step), about["shapes"], _shapes(like))
     args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-    state = self._manager.restore(step, args=args).state
-    return Restored(step, state, about["meta"]), about["digest"]
-
-  def _set_aside(self, steps):
-    """Damaged ones go beside the folder: their steps are written again."""
-    if steps:
-      processes.by_first(lambda: self._move(steps))
-      self._manager.reload()
-
-  def _move(self, steps):
-    aside = self.folder.with_name("damaged_checkpoints")
-    aside.mkdir(exist_ok=True)
-    for step in steps:
-      number = 1
-      while (to := aside / f"{step}.{number}").exists():
-        number += 1
-      (self.folder / str(step)).rename(to)
-
-  def _check_space(self, state):
-    """Raises OSError now for a disk that would be full half way through."""
-    needed = sum(x.nbytes for x in jax.tree.leaves(state)) + _MARGIN
-    free = shutil.disk_usage(self.folder).free
-    if free < needed:
-      raise OSError(
-        f"it needs up to {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are"
-        " free there"
-      )
-
-  @contextlib.contextmanager
-  def _failing(self):
-    """Turns what goes wrong in writing into one sentence."""
-    try:
-      yield
-    except Exception as e:
-      whole = [s for s in self.steps() if s != self._writing]
-      last = f"the last whole one is {self.folder / str(max(whole, default=0))}"
-      raise RunError(
-        f"the checkpoint of step {self._writing} cannot be written to"
-        f" {self.folder} ({first_line(e)});"
-        f" {last if whole else 'there is no other'}."
-        " Free space on that disk, older runs for instance, and give the same"
-        " command to go on"
-      ) from e
+    return _read(
+      self.folder / str(step),
+      lambda: self._manager.restore(step, args=args).state,
+      wanted=checksums.types(like),
+      gather=processes.gather,
+    )
 
   def close(self) -> None:
     """Waits, and lets go of the folder."""
@@ -225,34 +193,6 @@ class Checkpoints:
       self.wait()
     finally:
       self._manager.close()
-
-
-def _manager(folder, keep_last, keep_every):
-  import orbax.checkpoint as ocp  # Slow to import.
-
-  return ocp.CheckpointManager(
-    folder,
-    options=ocp.CheckpointManagerOptions(
-      max_to_keep=keep_last,
-      keep_period=keep_every,
-      cleanup_tmp_directories=True,  # Of a process that was killed.
-    ),
-    item_handlers={
-      "state": ocp.StandardCheckpointHandler(),
-      "meta": ocp.JsonCheckpointHandler(),
-    },
-  )
-
-
-def check(keep_last: int, keep_every: int | None) -> None:
-  """Raises ConfigError for numbers of checkpoints that cannot be kept."""
-  if keep_last < 1:
-    raise ConfigError(f"checkpoint.keep_last = {keep_last} is not 1 or more")
-  if keep_every is not None and keep_every < 1:
-    raise ConfigError(
-      f"checkpoint.keep_every = {keep_every} is not 1 or more; None keeps only"
-      " the last ones"
-    )
 
 
 def load_params(path: str | os.PathLike) -> dict:
@@ -266,74 +206,63 @@ def load_params(path: str | os.PathLike) -> dict:
     Nested dicts of numpy arrays.
 
   Raises:
-    ConfigError: there is no checkpoint that can be read.
+    As `load_variables`.
   """
   return load_variables(path)["params"]
 
 
-def load_variables(path: str | os.PathLike) -> dict:
+def load_variables(path: str | os.PathLike, ema: bool = False) -> dict:
   """`load_params` with the selection biases, if there are any.
 
   Args:
     path: as in `load_params`.
+    ema: the moving average of the parameters in their place.
 
   Returns:
     {"params": ..., "balance": ...}: what `model.apply` takes.
 
   Raises:
-    ConfigError: there is no checkpoint that can be read.
+    ConfigError: there is no checkpoint that can be read, or no average in it.
     RunError: the newest cannot be read just now, and may be whole.
   """
   folders = _newest_first(pathlib.Path(path).absolute())
+  params = "ema" if ema else "params"
+  names = params, "balance"
   for folder in folders:
-    try:
-      return _load_variables(folder / "state")
-    except Exception as e:  # Whatever damage makes Orbax raise.
-      problem = _problem(e)
-      _check_damage(folder, problem)
-      logging.warning("The checkpoint %s is damaged (%s)", folder, problem)
+    read = functools.partial(_read_arrays, folder / "state", names)
+    found = _read(folder, read, parts=names)
+    if found and params in found[0]:
+      return found[0] | {"params": found[0].pop(params)}
+    if found:
+      raise ConfigError(
+        f"the checkpoint {folder} has no moving average of its parameters, as"
+        " its run has train.ema = None; leave --ema out"
+      )
   raise ConfigError(
     f"no checkpoint in {path} can be read: {', '.join(f.name for f in folders)}"
     " are damaged; give another"
   )
 
 
-def _problem(error):
-  return f"{type(error).__name__}: {first_line(error)}"
-
-
-def _check_damage(folder, problem):
-  """Raises RunError for a problem that says nothing about a checkpoint."""
-  if _LACKS.search(problem):
-    raise RunError(
-      f"the checkpoint {folder} cannot be read ({problem}), though it may be"
-      " whole; give the same command again when it can, or move it away to use"
-      " the one before it"
-    )
-
-
-def _load_variables(folder):
+def _read_arrays(folder, names):
   import orbax.checkpoint as ocp
 
   handler = ocp.PyTreeCheckpointHandler()
   tree = handler.metadata(folder).tree
   wanted = {
     name: jax.tree.map(lambda _: 0, tree[name])
-    for name in ("params", "balance")
+    for name in names
     if tree.get(name)
   }
+  if not wanted:
+    return {}
   kinds = jax.tree.map(
     lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
   )
   args = ocp.args.PyTreeRestore(
     wanted, restore_args=kinds, partial_restore=True
   )
-  found = handler.restore(folder, args=args)
-  about = json.loads((folder.parent / "meta" / "metadata").read_text())
-  saved = dict(zip(about["shapes"], about["digest"], strict=True))
-  if digest(found) != [saved[name] for name in _shapes(found)]:
-    raise ValueError("its arrays do not have the digest that was saved")
-  return found
+  return handler.restore(folder, args=args)
 
 
 def _newest_first(path):
@@ -350,73 +279,118 @@ def _newest_first(path):
   )
 
 
-def digest(state) -> list[str]:
-  """A checksum of every array, the same on every mesh.
+def _read(folder, read_arrays, *, parts=None, wanted=None, gather=None):
+  """Returns (arrays, meta) of a checkpoint; None if it is damaged.
 
-  The sum, modulo 2^32, of a hash of each element's bits and its place. One
-  changed element always changes it; of several, all but one in 2^32 do.
+  Args:
+    folder: of the checkpoint.
+    read_arrays: reads them; called without arguments.
+    parts: the parts of the state that it reads; None: all.
+    wanted: from `checksums.types`, the arrays that there should be; None: those
+      that were saved.
+    gather: `processes.gather` if all processes read: each reads other bytes,
+      and all need a whole checkpoint.
+
+  Raises:
+    ConfigError: it is of another model or version.
+    RunError: it cannot be read just now, and may be whole.
   """
-  state = jax.tree.map(_plain, state)
-  return [f"{int(x):08x}" for x in jax.device_get(_checksums(state))]
-
-
-@jax.jit
-def _checksums(tree):
-  return [_checksum(x) for x in jax.tree.leaves(tree)]
-
-
-def _checksum(x):
-  x = jnp.asarray(x)
-  if x.dtype == bool:
-    x = x.astype(jnp.uint8)
-  width = min(x.dtype.itemsize, 4)
-  bits = jax.lax.bitcast_convert_type(x, f"uint{8 * width}")
-  place, stride = jnp.zeros(bits.shape, jnp.uint32), 1
-  for dim in reversed(range(bits.ndim)):
-    iota = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dim)
-    place += iota * np.uint32(stride % 2**32)
-    stride *= bits.shape[dim]
-  return _mixed(bits.astype(jnp.uint32) ^ _mixed(place)).sum(dtype=jnp.uint32)
-
-
-def _mixed(h):
-  """The finalizer of MurmurHash3, a bijection of 32-bit integers."""
-  h ^= h >> 16
-  h *= np.uint32(0x85EBCA6B)
-  h ^= h >> 13
-  h *= np.uint32(0xC2B2AE35)
-  return h ^ (h >> 16)
-
-
-def _plain(x):
-  """Random keys as the integers that they are, and numpy's float64 as halves.
-
-  Without jax_enable_x64 jax would round what a run with it has saved.
-  """
-  if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-    return jax.random.key_data(x)
-  if isinstance(x, np.ndarray) and x.itemsize == 8:
-    return x.reshape(-1).view(np.uint32).reshape(*x.shape, 2)
-  return x
-
-
-def _shapes(state):
-  leaves = jax.tree_util.tree_leaves_with_path(state)
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): (
-      f"{x.dtype}{list(x.shape)}"
-    )
-    for path, x in leaves
+  about, problem = _attempt(gather, lambda: _about(folder))
+  if problem:
+    return _damaged(folder, problem)
+  _check_format(folder, about)
+  saved = {
+    name: array
+    for name, array in about["arrays"].items()
+    if parts is None or name.split("/")[0] in parts
   }
+  types = {name: kind for name, (kind, _) in saved.items()}
+  _check_model(folder, types, wanted or types)
+  arrays, problem = _attempt(gather, read_arrays)
+  if not problem and checksums.of_arrays(arrays) != saved:
+    problem = "its arrays do not have the checksums that were saved"
+  return _damaged(folder, problem) if problem else (arrays, about["meta"])
 
 
-def _check_shapes(path, found, wanted):
-  for name in sorted({*found, *wanted}):
-    one, other = found.get(name), wanted.get(name)
-    if one != other:
+def _attempt(gather, function):
+  """Returns (its result, None), or (None, what went wrong in any process)."""
+  result = problem = None
+  try:
+    result = function()
+  except Exception as e:  # Whatever damage makes Orbax raise.
+    problem = f"{type(e).__name__}: {first_line(e)}"
+  problems = gather(problem) if gather else [problem]
+  return result, next(filter(None, problems), None)
+
+
+def _damaged(folder, problem):
+  """Tells of a damaged checkpoint.
+
+  Raises:
+    RunError: the problem says nothing about the checkpoint.
+  """
+  if _LACKS.search(problem):
+    raise RunError(
+      f"the checkpoint {folder} cannot be read ({problem}), though it may be"
+      " whole; give the same command again when it can, or move it away to use"
+      " the one before it"
+    )
+  logging.warning("The checkpoint %s is damaged (%s)", folder, problem)
+
+
+def _about(folder) -> dict:
+  """Returns what was saved beside the arrays.
+
+  Raises:
+    ValueError: it is damaged. Format 1 had no checksum of it.
+  """
+  about = files.read_json(
+    folder / "meta" / "metadata", "what was saved", "", allow_nan=True
+  )
+  checksum = about.pop("checksum", None)
+  if checksum is None and about.get("format") == 1:
+    return about
+  if checksum != checksums.of_json(about):
+    raise ValueError("its JSON does not have the checksum that was saved")
+  return about
+
+
+def _check_format(folder, about):
+  if about["format"] != _FORMAT:
+    raise ConfigError(
+      f"the checkpoint {folder} has format {about['format']}, not {_FORMAT}; use"
+      " the version of moe_jax that wrote it, or another --workdir"
+    )
+
+
+def _check_model(folder, there, wanted):
+  for name in sorted({*there, *wanted}):
+    saved, made = (types.get(name, "not at all") for types in (there, wanted))
+    if saved != made:
       raise ConfigError(
-        f"the checkpoint {path} is of another model: it has"
-        f" {name} {one or 'not at all'}, and the config makes it"
-        f" {other or 'not at all'}; use the config that the run was started"
-        " with (config.json), or another --workdir"
+        f"the checkpoint {folder} is of another model: it has {name} {saved},"
+        f" and the config makes it {made}; use the config that the run was"
+        " started with (config.json), or another --workdir"
       )
+
+
+def _set_aside(folder, steps):
+  """Moves damaged ones beside the folder: their steps are written again."""
+  aside = folder.with_name("damaged_checkpoints")
+  aside.mkdir(exist_ok=True)
+  for step in steps:
+    number = 1
+    while (to := aside / f"{step}.{number}").exists():
+      number += 1
+    (folder / str(step)).rename(to)
+
+
+def _check_space(folder, state):
+  """Raises OSError now for a disk that would be full half way through."""
+  needed = sum(x.nbytes for x in jax.tree.leaves(state)) + _MARGIN
+  free = shutil.disk_usage(folder).free
+  if free < needed:
+    raise OSError(
+      f"it needs up to {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are"
+      " free there"
+    )

@@ -1,100 +1,51 @@
-"""The validation split: loss and routing metrics, whole and by domain."""
+"""The validation split: the task's and routing metrics, whole and by domain."""
 
 import collections
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 
-from moe_jax.moe import groups
-from moe_jax.moe.types import Mean
-from moe_jax.training import losses, metrics
+from moe_jax import models
+from moe_jax.training import balancing, metrics
 
 _AHEAD = 2  # Batches that the devices may have in hand.
 
 
-def eval_step(params, balance, batch, index, *, model, num_bytes_V):
+def eval_step(params, balance, batch, index, *, model, task):
   """Sums of one batch.
 
   Args:
     params, balance: the model's collections.
-    batch: inputs, targets, mask [B, L].
+    batch: arrays [B, ...].
     index: number of the batch, for a router that draws at evaluation too.
-
-    num_bytes_V: bytes of text that each token stands for.
+    model: from `models.build`.
+    task: `task.Task`.
 
   Returns:
-    {"loss": Mean of nats per token, "bytes": of text that the targets stand
-    for, "stats": summed over groups}.
+    {"loss": Mean, "task": the task's sums, "stats": summed over groups}.
   """
-  batch_size, length = batch["inputs"].shape
-  rng_G = None
-  if model.arch.grouping is not None:
-    rng_G = groups.keys(
-      jax.random.key(0),
-      batch_size,
-      length,
-      model.arch.grouping,
-      index * batch_size,
-    )
-  logits_BLV, aux = model.apply(
+  batch_size = len(jax.tree.leaves(batch)[0])
+  loss, sums, aux = task.loss(
+    model,
     {"params": params, "balance": balance},
-    batch["inputs"],
-    batch["mask"],
-    rng_G,
+    batch,
+    jax.random.key(0),
+    index * batch_size,
+    train=False,
   )
-  return {
-    "loss": losses.cross_entropy(logits_BLV, batch["targets"], batch["mask"]),
-    "bytes": metrics.num_bytes(num_bytes_V, batch["targets"], batch["mask"]),
-    "stats": statistics(aux),
-  }
-
-
-def statistics(aux):
-  """{segment: {position: Stats}} out of a model's aux, summed over groups."""
-  return {
-    segment: {
-      position: metrics.sum_groups(entry["stats"])
-      for position, entry in positions.items()
-    }
-    for segment, positions in aux.items()
-  }
-
-
-def evaluate(
-  step: Callable,
-  batches: Iterable,
-  stop: Callable[[], bool],
-  *,
-  segments,
-  recipe,
-) -> dict[str, float] | None:
-  """All metrics of the split.
-
-  Args:
-    step: (batch, its number) -> what `eval_step` returns; may run ahead of the
-      host.
-    batches: (domain, batch) pairs.
-    stop: asked between batches whether to stop.
-    segments: `Architecture.segments`.
-    recipe: of the MoE layers, or None.
-
-  Returns:
-    loss, bits_per_byte, the routing metrics from the counts of the whole
-    split, `max_vio_global` with its floor, and by domain
-    `max_vio_global/<domain>` with its floor and `bits_per_byte/<domain>`.
-    None if it was stopped.
-  """
-  sums = by_domain(step, batches, stop)
-  return None if sums is None else table(sums, segments, recipe)
+  stats = balancing.statistics(aux, models.sublayers(model))
+  return {"loss": loss, "task": sums, "stats": balancing.sum_groups(stats)}
 
 
 def by_domain(step, batches, stop=lambda: False) -> dict[str, Mapping] | None:
   """{domain: what `eval_step` returns, summed}; None if it was stopped.
 
   Args:
-    step, batches, stop: as in `evaluate`.
+    step: (batch, its number) -> the sums of `eval_step`; may run ahead of the
+      host.
+    batches: (domain, batch) pairs.
+    stop: asked between batches whether to stop.
   """
   sums, waiting = {}, collections.deque()
 
@@ -114,27 +65,39 @@ def by_domain(step, batches, stop=lambda: False) -> dict[str, Mapping] | None:
   return sums
 
 
-def table(sums: Mapping[str, Mapping], segments, recipe) -> dict[str, float]:
-  """What `evaluate` returns, of what `by_domain` does."""
-  total = _add(list(sums.values()))
-  out = summarize(total, segments, recipe)
-  if recipe is not None:
+def table(sums: Mapping[str, Mapping], task, model) -> dict[str, float]:
+  """Turns per-domain sums from `by_domain` into metrics.
+
+  Args:
+    sums: from `by_domain`.
+    task: `task.Task`.
+    model: from `models.build`.
+
+  Returns:
+    The task's metrics, the routing metrics from the counts of the whole split,
+    `max_vio_global` with its floor, and by domain `max_vio_global/<domain>`
+    with its floor and the task's metrics of domains.
+  """
+  sparse = bool(models.sublayers(model))
+  out = summarize(_add(list(sums.values())), task, model)
+  if sparse:
     out["max_vio_global"] = out["max_vio"]
   for domain, part in sums.items():
-    found = summarize(part, segments, recipe)
-    out[f"bits_per_byte/{domain}"] = found["bits_per_byte"]
-    if recipe is not None:
-      out[f"max_vio_global/{domain}"] = found["max_vio"]
-      out[f"max_vio_floor/{domain}"] = found["max_vio_floor"]
+    of_domain = summarize(part, task, model)
+    for name in task.by_domain:
+      out[f"{name}/{domain}"] = of_domain[name]
+    if sparse:
+      out[f"max_vio_global/{domain}"] = of_domain["max_vio"]
+      out[f"max_vio_floor/{domain}"] = of_domain["max_vio_floor"]
   return out
 
 
-def specialisation(sums: Mapping[str, Mapping], segments) -> list[dict]:
+def specialisation(sums: Mapping[str, Mapping], sublayers) -> list[dict]:
   """How much of each domain each expert gets (OLMoE, 2409.02060, 5.3).
 
   Args:
     sums: from `by_domain`.
-    segments: `Architecture.segments`.
+    sublayers: see `models.sublayers`.
 
   Returns:
     Rows of layer, domain, expert, and share: of the domain's assignments, which
@@ -142,11 +105,10 @@ def specialisation(sums: Mapping[str, Mapping], segments) -> list[dict]:
   """
   rows = []
   for domain, part in sums.items():
-    for layer, stats in metrics.by_layer(part["stats"], segments).items():
-      count_E = stats.count_E.sum(tuple(range(stats.count_E.ndim - 1)))
-      for expert, count in enumerate(count_E):
-        row = {"layer": layer, "domain": domain, "expert": expert}
-        rows.append(row | {"share": float(count / count_E.sum())})
+    for number, layer in metrics.by_layer(part["stats"], sublayers).items():
+      for expert, count in enumerate(layer.count_E):
+        row = {"layer": number, "domain": domain, "expert": expert}
+        rows.append(row | {"share": float(count / layer.count_E.sum())})
   return rows
 
 
@@ -174,27 +136,15 @@ def describe(rows: list[dict], top: int = 3) -> str:
   return "\n".join(lines) + "\n"
 
 
-def summarize(sums, segments, recipe) -> dict[str, float]:
+def summarize(sums, task, model) -> dict[str, float]:
   """Metrics of summed batches, divided."""
-  means = loss_means(sums)
-  if recipe is not None:
-    layers = metrics.by_layer(sums["stats"], segments)
-    means |= metrics.routing(layers, recipe.router.top_k)
-  out = metrics.divide(means)
-  if recipe is not None:
-    out["max_vio_floor"] = metrics.max_vio_floor(
-      int(sums["loss"].weight), recipe.num_experts, recipe.router.top_k
-    )
+  layers = metrics.by_layer(sums["stats"], models.sublayers(model))
+  out = metrics.divide(
+    task.metrics(sums["loss"], sums["task"]) | metrics.routing(layers)
+  )
+  if layers:
+    out["max_vio_floor"] = metrics.mean_floor(layers)
   return out
-
-
-def loss_means(sums) -> dict[str, Mean]:
-  """Cross-entropy in nats per token and in bits per byte of text."""
-  nats = sums["loss"].total
-  return {
-    "loss": sums["loss"],
-    "bits_per_byte": Mean(nats / math.log(2), sums["bytes"]),
-  }
 
 
 def _add(trees):

@@ -12,15 +12,16 @@ import time
 
 import jax
 
+from moe_jax import models
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError, Diverged, Interrupted
 from moe_jax.models import counts
 from moe_jax.moe import kernels
 from moe_jax.moe.types import Mean
 from moe_jax.run import config as config_lib
-from moe_jax.run import processes, run_directory, signals
+from moe_jax.run import processes, provenance, run_directory, signals
 from moe_jax.run.progress import Progress
-from moe_jax.training import evaluation, metrics
+from moe_jax.training import metrics
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.program import Program
 
@@ -42,7 +43,7 @@ def train_and_evaluate(config, workdir) -> dict[str, float]:
     RunError: it cannot go on.
     Interrupted: a signal stopped it.
   """
-  processes.check_same(run_directory.facts_of_a_process(workdir, config))
+  processes.check_same(provenance.of_process(workdir, config))
   with run_directory.RunDirectory(workdir, config) as directory:
     finished = directory.logged(config.train.num_steps, "validation")
     if finished is not None:
@@ -55,7 +56,13 @@ def train_and_evaluate(config, workdir) -> dict[str, float]:
       return run(program, config.seed, directory, progress)
 
 
-def run(program: Program, seed: int, directory, progress) -> dict[str, float]:
+def run(
+  program: Program,
+  seed: int,
+  directory,
+  progress,
+  deadline: float | None = None,
+) -> dict[str, float]:
   """Trains one seed with a program, from its newest checkpoint if it has one.
 
   Args:
@@ -63,6 +70,7 @@ def run(program: Program, seed: int, directory, progress) -> dict[str, float]:
     seed: of the parameters, the data's order and the router's noise.
     directory: RunDirectory to write to.
     progress: Progress, told of every step.
+    deadline: time.monotonic() at which to stop as at a signal; None: never.
 
   Returns:
     The final metrics of the validation split.
@@ -76,7 +84,7 @@ def run(program: Program, seed: int, directory, progress) -> dict[str, float]:
     keep_last=options.keep_last,
     keep_every=options.keep_every,
   )
-  with contextlib.closing(checkpoints), signals.Stop() as stop:
+  with contextlib.closing(checkpoints), signals.Stop(deadline) as stop:
     state, step, lines = _begin(program, seed, directory, checkpoints, progress)
     stream = program.batches(seed)
     while True:
@@ -87,8 +95,8 @@ def run(program: Program, seed: int, directory, progress) -> dict[str, float]:
         save(checkpoints, step, state, lines)
         checkpoints.wait()
         raise Interrupted(
-          f"stopped by a signal after step {step} and saved in"
-          f" {directory.path}; the same command goes on"
+          f"stopped after step {step} and saved in {directory.path}; the same"
+          " command goes on"
         )
       if step == num_steps:
         return final
@@ -100,61 +108,43 @@ def run(program: Program, seed: int, directory, progress) -> dict[str, float]:
 
 def _begin(program, seed, directory, checkpoints, progress):
   """(state, step, lines) of a new run, or of its newest checkpoint."""
-  processes.check_same({"the data's fingerprint": program.corpus.fingerprint})
+  processes.check_same({"the data's fingerprint": program.task.fingerprint})
+  sizes = program.sizes
   facts = dict(
     seed=seed,
-    data=program.corpus.fingerprint,
-    data_sources=program.corpus.sources,
+    data=program.task.fingerprint,
+    data_sources=program.task.sources,
     mesh=program.mesh_shape,
     mesh_check=program.mesh_check and program.mesh_check._asdict(),
     grouped_matmul=kernels.backend_for(
       parallel.platform(program.mesh), program.config.model.moe.grouped_matmul
     ),
-    recipe=counts.describe(program.config.model, program.config.plugins),
-    parameters=counts.count(program.model, program.config.data.seq_len),
+    recipe=counts.describe(program.model),
+    parameters=sizes,
     train_flops_per_token=counts.train_flops_per_token(
-      program.model, program.config.data.seq_len
+      program.model, sizes, program.task.length
+    ),
+    tokens_per_step=(
+      program.config.data.batch_size * program.task.tokens_per_example
     ),
     compile_seconds=program.compile_seconds,
   )
   found = checkpoints.restore(program.abstract_state)
   lines = Lines(program, directory, progress)
-  writers = program.config.writers
-  directory.write_to(writers, 0 if found is None else found.step)
   if found is None:
-    _check_lost(directory, options=program.config.checkpoint)
-    directory.cut(0)
-    directory.describe(**facts)
+    directory.start_over(**facts)
     return program.init(jax.random.key(seed)), 0, lines
   known = found.meta["data"]
-  if known != program.corpus.fingerprint:
+  if known != program.task.fingerprint:
     raise ConfigError(
       f"the checkpoint {checkpoints.folder / str(found.step)} was trained on"
-      f" data with fingerprint {known[:12]}…, but {program.corpus.name} now has"
-      f" {program.corpus.fingerprint[:12]}…; bring that data back (run.json has"
+      f" data with fingerprint {known[:12]}…, but {program.task.name} now has"
+      f" {program.task.fingerprint[:12]}…; bring that data back (run.json has"
       " the versions it was made from), or choose another --workdir"
     )
-  directory.cut(found.step, at_least=found.meta.get("lines", 0))
-  directory.describe(step=found.step, **facts)
+  directory.go_on(found.step, found.meta["lines"], **facts)
   lines.resume(found.step, found.meta["line"])
   return found.state, found.step, lines
-
-
-def _check_lost(directory, options):
-  """Raises ConfigError for lines that tell of a checkpoint that is gone.
-
-  A process that was killed may have been writing its last one; and how often
-  they are saved may have been changed since the run began.
-  """
-  last, every = directory.last_step(), options.every
-  known = directory.first_config()["checkpoint"]["every"]
-  if every and known and last > 2 * max(every, known):
-    raise ConfigError(
-      f"{directory.path} has metrics up to step {last} and no checkpoint, which"
-      " is saved every"
-      f" {every} steps; bring its folder checkpoints back, or choose another"
-      " --workdir to start again"
-    )
 
 
 def _next_evaluation(config, step):
@@ -183,7 +173,7 @@ def _evaluate(program, state, step, directory, stop):
 
 def save(checkpoints, step: int, state, lines) -> None:
   """Writes the checkpoint after a step, with all that a restart needs."""
-  config, corpus = lines.program.config, lines.program.corpus
+  config, task = lines.program.config, lines.program.task
   begun = lines.begun()
   lines.directory.sync()
   checkpoints.save(
@@ -191,7 +181,7 @@ def save(checkpoints, step: int, state, lines) -> None:
     state,
     {
       "config": json.loads(config_lib.to_json(config)),
-      "data": corpus.fingerprint,
+      "data": task.fingerprint,
       "line": begun,
       "lines": lines.directory.lines,
     },
@@ -303,7 +293,7 @@ class Lines:
       self._tokens += float(sums["loss"].weight)
       self._skipped = int(sums["skipped"])
       if not sums["skipped_in_a_row"]:
-        means = step_means(sums, self.program.model.arch)
+        means = step_means(sums, self.program.task, self.program.model)
         self._means = metrics.add_up([self._means, means])
       self._check(step, int(sums["skipped_in_a_row"]))
     self._waiting = []
@@ -325,25 +315,20 @@ class Lines:
     )
 
 
-def step_means(sums: dict, arch) -> dict[str, Mean]:
+def step_means(sums: dict, task, model) -> dict[str, Mean]:
   """All metrics of one step; add up those of several, and divide once.
 
   Args:
-    sums: what `train_step` returned, on the host.
-    arch: of the model.
+    sums: the sums of `train_step`, on the host.
+    task, model: of the program.
   """
-  means = evaluation.loss_means(sums)
+  means = task.metrics(sums["loss"], sums["task"])
   means["grad_norm"] = Mean(sums["grad_norm"], 1.0)
   means["aux_loss"] = Mean(sums["aux_loss"], 1.0)
-  if arch.recipe is not None:
-    layers = metrics.by_layer(sums["stats"], arch.segments)
-    means |= metrics.routing(layers, arch.recipe.router.top_k)
+  layers = metrics.by_layer(sums["stats"], models.sublayers(model))
+  if layers:
+    means |= metrics.routing(layers)
     means["bias_range"] = metrics.bias_range(sums["balance"])
-    floor = metrics.max_vio_floor(
-      int(sums["loss"].weight),
-      arch.recipe.num_experts,
-      arch.recipe.router.top_k,
-    )
-    means["max_vio_floor"] = Mean(floor, 1.0)
+    means["max_vio_floor"] = Mean(metrics.mean_floor(layers), 1.0)
   # Python's floats survive JSON to the last bit.
   return {k: Mean(float(m.total), float(m.weight)) for k, m in means.items()}

@@ -4,6 +4,8 @@ One MoE layer with the run's own experts, K, capacity, groups and exchange, but
 small D and F, is run sharded and, group by group, on one device.
 """
 
+import dataclasses
+import functools
 import time
 from typing import NamedTuple
 
@@ -33,30 +35,34 @@ class Found(NamedTuple):
   seconds: float
 
 
-def check(config, mesh: jax.sharding.Mesh) -> Found | None:
+def check(
+  model, length: int, dtype: str, mesh: jax.sharding.Mesh
+) -> Found | None:
   """Compares output, statistics and gradients; None without MoE layers.
 
   Args:
-    config: of the run.
+    model: of the run; every recipe and grouping of its layers is checked.
+    length: tokens of a sequence.
+    dtype: of activations.
     mesh: from `parallel.make_mesh`.
 
   Raises:
     RunError: they differ by more than rounding does.
   """
-  if "moe" not in models.layer_kinds(config.model):
+  recipes = dict.fromkeys(
+    (parts.recipe, parts.grouping) for parts in models.sublayers(model).values()
+  )
+  if not recipes:
     return None
   started = time.monotonic()
-  recipe, tokens = _reduced(config, mesh)
-  inputs = _inputs(recipe, tokens, config, mesh)
-  alone = jax.device_get(_measure(_one_by_one(recipe), *inputs))
-  shared = _measure(
-    sharded.sharded(recipe, mesh), *_placed(inputs, recipe, mesh)
+  distance, leaf = max(
+    _compare(*_reduced(recipe, grouping, length, mesh), length, dtype, mesh)
+    for recipe, grouping in recipes
   )
-  distance, leaf = _worst(shared, alone)
   found = Found(distance, leaf, time.monotonic() - started)
   most = _ELSEWHERE
   if parallel.platform(mesh) == "cpu":
-    most = _TOLERANCE[config.model.dtype]
+    most = _TOLERANCE[dtype]
   if not all(d <= most for d in processes.gather(distance)):
     raise RunError(
       f"on the mesh {dict(mesh.shape)} the MoE layer is not the one of a single"
@@ -68,45 +74,48 @@ def check(config, mesh: jax.sharding.Mesh) -> Found | None:
   return found
 
 
-def _reduced(config, mesh):
-  """The run's recipe at small widths, and the tokens of a group."""
-  wide = {axis: -(-_WIDTH // size) * size for axis, size in mesh.shape.items()}
-  section = config.model.copy_and_resolve_references()
-  section.update(
-    d_model=wide["fsdp"],
-    num_layers=1,
-    prefix=(),
-    pattern=("moe",),
-    vocab_size=None,
-    attention={},
-    variants={},
-    num_heads=wide["tensor"],
-    num_kv_heads=wide["tensor"],
-    head_dim=2,
+def _compare(recipe, tokens, length, dtype, mesh):
+  """(distance, leaf) between the layer on the mesh and on one device."""
+  inputs = _inputs(recipe, tokens, length, jnp.dtype(dtype), mesh)
+  alone = jax.device_get(_measure(_one_by_one(recipe), *inputs))
+  shared = _measure(
+    sharded.sharded(recipe, mesh), *_placed(inputs, recipe, mesh)
   )
-  section.moe.d_expert = wide["tensor"]
-  data = config.data
-  arch = models.build(
-    section,
-    vocab_size=2,
-    seq_len=data.seq_len,
-    batch_sizes=(data.batch_size // config.train.accumulation,),
-    mesh=mesh,
-    plugins=config.plugins,
-  ).arch
-  tokens, recipe = arch.grouping.resolve(arch.recipe, data.seq_len, train=True)
+  return _worst(shared, alone)
+
+
+def _reduced(recipe, grouping, length, mesh):
+  """The recipe with narrow experts, and the tokens of a group."""
+  narrow = _width(mesh, "tensor")
+  build = functools.partial(_rebuilt, narrow)
+  recipe = dataclasses.replace(
+    recipe,
+    experts=build(recipe.experts),
+    shared=recipe.shared and build(recipe.shared),
+  )
+  tokens, recipe = grouping.resolve(recipe, length, train=True)
   return recipe, tokens
 
 
-def _inputs(recipe, tokens, config, mesh):
+def _rebuilt(width, network):
+  """The same network with another hidden width, if it can be made of one."""
+  return network.resized(width) if network.resized else network
+
+
+def _width(mesh, axis):
+  """The least multiple of the axis that is not below `_WIDTH`."""
+  size = mesh.shape[axis]
+  return -(-_WIDTH // size) * size
+
+
+def _inputs(recipe, tokens, length, dtype, mesh):
   """(params, x_GTD, r_GTD, balance, side, rng_G), a group for each shard.
 
   Tokens and router are multiples of small powers of two, so that their
   products are exact: choices cannot differ by rounding.
   """
   groups = parallel.token_shards(mesh)
-  width = -(-_WIDTH // mesh.shape["fsdp"]) * mesh.shape["fsdp"]
-  dtype, rng = jnp.dtype(config.model.dtype), np.random.default_rng(0)
+  width, rng = _width(mesh, "fsdp"), np.random.default_rng(0)
   keys = jax.random.split(jax.random.key(0), 3)
   params = {
     "router": recipe.router.init(keys[0], width, recipe.num_experts),
@@ -124,7 +133,7 @@ def _inputs(recipe, tokens, config, mesh):
     tokens // 2, tokens + 1, (groups, 1)
   )
   position_GT = np.broadcast_to(
-    np.arange(tokens, dtype=np.int32) % config.data.seq_len, mask_GT.shape
+    np.arange(tokens, dtype=np.int32) % length, mask_GT.shape
   )
   side = Side(mask_GT, {"token_id": position_GT % 2, "position": position_GT})
   balance = {label: b.init(recipe.num_experts) for label, b in recipe.balancers}

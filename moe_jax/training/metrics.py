@@ -7,46 +7,68 @@ a whole split) and then averaged over layers and steps.
 
 import functools
 import math
+import statistics
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.moe.types import Mean, Stats
+from moe_jax.moe.types import Mean, Router, Stats, Sublayer
 
 
-def sum_groups(stats: Stats) -> Stats:
-  """Sums over groups and sequences, kept as axes of length 1: [R, 1, 1, ...].
+class Layer(NamedTuple):
+  """Statistics of one MoE layer, summed over groups, as numpy arrays.
+
+  router: its `Router`, which says how many experts a token gets.
+  """
+
+  stats: Stats
+  router: Router
+
+  @property
+  def count_E(self) -> np.ndarray:
+    """Assignments to each expert."""
+    return np.asarray(self.stats.count_E).reshape(-1)
+
+  @property
+  def tokens(self) -> int:
+    """Unpadded tokens."""
+    return int(np.sum(self.stats.tokens))
+
+  def floor(self) -> float:
+    """MaxVio of uniform routing of as many tokens."""
+    num_experts = self.count_E.size
+    if self.router.fixed:
+      return max_vio_floor(self.tokens, num_experts, self.router.top_k)
+    share = self.count_E.sum() / max(self.tokens * num_experts, 1)
+    return independent_floor(self.tokens, num_experts, float(share))
+
+
+def by_layer(
+  stats: Mapping[str, Stats], sublayers: Mapping[str, Sublayer]
+) -> dict[str, Layer]:
+  """{layer number as two digits: its statistics}, in the model's order.
 
   Args:
-    stats: of the layers of one segment, leading [R, G, S].
+    stats: by path, with a leading axis of repeats.
+    sublayers: see `models.sublayers`.
   """
-  return jax.tree.map(lambda x: x.sum((1, 2), keepdims=True), stats)
-
-
-def by_layer(tree: Mapping, segments) -> dict[str, Stats]:
-  """{layer number as two digits: its entry}, in the model's order.
-
-  Args:
-    tree: {segment: {position in the pattern: arrays [R, ...]}}.
-    segments: (name, pattern, repeats, first layer), `Architecture.segments`.
-  """
-  layers = {}
-  for name, pattern, repeats, first in segments:
-    for position, entry in tree.get(name, {}).items():
-      for r in range(repeats):
-        number = first + r * len(pattern) + int(position)
-        layers[f"{number:02d}"] = jax.tree.map(lambda x, r=r: x[r], entry)
+  layers = {
+    f"{number:02d}": Layer(
+      jax.tree.map(lambda x, r=r: x[r], stats[path]), parts.recipe.router
+    )
+    for path, parts in sublayers.items()
+    for r, number in enumerate(parts.numbers)
+  }
   return dict(sorted(layers.items()))
 
 
-def routing(layers: Mapping[str, Stats], top_k: int) -> dict[str, Mean]:
+def routing(layers: Mapping[str, Layer]) -> dict[str, Mean]:
   """All routing metrics of one step or one split.
 
   Args:
-    layers: from `by_layer`, summed over groups, as numpy arrays.
-    top_k: K.
+    layers: from `by_layer`.
 
   Returns:
     {name: Mean}; add the Means of several steps and divide once.
@@ -56,29 +78,36 @@ def routing(layers: Mapping[str, Stats], top_k: int) -> dict[str, Mean]:
   out: dict[str, Mean] = {}
 
   def add(name, total, weight=1.0):
-    out[name] = out.get(name, Mean(0.0, 0.0)) + Mean(
-      float(total), float(weight)
-    )
+    mean = Mean(float(total), float(weight))
+    out[name] = out.get(name, Mean(0.0, 0.0)) + mean
 
-  for number, s in layers.items():
-    count_E, prob_E = s.count_E.reshape(-1), s.prob_E.reshape(-1)
-    tokens = float(s.tokens.sum())
+  for number, layer in layers.items():
+    s, count_E, tokens = layer.stats, layer.count_E, float(layer.tokens)
     add("max_vio", max_vio(count_E))
     add(f"max_vio/{number}", max_vio(count_E))
     add("min_vio", min_vio(count_E))
     add("load_cv", load_cv(count_E))
     add("dead_experts", (count_E == 0).sum())
-    add("balance_loss", balance_loss(count_E, prob_E))
+    add("balance_loss", balance_loss(count_E, s.prob_E.reshape(-1)))
     add("z_loss", s.z.sum(), tokens)
     add("router_entropy", s.entropy.sum(), tokens)
     add("router_confidence", s.confidence.sum(), tokens)
+    add("experts_per_token", count_E.sum(), tokens)
+    wanted = (
+      tokens * layer.router.top_k if layer.router.fixed else count_E.sum()
+    )
     dropped = {cause: float(n.sum()) for cause, n in s.dropped.items()}
-    add("dropped", sum(dropped.values()), tokens * top_k)
+    add("dropped", sum(dropped.values()), wanted)
     for cause, n in dropped.items():
-      add(f"dropped/{cause}", n, tokens * top_k)
+      add(f"dropped/{cause}", n, wanted)
     for name, value in s.extra.items():
       add(f"extra/{name}", value.sum(), tokens)
   return out
+
+
+def mean_floor(layers: Mapping[str, Layer]) -> float:
+  """MaxVio of uniform routing, mean over layers."""
+  return statistics.fmean(layer.floor() for layer in layers.values())
 
 
 def max_vio(count_E) -> float:
@@ -134,6 +163,14 @@ def max_vio_floor(tokens: int, num_experts: int, top_k: int) -> float:
   near = round(2 ** (round(8 * math.log2(tokens)) / 8))
   floor = _simulated_floor(near, num_experts, top_k)
   return floor * math.sqrt(near / tokens)
+
+
+@functools.cache
+def independent_floor(tokens: int, num_experts: int, share: float) -> float:
+  """Mean MaxVio when each token takes each expert with this probability."""
+  rng = np.random.default_rng(0)
+  counts = rng.binomial(tokens, min(share, 1.0), (200, num_experts))
+  return float(np.mean([max_vio(count_E) for count_E in counts]))
 
 
 @functools.cache
@@ -193,8 +230,3 @@ def add_up(several: list[Mapping[str, Mean]]) -> dict[str, Mean]:
     for name, mean in means.items():
       total[name] = total[name] + mean if name in total else mean
   return total
-
-
-def num_bytes(num_bytes_V, targets, mask):
-  """Bytes of text that the unpadded targets stand for."""
-  return jnp.where(mask, jnp.asarray(num_bytes_V)[targets], 0).sum()

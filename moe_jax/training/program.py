@@ -1,7 +1,10 @@
-"""What every seed of one config shares: data, model, compiled functions."""
+"""A config compiled: what all its seeds share."""
 
 import functools
+import json
 import time
+from collections.abc import Hashable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -9,61 +12,113 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import models
-from moe_jax.core import parallel
+from moe_jax.core import parallel, registry, roles
 from moe_jax.core.errors import ConfigError
-from moe_jax.data import batches, mixture
+from moe_jax.core.options import (
+  integer,
+  items,
+  number,
+  optional,
+  part,
+  section,
+)
+from moe_jax.data import batches, mixed
+from moe_jax.models import counts
 from moe_jax.run import writers
 from moe_jax.training import (
   checkpoint,
   evaluation,
   mesh_check,
-  optim,
+  optimizers,
   train_step,
 )
 
+# Every key of a config, by the code that uses it.
+OPTIONS = {
+  "seed": integer(0),
+  "mesh": parallel.SIZES,
+  "writers": writers.NAMES,
+  "plugins": items(str),
+  "task": part(),
+  "data": section(mixed.OPTIONS | batches.OPTIONS),
+  "model": section(models.OPTIONS),
+  "optim": section(optimizers.OPTIONS),
+  "train": section(
+    {
+      "num_steps": integer(1),
+      "ema": optional(number(above=0, below=1)),
+      "accumulation": integer(1),
+      "log_every": integer(1),
+      "check_mesh": bool,
+      "profile_steps": items(integer(0)),
+      "max_skipped_in_a_row": integer(1),
+    }
+  ),
+  "checkpoint": section(checkpoint.OPTIONS),
+  "eval": section(
+    {
+      "every": integer(0),
+      "batch_size": integer(1),
+      "batches_per_domain": optional(integer(1)),
+    }
+  ),
+}
+
 
 class Program:
-  """What every seed of one config shares: data, model, compiled functions."""
+  """Task, model and compiled functions of a config, for any seed.
 
-  def __init__(self, config, fingerprint: str | None = None):
+  Attributes:
+    config, mesh, task, model: what it was made of.
+    mesh_check: see `mesh_check.check`; None without a mesh.
+    init: (rng) -> TrainState.
+    train_step: (state, batch) -> (state, sums), see `train_step.train_step`.
+    eval_step: (params, balance, batch, index) -> sums.
+    abstract_state: shapes and shardings of the TrainState.
+    sizes: numbers of parameters, see `counts.count`.
+    compile_seconds: time that compiling took.
+  """
+
+  def __init__(
+    self, config, fingerprint: str | None = None, compiled: dict | None = None
+  ):
     """Prepares the data, builds the model, compiles the steps.
 
     Args:
       config: see `configs/base.py`.
       fingerprint: of the data, where a run goes on that has seen it; None: any.
+      compiled: functions of other programs, which configs that differ only in
+        numbers of the optimizer and the balancers share. This one adds its own.
 
     Raises:
       ConfigError: impossible values; before anything is compiled.
       RunError: the mesh changes what a layer computes, see `mesh_check`.
     """
     check(config)
-    data = config.data
+    writers.check(config.writers)
     self.config = config
     self.mesh = parallel.mesh_or_none(config.mesh)
-    self.corpus = mixture.prepare(
-      data, plugins=config.plugins, fingerprint=fingerprint
-    )
-    self.model = models.build(
-      config.model,
-      vocab_size=self.corpus.vocab_size,
-      end_of_document=(
-        self.corpus.end_of_document if data.separate_documents else None
-      ),
-      seq_len=data.seq_len,
-      batch_sizes=(self._micro_batch, config.eval.batch_size),
-      mesh=self.mesh,
-      plugins=config.plugins,
-    )
-    self.optimizer = optim.build(
-      config.optim,
-      config.train.num_steps,
-      [name for name, *_ in self.model.arch.segments],
-    )
-    self.validation()  # Refuses now, not after training.
+    self.task = build_task(config, self.mesh, fingerprint=fingerprint)
+    self.model = build_model(config, self.task, self.mesh)
+    self.task.train(0), self.task.validation()  # Refuses now, not later.
     self.mesh_check = None
     if self.mesh is not None and config.train.check_mesh:
-      self.mesh_check = mesh_check.check(config, self.mesh)
-    self._compile()
+      self.mesh_check = mesh_check.check(
+        self.model, self.task.length, config.model.dtype, self.mesh
+      )
+    started = time.monotonic()
+    numbers = train_step.numbers(config, self.model)
+    direction = optimizers.load(config.optim, config.plugins).direction
+    optimizer = functools.partial(optimizers.build, direction)
+    key = _structure(config, self.task, numbers), direction
+    made = {} if compiled is None else compiled
+    if key not in made:
+      made[key] = self._compile(numbers, optimizer)
+    self.init, step, self.eval_step, self.abstract_state, self.sizes = made[key]
+    place = jax.device_put if self.mesh is None else self._everywhere
+    numbers = jax.tree.map(place, numbers)
+    self.train_step = lambda state, batch: step(state, batch, numbers)
+    self.compile_seconds = time.monotonic() - started
 
   @property
   def mesh_shape(self) -> dict[str, int]:
@@ -74,194 +129,219 @@ class Program:
 
   def batches(self, seed: int):
     """The training batches of a seed, by step: this process's rows of them."""
-    data = self.config.data
-    return batches.train_batches(
-      self.corpus,
-      seq_len=data.seq_len,
-      batch_size=data.batch_size,
-      seed=seed,
-      accumulation=self.config.train.accumulation,
-      separate_documents=data.separate_documents,
-      rows=parallel.local_rows(self.mesh, self._micro_batch),
-    )
+    return self.task.train(seed, self._rows(self._micro_batch))
 
   def put(self, batch):
     """A training batch on the devices of all processes."""
     return self._put(batch, self._micro_batch, axis=1)
 
-  def _put(self, batch, size, axis):
-    rows = parallel.local_rows(self.mesh, size)
-    return {
-      k: parallel.global_batch(batch[k], self.mesh, size, rows, axis)
-      for k in ("inputs", "targets", "mask")
-    }
+  def evaluate(self, state, stop=lambda: False) -> dict[str, float] | None:
+    """All metrics of the validation split; None if `stop()` came true.
+
+    Those of the parameters' moving average, where there is one, are ema/NAME.
+    """
+    values = self._evaluate(state.params, state.balance, stop)
+    if values is None or state.ema is None:
+      return values
+    averaged = self._evaluate(state.ema, state.balance, stop)
+    return averaged and values | {f"ema/{k}": x for k, x in averaged.items()}
+
+  def _evaluate(self, params, balance, stop):
+    size = self.config.eval.batch_size
+
+    def step(batch, index):
+      batch = self._put(batch, size, axis=0)
+      return self.eval_step(params, balance, batch, np.int32(index))
+
+    batches = self.task.validation(self._rows(size))
+    sums = evaluation.by_domain(step, batches, stop)
+    return (
+      None if sums is None else evaluation.table(sums, self.task, self.model)
+    )
 
   @property
   def _micro_batch(self):
     return self.config.data.batch_size // self.config.train.accumulation
 
-  def validation(self):
-    """(domain, batch) pairs of the validation split: this process's rows."""
-    config = self.config
-    return batches.validation_batches(
-      self.corpus,
-      seq_len=config.data.seq_len,
-      batch_size=config.eval.batch_size,
-      batches_per_domain=config.eval.batches_per_domain,
-      separate_documents=config.data.separate_documents,
-      rows=parallel.local_rows(self.mesh, config.eval.batch_size),
-    )
+  def _rows(self, size):
+    return parallel.local_rows(self.mesh, size)
 
-  def evaluate(
-    self, state: train_step.TrainState, stop=lambda: False
-  ) -> dict[str, float] | None:
-    """All metrics of the validation split; None if `stop()` came true."""
+  def _put(self, batch, size, axis):
+    rows = self._rows(size)
+    return {
+      k: parallel.global_batch(batch[k], self.mesh, size, rows, axis)
+      for k in self.task.spec
+    }
 
-    def step(batch, index):
-      batch = self._put(batch, self.config.eval.batch_size, axis=0)
-      return self.eval_step(state.params, state.balance, batch, np.int32(index))
-
-    return evaluation.evaluate(
-      step,
-      self.validation(),
-      stop,
-      segments=self.model.arch.segments,
-      recipe=self.model.arch.recipe,
-    )
-
-  def _compile(self):
-    started = time.monotonic()
-    config, data = self.config, self.config.data
-    shared = dict(model=self.model, optimizer=self.optimizer)
-    num_bytes_V = np.asarray(self.corpus.num_bytes_V, np.int32)
+  def _compile(self, numbers, optimizer) -> "_Compiled":
+    shared = dict(model=self.model, task=self.task)
     init = functools.partial(
-      train_step.init_state,
-      **shared,
-      seq_len=data.seq_len,
-      batch=config.eval.batch_size,
+      train_step.init_state, **shared, optimizer=optimizer, numbers=numbers
     )
     boxed = jax.eval_shape(init, jax.random.key(0))
-    shardings = {}
+    state = abstract_state(boxed, self.mesh)
+    out = {}
     if self.mesh is not None:
-      state = train_step.shardings(boxed, self.mesh)
-      all_of_it = self._sharding()
-      micro = self._sharding(None, parallel.TOKENS)
-      rows = self._sharding(parallel.TOKENS)
-      shardings = {
-        "init": dict(out_shardings=state),
-        "train": dict(
-          in_shardings=(state, micro), out_shardings=(state, all_of_it)
-        ),
-        "eval": dict(
-          in_shardings=(state.params, state.balance, rows, all_of_it),
-          out_shardings=all_of_it,
-        ),
+      placed = jax.tree.map(lambda x: x.sharding, state)
+      everywhere = self._sharding()
+      out = {
+        "init": {"out_shardings": placed},
+        "train": {"out_shardings": (placed, everywhere)},
+        "eval": {"out_shardings": everywhere},
       }
-    rng = jax.random.key(0)
-    self.init = jax.jit(
-      lambda rng: nn.unbox(init(rng)), **shardings.get("init", {})
+    init = jax.jit(lambda rng, f=init: nn.unbox(f(rng)), **out.get("init", {}))
+    step = functools.partial(
+      train_step.train_step,
+      **shared,
+      optimizer=functools.partial(optimizer, roles.of(boxed.params)),
     )
-    self.init = self.init.lower(rng).compile()
-    state = nn.unbox(boxed)
-    self.abstract_state = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      state,
-      shardings["init"]["out_shardings"]
-      if shardings
-      else jax.tree.map(
-        lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), state
-      ),
-    )
-    train_batch, eval_batch = self._batch_shapes()
-    self.train_step = (
-      jax.jit(
-        functools.partial(
-          train_step.train_step, **shared, num_bytes_V=num_bytes_V
-        ),
-        donate_argnums=0,
-        **shardings.get("train", {}),
-      )
-      .lower(state, train_batch)
-      .compile()
-    )
-    self.eval_step = (
-      jax.jit(
-        functools.partial(
-          evaluation.eval_step, model=self.model, num_bytes_V=num_bytes_V
-        ),
-        **shardings.get("eval", {}),
-      )
-      .lower(
+    step = jax.jit(step, donate_argnums=0, **out.get("train", {}))
+    evaluate = functools.partial(evaluation.eval_step, **shared)
+    evaluate = jax.jit(evaluate, **out.get("eval", {}))
+    micro = self.config.train.accumulation, self._micro_batch
+    index = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._sharding())
+    return _Compiled(
+      init.lower(jax.random.key(0)).compile(),
+      step.lower(state, self._batch(micro, axis=1), numbers).compile(),
+      evaluate.lower(
         state.params,
         state.balance,
-        eval_batch,
-        jax.ShapeDtypeStruct((), jnp.int32),
-      )
-      .compile()
+        self._batch((self.config.eval.batch_size,), axis=0),
+        index,
+      ).compile(),
+      state,
+      counts.count(
+        self.model, {"params": boxed.params, "balance": boxed.balance}
+      ),
     )
-    self.compile_seconds = time.monotonic() - started
 
-  def _batch_shapes(self):
-    config = self.config
-    accumulation = config.train.accumulation
+  def _everywhere(self, number):
+    """A number of Python on all devices of all processes."""
+    # device_put would compare its double precision with what others hold.
+    x = np.asarray(number, jax.dtypes.canonicalize_dtype(type(number)))
+    return jax.make_array_from_callback((), self._sharding(), lambda _: x)
 
-    def shapes(*leading):
-      shape = (*leading, config.data.seq_len)
-      integers = jax.ShapeDtypeStruct(shape, jnp.int32)
-      return {
-        "inputs": integers,
-        "targets": integers,
-        "mask": jax.ShapeDtypeStruct(shape, jnp.bool_),
-      }
-
-    return (
-      shapes(accumulation, self._micro_batch),
-      shapes(config.eval.batch_size),
-    )
+  def _batch(self, leading, axis):
+    """Shapes and shardings of a batch whose rows are this axis."""
+    sharding = self._sharding(*(None,) * axis, parallel.TOKENS)
+    return {
+      k: jax.ShapeDtypeStruct((*leading, *x.shape), x.dtype, sharding=sharding)
+      for k, x in self.task.spec.items()
+    }
 
   def _sharding(self, *axes):
+    if self.mesh is None:
+      return None
     return jax.NamedSharding(self.mesh, jax.P(*axes))
 
 
+class _Compiled(NamedTuple):
+  """What programs share; see the attributes of `Program`."""
+
+  init: Any
+  train_step: Any
+  eval_step: Any
+  abstract_state: Any
+  sizes: dict[str, int]
+
+
+def _structure(config, task, numbers) -> Hashable:
+  """Equal for configs whose compiled functions are the same."""
+  values = config.to_dict()
+  values = {k: values[k] for k in ("task", "data", "model", "mesh", "plugins")}
+  shapes = jax.tree.map(lambda x: str(jax.typeof(x)), numbers)
+  return (
+    json.dumps(_without_numbers(values, config.plugins), sort_keys=True),
+    config.train.accumulation,
+    config.eval.batch_size,
+    task.fingerprint,
+    str(shapes),
+  )
+
+
+def _without_numbers(values, plugins, key=""):
+  """A config without the numbers of its balancers."""
+  if not isinstance(values, dict):
+    return values
+  if key == "balancers":
+    made = {
+      label: registry.spec("balancers", section, label, plugins=plugins)
+      for label, section in values.items()
+    }
+    return {
+      label: {k: v for k, v in part.options.items() if k not in numbers}
+      | {"name": part.name}
+      for label, part in made.items()
+      for numbers in [registry.number_options(part)]
+    }
+  return {k: _without_numbers(v, plugins, k) for k, v in values.items()}
+
+
+def build_task(config, mesh=None, **options):
+  """The task of a config, see `task.Task` for the options."""
+  make = registry.find("tasks", config.task.name, config.plugins).build
+  return make(config, mesh=mesh, **options)
+
+
+def build_model(config, task, mesh=None):
+  """The model of a config, checked for the batches of its task."""
+  model = models.build(
+    config.model, mesh=mesh, plugins=config.plugins, **task.given
+  )
+  models.check(
+    model,
+    length=task.length,
+    batches={
+      "data.batch_size over train.accumulation": config.data.batch_size
+      // config.train.accumulation,
+      "eval.batch_size": config.eval.batch_size,
+    },
+    mesh=mesh,
+  )
+  return model
+
+
+def abstract_state(boxed, mesh):
+  """Shapes and shardings of a state.
+
+  Args:
+    boxed: shapes, from `train_step.init_state` under `jax.eval_shape`.
+    mesh: from `parallel.make_mesh`; None: one device.
+  """
+  state = nn.unbox(boxed)
+  if mesh is None:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = jax.tree.map(lambda _: here, state)
+  else:
+    shardings = train_step.shardings(boxed, mesh)
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    state,
+    shardings,
+  )
+
+
 def check(config) -> None:
-  """Raises ConfigError for numbers that no run takes."""
-  data, accumulation = config.data, config.train.accumulation
-  for section, key in (
-    ("data", "seq_len"),
-    ("data", "batch_size"),
-    ("eval", "batch_size"),
-    ("train", "num_steps"),
-    ("train", "log_every"),
-    ("train", "max_skipped_in_a_row"),
-  ):
-    if config[section][key] < 1:
-      raise ConfigError(
-        f"{section}.{key} = {config[section][key]} is not 1 or more"
-      )
-  if not 0 <= config.seed < 2**31:  # jax takes 32 bits of it.
-    raise ConfigError(f"seed = {config.seed} is not in 0 to {2**31 - 1}")
-  if accumulation < 1 or data.batch_size % accumulation:
+  """Raises ConfigError for a value that no run takes, before any is compiled.
+
+  Parts check their own options when the model is built.
+  """
+  section(OPTIONS).check(config, "config")
+  optimizers.check(config.optim, config.train.num_steps, config.plugins)
+  data, train = config.data, config.train
+  if data.batch_size % train.accumulation:
     raise ConfigError(
-      f"train.accumulation = {accumulation} does not divide data.batch_size ="
-      f" {data.batch_size}"
+      f"train.accumulation = {train.accumulation} does not divide"
+      f" data.batch_size = {data.batch_size}; change one of them"
     )
   if config.model.dtype == "float64" and not jax.config.jax_enable_x64:
     raise ConfigError(
       "model.dtype = float64 is float32 unless JAX_ENABLE_X64=1 is set"
     )
-  for section in ("eval", "checkpoint"):
-    if config[section].every < 0:
-      raise ConfigError(
-        f"{section}.every = {config[section].every} is negative; 0 is at the"
-        " end only"
-      )
-  profile = tuple(config.train.profile_steps)
-  if profile and not (
-    len(profile) == 2 and 0 <= profile[0] < profile[1] <= config.train.num_steps
-  ):
+  profile = tuple(train.profile_steps)
+  first, end = profile if len(profile) == 2 else (0, 0)
+  if profile and not first < end <= train.num_steps:
     raise ConfigError(
-      f"train.profile_steps = {profile} is not (first step, end) within"
-      f" train.num_steps = {config.train.num_steps}; () is no profile"
+      f"train.profile_steps = {profile} is not (first step, end)"
+      f" within train.num_steps = {train.num_steps}; () is no profile"
     )
-  writers.check(config.writers)
-  checkpoint.check(config.checkpoint.keep_last, config.checkpoint.keep_every)

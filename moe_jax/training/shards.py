@@ -3,13 +3,10 @@
 import functools
 import math
 
-import flax.linen as nn
 import jax
 
-from moe_jax import models
 from moe_jax.core import parallel
-from moe_jax.data import tokenizers
-from moe_jax.training import optim, program, train_step
+from moe_jax.training import optimizers, program, train_step
 
 
 def describe(config) -> str:
@@ -23,34 +20,26 @@ def describe(config) -> str:
   """
   program.check(config)
   mesh = parallel.mesh_or_none(config.mesh)
-  data, accumulation = config.data, config.train.accumulation
-  model = models.build(
-    config.model,
-    vocab_size=tokenizers.load(data.tokenizer).vocab_size,
-    seq_len=data.seq_len,
-    batch_sizes=(data.batch_size // accumulation, config.eval.batch_size),
-    mesh=mesh,
-    plugins=config.plugins,
-  )
-  segments = [name for name, *_ in model.arch.segments]
+  task = program.build_task(config, mesh, prepare=False)
+  model = program.build_model(config, task, mesh)
   init = functools.partial(
     train_step.init_state,
     model=model,
-    optimizer=optim.build(config.optim, config.train.num_steps, segments),
-    seq_len=data.seq_len,
-    batch=config.eval.batch_size,
+    task=task,
+    optimizer=functools.partial(
+      optimizers.build,
+      optimizers.load(config.optim, config.plugins).direction,
+    ),
+    numbers=train_step.numbers(config, model),
   )
   boxed = jax.eval_shape(init, jax.random.key(0))
-  shapes = nn.unbox(boxed)
-  if mesh is None:
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shardings = jax.tree.map(lambda _: one, shapes)
-  else:
-    shardings = train_step.shardings(boxed, mesh)
+  shapes = program.abstract_state(boxed, mesh)
+  shardings = jax.tree.map(lambda x: x.sharding, shapes)
   held = jax.tree.map(_held, shapes, shardings)
   rows = _rows(shapes.params, shardings.params, held.params)
   for name, part in (
     ("parameters", "params"),
+    *[("moving average", "ema")] * (shapes.ema is not None),
     ("optimizer", "opt_state"),
     ("balancers", "balance"),
   ):

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax.core import parallel
-from moe_jax.moe import groups
+from moe_jax import models
+from moe_jax.core import parallel, roles
 from moe_jax.moe.types import Array
-from moe_jax.training import evaluation, losses, metrics
+from moe_jax.training import balancing, optimizers
 
 
 @flax.struct.dataclass
@@ -20,7 +20,8 @@ class TrainState:
   skipped: int32, steps that were not applied, as their loss or gradient was
     not finite; skipped_in_a_row: of them those since the last that was.
   rng: the key that all noise is drawn from.
-  balance: the balancers' state, {segment: {position: {"moe": ...}}}.
+  balance: the balancers' state, nested by the path of the sublayer.
+  ema: exponential moving average of the parameters; None: there is none.
   """
 
   step: Array
@@ -30,21 +31,52 @@ class TrainState:
   params: dict
   balance: dict
   opt_state: optax.OptState
+  ema: dict | None = None
 
 
-def init_state(rng: Array, *, model, optimizer, seq_len: int, batch: int):
-  """A new TrainState, parameters boxed with their logical axes."""
-  tokens_BL = jnp.zeros((batch, seq_len), jnp.int32)
+def numbers(config, model) -> dict:
+  """The numbers of a config that the step takes as an argument.
+
+  Runs that differ in nothing else share a compiled step.
+
+  Returns:
+    {"optim": see `optimizers.numbers`, "balancers": see `balancing.numbers`,
+    "ema": of `train.ema`, or None}.
+  """
+  decay = config.train.ema
+  return {
+    "optim": optimizers.numbers(
+      config.optim, config.train.num_steps, config.plugins
+    ),
+    "balancers": balancing.numbers(models.sublayers(model)),
+    "ema": None if decay is None else {"old": decay, "new": 1 - decay},
+  }
+
+
+def init_state(rng: Array, *, model, task, optimizer, numbers) -> TrainState:
+  """A new TrainState, parameters boxed with their logical axes.
+
+  Args:
+    rng: the key of the run's seed.
+    model: from `models.build`.
+    task: `task.Task`.
+    optimizer: (roles of the parameters, numbers["optim"]) -> optax optimizer,
+      such as `optimizers.build` of a direction.
+    numbers: from `numbers`.
+  """
   init_rng, rng = jax.random.split(rng)
-  variables = model.init(init_rng, tokens_BL)
+  variables = task.init(model, init_rng)
+  params = variables["params"]
+  optimizer = optimizer(roles.of(params), numbers["optim"])
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     skipped=jnp.zeros((), jnp.int32),
     skipped_in_a_row=jnp.zeros((), jnp.int32),
     rng=rng,
-    params=variables["params"],
+    params=params,
     balance=variables.get("balance", {}),
-    opt_state=optimizer.init(nn.unbox(variables["params"])),
+    opt_state=optimizer.init(nn.unbox(params)),
+    ema=None if numbers["ema"] is None else params,
   )
 
 
@@ -93,81 +125,46 @@ def _names(path):
   return tuple(p.key for p in path if hasattr(p, "key"))
 
 
-def train_step(
-  state: TrainState, batch, *, model, optimizer, num_bytes_V: Array
-):
+def train_step(state: TrainState, batch, numbers, *, model, task, optimizer):
   """One optimizer step over all micro-batches.
 
-  The loss is the sum over micro-batches divided once by the step's tokens;
+  The loss is the sum over micro-batches divided once by the step's weight;
   the balance losses are averaged over micro-batches; balancers are updated
-  once from the counts of the whole step. A step whose loss or gradient is not
-  finite changes nothing but the counters.
+  once from the sums of the whole step. A step whose loss, gradient or balance
+  is not finite changes nothing but the counters.
 
   Args:
     state: before the step.
-    batch: inputs, targets, mask [A, B/A, L], A micro-batches.
+    batch: arrays [A, B/A, ...], A micro-batches.
+    numbers: from `numbers`; none of them is compiled into the step.
     model: from `models.build`.
-    optimizer: from `optim.build`.
-    num_bytes_V: bytes of text that each token stands for.
+    task: `task.Task`.
+    optimizer: numbers["optim"] -> optax optimizer.
 
   Returns:
-    The new state, and {"loss": Mean, "bytes", "stats", "balance", "aux_loss",
-    "grad_norm", "skipped", "skipped_in_a_row"}, sums over the step.
+    The new state, and {"loss": Mean, "task": the task's sums, "stats",
+    "balance", "aux_loss", "grad_norm", "skipped", "skipped_in_a_row"}, sums
+    over the step.
   """
-  arch = model.arch
-  accumulation, batch_size, length = batch["inputs"].shape
-  step_tokens = batch["mask"].sum()
-  step_rng = jax.random.fold_in(state.rng, state.step)
-
-  def objective(params, micro, index, so_far):
-    rng_G = None
-    if arch.grouping is not None:
-      first = index * batch_size
-      rng_G = groups.keys(step_rng, batch_size, length, arch.grouping, first)
-    logits_BLV, aux = model.apply(
-      {"params": params, "balance": state.balance},
-      micro["inputs"],
-      micro["mask"],
-      rng_G,
-      train=True,
-    )
-    loss = losses.cross_entropy(logits_BLV, micro["targets"], micro["mask"])
-    stats = {
-      segment: {i: entry["stats"] for i, entry in positions.items()}
-      for segment, positions in aux.items()
-    }
-    balance = losses.balance(arch.recipe, state.balance, stats, so_far)
-    balance /= accumulation
-    sums = {
-      "loss": loss,
-      "bytes": metrics.num_bytes(num_bytes_V, micro["targets"], micro["mask"]),
-      "stats": evaluation.statistics(aux),
-      "aux_loss": balance,
-    }
-    return loss.total / step_tokens + balance, sums
-
-  gradient = jax.grad(objective, has_aux=True)
-
-  def micro_step(carry, micro):
-    grads, sums = carry
-    index, micro = micro
-    so_far = _counts(sums["stats"])
-    new_grads, new_sums = gradient(state.params, micro, index, so_far)
-    return jax.tree.map(jnp.add, (grads, sums), (new_grads, new_sums)), None
-
-  zeros = _zeros_like_first(gradient, state, batch, model)
-  (grads, sums), _ = jax.lax.scan(
-    micro_step, zeros, (jnp.arange(accumulation), batch)
+  sublayers = balancing.rebuilt(models.sublayers(model), numbers["balancers"])
+  (grads, sums), weight = _accumulate(state, batch, model, task, sublayers)
+  updates, opt_state = optimizer(numbers["optim"]).update(
+    grads, state.opt_state, state.params
   )
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  balance = losses.update(arch.recipe, state.balance, sums["stats"], state.step)
+  params = optax.apply_updates(state.params, updates)
+  balance = balancing.update(
+    sublayers, state.balance, sums["stats"], state.step
+  )
   sums["grad_norm"] = optax.tree.norm(grads)
-  loss = sums["loss"].total / step_tokens + sums["aux_loss"]
+  loss = sums["loss"].total / weight + sums["aux_loss"]
   finite = jnp.isfinite(loss) & jnp.isfinite(sums["grad_norm"])
+  for leaf in jax.tree.leaves(balance):
+    finite &= jnp.isfinite(leaf).all()
   new = state.replace(
-    params=optax.apply_updates(state.params, updates),
+    params=params,
     opt_state=opt_state,
     balance=balance,
+    ema=_averaged(state.ema, params, numbers["ema"]),
     skipped_in_a_row=jnp.zeros_like(state.skipped_in_a_row),
   )
   old = state.replace(
@@ -181,23 +178,53 @@ def train_step(
   return state, sums
 
 
-def _counts(stats):
-  """count_E [R, E] of every MoE layer out of summed Stats."""
-  is_stats = lambda x: hasattr(x, "count_E")  # noqa: E731
-  return jax.tree.map(lambda s: s.count_E.sum((1, 2)), stats, is_leaf=is_stats)
+def _averaged(ema, params, numbers):
+  """The moving average after a step to `params`; None where there is none."""
+  if numbers is None:
+    return None
+  return jax.tree.map(
+    lambda e, p: numbers["old"] * e + numbers["new"] * p, ema, params
+  )
 
 
-def _zeros_like_first(gradient, state, batch, model):
-  """Zeros with the shapes of (gradients, sums): where the scan begins."""
-  micro = jax.tree.map(lambda x: x[0], batch)
-  num_experts = model.arch.recipe.num_experts if model.arch.recipe else 0
-  so_far = {
-    segment: {
-      str(i): jnp.zeros((repeats, num_experts), jnp.int32)
-      for i, kind in enumerate(pattern)
-      if kind == "moe"
+def _accumulate(state, batch, model, task, sublayers):
+  """((gradients, sums), weight) of all micro-batches."""
+  accumulation, batch_size = jax.tree.leaves(batch)[0].shape[:2]
+  weight = task.weight(batch)
+  rng = jax.random.fold_in(state.rng, state.step)
+
+  def objective(params, micro, index, so_far):
+    variables = {"params": params, "balance": state.balance}
+    loss, task_sums, aux = task.loss(
+      model, variables, micro, rng, index * batch_size, train=True
+    )
+    stats = balancing.statistics(aux, sublayers)
+    balance = balancing.loss(sublayers, state.balance, stats, so_far, params)
+    balance /= accumulation
+    sums = {
+      "loss": loss,
+      "task": task_sums,
+      "stats": balancing.sum_groups(stats),
+      "aux_loss": balance,
     }
-    for segment, pattern, repeats, _ in model.arch.segments
+    return loss.total / weight + balance, sums
+
+  gradient = jax.grad(objective, has_aux=True)
+
+  def micro_step(carry, micro):
+    grads, sums = carry
+    index, micro = micro
+    so_far = {k: s.count_E.sum((1, 2)) for k, s in sums["stats"].items()}
+    new_grads, new_sums = gradient(state.params, micro, index, so_far)
+    return jax.tree.map(jnp.add, (grads, sums), (new_grads, new_sums)), None
+
+  # Zeros with the shapes of (gradients, sums): where the scan begins.
+  none_so_far = {
+    path: jnp.zeros((len(parts.numbers), parts.recipe.num_experts), jnp.int32)
+    for path, parts in sublayers.items()
   }
-  shapes = jax.eval_shape(gradient, state.params, micro, 0, so_far)
-  return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  first = jax.tree.map(lambda x: x[0], batch)
+  shapes = jax.eval_shape(gradient, state.params, first, 0, none_so_far)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  carry, _ = jax.lax.scan(micro_step, zeros, (jnp.arange(accumulation), batch))
+  return carry, weight

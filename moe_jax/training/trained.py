@@ -11,17 +11,19 @@ from moe_jax.run import config as config_lib
 
 
 class Trained(NamedTuple):
-  """model, variables: for `model.apply`, dropless, on one device or a mesh.
+  """model, variables: for `model.apply`, on one device or a mesh.
 
   tokenizer: of its text.
   ends: tokens that end a text, the first of which stands for the end of a
     document.
+  config: of the run; None for published weights.
   """
 
   model: Any
   variables: dict
   tokenizer: tokenizers.Tokenizer
   ends: tuple[int, ...]
+  config: Any = None
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +34,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   )
   source.add_argument(
     "--hf", metavar="DIR", help="config.json, safetensors, tokenizer.json"
+  )
+  parser.add_argument(
+    "--ema",
+    action="store_true",
+    help="the moving average of a run's parameters (train.ema)",
   )
   parser.add_argument(
     "--dtype",
@@ -45,6 +52,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     metavar="DATA,FSDP,EXPERT,TENSOR",
     help="devices along each axis, -1: what is left; default: one device",
   )
+  config_lib.add_trust(parser)
 
 
 def _sizes(text):
@@ -56,8 +64,12 @@ def _sizes(text):
     ) from None
 
 
-def load(args: argparse.Namespace) -> Trained:
-  """What the flags of `add_flags` ask for.
+def load(args: argparse.Namespace, dropless: bool = True) -> Trained:
+  """Loads the weights that the flags of `add_flags` name.
+
+  Args:
+    args: from a parser with these flags.
+    dropless: see `of_run`.
 
   Raises:
     ConfigError: as `of_run` and `published`, or an impossible mesh.
@@ -65,26 +77,44 @@ def load(args: argparse.Namespace) -> Trained:
   from moe_jax.core import parallel
 
   mesh = None if args.mesh is None else parallel.mesh_or_none(args.mesh)
+  if args.hf and args.ema:
+    raise ConfigError("--ema is of a run: give --checkpoint, or leave it out")
   if args.hf:
     return published(args.hf, args.dtype, mesh)
-  return of_run(args.checkpoint, mesh)
+  return of_run(
+    args.checkpoint,
+    mesh,
+    trust_plugins=args.trust_plugins,
+    dropless=dropless,
+    ema=args.ema,
+  )
 
 
-def of_run(path: str, mesh=None) -> Trained:
+def of_run(
+  path: str,
+  mesh=None,
+  *,
+  trust_plugins: bool = False,
+  dropless: bool = True,
+  ema: bool = False,
+) -> Trained:
   """The newest checkpoint of a run, or one of them.
 
   Args:
     path: a work directory, or WORKDIR/checkpoints/STEP.
     mesh: from `parallel.make_mesh`; None: one device.
+    trust_plugins: whether code may be run that the run's config.json names.
+    dropless: experts take all their tokens; else they have the run's capacity,
+      and groups of tokens are the run's.
+    ema: the moving average of the parameters in their place.
 
   Raises:
-    ConfigError: there is no run, no checkpoint that can be read, or the model
-      does not divide over the mesh.
+    ConfigError: there is no run, no checkpoint that can be read, the model does
+      not divide over the mesh, or it has plugins that are not trusted.
   """
   import jax
 
   from moe_jax import models
-  from moe_jax.core import parallel
   from moe_jax.training import checkpoint
 
   folder = pathlib.Path(path).absolute()
@@ -93,23 +123,26 @@ def of_run(path: str, mesh=None) -> Trained:
   ]
   if not runs:
     raise ConfigError(f"{path} is no work directory of a run, nor in one")
-  config = config_lib.load(str(runs[0] / "config.json"))
+  config = config_lib.load(
+    str(runs[0] / "config.json"), trust_plugins=trust_plugins
+  )
   section = config.model.to_dict()
-  section["moe"] |= models.DROPLESS
+  if dropless:
+    section = models.dropless(section)
   tokenizer = tokenizers.load(config.data.tokenizer)
+  # A run trains on text alone: it knows no special token.
+  tokenizer = tokenizer._replace(prompt=tokenizer.encode, begin=())
   model = models.build(
     section,
     vocab_size=tokenizer.vocab_size,
     end_of_document=tokenizer.end if config.data.separate_documents else None,
-    seq_len=1,
-    batch_sizes=(parallel.token_shards(mesh),),
     mesh=mesh,
     plugins=config.plugins,
   )
-  variables = checkpoint.load_variables(folder)
+  variables = checkpoint.load_variables(folder, ema)
   if mesh is not None:
     variables = jax.device_put(variables, models.shardings(model))
-  return Trained(model, variables, tokenizer, (tokenizer.end,))
+  return Trained(model, variables, tokenizer, (tokenizer.end,), config=config)
 
 
 def published(path: str, dtype: str = "float32", mesh=None) -> Trained:
@@ -121,15 +154,13 @@ def published(path: str, dtype: str = "float32", mesh=None) -> Trained:
     mesh: as in `of_run`.
 
   Raises:
-    ConfigError: see `interop.huggingface.load`; or a vocabulary too small.
+    ConfigError: see `hf.load`; or a vocabulary too small.
   """
-  from moe_jax.hf import huggingface
+  from moe_jax import hf
 
   folder = pathlib.Path(path)
-  model, variables = huggingface.load(folder, mesh, dtype=dtype)
-  ends = huggingface.read_config(folder).get("eos_token_id")
-  ends = () if ends is None else (ends,) if isinstance(ends, int) else ends
-  file = folder / "tokenizer.json"
+  model, variables = hf.load(folder, mesh, dtype=dtype)
+  source, file = model.arch.source, folder / "tokenizer.json"
   tokenizer = tokenizers.load(file if file.exists() else "bytes")
   if not file.exists():
     logging.warning("%s is not there: tokens are the bytes of the text", file)
@@ -139,4 +170,4 @@ def published(path: str, dtype: str = "float32", mesh=None) -> Trained:
       f"the tokenizer of {path} has {tokenizer.vocab_size - 1} tokens, and the"
       f" model {model.arch.vocab_size}; put the model's tokenizer.json beside it"
     )
-  return Trained(model, variables, tokenizer, tuple(ends))
+  return Trained(model, variables, tokenizer, source.ends)

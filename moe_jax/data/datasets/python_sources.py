@@ -7,7 +7,6 @@ two labelled domains: `code` (a file without its docstrings) and `docstrings`
 
 import ast
 import hashlib
-import importlib.metadata
 import inspect
 import re
 import sys
@@ -16,6 +15,7 @@ import warnings
 import tensorflow_datasets as tfds
 
 from moe_jax.core.errors import ConfigError
+from moe_jax.data.datasets import installed
 
 # Dependencies of ours, all of them under Apache-2.0 or BSD.
 DISTRIBUTIONS = (
@@ -37,12 +37,7 @@ MAX_FILE_BYTES = 64_000  # Longer files would make up a split by themselves.
 VALIDATION_PART = 16  # One file of so many is held out.
 
 _HEADER = re.compile(r"\A(?:[ \t]*(?:#[^\n]*)?\n)+")
-_HAS_DOCSTRING = (
-  ast.Module,
-  ast.ClassDef,
-  ast.FunctionDef,
-  ast.AsyncFunctionDef,
-)
+_FUNCTIONS = ast.FunctionDef, ast.AsyncFunctionDef
 
 
 def build() -> type[tfds.core.GeneratorBasedBuilder]:
@@ -58,22 +53,20 @@ class PythonSources(tfds.core.GeneratorBasedBuilder):
   @staticmethod
   def sources() -> dict[str, str]:
     """Returns what the text depends on besides VERSION: name -> version."""
-    versions = {name: _distribution(name).version for name in DISTRIBUTIONS}
+    versions = {name: installed(name).version for name in DISTRIBUTIONS}
     # A file with newer syntax than the interpreter's is left out.
     python = "{}.{}".format(*sys.version_info[:2])
     return {"python": python, **versions}
 
   def _info(self) -> tfds.core.DatasetInfo:
+    features = {
+      "text": tfds.features.Text(),
+      "domain": tfds.features.ClassLabel(names=list(BYTES)),
+      "document": tfds.features.Text(),
+    }
+    features = tfds.features.FeaturesDict(features)
     return tfds.core.DatasetInfo(
-      builder=self,
-      description=__doc__,
-      features=tfds.features.FeaturesDict(
-        {
-          "text": tfds.features.Text(),
-          "domain": tfds.features.ClassLabel(names=list(BYTES)),
-          "document": tfds.features.Text(),
-        }
-      ),
+      builder=self, description=__doc__, features=features
     )
 
   def _split_generators(self, dl_manager):
@@ -122,23 +115,13 @@ def _files():
   sample of it.
   """
   files = {}
-  for distribution in map(_distribution, DISTRIBUTIONS):
+  for distribution in map(installed, DISTRIBUTIONS):
     for file in distribution.files or ():
       name = file.as_posix()
       # Tests repeat themselves, and carry tables of expected numbers.
       if name.endswith(".py") and "test" not in name:
         files[name] = distribution.locate_file(file)
   return sorted(files.items(), key=lambda item: _hash(item[0]))
-
-
-def _distribution(name):
-  try:
-    return importlib.metadata.distribution(name)
-  except importlib.metadata.PackageNotFoundError as error:
-    raise ConfigError(
-      f'datasets/python_sources reads the sources of "{name}", which is not '
-      f"installed; run: pip install {name}"
-    ) from error
 
 
 def _texts(path):
@@ -165,16 +148,15 @@ def _texts(path):
 
 def _docstring_nodes(tree):
   """Returns the docstrings' constants, in the order of the source."""
-  found, statements = [], [tree]
+  docstrings, statements = [], [tree]
   while statements:  # ast.walk would also visit every expression: 5x slower.
     node = statements.pop()
-    if isinstance(node, _HAS_DOCSTRING) and ast.get_docstring(
-      node, clean=False
-    ):
-      found.append(node.body[0].value)
+    documented = isinstance(node, (ast.Module, ast.ClassDef, *_FUNCTIONS))
+    if documented and ast.get_docstring(node, clean=False):
+      docstrings.append(node.body[0].value)
     for field in ("body", "orelse", "handlers", "finalbody", "cases"):
       statements.extend(getattr(node, field, ()))
-  return sorted(found, key=lambda node: (node.lineno, node.col_offset))
+  return sorted(docstrings, key=lambda node: (node.lineno, node.col_offset))
 
 
 def _clean(node):

@@ -6,15 +6,15 @@ step it moves against the load error: up where an expert got too little.
 
 import jax.numpy as jnp
 
-from moe_jax.core.errors import ConfigError
+from moe_jax.core.options import integer, number, optional, word
 from moe_jax.moe.types import Balancer
 
 
 def build(
-  rate: float,
-  rule: str = "sign",
+  rate: number(0),
+  rule: word("sign", "proportional") = "sign",
   centered: bool = False,
-  freeze_after: int | None = None,
+  freeze_after: optional(integer(0)) = None,
 ) -> Balancer:
   """Args:
   rate: u, the size of a step; 1e-3 in the paper for 40,000 steps.
@@ -23,18 +23,14 @@ def build(
   centered: subtract the mean of b afterwards; choices are unchanged.
   freeze_after: no update from this step on (DeepSeek-V3's last tokens).
   """
-  if rate < 0:
-    raise ConfigError(f"the rate of balancers/bias is 0 or more, not {rate}")
-  if rule not in ("sign", "proportional"):
-    raise ConfigError(f'the rule is "sign" or "proportional", not "{rule}"')
 
   def update(state, stats, step):
-    load_E = stats.count_E.sum((0, 1)).astype(state["bias_E"].dtype)
-    error_E = load_E.mean() - load_E
+    count_E = stats.count_E.sum((0, 1))
     if rule == "sign":
-      move_E = jnp.sign(error_E)
+      move_E = below_mean(count_E)
     else:
-      move_E = error_E / jnp.maximum(load_E.mean(), 1)
+      load_E = count_E.astype(state["bias_E"].dtype)
+      move_E = (load_E.mean() - load_E) / jnp.maximum(load_E.mean(), 1)
     bias_E = state["bias_E"] + rate * move_E
     if centered:
       bias_E -= bias_E.mean()
@@ -47,6 +43,15 @@ def build(
     select=lambda state, score_TE: (
       score_TE + state["bias_E"].astype(score_TE.dtype)[None, :]
     ),
-    loss=None,
     update=update,
   )
+
+
+def below_mean(count_E):
+  """sign(mean load - load): 0 at the exact mean, which floats may miss."""
+  if not jnp.issubdtype(count_E.dtype, jnp.integer):
+    return jnp.sign(count_E.mean() - count_E)
+  total, experts = count_E.sum(dtype=count_E.dtype), count_E.size
+  mean, rest = total // experts, total % experts
+  above_whole_mean = (count_E == mean) & (rest > 0)
+  return jnp.where(above_whole_mean, 1, jnp.sign(mean - count_E))

@@ -7,14 +7,17 @@ whatever K is. Published codes of the same coefficient differ by K, E or T.
 
 import jax.numpy as jnp
 
-from moe_jax.core.errors import ConfigError, did_you_mean
+from moe_jax.core.errors import ConfigError
+from moe_jax.core.options import number, word
 from moe_jax.moe.types import Balancer, Mean
 
 SCOPES = ("sequence", "group", "micro_batch", "global_batch")
 
 
 def build(
-  coefficient: float, scope: str = "micro_batch", count: str = "all"
+  coefficient: number(0),
+  scope: word(*SCOPES) = "micro_batch",
+  count: word("all", "first") = "all",
 ) -> Balancer:
   """Args:
   coefficient: what the loss is multiplied by; 0.01 in Switch, 0.001 in
@@ -25,21 +28,14 @@ def build(
     of the step so far, P from this micro-batch (2501.11873).
   count: "all" choices (divided by K), or the "first" alone (GShard, Switch).
   """
-  if coefficient < 0:
-    raise ConfigError(
-      f"the coefficient of balancers/switch is 0 or more, not {coefficient}"
-    )
-  if scope not in SCOPES:
-    raise ConfigError(
-      f'the switch loss has no scope "{scope}"' + did_you_mean(scope, SCOPES)
-    )
-  if count not in ("all", "first"):
-    raise ConfigError(f'count is "all" or "first", not "{count}"')
   if scope == "global_batch" and count == "first":
-    raise ConfigError('scope="global_batch" needs count="all"')
+    raise ConfigError(
+      'balancers/switch: scope = "global_batch" counts all choices; set count ='
+      ' "all", or another scope'
+    )
 
-  def loss(state, stats, so_far_E):
-    del state
+  def loss(state, stats, so_far_E, router_params):
+    del state, router_params
     count = stats.count_E if count_all else stats.first_choice_E
     tokens, prob = stats.tokens, stats.prob_E
     if scope in ("micro_batch", "global_batch"):
@@ -56,12 +52,7 @@ def build(
     return _weighted(_load_loss(count, prob), tokens, coefficient)
 
   count_all = count == "all"
-  return Balancer(
-    init=lambda num_experts: {},
-    select=lambda state, score_TE: score_TE,
-    loss=loss,
-    update=lambda state, stats, step: state,
-  )
+  return Balancer(loss=loss)
 
 
 def _load_loss(count_E, prob_E):

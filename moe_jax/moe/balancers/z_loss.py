@@ -1,6 +1,6 @@
 """The router z-loss: mean logsumexp(logits)^2 (ST-MoE, 2202.08906, eq. 5)."""
 
-from moe_jax.core.errors import ConfigError
+from moe_jax.core.options import number
 from moe_jax.moe.types import Balancer, Mean
 
 CONTRACT_EXCEPTIONS = {
@@ -9,21 +9,12 @@ CONTRACT_EXCEPTIONS = {
 }
 
 
-def build(coefficient: float) -> Balancer:
+def build(coefficient: number(0)) -> Balancer:
   """Args: coefficient: 1e-3 in ST-MoE and OLMoE. Summed over layers."""
-  if coefficient < 0:
-    raise ConfigError(
-      f"the coefficient of balancers/z_loss is 0 or more, not {coefficient}"
-    )
 
-  def loss(state, stats, so_far_E):
-    del state, so_far_E
+  def loss(state, stats, so_far_E, router_params):
+    del state, so_far_E, router_params
     total = coefficient * stats.z.sum()
     return Mean(total, stats.tokens.sum().astype(total.dtype))
 
-  return Balancer(
-    init=lambda num_experts: {},
-    select=lambda state, score_TE: score_TE,
-    loss=loss,
-    update=lambda state, stats, step: state,
-  )
+  return Balancer(loss=loss)

@@ -10,19 +10,20 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.core import varying
 from moe_jax.core.errors import ConfigError
 from moe_jax.moe import capacity
-from moe_jax.moe.types import Array, Bound, Routing
+from moe_jax.moe.types import Array, Bound, Dispatcher, TokenChoice
 
+PART = Dispatcher  # `build` of each file returns one.
 # What every remat policy keeps, so that a recompute cannot route differently.
 SAVED = ("expert", "slot", "kept")
 
 
 def assign(
-  routing: Routing, num_experts: int, bound: Bound | None, order: str
+  choice: TokenChoice, num_experts: int, bound: Bound | None, order: str
 ) -> tuple[Array, Array]:
   """The slot of every assignment inside its expert, and whether it has one.
 
   Args:
-    routing: with leading G.
+    choice: with leading G.
     num_experts: E.
     bound: None keeps every valid assignment.
     order: "token" or "choice", see `capacity.rank`.
@@ -33,22 +34,22 @@ def assign(
     kept_GTK: bool.
   """
 
-  def one_group(routing: Routing):
+  def one_group(choice: TokenChoice):
     def rank(bucket_TK, valid_TK, num_buckets):
       bucket_TK = jnp.where(valid_TK, bucket_TK, num_buckets)
-      return capacity.rank(bucket_TK, routing.priority_TK, num_buckets, order)
+      return capacity.rank(bucket_TK, choice.priority_TK, num_buckets, order)
 
-    expert_TK, kept_TK = routing.expert_TK, routing.valid_TK
+    expert_TK, kept_TK = choice.expert_TK, choice.valid_TK
     if bound is None:
       return rank(expert_TK, kept_TK, num_experts), kept_TK
     bucket_TK = expert_TK // (num_experts // bound.expert_buckets)
     slot_TK = rank(bucket_TK, kept_TK, bound.expert_buckets)
     kept_TK &= slot_TK < bound.slots
-    if bound.expert_buckets < num_experts:
+    if shares_slots(num_experts, bound):
       slot_TK = rank(expert_TK, kept_TK, num_experts)
     return slot_TK, kept_TK
 
-  slot_GTK, kept_GTK = jax.vmap(one_group)(routing)
+  slot_GTK, kept_GTK = jax.vmap(one_group)(choice)
   return checkpoint_name(slot_GTK, "slot"), checkpoint_name(kept_GTK, "kept")
 
 
@@ -60,6 +61,11 @@ def causal(order: str, top_k: int, bound: Bound | None) -> bool:
   unless there is only one choice or no capacity to run out of.
   """
   return order == "token" or top_k == 1 or bound is None
+
+
+def shares_slots(num_experts: int, bound: Bound | None) -> bool:
+  """Whether experts share the slots of a bucket."""
+  return bound is not None and bound.expert_buckets < num_experts
 
 
 @jax.custom_vjp
@@ -147,8 +153,3 @@ def check_bound(bound: Bound | None, num_experts: int) -> None:
       f" slots: they need a capacity_factor and expert_buckets = {num_experts};"
       " use the dispatcher sorted for dropless or bucket-bounded routing"
     )
-
-
-def check_order(order: str) -> None:
-  if order not in capacity.ORDERS:
-    raise ConfigError(f'order is one of {capacity.ORDERS}, not "{order}"')

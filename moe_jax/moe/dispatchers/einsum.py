@@ -7,15 +7,17 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe import dispatchers
+from moe_jax.core.options import word
+from moe_jax.moe import capacity, dispatchers, plans
 from moe_jax.moe.types import Array, Dispatcher, Rows
 
 
 @flax.struct.dataclass
-class Plan:
+class EinsumPlan(plans.TokenPlan):
+  """One-hot weights of tokens in slots, and of slots in tokens."""
+
   dispatch_GTEC: Array
   combine_GTEC: Array
-  kept_GTK: Array
 
   def dispatch(self, x_GTD: Array) -> Rows:
     mask = self.dispatch_GTEC.astype(x_GTD.dtype)
@@ -31,16 +33,15 @@ class Plan:
     return y_GTD.astype(rows.x.dtype)
 
 
-def build(order: str = "token") -> Dispatcher:
+def build(order: word(*capacity.ORDERS) = "token") -> Dispatcher:
   """Args: order: who gets slots first, "token" or "choice" (`capacity.rank`)."""
-  dispatchers.check_order(order)
 
-  def plan(routing, num_experts, bound):
+  def plan(choice, num_experts, bound):
     dispatchers.check_bound(bound, num_experts)
-    slot_GTK, kept_GTK = dispatchers.assign(routing, num_experts, bound, order)
-    weight_GTK = routing.weight_TK
+    slot_GTK, kept_GTK = dispatchers.assign(choice, num_experts, bound, order)
+    weight_GTK = choice.weight_TK
     dtype = weight_GTK.dtype
-    expert_GTKE = jax.nn.one_hot(routing.expert_TK, num_experts, dtype=dtype)
+    expert_GTKE = jax.nn.one_hot(choice.expert_TK, num_experts, dtype=dtype)
     slot_GTKC = jax.nn.one_hot(slot_GTK, bound.slots, dtype=dtype)
     slot_GTKC *= kept_GTK[..., None]
 
@@ -50,9 +51,9 @@ def build(order: str = "token") -> Dispatcher:
       )
 
     mask, weights = scatter(jnp.ones_like(weight_GTK)), scatter(weight_GTK)
-    if routing.weight_input:
+    if choice.weight_input:
       mask, weights = weights, mask
-    return Plan(mask, weights, kept_GTK)
+    return EinsumPlan(choice, kept_GTK, num_experts, False, mask, weights)
 
   return Dispatcher(
     plan,

@@ -4,18 +4,18 @@ Several backends, one file each: `matmul(x, w, sizes)`, and `network` where it
 can do better for a whole network than one product after the other.
 """
 
-import functools
 import importlib
 import pkgutil
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.core.errors import ConfigError, did_you_mean
 from moe_jax.core.linear import product
+from moe_jax.core.options import word
 from moe_jax.moe.types import Array
 
 _DEFAULTS = {"cpu": "cpu", "gpu": "gpu", "tpu": "tpu"}
+BACKENDS = tuple(m.name for m in pkgutil.iter_modules(__path__))
 
 
 def backend_for(platform: str, wanted: str | None = None) -> str:
@@ -26,16 +26,6 @@ def backend_for(platform: str, wanted: str | None = None) -> str:
 def is_checked(backend: str) -> bool:
   """Whether it declares over which mesh axes its result varies."""
   return getattr(_load(backend), "CHECKED", True)
-
-
-def check(backend: str) -> None:
-  """Raises ConfigError unless there is such a backend."""
-  known = {m.name for m in pkgutil.iter_modules(__path__)}
-  if backend not in known:
-    raise ConfigError(
-      f'there is no grouped_matmul backend "{backend}"'
-      + did_you_mean(backend, known)
-    )
 
 
 def grouped_matmul(
@@ -67,7 +57,7 @@ def grouped_matmul(
 
 
 def grouped_network(
-  parts,
+  expert,
   params,
   x_ND: Array,
   tokens_per_expert_E: Array,
@@ -77,10 +67,8 @@ def grouped_network(
   """Each expert's network on its own rows.
 
   Args:
-    parts: (hidden, output). hidden(linear, params, x) is linear in x, and
-      output(linear, params, hidden) is the result; both take their products
-      through `linear(params, name, x)` = x @ params[name] + params[name_bias].
-      Outside of these, they work row by row.
+    expert: expert(linear, params, x), which works row by row and takes its
+      products through `linear(params, name, x)`, see `linear`.
     params: {name: [E, ...]}.
     x_ND, tokens_per_expert_E, backend: as `grouped_matmul`.
 
@@ -90,11 +78,9 @@ def grouped_network(
   backend = backend_for(jax.default_backend(), backend)
   module = _load(backend)
   if hasattr(module, "network"):
-    one = tuple(functools.partial(part, linear) for part in parts)
-    return module.network(one, params, x_ND, tokens_per_expert_E)
-  num_experts = tokens_per_expert_E.size
+    return module.network(expert, params, x_ND, tokens_per_expert_E)
   expert_N = jnp.repeat(
-    jnp.arange(num_experts),
+    jnp.arange(tokens_per_expert_E.size),
     tokens_per_expert_E,
     total_repeat_length=x_ND.shape[0],
   )
@@ -106,8 +92,7 @@ def grouped_network(
     bias_EF = params.get(f"{name}_bias")
     return y_NF if bias_EF is None else y_NF + bias_EF[expert_N]
 
-  hidden, output = parts
-  y_ND = output(grouped, params, hidden(grouped, params, x_ND))
+  y_ND = expert(grouped, params, x_ND)
   live = jnp.arange(x_ND.shape[0]) < tokens_per_expert_E.sum()
   return jnp.where(live[:, None], y_ND, 0)  # The bias is in all rows.
 
@@ -123,8 +108,5 @@ def linear(params, name: str, x: Array) -> Array:
 
 
 def _load(backend):
-  try:
-    return importlib.import_module(f"{__name__}.{backend}")
-  except ModuleNotFoundError:
-    check(backend)
-    raise
+  word(*BACKENDS).check(backend, "grouped_matmul")
+  return importlib.import_module(f"{__name__}.{backend}")

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.core import varying
+from moe_jax.moe import kernels
 from moe_jax.moe.types import Array
 
 # Sizes of chunks, relative to the rows of an expert when loads are equal: close
@@ -40,46 +41,67 @@ _MULTIPLE = 16  # Of rows, which the products are fast for.
 
 def matmul(x_ND, w_EDF, sizes_E):
   """See `grouped_matmul`."""
-  return network((_same, _product), w_EDF, x_ND, sizes_E)
+  return network(_product, {"w": w_EDF}, x_ND, sizes_E)
 
 
-def _same(w_DF, x_CD):
-  del w_DF
-  return x_CD
+def _product(linear, params, x):
+  return linear(params, "w", x)
 
 
-def _product(w_DF, x_CD):
-  return x_CD @ w_DF
-
-
-def network(parts, params, x_ND: Array, sizes_E: Array) -> Array:
+def network(expert, params, x_ND: Array, sizes_E: Array) -> Array:
   """See `grouped_network`."""
   params, x_ND, sizes_E = varying.alike((params, x_ND, sizes_E))
   if not len(x_ND):  # No chunk has a size.
-    first, second = parts
-    one = _expert(params, 0)
-    return second(one, first(one, x_ND))
-  return _network(parts, params, x_ND, sizes_E)
+    return expert(kernels.linear, _expert(params, 0), x_ND)
+  return _network(expert, params, x_ND, sizes_E)
+
+
+def _split(expert):
+  """The network in two: the products of its input, kept for gradients, and all
+  that is made of them, in the order in which the network asks for them."""
+
+  def hidden(params, x):
+    products = []
+
+    def linear(params, name, value):
+      y = kernels.linear(params, name, value)
+      if value is x:
+        products.append(y)
+      return y
+
+    expert(linear, params, x)
+    return products
+
+  def output(params, x, products):
+    left = iter(products)
+
+    def linear(params, name, value):
+      return next(left) if value is x else kernels.linear(params, name, value)
+
+    return expert(linear, params, x)
+
+  return hidden, output
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _network(parts, params, x_ND, sizes_E):
-  return _forward(parts, params, x_ND, sizes_E, keep=False)[0]
+def _network(expert, params, x_ND, sizes_E):
+  return _forward(expert, params, x_ND, sizes_E, keep=False)[0]
 
 
-def _forward(parts, params, x_ND, sizes_E, keep):
-  first, second = parts
+def _forward(expert, params, x_ND, sizes_E, keep):
+  first, second = _split(expert)
   rows, num_experts = x_ND.shape[0], sizes_E.size
   room = rows + _sizes(rows, num_experts)[-1]
   one = _expert(params, 0)
   hidden = jax.eval_shape(first, one, x_ND)
-  y_ND = jax.eval_shape(second, one, hidden)
+  y_ND = jax.eval_shape(second, one, x_ND, hidden)
 
   def body(carry, weights, chunk):
     hidden, y_ND = carry
-    found = first(weights, _read(x_ND, chunk))
-    y_ND = _write(y_ND, second(weights, found), chunk)
-    return _write(hidden, found, chunk) if keep else hidden, y_ND
+    x_CD = _read(x_ND, chunk)
+    products = first(weights, x_CD)
+    y_ND = _write(y_ND, second(weights, x_CD, products), chunk)
+    return _write(hidden, products, chunk) if keep else hidden, y_ND
 
   start = _zeros(hidden if keep else None, room), _zeros(y_ND, room)
   start = varying.alike((start, x_ND))[0]
@@ -87,23 +109,27 @@ def _forward(parts, params, x_ND, sizes_E, keep):
   return _cut(y_ND, sizes_E, rows), hidden
 
 
-def _forward_keeping(parts, params, x_ND, sizes_E):
-  y_ND, hidden = _forward(parts, params, x_ND, sizes_E, keep=True)
+def _forward_keeping(expert, params, x_ND, sizes_E):
+  y_ND, hidden = _forward(expert, params, x_ND, sizes_E, keep=True)
   return y_ND, (params, x_ND, sizes_E, hidden)
 
 
-def _backward(parts, kept, dy_ND):
-  first, second = parts
+def _backward(expert, kept, dy_ND):
+  first, second = _split(expert)
   params, x_ND, sizes_E, hidden = kept
   rows, num_experts = x_ND.shape[0], sizes_E.size
   room = rows + _sizes(rows, num_experts)[-1]
+  uses_x = _uses(second, 1, _expert(params, 0), x_ND, hidden)
 
   def body(carry, weights, chunk):
     sums, dx_ND = carry
-    _, to_hidden = jax.vjp(second, weights, _read(hidden, chunk))
-    grads, d_hidden = to_hidden(_read(dy_ND, chunk))
-    _, to_x = jax.vjp(first, weights, _read(x_ND, chunk))
-    more, dx_CD = to_x(d_hidden)
+    x_CD, products = _read(x_ND, chunk), _read(hidden, chunk)
+    _, to_products = jax.vjp(second, weights, x_CD, products)
+    grads, directly_CD, d_products = to_products(_read(dy_ND, chunk))
+    _, to_x = jax.vjp(first, weights, x_CD)
+    more, dx_CD = to_x(d_products)
+    if uses_x:
+      dx_CD += directly_CD
     sums = _add(sums, jax.tree.map(jnp.add, grads, more), chunk)
     return sums, _write(dx_ND, dx_CD, chunk)
 
@@ -117,6 +143,16 @@ def _backward(parts, kept, dy_ND):
 
 
 _network.defvjp(_forward_keeping, _backward)
+
+
+def _uses(f, number, *args) -> bool:
+  """Whether a function's result depends on its argument of this number."""
+  jaxpr = jax.make_jaxpr(f)(*args).jaxpr
+  before = len(jax.tree.leaves(args[:number]))
+  variable = jaxpr.invars[before]
+  return any(variable in e.invars for e in jaxpr.eqns) or (
+    variable in jaxpr.outvars
+  )
 
 
 class _Chunk(NamedTuple):

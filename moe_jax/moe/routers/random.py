@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.moe.types import Router, Routing
+from moe_jax.core.options import integer
+from moe_jax.moe.types import Router, Routing, TokenChoice
 
 CONTRACT_EXCEPTIONS = {
   "gradient": "has no parameters at all",
@@ -13,7 +14,7 @@ CONTRACT_EXCEPTIONS = {
 }
 
 
-def build(top_k: int) -> Router:
+def build(top_k: integer(1)) -> Router:
   """Args: top_k: K. Without any key one fixed draw is used for every group.
 
   Weights are 1/K, probabilities 1/E; it has no parameters, no logits and
@@ -31,11 +32,11 @@ def build(top_k: int) -> Router:
     rng = jax.random.key(0) if rng is None else rng
     _, expert_TK = jax.lax.top_k(jax.random.uniform(rng, shape), top_k)
     expert_TK = checkpoint_name(expert_TK, "expert")
-    return Routing(
+    choice = TokenChoice(
       expert_TK=expert_TK,
       weight_TK=jnp.full(expert_TK.shape, 1 / top_k, dtype),
       valid_TK=jnp.broadcast_to(side.mask_T[:, None], expert_TK.shape),
-      prob_TE=jnp.full(shape, 1 / num_experts, dtype),
     )
+    return Routing(choice, prob_TE=jnp.full(shape, 1 / num_experts, dtype))
 
   return Router(init, {}, route, causal=True, top_k=top_k, always_draws=True)

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.core.errors import ConfigError, did_you_mean
-from moe_jax.moe.types import Router, Routing
+from moe_jax.core import varying
+from moe_jax.core.errors import ConfigError
+from moe_jax.core.options import integer, number, word
+from moe_jax.moe.types import Router, Routing, TokenChoice
 
 
 def _log_softplus(logits):
@@ -29,6 +31,12 @@ LOG_SCORES = {
   "sigmoid": jax.nn.log_sigmoid,
   "sqrt_softplus": lambda logits: _log_softplus(logits) / 2,
 }
+# Where a score no longer grows with its logit.
+SATURATED = {
+  "softmax": lambda score_TE: score_TE <= 0,
+  "sigmoid": lambda score_TE: (score_TE <= 0) | (score_TE >= 1),
+  "sqrt_softplus": lambda score_TE: score_TE <= 0,
+}
 GROUP_SCORES = {
   "max": lambda score_TGE: score_TGE.max(-1),
   "sum_top_2": lambda score_TGE: jnp.sort(score_TGE)[..., -2:].sum(-1),
@@ -36,30 +44,31 @@ GROUP_SCORES = {
 
 
 def build(
-  top_k: int,
-  score: str = "softmax",
+  top_k: integer(1),
+  score: word(*SCORES) = "softmax",
   score_before_top_k: bool = True,
   renormalize: bool = False,
-  scale: float = 1.0,
-  num_expert_groups: int = 1,
-  top_expert_groups: int = 1,
-  group_score: str = "max",
-  expert_group_mask: str = "-inf",
-  jitter: float = 0.0,
-  noise: float = 0.0,
-  second_expert: str = "all",
-  apply_to: str = "output",
-  priority: str = "none",
+  scale: number(above=0) = 1.0,
+  num_expert_groups: integer(1) = 1,
+  top_expert_groups: integer(1) = 1,
+  group_score: word(*GROUP_SCORES) = "max",
+  expert_group_mask: word("-inf", "0") = "-inf",
+  jitter: number(0, 1) = 0.0,
+  noise: number(0) = 0.0,
+  second_expert: word("all", "random") = "all",
+  apply_to: word("output", "input") = "output",
+  priority: word("none", "score") = "none",
   use_bias: bool = False,
-  precision: str = "highest",
-  init_scale: float = 1.0,
+  precision: word("default", "high", "highest") = "highest",
+  init_scale: number(above=0) = 1.0,
+  allow_constant_weight: bool = False,
 ) -> Router:
   """The router.
 
   s = score(x W); chosen = top-k(select(s)); w = scale * s[chosen] / norm.
 
   Args:
-    top_k: K, experts per token, >= 1.
+    top_k: K, experts per token.
     score: "softmax", "sigmoid" (DeepSeek-V3) or "sqrt_softplus".
     score_before_top_k: score all logits, then choose; False: choose by logit,
       then score the chosen ones (Mixtral, gpt-oss, Llama 4).
@@ -82,53 +91,33 @@ def build(
     precision: of the router's matmul on accelerators: "highest" is float32;
       "high" and "default" round the inputs, and flip choices.
     init_scale: W is truncated normal with variance init_scale / D.
+    allow_constant_weight: build a router whose one weight is always 1, as some
+      published models have; it would learn nothing from the task.
 
   Raises:
-    ConfigError: an option outside the values above.
+    ConfigError: options that do not fit together.
   """
-  _one_of("score", score, SCORES)
-  _one_of("group_score", group_score, GROUP_SCORES)
-  _one_of("expert_group_mask", expert_group_mask, ("-inf", "0"))
-  _one_of("second_expert", second_expert, ("all", "random"))
-  _one_of("apply_to", apply_to, ("output", "input"))
-  _one_of("priority", priority, ("none", "score"))
-  _one_of("precision", precision, ("default", "high", "highest"))
-  for name, value in (("jitter", jitter), ("noise", noise)):
-    if value < 0:
-      raise ConfigError(f"the router top_k takes {name} >= 0, not {value}")
-  if top_k < 1:
-    raise ConfigError(f"top_k is at least 1, not {top_k}")
-  if top_k == 1 and (
-    renormalize or (score == "softmax" and not score_before_top_k)
-  ):
+  constant = renormalize or (score == "softmax" and not score_before_top_k)
+  if top_k == 1 and constant and not allow_constant_weight:
     raise ConfigError(
-      "with top_k = 1 the one renormalised weight is always 1, so the router"
-      " would learn nothing from the task; set renormalize = False"
-      " (and score_before_top_k = True for softmax)"
+      "with top_k = 1 a weight over the sum of a token's weights is always 1, so"
+      " the router would learn nothing from the task; set renormalize = False,"
+      " and for softmax score_before_top_k = True, or allow_constant_weight ="
+      " True"
     )
   if second_expert == "random" and top_k != 2:
     raise ConfigError(
       f'second_expert="random" needs top_k = 2, not {top_k};'
       ' set second_expert="all"'
     )
-  if not 1 <= top_expert_groups <= num_expert_groups:
+  if top_expert_groups > num_expert_groups:
     raise ConfigError(
-      f"top_expert_groups = {top_expert_groups} is not between 1 and"
-      f" num_expert_groups = {num_expert_groups}"
+      f"top_expert_groups = {top_expert_groups} is more than num_expert_groups ="
+      f" {num_expert_groups}; change one of them"
     )
 
   def init(rng, d_model, num_experts):
-    if num_experts % num_expert_groups:
-      raise ConfigError(
-        f"num_expert_groups = {num_expert_groups} does not divide"
-        f" num_experts = {num_experts}"
-      )
-    inside = num_experts // num_expert_groups * top_expert_groups
-    if top_k > inside:
-      raise ConfigError(
-        f"top_k = {top_k} is more than the {inside} experts it may choose from;"
-        " lower top_k, or raise num_experts or top_expert_groups"
-      )
+    _check_groups(num_experts, top_k, num_expert_groups, top_expert_groups)
     initializer = jax.nn.initializers.variance_scaling(
       init_scale, "fan_in", "truncated_normal"
     )
@@ -139,23 +128,18 @@ def build(
 
   def route(params, x_TD, *, num_experts, select, side, rng):
     del num_experts
-    dtype = jnp.promote_types(x_TD.dtype, jnp.float32)
-    x_TD = x_TD.astype(dtype)
     rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
-    if jitter and rng is not None:
-      low, high = 1 - jitter, 1 + jitter
-      x_TD *= jax.random.uniform(rngs[0], x_TD.shape, dtype, low, high)
-    kernel_DE = params["kernel"].astype(dtype)
-    logits_TE = jnp.dot(x_TD, kernel_DE, precision=precision)
-    if use_bias:
-      logits_TE += params["kernel_bias"].astype(dtype)[None, :]
-    if noise and rng is not None:
-      logits_TE += noise * jax.random.normal(rngs[1], logits_TE.shape, dtype)
-
-    score_TE = logits_TE
+    logits_TE = score_inputs(params, x_TD, rngs)
+    score_TE = SCORES[score](logits_TE) if score_before_top_k else logits_TE
+    selection_TE = jax.lax.stop_gradient(select(score_TE))
+    if top_expert_groups < num_expert_groups:
+      selection_TE = best_groups(selection_TE)
+    saturated_TE = None
     if score_before_top_k:
-      score_TE = SCORES[score](logits_TE)
-    expert_TK = choose(jax.lax.stop_gradient(select(score_TE)))
+      saturated_TE = SATURATED[score](score_TE)
+    expert_TK = checkpoint_name(
+      choose(selection_TE, logits_TE, saturated_TE, top_k), "expert"
+    )
     # Not top_k's values: a recompute must read what this pass chose.
     chosen_TK = jnp.take_along_axis(logits_TE, expert_TK, axis=-1)
     # Scores over their sum, also where they all underflow.
@@ -167,24 +151,32 @@ def build(
     weight_TK = shares_TK if renormalize else chosen_TK
     valid_TK = jnp.broadcast_to(side.mask_T[:, None], expert_TK.shape)
     if second_expert == "random" and rng is not None:
-      draw_T = jax.random.uniform(rngs[2], side.mask_T.shape, dtype)
+      draw_T = jax.random.uniform(rngs[2], side.mask_T.shape, logits_TE.dtype)
       valid_TK = valid_TK.at[:, 1].min(draw_T < 2 * shares_TK[:, 1])
-    return Routing(
+    choice = TokenChoice(
       expert_TK=expert_TK,
       weight_TK=weight_TK * scale,
       valid_TK=valid_TK,
       priority_TK=best_first(chosen_TK) if priority == "score" else None,
-      # Again scores over their sum (2412.19437, 2.1.2).
-      prob_TE=jax.nn.softmax(LOG_SCORES[score](logits_TE)),
-      logits_TE=logits_TE,
       weight_input=apply_to == "input",
     )
+    # Again scores over their sum (2412.19437, 2.1.2).
+    prob_TE = jax.nn.softmax(LOG_SCORES[score](logits_TE))
+    return Routing(choice, prob_TE=prob_TE, logits_TE=logits_TE)
 
-  def choose(selection_TE):
-    if top_expert_groups < num_expert_groups:
-      selection_TE = best_groups(selection_TE)
-    _, expert_TK = jax.lax.top_k(selection_TE, top_k)
-    return checkpoint_name(expert_TK, "expert")
+  def score_inputs(params, x_TD, rngs):
+    dtype = jnp.promote_types(x_TD.dtype, jnp.float32)
+    x_TD = x_TD.astype(dtype)
+    if jitter and rngs[0] is not None:
+      low, high = 1 - jitter, 1 + jitter
+      x_TD *= jax.random.uniform(rngs[0], x_TD.shape, dtype, low, high)
+    kernel_DE = params["kernel"].astype(dtype)
+    logits_TE = jnp.dot(x_TD, kernel_DE, precision=precision)
+    if use_bias:
+      logits_TE += params["kernel_bias"].astype(dtype)[None, :]
+    if noise and rngs[1] is not None:
+      logits_TE += noise * jax.random.normal(rngs[1], logits_TE.shape, dtype)
+    return logits_TE
 
   def best_groups(selection_TE):
     by_group = selection_TE.reshape(len(selection_TE), num_expert_groups, -1)
@@ -211,9 +203,58 @@ def build(
   )
 
 
-def _one_of(option, value, known):
-  if value not in known:
+def choose(selection_TE, logits_TE, saturated_TE, top_k: int):
+  """The K experts with the largest selection scores, best first: expert_TK.
+
+  A score that has saturated, at 0 or 1, no longer tells experts apart: of such
+  experts with the same selection score those with larger logits are chosen.
+
+  Args:
+    selection_TE: scores that choose.
+    logits_TE: the router's raw scores.
+    saturated_TE: bool; None: no score can saturate.
+    top_k: K.
+  """
+  num_experts = selection_TE.shape[1]
+  if saturated_TE is None or top_k == num_experts:
+    return jax.lax.top_k(selection_TE, top_k)[1]
+  # One more, to see whether the last chosen and the first left out are equal.
+  best_TK, expert_TK = jax.lax.top_k(selection_TE, top_k + 1)
+  first_T1 = expert_TK[:, top_k - 1 : top_k]
+  last_T1 = best_TK[:, top_k - 1 : top_k]
+  unclear_T1 = (last_T1 == best_TK[:, top_k:]) & jnp.take_along_axis(
+    saturated_TE, first_T1, axis=1
+  )
+  expert_TK, best_TK = expert_TK[:, :top_k], best_TK[:, :top_k]
+
+  def by_logits(carry):
+    _, expert_TK = carry
+    tied_TE = jnp.where(selection_TE == last_T1, logits_TE, -jnp.inf)
+    _, tied_TK = jax.lax.top_k(tied_TE, top_k)
+    above_TK = best_TK > last_T1
+    # The j-th of the tied stands behind those above them.
+    place_TK = jnp.cumsum(~above_TK, axis=1) - 1
+    tied_TK = jnp.take_along_axis(tied_TK, jnp.maximum(place_TK, 0), axis=1)
+    again_TK = jnp.where(above_TK, expert_TK, tied_TK)
+    return jnp.zeros_like(unclear_T1), jnp.where(
+      unclear_T1, again_TK, expert_TK
+    )
+
+  # A loop that almost never runs, where a cond would compute both.
+  carry = varying.alike((unclear_T1, expert_TK))
+  return jax.lax.while_loop(lambda carry: carry[0].any(), by_logits, carry)[1]
+
+
+def _check_groups(num_experts, top_k, num_expert_groups, top_expert_groups):
+  """Raises ConfigError where a token cannot choose K experts."""
+  if num_experts % num_expert_groups:
     raise ConfigError(
-      f'the router top_k has no {option} "{value}"'
-      + did_you_mean(str(value), known)
+      f"num_expert_groups = {num_expert_groups} does not divide"
+      f" num_experts = {num_experts}"
+    )
+  inside = num_experts // num_expert_groups * top_expert_groups
+  if top_k > inside:
+    raise ConfigError(
+      f"top_k = {top_k} is more than the {inside} experts it may choose from;"
+      " lower top_k, or raise num_experts or top_expert_groups"
     )

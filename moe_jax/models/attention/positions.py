@@ -1,4 +1,4 @@
-"""Rotary positions (2104.09864), and how they are stretched to long contexts."""
+"""Positions in queries and keys: rotations (2104.09864) and temperatures."""
 
 import dataclasses
 import math
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
-from moe_jax.core.errors import ConfigError, did_you_mean
+from moe_jax.core.options import arguments, integer, named, number, optional
 from moe_jax.moe.types import Array
 
 
@@ -37,14 +37,14 @@ class Yarn(Plain):
     m(s) = 0.1 s ln(factor) + 1.
   """
 
-  factor: float
-  original_length: int
-  beta_fast: float = 32.0
-  beta_slow: float = 1.0
+  factor: number(above=0)
+  original_length: integer(1)
+  beta_fast: number(above=0) = 32.0
+  beta_slow: number(above=0) = 1.0
   truncate: bool = True
-  attention_factor: float | None = None
-  mscale: float | None = None
-  mscale_all_dim: float | None = None
+  attention_factor: optional(number(above=0)) = None
+  mscale: optional(number(0)) = None
+  mscale_all_dim: optional(number(0)) = None
 
   def frequencies(self, theta, width, dtype):
     plain = super().frequencies(theta, width, dtype)
@@ -89,79 +89,76 @@ class Wavelength(Plain):
     original length, and fast from so many on; a ramp lies between them.
   """
 
-  factor: float
-  original_length: int
-  low_freq_factor: float = 1.0
-  high_freq_factor: float = 4.0
+  factor: number(above=0)
+  original_length: integer(1)
+  low_freq_factor: number(above=0) = 1.0
+  high_freq_factor: number(above=0) = 4.0
 
   def frequencies(self, theta, width, dtype):
     plain = super().frequencies(theta, width, dtype)
     turns = self.original_length * plain / (2 * math.pi)
-    width_of_ramp = self.high_freq_factor - self.low_freq_factor
+    width_of_ramp = max(self.high_freq_factor - self.low_freq_factor, 1e-3)
     fast = jnp.clip((turns - self.low_freq_factor) / width_of_ramp, 0, 1)
     return plain * fast + plain / self.factor * (1 - fast)
 
 
-SCALINGS = {"yarn": Yarn, "wavelength": Wavelength}
+@dataclasses.dataclass(frozen=True)
+class Linear(Plain):
+  """All pairs turn `factor` times slower (2306.15595)."""
+
+  factor: number(above=0)
+
+  def frequencies(self, theta, width, dtype):
+    return super().frequencies(theta, width, dtype) / self.factor
+
+
+SCALINGS = {"yarn": Yarn, "wavelength": Wavelength, "linear": Linear}
+OPTION = optional(named({k: arguments(v) for k, v in SCALINGS.items()}))
 
 
 def scaling(section: Mapping | None) -> Plain:
-  """The scaling that a config describes: {"name": "yarn", options}, or None.
-
-  Raises:
-    ConfigError: an unknown name or option, or a missing one.
-  """
-  if not section:
-    return Plain()
-  options = dict(section)
-  name = options.pop("name", None)
-  if name not in SCALINGS:
-    raise ConfigError(
-      f'there is no rope_scaling "{name}"' + did_you_mean(str(name), SCALINGS)
-    )
-  known = {f.name for f in dataclasses.fields(SCALINGS[name])}
-  for key in options:
-    if key not in known:
-      raise ConfigError(
-        f'the rope_scaling {name} has no "{key}"' + did_you_mean(key, known)
-      )
-  for key in ("factor", "original_length"):
-    if not options.get(key, 0) > 0:
-      raise ConfigError(f"the rope_scaling {name} needs {key} > 0")
-  return SCALINGS[name](**options)
+  """The scaling that a config describes: {"name": "yarn", options}, or None."""
+  options = dict(section or {})
+  return SCALINGS[options.pop("name")](**options) if options else Plain()
 
 
-def rotate(
-  x_BLHh: Array,
-  position_BL: Array,
-  theta: float,
-  *,
-  interleaved: bool = False,
-  scaling: Plain = Plain(),
-) -> Array:
+def rotate(x_BLHh: Array, position_BL: Array, options) -> Array:
   """Rotates pairs by position * frequency, in at least float32.
 
   Args:
     x_BLHh: h is even.
     position_BL: or [1, L].
-    theta: base of the frequencies.
-    interleaved: pairs are (2i, 2i + 1), and not (i, i + h/2).
-    scaling: of the frequencies.
+    options: of attention: its rope, rope_theta and rope_scaling.
   """
-  half = x_BLHh.shape[-1] // 2
+  if options.rope == "none":
+    return x_BLHh
   dtype = jnp.promote_types(x_BLHh.dtype, jnp.float32)
-  frequency = scaling.frequencies(theta, 2 * half, dtype)
+  scaling, width = options.rope_scaling, x_BLHh.shape[-1]
+  frequency = scaling.frequencies(options.rope_theta, width, dtype)
   angle = position_BL[..., None].astype(dtype) * frequency[None, None, :]
   cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
   if scaling.magnitude != 1:
     cos, sin = cos * scaling.magnitude, sin * scaling.magnitude
-  if interleaved:
-    a, b = x_BLHh[..., ::2], x_BLHh[..., 1::2]
+  if options.rope == "interleaved":
+    a, b, join = x_BLHh[..., ::2], x_BLHh[..., 1::2], jnp.stack
   else:
-    a, b = x_BLHh[..., :half], x_BLHh[..., half:]
-  rotated = a * cos - b * sin, b * cos + a * sin
-  if interleaved:
-    rotated = jnp.stack(rotated, axis=-1).reshape(x_BLHh.shape)
-  else:
-    rotated = jnp.concatenate(rotated, axis=-1)
-  return rotated.astype(x_BLHh.dtype)
+    (a, b), join = jnp.split(x_BLHh, 2, axis=-1), jnp.concatenate
+  rotated = join((a * cos - b * sin, b * cos + a * sin), axis=-1)
+  return rotated.reshape(x_BLHh.shape).astype(x_BLHh.dtype)
+
+
+def tempered(q_BLHh: Array, position_BL: Array, temperature) -> Array:
+  """Queries that grow with the logarithm of their position.
+
+  Args:
+    q_BLHh: queries.
+    position_BL: own positions of their tokens.
+    temperature: (s, n, o), see `Options`; None: queries stay as they are.
+  """
+  if temperature is None:
+    return q_BLHh
+  scale, length, offset = temperature
+  dtype = jnp.promote_types(q_BLHh.dtype, jnp.float32)
+  steps_BL = (position_BL + offset) // length
+  factor_BL = 1 + scale * jnp.log1p(steps_BL.astype(dtype))
+  return (q_BLHh * factor_BL[:, :, None, None]).astype(q_BLHh.dtype)

@@ -1,6 +1,7 @@
 """The token cache: its content, its life, and datasets of others."""
 
 import collections
+import errno
 import itertools
 import json
 import os
@@ -8,11 +9,14 @@ import pathlib
 
 import numpy as np
 import pytest
+import sentencepiece
 import tensorflow_datasets as tfds
+import tokenizers as library
 
 from moe_jax.core import registry
 from moe_jax.core.errors import ConfigError
-from moe_jax.data import tokenizers, tokens
+from moe_jax.data import corpora
+from tests.tokenizers_test import TEXTS, make_tokenizer
 
 PLUGIN = '''
 import tensorflow_datasets as tfds
@@ -63,7 +67,7 @@ def plugin(tmp_path_factory):
 def prepare(plugin, tmp_path):
   def prepare(**kwargs):
     kwargs = {"cache_dir": tmp_path / "cache", **kwargs}
-    return tokens.prepare("fable", plugins=(plugin,), **kwargs)
+    return corpora.prepare("fable", plugins=(plugin,), **kwargs)
 
   return prepare
 
@@ -126,7 +130,7 @@ def forbid_writing(monkeypatch):
   def write(*_):
     raise AssertionError("the cache was made again")
 
-  monkeypatch.setattr(tokens, "_write_tokens", write)
+  monkeypatch.setattr(corpora, "_write_tokens", write)
 
 
 def test_a_cache_is_made_once(prepare, monkeypatch):
@@ -164,7 +168,10 @@ def change(path):
     ("index.json", truncate),
     ("index.json", lambda path: path.write_text("[]")),
     ("index.json", lambda path: path.write_text("{}")),
+    ("index.json", lambda path: path.write_text("[" * 10**6)),
+    ("index.json", lambda path: path.write_bytes(b'{"a": "\xff"}')),
     ("index.json", pathlib.Path.unlink),
+    ("index.json", lambda path: (path.unlink(), path.mkdir())),
   ],
 )
 def test_a_damaged_cache_is_made_again(prepare, file, damage):
@@ -176,35 +183,87 @@ def test_a_damaged_cache_is_made_again(prepare, file, damage):
   assert everything(again) == content
 
 
+def test_all_of_the_index_is_under_its_digest(prepare):
+  """The tokens' fingerprint does not tell how they are counted."""
+  first = prepare()
+  path = first.directory / "index.json"
+  good = json.loads(path.read_text())
+
+  def change(value):
+    if isinstance(value, dict):
+      key = next(iter(value))
+      return value | {key: change(value[key])}
+    if isinstance(value, list):
+      return [change(value[0]), *value[1:]]
+    return value + 1 if isinstance(value, int) else f"{value}x"
+
+  assert (
+    good["num_tokens"]["train"]["crow"] == first.num_tokens["train"]["crow"]
+  )
+  for key in good.keys() - {"format", "fingerprint"}:
+    for damaged in (good | {key: change(good[key])}, good.copy()):
+      if damaged == good:
+        del damaged[key]
+      path.write_text(json.dumps(damaged))
+      assert prepare(fingerprint=first.fingerprint) == first, key
+      assert json.loads(path.read_text()) == good, key
+
+
+def test_files_of_another_size_than_the_index_says_are_noticed(prepare):
+  """Also where somebody has made its digest right again."""
+  first = prepare()
+  path = first.directory / "index.json"
+  good = json.loads(path.read_text())
+  for size in (0, 1, 10**6):
+    index = json.loads(path.read_text())
+    index["num_tokens"]["train"]["crow"] = size
+    del index["digest"]
+    index["digest"] = corpora._sha256(index)
+    path.write_text(json.dumps(index))
+    assert prepare() == first
+    assert json.loads(path.read_text()) == good
+
+
+def test_a_cache_of_another_format_is_left_alone(prepare, monkeypatch, caplog):
+  first = prepare()
+  with monkeypatch.context() as patch:
+    patch.setattr(corpora, "_FORMAT", 2)
+    older = prepare()
+  assert older.directory != first.directory
+  caplog.clear()
+  assert prepare(fingerprint=first.fingerprint) == first
+  assert not caplog.records
+
+
 def test_an_interrupted_preparation_leaves_nothing(prepare, monkeypatch):
   corpus = prepare()
   root = corpus.directory.parent
   (corpus.directory / "index.json").unlink()
   before = os.listdir(root)
 
-  def write(builder, features, tokenizer, folder):
+  def write(name, builder, features, tokenizer, folder):
     (folder / "train-000.tokens").write_bytes(b"half")
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(tokens, "_write_tokens", write)
+    patch.setattr(corpora, "_write_tokens", write)
     prepare()
   assert os.listdir(root) == before
   assert prepare() == corpus
 
 
 def test_of_two_processes_at_once_the_first_one_wins(prepare, monkeypatch):
-  write = tokens._write_tokens
+  write = corpora._write_tokens
   winner = []
 
-  def write_slowly(builder, features, tokenizer, folder):
+  def write_slowly(*args):
     if not winner:
       winner.append(None)
       winner[0] = prepare()  # The other process comes and goes.
       (winner[0].directory / "mark").touch()
-    return write(builder, features, tokenizer, folder)
+    return write(*args)
 
-  monkeypatch.setattr(tokens, "_write_tokens", write_slowly)
+  monkeypatch.setattr(corpora, "_write_tokens", write_slowly)
   loser = prepare()
   assert loser == winner[0]
   assert (loser.directory / "mark").exists()
@@ -234,7 +293,9 @@ def test_the_fingerprint_says_where_a_text_is(make_dataset, tmp_path):
       "validation": [{"text": validation, "domain": domain}],
     }
     folder = make_dataset(splits)
-    return tokens.prepare("it", data_dir=folder, cache_dir=tmp_path).fingerprint
+    return corpora.prepare(
+      "it", data_dir=folder, cache_dir=tmp_path
+    ).fingerprint
 
   assert fingerprint("a", "one", "two") == fingerprint("a", "one", "two")
   assert fingerprint("a", "one", "two") != fingerprint("b", "one", "two")
@@ -243,13 +304,47 @@ def test_the_fingerprint_says_where_a_text_is(make_dataset, tmp_path):
 
 def test_an_unknown_dataset_names_the_known_ones(tmp_path):
   with pytest.raises(ConfigError, match="did you mean python_sources"):
-    tokens.prepare("python_source", cache_dir=tmp_path)
+    corpora.prepare("python_source", cache_dir=tmp_path)
 
 
 def test_a_cache_that_cannot_be_written_is_named(prepare, tmp_path):
   (tmp_path / "file").touch()
   with pytest.raises(ConfigError, match="set data.cache_dir or XDG_CACHE_HOME"):
     prepare(cache_dir=tmp_path / "file" / "cache")
+
+
+@pytest.mark.parametrize("place", ["documents", "tokens"])
+def test_a_full_disk_is_one_sentence(
+  place, prepare, fable_class, monkeypatch, tmp_path
+):
+  """TFDS' writers tell of it by a RuntimeError."""
+
+  def full(*args, **kwargs):
+    if place == "tokens":
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    raise RuntimeError("write() failed: No space left on device; writing x")
+
+  with monkeypatch.context() as patch:
+    if place == "tokens":
+      patch.setattr(corpora, "_write_tokens", full)
+    else:
+      patch.setattr(fable_class, "download_and_prepare", full)
+    with pytest.raises(ConfigError, match="No space left .*; free space") as e:
+      prepare()
+  assert str(tmp_path / "cache") in str(e.value)
+  assert not os.listdir(tmp_path / "cache")
+  assert prepare().num_documents["train"]["crow"] == 26
+
+
+def test_another_error_of_a_dataset_keeps_its_traceback(
+  prepare, fable_class, monkeypatch
+):
+  def broken(*args, **kwargs):
+    raise RuntimeError("a fault of its author")
+
+  monkeypatch.setattr(fable_class, "download_and_prepare", broken)
+  with pytest.raises(RuntimeError, match="a fault of its author"):
+    prepare()
 
 
 class SomebodysOwn(tfds.core.GeneratorBasedBuilder):
@@ -301,7 +396,7 @@ def test_a_prepared_dataset_of_others_is_read(
     },
     file_format,
   )
-  corpus = tokens.prepare("mine", data_dir=folder, cache_dir=tmp_path)
+  corpus = corpora.prepare("mine", data_dir=folder, cache_dir=tmp_path)
   assert sorted(corpus.domains) == ["Märchen", "new/here", "tales"]
   found = {k: v for k, v in everything(corpus).items() if v}
   assert found == {
@@ -310,7 +405,23 @@ def test_a_prepared_dataset_of_others_is_read(
     ("validation", "new/here"): [b""],
   }
   assert corpus.sources["data_dir"] == folder
-  assert tokens.prepare("mine", data_dir=folder, cache_dir=tmp_path) == corpus
+  assert corpora.prepare("mine", data_dir=folder, cache_dir=tmp_path) == corpus
+
+
+def test_empty_documents_have_an_end_and_nothing_else(make_dataset, tmp_path):
+  texts = [{"text": text} for text in ("some text", "", "more", "")]
+  folder = make_dataset({"train": texts, "validation": texts})
+  path = make_tokenizer("tokenizers", tmp_path)
+  for tokenizer in ("bytes", str(path)):
+    corpus = corpora.prepare(
+      "it", data_dir=folder, cache_dir=tmp_path, tokenizer=tokenizer
+    )
+    tokens = corpus.tokens("train", "text")
+    assert (tokens == corpus.end_of_document).sum() == 4
+    assert np.array(corpus.num_bytes_V)[tokens].sum() == 13
+  folder = make_dataset({"train": [{"text": ""}] * 3, "validation": texts})
+  with pytest.raises(ConfigError, match="training documents .* hold no text"):
+    corpora.prepare("it", data_dir=folder, cache_dir=tmp_path)
 
 
 def test_too_many_domains_are_refused(make_dataset, tmp_path):
@@ -318,14 +429,24 @@ def test_too_many_domains_are_refused(make_dataset, tmp_path):
     {"train": [{"text": "a", "domain": f"host {i}"} for i in range(300)]}
   )
   with pytest.raises(ConfigError, match='"domain" has more than 256 values'):
-    tokens.prepare("mine", data_dir=folder, cache_dir=tmp_path)
+    corpora.prepare("mine", data_dir=folder, cache_dir=tmp_path)
 
 
 def test_a_damaged_dataset_is_named(make_dataset, tmp_path):
   folder = pathlib.Path(make_dataset({"train": [{"text": "abc"}]}))
   (folder / "dataset_info.json").write_text("{")
   with pytest.raises(ConfigError, match="data.dir .* cannot be read"):
-    tokens.prepare("mine", data_dir=folder, cache_dir=tmp_path)
+    corpora.prepare("mine", data_dir=folder, cache_dir=tmp_path)
+
+
+def test_damaged_documents_are_named(make_dataset, tmp_path):
+  folder = pathlib.Path(make_dataset({"train": [{"text": "abc" * 99}] * 9}))
+  (file,) = folder.glob("*.array_record*")
+  for content in (b"", b"x" * 1000):
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match="split train of .* cannot be read"):
+      corpora.prepare("mine", data_dir=folder, cache_dir=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_without_a_validation_split_documents_are_held_out(
@@ -333,7 +454,7 @@ def test_without_a_validation_split_documents_are_held_out(
 ):
   texts = [f"text {i % 400}" for i in range(600)]  # Some are there twice.
   folder = make_dataset({"train": [{"text": text} for text in texts]})
-  corpus = tokens.prepare("a/b", data_dir=folder, cache_dir=tmp_path)
+  corpus = corpora.prepare("a/b", data_dir=folder, cache_dir=tmp_path)
   found = everything(corpus)
   train, validation = found["train", "text"], found["validation", "text"]
   assert collections.Counter(train + validation) == collections.Counter(
@@ -345,33 +466,33 @@ def test_without_a_validation_split_documents_are_held_out(
 
 def test_other_content_in_the_same_folder_is_noticed(make_dataset, tmp_path):
   folder = pathlib.Path(make_dataset({"train": [{"text": "abc"}] * 20}))
-  first = tokens.prepare("mine", data_dir=folder, cache_dir=tmp_path)
+  first = corpora.prepare("mine", data_dir=folder, cache_dir=tmp_path)
   other = pathlib.Path(make_dataset({"train": [{"text": "xyz"}] * 20}))
   for file in other.iterdir():
     (folder / file.name).write_bytes(file.read_bytes())
     os.utime(folder / file.name, (10**9, 10**9))
-  again = tokens.prepare("mine", data_dir=folder, cache_dir=tmp_path)
+  again = corpora.prepare("mine", data_dir=folder, cache_dir=tmp_path)
   assert again.fingerprint != first.fingerprint
 
 
 def test_a_missing_folder_says_what_to_give(make_dataset, tmp_path):
   with pytest.raises(ConfigError, match="nowhere does not exist; give"):
-    tokens.prepare("mine", data_dir=tmp_path / "nowhere", cache_dir=tmp_path)
+    corpora.prepare("mine", data_dir=tmp_path / "nowhere", cache_dir=tmp_path)
   folder = pathlib.Path(make_dataset({"train": [{"text": "abc"}]}))
   with pytest.raises(ConfigError, match="has no dataset_info.json; give"):
-    tokens.prepare("mine", data_dir=folder.parent, cache_dir=tmp_path)
+    corpora.prepare("mine", data_dir=folder.parent, cache_dir=tmp_path)
 
 
 def test_a_dataset_that_cannot_serve_says_why(make_dataset, tmp_path):
   def refused(folder, match):
     with pytest.raises(ConfigError, match=match):
-      tokens.prepare("mine", data_dir=folder, cache_dir=tmp_path / "cache")
+      corpora.prepare("mine", data_dir=folder, cache_dir=tmp_path / "cache")
     assert os.listdir(tmp_path / "cache") == []
 
   folder = make_dataset({"train": [{"prose": "abc"}]})
-  refused(folder, r'no feature "text", but \[\'prose\'\]')
+  refused(folder, r'the feature "text" .* not there; .* is: \[\'prose\'\]')
   folder = make_dataset({"test": [{"text": "abc"}]})
-  refused(folder, r'no split "train", but \[\'test\'\]')
+  refused(folder, r"no documents in the split train, .* \{'test': 1\}")
   info = pathlib.Path(folder) / "dataset_info.json"
   content = json.loads(info.read_text())
   info.write_text(json.dumps({**content, "fileFormat": "tfrecord"}))
@@ -416,7 +537,7 @@ def reviews(tmp_path, monkeypatch):
 
   def prepare(name="somebodys_reviews", **kwargs):
     kwargs = {"text_feature": "review", "domain_feature": "stars"} | kwargs
-    return tokens.prepare(name, cache_dir=tmp_path / "cache", **kwargs)
+    return corpora.prepare(name, cache_dir=tmp_path / "cache", **kwargs)
 
   return prepare
 
@@ -444,7 +565,7 @@ def test_nothing_is_prepared_for_a_feature_that_is_not_text(
 ):
   """It may be a large download."""
   monkeypatch.setattr(SomebodysReviews, "download_and_prepare", None)
-  with pytest.raises(ConfigError, match="is not text but ClassLabel"):
+  with pytest.raises(ConfigError, match="is not text but a ClassLabel"):
     reviews(text_feature="stars")
 
 
@@ -493,45 +614,13 @@ def test_an_empty_split_is_refused(make_dataset, tmp_path):
     if split["name"] == "validation":
       split["shardLengths"] = ["0"]
   info.write_text(json.dumps(content))
-  with pytest.raises(ConfigError, match='the split "validation" .* is empty'):
-    tokens.prepare("mine", data_dir=folder, cache_dir=tmp_path)
+  with pytest.raises(
+    ConfigError, match="an empty split validation: .*'validation': 0"
+  ):
+    corpora.prepare("mine", data_dir=folder, cache_dir=tmp_path)
 
 
-TEXTS = [f"Größe {i}: the quick brown fox, déjà vu.\n" * 9 for i in range(80)]
-
-
-def make_tokenizer(kind, folder):
-  """A small tokenizer, trained on TEXTS."""
-  if kind == "sentencepiece":
-    import sentencepiece
-
-    sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(TEXTS),
-      model_prefix=str(folder / "m"),
-      vocab_size=340,
-      byte_fallback=True,
-      hard_vocab_limit=False,
-      normalization_rule_name="identity",
-      remove_extra_whitespaces=False,
-      add_dummy_prefix=False,
-      minloglevel=2,
-    )
-    return folder / "m.model"
-  import tokenizers as library
-
-  tokenizer = library.Tokenizer(library.models.BPE())
-  tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(
-    add_prefix_space=False
-  )
-  tokenizer.decoder = library.decoders.ByteLevel()
-  trainer = library.trainers.BpeTrainer(
-    vocab_size=400,
-    initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
-    show_progress=False,
-  )
-  tokenizer.train_from_iterator(TEXTS, trainer)
-  tokenizer.save(str(folder / "tokenizer.json"))
-  return folder / "tokenizer.json"
+# Tokenizers.
 
 
 @pytest.mark.parametrize("kind", ["tokenizers", "sentencepiece"])
@@ -539,14 +628,14 @@ def test_a_tokenizer_from_a_file(kind, make_dataset, tmp_path):
   path = make_tokenizer(kind, tmp_path)
   folder = make_dataset({"train": [{"text": text} for text in TEXTS]})
   corpus, by_bytes = (
-    tokens.prepare("it", data_dir=folder, cache_dir=tmp_path, tokenizer=t)
+    corpora.prepare("it", data_dir=folder, cache_dir=tmp_path, tokenizer=t)
     for t in (str(path), "bytes")
   )
   assert corpus.fingerprint != by_bytes.fingerprint
   assert corpus.num_documents == by_bytes.num_documents
   sizes = np.array(corpus.num_bytes_V)
   assert corpus.vocab_size == len(sizes) > 257 and sizes[-1] == 0
-  for split in tokens.SPLITS:
+  for split in corpora.SPLITS:
     found, text = corpus.tokens(split, "text"), by_bytes.tokens(split, "text")
     assert found.max() == corpus.end_of_document
     assert len(found) < 0.95 * len(text)
@@ -554,32 +643,8 @@ def test_a_tokenizer_from_a_file(kind, make_dataset, tmp_path):
     assert sizes[found].sum() == (text < 256).sum()
 
 
-def test_bytes_of_a_vocabulary_that_falls_back_to_bytes(tmp_path):
-  """As Llama's: spaces are U+2581, and what it lacks is spelt in bytes."""
-  import tokenizers as library
-
-  words = ["<unk>", "<s>", "<0x0A>", "<0xC3>", "<0xA9>", "\u2581", "a", "b"]
-  model = library.models.BPE(
-    vocab={w: i for i, w in enumerate([*words, "ab"])},
-    merges=[("a", "b")],
-    unk_token="<unk>",
-    byte_fallback=True,
-  )
-  tokenizer = library.Tokenizer(model)
-  tokenizer.normalizer = library.normalizers.Replace(" ", "\u2581")
-  tokenizer.add_special_tokens(["<s>"])
-  tokenizer.save(str(tmp_path / "tokenizer.json"))
-  found = tokenizers.load(tmp_path / "tokenizer.json")
-  assert found.num_bytes_V.tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 2, 0]
-  text = "ab a\né".encode()
-  assert found.num_bytes_V[found.encode(text)].sum() == len(text)
-
-
 def test_a_tokenizer_that_loses_bytes_is_refused(make_dataset, tmp_path):
   """With the defaults of their trainers, spaces and line ends collapse."""
-  import sentencepiece
-  import tokenizers as library
-
   indented = [text.replace(" ", "    ") for text in TEXTS]
   folder = make_dataset({"train": [{"text": text} for text in indented]})
   sentencepiece.SentencePieceTrainer.train(
@@ -596,23 +661,10 @@ def test_a_tokenizer_that_loses_bytes_is_refused(make_dataset, tmp_path):
   real = sum(len(text.encode()) for text in indented)
   for name in ("m.model", "lower.json"):
     with pytest.raises(ConfigError, match=f"{name}' stand for .* has {real}"):
-      tokens.prepare(
+      corpora.prepare(
         "it",
         data_dir=folder,
         cache_dir=tmp_path / "cache",
         tokenizer=str(tmp_path / name),
       )
   assert not list((tmp_path / "cache").iterdir())
-
-
-def test_a_damaged_tokenizer_is_named(make_dataset, tmp_path):
-  folder = make_dataset({"train": [{"text": "abc"}]})
-  for name in ("tokenizer.json", "m.model"):
-    (tmp_path / name).write_text("{}")
-    with pytest.raises(ConfigError, match=f"{name}' cannot be read"):
-      tokens.prepare(
-        "it",
-        data_dir=folder,
-        cache_dir=tmp_path,
-        tokenizer=str(tmp_path / name),
-      )

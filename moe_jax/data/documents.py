@@ -5,7 +5,6 @@ import difflib
 import hashlib
 import inspect
 import io
-import json
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from moe_jax.core.errors import ConfigError, first_line
 
 SPLITS = ("train", "validation")
 
-# Domain features that need not be there: the default, and what says so.
+# Domain features that need not be there: the default, and the one for none.
 _NO_DOMAIN = ("domain", "none")
 _VALIDATION_PART = 16  # Held out where a dataset has no validation split.
 _READ_AT_ONCE = 256  # Documents.
@@ -32,16 +31,20 @@ class Features(NamedTuple):
 
 
 class Source(NamedTuple):
-  """Where documents come from."""
+  """A dataset that may have to be prepared yet.
 
-  versions: dict[str, str]  # What the content depends on.
-  builder: Callable[[pathlib.Path], Any]  # scratch folder -> prepared builder.
+  versions: the names and versions that its content depends on.
+  builder: scratch folder -> TFDS builder of the prepared dataset.
+  """
+
+  versions: dict[str, str]
+  builder: Callable[[pathlib.Path], Any]
 
 
 def find(
   name: str, data_dir, plugins: tuple[str, ...], wanted: Features
 ) -> Source:
-  """The source of a dataset, see `tokens.prepare`.
+  """Returns the source of a dataset, see `corpora.prepare`.
 
   Raises:
     ConfigError: no such dataset, folder or feature.
@@ -54,41 +57,30 @@ def find(
 
 
 def check(name: str, builder, wanted: Features) -> None:
-  """Raises ConfigError for a dataset that has not what is read."""
+  """Raises ConfigError for a dataset that lacks what is read."""
   _check_features(name, builder.info.features, wanted)
-  splits = builder.info.splits
-  if "train" not in splits:
+  sizes = {k: v.num_examples for k, v in builder.info.splits.items()}
+  if not sizes.get("train") or not sizes.get("validation", 1):
     raise ConfigError(
-      f'dataset {name} has no split "train", but {sorted(splits)}; prepare a'
-      " copy of the dataset that has one"
+      f"dataset {name} has no documents in the split train, or an empty split"
+      f" validation: {sizes}; prepare a copy of it that has documents there"
     )
-  for split in SPLITS:
-    if split in splits and not splits[split].num_examples:
-      raise ConfigError(
-        f'the split "{split}" of dataset {name} is empty; prepare it with'
-        " documents, or without that split"
-      )
 
 
 def _check_features(name, features, wanted):
   import tensorflow_datasets as tfds
 
-  if wanted.text not in features:
-    raise ConfigError(
-      f'dataset {name} has no feature "{wanted.text}", but {sorted(features)};'
-      " set data.text_feature to one that is text"
-    )
-  text = features[wanted.text]
+  features = dict(features.items())
+  texts = [k for k, v in features.items() if isinstance(v, tfds.features.Text)]
+  text = features.get(wanted.text)
   plain = isinstance(text, tfds.features.Tensor) and not text.shape
-  if not isinstance(text, tfds.features.Text) and not (
+  if wanted.text not in texts and not (
     plain and text.np_dtype in (np.object_, np.str_)
   ):
-    names = [
-      k for k, v in features.items() if isinstance(v, tfds.features.Text)
-    ]
+    kind = "not there" if text is None else f"a {type(text).__name__}"
     raise ConfigError(
-      f'the feature "{wanted.text}" of dataset {name} is not text but'
-      f" {type(text).__name__}; text are {sorted(names)}: set data.text_feature"
+      f'the feature "{wanted.text}" of dataset {name} is not text but {kind};'
+      f" set data.text_feature to one that is: {sorted(texts)}"
     )
   if wanted.domain not in (*_NO_DOMAIN, *features):
     raise ConfigError(
@@ -98,29 +90,50 @@ def _check_features(name, features, wanted):
 
 
 def label_names(builder, features: Features) -> list[str]:
-  """Names of the domains where the dataset knows them, in its order."""
-  known = builder.info.features
-  if features.domain not in known:
-    return []
-  return list(getattr(known[features.domain], "names", None) or ())
+  """Returns the domains that the dataset declares, in its order."""
+  feature = dict(builder.info.features.items()).get(features.domain)
+  return list(getattr(feature, "names", None) or ())
 
 
-def documents(builder, features: Features) -> Iterator[tuple[str, str, bytes]]:
-  """Yields (split, domain, text as bytes) of every document."""
+def read(
+  name: str, builder, features: Features
+) -> Iterator[tuple[str, str, bytes]]:
+  """Yields (split, domain, text as bytes) of every document.
+
+  Raises:
+    ConfigError: a file of the dataset is damaged.
+  """
   names = label_names(builder, features)
   held_out = "validation" in builder.info.splits
   for split in SPLITS if held_out else ("train",):
+    for example in _examples(name, builder, split):
+      text = _as_bytes(example[features.text])
+      domain = example.get(features.domain, "text")
+      if names:  # TFDS has -1 for a document without a label.
+        domain = names[domain] if domain >= 0 else "unlabelled"
+      else:
+        domain = _as_bytes(domain).decode("utf-8", "replace")
+      yield (split if held_out else _split_of(text)), domain, text
+
+
+def _examples(name, builder, split):
+  with _in_a_sentence(
+    f"the split {split} of dataset {name} cannot be read",
+    "prepare the dataset again",
+  ):
     source = builder.as_data_source(split=split)
     for start in range(0, len(source), _READ_AT_ONCE):
       stop = min(start + _READ_AT_ONCE, len(source))
-      for example in source.__getitems__(list(range(start, stop))):
-        text = _as_bytes(example[features.text])
-        domain = example.get(features.domain, "text")
-        if names:  # TFDS has -1 for a document without a label.
-          domain = names[domain] if domain >= 0 else "unlabelled"
-        else:
-          domain = _as_bytes(domain).decode()
-        yield (split if held_out else _split_of(text)), domain, text
+      yield from source.__getitems__(list(range(start, stop)))
+
+
+@contextlib.contextmanager
+def _in_a_sentence(what, remedy):
+  """Turns whatever TFDS raises into a ConfigError."""
+  try:
+    yield
+  except Exception as e:
+    raise ConfigError(f"{what} ({first_line(e)}); {remedy}") from e
 
 
 def _built_in(name, plugins):
@@ -146,7 +159,7 @@ def _built_in(name, plugins):
 
 
 def _known_to_tfds(name, plugins, wanted):
-  """The folder of a dataset that TFDS finds by name, prepared if need be."""
+  """Returns the folder of a dataset of TFDS, prepared if need be."""
   import tensorflow_datasets as tfds
 
   try:
@@ -159,30 +172,27 @@ def _known_to_tfds(name, plugins, wanted):
     ) from e
   _check_features(name, builder.info.features, wanted)  # Before a download.
   if not builder.is_prepared():
-    try:
+    with _in_a_sentence(  # No network, package, or space on the disk.
+      f"TFDS cannot prepare the dataset {name} here",
+      "prepare it elsewhere with file_format='array_record' and set data.dir to"
+      " its folder",
+    ):
       builder.download_and_prepare()
-    except Exception as e:  # Of the network, a missing package, a full disk.
-      raise ConfigError(
-        f"TFDS cannot prepare the dataset {name} here ({first_line(e)}); prepare"
-        " it elsewhere with file_format='array_record' and set data.dir to its"
-        " folder"
-      ) from e
   return builder.data_dir
 
 
 def _near(name, plugins):
-  """The names like it, or the configs of the dataset that it is of."""
+  """Returns '; did you mean ...?' with names, or configs of its dataset."""
   import tensorflow_datasets as tfds
 
   known = set(tfds.list_builders(with_community_datasets=False))
   dataset, _, config = name.partition("/")
   if config and dataset in known:
-    configs = sorted(tfds.builder_cls(dataset).builder_configs)
-    near = difflib.get_close_matches(config, configs, n=3) or configs[:3]
-    near = [f"{dataset}/{c}" for c in near]
+    configs = tfds.builder_cls(dataset).builder_configs
+    known = {f"{dataset}/{config}" for config in configs}
   else:
     known |= set(registry.names("datasets", plugins))
-    near = difflib.get_close_matches(name, known, n=3)
+  near = difflib.get_close_matches(name, sorted(known), n=3)
   return f"; did you mean {' or '.join(near)}?" if near else "."
 
 
@@ -198,21 +208,19 @@ def _from_directory(data_dir):
     )
   stats = [(f.name, f.stat()) for f in sorted(folder.iterdir())]
   files = "".join(f"{name} {s.length} {s.mtime}\n" for name, s in stats)
-  versions = {"data_dir": str(folder), "files": _digest(json.dumps(files))}
+  digest = hashlib.sha256(files.encode()).hexdigest()
+  versions = {"data_dir": str(folder), "files": digest}
   return Source(versions, lambda _: _open_builder(folder))
 
 
 def _open_builder(folder):
   import tensorflow_datasets as tfds
 
-  try:
+  with _in_a_sentence(
+    f"data.dir {folder} cannot be read", "prepare the dataset again"
+  ):
     builder = tfds.builder_from_directory(folder)
     form = builder.info.file_format.value
-  except Exception as e:  # Whatever damage makes TFDS raise.
-    raise ConfigError(
-      f"data.dir {folder} cannot be read ({first_line(e)}); prepare the dataset"
-      " again"
-    ) from e
   if form not in ("array_record", "parquet"):
     raise ConfigError(
       f"data.dir {folder} is in {form} format, which only TensorFlow reads; "
@@ -226,10 +234,5 @@ def _as_bytes(value):
 
 
 def _split_of(text):
-  part = int(_digest(text), 16) % _VALIDATION_PART
-  return "validation" if part == 0 else "train"
-
-
-def _digest(text):
-  text = text if isinstance(text, bytes) else text.encode()
-  return hashlib.sha256(text).hexdigest()
+  part = int(hashlib.sha256(text).hexdigest(), 16) % _VALIDATION_PART
+  return "train" if part else "validation"

@@ -1,0 +1,103 @@
+"""What a parameter is for, declared where it is made and not read off its name.
+
+The axes of a parameter form sides: a matrix has two, its input and its output.
+Leading axes of repeated layers and of experts are batch axes: such a parameter
+is one matrix for each layer and expert.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import flax.struct
+import jax
+
+# Parts of a model that have learning-rate and weight-decay factors of their own.
+FACTORS = ("router", "experts", "rest")
+_BATCH = ("layers", "expert")
+_HEADS = ("heads", "kv_heads")
+
+
+class Declared(nn.LogicallyPartitioned):
+  """A parameter in a box that tells its logical axes and its part.
+
+  part: of the model: "router", "experts" (the routed ones), "shared",
+    "attention", "dense", "norm", "embedding", "head" or a name of its own.
+  """
+
+  part: str = flax.struct.field(default="other", pytree_node=False)
+
+  # A generated one would compare arrays.
+  __eq__ = nn.LogicallyPartitioned.__eq__
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+  """part: see `Declared`; axes: the name, or None, of every axis."""
+
+  part: str
+  axes: tuple[str | None, ...]
+
+  @property
+  def batch_axes(self) -> tuple[int, ...]:
+    """The leading axes over layers and experts."""
+    count = 0
+    while count < len(self.axes) and self.axes[count] in _BATCH:
+      count += 1
+    return tuple(range(count))
+
+  @property
+  def matrix_axes(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """(input axes, output axes); None for a vector or a scalar.
+
+    Of more than two sides the last is the output.
+    """
+    sides = []
+    for i in range(len(self.batch_axes), len(self.axes)):
+      if i and self.axes[i] is None and self.axes[i - 1] in _HEADS:
+        sides[-1] += (i,)  # The width of a head belongs to the heads.
+      else:
+        sides.append((i,))
+    return (sum(sides[:-1], ()), sides[-1]) if len(sides) > 1 else None
+
+  @property
+  def is_decayed(self) -> bool:
+    """Whether weight decay shrinks it: a matrix, but not the embedding."""
+    return self.matrix_axes is not None and self.part != "embedding"
+
+  @property
+  def is_hidden(self) -> bool:
+    """Whether it is a matrix inside the model, without a vocabulary."""
+    return self.matrix_axes is not None and "vocab" not in self.axes
+
+  @property
+  def factor(self) -> str:
+    """The one of `FACTORS` that it takes."""
+    return self.part if self.part in FACTORS else "rest"
+
+
+def declared(init, axes: tuple[str | None, ...], part: str):
+  """An initializer whose result is `Declared`.
+
+  Args:
+    init: (rng, ...) -> array.
+    axes: logical axis names, see `parallel.RULES`.
+    part: see `Declared`.
+  """
+  return lambda *args: Declared(init(*args), axes, part=part)
+
+
+def of(boxed):
+  """The tree of `Role` of a tree of parameters as `model.init` returns them.
+
+  A parameter that is not declared is of the part "other", and its axes have no
+  names.
+  """
+
+  def role(x):
+    if isinstance(x, nn.Partitioned):
+      return Role(getattr(x, "part", "other"), tuple(x.names))
+    return Role("other", (None,) * x.ndim)
+
+  return jax.tree.map(
+    role, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+  )

@@ -1,0 +1,58 @@
+"""The published decoders: which fields and tensors of theirs are ours.
+
+A file here has the families of one kind, each in a variable of its own.
+"""
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from moe_jax.hf import tensors
+
+
+class Family(NamedTuple):
+  """A model_type of config.json.
+
+  model_type: its name.
+  architecture: the reference's class of such models.
+  rows: what its fields are here, see `rows`; a row that sets "layers" gives the
+    kind of every layer, else all are "moe".
+  tensors: what the tensors of a layer are here.
+  constants: {key of ours: value} that all its models have; "left_out" lists
+    prefixes of tensors that belong to parts which are not here.
+  ends: what the reference takes for absent fields of special tokens.
+  sections: fields that hold further fields, with names "SECTION.FIELD".
+  inner: the field that holds those of the decoder, in a config of more than it.
+  ignored: more fields that change nothing.
+  prefix: that all tensors' names begin with.
+  layer: what those of a layer begin with, after it.
+  embedding, final_norm, head: names of tensors; head is absent if it is the
+    transposed embedding.
+  """
+
+  model_type: str
+  architecture: str
+  rows: tuple[Any, ...]
+  tensors: tuple[tensors.Map, ...]
+  constants: Mapping[str, Any] = {}
+  ends: Mapping[str, int] = {}
+  sections: tuple[str, ...] = ()
+  inner: str = ""
+  ignored: tuple[str, ...] = ()
+  prefix: str = ""
+  layer: str = "model.layers.{i}."
+  embedding: str = "model.embed_tokens.weight"
+  final_norm: str = "model.norm.weight"
+  head: str = "lm_head.weight"
+
+
+@functools.cache
+def known() -> dict[str, Family]:
+  """All families, by model_type."""
+  found = []
+  for module in pkgutil.iter_modules(__path__):
+    values = vars(importlib.import_module(f"{__name__}.{module.name}")).values()
+    found += [value for value in values if isinstance(value, Family)]
+  return {family.model_type: family for family in found}

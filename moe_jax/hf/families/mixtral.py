@@ -1,0 +1,24 @@
+"""Mixtral (2401.04088)."""
+
+from moe_jax.hf import families, rows, tensors
+
+_EXPERTS = "block_sparse_moe.experts.{e}.{}.weight"
+_ROUTER = "moe/router/kernel block_sparse_moe.gate.weight"
+MIXTRAL = families.Family(
+  "mixtral",
+  "MixtralForCausalLM",
+  rows=(
+    *rows.common(32_000, 4096, 32, 32, 1e-5),
+    *rows.grouped(kv_heads=8),
+    rows.Rope(theta=1e6, longest=131_072),
+    rows.whole("sliding_window", "attention.window", None),
+    *rows.experts("num_local_experts", 8, 2, "intermediate_size", 14_336),
+  ),
+  tensors=(
+    *tensors.ATTENTION,
+    *tensors.maps("{}", "{}", _ROUTER),
+    *tensors.maps("moe/experts/{}", _EXPERTS, "gate w1, up w3, down w2"),
+  ),
+  constants={"moe.router.renormalize": True},
+  ends={"bos_token_id": 1, "eos_token_id": 2},
+)

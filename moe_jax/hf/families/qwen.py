@@ -1,0 +1,83 @@
+"""Qwen2-MoE (2407.10671) and Qwen3-MoE (2505.09388)."""
+
+from moe_jax.hf import families, rows, tensors
+
+_SHARED = "shared_expert_intermediate_size"
+
+
+def _read_layers(fields, ours):
+  count = ours["num_layers"]
+  rows.types_of_layers(fields, [rows.FULL] * count)
+  step = fields.take("decoder_sparse_step", int, 1, least=1)
+  dense = {*fields.list_of("mlp_only_layers", int, [])}
+  dense |= {i for i in range(count) if (i + 1) % step}
+  return {"layers": ["dense" if i in dense else "moe" for i in range(count)]}
+
+
+def _write_layers(ours):
+  layers = enumerate(ours["layers"])
+  dense = [i for i, layer in layers if layer["kind"] == "dense"]
+  return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+
+
+def _read_shared(fields, ours):
+  wide, each = fields.take(_SHARED, int, 5632), ours["moe.d_expert"]
+  if not wide or wide % each:
+    reason = f"is no multiple of moe_intermediate_size = {each}"
+    raise fields.error(_SHARED, wide, reason)
+  return {"moe.num_shared_experts": wide // each, "moe.shared_gate": True}
+
+
+def _write_shared(ours):
+  wide = ours.get("moe.num_shared_experts", 0) * ours.get("moe.d_expert", 0)
+  return {_SHARED: wide} if wide else {}
+
+
+def _sparse(num_experts, top_k, d_expert):
+  """Rows of layers and experts, with the defaults of one family."""
+  width = "moe_intermediate_size", d_expert
+  return (
+    rows.Pair(_read_layers, _write_layers),
+    rows.fixed("use_sliding_window", False),
+    *rows.experts("num_experts", num_experts, top_k, *width),
+    rows.flag("norm_topk_prob", "moe.router.renormalize", False),
+  )
+
+
+_QKV = {True: "qkv", False: "none"}
+_GATE = "moe/shared/token_gate mlp.shared_expert_gate.weight"
+QWEN2 = families.Family(
+  "qwen2_moe",
+  "Qwen2MoeForCausalLM",
+  rows=(
+    *rows.common(151_936, 2048, 24, 16, 1e-6),
+    *rows.grouped(kv_heads=16),
+    rows.Rope(theta=1e4, longest=32_768),
+    rows.flag("qkv_bias", "attention.bias", True, values=_QKV),
+    rows.whole("intermediate_size", "d_ff", 5632),
+    *_sparse(60, 4, 1408),
+    rows.Pair(_read_shared, _write_shared),
+  ),
+  tensors=(
+    *tensors.ATTENTION,
+    *tensors.SPARSE,
+    *tensors.gated("moe/shared/{}", "mlp.shared_expert.{}.weight"),
+    *tensors.maps("{}", "{}", _GATE),
+  ),
+  ignored=("sliding_window",),
+)
+QWEN3 = families.Family(
+  "qwen3_moe",
+  "Qwen3MoeForCausalLM",
+  rows=(
+    *rows.common(151_936, 2048, 24, 32, 1e-6),
+    *rows.grouped(kv_heads=4),
+    rows.Rope(theta=1e4, longest=32_768),
+    rows.BIAS,
+    rows.whole("intermediate_size", "d_ff", 6144),
+    *_sparse(128, 8, 768),
+  ),
+  tensors=(*tensors.ATTENTION, *tensors.SPARSE),
+  constants={"attention.qk_norm": "head"},
+  ignored=("sliding_window",),
+)

@@ -1,0 +1,141 @@
+"""Where the tokens of a call stand, and at which places they may look.
+
+A token's own position is the number of real tokens before it in its document.
+Chunks, temperatures and routers count by it, because for them an absolute
+number matters. Rotary angles and windows depend on differences only, so that
+without a cache the place in the row serves as well, and costs nothing.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.models.attention.options import Options
+from moe_jax.moe.types import Array
+
+
+class Tokens(NamedTuple):
+  """Tokens [B, L] of a call, or those [B, M] of a cache.
+
+  mask_BL: bool, False for padding, which stands before or after the tokens of
+    a document; between them only with a cache.
+  document_BL: int32, number of the token's document in its row; None: every
+    row is one document.
+  position_BL: int32, own position: the number of real tokens before it in its
+    document.
+  relative_BL: int32, or [1, L]: its differences within a document are those of
+    the positions.
+  """
+
+  mask_BL: Array
+  document_BL: Array | None
+  position_BL: Array
+  relative_BL: Array
+
+
+class Cache(NamedTuple):
+  """Where the tokens of a call go, among M places.
+
+  first: place of the first of them.
+  keys: the tokens at all places, those of this call included; a place that is
+    not taken yet is padding.
+  """
+
+  first: Array
+  keys: Tokens
+
+
+class Context(NamedTuple):
+  """What all layers of a call have in common."""
+
+  tokens: Tokens
+  cache: Cache | None = None
+
+  def real(self, x_BLD: Array) -> Array:
+    """x with zeros for padding: NaN under a weight of zero would be NaN."""
+    return jnp.where(self.tokens.mask_BL[..., None], x_BLD, 0)
+
+
+def make(module, tokens_BL, mask_BL, end_of_document, cache_length):
+  """The Context of a call.
+
+  Args:
+    module: the linen module that keeps the variables of the cache.
+    tokens_BL: int32.
+    mask_BL: bool, False for padding.
+    end_of_document: the token that ends a document, and is its last; None:
+      every row is one document.
+    cache_length: M; None: no cache.
+  """
+  ends_BL = None if end_of_document is None else tokens_BL == end_of_document
+  length = mask_BL.shape[1]
+  if cache_length is None:
+    place_1L = jnp.arange(length)[None, :]
+    return Context(located(mask_BL, ends_BL)._replace(relative_BL=place_1L))
+  taken = module.variable("cache", "taken", jnp.zeros, (), jnp.int32)
+  first, taken.value = taken.value, taken.value + length
+  mask_BM = store(module, "mask", mask_BL, first, cache_length)
+  if ends_BL is not None:
+    ends_BL = store(module, "ends", ends_BL, first, cache_length)
+  keys = located(mask_BM, ends_BL)
+  tokens = jax.tree.map(
+    lambda x: jax.lax.dynamic_slice_in_dim(x, first, length, axis=1), keys
+  )
+  return Context(tokens, Cache(first, keys))
+
+
+def located(mask_BL: Array, ends_BL: Array | None) -> Tokens:
+  """Documents and own positions of the tokens of whole rows.
+
+  Args:
+    mask_BL: bool, False for padding.
+    ends_BL: bool, True for the last token of a document; None: a row is one.
+  """
+  before_BL = jnp.cumsum(mask_BL, axis=1, dtype=jnp.int32) - mask_BL
+  document_BL = None
+  if ends_BL is not None:
+    document_BL = jnp.cumsum(ends_BL, axis=1, dtype=jnp.int32) - ends_BL
+    begins_BL = jnp.pad(ends_BL[:, :-1], ((0, 0), (1, 0)))
+    before_BL -= jax.lax.cummax(jnp.where(begins_BL, before_BL, 0), axis=1)
+  return Tokens(mask_BL, document_BL, before_BL, before_BL)
+
+
+def store(module, name: str, part_BL: Array, first, places: int) -> Array:
+  """Keeps a part [B, L, ...] from place `first` on; returns all [B, M, ...]."""
+  shape = (len(part_BL), places, *part_BL.shape[2:])
+  variable = module.variable("cache", name, jnp.zeros, shape, part_BL.dtype)
+  variable.value = jax.lax.dynamic_update_slice_in_dim(
+    variable.value, part_BL, first, axis=1
+  )
+  return variable.value
+
+
+def visible(options: Options, context: Context) -> Array:
+  """[B, L, M]: whether a token of this call may look at a place.
+
+  It sees itself and the real tokens before it, of the same document, window
+  and chunk. A padded one still sees itself, so that no softmax is empty.
+  """
+  queries, keys = context.tokens, context.tokens
+  place_L = place_M = jnp.arange(queries.mask_BL.shape[1])
+  if context.cache is not None:
+    keys = context.cache.keys
+    place_L = context.cache.first + place_L
+    place_M = jnp.arange(keys.mask_BL.shape[1])
+
+  def pairs(name):
+    return getattr(queries, name)[:, :, None], getattr(keys, name)[:, None, :]
+
+  sees_BLM = keys.mask_BL[:, None, :]
+  if queries.document_BL is not None:
+    query, key = pairs("document_BL")
+    sees_BLM &= query == key
+  if options.window is not None:
+    query, key = pairs("relative_BL")
+    sees_BLM &= query - key < options.window
+  if options.chunk is not None:
+    query, key = pairs("position_BL")
+    sees_BLM &= query // options.chunk == key // options.chunk
+  back_1LM = (place_L[:, None] - place_M[None, :])[None]
+  return (back_1LM >= 0) & (sees_BLM | (back_1LM == 0))

@@ -1,0 +1,44 @@
+"""Attention in which groups of query heads share keys and values."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from moe_jax.models import norms
+from moe_jax.models.attention import heads, positions
+from moe_jax.models.attention.context import Context
+from moe_jax.moe.types import Array
+
+
+class Attention(heads.Heads):
+  """Attention with grouped queries (2305.13245)."""
+
+  @nn.compact
+  def __call__(self, x_BLD: Array, context: Context) -> Array:
+    m, tokens, d_model = self.options, context.tokens, x_BLD.shape[-1]
+    x_BLD = context.real(x_BLD)
+    q = self._heads(x_BLD, "query", "heads", m.num_heads)
+    k = self._heads(x_BLD, "key", "kv_heads", m.num_kv_heads)
+    v = self._heads(x_BLD, "value", "kv_heads", m.num_kv_heads)
+    if m.qk_norm in ("head", "projection"):
+      q, k = self._norm(q, "query_norm"), self._norm(k, "key_norm")
+    if m.clip is not None:
+      q, k, v = (jnp.clip(x, -m.clip, m.clip) for x in (q, k, v))
+    q, k = (positions.rotate(x, tokens.relative_BL, m) for x in (q, k))
+    if m.qk_norm == "l2":
+      q, k = (norms.unit(x, m.norm_eps).astype(x.dtype) for x in (q, k))
+    q = positions.tempered(q, tokens.position_BL, m.temperature)
+    k, v = self.cached(context, key=k, value=v)
+    return self.project_out(
+      self.attend(q, k, v, context, m.head_dim**0.5), d_model
+    )
+
+  def _heads(self, x_BLD, name, logical, number):
+    shape, axes = (number, self.options.head_dim), ("embed", logical, None)
+    bias = self.options.bias != "none"
+    return self.project(x_BLD, name, shape, axes, bias)
+
+  def _norm(self, x_BLHh, name):
+    shape = x_BLHh.shape
+    if self.options.qk_norm == "projection":
+      x_BLHh = x_BLHh.reshape(*shape[:2], -1)
+    return self.norm(x_BLHh, name, self.options.norm_eps).reshape(shape)

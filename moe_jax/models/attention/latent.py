@@ -1,0 +1,74 @@
+"""Attention whose keys and values are made of one small vector of a token."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from moe_jax.core import linear
+from moe_jax.models.attention import heads, positions
+from moe_jax.models.attention.context import Context
+from moe_jax.moe.types import Array
+
+_EPS = 1e-6  # In the norms of both latent vectors.
+
+
+class LatentAttention(heads.Heads):
+  """Multi-head latent attention (2405.04434, 2.1).
+
+  Keys and values of all heads are made of one latent c of a token, and of one
+  key with a position. Generation keeps these two, and multiplies the query and
+  the result by the matrices that would make keys and values of them.
+  """
+
+  @nn.compact
+  def __call__(self, x_BLD: Array, context: Context) -> Array:
+    m, d_model = self.options, x_BLD.shape[-1]
+    x_BLD, nope = context.real(x_BLD), m.head_dim
+    q, q_turned = self._query(x_BLD, context)
+    c, k_turned = self._latent(x_BLD, context)
+    shape, axes = (m.num_heads, nope + m.v_head_dim), ("heads", None)
+    up = self.parameter(
+      "kv_up", (m.kv_lora_rank, *shape), (None, *axes), inputs=1
+    )
+    up = up.astype(x_BLD.dtype)
+    divisor = (nope + m.rope_head_dim) ** 0.5 / m.rope_scaling.softmax
+    if context.cache is None:
+      kv = self.pinned(linear.product(c, up), axes)
+      k, v = kv[..., :nope], kv[..., nope:]
+      k_turned = jnp.broadcast_to(k_turned, (*k.shape[:3], m.rope_head_dim))
+      k = jnp.concatenate([k, k_turned], axis=-1)
+      q = jnp.concatenate([q, q_turned], axis=-1)
+      y = self.attend(q, k, v, context, divisor)
+    else:
+      c, k_turned = self.cached(context, latent=c[:, :, None], key=k_turned)
+      q = jnp.einsum("BLHh,lHh->BLHl", q, up[..., :nope])
+      q = jnp.concatenate([q, q_turned], axis=-1)
+      k = jnp.concatenate([c, k_turned], axis=-1)  # The same for all heads.
+      y = self.attend(q, k, c, context, divisor)
+      y = jnp.einsum("BLHl,lHv->BLHv", y, up[..., nope:])
+    return self.project_out(y, d_model)
+
+  def _query(self, x_BLD, context):
+    """The parts of all heads without and with a position."""
+    m, tokens, first = self.options, context.tokens, "embed"
+    if m.q_lora_rank is not None:
+      x_BLD = self._down(x_BLD, "query_down", m.q_lora_rank)
+      x_BLD, first = self.norm(x_BLD, "query_norm", _EPS), None
+    shape = (m.num_heads, m.head_dim + m.rope_head_dim)
+    q = self.project(x_BLD, "query", shape, (first, "heads", None))
+    q, turned = q[..., : m.head_dim], q[..., m.head_dim :]
+    turned = positions.rotate(turned, tokens.relative_BL, m)
+    return (
+      positions.tempered(x, tokens.position_BL, m.temperature)
+      for x in (q, turned)
+    )
+
+  def _latent(self, x_BLD, context):
+    """[B, L, l], and the key with a position [B, L, 1, h]."""
+    m, width = self.options, self.options.kv_lora_rank
+    c = self._down(x_BLD, "kv_down", width + m.rope_head_dim)
+    c, key = c[..., :width], c[..., None, width:]
+    key = positions.rotate(key, context.tokens.relative_BL, m)
+    return self.norm(c, "kv_norm", _EPS), key
+
+  def _down(self, x_BLD, name, width):
+    return self.project(x_BLD, name, (width,), ("embed", None))

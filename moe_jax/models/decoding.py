@@ -1,0 +1,170 @@
+"""Texts from a model, token by token, with a cache of keys and values."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import models
+from moe_jax.core import parallel
+from moe_jax.core.errors import ConfigError
+from moe_jax.core.options import integer, number, optional
+
+
+class Sampling(NamedTuple):
+  """How the next token is drawn.
+
+  temperature: logits are divided by it; 0 takes the most probable token.
+  top_k: draw from so many of the most probable tokens only; None: from all.
+  top_p: draw from the most probable tokens that together reach this
+    probability (nucleus, 1904.09751), in (0, 1]; None: from all.
+  seed: of the draws.
+  """
+
+  temperature: float = 0.0
+  top_k: int | None = None
+  top_p: float | None = None
+  seed: int = 0
+
+
+class Generated(NamedTuple):
+  """tokens_BN: what follows each prompt, up to and with the token that ends the
+    text; positions after it are filler, -1.
+
+  experts: {layer: [B, L + N - 1, K]} of all tokens but the last, those of
+    padding included; None if they were not asked for.
+  """
+
+  tokens_BN: np.ndarray
+  experts: dict[str, np.ndarray] | None
+
+
+def generate(
+  model,
+  variables,
+  prompts: Sequence[Sequence[int]],
+  num_tokens: int,
+  sampling: Sampling | None = None,
+  *,
+  ends: Sequence[int] = (),
+  experts: bool = False,
+) -> Generated:
+  """Continues prompts, all at once.
+
+  Args:
+    model: dropless, or its capacity is that of a single token; on its mesh.
+    variables: {"params": ...}, and "balance" if the model has it.
+    prompts: B of them, each of at least one token.
+    num_tokens: N, the most tokens for each.
+    sampling: how tokens are drawn; None: the most probable ones.
+    ends: tokens that end a text.
+    experts: also return which experts were chosen.
+
+  Raises:
+    ConfigError: impossible values.
+  """
+  sampling = sampling or Sampling()
+  _check(prompts, num_tokens, sampling, model.arch.vocab_size)
+  tokens_BL, mask_BL = _padded(prompts, parallel.token_shards(model.arch.mesh))
+  batch, length = tokens_BL.shape
+  step = _step(model, length + num_tokens, experts)
+  inputs, cache, over_B = (tokens_BL, mask_BL), {}, np.zeros(batch, bool)
+  made, routed = [], []
+  for rng in jax.random.split(jax.random.key(sampling.seed), num_tokens):
+    cache, logits_BV, chosen = step(variables, cache, *inputs)
+    token_B = sample(logits_BV, rng, sampling._replace(seed=0))
+    made.append(np.where(over_B, -1, np.asarray(token_B)))
+    routed.append(chosen)
+    over_B |= np.isin(made[-1], ends)
+    if over_B.all():
+      break
+    inputs = token_B[:, None], jnp.ones((batch, 1), bool)
+  asked = slice(len(prompts))
+  chosen = None
+  if experts:
+    chosen = _by_layer(routed, model.sublayers, batch)
+    chosen = {layer: rows[asked] for layer, rows in chosen.items()}
+  return Generated(np.stack(made, axis=1)[asked], chosen)
+
+
+def _padded(prompts, shards):
+  """Tokens and mask, padding first, of rows that divide over the devices."""
+  rows = [*prompts, *[prompts[0]] * (-len(prompts) % shards)]
+  longest = max(map(len, rows))
+  tokens_BL = np.zeros((len(rows), longest), np.int32)
+  for row, prompt in zip(tokens_BL, rows):
+    row[longest - len(prompt) :] = prompt
+  lengths_B = np.array([len(prompt) for prompt in rows])
+  return tokens_BL, np.arange(longest) >= (longest - lengths_B)[:, None]
+
+
+@functools.lru_cache(maxsize=8)
+def _step(model, length, experts):
+  """A step over prompts, or over one more token, whose cache it takes."""
+
+  def step(variables, cache, tokens_BL, mask_BL):
+    (logits_BLV, aux), changed = model.apply(
+      {**variables, **cache},
+      tokens_BL,
+      mask_BL,
+      collect="routing" if experts else None,
+      cache_length=length,
+      mutable=["cache"],
+    )
+    chosen = {
+      path: models.at(aux, path)["expert_GTK"]
+      for path in (model.sublayers if experts else ())
+    }
+    return changed, logits_BLV[:, -1], chosen
+
+  return jax.jit(step, donate_argnums=1)
+
+
+@functools.partial(jax.jit, static_argnames="sampling")
+def sample(logits_BV, rng, sampling: Sampling):
+  """One token of each row; `sampling.seed` is not read."""
+  if sampling.temperature == 0:
+    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+  logits_BV = logits_BV / sampling.temperature
+  sorted_BV = -jnp.sort(-logits_BV, axis=-1)
+  if sampling.top_k is not None:
+    least_B1 = sorted_BV[:, sampling.top_k - 1 : sampling.top_k]
+    logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    sorted_BV = jnp.where(sorted_BV < least_B1, -jnp.inf, sorted_BV)
+  if sampling.top_p is not None:
+    prob_BV = jax.nn.softmax(sorted_BV, axis=-1)
+    # A token is in if those before it do not reach top_p yet.
+    inside_BV = jnp.cumsum(prob_BV, axis=-1) - prob_BV < sampling.top_p
+    least_B1 = jnp.where(inside_BV, sorted_BV, jnp.inf).min(-1, keepdims=True)
+    logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+  return jax.random.categorical(rng, logits_BV).astype(jnp.int32)
+
+
+def _by_layer(routed, sublayers, batch):
+  """{layer: experts of all tokens, one after another}."""
+  layers = {
+    f"{number:02d}": [np.asarray(chosen[path][r]) for chosen in routed]
+    for path, parts in sublayers.items()
+    for r, number in enumerate(parts.numbers)
+  }
+  return {
+    layer: np.concatenate(
+      [x.reshape(batch, -1, x.shape[-1]) for x in layers[layer]], axis=1
+    )
+    for layer in sorted(layers)
+  }
+
+
+def _check(prompts, num_tokens, sampling, vocab_size):
+  if not len(prompts) or not all(len(p) for p in prompts):
+    raise ConfigError("a prompt has at least one token")
+  for token in (min(map(min, prompts)), max(map(max, prompts))):
+    integer(0, vocab_size - 1).check(int(token), "a prompt's token")
+  integer(1).check(num_tokens, "num_tokens")
+  number(0).check(sampling.temperature, "temperature")
+  optional(integer(1, vocab_size)).check(sampling.top_k, "top_k")
+  optional(number(above=0, high=1)).check(sampling.top_p, "top_p")
+  integer(0).check(sampling.seed, "seed")

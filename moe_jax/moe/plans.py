@@ -1,0 +1,210 @@
+"""Choices laid out for the experts: tokens to rows, and results to tokens.
+
+Each form of choice has its plan. A `TokenChoice` is laid out by a dispatcher;
+the other two already say which expert works on which token.
+"""
+
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from moe_jax.core import varying
+from moe_jax.moe.types import (
+  Array,
+  Bound,
+  Dispatcher,
+  Loads,
+  Mixture,
+  Plan,
+  Rows,
+  SlotChoice,
+  TokenChoice,
+)
+
+
+class Tokens(NamedTuple):
+  """Facts about the tokens that loads are counted of.
+
+  mask_GT: bool, False for padding.
+  sequences: S, sequences in a group.
+  prob_GTE: the router's distribution; zeros where it has none.
+  """
+
+  mask_GT: Array
+  sequences: int
+  prob_GTE: Array
+
+  def by_sequence(self, value: Array) -> Array:
+    """Sums [G, T, ...] over the unpadded tokens of each sequence."""
+    mask = self.mask_GT.reshape(self.mask_GT.shape + (1,) * (value.ndim - 2))
+    value = jnp.where(mask, value, 0)
+    shape = (value.shape[0], self.sequences, -1, *value.shape[2:])
+    # Without the dtype, integers grow to int64 in float64 mode.
+    return value.reshape(shape).sum(2, dtype=value.dtype)
+
+
+def make(
+  choice: TokenChoice | SlotChoice | Mixture,
+  dispatcher: Dispatcher,
+  num_experts: int,
+  bound: Bound | None,
+  num_tokens: int,
+) -> Plan:
+  """The plan of a choice with a leading G.
+
+  Args:
+    choice: from the router.
+    dispatcher: lays out a `TokenChoice`.
+    num_experts: E.
+    bound: the most rows of a `TokenChoice`; None: no limit.
+    num_tokens: T.
+  """
+  if isinstance(choice, SlotChoice):
+    token_GEC = checkpoint_name(choice.token_EC, "slot")
+    return SlotPlan(choice, token_GEC, num_tokens)
+  if isinstance(choice, Mixture):
+    return MixturePlan(choice.dispatch_TEC, choice.combine_TEC)
+  return dispatcher.plan(choice, num_experts, bound)
+
+
+@flax.struct.dataclass
+class TokenPlan:
+  """A `TokenChoice` whose rows a dispatcher lays out.
+
+  choice: with a leading G.
+  kept_GTK: bool, the assignments that have a slot.
+  num_experts: E.
+  shared_slots: whether experts share the slots of a bucket.
+  """
+
+  choice: TokenChoice
+  kept_GTK: Array
+  num_experts: int = flax.struct.field(pytree_node=False)
+  shared_slots: bool = flax.struct.field(pytree_node=False)
+
+  def loads(self, tokens: Tokens) -> Loads:
+    """The loads by sequence."""
+    valid_GTK, expert_GTK = self.choice.valid_TK, self.choice.expert_TK
+    groups, length, top_k = valid_GTK.shape
+    shape = (groups, tokens.sequences, length // tokens.sequences * top_k)
+    g, s = jnp.indices(shape[:2], sparse=True)
+    place = g[..., None], s[..., None], expert_GTK.reshape(shape)
+
+    def by_expert(value_GTK):
+      counts = jnp.zeros((*shape[:2], self.num_experts), value_GTK.dtype)
+      return counts.at[place].add(value_GTK.reshape(shape))
+
+    def whole(flags):
+      return flags.astype(jnp.int32)
+
+    def number(flags_GTK):
+      return tokens.by_sequence(flags_GTK.sum(-1, dtype=jnp.int32))
+
+    # Not a slice of expert_GTK: XLA on CPU would sort all scores for that.
+    first_GTK = valid_GTK.at[..., 1:].set(False)
+    full, none = valid_GTK & ~self.kept_GTK, jnp.zeros_like(valid_GTK)
+    chosen = jnp.take_along_axis(tokens.prob_GTE, expert_GTK, axis=-1)
+    return Loads(
+      count_E=by_expert(whole(valid_GTK)),
+      first_choice_E=by_expert(whole(first_GTK)),
+      kept_E=by_expert(whole(self.kept_GTK)),
+      weight_E=by_expert(jnp.where(valid_GTK, self.choice.weight_TK, 0)),
+      dropped={
+        "capacity": number(none if self.shared_slots else full),
+        "buffer": number(full if self.shared_slots else none),
+        "unrouted": number(~valid_GTK),
+      },
+      confidence=tokens.by_sequence(jnp.where(valid_GTK, chosen, 0).sum(-1)),
+    )
+
+
+@flax.struct.dataclass
+class SlotPlan:
+  """Slots that hold the tokens which each expert named.
+
+  token_GEC: as in the choice, kept for the backward pass.
+  """
+
+  choice: SlotChoice
+  token_GEC: Array
+  num_tokens: int = flax.struct.field(pytree_node=False)
+
+  def dispatch(self, x_GTD: Array) -> Rows:
+    """The named tokens, zero in an empty slot."""
+    x_GECD = jax.vmap(lambda x_TD, token_EC: x_TD[token_EC])(
+      x_GTD, self.token_GEC
+    )
+    return Rows(jnp.where(self.choice.valid_EC[..., None], x_GECD, 0))
+
+  def combine(self, rows: Rows) -> Array:
+    """Adds each slot times its weight to its token."""
+    weight_GEC = jnp.where(self.choice.valid_EC, self.choice.weight_EC, 0)
+    y_GECD = weight_GEC[..., None] * rows.x
+    shape = (len(y_GECD), self.num_tokens, rows.x.shape[-1])
+    y_GTD, y_GECD, token_GEC = varying.alike(
+      (jnp.zeros(shape, y_GECD.dtype), y_GECD, self.token_GEC)
+    )
+    add = jax.vmap(lambda y_TD, token_EC, y_ECD: y_TD.at[token_EC].add(y_ECD))
+    return add(y_GTD, token_GEC, y_GECD).astype(rows.x.dtype)
+
+  def loads(self, tokens: Tokens) -> Loads:
+    """The loads by sequence. Every assignment is a first choice; none drops."""
+    token_GEC, valid_GEC = self.token_GEC, self.choice.valid_EC
+    groups, num_experts, _ = token_GEC.shape
+    g, e, _ = jnp.indices(token_GEC.shape, sparse=True)
+    s = token_GEC // (self.num_tokens // tokens.sequences)
+
+    def by_expert(value_GEC):
+      shape = (groups, tokens.sequences, num_experts)
+      value_GEC = jnp.where(valid_GEC, value_GEC, 0)
+      return jnp.zeros(shape, value_GEC.dtype).at[g, s, e].add(value_GEC)
+
+    count = by_expert(valid_GEC.astype(jnp.int32))
+    none = jnp.zeros(count.shape[:2], jnp.int32)
+    confidence = by_expert(tokens.prob_GTE[g, token_GEC, e])
+    return Loads(
+      count_E=count,
+      first_choice_E=count,
+      kept_E=count,
+      weight_E=by_expert(self.choice.weight_EC),
+      dropped={"capacity": none, "buffer": none, "unrouted": none},
+      confidence=confidence.sum(-1),
+    )
+
+
+@flax.struct.dataclass
+class MixturePlan:
+  """Slots that hold weighted means of tokens."""
+
+  dispatch_GTEC: Array
+  combine_GTEC: Array
+
+  def dispatch(self, x_GTD: Array) -> Rows:
+    """The means of the tokens."""
+    weights = self.dispatch_GTEC.astype(x_GTD.dtype)
+    return Rows(jnp.einsum("GTEC,GTD->GECD", weights, x_GTD))
+
+  def combine(self, rows: Rows) -> Array:
+    """The means of the slots."""
+    weights, dtype = self.combine_GTEC, self.combine_GTEC.dtype
+    y_GTD = jnp.einsum(
+      "GTEC,GECD->GTD", weights, rows.x, preferred_element_type=dtype
+    )
+    return y_GTD.astype(rows.x.dtype)
+
+  def loads(self, tokens: Tokens) -> Loads:
+    """The loads by sequence: shares of the tokens in the slots."""
+    share_GTE = self.dispatch_GTEC.sum(-1)
+    count = tokens.by_sequence(share_GTE)
+    none = jnp.zeros(count.shape[:2], jnp.int32)
+    return Loads(
+      count_E=count,
+      first_choice_E=count,
+      kept_E=count,
+      weight_E=tokens.by_sequence(self.combine_GTEC.sum(-1)),
+      dropped={"capacity": none, "buffer": none, "unrouted": none},
+      confidence=tokens.by_sequence((share_GTE * tokens.prob_GTE).sum(-1)),
+    )

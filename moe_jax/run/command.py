@@ -1,0 +1,118 @@
+"""The end of a command: exit codes, errors in one sentence, and signals.
+
+0: done. 2: something is wrong, and one sentence says what to do. 75: a signal
+stopped it, and the same command goes on. 1, with a traceback: a fault of ours.
+
+It imports nothing slow, so that a signal that arrives while a command imports
+the rest is handled too.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+from moe_jax.core import files
+from moe_jax.core.errors import ConfigError, Interrupted, RunError, first_line
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# What jax says where a process that it talks to is gone.
+_PEER = re.compile("Gloo|(closed|reset) by peer|remote process exited")
+# Seconds that the first process leaves the others to say what was wrong, as
+# they end with it.
+_LAST_WORDS = 2.0
+_index = None  # Of this process among several, once it has joined them.
+
+
+def run(main: Callable[[], int]) -> None:
+  """Calls main(), and ends the process with the exit code that it returns.
+
+  A signal ends the process at once, also in the middle of a callback or an
+  import, where an exception would get lost: whatever a run has written is whole
+  at any moment. `signals.Stop` lets a training run finish its step first. The
+  handlers stay until the process has ended.
+  """
+  for number in SIGNALS:
+    if signal.getsignal(number) != signal.SIG_IGN:
+      signal.signal(number, _end)
+  try:
+    code = main()
+  except Interrupted as e:
+    print(e, file=sys.stderr)
+    code = 75
+  except Exception as e:
+    sentence = _sentence(e)
+    text = f"error: {sentence}" if sentence else traceback.format_exc()
+    code = 2 if sentence else 1
+    leave(text, code)
+    if sentence is None:
+      raise
+    print(text, file=sys.stderr)
+  sys.exit(code)
+
+
+def _end(number, frame):
+  """The handler of signals. It may interrupt a write, so it does not print."""
+  del number, frame
+  os.write(2, b"stopped by a signal; the same command goes on\n")
+  files.remove_scratch()
+  with contextlib.suppress(Exception):
+    sys.stdout.flush()
+  os._exit(75)
+
+
+def joined(index: int) -> None:
+  """Notes that this process is one of several, for `leave`."""
+  global _index
+  _index = index
+
+
+def leave(text: str, code: int) -> None:
+  """Ends this process at once, if it is one of several; else does nothing.
+
+  On its regular way out jax waits for all processes to come, minutes where
+  only one has failed, and then crashes.
+
+  Args:
+    text: last words, for stderr.
+    code: for the shell.
+  """
+  if _index is None:
+    return
+  print(text, file=sys.stderr)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if _index == 0:
+    time.sleep(_LAST_WORDS)
+  os._exit(code)
+
+
+def _sentence(error):
+  """Returns what to tell the user; None for an error nobody thought of."""
+  if isinstance(error, ConfigError | RunError):
+    return str(error)
+  for cause in _causes(error):
+    if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+      return (
+        f"{cause.filename or 'a file'} cannot be written ({cause.strerror});"
+        " free space on that disk, older runs for instance, and give the same"
+        " command again"
+      )
+  if _PEER.search(str(error)):
+    return (
+      f"another process of this run has ended ({first_line(error)}); see what it"
+      " said"
+    )
+  return None
+
+
+def _causes(error):
+  """Yields an error and those that it was raised from or in handling of."""
+  while error is not None:
+    yield error
+    error = error.__cause__ or error.__context__

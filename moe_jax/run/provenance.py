@@ -1,0 +1,104 @@
+"""What a run is made with: code, versions, devices."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import time
+from importlib import metadata
+
+import jax
+
+from moe_jax.run import config as config_lib
+
+_PACKAGES = (
+  *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"),
+  *("grain", "moe_jax"),
+)
+
+
+def facts(config) -> dict:
+  """Returns what `run.json` says about this process, as JSON has it.
+
+  Args:
+    config: of the run, whose plugins are code too.
+  """
+  plugins = _digests(config.plugins)
+  code = json.dumps(_digests_of_the_package())
+  return {
+    "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    "git": git_revision(),
+    "code": _digest(code.encode()),
+    "versions": _versions(),
+    "python": platform.python_version(),
+    "platform": jax.default_backend(),
+    "devices": [d.device_kind for d in jax.devices()],
+    "processes": jax.process_count(),
+    "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    **({"plugins": plugins} if plugins else {}),
+  }
+
+
+def of_process(workdir: str | os.PathLike, config) -> dict:
+  """Returns what all processes of a run must have alike, by name.
+
+  Args:
+    workdir: of the run.
+    config: its config, whose plugins are code too.
+  """
+  values = config_lib.flat(json.loads(config_lib.to_json(config)))
+  return {
+    "--workdir": str(workdir),
+    "python": platform.python_version(),
+    "jax_enable_x64": bool(jax.config.jax_enable_x64),
+    **{f"the version of {p}": v for p, v in _versions().items()},
+    **{f"config.{key}": value for key, value in values},
+    **_digests_of_the_package(),
+    **_digests(config.plugins),
+  }
+
+
+def git_revision() -> str:
+  """Revision of the checkout the code runs from, with "+" if it was edited."""
+
+  def git(*args):
+    command = ["git", "-C", str(pathlib.Path(__file__).parent), *args]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+  try:
+    revision = git("rev-parse", "HEAD")
+    return revision + ("+" if git("status", "--porcelain") else "")
+  except OSError:
+    return ""
+
+
+def _versions():
+  """{package: version} of those that are installed."""
+  installed = {}
+  for package in _PACKAGES:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+      installed[package] = metadata.version(package)
+  return installed
+
+
+def _digests(folders):
+  """{folder/path of a Python file in it: digest}."""
+  return {
+    f"{folder}/{path.relative_to(folder)}": _digest(path.read_bytes())
+    for folder in folders
+    for path in sorted(pathlib.Path(folder).rglob("*.py"))
+  }
+
+
+def _digests_of_the_package():
+  package = pathlib.Path(__file__).parents[1]
+  digests = _digests([package])
+  return {k.replace(str(package), package.name): v for k, v in digests.items()}
+
+
+def _digest(content):
+  return hashlib.sha256(content).hexdigest()[:16]

@@ -1,0 +1,205 @@
+"""Next-token prediction: the cross-entropy of a decoder on text."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.core import parallel
+from moe_jax.data import batches, mixed, tokenizers
+from moe_jax.moe.types import Array, Mean
+from moe_jax.training import evaluation
+from moe_jax.training.task import Task
+
+
+def build(
+  config, mesh=None, fingerprint: str | None = None, prepare: bool = True
+) -> Task:
+  """The task of a config, with its text prepared.
+
+  Args:
+    config: a whole config, of which `data`, `train.accumulation`, `eval` and
+      `plugins` are read.
+    mesh: from `parallel.make_mesh`; None: one device.
+    fingerprint: of the data, where a run goes on that has seen it; None: any.
+    prepare: whether there are to be batches; without them nothing is read but
+      the tokenizer.
+
+  Raises:
+    ConfigError: no such data, or impossible numbers.
+  """
+  if prepare:
+    corpus = mixed.prepare(
+      config.data, plugins=config.plugins, fingerprint=fingerprint
+    )
+  else:
+    tokenizer = tokenizers.load(config.data.tokenizer)
+    corpus = Unread(config.data.name, tokenizer.num_bytes_V, tokenizer.end)
+  return of_corpus(config, corpus, mesh)
+
+
+class Unread(NamedTuple):
+  """What is known of a corpus before any text is read; has no batches."""
+
+  name: str
+  num_bytes_V: Any
+  end_of_document: int
+  fingerprint: str = ""
+  sources: Mapping[str, Any] = {}
+
+
+def of_corpus(config, corpus, mesh=None) -> Task:
+  """The task of a config on text that is prepared already.
+
+  Args:
+    config, mesh: as in `build`.
+    corpus: from `mixed.prepare`, or `Unread`.
+  """
+  data = config.data
+  windows = dict(
+    seq_len=data.seq_len, separate_documents=data.separate_documents
+  )
+
+  def train(seed, rows=None):
+    return batches.train_batches(
+      corpus,
+      **windows,
+      batch_size=data.batch_size,
+      seed=seed,
+      accumulation=config.train.accumulation,
+      rows=rows,
+    )
+
+  def validation(rows=None):
+    return batches.validation_batches(
+      corpus,
+      **windows,
+      batch_size=config.eval.batch_size,
+      batches_per_domain=config.eval.batches_per_domain,
+      rows=rows,
+    )
+
+  def init(model, rng):
+    shards = parallel.token_shards(mesh)
+    return model.init(rng, jnp.zeros((shards, 1), jnp.int32))
+
+  task = scoring(np.asarray(corpus.num_bytes_V, np.int32), data.seq_len)
+  end = corpus.end_of_document if data.separate_documents else None
+  return dataclasses.replace(
+    task,
+    given={"vocab_size": len(corpus.num_bytes_V), "end_of_document": end},
+    init=init,
+    train=train,
+    validation=validation,
+    name=corpus.name,
+    fingerprint=corpus.fingerprint,
+    sources=corpus.sources,
+  )
+
+
+def scoring(num_bytes_V: np.ndarray, seq_len: int) -> Task:
+  """The task without data: losses and metrics of any batch.
+
+  Args:
+    num_bytes_V: bytes of text that each token stands for.
+    seq_len: L.
+  """
+  tokens = jax.ShapeDtypeStruct((seq_len,), jnp.int32)
+  return Task(
+    spec={
+      "inputs": tokens,
+      "targets": tokens,
+      "mask": jax.ShapeDtypeStruct((seq_len,), jnp.bool_),
+    },
+    weight=lambda batch: batch["mask"].sum(),
+    loss=losses(num_bytes_V),
+    metrics=metrics,
+    headline="bits_per_byte",
+    by_domain=("bits_per_byte",),
+    length=seq_len,
+    tokens_per_example=seq_len,
+  )
+
+
+def losses(num_bytes_V):
+  """`Task.loss`, which also counts the bytes of text of the targets.
+
+  Args:
+    num_bytes_V: bytes of text that each token stands for.
+  """
+
+  def loss(model, variables, batch, rng, first, train):
+    logits_BLV, aux = model.apply(
+      variables, batch["inputs"], batch["mask"], rng, first=first, train=train
+    )
+    targets, mask = batch["targets"], batch["mask"]
+    num_bytes_BL = jnp.where(mask, jnp.asarray(num_bytes_V)[targets], 0)
+    sums = {"bytes": num_bytes_BL.sum()}
+    return cross_entropy(logits_BLV, targets, mask), sums, aux
+
+  return loss
+
+
+def cross_entropy(logits_BLV: Array, target_BL: Array, mask_BL: Array) -> Mean:
+  """-log p(target), in nats, over unpadded tokens."""
+  log_p_BLV = jax.nn.log_softmax(logits_BLV, axis=-1)
+  nll_BL = -jnp.take_along_axis(log_p_BLV, target_BL[..., None], axis=-1)[
+    ..., 0
+  ]
+  total = jnp.where(mask_BL, nll_BL, 0).sum()
+  return Mean(total, mask_BL.sum().astype(total.dtype))
+
+
+def metrics(loss: Mean, sums) -> dict[str, Mean]:
+  """Cross-entropy in nats per token and in bits per byte of text."""
+  nats = loss.total
+  return {
+    "loss": loss,
+    "bits_per_byte": Mean(nats / math.log(2), sums["bytes"]),
+  }
+
+
+def on_corpus(
+  loaded, corpus, *, separate_documents: bool = True, **batching
+) -> tuple[Task, dict]:
+  """(the task, {domain: summed `evaluation.eval_step`}) of weights on a text.
+
+  Args:
+    loaded: a `trained.Trained`; the first of its `ends` ends a document.
+    corpus: from `mixed.prepare`, tokens of the same tokenizer.
+    separate_documents: no attention or loss across their ends.
+    **batching: seq_len, batch_size, batches_per_domain of
+      `batches.validation_batches`.
+  """
+  end, own_end = loaded.ends[0], loaded.tokenizer.end
+  arch = dataclasses.replace(
+    loaded.model.arch, end_of_document=end if separate_documents else None
+  )
+  sizes_V = np.zeros(max(arch.vocab_size, corpus.vocab_size), np.int32)
+  sizes_V[: corpus.vocab_size] = corpus.num_bytes_V
+  model = loaded.model.clone(arch=arch)
+  task = scoring(sizes_V, batching["seq_len"])
+  compiled = jax.jit(
+    functools.partial(evaluation.eval_step, model=model, task=task)
+  )
+  variables = {"balance": {}, **loaded.variables}
+
+  def step(batch, index):
+    batch = {k: batch[k] for k in task.spec}
+    for name in ("inputs", "targets"):
+      # The tokenizer's end is one token more than the model may have.
+      batch[name] = np.where(batch[name] == own_end, end, batch[name])
+    return compiled(**variables, batch=batch, index=np.int32(index))
+
+  split = batches.validation_batches(
+    corpus,
+    separate_documents=separate_documents,
+    begin=loaded.tokenizer.begin,
+    **batching,
+  )
+  return task, evaluation.by_domain(step, split)

@@ -1,0 +1,131 @@
+"""Balancers in training: their losses, and the update of their state.
+
+Everything is by the path of a sublayer, see `models.sublayers`; arrays have a
+leading axis of repeats.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from moe_jax import models
+from moe_jax.core import registry
+from moe_jax.moe.types import Array, Stats, Sublayer
+
+Sublayers = Mapping[str, Sublayer]
+
+
+def numbers(sublayers: Sublayers) -> dict:
+  """{path: {label: {option: number}}} of all balancers' number options."""
+  return {
+    path: {
+      label: registry.number_options(balancer)
+      for label, balancer in parts.recipe.balancers
+      if balancer.spec is not None
+    }
+    for path, parts in sublayers.items()
+  }
+
+
+def rebuilt(sublayers: Sublayers, numbers: Mapping) -> dict[str, Sublayer]:
+  """The sublayers with balancers of other numbers, tracers for instance.
+
+  Args:
+    sublayers: of the model.
+    numbers: as `numbers` returns them; what it lacks stays as it is.
+  """
+
+  def one(parts, numbers):
+    balancers = tuple(
+      (label, registry.rebuild(balancer, numbers[label]))
+      if label in numbers
+      else (label, balancer)
+      for label, balancer in parts.recipe.balancers
+    )
+    recipe = dataclasses.replace(parts.recipe, balancers=balancers)
+    return parts._replace(recipe=recipe)
+
+  return {
+    path: one(parts, numbers.get(path, {})) for path, parts in sublayers.items()
+  }
+
+
+def statistics(aux: Mapping, sublayers: Sublayers) -> dict[str, Stats]:
+  """{path: Stats [R, G, S]} out of what a model returns beside its output."""
+  return {
+    path: _stacked(models.at(aux, path)["stats"], parts)
+    for path, parts in sublayers.items()
+  }
+
+
+def _stacked(tree, parts: Sublayer):
+  """Arrays with their leading axis of repeats."""
+  if parts.stacked:
+    return tree
+  return jax.tree.map(lambda x: x[None], tree)
+
+
+def sum_groups(stats: Mapping[str, Stats]) -> dict[str, Stats]:
+  """Sums over groups and sequences, kept as axes of length 1: [R, 1, 1]."""
+  return jax.tree.map(lambda x: x.sum((1, 2), keepdims=True), stats)
+
+
+def loss(
+  sublayers: Sublayers,
+  state: Mapping,
+  stats: Mapping[str, Stats],
+  so_far: Mapping[str, Array],
+  params: Mapping,
+) -> Array:
+  """Sum over MoE layers and balancers of coefficient times loss.
+
+  Args:
+    sublayers: of the model.
+    state: the collection `balance`.
+    stats: of this micro-batch, [R, G, S].
+    so_far: count_E [R, E] of the micro-batches before this one in the step.
+    params: the collection `params`, for balancers that look at the router's.
+  """
+  total = jnp.zeros(())
+  for path, parts in sublayers.items():
+    states, router = (
+      _stacked(models.at(tree, place), parts)
+      for tree, place in ((state, path), (params, f"{path}/router"))
+    )
+    for label, balancer in parts.recipe.balancers:
+      if balancer.loss is not None:
+        losses_R = jax.vmap(balancer.loss)(
+          states.get(label, {}), stats[path], so_far[path], router
+        )
+        total += losses_R.value().sum()
+  return total
+
+
+def update(
+  sublayers: Sublayers,
+  state: Mapping,
+  stats: Mapping[str, Stats],
+  step: Array,
+) -> dict:
+  """The balancers' new state, once per step, from that step's sums.
+
+  Args:
+    sublayers, state: as in `loss`.
+    stats: summed over groups and over the step's micro-batches.
+    step: number of the step, from 0.
+  """
+  new = traverse_util.flatten_dict(dict(state), sep="/")
+  for path, parts in sublayers.items():
+    for label, balancer in parts.recipe.balancers:
+      before = models.at(state, path).get(label)
+      if before is not None:
+        after = jax.vmap(balancer.update, (0, 0, None))(
+          _stacked(before, parts), stats[path], step
+        )
+        if not parts.stacked:
+          after = jax.tree.map(lambda x: x[0], after)
+        new |= {f"{path}/{label}/{k}": v for k, v in after.items()}
+  return traverse_util.unflatten_dict(new, sep="/")

@@ -1,0 +1,124 @@
+"""Optimizers by name: adamw, adafactor, muon, sgd, and those of plugins.
+
+An update is a direction, plus decoupled weight decay, times a learning rate.
+None of its numbers is compiled into a program: they are arguments of it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+from moe_jax.core import registry, roles
+from moe_jax.core.options import number, optional, part, section
+from moe_jax.training.optimizers import schedules
+
+SHARED = ("schedules",)
+_FACTORS = section(dict.fromkeys(roles.FACTORS, number(0)), required=())
+OPTIONS = schedules.OPTIONS | {
+  "optimizer": part(),
+  "weight_decay": number(0),
+  "learning_rate_factors": _FACTORS,
+  "weight_decay_factors": _FACTORS,
+  "clip_norm": optional(number(above=0)),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Optimizer:
+  """What the file of an optimizer builds.
+
+  direction: (numbers, tree of `roles.Role`) -> optax.GradientTransformation,
+    whose updates point along the gradient. It is a function of the module, not
+    one that `build` makes: sections with the same function, and numbers of the
+    same names, share a compiled program.
+  numbers: {name: number} for `direction`, which gets them as scalars in jit.
+  decays: whether weight decay goes with it.
+  """
+
+  direction: Callable[[Mapping[str, Any], Any], optax.GradientTransformation]
+  numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  decays: bool = True
+
+
+PART = Optimizer  # `build` of each file returns one.
+
+
+def load(section: Mapping, plugins: tuple[str, ...] = ()) -> Optimizer:
+  """The optimizer that a section `optim` names.
+
+  Args:
+    section: see `configs/base.py`.
+    plugins: folders with optimizers/NAME.py of the user.
+
+  Raises:
+    ConfigError: there is none, or its options are impossible.
+  """
+  return registry.from_config(
+    "optimizers", section["optimizer"], "optim.optimizer", plugins=plugins
+  )
+
+
+def numbers(
+  section: Mapping, num_steps: int, plugins: tuple[str, ...] = ()
+) -> dict[str, Any]:
+  """The numbers of a section `optim`: a tree of Python's floats and ints.
+
+  As Python's, or as weakly typed arrays, they leave a parameter its dtype. What
+  is done with them before they meet an array is done here, in double precision.
+
+  Args:
+    section, plugins: as in `load`.
+    num_steps: length of the run, the end of the schedule.
+  """
+  optimizer = load(section, plugins)
+  rates, decays = (
+    dict.fromkeys(roles.FACTORS, 1.0) | dict(section[f"{name}_factors"])
+    for name in ("learning_rate", "weight_decay")
+  )
+  decay = section["weight_decay"] if optimizer.decays else 0.0
+  return {
+    "direction": dict(optimizer.numbers),
+    "schedule": schedules.numbers(section, num_steps),
+    "factors": rates,
+    "decay": {part: decay * factor for part, factor in decays.items()},
+    "clip_norm": section["clip_norm"],
+  }
+
+
+def build(
+  direction: Callable, of_params, numbers: Mapping[str, Any]
+) -> optax.GradientTransformation:
+  """The optimizer, which may be built inside of the compiled step.
+
+  Args:
+    direction: of an `Optimizer`.
+    of_params: the parameters' roles, from `roles.of`.
+    numbers: from `numbers`, or tracers in their place.
+  """
+
+  def scaled(updates, params):
+    def leaf(role, u, p):
+      if role.is_decayed:
+        u += numbers["decay"][role.factor] * p
+      return u * numbers["factors"][role.factor]
+
+    return jax.tree.map(leaf, of_params, updates, params)
+
+  clip = numbers["clip_norm"]
+  return optax.chain(
+    optax.identity() if clip is None else optax.clip_by_global_norm(clip),
+    direction(numbers["direction"], of_params),
+    optax.stateless(scaled),
+    optax.scale_by_learning_rate(schedules.rate(numbers["schedule"])),
+  )
+
+
+def check(
+  section: Mapping, num_steps: int, plugins: tuple[str, ...] = ()
+) -> None:
+  """Raises ConfigError for an optimizer or a schedule that there is not."""
+  load(section, plugins)
+  schedules.check(section, num_steps)

@@ -1,0 +1,102 @@
+"""JSON on disk that may hold anything, and text that is written as a whole."""
+
+import pathlib
+
+import pytest
+
+from moe_jax.core import files
+from moe_jax.core.errors import ConfigError
+
+BROKEN = {
+  b'{"a": "\xe1"}': "byte 7 is not UTF-8",
+  b"": "not JSON",
+  b'{"a": 1': "not JSON",
+  b"[" * 100_000: "deeper than 64 levels",
+  b'{"a":' * 65 + b"1" + b"}" * 65: "deeper than 64 levels",
+  b'{"a": NaN}': "the number nan",
+  b'{"a": [-Infinity]}': "the number -inf",
+  b'{"a": 1e999}': "the number inf",
+  b'{"a": "\\ud800"}': "half a surrogate pair",
+  b'{"\\ud800": 1}': "half a surrogate pair",
+  b'{"a": %s}' % (b"9" * 10_000): "4300 digits",
+  b"[1]": "holds a list",
+  b'{"a": "%s"}' % (b"x" * 2000): "larger than 1,000 bytes",
+}
+
+
+@pytest.mark.parametrize(("raw", "words"), BROKEN.items(), ids=BROKEN.values())
+def test_what_is_no_json_is_one_sentence(tmp_path, raw, words):
+  path = tmp_path / "a.json"
+  path.write_bytes(raw)
+  size = 1000 if "larger" in words else files.MAX_BYTES
+  with pytest.raises(ConfigError) as e:
+    files.read_json(path, "a list of things", "make it again", size)
+  assert str(e.value).startswith(f"{path} is not a list of things (")
+  assert str(e.value).endswith("; make it again") and words in str(e.value)
+  assert "\n" not in str(e.value)
+
+
+def test_whole_json_is_read(tmp_path):
+  path = tmp_path / "a.json"
+  path.write_text('{"a": [1, 2.5, null, true, "\\ud83d\\ude00é"], "b": {}}')
+  value = files.read_json(path, "x", "y")
+  assert value == {"a": [1, 2.5, None, True, "\U0001f600é"], "b": {}}
+  path.write_bytes(b'{"a":' * 64 + b"1" + b"}" * 64)
+  files.read_json(path, "x", "y")
+  path.write_text("[1e999]")
+  assert files.read_json(path, "x", "y", kind=list, allow_nan=True)
+  with pytest.raises(FileNotFoundError):
+    files.read_json(tmp_path / "none", "x", "y")
+  with pytest.raises(ConfigError, match="cannot be read .Is a directory.; y"):
+    files.read_json(tmp_path, "x", "y")
+
+
+def positive(value):
+  if not isinstance(value, int) or value <= 0:
+    raise ValueError(f"{value} is not positive")
+
+
+def test_lines_and_those_that_are_broken(tmp_path):
+  path = tmp_path / "a.jsonl"
+
+  def read(raw, **options):
+    path.write_bytes(raw)
+    return files.read_json_lines(path, "x", "y", check=positive, **options)
+
+  assert read(b"") == []
+  assert read(b"1\n2\n") == read(b"1\n2") == [1, 2]
+  # Its writer is in the middle of the last line, or was killed there.
+  assert read(b'1\n2\n{"a') == read(b"1\n2\n\xe1") == [1, 2]
+  for broken in (b'{"a', b"\xe1", b"-1", b"[" * 100_000, b"NaN", b""):
+    for rest in (b"\n", b"\n2\n", b"\n2"):
+      with pytest.raises(ConfigError, match="^line 2 of .* is not x .*; y$"):
+        read(b"1\n" + broken + rest)
+      assert read(b"1\n" + broken + rest, until_broken=True) == [1]
+  with pytest.raises(ConfigError, match="^line 1 of .* larger than 3 bytes"):
+    read(b"11111\n", max_line_bytes=3)
+  with pytest.raises(FileNotFoundError):
+    files.read_json_lines(tmp_path / "none", "x", "y")
+
+
+def test_text_is_written_as_a_whole(tmp_path, monkeypatch):
+  path = tmp_path / "a.txt"
+  files.write_text(path, "é\n")
+  assert path.read_bytes() == b"\xc3\xa9\n"
+
+  def full(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(files.os, "fsync", full)
+  with pytest.raises(OSError) as e:
+    files.write_text(path, "new")
+  assert e.value.filename == str(path)
+  assert (
+    path.read_bytes() == b"\xc3\xa9\n" and len(list(tmp_path.iterdir())) == 1
+  )
+
+
+def test_an_error_names_the_file_that_the_user_knows():
+  for file in (None, ".a"):
+    with pytest.raises(OSError) as e, files.naming(pathlib.Path("a")):
+      raise OSError(28, "No space left on device", file)
+    assert e.value.filename == "a"

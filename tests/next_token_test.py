@@ -1,0 +1,67 @@
+"""Next-token prediction: its loss, and what it is counted in."""
+
+import math
+import types
+
+import jax
+import numpy as np
+
+from moe_jax.tasks import next_token
+from tests import small
+
+V = small.V
+
+
+def model_of(logits_BLV):
+  """A model that always has these logits."""
+  return types.SimpleNamespace(apply=lambda *args, **kwargs: (logits_BLV, {}))
+
+
+def test_the_loss_is_of_unpadded_tokens():
+  """And NaN in the logits of padding reaches neither the loss nor gradients."""
+  rng = np.random.default_rng(0)
+  logits_BLV = rng.normal(size=(2, 3, 5)).astype(np.float32)
+  target_BL = rng.integers(0, 5, (2, 3))
+  mask_BL = np.array([[True, True, False], [True, False, False]])
+  total = 0.0
+  for b, t in zip(*np.nonzero(mask_BL)):
+    p_V = np.exp(np.float64(logits_BLV[b, t]))
+    total -= math.log(p_V[target_BL[b, t]] / p_V.sum())
+  found = next_token.cross_entropy(logits_BLV, target_BL, mask_BL)
+  np.testing.assert_allclose(found.total, total, rtol=1e-6)
+  assert found.weight == 3
+  logits_BLV[~mask_BL] = 1e30
+  gradient = jax.grad(
+    lambda x: next_token.cross_entropy(x, target_BL, mask_BL).total
+  )(logits_BLV)
+  assert (gradient[~mask_BL] == 0).all() and np.isfinite(gradient).all()
+
+
+def test_bytes_are_no_ends_of_documents():
+  targets = np.array([[1, 255, 256], [256, 3, 4]])
+  mask = np.array([[True, True, True], [True, True, False]])
+  batch = {"inputs": targets, "targets": targets, "mask": mask}
+  task = small.task()
+  loss, sums, aux = task.loss(
+    model_of(np.zeros((2, 3, V), np.float32)), {}, batch, None, 0, train=False
+  )
+  assert sums["bytes"] == 3 and aux == {}
+  assert task.weight(batch) == loss.weight == 5
+  found = task.metrics(loss, sums)
+  np.testing.assert_allclose(found["loss"].value(), math.log(V), rtol=1e-6)
+  bits = 5 * math.log2(V) / 3
+  np.testing.assert_allclose(found["bits_per_byte"].value(), bits, rtol=1e-6)
+
+
+def test_what_the_model_is_told():
+  """The vocabulary; and the end of a document where documents are separate."""
+  c = small.config()
+  for separate, end in ((True, V - 1), (False, None)):
+    c.data.separate_documents = separate
+    task = next_token.of_corpus(c, small.SmallCorpus())
+    assert task.given == {"vocab_size": V, "end_of_document": end}
+  assert (task.name, task.fingerprint) == ("small", "0")
+  # Without a text, by the tokenizer alone.
+  c.data.name = "nothing_that_is_there"
+  unread = next_token.build(c, prepare=False)
+  assert unread.given == task.given and unread.spec == task.spec
