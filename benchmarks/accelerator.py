@@ -120,7 +120,7 @@ def summarize(name: str, shape: Shape, runs: list[dict]) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-  """As markdown."""
+  """The results as markdown."""
   lines = {"down": "implementation", "across": "shape"}
   ran = [row for row in rows if "forward_seconds" in row]
   return "\n".join(

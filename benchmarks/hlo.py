@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its HLO text."""
+"""The collectives of a compiled program, read from its HLO text."""
 
 import collections
 import re
@@ -45,7 +45,7 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-  """All of a compiled program, but those of one device with itself.
+  """All collectives of a program, except those of a device with itself.
 
   Args:
     text: `jax.jit(f).lower(...).compile().as_text()`.
@@ -53,7 +53,7 @@ def collectives(text: str) -> list[Collective]:
   found = []
   computations, times = _computations(text)
   for name, lines in computations.items():
-    begun = {}  # What starts asynchronously has its result where it is done.
+    begun = {}  # An asynchronous operation has its result where it is done.
     for line in lines:
       match = _SENDS.match(line)
       if not match:

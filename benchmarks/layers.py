@@ -98,7 +98,7 @@ class Call(NamedTuple):
 
   @property
   def made_bytes(self) -> int:
-    """Of what it makes, results included, at most."""
+    """Upper limit of the bytes that it allocates, results included."""
     plan = self.compiled.memory_analysis()
     return plan.temp_size_in_bytes + plan.output_size_in_bytes
 

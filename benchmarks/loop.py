@@ -1,4 +1,4 @@
-"""What the training loop costs beside its compiled steps.
+"""Time of the training loop over that of its compiled steps.
 
   python -m benchmarks.loop --config=configs/tiny.py
 

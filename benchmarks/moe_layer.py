@@ -20,7 +20,7 @@ from benchmarks import shapes, timing
 from moe_jax.run import command
 
 _SLOW = 5.0  # Times dense; what is slower runs in the first process only.
-_MOST = 0.8  # Of the machine's memory; what needs more does not run.
+_MOST = 0.8  # Share of the machine's memory; larger ones are not run.
 
 
 def main(argv=None) -> int:
@@ -78,7 +78,7 @@ def _ratio(seconds, name, direction):
 
 
 def table(rows: list[dict]) -> str:
-  """The rows as markdown: ratios, and what is reached of the matmul peak."""
+  """The rows as markdown: ratios, and percentages of the matmul peak."""
   lines = {"down": "implementation", "across": "shape"}
   shares = [row for row in rows if "forward_of_matmul_peak" in row]
   return "\n".join(
@@ -104,7 +104,7 @@ def _cell(row, direction):
 
 
 def _runs(shape, args):
-  """What each process measured."""
+  """The measurements of each process."""
   flags = ["--child", f"--shapes={shape}", f"--rounds={args.rounds}"]
   only, runs = args.only or [*shapes.ROWS], []
   for _ in range(args.processes):

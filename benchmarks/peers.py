@@ -1,4 +1,4 @@
-"""What others do for a MoE layer, as short as it goes.
+"""MoE layers as other codes compute them, as short as possible.
 
 Each is f(shape, [its capacity factor], params, x_TD) -> y_TD, with the
 parameters of `moe_jax.moe.layer`.

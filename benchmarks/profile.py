@@ -1,4 +1,4 @@
-"""Where a layer's time goes: XLA's operations, by their kind.
+"""Time of a layer by kind of XLA's operations.
 
   python -m benchmarks.profile --shapes=S4 --only=dense/cpu --only=sorted/cpu
 
@@ -143,7 +143,7 @@ def summarize(shape: str, runs: list[list[dict]]) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-  """As markdown, in milliseconds."""
+  """The results as markdown, in milliseconds."""
   lines = [
     f"| shape | layer | direction | wall, ms | {' | '.join(KINDS)} |",
     "|---" * (4 + len(KINDS)) + "|",

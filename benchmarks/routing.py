@@ -1,4 +1,4 @@
-"""What a dropless layer costs besides its experts, stage by stage.
+"""Time of a dropless layer without its experts, stage by stage.
 
   python -m benchmarks.routing --shapes=S1,S2 --json=routing.json
 

@@ -162,7 +162,7 @@ def _cost(curve, run, direction):
 
 
 def _slope(values, grown):
-  """Of log grown over log values."""
+  """The slope of log grown over log values."""
   return float(np.polyfit(np.log(values), np.log(list(grown)), 1)[0])
 
 
@@ -208,7 +208,7 @@ def curve_table(rows: list[dict], curve: str) -> str:
 
 
 def _of_experts(curve, value):
-  """Of the FLOPs of experts and router, the share of the experts.
+  """The share of the experts in the FLOPs of experts and router.
 
   Rows have the cost of a FLOP of the experts; tables count the router's too.
   """
@@ -280,7 +280,7 @@ def forced(shape: shapes.Shape, params: dict, expert_TK: np.ndarray):
 
 
 def loads_of(shape: str, runs: list[dict]) -> dict:
-  """How much slower Zipf's loads are than equal ones."""
+  """The time of Zipf's loads over that of equal loads."""
   row = {"shape": shape, "loads": "Zipf over equal"}
   for d in shapes.DIRECTIONS:
     zipf, equal = ([run[loads][d] for run in runs] for loads in LOADS[::-1])
@@ -289,7 +289,7 @@ def loads_of(shape: str, runs: list[dict]) -> dict:
 
 
 def loads_table(rows: list[dict]) -> str:
-  """As markdown."""
+  """The results as markdown."""
   lines = [
     "| loads of Zipf ÷ equal | forward | forward+backward |",
     "|---|---|---|",
@@ -301,7 +301,7 @@ def loads_table(rows: list[dict]) -> str:
 
 
 def memory_of(shape: str) -> dict:
-  """Bytes of what forward and backward make, gradients included."""
+  """Bytes that forward and backward allocate, gradients included."""
   from benchmarks import layers
 
   named = layers.implementations(shapes.SHAPES[shape])
@@ -322,7 +322,7 @@ def memory_of(shape: str) -> dict:
 
 
 def memory_table(rows: list[dict]) -> str:
-  """As markdown."""
+  """The results as markdown."""
   lines = [
     "| forward+backward | MB | of them gradients of experts | dense, MB"
     " | the rest ÷ dense |",

@@ -17,12 +17,12 @@ class Shape(NamedTuple):
 
   @property
   def flops(self) -> int:
-    """Of the chosen experts' matrix products, forward."""
+    """FLOPs of the chosen experts' matrix products, forward."""
     return 6 * self.tokens * self.d_model * self.d_expert * self.top_k
 
   @property
   def router_flops(self) -> int:
-    """Of the router's matrix product, forward."""
+    """FLOPs of the router's matrix product, forward."""
     return 2 * self.tokens * self.d_model * self.num_experts
 
 
@@ -41,7 +41,7 @@ DROPPING = (
   "scatter, capacity 1.25",
 )
 NOT_ROUTED = ("experts alone, batched",)
-ROWS = (*DROPLESS, *DROPPING, *NOT_ROUTED)  # Of a table, beside dense.
+ROWS = (*DROPLESS, *DROPPING, *NOT_ROUTED)  # The table's rows beside dense.
 DIRECTIONS = ("forward", "forward_backward")
 
 
@@ -64,6 +64,6 @@ def check_layers(names: list[str], known: Sequence[str] = ROWS) -> None:
 
 
 def describe() -> str:
-  """What the shapes are."""
+  """The shapes in words."""
   found = (f"{k}: {tuple(v[:4])}" for k, v in SHAPES.items())
   return f"{', '.join(found)} (D, F, E, K)"

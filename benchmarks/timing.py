@@ -1,4 +1,4 @@
-"""What benchmarks share: turns, several processes, and the machine."""
+"""Shared by benchmarks: turns, several processes, and the machine."""
 
 import argparse
 import functools
@@ -93,7 +93,7 @@ def over(ones: Sequence[float], others: Sequence[float]) -> float:
 
 
 def processes(module: str, arguments: Sequence[str], count: int) -> list:
-  """What so many runs of a module print as JSON, one after another.
+  """The JSON that each of several runs of a module prints.
 
   What one has compiled, the next ones find.
   """
@@ -121,9 +121,8 @@ def _run(command, env):
       env=env,
       start_new_session=True,
     ) as process,
-    local.tied() as tie,
+    local.tied([process]),
   ):
-    tie(process)
     said, _ = process.communicate()
   return process.returncode, said
 
@@ -186,7 +185,7 @@ def write(path: pathlib.Path, rows: list[dict]) -> None:
 
 
 def machine() -> dict:
-  """What numbers are of."""
+  """The machine and versions that numbers are measured with."""
   import jax
 
   from moe_jax.run import provenance
@@ -212,7 +211,7 @@ def machine() -> dict:
 
 
 def cores() -> int:
-  """That this process may use."""
+  """The cores that this process may use."""
   if hasattr(os, "sched_getaffinity"):
     return len(os.sched_getaffinity(0))
   return os.cpu_count()

@@ -28,7 +28,7 @@ _FLOAT = 4  # Bytes.
 
 
 class Shape(NamedTuple):
-  """Of a layer: D, F, E, K, C, tokens T of a group, and groups on a device.
+  """A layer: D, F, E, K, C, tokens T of a group, and groups on a device.
 
   slots: C; None: no bound, which the dispatcher "sorted" alone does.
   """
@@ -209,7 +209,7 @@ def summarize(devices: int, found: dict) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-  """As markdown."""
+  """The results as markdown."""
   of_one = next((r["flops"] for r in rows if r["devices"] == 1), None)
   lines = [
     "| devices | data, fsdp, expert, tensor | FLOPs of a device ÷ those of one"

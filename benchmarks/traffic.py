@@ -44,7 +44,7 @@ def main(argv=None) -> int:
 def trace(
   workdir: pathlib.Path, trust_plugins: bool
 ) -> tuple[dict[str, np.ndarray], dict[str, int], dict]:
-  """What a run's routers choose on the validation split.
+  """The choices of a run's routers on the validation split.
 
   Returns:
     {layer: experts of every unpadded token [N, K]}, {layer: E}, and the options
@@ -148,7 +148,7 @@ def spread(
 
 
 def table(rows: list[dict]) -> str:
-  """As markdown."""
+  """The results as markdown."""
   lines = [
     "| run | devices | devices a token goes to | rows sent a token, one a choice"
     " | one a device | busiest device ÷ mean | validation loss |",

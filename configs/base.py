@@ -1,4 +1,4 @@
-"""Every knob and its default. Other configs import this and change a few.
+"""Every option and its default. Other configs import this and change a few.
 
 This is a model of a few hundred thousand parameters for a laptop.
 
@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
   # Devices along data, fsdp, expert, tensor; -1: all that are left.
   c.mesh = (-1, 1, 1, 1)
   c.writers = ()  # beside metrics.jsonl: "tensorboard", "wandb"
-  c.plugins = ()  # folders with routers/NAME.py, balancers/NAME.py, ... of yours
+  c.plugins = ()  # your folders with routers/NAME.py, balancers/NAME.py, ...
 
   c.task = ConfigDict({"name": "next_token"})  # a file of moe_jax/tasks
 
@@ -24,8 +24,8 @@ def get_config() -> ConfigDict:
   # A dataset of moe_jax/data/datasets, of a plugin, or any that TFDS knows.
   c.data.name = "python_sources"
   c.data.dir = None  # folder of a prepared TFDS dataset
-  c.data.text_feature = "text"  # what is read of an example
-  c.data.domain_feature = "domain"  # what names its domain, if there is one
+  c.data.text_feature = "text"  # the feature of an example that is read
+  c.data.domain_feature = "domain"  # the feature with its domain, if any
   # Instead of that one: {label: {"name": ..., "weight": ..., "dir": ...}}.
   c.data.mixture = ConfigDict()
   c.data.tokenizer = "bytes"  # or a tokenizer.json, or a SentencePiece .model
@@ -58,8 +58,8 @@ def get_config() -> ConfigDict:
   c.model.norm_eps = 1e-6  # added to the mean square
   c.model.tie_embeddings = True  # output layer = transposed embedding
   c.model.scale_embedding = True  # times sqrt(d_model)
-  # What the backward pass computes again: "none", "dispatch" (blocks, but no
-  # exchange between devices), "block" (blocks).
+  # Recomputed in the backward pass: "none", "dispatch" (blocks without the
+  # exchange between devices), "block" (whole blocks).
   c.model.remat = "none"
   c.model.dtype = "float32"  # of activations; parameters are float32
   c.model.allow_noncausal = False  # let routing look at later tokens
@@ -80,7 +80,7 @@ def get_config() -> ConfigDict:
   moe.expert_buckets = None  # None: one per expert
   moe.capacity_rounding = "floor"  # of slots: floor, ceil, round
   moe.capacity_multiple = 1  # slots are rounded up to a multiple of it
-  moe.min_capacity = 0  # and are no fewer than that
+  moe.min_capacity = 0  # and raised to this if they are fewer
   # For ragged rows: reference, cpu, gpu, tpu. None: the platform's.
   moe.grouped_matmul = None
   # A file of moe_jax/moe/routers and its options.
@@ -104,7 +104,7 @@ def get_config() -> ConfigDict:
   parts = {"router": 1.0, "experts": 1.0, "rest": 1.0}
   c.optim.learning_rate_factors = ConfigDict(parts)
   c.optim.weight_decay_factors = ConfigDict(parts)
-  c.optim.clip_norm = 1.0  # of the gradient; None: no
+  c.optim.clip_norm = 1.0  # largest norm of the gradient; None: no clipping
 
   c.train = ConfigDict()
   c.train.num_steps = 300  # optimizer steps
@@ -116,12 +116,12 @@ def get_config() -> ConfigDict:
   # On a mesh, compare a layer with that of one device before the first step.
   c.train.check_mesh = True
   c.train.profile_steps = ()  # (first, end): a trace in WORKDIR/profile
-  c.train.max_skipped_in_a_row = 10  # not finite, before the run gives up
+  c.train.max_skipped_in_a_row = 10  # steps not finite, before the run stops
 
   c.checkpoint = ConfigDict()
   c.checkpoint.every = 1000  # steps; 0: at the end, and when it is stopped
-  c.checkpoint.keep_last = 3  # of the newest
-  c.checkpoint.keep_every = None  # steps, for good
+  c.checkpoint.keep_last = 3  # the newest ones that are kept
+  c.checkpoint.keep_every = None  # keep those of multiples of this step too
 
   c.eval = ConfigDict()
   c.eval.every = 0  # steps between evaluations; 0: at the end only

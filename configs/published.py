@@ -1,4 +1,4 @@
-"""What the configs of published decoders share: how to name, and to shrink.
+"""Shared by the configs of published decoders: their names, and `tiny`.
 
 Their variants are sizes, and `tiny`: everything of the first size (attention,
 layers, routing, balancing), but a few thousand parameters.
@@ -13,7 +13,7 @@ from moe_jax.core.errors import ConfigError, did_you_mean
 
 
 def decoder() -> ConfigDict:
-  """configs/base.py without what none of them does."""
+  """configs/base.py without the options that no published decoder has."""
   c = base.get_config()
   c.model.tie_embeddings = False
   c.model.scale_embedding = False
@@ -27,7 +27,7 @@ def decoder() -> ConfigDict:
 
 
 def one_of(sizes: Mapping[str, Callable[[], ConfigDict]], variant: str):
-  """The config of a size, or the first one shrunk.
+  """The config of a size, or the first size shrunk.
 
   Raises:
     ConfigError: there is no such size.

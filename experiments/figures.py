@@ -130,7 +130,7 @@ BITS_OVER_MAX_VIO = Scatter(
 
 
 class Style(NamedTuple):
-  """How an arm looks."""
+  """The look of an arm."""
 
   color: str
   line: object

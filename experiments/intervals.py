@@ -1,4 +1,4 @@
-"""How sure a mean over seeds is: Student's t-interval."""
+"""Student's t-interval of a mean over seeds."""
 
 import math
 import statistics

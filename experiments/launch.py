@@ -10,7 +10,6 @@ WORKDIR/report. Several processes that are given the same command on a cluster
 run one run after another together.
 """
 
-import argparse
 import sys
 import tempfile
 import time
@@ -54,11 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _arguments(argv):
-  parser = argparse.ArgumentParser(
-    prog="python -m experiments.launch",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = config_lib.Parser(__doc__, prog="python -m experiments.launch")
   questions.add_arguments(parser, argv)
   add = parser.add_argument
   add("--seeds", type=int, metavar="N", help="seeds 0 to N - 1 of each arm")
@@ -151,7 +146,7 @@ def _check_writable(workdir):
 
 
 def _tell(args, experiment, rows) -> int:
-  """Says what was asked for, and returns the exit code."""
+  """Prints the list, the choices or the report; returns the exit code."""
   experiment = experiment.knowing(rows)
   if args.list:
     print(*experiment.status(args.seeds), sep="\n")

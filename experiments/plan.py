@@ -108,7 +108,7 @@ class Experiment:
     unfinished = [run for run, row in zip(wanted, rows) if row is None]
     finished = [row for row in rows if row is not None]
     configs = {run.arm_and_tried: run.config for run in wanted}
-    # What is special about a single arm is what tells it from the others.
+    # A single arm is described by its differences from the others.
     others = self.sweep.configs() if len(configs) == 1 else {}
     differ = differences(others | configs)
     summary = [
@@ -121,7 +121,7 @@ class Experiment:
     return Launch(title, workdir, wanted, unfinished, finished, summary)
 
   def _seeds(self, arm, seeds):
-    """The runs of an arm with what was chosen for it."""
+    """The runs of an arm, with the values chosen for it."""
     if seeds is not None and seeds < 1:
       raise ConfigError(f"--seeds={seeds} is no run at all; give 1 or more")
     overrides = self.chosen(arm)
@@ -134,7 +134,7 @@ class Experiment:
     return [self._run(arm, seed, overrides) for seed in range(count)]
 
   def _stage(self, stage):
-    """What a stage tries, for the arms whose turn it is.
+    """The tuning runs of a stage, for the arms that have come to it.
 
     These are the ones that are wanted and those whose choices they take.
     """
@@ -204,7 +204,7 @@ class Experiment:
     return runs.Run(self.scale, arm, seed, digest, folder, config, tried)
 
   def choices(self) -> list[str]:
-    """What was chosen for the arms, in words; [] if nothing is tuned."""
+    """The values chosen for the arms, in words; [] if nothing is tuned."""
     stages = self.sweep.stages
     if not stages:
       return []

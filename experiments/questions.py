@@ -28,7 +28,7 @@ class Question(NamedTuple):
   report: report.Report
 
   def sweep(self, scale: str) -> sweeps.Sweep:
-    """What runs at a scale.
+    """The sweep of a scale.
 
     Raises:
       ConfigError: the question has no such scale.
@@ -80,7 +80,7 @@ def add_folder(folder: str) -> None:
 def add_arguments(
   parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> None:
-  """Adds the arguments that name a question and what to take of it."""
+  """Adds the arguments that name a question, its scale and its arms."""
   first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
   first.add_argument("--questions")
   folder = first.parse_known_args(argv)[0].questions

@@ -18,9 +18,9 @@ class Column(NamedTuple):
   meaning: one sentence for under the table.
   over: show metric / over, run by run; None: metric.
   factor: of a unit, such as 1e-12.
-  best: min or max, if that is the better value; it is bold in LaTeX where it
+  best: min or max, whichever is better; the best is bold in LaTeX where it
     differs significantly from every other one.
-  optional: that no run has the metric is nothing to tell.
+  optional: the report does not mention that no run has the metric.
   """
 
   metric: str
@@ -49,8 +49,8 @@ class Column(NamedTuple):
 class Claim(NamedTuple):
   """Is `metric` of `arm` different from that of `baseline`? Paired by seed.
 
-  alike: a metric in which the two were meant to be alike, up to `ALIKE`, so that
-    the claim is not about this one; None: there is none.
+  alike: a metric that was meant to be equal in both arms, up to `ALIKE`; None:
+    there is no such metric.
   """
 
   metric: str
@@ -63,7 +63,7 @@ ALIKE = 0.2
 
 
 class Report(NamedTuple):
-  """What is shown of a question.
+  """The contents of a question's report.
 
   columns: of the table.
   claims: differences between arms; shown where both arms are.
@@ -82,7 +82,7 @@ class Report(NamedTuple):
   findings: Sequence[Callable[[list[dict]], list[str]]] = ()
 
   def column(self, metric: str) -> Column:
-    """How the table shows a metric."""
+    """The column that shows a metric in the table."""
     same = (c for c in self.columns if c.metric == metric and not c.over)
     return next(same, Column(metric))
 
@@ -255,7 +255,7 @@ def _about(rows):
 
 
 def _remarks(report, rows, missing):
-  """What a reader has to know about the rows, and what the columns are."""
+  """Remarks about the rows, and the meanings of the columns."""
   lines = ["Differences are paired by seed."] if report.claims else []
   lost = [f"{r['arm']} seed {r['seed']}" for r in rows if runs.diverged(r)]
   if lost:
@@ -323,7 +323,7 @@ def _latex(table, caption, bold):
 
 
 def _thin(curves, report):
-  """Only what the figures need."""
+  """The points of curves that the figures need."""
   place = {*runs.KEYS, "step"}
   drawn = (getattr(plot, "needs", ()) for plot in report.plots)
   wanted = set(report.needs).union(*drawn)

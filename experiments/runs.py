@@ -11,7 +11,7 @@ from typing import Any
 import ml_collections
 
 from moe_jax.core.errors import ConfigError
-from moe_jax.core.files import naming
+from moe_jax.core.files import writing
 
 KEYS = ("scale", "arm", "seed", "config_digest")
 ORIGIN = ("data", "revision")
@@ -79,7 +79,7 @@ class Run:
     else:
       row |= summary(self._lines("train"), validation)
     path, temporary = self.folder / "row.json", self.folder / ".row.json"
-    with naming(path):
+    with writing(path):
       temporary.write_text(json.dumps(row, indent=2) + "\n")
       os.replace(temporary, path)
 
@@ -87,7 +87,7 @@ class Run:
     """The columns `ORIGIN` and `COST`: data, code, and the training's size."""
     facts, config = self._json("run.json"), self._json("config.json")
     git, steps = facts["git"], config["train"]["num_steps"]
-    tokens = steps * config["data"]["batch_size"] * config["data"]["seq_len"]
+    tokens = steps * facts["tokens_per_step"]
     return {
       "data": facts["data"][:12],
       "revision": git[:12] + "+" * git.endswith("+"),
@@ -183,7 +183,7 @@ def write_csv(path: pathlib.Path, rows: list[dict]) -> None:
   columns = list(dict.fromkeys(k for row in rows for k in row))
   path = pathlib.Path(path)
   temporary = path.with_name(f".{path.name}.{os.getpid()}")
-  with naming(path):
+  with writing(path):
     with open(temporary, "w", newline="") as f:
       writer = csv.DictWriter(f, columns, lineterminator="\n")
       writer.writeheader()

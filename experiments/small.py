@@ -30,7 +30,7 @@ def cpu_config() -> ml_collections.ConfigDict:
   c.data.update(seq_len=128, batch_size=16)
   c.model.update(num_layers=4, prefix=("dense",))
   c.model.update(num_heads=2, num_kv_heads=2, head_dim=32)
-  c.model.d_ff = 160  # Of the first layer: the width of active experts.
+  c.model.d_ff = 160  # The first layer is as wide as the active experts.
   c.model.moe.update(num_experts=32, top_k=4, d_expert=32, num_shared_experts=1)
   # One group a step: a sequence is of one domain, its loads are not balanced.
   c.model.moe.tokens_per_group = 2048

@@ -29,7 +29,7 @@ Arms = dict[str, dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-  """What a question runs at one scale.
+  """The arms and seeds of a question at one scale.
 
   config: what all arms share.
   arms: {name: {dotted key: value}}; a name is also a folder's.
@@ -97,7 +97,7 @@ class Sweep:
             f" tunes a {own} of its own; change sweep.py, or train it alone with"
             " python -m moe_jax.main and a run's config.json"
           )
-      config_lib.override(config, text)
+      config = config_lib.overridden(config, [text])
     return dataclasses.replace(self, config=config)
 
   def _own(self, arms):
@@ -149,7 +149,7 @@ def apply(
 
 
 def digest(config: ml_collections.ConfigDict) -> str:
-  """Twelve hexadecimal digits that change with what a run's numbers depend on.
+  """Twelve hexadecimal digits that change with the options of a run.
 
   These are the values that differ from configs/base.py, but for the seed and,
   for instance, the mesh; and the files of plugins, as a path alone does not say

@@ -5,7 +5,6 @@ import sys
 import time
 
 from experiments import plan, sweeps
-from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError, Diverged, Interrupted, InUse
 from moe_jax.run import processes, provenance, run_directory
 from moe_jax.run.progress import Progress
@@ -95,7 +94,7 @@ def _train_one(run, program, progress, deadline) -> bool:
     with run_directory.RunDirectory(run.folder, config) as directory:
       try:
         validation = loop.run(program, run.seed, directory, named, deadline)
-      except Diverged as e:  # That is a result too.
+      except Diverged as e:  # A diverged run is a result too.
         validation = None
         if processes.is_first():
           print(f"{run.name}: {e}", file=sys.stderr, flush=True)
@@ -123,9 +122,7 @@ def _check(launch):
   for name, config in configs.items():
     try:
       programs.check(config)
-      mesh = parallel.mesh_or_none(config.mesh)
-      task = programs.build_task(config, mesh, prepare=False)
-      programs.build_model(config, task, mesh)
+      programs.build(config, prepare=False)
     except ConfigError as e:
       raise ConfigError(
         f"arm {name}: {e}. To run the others without it, give --arm=NAME for"

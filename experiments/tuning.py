@@ -75,7 +75,7 @@ class Stage:
 
 
 def describe(stages: Iterable[Stage], arm: str, chosen: Mapping) -> str:
-  """An arm's choices in words, and whether each met what was looked for.
+  """An arm's choices in words, and whether each reached its target.
 
   A choice at an end of what was tried may not be the best one.
   """

@@ -1,10 +1,8 @@
-"""Loss and routing metrics of any weights on a text: of a run, or published.
+"""Loss and routing metrics on a dataset, of a run or of published weights.
 
 python -m moe_jax.evaluate --hf=PATH --dataset=python_sources
 """
 
-import argparse
-import json
 import sys
 
 from moe_jax.core.errors import ConfigError
@@ -17,13 +15,15 @@ def main(argv=None) -> int:
   """The command."""
   args = _arguments(argv)
 
-  from moe_jax.data import mixed
+  from moe_jax.data import corpora
   from moe_jax.tasks import next_token
   from moe_jax.training import evaluation
 
   loaded = trained.load(args, dropless=args.dropless)
   settings = _settings(args, loaded)
-  corpus = mixed.prepare(_data(args, loaded.tokenizer.name))
+  corpus = corpora.prepare(
+    args.dataset, data_dir=args.data_dir, tokenizer=loaded.tokenizer.name
+  )
   task, sums = next_token.on_corpus(loaded, corpus, **settings)
   scored = sum(int(part["loss"].weight) for part in sums.values())
   print(f"{scored} tokens, with {_words(settings, loaded)}")
@@ -31,21 +31,21 @@ def main(argv=None) -> int:
   for name, value in values.items():
     print(f"{name:32}{value:12.4f}")
   if loaded.model.sublayers:
-    rows = evaluation.specialisation(sums, loaded.model.sublayers)
-    print(
-      f"\nThe most used experts of each domain:\n\n{evaluation.describe(rows)}"
-    )
+    shares = evaluation.specialisation(sums, loaded.model.sublayers)
+    table = evaluation.describe(shares)
+    print(f"\nThe most used experts of each domain:\n\n{table}")
+    rows = [
+      {"layer": layer, "domain": domain, "expert": e, "share": float(share)}
+      for (layer, domain), share_E in shares.items()
+      for e, share in enumerate(share_E)
+    ]
   if args.json:
-    _write(args.json, {"metrics": values, "shares": rows})
+    command.write_json(args.json, {"metrics": values, "shares": rows})
   return 0
 
 
 def _arguments(argv):
-  parser = argparse.ArgumentParser(
-    prog="python -m moe_jax.evaluate",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = config_lib.Parser(__doc__, prog="python -m moe_jax.evaluate")
   add, count = parser.add_argument, config_lib.at_least_1
   trained.add_flags(parser)
   add("--dataset", required=True, help="as config.data.name has it")
@@ -59,7 +59,6 @@ def _arguments(argv):
   )
   add("--batches_per_domain", type=count, help="default: all")
   add("--json", metavar="PATH", help="metrics, and shares of experts")
-  config_lib.check_utf8(argv)
   return parser.parse_args(argv)
 
 
@@ -99,29 +98,6 @@ def _words(settings, loaded):
   )
   words = [f"{k} = {v}" for k, v in settings.items()]
   return ", ".join([*words, "the run's capacity" if bounded else "dropless"])
-
-
-def _data(args, tokenizer: str) -> dict:
-  """The section `data` of a config, of the command's flags."""
-  return {
-    "name": args.dataset,
-    "dir": args.data_dir,
-    "text_feature": "text",
-    "domain_feature": "domain",
-    "mixture": {},
-    "tokenizer": tokenizer,
-    "cache_dir": None,
-  }
-
-
-def _write(path, values):
-  try:
-    with open(path, "w") as f:
-      json.dump(values, f, indent=2)
-  except OSError as e:
-    raise ConfigError(
-      f"cannot write --json={path} ({e.strerror}); choose another path"
-    ) from None
 
 
 if __name__ == "__main__":

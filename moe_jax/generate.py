@@ -1,9 +1,8 @@
-"""Text from a model, token by token, and which experts each token used.
+"""Generates text from a model, and prints the experts that each token used.
 
 python -m moe_jax.generate --checkpoint=runs/tiny --prompt="def " --experts
 """
 
-import argparse
 import sys
 
 from moe_jax.run import command
@@ -60,11 +59,7 @@ def table(tokenizer, tokens, experts) -> str:
 
 
 def _arguments(argv):
-  parser = argparse.ArgumentParser(
-    prog="python -m moe_jax.generate",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = config_lib.Parser(__doc__, prog="python -m moe_jax.generate")
   add, count = parser.add_argument, config_lib.at_least_1
   trained.add_flags(parser)
   more = {"action": "append", "required": True, "metavar": "TEXT"}
@@ -75,7 +70,6 @@ def _arguments(argv):
   add("--top_p", type=float, help="draw from the likeliest up to this sum only")
   add("--seed", type=int, default=0, help="of the draws (default: 0)")
   add("--experts", action="store_true", help="print the experts of every token")
-  config_lib.check_utf8(argv)
   return parser.parse_args(argv)
 
 

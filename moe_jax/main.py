@@ -10,7 +10,7 @@ from moe_jax.run import command
 
 
 def main(argv=None) -> int:
-  """The command: one run from a config into a work directory."""
+  """The command: trains one run from a config in a work directory."""
   # Inside, where `command.run` handles signals already.
   from moe_jax.run import config as config_lib
 

@@ -3,11 +3,8 @@
 python -m moe_jax.params --config=configs/base.py
 """
 
-import dataclasses
-import json
 import sys
 
-from moe_jax.core.errors import ConfigError
 from moe_jax.run import command
 from moe_jax.run import config as config_lib
 
@@ -31,12 +28,10 @@ def main(argv=None) -> int:
   from moe_jax.models import counts
   from moe_jax.training import program
 
+  if args.vocab_size is not None:
+    config.model.vocab_size = args.vocab_size
   program.check(config)
   task = program.build_task(config, prepare=False)
-  vocab_size = args.vocab_size or config.model.vocab_size
-  if vocab_size:
-    given = {**task.given, "vocab_size": vocab_size}
-    task = dataclasses.replace(task, given=given)
   model = program.build_model(config, task)
   variables = jax.eval_shape(lambda: task.init(model, jax.random.key(0)))
   found = counts.count(model, variables)
@@ -51,13 +46,7 @@ def main(argv=None) -> int:
   for name, value in found.items():
     print(f"{name:36}{value:>24,}")
   if args.json:
-    try:
-      with open(args.json, "w") as f:
-        json.dump(found, f, indent=2)
-    except OSError as e:
-      raise ConfigError(
-        f"cannot write --json={args.json} ({e.strerror}); choose another path"
-      ) from None
+    command.write_json(args.json, found)
   return 0
 
 

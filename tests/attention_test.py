@@ -4,6 +4,7 @@ other documents change nothing."""
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,9 +132,9 @@ def test_documents_and_own_positions():
     .swapaxes(0, 1)
     .astype(int)
   )
-  whole = context.located(mask.astype(bool), None)
+  whole = context.located(mask.astype(bool), np.zeros(ends.shape, bool))
   apart = context.located(mask.astype(bool), ends.astype(bool))
-  assert whole.document_BL is None
+  assert not whole.document_BL.any()
   np.testing.assert_array_equal(whole.position_BL, wanted[0])
   np.testing.assert_array_equal(apart.document_BL, wanted[1])
   np.testing.assert_array_equal(apart.position_BL, wanted[2])
@@ -240,11 +241,22 @@ def test_what_a_token_sees():
 
 
 def test_sinks_take_part_in_the_softmax():
+  class Given(heads.Heads):
+    """Attention of queries, keys and values that are given."""
+
+    @nn.compact
+    def __call__(self, *args):
+      return self.attend(*args)
+
   rng = np.random.default_rng(0)
   q, k, v = (rng.normal(size=(1, 3, 2, 4)).astype(np.float32) for _ in range(3))
-  sees = np.tril(np.ones((1, 3, 3), bool))
+  mask_BL = np.ones((1, 3), bool)
+  about = context.make(None, np.zeros((1, 3), int), mask_BL, None, None)
+  options = attention.Options(2, 2, 4, 1e4, 1e-6, sinks=True)
   sinks = np.array([0.5, 30.0], np.float32)
-  found = heads.attend(q, k, v, sees, 2.0, sinks)
+  found = Given(options).apply(
+    {"params": {"sinks": sinks}}, q, k, v, about, 2.0
+  )
   for h in range(2):
     for i in range(3):
       scores = np.exp([*(q[0, i, h] @ k[0, : i + 1, h].T / 2), sinks[h]])
@@ -317,7 +329,7 @@ def test_variants_of_layers_are_checked():
   c = base.get_config().model
   c.variants = {"local": {"window": 4}}
   c.pattern = ("moe", "moe@locl")
-  with pytest.raises(ConfigError, match='did you mean "local"'):
+  with pytest.raises(ConfigError, match='did you mean "moe@local"'):
     models.build(c, vocab_size=V)
   c.pattern = ("moe", "moe@local")
   model = models.build(c, vocab_size=V)

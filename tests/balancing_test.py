@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax.core import registry
 from moe_jax.moe import layer
-from moe_jax.moe.types import Loads, Side, Stats
+from moe_jax.moe.types import Side, Stats
 from tests import oracle
 
 T, E, K = 1024, 8, 2
@@ -22,16 +22,16 @@ def stats_of(count_E) -> Stats:
   none = jnp.zeros((1, 1))
   return Stats(
     tokens=count_GSE.sum(-1) // K,
-    loads=loads_of(count_GSE),
+    **loads_of(count_GSE),
     prob_E=jnp.zeros(count_GSE.shape),
     z=none,
     entropy=none,
   )
 
 
-def loads_of(count_GSE) -> Loads:
+def loads_of(count_GSE) -> dict:
   """Loads of which everything has a slot, and every choice is a first one."""
-  return Loads(
+  return dict(
     count_E=count_GSE,
     first_choice_E=count_GSE,
     kept_E=count_GSE,
@@ -158,7 +158,7 @@ def test_shares_of_a_mixture_move_the_bias_too():
   sign = registry.load("balancers", "bias", rate=0.5)
   stats = stats_of([0, 2, 4, 10])
   share_E = stats.count_E / 3
-  stats = stats.replace(loads=stats.loads.replace(count_E=share_E))
+  stats = stats.replace(count_E=share_E)
   state = sign.update(sign.init(4), stats, 0)
   assert np.sign(state["bias_E"])[[0, 1, 3]].tolist() == [1, 1, -1]
 
@@ -220,7 +220,7 @@ def test_scope_sequence_sums_the_groups_of_a_sequence():
   zero = np.zeros((4, 1), np.int32)
   halves = Stats(
     tokens=count.sum(1).reshape(4, 1),
-    loads=loads_of(count[:, None]),
+    **loads_of(count[:, None]),
     prob_E=count[:, None].astype(np.float32),
     z=zero,
     entropy=zero,

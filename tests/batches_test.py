@@ -20,32 +20,20 @@ SIZES = {
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
+def corpus():
   """Random tokens, so that no two windows are equal."""
-  folder = tmp_path_factory.mktemp("corpus")
   rng = np.random.default_rng(0)
-  for split, sizes in SIZES.items():
-    for number, size in enumerate(sizes.values()):
-      path = folder / f"{split}-{number:03d}.tokens"
-      rng.integers(0, 257, size).astype("<u2").tofile(path)
-  return make_corpus(folder, SIZES)
-
-
-def make_corpus(folder, num_tokens):
   return corpora.Corpus(
-    name="random",
-    fingerprint="",
-    num_bytes_V=(1,) * 256 + (0,),
+    "random",
+    (1,) * 256 + (0,),
     parts=((1.0, DOMAINS),),
-    files={
+    arrays={
       split: {
-        d: folder / f"{split}-{i:03d}.tokens" for i, d in enumerate(sizes)
+        d: rng.integers(0, 257, n).astype("<u2") for d, n in sizes.items()
       }
-      for split, sizes in num_tokens.items()
+      for split, sizes in SIZES.items()
     },
-    num_tokens=num_tokens,
-    num_documents={},
-    sources={},
+    num_tokens=SIZES,
   )
 
 
@@ -113,9 +101,7 @@ def test_every_epoch_is_another_permutation_of_all_windows(corpus):
   windows = expected_windows(corpus)
   n = len(windows)
   assert n == 71 + 20 and len(set(windows)) == n
-  stream = train(corpus)
-  assert stream.num_windows == n
-  read = rows(stream, 3 * n)
+  read = rows(train(corpus), 3 * n)
   epochs = [read[i * n : (i + 1) * n] for i in range(3)]
   for epoch in epochs:
     assert collections.Counter(epoch) == collections.Counter(windows)
@@ -152,7 +138,7 @@ def test_accumulation_only_adds_an_axis(corpus):
 
 def test_seeds_give_unrelated_orders(corpus):
   """Not the next epoch of the neighbour, either."""
-  n = train(corpus).num_windows
+  n = len(expected_windows(corpus))
   orders = [rows(train(corpus, seed=seed), 2 * n) for seed in (3, 4)]
   epochs = [tuple(o[i : i + n]) for o in orders for i in (0, n)]
   assert len(set(epochs)) == 4
@@ -224,7 +210,8 @@ def test_impossible_training_batches_are_refused(corpus, kwargs, match):
 
 
 def test_the_longest_possible_row_is_allowed(corpus):
-  assert train(corpus, seq_len=501).num_windows == 1
+  (inputs,) = train(corpus, seq_len=501, batch_size=1)[0]["inputs"]
+  np.testing.assert_array_equal(inputs, corpus.tokens("train", "code")[:501])
 
 
 def test_there_is_no_step_before_the_first(corpus):
@@ -233,8 +220,8 @@ def test_there_is_no_step_before_the_first(corpus):
 
 
 def test_impossible_validation_batches_are_refused_at_the_call(corpus):
-  none = {**SIZES, "validation": {**dict.fromkeys(DOMAINS, 0), "tiny": 1}}
-  short = dataclasses.replace(corpus, num_tokens=none)
+  none = {d: tokens[:1] for d, tokens in corpus.arrays["validation"].items()}
+  short = dataclasses.replace(corpus, arrays={"validation": none})
   with pytest.raises(
     ConfigError, match=r"no validation text to predict in \('code'"
   ):

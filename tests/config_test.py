@@ -173,7 +173,7 @@ def test_another_name_takes_the_options_of_the_old_part_away():
       "jitter": 0.1,
     }
   c = loaded("model.moe.router={'name': 'top_k', 'scale': 2.0}")
-  config_lib.override(c, "model.moe.router.name=random")
+  c = config_lib.overridden(c, ["model.moe.router.name=random"])
   assert c.model.moe.router.to_dict() == {"name": "random"}
   # Sections of their own keep theirs.
   assert loaded("data.name=x").data.seq_len == tiny.get_config().data.seq_len

@@ -21,10 +21,9 @@ import pytest
 
 from moe_jax.core import registry
 from moe_jax.core.errors import ConfigError
-from moe_jax.moe import capacity, experts, layer
+from moe_jax.moe import capacity, experts, layer, plans
 from moe_jax.moe.types import (
   Bound,
-  Loads,
   Mean,
   Mixture,
   Router,
@@ -169,8 +168,9 @@ def layouts(property_name):
 @functools.cache
 def holds(dispatcher, bound):
   """Whether a dispatcher can lay out under such a bound."""
+  recipe = layer.Recipe(E, None, dispatcher, None, bound)
   try:
-    jax.eval_shape(lambda c: dispatcher.plan(c, E, bound), any_choice(0))
+    jax.eval_shape(lambda c: plans.make(c, recipe, T), any_choice(0))
   except ConfigError:
     return False
   return True
@@ -818,17 +818,15 @@ def stats_of(count_GSE, prob_GSE, tokens_GS, z_GS=None) -> Stats:
   zeros_GS = np.zeros(count_GSE.shape[:2], np.float32)
   return Stats(
     tokens=np.asarray(tokens_GS, np.int32),
-    loads=Loads(
-      count_E=count_GSE,
-      first_choice_E=count_GSE // K,
-      kept_E=count_GSE,
-      weight_E=np.asarray(prob_GSE, np.float32),
-      dropped={
-        cause: np.zeros(count_GSE.shape[:2], np.int32)
-        for cause in ("capacity", "buffer", "unrouted")
-      },
-      confidence=zeros_GS,
-    ),
+    count_E=count_GSE,
+    first_choice_E=count_GSE // K,
+    kept_E=count_GSE,
+    weight_E=np.asarray(prob_GSE, np.float32),
+    dropped={
+      cause: np.zeros(count_GSE.shape[:2], np.int32)
+      for cause in ("capacity", "buffer", "unrouted")
+    },
+    confidence=zeros_GS,
     prob_E=np.asarray(prob_GSE, np.float32),
     z=zeros_GS if z_GS is None else np.asarray(z_GS, np.float32),
     entropy=zeros_GS,

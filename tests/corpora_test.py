@@ -118,14 +118,6 @@ def test_every_document_is_there_as_bytes_and_an_end(prepare):
     array[0] = 0
 
 
-def test_a_word_that_the_corpus_lacks_is_refused(prepare):
-  corpus = prepare()
-  with pytest.raises(ConfigError, match='"trian"; did you mean "train"'):
-    corpus.tokens("trian", "fox")
-  with pytest.raises(ConfigError, match='"foxes"; did you mean "fox"'):
-    corpus.tokens("train", "foxes")
-
-
 def forbid_writing(monkeypatch):
   def write(*_):
     raise AssertionError("the cache was made again")
@@ -303,7 +295,7 @@ def test_the_fingerprint_says_where_a_text_is(make_dataset, tmp_path):
 
 
 def test_an_unknown_dataset_names_the_known_ones(tmp_path):
-  with pytest.raises(ConfigError, match="did you mean python_sources"):
+  with pytest.raises(ConfigError, match='did you mean "python_sources"'):
     corpora.prepare("python_source", cache_dir=tmp_path)
 
 
@@ -570,7 +562,7 @@ def test_nothing_is_prepared_for_a_feature_that_is_not_text(
 
 
 def test_a_config_that_a_dataset_has_not(reviews):
-  with pytest.raises(ConfigError, match=r"mean paws_x_wiki/\w\w or"):
+  with pytest.raises(ConfigError, match=r'mean "paws_x_wiki/\w\w"'):
     reviews("paws_x_wiki/xx")
 
 
@@ -588,7 +580,7 @@ def test_a_name_for_which_tfds_needs_a_network(reviews, monkeypatch):
   [
     (
       {"name": "somebodys_review"},
-      ["somebodys_review", "mean somebodys_reviews"],
+      ["somebodys_review", 'mean "somebodys_reviews"'],
     ),
     ({"text_feature": "reviews"}, ["reviews", "review", "data.text_feature"]),
     ({"text_feature": "stars"}, ["not text", "ClassLabel", "review", "title"]),

@@ -12,7 +12,7 @@ from configs import tiny
 from moe_jax import evaluate, generate, hf, main
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
-from moe_jax.data import batches, mixed
+from moe_jax.data import batches, corpora
 from moe_jax.models import decoding
 from moe_jax.models.decoding import Sampling
 from moe_jax.training import checkpoint, trained
@@ -232,7 +232,7 @@ def begin_of_evaluation(flags, monkeypatch):
   def spy(corpus, **options):
     raise Seen(options["begin"])
 
-  monkeypatch.setattr(mixed, "prepare", lambda data: SmallCorpus())
+  monkeypatch.setattr(corpora, "prepare", lambda *a, **k: SmallCorpus())
   monkeypatch.setattr(batches, "validation_batches", spy)
   with pytest.raises(Seen) as e:
     evaluate.main([*flags, "--dataset=small"])

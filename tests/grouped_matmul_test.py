@@ -18,6 +18,20 @@ from moe_jax.moe import experts, kernels
 from moe_jax.moe.types import Rows
 
 N, D, E, F = 13, 5, 4, 6
+
+
+def one_product(linear, params, x):
+  return linear(params, "w", x)
+
+
+def grouped_matmul(x_ND, w_EDF, sizes_E, backend):
+  """y[n] = x[n] @ w[expert of row n]."""
+  params = {"w": w_EDF}
+  return kernels.grouped_network(
+    one_product, params, x_ND, sizes_E, backend=backend
+  )
+
+
 SIZES = [
   (4, 2, 3, 4),
   (0, 13, 0, 0),
@@ -50,7 +64,7 @@ def value_and_gradient(backend):
   @jax.jit
   def run(x_ND, w_EDF, sizes_E, dy_NF):
     y_NF, pull = jax.vjp(
-      lambda x, w: kernels.grouped_matmul(x, w, sizes_E, backend=backend),
+      lambda x, w: grouped_matmul(x, w, sizes_E, backend),
       x_ND,
       w_EDF,
     )
@@ -256,7 +270,7 @@ def test_bfloat16_is_added_up_in_float32(backend):
   """A sum of 512 numbers that bfloat16 would stop counting at 256."""
   rows, d = 8, 512
   x_ND, w_EDF = np.ones((rows, d)), np.ones((2, d, 3))
-  y_NF = kernels.grouped_matmul(
+  y_NF = grouped_matmul(
     jnp.asarray(x_ND, jnp.bfloat16),
     jnp.asarray(w_EDF, jnp.bfloat16),
     jnp.array([3, 5]),
@@ -344,7 +358,7 @@ def test_gpu_without_its_kernels(tokamax):
 
 def test_tpu_needs_whole_lanes():
   with pytest.raises(ConfigError, match="divisible by 128, got 5"):
-    kernels.grouped_matmul(
+    grouped_matmul(
       *random_inputs(0, np.float32)[:2],
       np.array(SIZES[0], np.int32),
       backend="tpu",

@@ -68,10 +68,9 @@ ABSENT = {
     **{"moe.num_experts": 16, "moe.top_k": 1, "moe.d_expert": 8192},
     "attention.temperature": (0.1, 8192, 1),
     "layers": (["moe@local"] * 3 + ["moe"]) * 12,
-    "variants.local": {
-      **{"rope": "interleaved", "qk_norm": "l2", "chunk": 8192},
-      "temperature": None,
-    },
+    **{"variants.local.rope": "interleaved", "attention.rope": "none"},
+    **{"variants.local.qk_norm": "l2", "variants.local.chunk": 8192},
+    "variants.local.temperature": None,
   },
   "gpt_oss": {
     **{"num_heads": 64, "num_kv_heads": 8, "head_dim": 64, "rope_theta": 150e3},

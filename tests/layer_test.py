@@ -261,7 +261,7 @@ def check(got, want, tolerance=1e-5):
   want_stats = {**want_stats, **want_stats["dropped"]}
   del want_stats["dropped"]
   for name, value in want_stats.items():
-    mine = {**vars(stats), **vars(stats.loads), **stats.dropped}[name]
+    mine = {**vars(stats), **stats.dropped}[name]
     if np.issubdtype(value.dtype, np.integer):
       assert mine.dtype == np.int32, name
       np.testing.assert_array_equal(mine, value, err_msg=name)

@@ -11,7 +11,7 @@ import pytest
 
 from moe_jax import main, params
 from moe_jax.core.errors import ConfigError
-from moe_jax.core.files import naming
+from moe_jax.core.files import writing
 from moe_jax.run import command, run_directory
 from moe_jax.run import config as config_lib
 from moe_jax.training import trained
@@ -36,12 +36,12 @@ ON_THE_MESH = ["--config=configs/tiny.py", "--config.mesh=(8,1,1,1)"]
     (
       ["mesh=(2,1,4,1)", "model.moe.dispatcher={'name': 'sorted'}"]
       + ["model.moe.expert_buckets=2"],
-      ["expert_buckets = 2", "expert = 4", "multiple"],
+      ["expert_buckets = 2", "expert = 4", "divides"],
     ),
-    (["mesh=(2,1,1,1)"], ["(2, 1, 1, 1)", "2 devices", "8"]),
+    (["mesh=(2,1,1,1)"], ["(2, 1, 1, 1)", "8 devices"]),
     (["mesh=(1,1,1,8)"], ["num_heads = 2", "tensor = 8"]),
     (["mesh=(-1,3,1,1)"], ["3, 1, 1)", "8"]),
-    (["mesh=(-1,-1,1,1)"], ["more than one -1"]),
+    (["mesh=(-1,-1,1,1)"], ["(-1, -1, 1, 1)", "one unknown dimension"]),
     (["train={'num_stepz': 3}"], ["num_stepz", "num_steps"]),
     (["eval.batch_size=3"], ["eval.batch_size", "batch of 3"]),
     (["plugins=('no_such_folder',)"], ["no_such_folder"]),
@@ -190,19 +190,19 @@ def test_a_full_disk_is_one_sentence_wherever_it_is_met(capsys):
   assert len(error.splitlines()) == 1
 
   def named():
-    with naming("the/row.json"):
+    with writing("the/row.json"):
       pathlib.Path("/dev/full").write_text("x")
 
   def wrapped():  # By another library.
     try:
-      named()
+      pathlib.Path("/dev/full").write_text("x")
     except OSError as e:
       raise RuntimeError("cannot prepare") from e
 
-  for function in (named, wrapped):
+  for function, name in ((named, "the/row.json"), (wrapped, "a file")):
     with pytest.raises(SystemExit):
       command.run(function)
-    assert "error: the/row.json cannot be written" in capsys.readouterr().err
+    assert f"error: {name} cannot be written" in capsys.readouterr().err
   with pytest.raises(FileNotFoundError):  # Any other error is a fault of ours.
     command.run(pathlib.Path("/not/there").read_text)
 

@@ -146,9 +146,9 @@ OTHERS = {
     "num_experts": 4,
     "top_k": 1,
     "tokens_per_group": L // 2,
-    "router": {"name": "top_k", "score": "sigmoid", "noise": 0.3},
+    "router": {"name": "top_k", "noise": 0.3},
     "dispatcher": {"name": "sorted"},
-    "balancers": {"b": {"name": "bias", "rate": BIAS_RATE}},
+    "balancers": {"load": {"name": "switch", "coefficient": 0.1}},
   }
 }
 

@@ -9,7 +9,7 @@ from configs import tiny
 from moe_jax import models
 from moe_jax.core import registry
 from moe_jax.moe import groups, layer
-from moe_jax.moe.types import Loads, Mean, Stats, Sublayer
+from moe_jax.moe.types import Mean, Stats, Sublayer
 from moe_jax.training import balancing, metrics
 from tests import oracle
 
@@ -26,18 +26,16 @@ def draw(seed, dead=None, num_experts=E, top_k=K) -> Stats:
   dropped = rng.integers(0, 3, whole)
   return Stats(
     tokens=tokens,
-    loads=Loads(
-      count_E=count,
-      first_choice_E=count // 2,
-      kept_E=count,
-      weight_E=prob,
-      dropped={
-        "capacity": dropped,
-        "buffer": np.zeros(whole, int),
-        "unrouted": 2 * dropped,
-      },
-      confidence=rng.random(whole),
-    ),
+    count_E=count,
+    first_choice_E=count // 2,
+    kept_E=count,
+    weight_E=prob,
+    dropped={
+      "capacity": dropped,
+      "buffer": np.zeros(whole, int),
+      "unrouted": 2 * dropped,
+    },
+    confidence=rng.random(whole),
     prob_E=prob,
     z=rng.random(whole),
     entropy=rng.random(whole),
@@ -144,7 +142,7 @@ def test_a_router_that_does_not_always_choose_as_many():
   stats = draw(1)
   none = np.zeros_like(stats.tokens)
   dropped = {**stats.dropped, "unrouted": none}
-  stats = stats.replace(loads=stats.loads.replace(dropped=dropped))
+  stats = stats.replace(dropped=dropped)
   for top_k in (E, None):
     layers = metrics.by_layer(
       balancing.sum_groups({"a": stats}),

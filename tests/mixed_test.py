@@ -76,7 +76,7 @@ def parts(folders, **weights):
 
 def section(tmp_path, parts):
   c = base.get_config()
-  config.override(c, f"data.mixture={parts!r}")
+  c = config.overridden(c, [f"data.mixture={parts!r}"])
   c.data.cache_dir = str(tmp_path)
   return c.data
 
@@ -155,7 +155,7 @@ def test_the_fingerprint_is_of_all_parts(folders, tmp_path):
 )
 def test_an_impossible_part_is_one_sentence(part, words, tmp_path):
   c = base.get_config()
-  config.override(c, f"data.mixture={part}")
+  c = config.overridden(c, [f"data.mixture={part}"])
   c.data.cache_dir = str(tmp_path)
   with pytest.raises(ConfigError) as e:
     mixed.prepare(c.data)

@@ -61,10 +61,14 @@ COVERING = {
     ),
     [(1, 1, 8, 1)],
   ),
+  # 16 experts, 2 a token, a sigmoid and a bias; in other layers 4 experts, 1 a
+  # token, a softmax and a loss.
   "kinds": (
     Case(
       "gather",
-      ("micro_batch",),
+      (),
+      z_loss=False,
+      router=(("score", "sigmoid"), ("renormalize", True)),
       prefix=("moe@other",),
       pattern=("moe", "dense", "moe@other"),
       repeats=1,
@@ -370,6 +374,74 @@ def test_layer_on_a_mesh(layout, checked):
   found = run_layer(recipe, args, r_GTD, mesh_cases.make_mesh((1, 2, 2, 2)))
   distance, leaf = mesh_cases.worst(found, expected)
   assert distance <= 1e-9, leaf
+
+
+@functools.cache
+def noisy_experts(silent):
+  """Experts that add noise to their rows; `silent`: that declare none."""
+  base = experts.build(F, "gelu")
+
+  def apply(params, rows, rng_GE):
+    assert (rng_GE is None) == silent
+    out = base.apply(params, rows, None)
+    if silent:
+      return out
+    noise = functools.partial(jax.random.uniform, dtype=out.x.dtype)
+    if rows.tokens_per_expert_GE is None:
+      shape_CD = out.x.shape[2:]
+      draw = jax.vmap(jax.vmap(lambda rng: noise(rng, shape_CD)))
+      return out.replace(x=out.x + draw(rng_GE))
+    # All rows of a group and expert get the same.
+    count_GE = rows.tokens_per_expert_GE
+    size = out.x.shape[0]
+    keys_N = jnp.repeat(
+      rng_GE.T.reshape(-1), count_GE.T.reshape(-1), total_repeat_length=size
+    )
+    return out.replace(x=out.x + jax.vmap(lambda r: noise(r, (D,)))(keys_N))
+
+  return dataclasses.replace(base, apply=apply, draws=not silent)
+
+
+@pytest.mark.parametrize("layout", ["gather", "dropless"])
+def test_experts_draw_the_same_on_a_mesh(layout):
+  """From keys of their own for every group, expert and seed."""
+  dispatcher, bound = BOUNDS[layout]
+  recipe = layer.Recipe(
+    num_experts=E,
+    router=registry.load("routers", "top_k", top_k=2),
+    dispatcher=registry.load("dispatchers", dispatcher),
+    experts=noisy_experts(False),
+    bound=bound,
+  )
+  rng = np.random.default_rng(3)
+  zeros = {"up": np.zeros((E, D, F)), "down": np.zeros((E, F, D))}
+  params = {"router": {"kernel": rng.normal(size=(D, E))}, "experts": zeros}
+  # Every group has the same tokens, and the experts give their noise alone.
+  x_GTD = np.broadcast_to(rng.normal(size=(T, D)), (G, T, D))
+  side = Side(np.ones((G, T), bool))
+
+  def program(mesh, experts_of=recipe.experts):
+    of_these = dataclasses.replace(recipe, experts=experts_of)
+    run = sharded.sharded(of_these, mesh)
+    return lambda keys: run(params, {}, x_GTD, side, keys)[0]
+
+  with jax.enable_x64(True):
+    keys, others = (layer.group_keys(jax.random.key(i), G) for i in (0, 1))
+    by_one = jax.jit(program(None))
+    alone, other = np.asarray(by_one(keys)), by_one(others)
+    mesh = mesh_cases.make_mesh((2, 1, 4, 1))
+    on_mesh = jax.jit(program(mesh))(keys)
+    jax.eval_shape(program(None, noisy_experts(True)), keys)
+  np.testing.assert_allclose(on_mesh, alone, rtol=0, atol=1e-12)
+  groups = {group.tobytes() for group in alone}
+  assert len(groups) == G and abs(alone).max() > 0.1
+  assert not np.allclose(other, alone)
+  # Keys of experts differ, and are none of those that the router draws from.
+  of_experts = exchange.expert_keys(recipe.experts, keys, E, None)
+  seen = np.asarray(jax.random.key_data(of_experts)).reshape(G * E, -1)
+  routers = jax.vmap(lambda rng: jax.random.split(rng, 3))(keys)
+  routers = np.asarray(jax.random.key_data(routers)).reshape(G * 3, -1)
+  assert len({tuple(k) for k in [*seen, *routers]}) == G * E + G * 3
 
 
 def test_keys_of_groups_do_not_depend_on_the_batch_they_come_in():

@@ -162,7 +162,7 @@ def test_a_folder_that_can_no_longer_be_written_to(begun, config, monkeypatch):
     raise PermissionError(13, "Permission denied")
 
   with RunDirectory(begun, config) as directory:
-    monkeypatch.setattr(run_directory.files, "write_text", refuse)
+    monkeypatch.setattr(run_directory.files.os, "fsync", refuse)
     for write in (
       lambda: directory.go_on(15, 3),
       lambda: directory.describe(15, data="abc"),

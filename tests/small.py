@@ -2,14 +2,12 @@
 
 import functools
 
-import jax
 import numpy as np
 
 from configs import tiny
-from moe_jax.core import roles
-from moe_jax.data import tokenizers
+from moe_jax.data import corpora, tokenizers
 from moe_jax.tasks import next_token
-from moe_jax.training import optimizers, train_step
+from moe_jax.training import train_step
 
 V, L, ROWS = 257, 16, 8
 BYTES = tokenizers.load().num_bytes_V
@@ -58,28 +56,16 @@ def task(num_bytes_V=BYTES, length=L, mesh=None):
   """
   c = config()
   c.data.update(seq_len=length, separate_documents=False)
-  corpus = next_token.Unread("none", num_bytes_V, end_of_document=-1)
+  corpus = corpora.Corpus("none", num_bytes_V)
   return next_token.of_corpus(c, corpus, mesh)
 
 
 def training(c, model, task):
   """(init, step) of a config: rng -> boxed state, and
   (state, batch, numbers) -> (state, sums)."""
-  optimizer = functools.partial(
-    optimizers.build, optimizers.load(c.optim, c.plugins).direction
+  parts, numbers = (
+    train_step.parts(c, model, task),
+    train_step.numbers(c, model),
   )
-  init = functools.partial(
-    train_step.init_state,
-    model=model,
-    task=task,
-    optimizer=optimizer,
-    numbers=train_step.numbers(c, model),
-  )
-  boxed = jax.eval_shape(init, jax.random.key(0))
-  step = functools.partial(
-    train_step.train_step,
-    model=model,
-    task=task,
-    optimizer=functools.partial(optimizer, roles.of(boxed.params)),
-  )
-  return init, step
+  init = functools.partial(train_step.init_state, **parts, numbers=numbers)
+  return init, functools.partial(train_step.train_step, **parts)

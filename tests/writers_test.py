@@ -36,9 +36,8 @@ def run(made, tmp_path):
   """Trains a small model; `run(stop_at)` may be asked to stop."""
 
   def run(stop_at=None, **changes):
-    made.config = settings()
-    for key, value in changes.items():
-      config_lib.override(made.config, f"{key}={value!r}")
+    texts = [f"{key}={value!r}" for key, value in changes.items()]
+    made.config = config_lib.overridden(settings(), texts)
     with run_directory.RunDirectory(tmp_path / "run", made.config) as directory:
       loop.run(made, 0, directory, Told(stop_at))
     return tmp_path / "run"

@@ -44,7 +44,6 @@ def _checksums(tree):
 
 
 def _checksum(x):
-  x = jnp.asarray(x)
   if x.dtype == bool:
     x = x.astype(jnp.uint8)
   width = min(x.dtype.itemsize, 4)

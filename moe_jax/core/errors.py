@@ -4,7 +4,7 @@ import difflib
 
 
 class ConfigError(ValueError):
-  """Something that was asked for cannot be done; says what to do instead.
+  """A request that cannot be fulfilled; the message says what to do instead.
 
   Commands print its sentence without a traceback and exit with code 2.
   """
@@ -15,7 +15,7 @@ class InUse(ConfigError):
 
 
 class RunError(Exception):
-  """A run cannot go on; what it wrote is whole. Says what to do.
+  """A run cannot go on; its files are whole. The message says what to do.
 
   Commands print its sentence without a traceback and exit with code 2.
   """
@@ -33,7 +33,7 @@ class Interrupted(Exception):
 
 
 def first_line(error: Exception) -> str:
-  """What another library's error says, short enough for a sentence of ours."""
+  """First line of another library's error, short enough for our sentences."""
   return str(error).strip().split("\n")[0][:300]
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import pathlib
 import shutil
@@ -10,43 +9,34 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from moe_jax.core.errors import ConfigError
+from moe_jax.core.errors import ConfigError, RunError
 
-MAX_BYTES = 100_000_000
+MAX_BYTES = 100_000_000  # Of a file, and of a line.
 MAX_DEPTH = 64
 _SCRATCH = set()  # Folders of `scratch_folder` that are there.
 
 
 def read_json(
-  path: str | os.PathLike,
-  what: str,
-  remedy: str,
-  max_bytes: int = MAX_BYTES,
-  max_depth: int = MAX_DEPTH,
-  *,
-  kind: type | tuple[type, ...] = dict,
-  allow_nan: bool = False,
-) -> Any:
-  """Returns the JSON value in a file.
+  path: str | os.PathLike, what: str, remedy: str, *, allow_nan: bool = False
+) -> dict:
+  """Returns the JSON object in a file.
 
   Args:
     path: the file.
     what: what it should be, for the message, such as "the config of a run".
     remedy: what the user can do about it, for the end of the message.
-    max_bytes: refuse a larger file, before it is read as a whole.
-    max_depth: refuse lists and objects inside each other beyond this depth.
-    kind: the type that the value must have; `object` takes any.
     allow_nan: also accept NaN and infinite numbers.
 
   Raises:
-    ConfigError: the file cannot be read or is not such a value.
+    ConfigError: the file cannot be read, or holds something else, or is too
+      large or too deep.
     FileNotFoundError: there is no such file.
   """
   with _readable(path, remedy), open(path, "rb") as file:
-    raw = file.read(max_bytes + 1)
+    raw = file.read(MAX_BYTES + 1)
   try:
-    value = parse_json(_bounded(raw, max_bytes), max_depth, allow_nan=allow_nan)
-    if not isinstance(value, kind):
+    value = _parse(raw, allow_nan)
+    if not isinstance(value, dict):
       raise ValueError(f"it holds a {type(value).__name__}")
   except ValueError as e:
     raise ConfigError(f"{path} is not {what} ({e}); {remedy}") from None
@@ -57,9 +47,8 @@ def read_json_lines(
   path: str | os.PathLike,
   what: str,
   remedy: str,
-  max_line_bytes: int = 10_000_000,
   *,
-  check: Callable[[Any], None] = lambda value: None,
+  check: Callable[[Any], None],
   until_broken: bool = False,
 ) -> list:
   """Returns the JSON values in a file that has one on each line.
@@ -69,7 +58,6 @@ def read_json_lines(
 
   Args:
     path, what, remedy: as in `read_json`.
-    max_line_bytes: refuse a longer line, before it is read as a whole.
     check: called with each value; raises ValueError for a wrong one.
     until_broken: return the values before the first broken line, in place of
       an error. The caller must know how many there should be.
@@ -80,9 +68,9 @@ def read_json_lines(
   """
   values = []
   with _readable(path, remedy), open(path, "rb") as file:
-    while line := file.readline(max_line_bytes + 1):
+    while line := file.readline(MAX_BYTES + 1):
       try:
-        value = parse_json(_bounded(line, max_line_bytes), allow_nan=True)
+        value = _parse(line, allow_nan=True)
         check(value)
       except ValueError as e:
         if until_broken or not (line.endswith(b"\n") or file.readline(1)):
@@ -94,51 +82,32 @@ def read_json_lines(
   return values
 
 
-def parse_json(
-  raw: bytes, max_depth: int = MAX_DEPTH, *, allow_nan: bool = False
-) -> Any:
+def _parse(raw, allow_nan):
   """Returns the value of JSON text in UTF-8.
 
   Raises:
-    ValueError: it is none, or is too deep; the text says so in a few words.
+    ValueError: it is none, or is too large or too deep; says so in a few words.
   """
+  if len(raw) > MAX_BYTES:
+    raise ValueError(f"it is larger than {MAX_BYTES:,} bytes")
   try:
     value = json.loads(raw.decode())
-  except UnicodeDecodeError as e:
-    raise ValueError(f"byte {e.start} is not UTF-8") from None
+    # Refuses infinite numbers, and then halves of surrogate pairs.
+    json.dumps(value, allow_nan=allow_nan, ensure_ascii=False).encode()
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+      level = [child for item in level for child in _children(item)]
   except RecursionError:
-    raise ValueError(f"it is deeper than {max_depth} levels") from None
-  except json.JSONDecodeError as e:
-    raise ValueError(f"it is not JSON: {e}") from None
-  level, depth = [value], 0
-  while level:
-    if depth > max_depth:
-      raise ValueError(f"it is deeper than {max_depth} levels")
-    level = [child for item in level for child in _children(item, allow_nan)]
-    depth += 1
+    level = [raw]
+  if level:
+    raise ValueError(f"it is deeper than {MAX_DEPTH} levels")
   return value
 
 
-def _children(item, allow_nan):
-  """Returns what an item holds; raises ValueError for an impossible scalar."""
+def _children(item):
   if isinstance(item, dict):
-    return (*item, *item.values())
-  if isinstance(item, list):
-    return item
-  if isinstance(item, float) and not (allow_nan or math.isfinite(item)):
-    raise ValueError(f"it holds the number {item}")
-  if isinstance(item, str) and not item.isascii():
-    try:
-      item.encode()
-    except UnicodeEncodeError:
-      raise ValueError("it holds half a surrogate pair") from None
-  return ()
-
-
-def _bounded(raw, max_bytes):
-  if len(raw) > max_bytes:
-    raise ValueError(f"it is larger than {max_bytes:,} bytes")
-  return raw
+    return item.values()
+  return item if isinstance(item, list) else ()
 
 
 @contextlib.contextmanager
@@ -156,11 +125,11 @@ def write_text(path: str | os.PathLike, text: str) -> None:
   """Writes a file as a whole: it has its old content or all of the new one.
 
   Raises:
-    OSError: it cannot be written; `filename` is the path.
+    RunError: it cannot be written.
   """
   path = pathlib.Path(path)
   temporary = path.with_name(f".{path.name}")
-  with naming(path):
+  with writing(path):
     try:
       with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -195,10 +164,16 @@ def remove_scratch() -> None:
 
 
 @contextlib.contextmanager
-def naming(path: str | os.PathLike):
-  """Gives an OSError of writing a file the path that the user knows."""
+def writing(path: str | os.PathLike):
+  """Turns an OSError of writing a file of a run into one sentence.
+
+  Raises:
+    RunError: it cannot be written; names the path that the user knows.
+  """
   try:
     yield
   except OSError as e:
-    e.filename = str(path)
-    raise
+    raise RunError(
+      f"{path} cannot be written to ({e.strerror}); free space on that disk,"
+      " older runs for instance, and give the same command to go on"
+    ) from None

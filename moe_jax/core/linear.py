@@ -5,7 +5,7 @@ from jax import Array
 
 
 def product(x: Array, w: Array, dtype=None) -> Array:
-  """x @ w, all axes of x but the last as one.
+  """x @ w, with all axes of x except the last joined to one.
 
   For the gradient of w, XLA on CPU would transpose x and dy in memory if they
   had more than two axes, which costs more than the products of a small layer.

@@ -97,13 +97,7 @@ def text() -> Option:
 
 def optional(option) -> Option:
   """None, or what is described."""
-  option = _described(option)
-  return dataclasses.replace(
-    option,
-    words=f"{option.words} or None",
-    fits=lambda x: x is None or option.fits(x),
-    inside=lambda x, key: None if x is None else option.inside(x, key),
-  )
+  return either(option, types.NoneType)
 
 
 def either(*options) -> Option:
@@ -112,6 +106,7 @@ def either(*options) -> Option:
   return Option(
     " or ".join(o.words for o in options),
     lambda x: any(o.fits(x) for o in options),
+    lambda x, key: next(o for o in options if o.fits(x)).inside(x, key),
     choices=sum((o.choices for o in options), ()),
     is_number=any(o.is_number for o in options),
   )
@@ -201,7 +196,13 @@ def of(function: Callable) -> Mapping[str, Option]:
   return arguments(function).table
 
 
-_PLAIN = {int: integer(), float: number(), bool: flag(), str: text()}
+_PLAIN = {
+  int: integer(),
+  float: number(),
+  bool: flag(),
+  str: text(),
+  types.NoneType: Option("None", lambda x: x is None),
+}
 _ANY = Option("a number, word or tuple", lambda x: isinstance(x, Hashable))
 
 
@@ -211,12 +212,9 @@ def _described(annotation) -> Option:
     return annotation
   union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
   kinds = typing.get_args(annotation) if union else (annotation,)
-  plain = [_PLAIN[k] for k in kinds if isinstance(k, type) and k in _PLAIN]
-  nones = kinds.count(types.NoneType)
-  if not plain or len(plain) + nones < len(kinds):
+  if not all(kind in _PLAIN for kind in kinds):
     return _ANY
-  option = either(*plain) if union else plain[0]
-  return optional(option) if nones else option
+  return either(*kinds) if union else _PLAIN[annotation]
 
 
 def shown(value) -> str:
@@ -229,7 +227,7 @@ def shown(value) -> str:
 
 
 def _is(value, kind):
-  """Whether a value is of a kind; True is no number."""
+  """Whether a value is of a kind; True is not a number."""
   return isinstance(value, kind) and not isinstance(value, bool)
 
 

@@ -1,4 +1,4 @@
-"""The mesh, what is sharded over which of its axes, and the sharded layer."""
+"""The mesh, the rules that shard arrays over its axes, and the sharded layer."""
 
 import math
 
@@ -42,24 +42,16 @@ def make_mesh(
   """
   SIZES.check(tuple(sizes), "mesh")
   devices = jax.devices() if devices is None else devices
-  sizes = list(sizes)
-  if sizes.count(-1) > 1:
-    raise ConfigError(f"mesh = {tuple(sizes)} has more than one -1; keep one")
-  if -1 in sizes:
-    known = -math.prod(sizes)
-    # Rounded down, so that the product below is wrong if it does not divide.
-    sizes[sizes.index(-1)] = max(1, len(devices) // known)
-  if math.prod(sizes) != len(devices):
+  try:
+    devices_DFET = np.reshape(devices, sizes)
+  except ValueError as e:
     raise ConfigError(
-      f"mesh = {tuple(sizes)} over {AXES} needs {math.prod(sizes)} devices, but"
-      f" there are {len(devices)}; change the mesh, or on CPU set"
+      f"mesh = {tuple(sizes)} over {AXES} is not possible with {len(devices)}"
+      f" devices ({e}); change the mesh, or on CPU set"
       " XLA_FLAGS=--xla_force_host_platform_device_count=N"
-    )
-  return jax.sharding.Mesh(
-    np.asarray(devices).reshape(sizes),
-    AXES,
-    axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
-  )
+    ) from None
+  automatic = (jax.sharding.AxisType.Auto,) * len(AXES)
+  return jax.sharding.Mesh(devices_DFET, AXES, axis_types=automatic)
 
 
 def mesh_or_none(sizes) -> jax.sharding.Mesh | None:
@@ -73,7 +65,7 @@ def mesh_or_none(sizes) -> jax.sharding.Mesh | None:
 
 
 def platform(mesh: jax.sharding.Mesh | None) -> str:
-  """What it runs on: "cpu", "gpu", "tpu"."""
+  """The platform of a mesh's devices: "cpu", "gpu" or "tpu"."""
   if mesh is None:
     return jax.default_backend()
   return mesh.devices.flat[0].platform
@@ -94,32 +86,21 @@ def local_rows(mesh: jax.sharding.Mesh | None, batch: int) -> np.ndarray:
 
 
 def global_batch(
-  local: np.ndarray,
-  mesh: jax.sharding.Mesh | None,
-  batch: int,
-  rows: np.ndarray,
-  axis: int = 0,
+  local: np.ndarray, mesh: jax.sharding.Mesh | None, batch: int, axis: int = 0
 ) -> Array:
   """An array over all processes, of which each has its rows.
 
   Args:
-    local: the rows of this process.
+    local: the rows of this process, see `local_rows`.
     mesh: from `make_mesh`; None returns `local`.
     batch: rows in all.
-    rows: which ones `local` has, from `local_rows`.
     axis: of the rows.
   """
   if mesh is None:
     return local
-  names = (None,) * axis + (TOKENS,)
+  sharding = jax.NamedSharding(mesh, jax.P(*(None,) * axis, TOKENS))
   shape = (*local.shape[:axis], batch, *local.shape[axis + 1 :])
-
-  def part(index):
-    wanted = np.arange(batch)[index[axis]]
-    return local.take(np.searchsorted(rows, wanted), axis)
-
-  sharding = jax.NamedSharding(mesh, jax.P(*names))
-  return jax.make_array_from_callback(shape, sharding, part)
+  return jax.make_array_from_process_local_data(sharding, local, shape)
 
 
 def spec(names: tuple[str | None, ...]) -> jax.sharding.PartitionSpec:

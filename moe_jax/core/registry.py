@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 from moe_jax.core import options as options_lib
 from moe_jax.core.errors import ConfigError, did_you_mean
 
-# Where the files of each kind of part lie in the package.
-_ROOMS = {
-  "routers": "moe",
-  "balancers": "moe",
-  "dispatchers": "moe",
-  "datasets": "data",
-  "optimizers": "training",
+# Where the files of a kind of part lie, if not in a room of its name.
+_PACKAGES = {
+  "routers": "moe.routers",
+  "balancers": "moe.balancers",
+  "dispatchers": "moe.dispatchers",
+  "datasets": "data.datasets",
+  "optimizers": "training.optimizers",
 }
 
 
@@ -41,7 +41,7 @@ class Spec(NamedTuple):
 
   @property
   def build(self):
-    return _module(self.kind, self.name, self.plugins).build
+    return find(self.kind, self.name, self.plugins).build
 
 
 def load(kind: str, name: str, *, plugins: tuple[str, ...] = (), **options):
@@ -108,10 +108,10 @@ def rebuild(part, numbers: Mapping[str, Any]):
   """The part again, with other values for some of its number options.
 
   Args:
-    part: from `load` or `from_config`; or a Spec.
+    part: from `load` or `from_config`.
     numbers: {option: value}, tracers for instance. They are not checked.
   """
-  made_of = _spec_of(part)
+  made_of = part.spec
   return _with_spec(made_of.build(**{**made_of.options, **numbers}), made_of)
 
 
@@ -121,7 +121,7 @@ def number_options(part) -> dict[str, float]:
   Args:
     part: from `load` or `from_config`; or a Spec.
   """
-  made_of = _spec_of(part)
+  made_of = getattr(part, "spec", part)
   table = options_lib.of(made_of.build)
   return {
     name: value
@@ -133,21 +133,17 @@ def number_options(part) -> dict[str, float]:
 def names(kind: str, plugins: tuple[str, ...] = ()) -> list[str]:
   """The names that `load` knows for a kind, sorted.
 
-  All files of the kind's folders are parts, but those that begin with "_" and
+  All files of the kind's folders are parts, except those with "_" first and
   those in the tuple SHARED of the package.
   """
   return sorted(_files(kind, plugins))
-
-
-def _spec_of(part):
-  return part if isinstance(part, Spec) else part.spec
 
 
 def _resolved(kind, name, plugins, given, key):
   """The Spec of a part whose options have been checked."""
   plugins = tuple(plugins)
   options_lib.text().check(name, f"{key}.name")
-  build = _module(kind, name, plugins).build
+  build = find(kind, name, plugins).build
   given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
   options_lib.arguments(build).check(given, key)
   arguments = inspect.signature(build).parameters.values()
@@ -156,19 +152,16 @@ def _resolved(kind, name, plugins, given, key):
 
 
 def _made(made_of):
-  items = tuple(sorted(made_of.options.items()))
-  # 1, 1.0 and True are equal, but not the same option.
-  return _build(*made_of[:3], items, tuple(type(value) for _, value in items))
+  return _build(*made_of[:3], **made_of.options)
 
 
-@functools.cache
-def _build(kind, name, plugins, items, types_of_values):
-  del types_of_values
-  made_of = Spec(kind, name, plugins, dict(items))
-  wanted = getattr(importlib.import_module(_package(kind)), "PART", None)
-  module = _module(kind, name, plugins)
+# Typed, as 1, 1.0 and True are equal, but not the same option.
+@functools.lru_cache(maxsize=None, typed=True)
+def _build(kind, name, plugins, /, **options):
+  wanted = getattr(_package(kind), "PART", None)
+  module = find(kind, name, plugins)
   try:
-    part = module.build(**made_of.options)
+    part = module.build(**options)
   except TypeError as e:
     # The record lacks a field, or has no such field.
     if wanted is None or f"{wanted.__name__}.__init__()" not in str(e):
@@ -176,7 +169,7 @@ def _build(kind, name, plugins, items, types_of_values):
     raise ConfigError(f"{module.__file__}: {e}; see {wanted.__module__}") from e
   if wanted is not None:
     _check_part(part, wanted, module.__file__)
-  return _with_spec(part, made_of)
+  return _with_spec(part, Spec(kind, name, plugins, options))
 
 
 def _check_part(part, wanted, where):
@@ -205,26 +198,23 @@ def _with_spec(part, made_of):
 
 @functools.cache
 def _module(kind, name, plugins):
-  module = _find(kind, name, plugins)
-  if not callable(getattr(module, "build", None)):
-    raise ConfigError(f"{module.__file__} has no function build(...)")
-  return module
-
-
-def _find(kind, name, plugins):
   files = _files(kind, plugins)
   if name not in files:
     raise ConfigError(
       f'there is no "{name}" in {kind}{did_you_mean(name, files)}'
     )
   if files[name].parent.parent in map(pathlib.Path, plugins):
-    return _import_file(files[name], f"moe_jax_plugins.{kind}.{name}")
-  return importlib.import_module(f"{_package(kind)}.{name}")
+    module = import_file(files[name], f"moe_jax_plugins.{kind}.{name}")
+  else:
+    module = importlib.import_module(f"{_package(kind).__name__}.{name}")
+  if not callable(getattr(module, "build", None)):
+    raise ConfigError(f"{module.__file__} has no function build(...)")
+  return module
 
 
 def _files(kind, plugins):
   """{name: path} of a kind's parts; those of the first plugin win."""
-  package = importlib.import_module(_package(kind))
+  package = _package(kind)
   files = _parts_in(*package.__path__)
   for name in getattr(package, "SHARED", ()):
     files.pop(name, None)
@@ -243,12 +233,11 @@ def _parts_in(*folder):
 
 
 def _package(kind):
-  return (
-    f"moe_jax.{_ROOMS[kind]}.{kind}" if kind in _ROOMS else f"moe_jax.{kind}"
-  )
+  return importlib.import_module(f"moe_jax.{_PACKAGES.get(kind, kind)}")
 
 
-def _import_file(path, module_name):
+def import_file(path: pathlib.Path, module_name: str) -> types.ModuleType:
+  """Imports a Python file that lies anywhere, under this name."""
   spec = importlib.util.spec_from_file_location(module_name, path)
   module = importlib.util.module_from_spec(spec)
   sys.modules[module_name] = module

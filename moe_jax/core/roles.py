@@ -1,4 +1,4 @@
-"""What a parameter is for, declared where it is made and not read off its name.
+"""Roles of parameters, declared where a parameter is made.
 
 The axes of a parameter form sides: a matrix has two, its input and its output.
 Leading axes of repeated layers and of experts are batch axes: such a parameter
@@ -71,7 +71,7 @@ class Role:
 
   @property
   def factor(self) -> str:
-    """The one of `FACTORS` that it takes."""
+    """The name in `FACTORS` whose factors apply to the parameter."""
     return self.part if self.part in FACTORS else "rest"
 
 

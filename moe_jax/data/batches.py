@@ -1,4 +1,4 @@
-"""Batches by step: what a step sees depends on its number alone.
+"""Batches by step: a batch depends on the number of its step alone.
 
 The training stream is an endless row of windows, each epoch a new permutation
 of all of them. Row r of the global batch at step s is element
@@ -6,9 +6,10 @@ s * batch_size + r of the stream, so that a run resumes at any step with no
 state to restore, and every host of a pod sees the same global batch.
 """
 
+import dataclasses
 import fractions
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -24,16 +25,31 @@ OPTIONS = {
 Batch = dict[str, np.ndarray]
 
 
+@dataclasses.dataclass(frozen=True)
+class ByStep:
+  """Batches without an end, to be indexed by step.
+
+  read: (step) -> its batch; steps are counted from 0.
+  """
+
+  read: Callable[[int], Batch]
+
+  def __getitem__(self, step: int) -> Batch:
+    if step < 0:
+      raise IndexError(f"step {step} is before the first one, 0")
+    return self.read(int(step))
+
+
 def train_batches(
   corpus: corpora.Corpus,
+  seed: int,
+  rows: np.ndarray | None = None,
   *,
   seq_len: int,
   batch_size: int,
-  seed: int,
   accumulation: int | None = None,
   separate_documents: bool = False,
-  rows: np.ndarray | None = None,
-) -> "TrainBatches":
+) -> ByStep:
   """Returns the training batches, to be indexed by step.
 
   A window is seq_len + 1 tokens of one domain: the next window begins with the
@@ -42,15 +58,15 @@ def train_batches(
 
   Args:
     corpus: from `corpora.prepare` or `mixed.prepare`.
+    seed: of the order, >= 0.
+    rows: only these of every batch, or micro-batch, are read; None: all.
     seq_len: L, tokens of a row, >= 1.
     batch_size: B, rows of a step, >= 1.
-    seed: of the order, >= 0.
     accumulation: A, micro-batches of a step, which divides B; adds a leading
       axis. None for no such axis.
     separate_documents: where the input is the end of a document, `mask` is
       False: a model that looks at one document at a time has nothing to say
       about the next one's first token.
-    rows: only these of every batch, or micro-batch, are read; None: all.
 
   Returns:
     Batches by step: `inputs` and `targets` int32 [B, L], `mask` bool [B, L]
@@ -58,102 +74,82 @@ def train_batches(
     [A, B/A, ...] with accumulation, the rows in the same order.
 
   Raises:
-    ConfigError: an impossible number, or a corpus shorter than one window.
+    ConfigError: a corpus shorter than one window.
   """
+  # Plain arrays: a slice of a np.memmap costs several times as much.
+  tokens = [np.asarray(corpus.tokens("train", d)) for d in corpus.domains]
+  counts = np.array([max(t.size - 1, 0) // seq_len for t in tokens])
+  window, ends = _order(corpus, seq_len, counts, seed), np.cumsum(counts)
   rows = slice(None) if rows is None else rows
   end = corpus.end_of_document if separate_documents else None
-  return TrainBatches(
-    corpus, seq_len, (batch_size, accumulation), seed, end, rows
-  )
 
-
-class TrainBatches:
-  """Batches by step, without an end; see `train_batches`.
-
-  Attributes:
-    num_windows: windows of an epoch.
-  """
-
-  def __init__(self, corpus, seq_len, sizes, seed, end, rows):
-    import grain  # Slow to import: only for who reads data.
-
-    self._seq_len, self._sizes, self._end = seq_len, sizes, end
-    self._rows = rows
-    # Plain arrays: a slice of a np.memmap costs several times as much.
-    self._tokens = [
-      np.asarray(corpus.tokens("train", d)) for d in corpus.domains
-    ]
-    counts = [max(t.size - 1, 0) // seq_len for t in self._tokens]
-    self._ends = np.cumsum(counts)
-    self._firsts = self._ends - counts
-    self.num_windows = sum(counts)
-    weights = [fractions.Fraction(str(weight)) for weight, _ in corpus.parts]
-    scale = math.lcm(*(weight.denominator for weight in weights))
-    self._weights = [int(weight * scale) for weight in weights]
-    self._parts, first = [], 0
-    for number, (_, domains) in enumerate(corpus.parts):
-      last = first + sum(counts[: len(domains)])
-      del counts[: len(domains)]
-      if first == last:
-        raise ConfigError(
-          f"no domain of dataset {corpus.name} has the {seq_len + 1} training"
-          f" tokens that a row of seq_len {seq_len} needs, but"
-          f" {corpus.num_tokens['train']}; use a shorter seq_len or more data"
-        )
-      # No two parts in the same order.
-      windows = grain.MapDataset.range(first, last).seed(seed + 1000 * number)
-      self._parts.append(windows.shuffle().repeat())
-      first = last
-
-  def __getitem__(self, step: int) -> Batch:
-    """Returns the batch of a step, counted from 0."""
-    if step < 0:
-      raise IndexError(f"step {step} is before the first one, 0")
-    size, accumulation = self._sizes
-    rows = range(int(step) * size, int(step + 1) * size)
-    places = [_place(row, self._weights) for row in rows]
-    windows = np.array([self._parts[part][i] for part, i in places])
-    windows = windows.reshape(accumulation or 1, -1)[:, self._rows]
-    numbers = windows.reshape(-1)
-    domains = np.searchsorted(self._ends, numbers, side="right")
-    starts = (numbers - self._firsts[domains]) * self._seq_len
+  def read(step):
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    places = places.reshape(accumulation or 1, -1)[:, rows]
+    windows = np.array([window(row) for row in places.ravel().tolist()], int)
+    domains = np.searchsorted(ends, windows, side="right")
+    starts = (windows - (ends - counts)[domains]) * seq_len
     reads = (
-      (self._tokens[domain][start : start + self._seq_len + 1], 0)
+      (tokens[domain][start : start + seq_len + 1], 0)
       for domain, start in zip(domains, starts)
     )
-    batch = _batch(reads, domains, self._seq_len, self._end)
-    if accumulation is None:
-      return batch
-    shape = windows.shape
+    batch = _batch(reads, domains, seq_len, end)
+    shape = places.shape if accumulation else (-1,)
     return {k: v.reshape(*shape, *v.shape[1:]) for k, v in batch.items()}
 
+  return ByStep(read)
 
-def _place(row, weights):
-  """Returns (part, place in the part) of a row of the training stream.
+
+def _order(corpus, seq_len, counts, seed):
+  """Returns (row of the training stream) -> number of its window.
 
   Of any first n rows the first part has its share, rounded up; of the others
   the second part has its share, and so on: exact at any distance, where Grain's
   `MapDataset.mix` rounds the weights first.
+
+  Args:
+    counts: windows of every domain.
   """
-  rows, total = (row, row + 1), sum(weights)
-  for part, weight in enumerate(weights):
-    later = [n * (total - weight) // total for n in rows]
-    place = rows[0] - later[0]
-    if place < rows[1] - later[1]:
-      return part, place
-    rows, total = later, total - weight
-  raise AssertionError(f"{weights} are not whole numbers above 0")
+  import grain  # Slow to import: only for who reads data.
+
+  weights = [fractions.Fraction(str(weight)) for weight, _ in corpus.parts]
+  scale = math.lcm(*(weight.denominator for weight in weights))
+  weights = [int(weight * scale) for weight in weights]
+  parts, first, domain = [], 0, 0
+  for number, (_, domains) in enumerate(corpus.parts):
+    last = first + int(sum(counts[domain : domain + len(domains)]))
+    if first == last:
+      raise ConfigError(
+        f"no domain of dataset {corpus.name} has the {seq_len + 1} training"
+        f" tokens that a row of seq_len {seq_len} needs, but"
+        f" {corpus.num_tokens['train']}; use a shorter seq_len or more data"
+      )
+    # No two parts in the same order.
+    windows = grain.MapDataset.range(first, last).seed(seed + 1000 * number)
+    parts.append(windows.shuffle().repeat())
+    first, domain = last, domain + len(domains)
+
+  def window(row):
+    rows, total = (row, row + 1), sum(weights)
+    for part, weight in zip(parts, weights):
+      later = [n * (total - weight) // total for n in rows]
+      place = rows[0] - later[0]
+      if place < rows[1] - later[1]:
+        return part[place]
+      rows, total = later, total - weight
+
+  return window
 
 
 def validation_batches(
   corpus: corpora.Corpus,
+  rows: np.ndarray | None = None,
   *,
   seq_len: int,
   batch_size: int,
   batches_per_domain: int | None = None,
   separate_documents: bool = False,
   begin: Sequence[int] = (),
-  rows: np.ndarray | None = None,
 ) -> Iterator[tuple[str, Batch]]:
   """Returns the validation batches of every domain, always in the same order.
 
@@ -163,13 +159,13 @@ def validation_batches(
 
   Args:
     corpus, seq_len, separate_documents: as in `train_batches`.
+    rows: only these of every batch are read; None: all.
     batch_size: B, rows of a batch, >= 1.
     batches_per_domain: so many of each domain, spread evenly over its
       documents; None for all.
     begin: fewer than L tokens that every row begins with, for a model that was
       trained with them. Then a row has tokens of one document, and the first
       token of a document is a target too.
-    rows: only these of every batch are read; None: all.
 
   Returns:
     Pairs of a domain's name and a batch as in `train_batches`, of one domain.
@@ -250,7 +246,7 @@ def _batch(reads, domains, seq_len, end):
     reads: (tokens, number of first targets that do not count) of the first rows.
     domains: number of the domain of every row.
     seq_len: tokens of a row.
-    end: the token that is no input, or None.
+    end: the token that is masked as an input, or None.
   """
   window = np.zeros((len(domains), seq_len + 1), np.int32)
   mask = np.zeros((len(domains), seq_len), np.bool_)

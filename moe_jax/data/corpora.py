@@ -8,23 +8,19 @@ what is in it and where it came from. It appears as a whole or not at all.
 import collections
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import os
 import pathlib
 import re
-import shutil
-import tempfile
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
 
 from moe_jax.core import files
-from moe_jax.core.errors import ConfigError, did_you_mean, first_line
+from moe_jax.core.errors import ConfigError, first_line
 from moe_jax.data import documents, tokenizers
 
 SPLITS = documents.SPLITS
@@ -34,6 +30,7 @@ _FORMAT = 3  # Raise it when the files mean something else than before.
 _KEY_LENGTH = 16
 _MOST_DOMAINS = 256
 _MOST_LOST = 0.01  # Of a text's bytes, in its tokens.
+_FULL_DISK = re.compile("No space left on device|Disk quota exceeded")
 # Fields that a corpus and its index have in common.
 _FIELDS = ("name", "fingerprint", "num_tokens", "num_documents", "sources")
 
@@ -42,15 +39,17 @@ _FIELDS = ("name", "fingerprint", "num_tokens", "num_documents", "sources")
 class Corpus:
   """The tokens of a prepared dataset, or of several.
 
+  Without `parts` it has no text, and says only which tokens there may be.
+
   Attributes:
     name: name of the dataset, or of several, joined by "+".
-    fingerprint: sha256 of every token, by split and domain. Equal for equal
-      content, wherever it was prepared.
     num_bytes_V: bytes of text that each token of the vocabulary stands for; its
       last token ends a document and stands for none.
+    fingerprint: sha256 of every token, by split and domain. Equal for equal
+      content, wherever it was prepared.
     parts: (weight, names of its domains) of each dataset; a dataset's share of
       the training rows is its weight over the sum of all.
-    files: file of the tokens by split, then domain.
+    arrays: the tokens by split, then domain; see `tokens`.
     num_tokens: tokens by split, then domain.
     num_documents: documents by split, then domain.
     sources: names and versions of what the text was made from.
@@ -59,13 +58,15 @@ class Corpus:
   """
 
   name: str
-  fingerprint: str
-  num_bytes_V: tuple[int, ...] = dataclasses.field(repr=False)
-  parts: tuple[tuple[float, tuple[str, ...]], ...]
-  files: Table = dataclasses.field(repr=False)
-  num_tokens: Table
-  num_documents: Table
-  sources: Mapping
+  num_bytes_V: Sequence[int] = dataclasses.field(repr=False)
+  fingerprint: str = ""
+  parts: tuple[tuple[float, tuple[str, ...]], ...] = ()
+  arrays: Table = dataclasses.field(
+    default_factory=dict, repr=False, compare=False
+  )
+  num_tokens: Table = dataclasses.field(default_factory=dict)
+  num_documents: Table = dataclasses.field(default_factory=dict)
+  sources: Mapping = dataclasses.field(default_factory=dict)
   directory: pathlib.Path | None = None
 
   @property
@@ -93,18 +94,8 @@ class Corpus:
     Returns:
       Read-only integers [N], mapped from the file: only what is read is
       loaded.
-
-    Raises:
-      ConfigError: no such split or domain.
     """
-    for word, known in ((split, SPLITS), (domain, self.domains)):
-      if word not in known:
-        near = did_you_mean(word, known)
-        raise ConfigError(f'dataset {self.name} has no "{word}"{near}')
-    size, dtype = self.num_tokens[split][domain], _dtype(self.vocab_size)
-    if not size:  # An empty file cannot be mapped.
-      return np.zeros(0, dtype)
-    return np.memmap(self.files[split][domain], dtype, "r", shape=(size,))
+    return self.arrays[split][domain]
 
 
 def prepare(
@@ -146,13 +137,18 @@ def prepare(
   tokenizer = tokenizers.load(tokenizer)
   features = documents.Features(text_feature, domain_feature)
   source = documents.find(name, data_dir, plugins, features)
-  key = _sha256([_FORMAT, source.versions, features, tokenizer.key])
+  key = _sha256([_FORMAT, source[0], features, tokenizer.key])
   entry = _entry(name, cache_dir, key[:_KEY_LENGTH])
-  corpus = _open(entry) or _make(name, source, features, tokenizer, entry)
+  made = _open(entry) or _make(name, source, features, tokenizer, entry)
+  return wanted(made, fingerprint)
+
+
+def wanted(corpus: Corpus, fingerprint: str | None) -> Corpus:
+  """Returns the corpus; raises ConfigError for one with another fingerprint."""
   if fingerprint not in (None, corpus.fingerprint):
     raise ConfigError(
-      f"dataset {name} has fingerprint {corpus.fingerprint}, but {fingerprint} "
-      f"was asked for and is not in {entry.parent}; install the versions that it"
+      f"{corpus.name} has fingerprint {corpus.fingerprint}, but {fingerprint}"
+      " was asked for and is not in data.cache_dir; install the versions that it"
       " was made from (run.json has them), or start a new run"
     )
   return corpus
@@ -180,58 +176,60 @@ def _entry(name, cache_dir, key):
 
 
 def _open(entry, fingerprint=None):
-  """Returns the corpus in a cache folder; None if there is no whole one.
+  """Returns the corpus in a cache folder; None if the cache is not whole.
 
   Args:
     entry: the folder.
     fingerprint: None is returned for a corpus with another one.
   """
-  with contextlib.suppress(ConfigError, OSError):
+  # Files that are too short cannot be mapped, which is a ValueError.
+  with contextlib.suppress(ValueError, OSError):
     index = files.read_json(
       entry / "index.json", "the index of a token cache", "remove its folder"
     )
     digest = index.pop("digest", None)
-    wanted = fingerprint in (None, index.get("fingerprint"))
-    if index.get("format") != _FORMAT or not wanted:
+    right = fingerprint in (None, index.get("fingerprint"))
+    if index.get("format") != _FORMAT or not right:
       return None
     if digest == _sha256(index):
-      fields = {k: index[k] for k in _FIELDS}
-      corpus = Corpus(
-        num_bytes_V=tuple(index["num_bytes_V"]),
-        parts=((1.0, tuple(index["domains"])),),
-        files=_files(entry, index["domains"]),
-        directory=entry,
-        **fields,
-      )
+      arrays = _map_tokens(entry, index)
       # All of it is read: a run's fingerprint stands for what it trains on.
-      if corpus.fingerprint == _fingerprint(
-        corpus.files, corpus.num_tokens, len(corpus.num_bytes_V)
-      ):
-        return corpus
+      if index["fingerprint"] == _fingerprint(arrays):
+        return Corpus(
+          num_bytes_V=tuple(index["num_bytes_V"]),
+          parts=((1.0, tuple(index["domains"])),),
+          arrays=arrays,
+          directory=entry,
+          **{k: index[k] for k in _FIELDS},
+        )
   if entry.exists():
     logging.warning("The token cache %s is damaged and not used", entry)
   return None
 
 
-def _fingerprint(paths, num_tokens, vocab_size):
-  """Returns the sha256 of all tokens; files of another size do not count."""
+def _map_tokens(folder, index):
+  """Returns `Corpus.arrays` of a cache folder."""
+  dtype = _dtype(len(index["num_bytes_V"]))
 
-  def digest(split, domain):
-    size = num_tokens[split][domain] * _dtype(vocab_size).itemsize
+  def array(split, domain):
+    size = index["num_tokens"][split][domain]
     if not size:  # There is no file.
-      return hashlib.sha256().hexdigest()
-    with paths[split][domain].open("rb") as file:
-      right = os.fstat(file.fileno()).st_size == size
-      return hashlib.file_digest(file, "sha256").hexdigest() if right else ""
+      return np.zeros(0, dtype)
+    path = _file(folder, split, index["domains"].index(domain))
+    return np.memmap(path, dtype, "r", shape=(size,))
 
-  return _sha256(_table(paths["train"], digest))
+  return _table(index["domains"], array)
 
 
-def _files(folder, domains):
-  def path(split, domain):
-    return folder / f"{split}-{domains.index(domain):03d}.tokens"
+def _fingerprint(arrays):
+  def digest(split, domain):
+    return hashlib.sha256(arrays[split][domain]).hexdigest()
 
-  return _table(domains, path)
+  return _sha256(_table(arrays["train"], digest))
+
+
+def _file(folder, split, number):
+  return folder / f"{split}-{number:03d}.tokens"
 
 
 def _table(domains, value):
@@ -241,57 +239,50 @@ def _table(domains, value):
 def _make(name, source, features, tokenizer, entry):
   """Prepares beside the final place and moves the whole there at the end."""
   logging.info("Preparing dataset %s in %s, once", name, entry)
-  start = time.monotonic()
-  with _scratch_folder(entry) as scratch:
-    new = scratch / "new"
-    new.mkdir()
-    builder = source.builder(new)
-    documents.check(name, builder, features)
-    index = _write_tokens(name, builder, features, tokenizer, new)
-    index |= {"format": _FORMAT, "name": name, "sources": source.versions}
-    index["digest"] = _sha256(index)
-    (new / "index.json").write_text(json.dumps(index, indent=2))
-    if entry.exists() and _open(entry) is None:
-      entry.rename(scratch / "broken")
-    try:
-      new.rename(entry)
-    except OSError:  # Another process was faster: its content is the same.
-      if _open(entry) is None:
-        raise
-  corpus, seconds = _open(entry), time.monotonic() - start
-  logging.info("Prepared %s: %s in %.1f s", name, corpus.num_tokens, seconds)
-  return corpus
-
-
-@contextlib.contextmanager
-def _scratch_folder(entry):
-  """A folder beside the entry, for a while; a full disk is one sentence."""
-  folder = None
   try:
     entry.parent.mkdir(parents=True, exist_ok=True)
-    folder = tempfile.mkdtemp(dir=entry.parent, prefix=f".{entry.name}-")
-    yield pathlib.Path(folder)
+    with files.scratch_folder(entry.parent, f".{entry.name}-") as scratch:
+      _prepare_in(scratch / "new", name, source, features, tokenizer)
+      if entry.exists() and _open(entry) is None:
+        entry.rename(scratch / "broken")
+      try:
+        (scratch / "new").rename(entry)
+      except OSError:  # Another process was faster: its content is the same.
+        if _open(entry) is None:
+          raise
   except (OSError, RuntimeError) as e:
     # TFDS raises a RuntimeError where its writers find the disk full.
-    full = any(os.strerror(n) in str(e) for n in (errno.ENOSPC, errno.EDQUOT))
-    if not full and not isinstance(e, OSError):
+    if isinstance(e, RuntimeError) and not _FULL_DISK.search(str(e)):
       raise
     raise ConfigError(
       f"the token cache {entry} cannot be prepared ({first_line(e)}); free space"
       " there, or set data.cache_dir or XDG_CACHE_HOME to a folder that can be"
       " written"
     ) from e
-  finally:
-    if folder:
-      shutil.rmtree(folder, ignore_errors=True)
+  corpus = _open(entry)
+  logging.info("Prepared %s: %s", name, corpus.num_tokens)
+  return corpus
+
+
+def _prepare_in(folder, name, source, features, tokenizer):
+  """Writes all files of a cache."""
+  folder.mkdir()
+  versions, prepared = source
+  builder = prepared(folder)
+  documents.check(name, builder, features)
+  index = {"format": _FORMAT, "name": name, "sources": versions}
+  index |= _write_tokens(name, builder, features, tokenizer, folder)
+  index["fingerprint"] = _fingerprint(_map_tokens(folder, index))
+  index["digest"] = _sha256(index)
+  (folder / "index.json").write_text(json.dumps(index, indent=2))
 
 
 def _write_tokens(name, builder, features, tokenizer, folder):
-  """Writes the files of tokens; returns what the index says of them."""
+  """Writes the files of tokens; returns their entries of the index."""
   domains = documents.label_names(builder, features)
   opened = {}  # (split, domain) -> its file.
-  num_tokens, num_documents = collections.Counter(), collections.Counter()
-  text_bytes, token_bytes = collections.Counter(), 0
+  # (split, domain) -> tokens, documents, bytes of text, bytes of the tokens.
+  counts = collections.defaultdict(lambda: np.zeros(4, np.int64))
   dtype = _dtype(tokenizer.vocab_size)
   with contextlib.ExitStack() as stack:
     for split, domain, text in documents.read(name, builder, features):
@@ -305,41 +296,35 @@ def _write_tokens(name, builder, features, tokenizer, folder):
         )
       place = split, domain
       if place not in opened:
-        path = _files(folder, domains)[split][domain]
+        path = _file(folder, split, domains.index(domain))
         opened[place] = stack.enter_context(path.open("wb"))
       tokens = np.append(tokenizer.encode(text), tokenizer.end)
       opened[place].write(tokens.astype(dtype).tobytes())
-      num_tokens[place] += tokens.size
-      num_documents[place] += 1
-      text_bytes[split] += len(text)
-      token_bytes += int(tokenizer.num_bytes_V[tokens].sum())
-  _check_bytes(name, tokenizer, text_bytes, token_bytes, num_documents.total())
-  counts = _table(domains, lambda *place: num_tokens[place])
+      num_bytes = tokenizer.num_bytes_V[tokens].sum()
+      counts[place] += tokens.size, 1, len(text), num_bytes
+  _check_bytes(name, tokenizer, counts)
   return {
     "tokenizer": tokenizer.key,
-    "fingerprint": _fingerprint(
-      _files(folder, domains), counts, tokenizer.vocab_size
-    ),
     "num_bytes_V": tokenizer.num_bytes_V.tolist(),
     "domains": domains,
-    "num_tokens": counts,
-    "num_documents": _table(domains, lambda *place: num_documents[place]),
+    "num_tokens": _table(domains, lambda *place: int(counts[place][0])),
+    "num_documents": _table(domains, lambda *place: int(counts[place][1])),
   }
 
 
-def _check_bytes(name, tokenizer, text_bytes, token_bytes, num_documents):
+def _check_bytes(name, tokenizer, counts):
   """Raises ConfigError for no text, or tokens that stand for other text."""
-  if not text_bytes["train"]:
+  if not any(x[2] for (split, _), x in counts.items() if split == "train"):
     raise ConfigError(
       f"the training documents of dataset {name} hold no text; set"
       " data.text_feature to the feature that does"
     )
+  _, num_documents, text_bytes, token_bytes = sum(counts.values())
   # Some tokenizers begin each document with a space.
-  most = _MOST_LOST * text_bytes.total() + num_documents
-  if abs(token_bytes - text_bytes.total()) > most:
+  if abs(token_bytes - text_bytes) > _MOST_LOST * text_bytes + num_documents:
     raise ConfigError(
       f"the tokens of data.tokenizer = {tokenizer.name!r} stand for"
-      f" {token_bytes} bytes, and the text has {text_bytes.total()}, so that"
+      f" {token_bytes} bytes, and the text has {text_bytes}, so that"
       " bits per byte would be wrong; take one that keeps case, spaces and line"
       ' ends, such as a byte-level BPE, or "bytes"'
     )

@@ -1,7 +1,6 @@
-"""Where documents come from: TFDS datasets, built in, known to it, or a folder."""
+"""Documents of TFDS datasets: built in, known to TFDS, or in a folder."""
 
 import contextlib
-import difflib
 import hashlib
 import inspect
 import io
@@ -10,10 +9,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from moe_jax.core import registry
-from moe_jax.core.errors import ConfigError, first_line
+from moe_jax.core.errors import ConfigError, first_line, nearest
 
 SPLITS = ("train", "validation")
 
@@ -22,23 +19,16 @@ _NO_DOMAIN = ("domain", "none")
 _VALIDATION_PART = 16  # Held out where a dataset has no validation split.
 _READ_AT_ONCE = 256  # Documents.
 
+# The names and versions that a dataset's content depends on, and a function
+# from a scratch folder to the TFDS builder of the prepared dataset.
+Source = tuple[dict[str, str], Callable[[pathlib.Path], Any]]
+
 
 class Features(NamedTuple):
   """Names of the features that are read."""
 
   text: str
   domain: str
-
-
-class Source(NamedTuple):
-  """A dataset that may have to be prepared yet.
-
-  versions: the names and versions that its content depends on.
-  builder: scratch folder -> TFDS builder of the prepared dataset.
-  """
-
-  versions: dict[str, str]
-  builder: Callable[[pathlib.Path], Any]
 
 
 def find(
@@ -49,35 +39,28 @@ def find(
   Raises:
     ConfigError: no such dataset, folder or feature.
   """
-  if data_dir:
-    return _from_directory(data_dir)
-  if name in registry.names("datasets", plugins):
+  if not data_dir and name in registry.names("datasets", plugins):
     return _built_in(name, plugins)
-  return _from_directory(_known_to_tfds(name, plugins, wanted))
+  return _from_directory(data_dir or _known_to_tfds(name, plugins, wanted))
 
 
 def check(name: str, builder, wanted: Features) -> None:
-  """Raises ConfigError for a dataset that lacks what is read."""
-  _check_features(name, builder.info.features, wanted)
-  sizes = {k: v.num_examples for k, v in builder.info.splits.items()}
-  if not sizes.get("train") or not sizes.get("validation", 1):
-    raise ConfigError(
-      f"dataset {name} has no documents in the split train, or an empty split"
-      f" validation: {sizes}; prepare a copy of it that has documents there"
-    )
+  """Raises ConfigError for a dataset that lacks what is read.
 
-
-def _check_features(name, features, wanted):
+  The sizes of its splits are not known, and not checked, before it is prepared.
+  """
   import tensorflow_datasets as tfds
 
-  features = dict(features.items())
-  texts = [k for k, v in features.items() if isinstance(v, tfds.features.Text)]
-  text = features.get(wanted.text)
-  plain = isinstance(text, tfds.features.Tensor) and not text.shape
-  if wanted.text not in texts and not (
-    plain and text.np_dtype in (np.object_, np.str_)
-  ):
-    kind = "not there" if text is None else f"a {type(text).__name__}"
+  features = dict(builder.info.features.items())
+  texts = [
+    k
+    for k, feature in features.items()
+    if isinstance(feature, tfds.features.Tensor)
+    and (feature.shape, feature.np_dtype) == ((), object)
+  ]
+  if wanted.text not in texts:
+    kind = type(features.get(wanted.text)).__name__
+    kind = f"a {kind}" if wanted.text in features else "not there"
     raise ConfigError(
       f'the feature "{wanted.text}" of dataset {name} is not text but {kind};'
       f" set data.text_feature to one that is: {sorted(texts)}"
@@ -87,12 +70,24 @@ def _check_features(name, features, wanted):
       f'dataset {name} has no feature "{wanted.domain}", but {sorted(features)};'
       ' set data.domain_feature to one of them, or to "none" for one domain'
     )
+  sizes = {k: v.num_examples for k, v in builder.info.splits.items()}
+  if sizes and not (sizes.get("train") and sizes.get("validation", 1)):
+    raise ConfigError(
+      f"dataset {name} has no documents in the split train, or an empty split"
+      f" validation: {sizes}; prepare a copy of it that has documents there"
+    )
 
 
 def label_names(builder, features: Features) -> list[str]:
   """Returns the domains that the dataset declares, in its order."""
   feature = dict(builder.info.features.items()).get(features.domain)
   return list(getattr(feature, "names", None) or ())
+
+
+def split_of(text: bytes) -> str:
+  """Returns the split of a document of a dataset that has no validation."""
+  part = int(hashlib.sha256(text).hexdigest(), 16) % _VALIDATION_PART
+  return "train" if part else "validation"
 
 
 def read(
@@ -113,18 +108,16 @@ def read(
         domain = names[domain] if domain >= 0 else "unlabelled"
       else:
         domain = _as_bytes(domain).decode("utf-8", "replace")
-      yield (split if held_out else _split_of(text)), domain, text
+      yield (split if held_out else split_of(text)), domain, text
 
 
 def _examples(name, builder, split):
-  with _in_a_sentence(
-    f"the split {split} of dataset {name} cannot be read",
-    "prepare the dataset again",
-  ):
+  what = f"the split {split} of dataset {name} cannot be read"
+  with _in_a_sentence(what, "prepare the dataset again"):
     source = builder.as_data_source(split=split)
-    for start in range(0, len(source), _READ_AT_ONCE):
-      stop = min(start + _READ_AT_ONCE, len(source))
-      yield from source.__getitems__(list(range(start, stop)))
+    numbers = range(len(source))
+    for start in numbers[::_READ_AT_ONCE]:
+      yield from source.__getitems__(numbers[start : start + _READ_AT_ONCE])
 
 
 @contextlib.contextmanager
@@ -155,7 +148,7 @@ def _built_in(name, plugins):
     shutil.rmtree(folder / "downloads", ignore_errors=True)
     return builder
 
-  return Source(versions, prepared)
+  return versions, prepared
 
 
 def _known_to_tfds(name, plugins, wanted):
@@ -165,35 +158,27 @@ def _known_to_tfds(name, plugins, wanted):
   try:
     builder = tfds.builder(name, file_format="array_record")
   except Exception as e:  # Also of the network, for community datasets.
+    known = set(tfds.list_builders(with_community_datasets=False))
+    dataset = name.partition("/")[0]
+    if dataset in known:
+      configs = tfds.builder_cls(dataset).builder_configs
+      known = {f"{dataset}/{config}" for config in configs}
+    known |= set(registry.names("datasets", plugins))
     raise ConfigError(
       f'there is no dataset "{name}", neither built in nor known to TFDS'
-      f"{_near(name, plugins)} For one of your own, set data.dir to the folder of"
-      " a prepared TFDS dataset"
+      f"{nearest(name, known) or '.'} For one of your own, set data.dir to the"
+      " folder of a prepared TFDS dataset"
     ) from e
-  _check_features(name, builder.info.features, wanted)  # Before a download.
+  check(name, builder, wanted)  # Before a download.
   if not builder.is_prepared():
-    with _in_a_sentence(  # No network, package, or space on the disk.
-      f"TFDS cannot prepare the dataset {name} here",
+    what = f"TFDS cannot prepare the dataset {name} here"
+    remedy = (
       "prepare it elsewhere with file_format='array_record' and set data.dir to"
-      " its folder",
-    ):
+      " its folder"
+    )
+    with _in_a_sentence(what, remedy):  # No network, package, or disk space.
       builder.download_and_prepare()
   return builder.data_dir
-
-
-def _near(name, plugins):
-  """Returns '; did you mean ...?' with names, or configs of its dataset."""
-  import tensorflow_datasets as tfds
-
-  known = set(tfds.list_builders(with_community_datasets=False))
-  dataset, _, config = name.partition("/")
-  if config and dataset in known:
-    configs = tfds.builder_cls(dataset).builder_configs
-    known = {f"{dataset}/{config}" for config in configs}
-  else:
-    known |= set(registry.names("datasets", plugins))
-  near = difflib.get_close_matches(name, sorted(known), n=3)
-  return f"; did you mean {' or '.join(near)}?" if near else "."
 
 
 def _from_directory(data_dir):
@@ -210,29 +195,23 @@ def _from_directory(data_dir):
   files = "".join(f"{name} {s.length} {s.mtime}\n" for name, s in stats)
   digest = hashlib.sha256(files.encode()).hexdigest()
   versions = {"data_dir": str(folder), "files": digest}
-  return Source(versions, lambda _: _open_builder(folder))
 
+  def opened(_):
+    import tensorflow_datasets as tfds
 
-def _open_builder(folder):
-  import tensorflow_datasets as tfds
+    what = f"data.dir {folder} cannot be read"
+    with _in_a_sentence(what, "prepare the dataset again"):
+      builder = tfds.builder_from_directory(folder)
+      form = builder.info.file_format.value
+    if form not in ("array_record", "parquet"):
+      raise ConfigError(
+        f"data.dir {folder} is in {form} format, which only TensorFlow reads; "
+        'prepare the dataset with file_format="array_record"'
+      )
+    return builder
 
-  with _in_a_sentence(
-    f"data.dir {folder} cannot be read", "prepare the dataset again"
-  ):
-    builder = tfds.builder_from_directory(folder)
-    form = builder.info.file_format.value
-  if form not in ("array_record", "parquet"):
-    raise ConfigError(
-      f"data.dir {folder} is in {form} format, which only TensorFlow reads; "
-      'prepare the dataset with file_format="array_record"'
-    )
-  return builder
+  return versions, opened
 
 
 def _as_bytes(value):
   return value if isinstance(value, bytes) else str(value).encode()
-
-
-def _split_of(text):
-  part = int(hashlib.sha256(text).hexdigest(), 16) % _VALIDATION_PART
-  return "train" if part else "validation"

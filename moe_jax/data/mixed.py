@@ -4,7 +4,6 @@ import hashlib
 import itertools
 from collections.abc import Mapping
 
-from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import labelled, number, section
 from moe_jax.data import corpora
 
@@ -42,43 +41,28 @@ def prepare(
   """
   shared = {k: data[k] for k in ("tokenizer", "cache_dir")}
   shared["plugins"] = tuple(plugins)
-  if data["mixture"]:
-    return _prepare_parts(dict(data["mixture"]), fingerprint, shared)
-  return corpora.prepare(
-    data["name"],
-    data_dir=data["dir"],
-    text_feature=data["text_feature"],
-    domain_feature=data["domain_feature"],
-    fingerprint=fingerprint,
-    **shared,
-  )
 
+  def prepared(part, fingerprint=None):
+    options = {k: part[k] for k in _DATASET if k in part}
+    folder = options.pop("dir", None)
+    return corpora.prepare(
+      data_dir=folder, fingerprint=fingerprint, **options, **shared
+    )
 
-def _prepare_parts(mixture, fingerprint, shared):
-  parts = {label: dict(mixture[label]) for label in sorted(mixture)}
-  weights = {label: part.pop("weight", 1.0) for label, part in parts.items()}
+  if not data["mixture"]:
+    return prepared(data, fingerprint)
+  parts = dict(sorted(data["mixture"].items()))
+  weights = {label: part.get("weight", 1.0) for label, part in parts.items()}
   if fingerprint is not None:
     # The parts as the run knew them: a source may have changed since.
-    caches = (
-      list(corpora.cached(part["name"], shared["cache_dir"]))
-      for part in parts.values()
-    )
+    names = (part["name"] for part in parts.values())
+    caches = (corpora.cached(name, shared["cache_dir"]) for name in names)
     for choice in itertools.product(*caches):
       corpus = join(dict(zip(parts, choice)), weights)
       if corpus.fingerprint == fingerprint:
         return corpus
-  prepared = {
-    label: corpora.prepare(data_dir=part.pop("dir", None), **part, **shared)
-    for label, part in parts.items()
-  }
-  corpus = join(prepared, weights)
-  if fingerprint not in (None, corpus.fingerprint):
-    raise ConfigError(
-      f"the mixture {corpus.name} has fingerprint {corpus.fingerprint}, but"
-      f" {fingerprint} was asked for; bring the data of its parts back, or start"
-      " a new run"
-    )
-  return corpus
+  made = {label: prepared(part) for label, part in parts.items()}
+  return corpora.wanted(join(made, weights), fingerprint)
 
 
 def join(
@@ -92,32 +76,25 @@ def join(
     weights: by label; a part's share of the training rows is its weight over
       their sum. They are not in the fingerprint, but in the config.
   """
-  names = {
-    label: {
-      domain: f"{label}/{domain}" if len(corpus.domains) > 1 else label
-      for domain in corpus.domains
-    }
-    for label, corpus in parts.items()
-  }
+
+  def names(label):
+    domains = parts[label].domains
+    return [f"{label}/{d}" for d in domains] if domains[1:] else [label]
 
   def table(attribute):
-    return {
-      split: {
-        names[label][domain]: getattr(corpus, attribute)[split][domain]
-        for label, corpus in parts.items()
-        for domain in corpus.domains
-      }
-      for split in corpora.SPLITS
-    }
+    joined = {split: {} for split in corpora.SPLITS}
+    for label, corpus in parts.items():
+      for split, values in getattr(corpus, attribute).items():
+        values = [values[domain] for domain in corpus.domains]
+        joined[split] |= zip(names(label), values)
+    return joined
 
   text = "".join(f"{k} {c.fingerprint}\n" for k, c in parts.items())
   return corpora.Corpus(
     name="+".join(parts),
-    fingerprint=hashlib.sha256(text.encode()).hexdigest(),
     num_bytes_V=next(iter(parts.values())).num_bytes_V,
-    parts=tuple((weights[k], tuple(names[k].values())) for k in parts),
-    files=table("files"),
-    num_tokens=table("num_tokens"),
-    num_documents=table("num_documents"),
+    fingerprint=hashlib.sha256(text.encode()).hexdigest(),
+    parts=tuple((weights[label], tuple(names(label))) for label in parts),
     sources={label: dict(c.sources) for label, c in parts.items()},
+    **{k: table(k) for k in ("arrays", "num_tokens", "num_documents")},
   )

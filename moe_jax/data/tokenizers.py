@@ -3,8 +3,8 @@
 The last token of a vocabulary ends a document; the file does not have it.
 """
 
+import functools
 import hashlib
-import itertools
 import json
 import os
 import pathlib
@@ -66,27 +66,41 @@ def load(name: str | os.PathLike = "bytes") -> Tokenizer:
   if name == "bytes":
     return _bytes()
   path = pathlib.Path(name).expanduser()
+  what = f"data.tokenizer = {str(name)!r}"
   readers = {".json": _json, ".model": _sentencepiece}
   if path.suffix not in readers or not path.is_file():
     raise ConfigError(
-      f'data.tokenizer = {str(name)!r} is neither "bytes" nor a file that is'
-      " there, a tokenizer.json or a SentencePiece .model"
+      f'{what} is neither "bytes" nor a file that is there, a tokenizer.json or'
+      " a SentencePiece .model"
     )
-  key = hashlib.sha256(path.read_bytes()).hexdigest()
   try:
-    return readers[path.suffix](path, key)
+    encode, with_special, decode, sizes_V, begin = readers[path.suffix](path)
   except ImportError as e:
     raise ConfigError(
-      f"data.tokenizer = {str(name)!r} needs the package {e.name}; run: pip"
-      " install 'moe_jax[data]'"
+      f"{what} needs the package {e.name}; run: pip install 'moe_jax[data]'"
     ) from None
   except (ConfigError, KeyboardInterrupt, SystemExit):
     raise
   except BaseException as e:  # A panic in Rust is no Exception.
     raise ConfigError(
-      f"data.tokenizer = {str(name)!r} cannot be read ({first_line(e)}); give a"
-      " tokenizer.json or a SentencePiece .model"
+      f"{what} cannot be read ({first_line(e)}); give a tokenizer.json or a"
+      " SentencePiece .model"
     ) from None
+  end = len(sizes_V) - 1
+
+  def array(encode, text, begin=()):
+    tokens = encode(text.decode("utf-8", "replace"))
+    return np.array([*begin, *tokens], np.int64)
+
+  return Tokenizer(
+    str(path),
+    functools.partial(array, encode),
+    functools.partial(array, with_special, begin=begin),
+    lambda tokens: decode([int(t) for t in tokens if t < end]),
+    sizes_V,
+    hashlib.sha256(path.read_bytes()).hexdigest(),
+    begin,
+  )
 
 
 def _bytes():
@@ -100,7 +114,11 @@ def _bytes():
   return Tokenizer("bytes", encode, encode, decode, sizes_V, "bytes")
 
 
-def _json(path, key):
+# The readers of a file return text -> ids of a document, text -> ids where text
+# may spell special tokens, ids -> text, `num_bytes_V` and `begin`.
+
+
+def _json(path):
   import tokenizers
 
   content = files.read_json(path, "a tokenizer.json", "give another file")
@@ -118,23 +136,19 @@ def _json(path, key):
   tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
   tokenizer.no_truncation()
   tokenizer.no_padding()
-  end = max(ids.values()) + 1
   if (
     any(tokenizer.token_to_id(text) != t["id"] for text, t in added.items())
     or len(set(ids.values())) < len(ids)
-    or end > _MOST_IDS
+    or max(ids.values()) >= _MOST_IDS
   ):
     raise ValueError(f"a token has no id of its own up to {_MOST_IDS}")
   special = {text for text, t in added.items() if t["special"]}
-  begin = _begin(tokenizer, path, ids)
-  return Tokenizer(
-    str(path),
-    _document_encoder(tokenizer, str(path), special, unknown),
-    lambda text: np.array([*begin, *_ids(tokenizer, _text(text))], np.int64),
-    lambda tokens: tokenizer.decode([t for t in tokens if t < end]),
+  return (
+    _document_encoder(tokenizer, path, special, unknown),
+    lambda text: _ids(tokenizer, text),
+    tokenizer.decode,
     _sizes(content, pieces, ids, special | {unknown}),
-    key,
-    begin,
+    _begin(tokenizer, path, ids),
   )
 
 
@@ -144,8 +158,8 @@ def _ids(tokenizer, text, *, as_text=False):
   return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def _document_encoder(tokenizer, name, special, unknown):
-  """Returns `Tokenizer.encode`: text that spells a special token stays text.
+def _document_encoder(tokenizer, path, special, unknown):
+  """Returns text -> ids in which text that spells a special token stays text.
 
   Some models match text with every piece of their vocabulary, special ones
   too. So what spells such a piece is cut after its first character.
@@ -161,8 +175,7 @@ def _document_encoder(tokenizer, name, special, unknown):
   cutting = pre_tokenizers.Sequence([usual, cut] if usual else [cut])
   control = {tokenizer.token_to_id(word) for word in special - {unknown}}
 
-  def encode(content):
-    text = _text(content)
+  def encode(text):
     tokens = _ids(tokenizer, text, as_text=True)
     if control.intersection(tokens) or re.search(spelled, text):
       tokenizer.pre_tokenizer = cutting
@@ -171,10 +184,10 @@ def _document_encoder(tokenizer, name, special, unknown):
     for token in control.intersection(tokens):
       raise ConfigError(
         f"a document spells {tokenizer.id_to_token(token)!r}, a special token"
-        f" that data.tokenizer = {name!r} cannot encode as text; take another"
-        " tokenizer, or leave the document out"
+        f" that data.tokenizer = {str(path)!r} cannot encode as text; take"
+        " another tokenizer, or leave the document out"
       )
-    return np.array(tokens, np.int64)
+    return tokens
 
   return encode
 
@@ -187,14 +200,10 @@ def _begin(tokenizer, path, ids):
   some_text = next((p for p in ids if _ids(tokenizer, p, as_text=True)), "")
   encoding = tokenizer.encode(some_text)
   # What is of no sequence is of the template.
-  pairs = zip(encoding.sequence_ids, encoding.ids)
-  template = itertools.takewhile(lambda pair: pair[0] is None, pairs)
-  begin = tuple(i for _, i in template)
-  settings = path.with_name("tokenizer_config.json")
-  if settings.exists():
-    settings = files.read_json(
-      settings, "settings of a tokenizer", "correct it"
-    )
+  begin = tuple(encoding.ids[: [*encoding.sequence_ids, 0].index(0)])
+  file = path.with_name("tokenizer_config.json")
+  if file.exists():
+    settings = files.read_json(file, "settings of a tokenizer", "correct it")
     if settings.get("add_bos_token") is False:
       return ()
     if settings.get("add_bos_token") and not begin:
@@ -227,7 +236,7 @@ def _sizes(content, pieces, ids, no_text):
   return sizes_V
 
 
-def _sentencepiece(path, key):
+def _sentencepiece(path):
   import sentencepiece
 
   model = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -239,23 +248,7 @@ def _sentencepiece(path, key):
     elif not (model.is_control(i) or model.is_unknown(i)):
       sizes_V[i] = _length(model.id_to_piece(i))
   begin = (model.bos_id(),) if model.bos_id() >= 0 else ()
-
-  def encode(text, begin=()):
-    return np.array([*begin, *model.encode(_text(text))], np.int64)
-
-  return Tokenizer(
-    str(path),
-    encode,
-    lambda text: encode(text, begin),
-    lambda tokens: model.decode([int(t) for t in tokens if t < size]),
-    sizes_V,
-    key,
-    begin,
-  )
-
-
-def _text(content):
-  return content.decode("utf-8", "replace")
+  return model.encode, model.encode, model.decode, sizes_V, begin
 
 
 def _length(piece):

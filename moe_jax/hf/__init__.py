@@ -9,12 +9,10 @@
 Needs the extra `hf`.
 """
 
-import itertools
+import dataclasses
 import json
 import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +21,7 @@ import jax
 from flax import traverse_util
 
 from moe_jax import models
+from moe_jax.core import files
 from moe_jax.core.errors import ConfigError
 from moe_jax.hf import architecture, config, fields, weights
 
@@ -57,17 +56,17 @@ def load(
   path = pathlib.Path(path)
   where = str(path / "config.json")
   values, generation = config.load(path)
-  files = weights.Files(path)
+  found = weights.Files(path)
   family, ours, source = config.read(
-    values, where, limits=files.limits(), generation=generation
+    values, where, room=found.room(), generation=generation
   )
   model = architecture.build(ours, where, mesh, dtype)
   shapes = architecture.shapes(model)
   layout = weights.Layout(family, model.arch.segments, shapes)
-  layout.check(files, ours.get("left_out", ()))
+  layout.check(found, ours.get("left_out", ()))
   shardings = None if mesh is None else models.shardings(model)
-  variables = layout.read(files, dtype, shardings)
-  return architecture.with_source(model, source), variables
+  arch = dataclasses.replace(model.arch, source=source)
+  return model.clone(arch=arch), layout.read(found, dtype, shardings)
 
 
 def save(
@@ -91,7 +90,7 @@ def save(
     max_shard_bytes: files are as large, or hold a single tensor.
     extra: fields of config.json that change nothing in what a model computes,
       such as {"eos_token_id": tokenizer.end, "max_position_embeddings": 256}.
-      Special tokens that nobody gives are null.
+      Special tokens that are not given are null.
 
   Raises:
     ConfigError: no family has such a model, an unknown field in extra, or the
@@ -100,31 +99,28 @@ def save(
   path, extra = pathlib.Path(path), dict(extra or {})
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise ConfigError(f"{path} is not an empty folder; save to another")
-  for name in itertools.filterfalse(fields.ignored, extra):
-    raise ConfigError(
-      f'extra has "{name}", which is no field that changes nothing in what a'
-      " model computes; leave it out"
-    )
+  for name in extra:
+    if not fields.ignored(name):
+      raise ConfigError(
+        f'extra has "{name}", which is no field that changes nothing in what a'
+        " model computes; leave it out"
+      )
   family, values = config.write(model.arch, model_type)
   layout = weights.Layout(family, model.arch.segments, variables)
   dtype = layout.leaves["params/embedding"].dtype.name
-  source = model.arch.source
-  values |= {**config.kept(family, source), "dtype": dtype, **extra}
+  source = model.arch.source or config.Source({}, {}, ())
+  values |= config.kept(family, source) | {"dtype": dtype, **extra}
   texts = {"config.json": traverse_util.unflatten_dict(values, sep=".")}
-  if source and source.generation:
+  if source.generation:
     special = {k: x for k, x in extra.items() if k in source.generation}
     texts["generation_config.json"] = {**source.generation, **special}
   path.parent.mkdir(parents=True, exist_ok=True)
   # Under another name until it is whole.
-  with tempfile.TemporaryDirectory(
-    dir=path.parent, prefix=f".{path.name}-"
-  ) as work:
-    whole = pathlib.Path(work) / "whole"
+  with files.scratch_folder(path.parent, f".{path.name}-") as work:
+    whole = work / "whole"
     whole.mkdir()
-    layout.write(whole, max_shard_bytes)
+    texts |= layout.write(whole, max_shard_bytes)
     for name, value in texts.items():
       text = json.dumps(value, indent=2, sort_keys=True)
       (whole / name).write_text(f"{text}\n")
-    if path.exists():
-      path.rmdir()
-    shutil.move(whole, path)
+    whole.rename(path)

@@ -1,5 +1,6 @@
 """config.json and generation_config.json of a folder, in both directions."""
 
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ _NOT_KEPT = (
 
 
 class Source(NamedTuple):
-  """What a folder says beside the architecture; `save` writes it again.
+  """The fields of a folder beside the architecture; `save` writes them again.
 
   fields: of config.json, those that change nothing in what a model computes.
   generation: generation_config.json, {} without one.
@@ -38,26 +39,27 @@ def load(path: pathlib.Path) -> tuple[dict, dict]:
   Raises:
     ConfigError: there is no config.json, or one is not a JSON object.
   """
+  remedy = "get it anew"
   try:
-    name = path / "config.json"
-    config = files.read_json(name, "the config of a model", "get it anew")
+    fields = files.read_json(
+      path / "config.json", "the config of a model", remedy
+    )
   except (FileNotFoundError, NotADirectoryError):
     raise ConfigError(
       f"{path} has no config.json; give the folder of a model with its"
       " config.json and safetensors files"
     ) from None
-  try:
-    name = path / "generation_config.json"
-    return config, files.read_json(name, "a generation config", "get it anew")
-  except FileNotFoundError:
-    return config, {}
+  name = path / "generation_config.json"
+  if not name.exists():
+    return fields, {}
+  return fields, files.read_json(name, "a generation config", remedy)
 
 
 def read(
   config: Mapping[str, Any],
   where: str,
   *,
-  limits: Mapping[str, int] | None = None,
+  room: float = math.inf,
   generation: Mapping[str, Any] | None = None,
 ) -> tuple[families.Family, dict[str, Any], Source]:
   """The meaning of a config.json.
@@ -65,7 +67,7 @@ def read(
   Args:
     config: its fields.
     where: its path, for errors.
-    limits: of sizes, see `Fields`.
+    room: the largest size that its files can have, see `Fields`.
     generation: fields of generation_config.json.
 
   Returns:
@@ -75,49 +77,41 @@ def read(
     ConfigError: an unknown model_type or field, or a value that is not
       supported; names it.
   """
-  family, kept, generation = _family(config, where), {}, generation or {}
-  fields = Fields(config, where, family.sections, limits)
-  if family.inner:
-    inner = fields.take(family.inner, dict, {})
-    kept = fields.rest(family.ignored)
-    fields = Fields(inner, f"{where}, {family.inner}", family.sections, limits)
-  ours = {}
-  for row in family.rows:
-    ours |= row.read(fields, ours)
-  ours = {"layers": ["moe"] * ours["num_layers"], **ours, **family.constants}
-  if any(kind.startswith("moe") for kind in ours["layers"]):
-    fields.check("experts", ours["moe.num_experts"], "size")
-    fields.check("width of experts", ours["moe.d_expert"], "size")
-  said = kept | fields.rest(family.ignored)
-  kept, vocab, eos = {**family.ends, **said}, ours["vocab_size"], "eos_token_id"
-  ends = [
-    *_tokens(said if eos in generation else kept, eos, vocab, where),
-    *_tokens(generation, eos, vocab, "generation_config.json"),
-  ]
-  return family, ours, Source(kept, generation, tuple(dict.fromkeys(ends)))
-
-
-def _tokens(values, name, vocab_size, where):
-  """Special tokens, which are a number, several, or null."""
-  value = values.get(name)
-  ids = [] if value is None else value if isinstance(value, list) else [value]
-  if not all(type(i) is int and i >= 0 for i in ids):
-    raise Fields({}, where).error(
-      name, value, "is no token, nor a list of them"
-    )
-  return [i for i in ids if i < vocab_size]  # Others never come up.
-
-
-def _family(config, where):
+  fields, known = Fields(config, where), families.known()
   name, quantized = config.get("model_type"), config.get("quantization_config")
-  known, fields = families.known(), Fields({}, where)
-  if not isinstance(name, str) or name not in known:
+  if name not in [*known]:
     reason = "is not supported" + did_you_mean(str(name)[:80], known)
     raise fields.error("model_type", name, reason)
   if quantized:
     reason = "is not read; convert the weights to bfloat16 first"
     raise fields.error("quantization_config", quantized, reason)
-  return known[name]
+  family, said, generation = known[name], {}, generation or {}
+  if family.inner:
+    config = fields.take(family.inner, dict, {})
+    said = fields.rest(family.ignored)
+    where = f"{where}, {family.inner}"
+  fields, ours = Fields(config, where, family.sections, room), {}
+  for row in family.rows:
+    ours |= row.read(fields, ours)
+  ours = {"layers": ["moe"] * ours["num_layers"], **ours, **family.constants}
+  said |= fields.rest(family.ignored)
+  kept, ends = {**family.ends, **said}, {}
+  first = said if "eos_token_id" in generation else kept
+  for values, file in ((first, where), (generation, "generation_config.json")):
+    ends |= dict.fromkeys(_ends(values.get("eos_token_id"), file))
+  # Others never come up.
+  ends = tuple(token for token in ends if token < ours["vocab_size"])
+  return family, ours, Source(kept, generation, ends)
+
+
+def _ends(value, where):
+  """Special tokens, which are a number, several, or null."""
+  tokens = value if isinstance(value, list) else [value]
+  tokens = [] if value is None else tokens
+  if not all(type(token) is int and token >= 0 for token in tokens):
+    reason = "is no token, nor a list of them"
+    raise Fields({}, where).error("eos_token_id", value, reason)
+  return tokens
 
 
 def write(
@@ -141,12 +135,9 @@ def write(
   ours = architecture.describe(arch)
   for name in known if model_type is None else (model_type,):
     try:
-      fields, reason = _of_family(known[name], ours)
+      return known[name], _of_family(known[name], ours)
     except ConfigError as e:
-      reason = str(e)
-    if reason is None:
-      return known[name], fields
-    reasons.append(f"{name}: {reason}")
+      reasons.append(f"{name}: {e}")
   raise ConfigError(
     "this model is none that can be saved for others to read: "
     + "; ".join(reasons)
@@ -154,27 +145,29 @@ def write(
 
 
 def _of_family(family, ours):
-  """(its fields, why they are not this model or None)."""
+  """Its fields; raises ConfigError if they do not mean this model."""
+  if family.inner:
+    raise ConfigError("it has more than a decoder")
   fields = {"model_type": family.model_type}
   for row in family.rows:
     fields |= row.write(ours)
   where = f"a config.json of {family.model_type}"
   _, again, _ = read(traverse_util.unflatten_dict(fields, sep="."), where)
   model = architecture.build(again, where)
-  same = architecture.describe(model.arch)
-  return fields, architecture.difference(same, ours)
+  architecture.check_same(architecture.describe(model.arch), ours)
+  return fields
 
 
-def kept(family: families.Family, source: Source | None) -> dict[str, Any]:
+def kept(family: families.Family, source: Source) -> dict[str, Any]:
   """Fields of a copy's config.json beside those of its architecture.
 
   Args:
     family: of the copy.
-    source: of the model, if it was loaded.
+    source: of the model.
   """
   # Null, as the reference gives absent ones the values of its class.
   fields = dict.fromkeys(_SPECIAL) | {"architectures": [family.architecture]}
-  for name, value in (source.fields if source else {}).items():
+  for name, value in source.fields.items():
     section, _, own = name.rpartition(".")
     if own not in _NOT_KEPT and (not section or section in family.sections):
       fields[name] = value

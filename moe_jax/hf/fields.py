@@ -1,5 +1,6 @@
 """The fields of a config.json, which may hold anything."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -21,19 +22,16 @@ _IGNORED = re.compile(
 )
 REQUIRED = object()  # In the place of a default: an absent field is an error.
 SAME = object()  # In the place of a value: null means the default.
-_TYPES = {
-  int: ((int,), "a whole number"),
-  float: ((int, float), "a number"),
-  bool: ((bool, int), "true or false"),
-  str: ((str,), "a word"),
-  list: ((list,), "a list"),
-  dict: ((dict,), "an object"),
+_WORDS = {
+  **{int: "a whole number", float: "a number", bool: "true or false"},
+  **{str: "a word", list: "a list", dict: "an object"},
 }
+_ALSO = {float: int, bool: int}  # Types that may stand for another.
 _MOST = 2**53  # Larger whole numbers are no sizes, and round as floats.
 
 
 def ignored(name: str) -> bool:
-  """Whether a field changes nothing in what a decoder computes."""
+  """Whether a decoder computes the same whatever the value of a field."""
   return _IGNORED.fullmatch(name.rpartition(".")[2]) is not None
 
 
@@ -41,26 +39,23 @@ class Fields:
   """The fields of a config.json, each of which is taken once.
 
   where: the file, for errors.
-  limits: {"size" or "layers": the most that the files have room for}.
   """
 
   def __init__(
-    self,
-    values: Mapping,
-    where: str,
-    sections=(),
-    limits: Mapping | None = None,
+    self, values: Mapping, where: str, sections=(), room: float = math.inf
   ):
     """
     Args:
       values: {name: value}.
-      where, limits: see above.
+      where: see above.
       sections: fields that hold further ones; these are "SECTION.NAME" then.
+      room: the largest size that the files of the model can have.
     """
-    self._left, self.where, self.limits = dict(values), where, limits or {}
+    self._all, self._taken, self.where, self._room = {}, set(), where, room
     for section in sections:
-      inner = self.take(section, dict, {})
-      self._left |= {f"{section}.{name}": x for name, x in inner.items()}
+      inner = Fields(values, where).take(section, dict, {})
+      self._all |= {f"{section}.{name}": x for name, x in inner.items()}
+    self._all |= {k: x for k, x in values.items() if k not in sections}
 
   def error(self, name: str, value: Any, reason: str) -> ConfigError:
     """A sentence about a field and its value."""
@@ -68,9 +63,7 @@ class Fields:
       f"{self.where} has {name} = {value!r:.80}, which {reason}"
     )
 
-  def take(
-    self, name: str, kind: type, default: Any, null: Any = SAME, least: int = 0
-  ) -> Any:
+  def take(self, name, kind, default, null=SAME, least=0, bounded=False):
     """The value of a field, of this type.
 
     Args:
@@ -79,53 +72,45 @@ class Fields:
       default: the value of an absent field, or `REQUIRED`.
       null: the value that null stands for; `SAME`: the default.
       least: the smallest whole number.
+      bounded: the files must have room for such a size.
 
     Raises:
       ConfigError: the field is absent and required, or of another type.
     """
-    absent = name not in self._left
-    value = self._left.pop(name, None)
+    self._taken.add(name)
+    value = self._all.get(name)
     if value is None:
+      absent = name not in self._all
       value = default if absent or null is SAME else null
       if value is REQUIRED:
         raise ConfigError(f'{self.where} has no field "{name}"; add it')
       return value
-    types, wanted = _TYPES[kind]
-    number = type(value) in (int, float)
-    if type(value) not in types or (number and not abs(value) < _MOST):
-      raise self.error(name, value, f"is not {wanted}")
+    huge = type(value) in (int, float) and not abs(value) < _MOST
+    if huge or type(value) not in (kind, _ALSO.get(kind)):
+      raise self.error(name, value, f"is not {_WORDS[kind]}")
     if kind is int and value < least:
       raise self.error(name, value, f"is less than {least}")
-    return kind(value) if kind in (float, bool) else value
-
-  def check(self, name: str, value: int | None, limit: str) -> None:
-    """Raises ConfigError for a size that the files have no room for."""
-    most = self.limits.get(limit)
-    if value is not None and most is not None and value > most:
-      reason = f"is more than the files have room for: {most}"
+    if bounded and value > self._room:
+      reason = f"is more than the files have room for: {self._room}"
       raise self.error(name, value, reason)
+    return kind(value)
 
   def list_of(self, name: str, kind: type, default: list) -> list:
     """The value of a field that is a list, of whole numbers or of words."""
     value = self.take(name, list, default)
     for item in value:
       if type(item) is not kind:
-        raise self.error(name, item, f"is not {_TYPES[kind][1]}")
+        raise self.error(name, item, f"is not {_WORDS[kind]}")
     return value
 
-  def peek(self, name: str, kind: type, default: Any) -> Any:
-    """The value that `take` would return; the field stays."""
-    here = {k: v for k, v in self._left.items() if k == name}
-    return Fields(here, self.where).take(name, kind, default)
-
   def rest(self, also_ignored: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The fields that nobody took and that change nothing.
+    """The fields that change nothing.
 
     Raises:
-      ConfigError: one that may change something.
+      ConfigError: nobody took a field that may change something.
     """
-    for name, value in self._left.items():
-      known = ignored(name) or name in also_ignored
+    for name, value in self._all.items():
+      known = name in self._taken or ignored(name) or name in also_ignored
       if not known and value not in (None, False, 0, "", [], {}):
         raise self.error(name, value, "is a field that is not supported here")
-    return {k: v for k, v in self._left.items() if ignored(k)}
+    return {k: v for k, v in self._all.items() if ignored(k)}

@@ -8,6 +8,7 @@ of `config.model`, with a dot between a section and its key, as in "d_model" or
   write(ours) -> {field: value}, empty where nothing of ours says it.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ class Row(NamedTuple):
   """A field whose value is that of a key of ours, or stands for it.
 
   field: its name, after that of its section and a dot where it is in one.
-  key: of ours; "": none.
+  key: of ours; "": none. That of a variant is written as layers have it.
   kind: int, float, bool, str, list or dict.
   default: what the reference's config class gives an absent field, or a
     function of the keys read so far.
@@ -28,7 +29,7 @@ class Row(NamedTuple):
   also: another name of the field.
   fixed: only the default is supported.
   least: the smallest whole number.
-  limit: "size" or "layers": files must have room for it, see `Fields`.
+  bounded: files must have room for it, see `Fields`.
   """
 
   field: str
@@ -40,35 +41,34 @@ class Row(NamedTuple):
   also: str = ""
   fixed: bool = False
   least: int = 1
-  limit: str = ""
+  bounded: bool = False
 
   def read(self, fields: Fields, ours: Mapping[str, Any]) -> dict[str, Any]:
     """{key: value}."""
-    default = self.default(ours) if callable(self.default) else self.default
-    null = self.null(ours) if callable(self.null) else self.null
+    default, null = (
+      x(ours) if callable(x) else x for x in (self.default, self.null)
+    )
+    how = null, self.least, self.bounded
     if self.also:
-      default = fields.take(self.also, self.kind, default, null, self.least)
-    value = fields.take(self.field, self.kind, default, null, self.least)
+      default = fields.take(self.also, self.kind, default, *how)
+    value = fields.take(self.field, self.kind, default, *how)
     supported = [default] if self.fixed else self.values
     if supported is not None and value not in supported:
-      reason = f"is not supported; supported: {[*supported]}"
+      words = ", ".join(map(str, supported))
+      reason = f"is not supported; supported: {words}"
       raise fields.error(self.field, value, reason)
-    fields.check(self.field, value, self.limit)
     value = value if self.values is None else self.values[value]
     return {self.key: value} if self.key else {}
 
   def write(self, ours: Mapping[str, Any]) -> dict[str, Any]:
     """{field: value}."""
-    if self.key not in ours:
+    key = re.sub(r"variants\.\w+", "attention", self.key)
+    if key not in ours:
       return {}
-    value, pairs = (
-      ours[self.key],
-      self.values or {ours[self.key]: ours[self.key]},
-    )
-    theirs = [x for x, meaning in pairs.items() if meaning == value]
-    if not theirs:
-      raise ConfigError(f"{self.key} is {value!r}, and {self.field} cannot be")
-    return {self.field: theirs[0]}
+    for theirs, value in (self.values or {ours[key]: ours[key]}).items():
+      if value == ours[key]:
+        return {self.field: theirs}
+    raise ConfigError(f"{key} is {ours[key]!r}, and {self.field} cannot be")
 
 
 class Pair(NamedTuple):
@@ -79,8 +79,8 @@ class Pair(NamedTuple):
 
 
 def size(field: str, key: str, default: Any, **more) -> Row:
-  """The length of an axis of some tensor."""
-  return Row(field, key, int, default, limit="size", **more)
+  """A number that is no larger than an axis of a tensor, or layers."""
+  return Row(field, key, int, default, bounded=True, **more)
 
 
 def whole(field: str, key: str, default: Any, **more) -> Row:
@@ -115,6 +115,7 @@ def per_head(ours: Mapping[str, Any]) -> int:
 
 _BIASES = {True: "all", False: "none"}
 BIAS = flag("attention_bias", "attention.bias", False, values=_BIASES)
+RENORMALIZE = flag("norm_topk_prob", "moe.router.renormalize", False)
 
 
 def common(vocab_size, hidden_size, layers, num_heads, eps) -> tuple[Row, ...]:
@@ -123,7 +124,7 @@ def common(vocab_size, hidden_size, layers, num_heads, eps) -> tuple[Row, ...]:
   return (
     size("vocab_size", "vocab_size", vocab_size),
     size("hidden_size", "d_model", hidden_size),
-    whole("num_hidden_layers", "num_layers", layers, limit="layers"),
+    size("num_hidden_layers", "num_layers", layers),
     size("num_attention_heads", "num_heads", num_heads),
     number("rms_norm_eps", "norm_eps", eps),
     flag("tie_word_embeddings", "tie_embeddings", False),
@@ -144,12 +145,12 @@ def grouped(
 
 def experts(field, number, top_k, width_field, width) -> tuple[Row, ...]:
   """Fields of the experts, with the defaults of one family."""
-  names = ["num_experts", "num_local_experts"]  # A file may have either.
-  also = names[field == names[0]]
+  # A file may have either.
+  also = {"num_experts": "num_local_experts"}.get(field, "num_experts")
   return (
-    whole(field, "moe.num_experts", number, also=also),
+    size(field, "moe.num_experts", number, also=also),
     whole("num_experts_per_tok", "moe.top_k", top_k),
-    whole(width_field, "moe.d_expert", width),
+    size(width_field, "moe.d_expert", width),
   )
 
 
@@ -158,20 +159,22 @@ _STRETCH = _FACTOR._replace(null=lambda o: o["most"] / o["original_length"])
 _LENGTH = whole(
   "original_max_position_embeddings", "original_length", lambda o: o["most"]
 )
-_OPTIONS = "beta_fast", "beta_slow", "attention_factor"
-_OPTIONS += "mscale", "mscale_all_dim"
-_OF_YARN = [number(name, name, None) for name in _OPTIONS]
-_OF_YARN.append(flag("truncate", "truncate", True, null=False))
-_BANDS = [
-  number(f"{x}_freq_factor", f"{x}_freq_factor") for x in ("low", "high")
-]
+_YARN = ("beta_fast", "beta_slow", "attention_factor")
+_YARN += ("mscale", "mscale_all_dim")
 # Their rope_type: our name of the scaling, and its rows.
 _SCALINGS = {
   "default": (None,),
   "linear": ("linear", _FACTOR),
-  "yarn": ("yarn", _LENGTH, _STRETCH, *_OF_YARN),
-  "llama3": ("wavelength", _LENGTH, _FACTOR, *_BANDS),
+  "yarn": (
+    *("yarn", _LENGTH, _STRETCH, *(number(x, x, None) for x in _YARN)),
+    flag("truncate", "truncate", True, null=False),
+  ),
+  "llama3": (
+    *("wavelength", _LENGTH, _FACTOR),
+    *(number(x, x) for x in ("low_freq_factor", "high_freq_factor")),
+  ),
 }
+_TYPE = Row("rope_type", "type", str, "default", values=_SCALINGS, also="type")
 
 
 class Rope(NamedTuple):
@@ -198,27 +201,23 @@ class Rope(NamedTuple):
     where = f"{fields.where}, rope_parameters"
     rope = Fields(older or newer or self.default, where)
     theta = rope.take("rope_theta", float, theta)
-    name = rope.take("type", str, "default")
-    name = rope.take("rope_type", str, name)
-    if name not in _SCALINGS:
-      reason = f"is not supported; supported: {', '.join(_SCALINGS)}"
-      raise rope.error("rope_type", name, reason)
-    called, *table = _SCALINGS[name]
-    found = {"most": fields.peek(self.length, int, self.longest)}
+    name, *table = _TYPE.read(rope, {})["type"]
+    most = fields.take(self.length, int, self.longest)
+    scaling = {}
     for row in (*table, fixed("partial_rotary_factor", 1.0)):
-      found |= row.read(rope, found)
+      scaling |= row.read(rope, scaling | {"most": most})
     rope.rest()
-    scaling = {k: x for k, x in found.items() if k != "most" and x is not None}
-    scaling = {"name": called, **scaling} if called else None
+    scaling = {k: x for k, x in scaling.items() if x is not None}
+    scaling = {"name": name, **scaling} if name else None
     return {"rope_theta": theta, "attention.rope_scaling": scaling}
 
   def write(self, ours: Mapping[str, Any]) -> dict[str, Any]:
     """{field: value}."""
     scaling = ours.get("attention.rope_scaling") or {"name": None}
-    for name, (called, *table) in _SCALINGS.items():
-      if called == scaling["name"]:
+    for kind, (name, *table) in _SCALINGS.items():
+      if name == scaling["name"]:
         theta = ours.get("rope_theta", self.theta)
-        rope = {"rope_type": name, "rope_theta": theta}
+        rope = {"rope_type": kind, "rope_theta": theta}
         for row in table:
           rope |= row.write(scaling)
         return {"rope_parameters": rope, self.older: theta}
@@ -226,17 +225,6 @@ class Rope(NamedTuple):
 
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-
-
-def types_of_layers(
-  fields: Fields, rule: list[str], known=(FULL,)
-) -> list[str]:
-  """layer_types, a word for every layer, or a rule's where there are none."""
-  types = fields.list_of("layer_types", str, rule)
-  if len(types) == len(rule) and {*types} <= {*known}:
-    return types
-  reason = f"is not one of {known} for each of {len(rule)} layers"
-  raise fields.error("layer_types", types, reason)
 
 
 def listed(kinds: list[str]) -> dict[str, tuple[str, ...]]:

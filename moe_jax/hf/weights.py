@@ -1,7 +1,7 @@
 """Tensors in safetensors files, and the parameters that they hold."""
 
+import functools
 import itertools
-import json
 import logging
 import math
 import pathlib
@@ -21,29 +21,33 @@ from moe_jax.hf.families import Family
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
-# Buffers that a model computes, which older files hold.
-_BUFFERS = re.compile(r"rotary_emb\.(inv_freq|(cos|sin)_cached)|masked_bias")
+# Buffers that a model computes, which older files hold, and an output layer
+# that is the embedding.
+_NEEDLESS = re.compile(
+  r"rotary_emb\.(inv_freq|(cos|sin)_cached)|masked_bias|\blm_head\.weight"
+)
 
 
-class Place(NamedTuple):
-  """The tensors of a map in all layers of one kind, or a tensor beside them.
+class Tensor(NamedTuple):
+  """A tensor in the files.
 
-  map: what is in such a tensor.
+  map: what is in it.
   leaves: full paths of its parameters.
-  names: {index in the parameters: name of the tensor}. An index is (), (layer,)
-    or (layer, expert).
+  shapes: of their parts that are in it.
+  at: where these are in them: (), (repeat,) or (repeat, expert).
   """
 
   map: tensors.Map
   leaves: tuple[str, ...]
-  names: dict[tuple[int, ...], str]
+  shapes: list[tuple[int, ...]]
+  at: tuple[int, ...]
 
 
 class Layout:
-  """Where each parameter of a model is among the tensors of a family.
+  """The place of each parameter of a model among the tensors of a family.
 
   leaves: {path: parameter, or its shape}.
-  places: of all tensors.
+  tensors: {name: Tensor}.
   """
 
   def __init__(self, family: Family, segments, variables: Mapping[str, Any]):
@@ -57,29 +61,27 @@ class Layout:
       ConfigError: a parameter has no place in the files.
     """
     self.leaves = traverse_util.flatten_dict(dict(variables), sep="/")
-    self.places, self.head = [], family.prefix + family.head
-    for leaf, name, form in (
-      ("params/embedding", family.embedding, tensors.SAME),
-      ("params/final_norm/scale", family.final_norm, tensors.SAME),
-      ("params/head", family.head, tensors.LINEAR),
-    ):
-      if leaf in self.leaves:
-        m = tensors.Map((leaf,), name, form)
-        self.places.append(Place(m, m.leaves, {(): family.prefix + name}))
+    self.tensors = {}
+    self._add("", {(): family.prefix}, family.outer)
+    prefix = family.prefix + family.layer
     for segment, pattern, repeats, first in segments:
       for i in range(len(pattern)):
         layers = range(first + i, first + repeats * len(pattern), len(pattern))
-        prefix = family.prefix + family.layer
-        prefixes = [prefix.format(i=layer) for layer in layers]
+        prefixes = {(r,): prefix.format(i=x) for r, x in enumerate(layers)}
         self._add(f"{segment}/{i}/", prefixes, family.tensors)
-    placed = {leaf for place in self.places for leaf in place.leaves}
+    placed = {leaf for x in self.tensors.values() for leaf in x.leaves}
     rest = sorted(self.leaves.keys() - placed)
     if rest:
       raise ConfigError(f"these parameters have no place in the files: {rest}")
 
   def _add(self, path, prefixes, maps):
-    """Adds places of layers whose parameters are at path, and tensors at
-    prefixes."""
+    """Adds tensors.
+
+    Args:
+      path: where their parameters are.
+      prefixes: {place in the parameters: how the names of tensors begin}.
+      maps: of the tensors.
+    """
     here = {}
     for full in self.leaves:
       collection, _, leaf = full.partition("/")
@@ -88,23 +90,18 @@ class Layout:
         if collection == "balance":  # Whatever the balancer's label is.
           leaf = f"balance/moe/{leaf.rpartition('/')[2]}"
         here[leaf] = full
+    there = {"", *here}
     for m in maps:
-      wanted = {*m.leaves, m.given} - {""}
-      if wanted <= here.keys() and m.unless not in here:
-        leaves = tuple(here[leaf] for leaf in m.leaves)
-        names = {(r,): p + m.tensor for r, p in enumerate(prefixes)}
-        if "{e}" in m.tensor:
-          names = {
-            (r, e): name.format(e=e)
-            for (r,), name in names.items()
-            for e in range(self.leaves[leaves[0]].shape[1])
-          }
-        self.places.append(Place(m, leaves, names))
-
-  def _shapes(self, place):
-    """Shapes of the parameters that are in a tensor."""
-    axes = len(next(iter(place.names)))
-    return [self.leaves[leaf].shape[axes:] for leaf in place.leaves]
+      if not ({*m.leaves} <= here.keys() and m.given in there):
+        continue
+      leaves = tuple(here.pop(leaf) for leaf in m.leaves)
+      whole = [self.leaves[leaf].shape for leaf in leaves]
+      experts = range(whole[0][1]) if "{e}" in m.tensor else ()
+      for at, prefix in prefixes.items():
+        names = {prefix + m.tensor.format(e=e): (*at, e) for e in experts}
+        for name, place in (names or {prefix + m.tensor: at}).items():
+          shapes = [shape[len(place) :] for shape in whole]
+          self.tensors[name] = Tensor(m, leaves, shapes, place)
 
   def check(self, found: "Files", left_out: tuple[str, ...]) -> None:
     """Raises ConfigError unless the files have just these tensors.
@@ -113,30 +110,23 @@ class Layout:
       found: the files.
       left_out: prefixes of tensors that belong to parts which are not here.
     """
-    expected, names = {}, found.files.keys()
-    for place in self.places:
-      shape = place.map.form.shape(self._shapes(place))
-      expected |= dict.fromkeys(place.names.values(), shape)
-    extra = {name for name in names if name.startswith(left_out)}
-    if extra:
-      logging.warning(
-        "%s: %d tensors are left out, of parts that are not here: %s",
-        *(found.path, len(extra), ", ".join(sorted(extra)[:3])),
-      )
-    # Buffers, nothing, or the embedding that is the output layer too.
-    extra |= {n for n in names if _BUFFERS.search(n) or 0 in found.shape(n)}
-    extra |= {self.head} - {"params/head" in self.leaves and self.head}
+    names = found.files.keys()
+    left = sorted(name for name in names if name.startswith(left_out))
+    if left:
+      words = "%s: %d tensors are left out, of parts that are not here: %s"
+      logging.warning(words, found.path, len(left), ", ".join(left[:3]))
+    needless = {n for n in names if _NEEDLESS.search(n) or 0 in found.shape(n)}
     for what, which in (
-      ("lacks", expected.keys() - names),
-      ("has unknown", names - expected.keys() - extra),
+      ("lacks", self.tensors.keys() - names),
+      ("has unknown", names - self.tensors.keys() - needless - {*left}),
     ):
       if which:
         raise ConfigError(
           f"{found.path} {what} {len(which)} tensors, such as"
           f" {', '.join(sorted(which)[:5])}; is config.json that of these files?"
         )
-    for name, shape in expected.items():
-      found.check(name, shape)
+    for name, tensor in self.tensors.items():
+      found.check(name, tensor.map.form.shape(tensor.shapes))
 
   def read(self, found: "Files", dtype: str, shardings: Mapping | None) -> dict:
     """All parameters, on their devices.
@@ -147,66 +137,73 @@ class Layout:
       shardings: of the variables; None: on one device.
     """
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    if shardings is not None:
-      shardings = traverse_util.flatten_dict(shardings, sep="/")
+    shardings = traverse_util.flatten_dict(shardings or {}, sep="/")
+    names = {leaf: {} for leaf in self.leaves}
+    for name, tensor in self.tensors.items():
+      for leaf in tensor.leaves:
+        names[leaf][tensor.at] = name
     arrays = {}
-    for place in self.places:
-      for which, leaf in enumerate(place.leaves):
-        kind = dtype if leaf.startswith("params/") else "float32"
-
-        def part(index, place=place, which=which, kind=kind):
-          return np.asarray(self._part(found, place, which, index), kind)
-
-        arrays[leaf] = jax.make_array_from_callback(
-          self.leaves[leaf].shape, shardings[leaf] if shardings else here, part
-        )
+    for leaf, named in names.items():
+      kind = dtype if leaf.startswith("params/") else "float32"
+      part = functools.partial(self._part, found, leaf, named, kind)
+      shape, sharding = self.leaves[leaf].shape, shardings.get(leaf, here)
+      arrays[leaf] = jax.make_array_from_callback(shape, sharding, part)
     return traverse_util.unflatten_dict(arrays, sep="/")
 
-  def _part(self, found, place, which, index):
+  def _part(self, found, leaf, named, dtype, index):
     """The part of a parameter at these slices of its axes."""
-    shapes, parts = self._shapes(place), []
-    axes = self.leaves[place.leaves[0]].shape[: -len(shapes[0])]
-    at = [range(n)[i] for n, i in zip(axes, index)]
-    index, rows = index[len(axes) :], [slice(None)]
-    if place.map.stacked:  # One expert after another.
-      each = place.map.form.shape(shapes)[0] // shapes[0][0]
-      experts = range(shapes[0][0])[index[0]]
-      rows = [slice(e * each, (e + 1) * each) for e in experts]
-      index = (slice(None), *index[1:])
-    for i in itertools.product(*at):
-      some = [found.rows(place.names[i], r) for r in rows]
-      some = [place.map.form.read(x, shapes)[which][index] for x in some]
-      parts.append(np.concatenate(some))
+    axes = len(next(iter(named)))  # That count tensors.
+    at = [range(n)[i] for n, i in zip(self.leaves[leaf].shape, index[:axes])]
+    parts = []
+    for place in itertools.product(*at):
+      part = self._slice(found, leaf, named[place], index[axes:])
+      parts.append(np.asarray(part, dtype))
     return np.stack(parts).reshape(*map(len, at), *parts[0].shape)
 
-  def write(self, folder: pathlib.Path, max_shard_bytes: int) -> None:
-    """Writes files of at most max_shard_bytes, or of a single larger tensor,
-    and an index if they are several."""
+  def _slice(self, found, leaf, name, index):
+    """The part of a parameter that is in a tensor, at these slices."""
+    tensor, rows = self.tensors[name], slice(None)
+    form, shapes = tensor.map.form, tensor.shapes
+    if tensor.map.stacked:  # Rows of the device's own experts.
+      experts = shapes[0][0]
+      each = form.shape(shapes)[0] // experts
+      first, last, _ = index[0].indices(experts)
+      rows = slice(first * each, last * each)
+      index = (slice(None), *index[1:])
+    x = found.rows(name, rows)
+    return form.split(x, shapes, tensor.leaves.index(leaf))[index]
+
+  def write(self, folder: pathlib.Path, max_shard_bytes: int) -> dict:
+    """Writes files of at most max_shard_bytes, or of a single larger tensor.
+
+    Returns:
+      {file name: index to write}; {} for a single file, which needs none.
+    """
     from safetensors.numpy import save_file
 
-    shards, room, total = [{}], max_shard_bytes, 0
-    for place in self.places:
-      shape = place.map.form.shape(self._shapes(place))
-      size = math.prod(shape) * self.leaves[place.leaves[0]].dtype.itemsize
-      for at, name in place.names.items():
-        if size > room and shards[-1]:
-          shards.append({})
-          room = max_shard_bytes
-        shards[-1][name] = place, at
-        room, total = room - size, total + size
+    shards, room, total = [], 0, 0
+    for name, tensor in self.tensors.items():
+      size = math.prod(tensor.map.form.shape(tensor.shapes))
+      size *= self.leaves[tensor.leaves[0]].dtype.itemsize
+      if size > room:
+        shards.append([])
+        room = max_shard_bytes
+      shards[-1].append(name)
+      room, total = room - size, total + size
     where = {}
-    for i, shard in enumerate(shards, start=1):
+    for i, names in enumerate(shards, start=1):
       file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
       file = file if len(shards) > 1 else _WHOLE
-      arrays = {}
-      for name, (place, at) in shard.items():
-        parts = [np.asarray(self.leaves[leaf][at]) for leaf in place.leaves]
-        arrays[name] = np.ascontiguousarray(place.map.form.write(parts))
+      arrays = {name: self._tensor(self.tensors[name]) for name in names}
       save_file(arrays, folder / file, metadata={"format": "pt"})
-      where |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-      index = {"metadata": {"total_size": total}, "weight_map": where}
-      (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
+      where |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    return {_INDEX: index} if len(shards) > 1 else {}
+
+  def _tensor(self, tensor):
+    """A tensor from the parameters."""
+    parts = [np.asarray(self.leaves[leaf][tensor.at]) for leaf in tensor.leaves]
+    return np.ascontiguousarray(tensor.map.form.join(parts))
 
 
 class Files:
@@ -216,19 +213,29 @@ class Files:
   """
 
   def __init__(self, path: pathlib.Path):
-    self.path, self._handles = path, {}
-    if (path / _WHOLE).exists():
-      self.files = dict.fromkeys(self._handle(_WHOLE).keys(), _WHOLE)
-    elif (path / _INDEX).exists():
-      self.files = self._indexed(path / _INDEX)
-    else:
+    self.path, listed, names = path, None, {_WHOLE}
+    if not (path / _WHOLE).exists():
+      listed = self._listed()
+      names = {*listed.values()}
+    self._handles = {name: _open(path / name) for name in names}
+    there = [
+      (n, name) for name, x in self._handles.items() for n in [*x.keys()]
+    ]
+    self.files = dict(there) if listed is None else listed
+    for name, file in self.files.items() - {*there}:
       raise ConfigError(
-        f"{path} has neither {_WHOLE} nor {_INDEX}; get the model's weights"
+        f"{path / file} lacks {name}, which {_INDEX} names; get it anew"
       )
 
-  def _indexed(self, index):
-    """{tensor: file} of an index, whose files have these tensors."""
-    found = files.read_json(index, "an index of tensors", "get it anew")
+  def _listed(self):
+    """{tensor: file} of the index."""
+    index = self.path / _INDEX
+    try:
+      found = files.read_json(index, "an index of tensors", "get it anew")
+    except FileNotFoundError:
+      raise ConfigError(
+        f"{self.path} has neither {_WHOLE} nor {_INDEX}; get the model's weights"
+      ) from None
     found = found.get("weight_map")
     if not isinstance(found, dict):
       found = {"weight_map": found}
@@ -238,37 +245,10 @@ class Files:
           f"{index} says that {name} is in {file!r}, which is not a file of"
           " this folder; get it anew"
         )
-    files_there = {*found.values()}
-    there = {(n, f) for f in files_there for n in [*self._handle(f).keys()]}
-    for name, file in found.items() - there:
-      raise ConfigError(
-        f"{self.path / file} lacks {name}, which {index} names; get it anew"
-      )
     return found
 
-  def _handle(self, name):
-    file = self.path / name
-    if name not in self._handles:
-      try:
-        from safetensors import SafetensorError, safe_open
-
-        self._handles[name] = safe_open(file, framework="np")
-      except ImportError:
-        raise ConfigError(
-          "reading safetensors needs the extra hf: pip install 'moe_jax[hf]'"
-        ) from None
-      except FileNotFoundError:
-        raise ConfigError(
-          f"{file} is missing, which the index of {self.path} names; get it"
-        ) from None
-      except (SafetensorError, OSError, ValueError) as e:
-        raise ConfigError(
-          f"{file} is no whole safetensors file ({first_line(e)}); get it anew"
-        ) from None
-    return self._handles[name]
-
   def _slice(self, name):
-    return self._handle(self.files[name]).get_slice(name)
+    return self._handles[self.files[name]].get_slice(name)
 
   def shape(self, name: str) -> tuple[int, ...]:
     """The shape of a tensor."""
@@ -278,22 +258,38 @@ class Files:
     """Some rows of a tensor."""
     return self._slice(name)[rows]
 
-  def limits(self) -> dict[str, int]:
-    """The most layers, and the longest axis, that these tensors allow."""
-    axes = [size for name in self.files for size in self.shape(name)]
-    return {"layers": len(self.files), "size": max(axes, default=0)}
+  def room(self) -> int:
+    """The number of tensors or the longest axis, whichever is larger.
+
+    No model that these files hold has more layers, or a larger size.
+    """
+    sizes = [size for name in self.files for size in self.shape(name)]
+    return max([len(self.files), *sizes])
 
   def check(self, name: str, shape: tuple[int, ...]) -> None:
     """Raises ConfigError for another shape, or a dtype that is not read."""
-    where = f"{self.path / self.files[name]}: {name}"
-    if self.shape(name) != shape:
+    x = self._slice(name)
+    found, dtype = tuple(x.get_shape()), x.get_dtype()
+    if found != shape or dtype not in _FLOATS:
       raise ConfigError(
-        f"{where} has shape {list(self.shape(name))}, and by config.json it is"
-        f" {list(shape)}; is config.json that of these files?"
+        f"{self.path / self.files[name]}: {name} has shape {[*found]} and dtype"
+        f" {dtype}; config.json means shape {[*shape]}, and what is read is"
+        f" {', '.join(_FLOATS)}: convert it, or get the config.json of these"
+        " files"
       )
-    dtype = self._slice(name).get_dtype()
-    if dtype not in _FLOATS:
-      raise ConfigError(
-        f"{where} has dtype {dtype}, which is not read; convert it to one of"
-        f" {', '.join(_FLOATS)}"
-      )
+
+
+def _open(file):
+  try:
+    from safetensors import SafetensorError, safe_open
+  except ImportError:
+    raise ConfigError(
+      "reading safetensors needs the extra hf: pip install 'moe_jax[hf]'"
+    ) from None
+  try:
+    return safe_open(file, framework="np")
+  except (SafetensorError, OSError, ValueError) as e:
+    raise ConfigError(
+      f"{file} is missing or no whole safetensors file ({first_line(e)});"
+      " get it anew"
+    ) from None

@@ -11,27 +11,21 @@ them at once; where one fails, or this process is killed, the others are ended.
 Exit codes are those of the run.
 """
 
-import argparse
 import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent import futures
 
-from moe_jax.core.errors import ConfigError
 from moe_jax.run import command
 from moe_jax.run import config as config_lib
 
 _PATIENCE = 10.0  # Seconds for the others to end by themselves when one fails.
-# Kills the groups of the processes that it has read, once its input ends.
-_GUARD = """
-while read pid; do groups="$groups -$pid"; done
-kill -s KILL -- $groups
-"""
+_GUARD = 'read line; kill -s KILL -- "$@"'  # Once its input ends.
 
 
 def main(argv=None) -> int:
@@ -49,43 +43,30 @@ def main(argv=None) -> int:
   for number in (*command.SIGNALS, signal.SIGHUP):
     if signal.getsignal(number) != signal.SIG_IGN:  # By nohup, for instance.
       signal.signal(number, pass_on)
-  with tied() as tie:
-    started += start(module, args.processes, args.devices_per_process)
-    for process in started:
-      tie(process)
-      if asked:  # While they were started.
+  started += start(module, args.processes, args.devices_per_process)
+  with futures.ThreadPoolExecutor(len(started)) as readers, tied(started):
+    if asked:  # While they were started.
+      for process in started:
         process.terminate()
-    readers = [
-      threading.Thread(target=_show, args=pair) for pair in enumerate(started)
-    ]
-    for reader in readers:
-      reader.start()
-    code = wait(started)
-    for reader in readers:
-      reader.join()
-  return code
+    readers.map(_show, range(len(started)), started)
+    return wait(started)
 
 
 @contextlib.contextmanager
-def tied() -> Iterator[Callable[[subprocess.Popen], None]]:
-  """Yields a function that ties a process of a session of its own to this one.
+def tied(started: list[subprocess.Popen]) -> Iterator[None]:
+  """Ties processes, each in a session of its own, to this one inside `with`.
 
   If this process ends inside `with`, however it is killed, or `with` ends in an
-  exception, the process is killed, and all that it has started.
+  exception, they are killed, and all that they have started.
   """
   with subprocess.Popen(
-    ["sh", "-c", _GUARD],
+    ["sh", "-c", _GUARD, "guard", *(f"-{process.pid}" for process in started)],
     stdin=subprocess.PIPE,
     stdout=subprocess.DEVNULL,
     stderr=subprocess.DEVNULL,
     start_new_session=True,
   ) as guard:
-
-    def tie(process):
-      guard.stdin.write(f"{process.pid}\n".encode())
-      guard.stdin.flush()
-
-    yield tie
+    yield
     guard.kill()
 
 
@@ -126,10 +107,10 @@ def start(
 
 def wait(started: list[subprocess.Popen]) -> int:
   """The exit code of them all: 0 or 75 if all have it, else what went wrong."""
-  while all(process.poll() in (None, 0, 75) for process in started):
-    if all(process.poll() is not None for process in started):
-      break
+  codes = {None}
+  while None in codes and codes <= {None, 0, 75}:
     time.sleep(0.05)
+    codes = {process.poll() for process in started}
   end = time.monotonic() + _PATIENCE
   for process in started:
     try:
@@ -155,23 +136,13 @@ def _show(number, process):
 
 
 def _arguments(argv):
-  parser = argparse.ArgumentParser(
-    prog="python -m moe_jax.launch.local",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = config_lib.Parser(__doc__, prog="python -m moe_jax.launch.local")
   add = parser.add_argument
   add("--processes", type=config_lib.at_least_1, default=2)
   add("--devices_per_process", type=config_lib.at_least_1, default=1)
   add("--module", default="moe_jax.main", help="what the processes run")
-  add("rest", nargs="*", metavar="-- --config=... --workdir=...")
-  args = parser.parse_args(argv)
-  if not args.rest:
-    raise ConfigError(
-      f"after -- come the flags of {args.module}; for moe_jax.main, such as"
-      " -- --config=configs/tiny.py --workdir=runs/tiny"
-    )
-  return args
+  add("rest", nargs="+", metavar="-- --config=... --workdir=...")
+  return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

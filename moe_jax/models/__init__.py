@@ -19,16 +19,7 @@ OPTIONS = decoder.OPTIONS  # Every key of `config.model`.
 SHARED = ("counts", "decoding", "layers", "norms")
 # Keys of a section `model.moe`: experts take every token that is sent to them,
 # and no sequence shares a group with another.
-DROPLESS = {
-  "tokens_per_group": "sequence",
-  "capacity_factor": None,
-  "eval_capacity_factor": None,
-  "expert_buckets": None,
-  "capacity_rounding": "floor",
-  "capacity_multiple": 1,
-  "min_capacity": 0,
-  "dispatcher": {"name": "sorted"},
-}
+DROPLESS = groups.Grouping()._asdict() | {"dispatcher": {"name": "sorted"}}
 
 
 def build(
@@ -58,12 +49,12 @@ def build(
 
 def dropless(section: Mapping) -> dict:
   """A section `model` whose experts take every token that is sent to them."""
-  variants = {
-    name: {**own, "moe": {**own["moe"], **DROPLESS}} if "moe" in own else own
-    for name, own in dict(section["variants"]).items()
-  }
-  moe = {**section["moe"], **DROPLESS}
-  return {**section, "moe": moe, "variants": variants}
+
+  def changed(part):
+    return {**part, "moe": {**part.get("moe", {}), **DROPLESS}}
+
+  variants = {name: changed(own) for name, own in section["variants"].items()}
+  return changed(section) | {"variants": variants}
 
 
 def sublayers(model) -> dict[str, Sublayer]:
@@ -87,15 +78,10 @@ def check(model, *, length: int, batches: Mapping[str, int], mesh) -> None:
     batches: {config key that sets it: sequences of a forward pass}.
     mesh: of the model.
   """
-  for parts in sublayers(model).values():
+  for recipe, grouping, *_ in sublayers(model).values():
     for key, batch in batches.items():
       groups.check(
-        parts.recipe,
-        parts.grouping,
-        length=length,
-        batch=batch,
-        key=key,
-        mesh=mesh,
+        recipe, grouping, length=length, batch=batch, key=key, mesh=mesh
       )
   if hasattr(model, "arch"):
     for train in (True, False):

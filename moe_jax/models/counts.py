@@ -31,10 +31,9 @@ def count(model, variables) -> dict[str, int]:
     parts[role.part] = parts.get(role.part, 0) + leaf.size
   total = sum(parts.values())
   biases = sum(x.size for x in jax.tree.leaves(shapes.get("balance", {})))
-  active = total - sum(
-    _idle(parts.recipe, models.at(shapes["params"], f"{path}/experts"))
-    for path, parts in models.sublayers(model).items()
-  )
+  active = total
+  for path, (recipe, *_) in models.sublayers(model).items():
+    active -= _idle(recipe, models.at(shapes["params"], f"{path}/experts"))
   return {
     "total": total,
     "active": active,
@@ -68,22 +67,17 @@ def train_flops_per_token(model, sizes: dict, length: int) -> int:
   arch = getattr(model, "arch", None)
   if arch is None:  # A model of somebody else's.
     return 6 * weights
-  if not arch.tie_embeddings:
-    weights -= sizes.get(
-      "embedding", 0
-    )  # Looked up; tied, it is the output layer.
-  attention = sum(
-    arch.layer(kind).attention.flops_per_pair for kind in arch.layers
-  )
+  if not arch.tie_embeddings:  # Looked up; tied, it is the output layer.
+    weights -= sizes["embedding"]
+  layers = map(arch.layer, arch.layers)
+  attention = sum(layer.attention.flops_per_pair for layer in layers)
   return 3 * (2 * weights + attention * length)
 
 
 def kv_cache_per_token(model) -> int:
   """Numbers that attention keeps for every token of a context."""
-  arch = model.arch
-  return sum(
-    arch.layer(kind).attention.cached_per_token for kind in arch.layers
-  )
+  layers = map(model.arch.layer, model.arch.layers)
+  return sum(layer.attention.cached_per_token for layer in layers)
 
 
 def describe(model) -> dict:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -85,11 +85,9 @@ class Architecture:
     """(name, pattern, repeats, index of its first layer) of each segment."""
     first = len(self.prefix)
     repeats = (self.num_layers - first) // len(self.pattern)
-    segments = (
-      ("prefix", self.prefix, 1, 0),
-      ("decoder", self.pattern, repeats, first),
-    )
-    return tuple(s for s in segments if s[1] and s[2])
+    prefix = (("prefix", self.prefix, 1, 0),) if first else ()
+    decoder = (("decoder", self.pattern, repeats, first),) if repeats else ()
+    return prefix + decoder
 
   @property
   def layers(self) -> tuple[str, ...]:
@@ -100,31 +98,12 @@ class Architecture:
     """The layer of this kind."""
     return dict(self.kinds)[kind]
 
-  @property
-  def sublayers(self) -> dict[str, Sublayer]:
-    """{"SEGMENT/POSITION/moe": ...}: where the parameters, the balancers' state
-    and the statistics of the MoE layers are."""
-    return {
-      f"{segment}/{i}/moe": Sublayer(
-        parts.recipe,
-        parts.grouping,
-        tuple(first + i + r * len(pattern) for r in range(repeats)),
-      )
-      for segment, pattern, repeats, first in self.segments
-      for i, parts in enumerate(map(self.layer, pattern))
-      if parts.recipe is not None
-    }
-
   def check_causal(self, length: int, train: bool) -> None:
-    """A decoder refuses routing that looks at later tokens."""
-    if self.allow_noncausal:
-      return
-    for kind, layer_of_kind in self.kinds:
-      if layer_of_kind.recipe is None:
+    """Raises ConfigError for routing that looks at later tokens."""
+    for kind, parts in self.kinds:
+      if parts.recipe is None or self.allow_noncausal:
         continue
-      _, recipe = layer_of_kind.grouping.resolve(
-        layer_of_kind.recipe, length, train
-      )
+      _, recipe = parts.grouping.resolve(parts.recipe, length, train)
       if not recipe.causal:
         raise ConfigError(
           f'in layers "{kind}" this router with this dispatcher and capacity'
@@ -135,12 +114,11 @@ class Architecture:
 
 
 # Every key of `config.model`.
-OPTIONS = {
-  key: option
-  for key, option in of(Architecture).items()
-  if key not in ("kinds", "end_of_document", "mesh", "source")
-}
-OPTIONS |= layers.OPTIONS | {"name": str, "vocab_size": optional(integer(1))}
+OPTIONS = of(Architecture) | layers.OPTIONS
+OPTIONS |= {"name": str, "vocab_size": optional(integer(1))}
+# What `build` is told beside the config, or makes of it.
+for _name in ("kinds", "end_of_document", "mesh", "source"):
+  del OPTIONS[_name]
 
 
 def build(
@@ -163,24 +141,22 @@ def build(
     ConfigError: impossible values, naming them and the remedy.
   """
   options_lib.section(OPTIONS).check(section, "model")
-  options = {k: layers.hashable(v) for k, v in dict(section).items()}
-  own = options["vocab_size"]
+  own = section["vocab_size"]
   if own is not None and own < vocab_size:
     raise ConfigError(
       f"model.vocab_size = {own} is less than the {vocab_size} tokens of the"
       " data; raise it, or set it to None"
     )
-  kinds = sorted({*options["prefix"], *options["pattern"]})
-  options |= {
-    "vocab_size": own or vocab_size,
-    "kinds": tuple(
-      (kind, layers.make(kind, options, mesh, plugins)) for kind in kinds
-    ),
-    "end_of_document": end_of_document,
-    "mesh": mesh,
+  options = {
+    key: tuple(value) if isinstance(value, list) else value
+    for key, value in section.items()
+    if key in Architecture.__dataclass_fields__
   }
-  known = {f.name for f in dataclasses.fields(Architecture)} - {"source"}
-  return Decoder(Architecture(**{k: options[k] for k in known}))
+  kinds = sorted({*options["prefix"], *options["pattern"]})
+  made = [layers.make(kind, section, mesh, plugins) for kind in kinds]
+  options |= {"vocab_size": own or vocab_size, "kinds": tuple(zip(kinds, made))}
+  options |= {"end_of_document": end_of_document, "mesh": mesh}
+  return Decoder(Architecture(**options))
 
 
 class Dense(nn.Module):
@@ -190,88 +166,79 @@ class Dense(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD):
-    params = {}
-    init = self.mlp.init
-    for name, axes in self.mlp.axes.items():
-      params[name] = self.param(
-        name,
-        roles.declared(
-          lambda rng, name=name: init(rng, x_BLD.shape[-1])[name], axes, "dense"
-        ),
-      ).astype(x_BLD.dtype)
+    def init(rng, name):
+      return self.mlp.init(rng, x_BLD.shape[-1])[name]
+
+    params = {
+      name: self.param(name, roles.declared(init, axes, "dense"), name)
+      for name, axes in self.mlp.axes.items()
+    }
+    params = {name: w.astype(x_BLD.dtype) for name, w in params.items()}
     return self.mlp.apply(params, x_BLD)
 
 
-class Call(NamedTuple):
-  """What the layers of one call have in common.
-
-  context: see `attention.context.Context`.
-  features: per-token arrays that routers may look at.
-  rng, first: see `Decoder.__call__`.
-  """
-
-  context: attention.context.Context
-  features: dict[str, Array]
-  rng: Array | None
-  first: int | Array
-
-
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + ffn(norm(x)). Returns (x, aux)."""
+  """x + attention(norm(x)), then x + ffn(norm(x)). Returns (x, aux).
+
+  kind, arch: which of the architecture's layers it is.
+  train, collect: as in `Decoder.__call__`. Its method takes the context of
+    attention, and what `linen.MoE` gets in all layers of a call.
+  """
 
   kind: str
   arch: Architecture
+  train: bool
+  collect: str | None
 
   @nn.compact
-  def __call__(self, x_BLD, call, layer_index, train, collect):
+  def __call__(self, x_BLD, layer_index, context, call):
     m, parts = self.arch, self.arch.layer(self.kind)
-    names = ("batch", None, None)
+    names, aux = ("batch", None, None), {}
     h = norms.Norm(m.norm, m.norm_eps, name="attention_norm")(x_BLD)
-    attend = attention.build(parts.attention, m.mesh, "attention")
-    x_BLD += attend(h, call.context)
+    x_BLD += attention.build(parts.attention, m.mesh, "attention")(h, context)
     x_BLD = parallel.constrain(x_BLD, names, m.mesh)
     h = norms.Norm(m.norm, m.norm_eps, name="ffn_norm")(x_BLD)
     if parts.recipe is None:
-      y, aux = Dense(parts.mlp, name="mlp")(h), {}
+      y = Dense(parts.mlp, name="mlp")(h)
     else:
-      y, stats, collected = linen.MoE(
-        parts.recipe, parts.grouping, m.mesh, name="moe"
-      )(
-        h,
-        call.context.tokens.mask_BL,
-        call.features,
-        call.rng,
-        first=call.first,
-        layer_index=layer_index,
-        train=train,
-        collect=collect,
-      )
-      aux = {"moe": {"stats": stats, **collected}}
+      moe = linen.MoE(parts.recipe, parts.grouping, m.mesh, name="moe")
+      more = {"train": self.train, "collect": self.collect}
+      y, stats, collected = moe(h, **call, layer_index=layer_index, **more)
+      aux["moe"] = {"stats": stats, **collected}
     return parallel.constrain(x_BLD + y, names, m.mesh), aux
 
 
 class Repeat(nn.Module):
-  """One repeat of a segment's pattern, the body of a scan over repeats."""
+  """One repeat of a segment's pattern, the body of a scan over repeats.
+
+  pattern: kinds of its layers.
+  arch, train, collect: as in `Block`.
+  """
 
   pattern: tuple[str, ...]
   arch: Architecture
+  train: bool
+  collect: str | None
 
   @nn.compact
-  def __call__(self, x_BLD, layer_index, call, train, collect):
-    block = Block
-    policy = REMAT[self.arch.remat]
+  def __call__(self, x_BLD, layer_index, context, call):
+    block, policy, aux = Block, REMAT[self.arch.remat], {}
     if policy is not None:
-      block = nn.remat(
-        Block, policy=policy, prevent_cse=False, static_argnums=(4, 5)
-      )
-    aux = {}
+      block = nn.remat(Block, policy=policy, prevent_cse=False)
     for i, kind in enumerate(self.pattern):
-      x_BLD, found = block(kind, self.arch, name=str(i))(
-        x_BLD, call, layer_index + i, train, collect
-      )
-      if found:
-        aux[str(i)] = found
+      layer = block(kind, self.arch, self.train, self.collect, name=str(i))
+      x_BLD, aux[str(i)] = layer(x_BLD, layer_index + i, context, call)
     return x_BLD, aux
+
+
+# All repeats of a pattern, as one program over arrays of their parameters.
+Segment = nn.scan(
+  Repeat,
+  variable_axes={"params": 0, "balance": 0, "cache": 0},
+  split_rngs={"params": True},
+  in_axes=(0, nn.broadcast, nn.broadcast),
+  metadata_params={nn.PARTITION_NAME: "layers"},
+)
 
 
 class Decoder(nn.Module):
@@ -281,8 +248,18 @@ class Decoder(nn.Module):
 
   @property
   def sublayers(self) -> dict[str, Sublayer]:
-    """The MoE layers, see `Architecture.sublayers`."""
-    return self.arch.sublayers
+    """{"SEGMENT/POSITION/moe": ...}: where the parameters, the balancers' state
+    and the statistics of the MoE layers are."""
+    return {
+      f"{segment}/{i}/moe": Sublayer(
+        parts.recipe,
+        parts.grouping,
+        tuple(first + i + r * len(pattern) for r in range(repeats)),
+      )
+      for segment, pattern, repeats, first in self.arch.segments
+      for i, parts in enumerate(map(self.arch.layer, pattern))
+      if parts.recipe is not None
+    }
 
   @nn.compact
   def __call__(
@@ -311,10 +288,10 @@ class Decoder(nn.Module):
 
     Returns:
       logits_BLV in at least float32.
-      aux: {segment: {position in the pattern: {"moe": {"stats": Stats, ...}}}}
-        of the MoE layers, each array with a leading axis of repeats.
+      aux: {segment: {position in the pattern: {"moe": {"stats": Stats, ...}}}},
+        each array with a leading axis of repeats; {} for a dense layer.
     """
-    arch = self.arch
+    arch, aux = self.arch, {}
     if not self.is_initializing():
       arch.check_causal(tokens_BL.shape[1], train)
     if mask_BL is None:
@@ -322,56 +299,30 @@ class Decoder(nn.Module):
     context = attention.context.make(
       self, tokens_BL, mask_BL, arch.end_of_document, cache_length
     )
-    features = {
-      "token_id": tokens_BL,
-      "position": context.tokens.position_BL,
-    }
-    embedding_VD = self.param(
-      "embedding",
-      roles.declared(
-        nn.initializers.normal(arch.d_model**-0.5),
-        ("vocab", "embed"),
-        "embedding",
-      ),
-      (arch.vocab_size, arch.d_model),
-    )
-    # Whole on every device, as a gather of its parts would move all tokens.
-    embedding_VD = parallel.constrain(embedding_VD, (None, None), arch.mesh)
+    features = {"token_id": tokens_BL, "position": context.tokens.position_BL}
+    call = dict(mask_BL=mask_BL, features=features, rng=rng, first=first)
+    embedding_VD = self._matrix("embedding", ("vocab", "embed"))
     x_BLD = context.real(embedding_VD[tokens_BL].astype(arch.dtype))
     if arch.scale_embedding:
       x_BLD *= jnp.asarray(arch.d_model**0.5, x_BLD.dtype)
     x_BLD = parallel.constrain(x_BLD, ("batch", None, None), arch.mesh)
-    aux = {}
-    for name, pattern, repeats, first_layer in arch.segments:
-      x_BLD, found = nn.scan(
-        Repeat,
-        variable_axes={"params": 0, "balance": 0, "cache": 0},
-        split_rngs={"params": True},
-        in_axes=(0,) + (nn.broadcast,) * 3,
-        length=repeats,
-        metadata_params={nn.PARTITION_NAME: "layers"},
-      )(pattern, arch, name=name)(
-        x_BLD,
-        first_layer + len(pattern) * jnp.arange(repeats),
-        Call(context, features, rng, first),
-        train,
-        collect,
-      )
-      if found:
-        aux[name] = found
+    for name, pattern, repeats, start in arch.segments:
+      segment = Segment(pattern, arch, train, collect, name=name)
+      index_R = start + len(pattern) * jnp.arange(repeats)
+      x_BLD, aux[name] = segment(x_BLD, index_R, context, call)
     x_BLD = norms.Norm(arch.norm, arch.norm_eps, name="final_norm")(x_BLD)
-    return self._logits(x_BLD, embedding_VD), aux
-
-  def _logits(self, x_BLD, embedding_VD):
-    arch, head_DV = self.arch, embedding_VD.T
+    head_DV = embedding_VD.T
     if not arch.tie_embeddings:
-      head_DV = self.param(
-        "head",
-        roles.declared(
-          nn.initializers.normal(arch.d_model**-0.5), ("embed", "vocab"), "head"
-        ),
-        (arch.d_model, arch.vocab_size),
-      )
-      head_DV = parallel.constrain(head_DV, (None, None), arch.mesh)
+      head_DV = self._matrix("head", ("embed", "vocab"))
     dtype = jnp.promote_types(x_BLD.dtype, jnp.float32)
-    return linear.product(x_BLD, head_DV.astype(x_BLD.dtype), dtype)
+    return linear.product(x_BLD, head_DV.astype(x_BLD.dtype), dtype), aux
+
+  def _matrix(self, name, axes):
+    """A parameter, whole on every device: a gather of its parts would move all
+    tokens."""
+    arch = self.arch
+    sizes = {"vocab": arch.vocab_size, "embed": arch.d_model}
+    init = nn.initializers.normal(arch.d_model**-0.5)
+    init = roles.declared(init, axes, name)
+    w = self.param(name, init, [sizes[axis] for axis in axes])
+    return parallel.constrain(w, (None, None), arch.mesh)

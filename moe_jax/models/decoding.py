@@ -11,11 +11,11 @@ import numpy as np
 from moe_jax import models
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
-from moe_jax.core.options import integer, number, optional
+from moe_jax.core.options import integer, number, of, optional
 
 
 class Sampling(NamedTuple):
-  """How the next token is drawn.
+  """Options for drawing the next token.
 
   temperature: logits are divided by it; 0 takes the most probable token.
   top_k: draw from so many of the most probable tokens only; None: from all.
@@ -24,10 +24,10 @@ class Sampling(NamedTuple):
   seed: of the draws.
   """
 
-  temperature: float = 0.0
-  top_k: int | None = None
-  top_p: float | None = None
-  seed: int = 0
+  temperature: number(0) = 0.0
+  top_k: optional(integer(1)) = None
+  top_p: optional(number(above=0, high=1)) = None
+  seed: integer(0) = 0
 
 
 class Generated(NamedTuple):
@@ -70,11 +70,12 @@ def generate(
   _check(prompts, num_tokens, sampling, model.arch.vocab_size)
   tokens_BL, mask_BL = _padded(prompts, parallel.token_shards(model.arch.mesh))
   batch, length = tokens_BL.shape
-  step = _step(model, length + num_tokens, experts)
   inputs, cache, over_B = (tokens_BL, mask_BL), {}, np.zeros(batch, bool)
   made, routed = [], []
   for rng in jax.random.split(jax.random.key(sampling.seed), num_tokens):
-    cache, logits_BV, chosen = step(variables, cache, *inputs)
+    cache, logits_BV, chosen = _step(
+      model, length + num_tokens, experts, variables, cache, *inputs
+    )
     token_B = sample(logits_BV, rng, sampling._replace(seed=0))
     made.append(np.where(over_B, -1, np.asarray(token_B)))
     routed.append(chosen)
@@ -83,44 +84,37 @@ def generate(
       break
     inputs = token_B[:, None], jnp.ones((batch, 1), bool)
   asked = slice(len(prompts))
-  chosen = None
-  if experts:
-    chosen = _by_layer(routed, model.sublayers, batch)
-    chosen = {layer: rows[asked] for layer, rows in chosen.items()}
+  chosen = _by_layer(routed, model.sublayers, asked) if experts else None
   return Generated(np.stack(made, axis=1)[asked], chosen)
 
 
 def _padded(prompts, shards):
   """Tokens and mask, padding first, of rows that divide over the devices."""
   rows = [*prompts, *[prompts[0]] * (-len(prompts) % shards)]
-  longest = max(map(len, rows))
-  tokens_BL = np.zeros((len(rows), longest), np.int32)
-  for row, prompt in zip(tokens_BL, rows):
-    row[longest - len(prompt) :] = prompt
-  lengths_B = np.array([len(prompt) for prompt in rows])
-  return tokens_BL, np.arange(longest) >= (longest - lengths_B)[:, None]
+  length_B = np.array([len(row) for row in rows])
+  before_B = length_B.max() - length_B
+  tokens_BL = np.stack([np.pad(x, (n, 0)) for x, n in zip(rows, before_B)])
+  mask_BL = np.arange(length_B.max()) >= before_B[:, None]
+  return tokens_BL.astype(np.int32), mask_BL
 
 
-@functools.lru_cache(maxsize=8)
-def _step(model, length, experts):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def _step(model, length, experts, variables, cache, tokens_BL, mask_BL):
   """A step over prompts, or over one more token, whose cache it takes."""
-
-  def step(variables, cache, tokens_BL, mask_BL):
-    (logits_BLV, aux), changed = model.apply(
-      {**variables, **cache},
-      tokens_BL,
-      mask_BL,
-      collect="routing" if experts else None,
-      cache_length=length,
-      mutable=["cache"],
-    )
-    chosen = {
-      path: models.at(aux, path)["expert_GTK"]
-      for path in (model.sublayers if experts else ())
-    }
-    return changed, logits_BLV[:, -1], chosen
-
-  return jax.jit(step, donate_argnums=1)
+  (logits_BLV, aux), changed = model.apply(
+    {**variables, **cache},
+    tokens_BL,
+    mask_BL,
+    collect="routing" if experts else None,
+    cache_length=length,
+    mutable=["cache"],
+  )
+  chosen = {}
+  for path in model.sublayers if experts else ():
+    expert_RGTK = models.at(aux, path)["expert_GTK"]
+    shape = len(expert_RGTK), *tokens_BL.shape, -1
+    chosen[path] = expert_RGTK.reshape(shape)
+  return changed, logits_BLV[:, -1], chosen
 
 
 @functools.partial(jax.jit, static_argnames="sampling")
@@ -130,32 +124,26 @@ def sample(logits_BV, rng, sampling: Sampling):
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
   logits_BV = logits_BV / sampling.temperature
   sorted_BV = -jnp.sort(-logits_BV, axis=-1)
+  inside_BV = jnp.ones(sorted_BV.shape, bool)
   if sampling.top_k is not None:
-    least_B1 = sorted_BV[:, sampling.top_k - 1 : sampling.top_k]
-    logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-    sorted_BV = jnp.where(sorted_BV < least_B1, -jnp.inf, sorted_BV)
+    inside_BV = sorted_BV >= sorted_BV[:, sampling.top_k - 1 : sampling.top_k]
   if sampling.top_p is not None:
-    prob_BV = jax.nn.softmax(sorted_BV, axis=-1)
+    prob_BV = jax.nn.softmax(jnp.where(inside_BV, sorted_BV, -jnp.inf), axis=-1)
     # A token is in if those before it do not reach top_p yet.
-    inside_BV = jnp.cumsum(prob_BV, axis=-1) - prob_BV < sampling.top_p
-    least_B1 = jnp.where(inside_BV, sorted_BV, jnp.inf).min(-1, keepdims=True)
-    logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    inside_BV &= jnp.cumsum(prob_BV, axis=-1) - prob_BV < sampling.top_p
+  least_B1 = jnp.where(inside_BV, sorted_BV, jnp.inf).min(-1, keepdims=True)
+  logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
   return jax.random.categorical(rng, logits_BV).astype(jnp.int32)
 
 
-def _by_layer(routed, sublayers, batch):
-  """{layer: experts of all tokens, one after another}."""
-  layers = {
-    f"{number:02d}": [np.asarray(chosen[path][r]) for chosen in routed]
-    for path, parts in sublayers.items()
-    for r, number in enumerate(parts.numbers)
-  }
-  return {
-    layer: np.concatenate(
-      [x.reshape(batch, -1, x.shape[-1]) for x in layers[layer]], axis=1
-    )
-    for layer in sorted(layers)
-  }
+def _by_layer(routed, sublayers, rows):
+  """{layer: experts of all tokens of some rows, one after another}."""
+  layers = {}
+  for path, parts in sublayers.items():
+    expert_RBLK = np.concatenate([chosen[path] for chosen in routed], axis=2)
+    for layer, expert_BLK in zip(parts.numbers, expert_RBLK):
+      layers[f"{layer:02d}"] = expert_BLK[rows]
+  return dict(sorted(layers.items()))
 
 
 def _check(prompts, num_tokens, sampling, vocab_size):
@@ -164,7 +152,6 @@ def _check(prompts, num_tokens, sampling, vocab_size):
   for token in (min(map(min, prompts)), max(map(max, prompts))):
     integer(0, vocab_size - 1).check(int(token), "a prompt's token")
   integer(1).check(num_tokens, "num_tokens")
-  number(0).check(sampling.temperature, "temperature")
+  for name, option in of(Sampling).items():
+    option.check(getattr(sampling, name), name)
   optional(integer(1, vocab_size)).check(sampling.top_k, "top_k")
-  optional(number(above=0, high=1)).check(sampling.top_p, "top_p")
-  integer(0).check(sampling.seed, "seed")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from moe_jax.core import parallel, registry
-from moe_jax.core.errors import ConfigError, did_you_mean
+from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import integer, labelled, of, part, section, word
 from moe_jax.models import attention
 from moe_jax.moe import experts, groups, kernels, layer
@@ -21,20 +21,14 @@ _MOE |= {
   "dispatcher": part(),
   "balancers": labelled(part()),
 }
-OF_ATTENTION = ("num_heads", "num_kv_heads", "head_dim", "rope_theta")
-# Keys of a layer that a variant may set beside those of attention and "moe".
-OF_A_LAYER = ("d_ff", "activation")
 _DENSE = {"d_ff": integer(1), "activation": word(*experts.ACTIVATIONS)}
+_HEADS = ("num_heads", "num_kv_heads", "head_dim", "rope_theta")
+_OF_A_LAYER = attention.OPTIONS | _DENSE | {"moe": section(_MOE, required=())}
 # Keys of `config.model` that belong to its layers.
-OPTIONS = {key: attention.OPTIONS[key] for key in OF_ATTENTION} | _DENSE
+OPTIONS = {key: attention.OPTIONS[key] for key in _HEADS} | _DENSE
 OPTIONS |= {
   "attention": section(attention.OPTIONS, required=()),
-  "variants": labelled(
-    section(
-      attention.OPTIONS | _DENSE | {"moe": section(_MOE, required=())},
-      required=(),
-    )
-  ),
+  "variants": labelled(section(_OF_A_LAYER, required=())),
   "moe": section(_MOE),
 }
 
@@ -54,7 +48,7 @@ class Layer(NamedTuple):
 
 
 def make(kind: str, model: Mapping, mesh, plugins) -> Layer:
-  """The parts of a kind of layer: the model's, but for its variant's keys.
+  """The parts of a kind of layer: the model's, with its variant's keys.
 
   Args:
     kind: "dense" or "moe", or either with "@VARIANT".
@@ -64,48 +58,34 @@ def make(kind: str, model: Mapping, mesh, plugins) -> Layer:
   Raises:
     ConfigError: impossible values, naming them and the remedy.
   """
-  ffn, _, variant = kind.partition("@")
-  if ffn not in ("dense", "moe"):
-    raise ConfigError(f'a layer is "dense" or "moe", not "{kind}"')
   variants = dict(model["variants"])
-  if variant and variant not in variants:
-    raise ConfigError(
-      f'a layer is "{kind}", but model.variants has no "{variant}"'
-      + did_you_mean(variant, variants)
-    )
-  own = dict(variants[variant]) if variant else {}
-  place, d_ff_key = (
-    f"model.variants.{variant}.{key}" if key in own else f"model.{key}"
-    for key in ("moe", "d_ff")
-  )
-  moe = dict(model["moe"]) | dict(own.pop("moe", {}))
-  wide = {key: own.pop(key, model[key]) for key in OF_A_LAYER}
-  attend = attention.read(
-    dict(model["attention"]) | own,
-    norm_eps=model["norm_eps"],
-    **{key: model[key] for key in OF_ATTENTION},
-  )
+  names = ["", *(f"@{name}" for name in variants)]
+  known = [ffn + name for ffn in ("dense", "moe") for name in names]
+  word(*known).check(kind, "a kind of layer in model.prefix or model.pattern")
+  ffn, _, variant = kind.partition("@")
+  own = dict(variants.get(variant, {}))
+
+  def place(key):
+    return f"model.variants.{variant}.{key}" if key in own else f"model.{key}"
+
+  options = {key: model[key] for key in (*_HEADS, *_DENSE, "norm_eps")}
+  options |= dict(model["attention"]) | own
+  moe = dict(model["moe"]) | dict(options.pop("moe", {}))
+  d_ff, activation = options.pop("d_ff"), options.pop("activation")
+  heads = attention.read(options)
   if ffn == "dense":
-    parts = Layer(attend, mlp=experts.dense(wide["d_ff"], wide["activation"]))
+    parts = Layer(heads, experts.dense(d_ff, activation))
+    widths = {place("d_ff"): (d_ff, "tensor")}
   else:
-    for key in sorted(set(moe) - set(model["moe"])):
-      raise ConfigError(
-        f'{place} has no "{key}"' + did_you_mean(key, model["moe"])
-      )
-    parts = Layer(attend, None, *sparse(moe, place, mesh, plugins))
+    parts = Layer(heads, None, *sparse(moe, place("moe"), mesh, plugins))
+    widths = {f"{place('moe')}.d_expert": (moe["d_expert"], "tensor")}
+  widths |= {
+    "model.d_model": (model["d_model"], "fsdp"),
+    "model.num_heads": (heads.num_heads, "tensor"),
+    "model.num_kv_heads": (heads.num_kv_heads, "tensor"),
+  }
   if mesh is not None:
-    parallel.check_widths(
-      mesh,
-      **{
-        "model.d_model": (model["d_model"], "fsdp"),
-        "model.num_heads": (parts.attention.num_heads, "tensor"),
-        "model.num_kv_heads": (parts.attention.num_kv_heads, "tensor"),
-        d_ff_key if parts.recipe is None else f"{place}.d_expert": (
-          (parts.mlp or parts.recipe.experts).width,
-          "tensor",
-        ),
-      },
-    )
+    parallel.check_widths(mesh, **widths)
   return parts
 
 
@@ -134,9 +114,8 @@ def sparse(
     key = f"{place}.{key}"
     return registry.from_config(kind, own, key, plugins=plugins, **more)
 
-  backend = kernels.backend_for(
-    parallel.platform(mesh), options["grouped_matmul"]
-  )
+  backend = options["grouped_matmul"]
+  backend = kernels.backend_for(parallel.platform(mesh), backend)
   network = options["activation"], options["use_bias"], options["init_scale"]
   d_expert, shared = options["d_expert"], None
   if options["num_shared_experts"]:
@@ -157,10 +136,4 @@ def sparse(
     ),
     shared=shared,
   )
-  fields = {k: options[k] for k in groups.Grouping._fields}
-  return recipe, groups.Grouping(**fields)
-
-
-def hashable(value):
-  """Lists, which JSON has for tuples, as tuples."""
-  return tuple(value) if isinstance(value, list) else value
+  return recipe, groups.Grouping(*map(options.get, groups.Grouping._fields))

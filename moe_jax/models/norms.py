@@ -25,19 +25,16 @@ class Norm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    scale = self.param(
-      "scale",
-      roles.declared(nn.initializers.ones, (self.axis,), self.part),
-      (x.shape[-1],),
-    )
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    if self.kind == "layer":
-      wide -= wide.mean(-1, keepdims=True)
+    ones = roles.declared(nn.initializers.ones, (self.axis,), self.part)
+    scale = self.param("scale", ones, x.shape[-1:])
     scale = scale.reshape((1,) * (x.ndim - 1) + scale.shape)
-    return (unit(wide, self.eps) * scale).astype(x.dtype)
+    y = unit(x, self.eps, centred=self.kind == "layer")
+    return (y * scale).astype(x.dtype)
 
 
-def unit(x: Array, eps: float) -> Array:
-  """x over its root mean square, in at least float32."""
+def unit(x: Array, eps: float, centred: bool = False) -> Array:
+  """x, or x - mean(x), over its root mean square, in at least float32."""
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  if centred:
+    x -= x.mean(-1, keepdims=True)
   return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + eps)

@@ -1,4 +1,4 @@
-"""Which assignment gets which slot, and which gets none."""
+"""Slots of assignments, and the capacity of experts."""
 
 import math
 
@@ -14,13 +14,7 @@ ROUNDINGS = {"floor": math.floor, "ceil": math.ceil, "round": round}
 
 
 def capacity(
-  factor: float,
-  tokens: int,
-  top_k: int,
-  expert_buckets: int,
-  rounding: str = "floor",
-  multiple: int = 1,
-  minimum: int = 0,
+  factor, tokens, top_k, expert_buckets, rounding="floor", multiple=1, minimum=0
 ) -> Bound:
   """Slots of one group: factor * T * K / buckets each (2101.03961, eq. 3).
 

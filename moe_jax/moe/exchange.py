@@ -12,7 +12,7 @@ from moe_jax.core import varying
 from moe_jax.moe.types import Array, Axes, Bound, Rows
 
 _EXPERTS = 0x45  # Folded into the keys of a group for its experts.
-# What a remat policy keeps where no rows are to be sent twice.
+# Names that a remat policy keeps so that no rows are sent twice.
 SAVED = ("rows_at_experts", "rows_back", "sizes")
 
 
@@ -52,7 +52,7 @@ def gather_weights(params, logical_axes, axes: Axes | None):
     return params
 
   def gather(w, names):
-    w = varying.over(w, axes.tokens)
+    w = varying.over(w, (axes.data, axes.fsdp, axes.expert))
     for dim, name in enumerate(names):
       if name == "embed":
         w = jax.lax.all_gather(w, axes.fsdp, axis=dim, tiled=True)
@@ -72,23 +72,22 @@ def expert_keys(experts, rng_G, num_experts: int, axes: Axes | None):
   """
   if rng_G is None or not experts.draws:
     return None
-  expert_E = jnp.arange(num_experts)
+  first, here = 0, num_experts
   if axes is not None:
     data = jax.lax.all_gather(
       jax.random.key_data(rng_G), axes.expert, axis=0, tiled=True
     )
     rng_G = jax.random.wrap_key_data(data)
-    here = num_experts // jax.lax.axis_size(axes.expert)
+    here //= jax.lax.axis_size(axes.expert)
     first = jax.lax.axis_index(axes.expert) * here
-    expert_E = first + jnp.arange(here)
   of_group = jax.vmap(jax.random.fold_in, (None, 0))
   # Apart from the keys that a router splits from the same ones.
   rng_G = jax.vmap(lambda rng: jax.random.fold_in(rng, _EXPERTS))(rng_G)
-  return jax.vmap(of_group, (0, None))(rng_G, expert_E)
+  return jax.vmap(of_group, (0, None))(rng_G, first + jnp.arange(here))
 
 
 def once(bias, axes: Axes | None):
-  """What `sum_tensor` must count once though every tensor shard adds it."""
+  """A parameter that every tensor shard adds, for `sum_tensor` to count once."""
   if axes is None:
     return bias
   return jnp.where(jax.lax.axis_index(axes.tensor) == 0, bias, 0)
@@ -105,92 +104,70 @@ def sum_tensor(y, axes: Axes | None):
 
 
 def _fixed(rows, axes):
-  def send(x_gECD):
-    return jax.lax.all_to_all(x_gECD, axes.expert, 1, 0, tiled=True)
+  def move(rows, split, concat):
+    x = jax.lax.all_to_all(rows.x, axes.expert, split, concat, tiled=True)
+    return Rows(x)
 
-  def back(result):
-    x_GeCD = result.x
-    return Rows(jax.lax.all_to_all(x_GeCD, axes.expert, 0, 1, tiled=True))
-
-  return Rows(send(rows.x)), back
+  return move(rows, 1, 0), lambda result: move(result, 0, 1)
 
 
 def _ragged(rows, bound, axes):
   x_ND, count_gE = rows.x, rows.tokens_per_expert_GE
   devices = jax.lax.axis_size(axes.expert)
-  groups, num_experts = count_gE.shape
+  groups = count_gE.shape[0]
 
   def transpose(per_peer):
     there = jax.lax.all_to_all(per_peer, axes.expert, 0, 0, tiled=True)
     return checkpoint_name(there, "sizes")
+
+  def move(x_ND, num_rows, start, send, start_there, receive):
+    out = jnp.zeros((num_rows, x_ND.shape[1]), x_ND.dtype)
+    landing = transpose(start_there)
+    return ragged_all_to_all(x_ND, out, start, send, landing, receive, axes)
 
   # [sender, e, g]: what each device sends to this one.
   count_ieg = transpose(count_gE.T).reshape(devices, -1, groups)
   send = count_gE.reshape(groups, devices, -1).sum((0, 2))
   receive = count_ieg.sum((1, 2))
   send_start, receive_start = _starts(send), _starts(receive)
+  buffer = devices * x_ND.shape[0]
+  if bound is not None:
+    buffer = min(buffer, groups * bound.expert_buckets * bound.slots)
 
-  buffer = _buffer_rows(x_ND.shape[0], groups, devices, bound)
-  out = jnp.zeros((buffer, x_ND.shape[1]), x_ND.dtype)
-  x_ND = ragged_all_to_all(
-    x_ND, out, send_start, send, transpose(receive_start), receive, axes
-  )
-  by_sender, by_expert = _transpose_blocks(count_ieg.sum(2), buffer)
+  x_MD = move(x_ND, buffer, send_start, send, receive_start, receive)
+  count_ie = count_ieg.sum(2)
+  by_sender = _transposed(count_ie, buffer)
+  by_expert = _transposed(count_ie.T, buffer)
   count_Ge = count_ieg.transpose(0, 2, 1).reshape(devices * groups, -1)
 
   def back(result):
     rows_back = _take(result.x, by_sender)
-    width = rows_back.shape[1]
-    out = jnp.zeros((rows.x.shape[0], width), rows_back.dtype)
-    return Rows(
-      ragged_all_to_all(
-        rows_back,
-        out,
-        receive_start,
-        receive,
-        transpose(send_start),
-        send,
-        axes,
-      ),
-      count_gE,
+    y_ND = move(
+      rows_back, x_ND.shape[0], receive_start, receive, send_start, send
     )
+    return Rows(y_ND, count_gE)
 
-  return Rows(_take(x_ND, by_expert), count_Ge), back
-
-
-def _buffer_rows(rows, groups, devices, bound):
-  """The most rows that a device's experts can be sent."""
-  if bound is None:
-    return devices * rows
-  return min(devices * rows, groups * bound.expert_buckets * bound.slots)
+  return Rows(_take(x_MD, by_expert), count_Ge), back
 
 
 def _starts(sizes):
   return jnp.cumsum(sizes) - sizes
 
 
-def _transpose_blocks(count_ie, num_rows):
-  """Row indices that reorder blocks (sender, expert) <-> (expert, sender).
+def _transposed(size_ij, num_rows):
+  """Where rows of blocks in the order [i, j] stand in the order [j, i].
 
   Returns:
-    by_sender [num_rows]: where each row of the first order stands in the
-    second; by_expert: the other way. num_rows for rows of no block.
+    int32 [num_rows]; num_rows for rows of no block.
   """
-  start_ie = _starts(count_ie.reshape(-1)).reshape(count_ie.shape)
-  start_ei = _starts(count_ie.T.reshape(-1)).reshape(count_ie.T.shape)
-
-  def moved(sizes, here, there):
-    block = jnp.repeat(
-      jnp.arange(sizes.size), sizes, total_repeat_length=num_rows
-    )
-    row = jnp.arange(num_rows)
-    target = there[block] + row - here[block]
-    return jnp.where(row < sizes.sum(), target, num_rows)
-
-  flat = jnp.ravel
-  by_sender = moved(flat(count_ie), flat(start_ie), flat(start_ei.T))
-  by_expert = moved(flat(count_ie.T), flat(start_ei), flat(start_ie.T))
-  return by_sender, by_expert
+  here = _starts(size_ij.reshape(-1))
+  there = _starts(size_ij.T.reshape(-1)).reshape(size_ij.T.shape).T.reshape(-1)
+  block = jnp.repeat(
+    jnp.arange(size_ij.size), size_ij.reshape(-1), total_repeat_length=num_rows
+  )
+  row = jnp.arange(num_rows)
+  target = there[block] + row - here[block]
+  return jnp.where(row < size_ij.sum(), target, num_rows)
 
 
 def _take(x_ND, index_N):
@@ -198,40 +175,30 @@ def _take(x_ND, index_N):
 
 
 def ragged_all_to_all(
-  operand: Array,
-  output: Array,
-  input_offsets: Array,
-  send_sizes: Array,
-  output_offsets: Array,
-  recv_sizes: Array,
-  axes: Axes,
+  x_ND, out_ND, start, send, start_there, receive, axes: Axes
 ) -> Array:
   """`jax.lax.ragged_all_to_all` over the expert axis, on any platform.
 
-  Slice i of the operand, send_sizes[i] rows from input_offsets[i], goes to
-  device i, which places it at row output_offsets[i] of its output. XLA has no
-  such collective for CPU, where all rows are gathered and the right ones kept.
+  Slice i of x, send[i] rows from start[i], goes to device i, which places it at
+  row start_there[i] of its output, and gets receive[j] rows of device j. XLA has
+  no such collective for CPU, where all rows are gathered and the right ones
+  kept.
   """
   if axes.platform != "cpu":
+    sizes = start, send, start_there, receive
     return jax.lax.ragged_all_to_all(
-      operand,
-      output,
-      input_offsets,
-      send_sizes,
-      output_offsets,
-      recv_sizes,
-      axis_name=axes.expert,
+      x_ND, out_ND, *sizes, axis_name=axes.expert
     )
   gather = lambda x: jax.lax.all_gather(x, axes.expert)  # noqa: E731
   me = jax.lax.axis_index(axes.expert)
   sent_from, sent, landed = (
-    gather(x)[:, me] for x in (input_offsets, send_sizes, output_offsets)
+    gather(x)[:, me] for x in (start, send, start_there)
   )
-  row = jnp.arange(output.shape[0])
+  row = jnp.arange(out_ND.shape[0])
   end = (landed + sent)[None, :]
   hit = (row[:, None] >= landed[None, :]) & (row[:, None] < end)
   source = jnp.argmax(hit, axis=1)
-  index = source * operand.shape[0] + sent_from[source]
+  index = source * x_ND.shape[0] + sent_from[source]
   index = index + row - landed[source]
-  everything = gather(operand).reshape(-1, operand.shape[1])
-  return jnp.where(hit.any(1)[:, None], everything[index], output)
+  everything = gather(x_ND).reshape(-1, x_ND.shape[1])
+  return jnp.where(hit.any(1)[:, None], everything[index], out_ND)

@@ -1,9 +1,8 @@
-"""How tokens form groups, and how many rows experts may get in each."""
+"""Groups of tokens, and the capacity of experts in each."""
 
 import dataclasses
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from moe_jax.core import parallel
@@ -11,6 +10,8 @@ from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import either, integer, number, optional, word
 from moe_jax.moe import capacity, dispatchers, layer, sharded
 from moe_jax.moe.types import Array
+
+_FACTOR = number(above=0)
 
 
 class Grouping(NamedTuple):
@@ -25,10 +26,8 @@ class Grouping(NamedTuple):
   """
 
   tokens_per_group: either(integer(1), word("sequence")) = "sequence"
-  capacity_factor: optional(number(above=0)) = None
-  eval_capacity_factor: optional(either(number(above=0), word("dropless"))) = (
-    None
-  )
+  capacity_factor: optional(_FACTOR) = None
+  eval_capacity_factor: optional(either(_FACTOR, word("dropless"))) = None
   expert_buckets: optional(integer(1)) = None
   capacity_rounding: word(*capacity.ROUNDINGS) = "floor"
   capacity_multiple: integer(1) = 1
@@ -58,32 +57,27 @@ class Grouping(NamedTuple):
       ConfigError: groups that cut across sequences, or a capacity of zero.
     """
     tokens = self.tokens(length)
-    bound = self._bound(recipe, tokens, train)
-    if not recipe.dispatcher.ragged:
-      dispatchers.check_bound(bound, recipe.num_experts)
-    return tokens, dataclasses.replace(
+    recipe = dataclasses.replace(
       recipe,
-      bound=bound,
+      bound=self._bound(recipe, tokens, train),
       sequences=max(1, tokens // length),
       groups_per_sequence=max(1, length // tokens),
     )
+    dispatchers.check_bound(recipe)
+    return tokens, recipe
 
   def _bound(self, recipe, tokens, train):
-    factor = self.capacity_factor
-    if not train and self.eval_capacity_factor is not None:
-      factor = self.eval_capacity_factor
-    if factor == "dropless":
-      return None
-    if factor is None and self.expert_buckets is not None:
+    factor, num_experts = self.capacity_factor, recipe.num_experts
+    if not train:
+      factor = self.eval_capacity_factor or factor
+    if factor is None and self.expert_buckets:
       raise ConfigError(
         f"expert_buckets = {self.expert_buckets} bounds nothing without a"
         " capacity_factor; set one, or leave out expert_buckets"
       )
-    if factor is None:
+    if factor in (None, "dropless"):
       return None
-    num_experts = recipe.num_experts
-    buckets = self.expert_buckets
-    buckets = num_experts if buckets is None else buckets
+    buckets = self.expert_buckets or num_experts
     if num_experts % buckets:
       raise ConfigError(
         f"expert_buckets = {buckets} does not divide num_experts ="
@@ -110,19 +104,11 @@ class Grouping(NamedTuple):
     return layer.group_keys(rng, groups, jnp.asarray(first) * length // tokens)
 
 
-def check(
-  recipe: layer.Recipe,
-  grouping: Grouping,
-  *,
-  length: int,
-  batch: int,
-  key: str,
-  mesh: jax.sharding.Mesh | None,
-) -> None:
+def check(recipe, grouping, *, length: int, batch: int, key: str, mesh) -> None:
   """Raises ConfigError for what would fail, or lie, on this mesh or batch.
 
   Args:
-    recipe, grouping: of a kind of layer.
+    recipe, grouping: `layer.Recipe` and `Grouping` of a kind of layer.
     length: tokens in a sequence.
     batch: sequences of a forward pass.
     key: config key that sets the batch.

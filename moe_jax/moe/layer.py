@@ -6,20 +6,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe import exchange, plans, statistics
-from moe_jax.moe.types import (
-  Array,
-  Axes,
-  Balancer,
-  Bound,
-  Dispatcher,
-  Experts,
-  Mlp,
-  Router,
-  Routing,
-  Side,
-  Stats,
-)
+from moe_jax.moe import exchange, plans, statistics, types
+from moe_jax.moe.types import Array, Axes, Side, Stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +24,14 @@ class Recipe:
   """
 
   num_experts: int
-  router: Router
-  dispatcher: Dispatcher
-  experts: Experts
-  bound: Bound | None = None
+  router: types.Router
+  dispatcher: types.Dispatcher
+  experts: types.Experts
+  bound: types.Bound | None = None
   sequences: int = 1
   groups_per_sequence: int = 1
-  balancers: tuple[tuple[str, Balancer], ...] = ()
-  shared: Mlp | None = None
+  balancers: tuple[tuple[str, types.Balancer], ...] = ()
+  shared: types.Mlp | None = None
 
   @property
   def causal(self) -> bool:
@@ -87,13 +75,7 @@ def moe_ffn(
   """
   x_GTD = jnp.where(side.mask_T[..., None], x_GTD, 0)
   routing = route(recipe, params["router"], balance, x_GTD, side, rng_G)
-  plan = plans.make(
-    routing.choice,
-    recipe.dispatcher,
-    recipe.num_experts,
-    recipe.bound,
-    x_GTD.shape[1],
-  )
+  plan = plans.make(routing.choice, recipe, num_tokens=x_GTD.shape[1])
   x_GTD = exchange.enter_tensor(x_GTD, axes)
   rows = plan.dispatch(x_GTD)
   rows, back = exchange.exchange(rows, recipe.bound, axes)
@@ -118,7 +100,7 @@ def _fields(choice) -> dict[str, Array]:
   }
 
 
-def route(recipe, params, balance, x_GTD, side, rng_G) -> Routing:
+def route(recipe, params, balance, x_GTD, side, rng_G) -> types.Routing:
   """The router's decision, group by group."""
 
   def select(score_TE):
@@ -127,19 +109,13 @@ def route(recipe, params, balance, x_GTD, side, rng_G) -> Routing:
     return score_TE
 
   def one_group(x_TD, side, rng):
-    return recipe.router.route(
-      params,
-      x_TD,
-      num_experts=recipe.num_experts,
-      select=select,
-      side=side,
-      rng=rng,
-    )
+    more = {"num_experts": recipe.num_experts, "select": select}
+    return recipe.router.route(params, x_TD, side=side, rng=rng, **more)
 
   return jax.vmap(one_group)(x_GTD, side, rng_G)
 
 
-def read(params, network: Experts | Mlp, dtype, axes: Axes | None):
+def read(params, network: types.Mlp, dtype, axes: Axes | None):
   """Weights as the experts see them: whole in D, in the compute dtype."""
   params = {k: w.astype(dtype) for k, w in params.items()}
   params = exchange.gather_weights(params, network.axes, axes)

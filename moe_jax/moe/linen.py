@@ -1,5 +1,6 @@
 """The layer as a linen module."""
 
+import functools
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -53,7 +54,7 @@ class MoE(nn.Module):
       y_BLD, Stats with leading [G, S], and the collected arrays.
     """
     batch, length, d_model = x_BLD.shape
-    params, balance = self._variables(d_model)
+    params, balance = self._params(d_model), self._balance()
     if self.is_initializing():  # Of any length, though capacity may be zero.
       return jnp.zeros_like(x_BLD), None, {}
     tokens, recipe = self.grouping.resolve(self.recipe, length, train)
@@ -77,38 +78,31 @@ class MoE(nn.Module):
     )
     return y_GTD.reshape(x_BLD.shape), stats, collected
 
-  def _variables(self, d_model):
-    """(parameters, balancers' state), declared where they are not there yet."""
+  def _params(self, d_model):
+    """{part: its parameters}, which know that they are of that part."""
     recipe, num_experts = self.recipe, self.recipe.num_experts
-    inits = {
-      "router": lambda rng: recipe.router.init(rng, d_model, num_experts),
-      "experts": lambda rng: recipe.experts.init(rng, num_experts, d_model),
+
+    def declared(name, part, *sizes):
+      def init(rng):
+        box = functools.partial(roles.Declared, part=name)
+        params = part.init(rng, *sizes)
+        return {k: box(v, part.axes[k]) for k, v in params.items()}
+
+      return self.param(name, init)
+
+    params = {
+      "router": declared("router", recipe.router, d_model, num_experts),
+      "experts": declared("experts", recipe.experts, num_experts, d_model),
     }
     if recipe.shared is not None:
-      inits["shared"] = lambda rng: recipe.shared.init(rng, d_model)
-    params = {
-      name: self._declare(name, getattr(recipe, name).axes, init)
-      for name, init in inits.items()
-    }
-    balance = {
-      label: self._balancer_state(label, balancer)
-      for label, balancer in recipe.balancers
-    }
-    return params, balance
+      params["shared"] = declared("shared", recipe.shared, d_model)
+    return params
 
-  def _balancer_state(self, label, balancer):
-    """A balancer's state in the collection `balance`, if it has any."""
-    init = lambda: balancer.init(self.recipe.num_experts)  # noqa: E731
-    if not jax.eval_shape(init):
-      return {}
-    return self.variable("balance", label, init).value
-
-  def _declare(self, name, axes, init):
-    """A dict of parameters at moe/<name>: that part of the model."""
-
-    def boxed(rng):
-      return {
-        k: roles.Declared(v, axes[k], part=name) for k, v in init(rng).items()
-      }
-
-    return self.param(name, boxed)
+  def _balance(self):
+    """{balancer: its state}, in the collection `balance` if it has any."""
+    balance = {label: {} for label, _ in self.recipe.balancers}
+    for label, balancer in self.recipe.balancers:
+      init = functools.partial(balancer.init, self.recipe.num_experts)
+      if jax.eval_shape(init):
+        balance[label] = self.variable("balance", label, init).value
+    return balance

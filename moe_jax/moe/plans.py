@@ -12,17 +12,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.core import varying
-from moe_jax.moe.types import (
-  Array,
-  Bound,
-  Dispatcher,
-  Loads,
-  Mixture,
-  Plan,
-  Rows,
-  SlotChoice,
-  TokenChoice,
-)
+from moe_jax.moe import dispatchers, types
+from moe_jax.moe.types import Array, Loads, Rows
 
 
 class Tokens(NamedTuple):
@@ -47,27 +38,28 @@ class Tokens(NamedTuple):
 
 
 def make(
-  choice: TokenChoice | SlotChoice | Mixture,
-  dispatcher: Dispatcher,
-  num_experts: int,
-  bound: Bound | None,
+  choice: types.TokenChoice | types.SlotChoice | types.Mixture,
+  recipe,
   num_tokens: int,
-) -> Plan:
+) -> types.Plan:
   """The plan of a choice with a leading G.
 
   Args:
     choice: from the router.
-    dispatcher: lays out a `TokenChoice`.
-    num_experts: E.
-    bound: the most rows of a `TokenChoice`; None: no limit.
+    recipe: `layer.Recipe`. Its dispatcher lays a `TokenChoice` out, within its
+      bound.
     num_tokens: T.
+
+  Raises:
+    ConfigError: the bound does not fit the dispatcher.
   """
-  if isinstance(choice, SlotChoice):
+  if isinstance(choice, types.SlotChoice):
     token_GEC = checkpoint_name(choice.token_EC, "slot")
-    return SlotPlan(choice, token_GEC, num_tokens)
-  if isinstance(choice, Mixture):
+    return SlotPlan(choice.replace(token_EC=token_GEC), num_tokens)
+  if isinstance(choice, types.Mixture):
     return MixturePlan(choice.dispatch_TEC, choice.combine_TEC)
-  return dispatcher.plan(choice, num_experts, bound)
+  dispatchers.check_bound(recipe)
+  return recipe.dispatcher.plan(choice, recipe.num_experts, recipe.bound)
 
 
 @flax.struct.dataclass
@@ -77,13 +69,13 @@ class TokenPlan:
   choice: with a leading G.
   kept_GTK: bool, the assignments that have a slot.
   num_experts: E.
-  shared_slots: whether experts share the slots of a bucket.
+  bound: that was applied.
   """
 
-  choice: TokenChoice
+  choice: types.TokenChoice
   kept_GTK: Array
   num_experts: int = flax.struct.field(pytree_node=False)
-  shared_slots: bool = flax.struct.field(pytree_node=False)
+  bound: types.Bound | None = flax.struct.field(pytree_node=False)
 
   def loads(self, tokens: Tokens) -> Loads:
     """The loads by sequence."""
@@ -97,24 +89,22 @@ class TokenPlan:
       counts = jnp.zeros((*shape[:2], self.num_experts), value_GTK.dtype)
       return counts.at[place].add(value_GTK.reshape(shape))
 
-    def whole(flags):
-      return flags.astype(jnp.int32)
-
     def number(flags_GTK):
       return tokens.by_sequence(flags_GTK.sum(-1, dtype=jnp.int32))
 
     # Not a slice of expert_GTK: XLA on CPU would sort all scores for that.
     first_GTK = valid_GTK.at[..., 1:].set(False)
-    full, none = valid_GTK & ~self.kept_GTK, jnp.zeros_like(valid_GTK)
+    shared = dispatchers.shares_slots(self.num_experts, self.bound)
+    full_GS = number(valid_GTK & ~self.kept_GTK)
     chosen = jnp.take_along_axis(tokens.prob_GTE, expert_GTK, axis=-1)
     return Loads(
-      count_E=by_expert(whole(valid_GTK)),
-      first_choice_E=by_expert(whole(first_GTK)),
-      kept_E=by_expert(whole(self.kept_GTK)),
+      count_E=by_expert(valid_GTK.astype(jnp.int32)),
+      first_choice_E=by_expert(first_GTK.astype(jnp.int32)),
+      kept_E=by_expert(self.kept_GTK.astype(jnp.int32)),
       weight_E=by_expert(jnp.where(valid_GTK, self.choice.weight_TK, 0)),
       dropped={
-        "capacity": number(none if self.shared_slots else full),
-        "buffer": number(full if self.shared_slots else none),
+        "capacity": jnp.zeros_like(full_GS) if shared else full_GS,
+        "buffer": full_GS if shared else jnp.zeros_like(full_GS),
         "unrouted": number(~valid_GTK),
       },
       confidence=tokens.by_sequence(jnp.where(valid_GTK, chosen, 0).sum(-1)),
@@ -123,19 +113,15 @@ class TokenPlan:
 
 @flax.struct.dataclass
 class SlotPlan:
-  """Slots that hold the tokens which each expert named.
+  """Slots that hold the tokens which each expert named."""
 
-  token_GEC: as in the choice, kept for the backward pass.
-  """
-
-  choice: SlotChoice
-  token_GEC: Array
+  choice: types.SlotChoice
   num_tokens: int = flax.struct.field(pytree_node=False)
 
   def dispatch(self, x_GTD: Array) -> Rows:
     """The named tokens, zero in an empty slot."""
     x_GECD = jax.vmap(lambda x_TD, token_EC: x_TD[token_EC])(
-      x_GTD, self.token_GEC
+      x_GTD, self.choice.token_EC
     )
     return Rows(jnp.where(self.choice.valid_EC[..., None], x_GECD, 0))
 
@@ -145,14 +131,14 @@ class SlotPlan:
     y_GECD = weight_GEC[..., None] * rows.x
     shape = (len(y_GECD), self.num_tokens, rows.x.shape[-1])
     y_GTD, y_GECD, token_GEC = varying.alike(
-      (jnp.zeros(shape, y_GECD.dtype), y_GECD, self.token_GEC)
+      (jnp.zeros(shape, y_GECD.dtype), y_GECD, self.choice.token_EC)
     )
     add = jax.vmap(lambda y_TD, token_EC, y_ECD: y_TD.at[token_EC].add(y_ECD))
     return add(y_GTD, token_GEC, y_GECD).astype(rows.x.dtype)
 
   def loads(self, tokens: Tokens) -> Loads:
     """The loads by sequence. Every assignment is a first choice; none drops."""
-    token_GEC, valid_GEC = self.token_GEC, self.choice.valid_EC
+    token_GEC, valid_GEC = self.choice.token_EC, self.choice.valid_EC
     groups, num_experts, _ = token_GEC.shape
     g, e, _ = jnp.indices(token_GEC.shape, sparse=True)
     s = token_GEC // (self.num_tokens // tokens.sequences)
@@ -163,16 +149,8 @@ class SlotPlan:
       return jnp.zeros(shape, value_GEC.dtype).at[g, s, e].add(value_GEC)
 
     count = by_expert(valid_GEC.astype(jnp.int32))
-    none = jnp.zeros(count.shape[:2], jnp.int32)
-    confidence = by_expert(tokens.prob_GTE[g, token_GEC, e])
-    return Loads(
-      count_E=count,
-      first_choice_E=count,
-      kept_E=count,
-      weight_E=by_expert(self.choice.weight_EC),
-      dropped={"capacity": none, "buffer": none, "unrouted": none},
-      confidence=confidence.sum(-1),
-    )
+    confidence = by_expert(tokens.prob_GTE[g, token_GEC, e]).sum(-1)
+    return _undropped(count, by_expert(self.choice.weight_EC), confidence)
 
 
 @flax.struct.dataclass
@@ -198,13 +176,15 @@ class MixturePlan:
   def loads(self, tokens: Tokens) -> Loads:
     """The loads by sequence: shares of the tokens in the slots."""
     share_GTE = self.dispatch_GTEC.sum(-1)
-    count = tokens.by_sequence(share_GTE)
-    none = jnp.zeros(count.shape[:2], jnp.int32)
-    return Loads(
-      count_E=count,
-      first_choice_E=count,
-      kept_E=count,
-      weight_E=tokens.by_sequence(self.combine_GTEC.sum(-1)),
-      dropped={"capacity": none, "buffer": none, "unrouted": none},
+    return _undropped(
+      count=tokens.by_sequence(share_GTE),
+      weight=tokens.by_sequence(self.combine_GTEC.sum(-1)),
       confidence=tokens.by_sequence((share_GTE * tokens.prob_GTE).sum(-1)),
     )
+
+
+def _undropped(count, weight, confidence):
+  """Loads of which every assignment is a first choice and has a slot."""
+  none = jnp.zeros(count.shape[:2], jnp.int32)
+  dropped = {"capacity": none, "buffer": none, "unrouted": none}
+  return Loads(count, count, count, weight, dropped, confidence)

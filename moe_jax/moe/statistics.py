@@ -18,11 +18,10 @@ def report(recipe, routing: Routing, plan: Plan, side: Side, balance) -> Stats:
     balance: {balancer label: its state}, for balancers that observe.
   """
   mask_GT = side.mask_T
-  dtype = _dtype(routing)
+  dtype = jnp.result_type(*jax.tree.leaves(routing.choice))
   prob_GTE = routing.prob_TE
   if prob_GTE is None:
-    prob_GTE = jnp.zeros((*mask_GT.shape, 1), dtype)
-  prob_GTE = jnp.broadcast_to(prob_GTE, (*mask_GT.shape, recipe.num_experts))
+    prob_GTE = jnp.zeros((*mask_GT.shape, recipe.num_experts), dtype)
   z_GT = jnp.zeros(mask_GT.shape, dtype)
   if routing.logits_TE is not None:
     z_GT = jax.nn.logsumexp(routing.logits_TE, axis=-1) ** 2
@@ -33,23 +32,14 @@ def report(recipe, routing: Routing, plan: Plan, side: Side, balance) -> Stats:
     none = jnp.zeros_like(loads.dropped["unrouted"])
     loads = loads.replace(dropped={**loads.dropped, "unrouted": none})
   return Stats(
+    **vars(loads),
     tokens=by_sequence(mask_GT.astype(jnp.int32)),
-    loads=loads,
     prob_E=by_sequence(prob_GTE),
     z=by_sequence(z_GT),
     entropy=by_sequence(jax.scipy.special.entr(prob_GTE).sum(-1)),
     extra={k: by_sequence(v) for k, v in routing.extra.items()},
     observed=_observe(recipe, routing, mask_GT, balance),
     groups_per_sequence=recipe.groups_per_sequence,
-  )
-
-
-def _dtype(routing):
-  """The router's dtype, at least float32."""
-  return next(
-    x.dtype
-    for x in jax.tree.leaves(routing.choice)
-    if jnp.issubdtype(x.dtype, jnp.floating)
   )
 
 

@@ -46,7 +46,7 @@ class Mean:
 
 
 class Bound(NamedTuple):
-  """How many rows the experts of one group may receive.
+  """A limit on the rows that the experts of one group may receive.
 
   slots: rows per bucket of experts and group, >= 1.
   expert_buckets: contiguous buckets of equally many experts. As many buckets
@@ -141,7 +141,7 @@ class Rows:
   Slots: x [G, E, C, D], tokens_per_expert_GE None.
   Ragged rows: x [N, D], the rows of all G groups sorted by expert and inside
     an expert by group; tokens_per_expert_GE int32 keeps the groups apart.
-    Rows beyond its sum belong to nobody.
+    Rows beyond its sum are unused.
   """
 
   x: Array
@@ -186,11 +186,12 @@ class Plan(Protocol):
 
 
 @flax.struct.dataclass
-class Stats:
+class Stats(Loads):
   """Sums over the unpadded tokens of a sequence, with leading axes [G, S].
 
+  They are the loads of the experts, see `Loads`, and:
+
   tokens: int32, unpadded tokens.
-  loads: see `Loads`; its fields are also attributes of this record.
   prob_E: sum of prob_TE.
   z: sum of logsumexp(logits)^2.
   entropy: sum of the entropy of prob_TE, in nats.
@@ -201,22 +202,12 @@ class Stats:
   """
 
   tokens: Array
-  loads: Loads
   prob_E: Array
   z: Array
   entropy: Array
   extra: Mapping[str, Array] = flax.struct.field(default_factory=dict)
-  observed: Mapping[str, Mapping[str, Array]] = flax.struct.field(
-    default_factory=dict
-  )
+  observed: Mapping[str, Mapping] = flax.struct.field(default_factory=dict)
   groups_per_sequence: int = flax.struct.field(pytree_node=False, default=1)
-
-  count_E = property(lambda self: self.loads.count_E)
-  first_choice_E = property(lambda self: self.loads.first_choice_E)
-  kept_E = property(lambda self: self.loads.kept_E)
-  weight_E = property(lambda self: self.loads.weight_E)
-  dropped = property(lambda self: self.loads.dropped)
-  confidence = property(lambda self: self.loads.confidence)
 
 
 @_part
@@ -230,9 +221,9 @@ class Router:
     noise.
   causal: whether a token's choice is independent of the tokens after it.
   top_k: K, the most experts that a token may get; None: as many as there are.
-  fixed: whether a token always gets K, so that fewer are a drop.
-  average_k: experts that a token gets on average, where K does not say it.
-  always_draws: whether it needs a key outside training too; else it is given
+  fixed: whether a token always gets K; then missing ones count as dropped.
+  average_k: mean number of experts per token, if it is not top_k.
+  always_draws: whether it needs a key at evaluation too; if not, it is given
     none there.
   spec: set by the registry.
   """
@@ -267,53 +258,45 @@ class Dispatcher:
 
 
 @_part
-class Experts:
-  """The networks that are the experts.
+class Mlp:
+  """A dense network: what experts replace, and what shared experts are.
 
   The shards of F (axis "mlp") add up to the output.
 
-  init: (rng, num_experts, d_model) -> params.
+  init: (rng, d_model) -> params.
   axes: {parameter: logical axis names}.
-  apply: (params, Rows, rng_GE) -> Rows, with expert e's own weights for its
-    rows. rng_GE: one key for each group and expert; None unless it `draws`, and
-    outside of training.
+  apply: (params, x [..., D]) -> y [..., D].
   added_once: parameters that are added to the output, such as its bias; they
     are zero in all shards of F but one.
-  draws: whether it needs keys in training.
-  checked: whether its kernels declare over which mesh axes their results vary,
-    so that shard_map can check them.
   width: F, for who checks that it divides over a mesh.
   resized: (F) -> the same with another hidden width.
-  activation: name of the activation, for who writes a model's config.
+  activation: name of the activation, for writing a model's config.
   """
 
   init: Callable[..., dict[str, Array]]
   axes: Mapping[str, tuple[str | None, ...]]
-  apply: Callable[..., Rows]
+  apply: Callable[..., Any]
   added_once: tuple[str, ...] = ()
-  draws: bool = False
-  checked: bool = True
   width: int = 0
   resized: Callable[[int], Any] | None = None
   activation: str = ""
 
 
 @_part
-class Mlp:
-  """A dense network: what experts replace, and what shared experts are.
+class Experts(Mlp):
+  """The networks that are the experts: the fields of `Mlp`, but for E of them.
 
-  init: (rng, d_model) -> params; axes: {parameter: logical axis names};
-  apply: (params, x [..., D]) -> y [..., D].
-  added_once, width, resized, activation: as in `Experts`.
+  init: (rng, num_experts, d_model) -> params.
+  apply: (params, Rows, rng_GE) -> Rows, with expert e's own weights for its
+    rows. rng_GE: one key for each group and expert; None unless it `draws`, and
+    outside of training.
+  draws: whether it needs keys in training.
+  checked: whether its kernels declare over which mesh axes their results vary,
+    so that shard_map can check them.
   """
 
-  init: Callable[..., dict[str, Array]]
-  axes: Mapping[str, tuple[str | None, ...]]
-  apply: Callable[[Mapping[str, Array], Array], Array]
-  added_once: tuple[str, ...] = ()
-  width: int = 0
-  resized: Callable[[int], Any] | None = None
-  activation: str = ""
+  draws: bool = False
+  checked: bool = True
 
 
 @_part
@@ -321,7 +304,7 @@ class Balancer:
   """A way to keep experts equally loaded. Every field has a default.
 
   init: (num_experts) -> state, a dict of arrays.
-  select: (state, score_TE) -> score_TE, for choosing only.
+  select: (state, score_TE) -> the scores that choose; weights do not use them.
   observe: (state, Routing, mask_T) -> {name: array of sums} of one group;
     carried by `Stats.observed` like counts. None: it needs no more than counts.
   loss: (state, Stats, count_E so far in this step, router's parameters) ->
@@ -331,9 +314,7 @@ class Balancer:
   """
 
   init: Callable[[int], dict[str, Array]] = lambda num_experts: {}
-  select: Callable[[Mapping[str, Array], Array], Array] = (
-    lambda state, score_TE: score_TE
-  )
+  select: Callable[..., Array] = lambda state, score_TE: score_TE
   observe: Callable[..., dict[str, Array]] | None = None
   loss: Callable[..., Mean] | None = None
   update: Callable[..., dict[str, Array]] = lambda state, stats, step: state
@@ -356,15 +337,10 @@ class Sublayer(NamedTuple):
 
 
 class Axes(NamedTuple):
-  """Names of the mesh axes inside the sharded region, and what it runs on."""
+  """Names of the mesh axes inside the sharded region, and the platform."""
 
   data: str = "data"
   fsdp: str = "fsdp"
   expert: str = "expert"
   tensor: str = "tensor"
   platform: str = "cpu"
-
-  @property
-  def tokens(self) -> tuple[str, str, str]:
-    """The axes that tokens are sharded over."""
-    return (self.data, self.fsdp, self.expert)

@@ -9,6 +9,7 @@ the rest is handled too.
 
 import contextlib
 import errno
+import json
 import os
 import re
 import signal
@@ -21,12 +22,12 @@ from moe_jax.core import files
 from moe_jax.core.errors import ConfigError, Interrupted, RunError, first_line
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# What jax says where a process that it talks to is gone.
+# Errors of jax when another process is gone.
 _PEER = re.compile("Gloo|(closed|reset) by peer|remote process exited")
 # Seconds that the first process leaves the others to say what was wrong, as
 # they end with it.
 _LAST_WORDS = 2.0
-_index = None  # Of this process among several, once it has joined them.
+_index = None  # Number of this process among several, once it has joined.
 
 
 def run(main: Callable[[], int]) -> None:
@@ -54,6 +55,17 @@ def run(main: Callable[[], int]) -> None:
       raise
     print(text, file=sys.stderr)
   sys.exit(code)
+
+
+def write_json(path: str, value) -> None:
+  """Writes the file of a flag --json=PATH; an error is one sentence."""
+  try:
+    with open(path, "w") as file:
+      json.dump(value, file, indent=2)
+  except OSError as e:
+    raise ConfigError(
+      f"cannot write --json={path} ({e.strerror}); choose another path"
+    ) from None
 
 
 def _end(number, frame):
@@ -93,7 +105,7 @@ def leave(text: str, code: int) -> None:
 
 
 def _sentence(error):
-  """Returns what to tell the user; None for an error nobody thought of."""
+  """Returns the sentence for the user; None for an unexpected error."""
   if isinstance(error, ConfigError | RunError):
     return str(error)
   for cause in _causes(error):

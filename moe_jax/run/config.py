@@ -3,8 +3,8 @@
 import argparse
 import ast
 import functools
-import importlib.util
 import inspect
+import itertools
 import json
 import pathlib
 import re
@@ -13,7 +13,7 @@ import traceback
 
 import ml_collections
 
-from moe_jax.core import files
+from moe_jax.core import files, registry
 from moe_jax.core.errors import ConfigError, did_you_mean, first_line
 from moe_jax.core.options import integer
 
@@ -55,24 +55,34 @@ def load(
       plugins that are not trusted.
   """
   path, _, variant = spec.partition(":")
+  if not pathlib.Path(path).is_file():
+    known = [str(p) for p in pathlib.Path(path).parent.glob("*.py")]
+    raise ConfigError(
+      f'there is no config file "{path}"{did_you_mean(path, known)}'
+    )
   if path.endswith(".json"):
-    config = _from_json(pathlib.Path(path))
+    config = _from_json(path)
     own = any(text.startswith("plugins=") for text in overrides)
     if not trust_plugins and not own:
-      _check_no_plugins(path, config)
-    return overridden(config, overrides)
+      _check_no_plugins(path, config.plugins)
+  else:
+    config = _from_python(path, variant)
+  return overridden(config, overrides)
+
+
+def _from_python(path, variant):
   get_config = _get_config(pathlib.Path(path))
   if variant and not inspect.signature(get_config).parameters:
     raise ConfigError(f'{path} has no variants, so it has no ":{variant}"')
   try:
-    config = get_config(variant) if variant else get_config()
+    return get_config(variant) if variant else get_config()
   except (AttributeError, KeyError, TypeError) as e:
-    sentence = str(e.args[0]).split("\n")[0] if e.args else str(e)
-    lines = traceback.extract_tb(e.__traceback__)
-    line = [f.lineno for f in lines if f.filename.endswith(path)]
-    place = f"{path}, line {line[-1]}" if line else path
-    raise ConfigError(f"{place}: {sentence}") from None
-  return overridden(config if config.is_locked else config.lock(), overrides)
+    frames = traceback.extract_tb(e.__traceback__)
+    lines = [f", line {f.lineno}" for f in frames if f.filename.endswith(path)]
+    place = "".join([path, *lines[-1:]])
+    raise ConfigError(
+      f"{place}: {first_line(e.args[0] if e.args else e)}"
+    ) from None
 
 
 def locked(values) -> ml_collections.ConfigDict:
@@ -90,71 +100,67 @@ def locked(values) -> ml_collections.ConfigDict:
 
 
 def overridden(config: ml_collections.ConfigDict, texts):
-  """The config after `override` by all texts: sections before their keys, and
-  the name of a part before its options."""
+  """A config with other values.
 
-  def turn(text):
-    key = text.partition("=")[0]
-    return key.count("."), not key.endswith(".name")
-
-  for text in sorted(texts, key=turn):
-    override(config, text)
-  return config
-
-
-def override(config: ml_collections.ConfigDict, text: str) -> None:
-  """Sets one dotted key, "optim.learning_rate=1e-3".
+  Args:
+    config: stays as it is.
+    texts: "optim.learning_rate=1e-3", for instance. Sections are set before
+      their keys, and the name of a part before its options.
 
   A whole section is set by a dict: "model.moe.router={'name': 'random'}". In an
   open section keys and sections that are not there are made, and another name
   of a part takes the options of the old one away.
   """
-  key, equals, value = text.partition("=")
-  if not equals:
-    raise ConfigError(f'"{text}" is not KEY=VALUE')
-  try:
-    _set(config, "config", key.split("."), _parse(value))
-  except ConfigError:
-    raise
-  except (KeyError, TypeError, ValueError) as e:  # ml_collections refuses.
-    raise ConfigError(f"config.{text} cannot be ({first_line(e)})") from None
+
+  def turn(text):
+    key = text.partition("=")[0]
+    return key.count("."), not key.endswith(".name")
+
+  values = config.to_dict()
+  for text in sorted(texts, key=turn):
+    key, equals, value = text.partition("=")
+    if not equals:
+      raise ConfigError(f'"{text}" is not KEY=VALUE')
+    _set(values, "config", key.split("."), _parse(value))
+    try:
+      config = locked(values)
+    except (AttributeError, ValueError) as e:
+      raise ConfigError(f"config.{text} cannot be ({first_line(e)})") from None
+  return config
 
 
 def _set(section, place, names, value):
   """Sets the value under some names, one inside of the other, in a section."""
   key, (name, *rest) = ".".join([place, *names]), names
-  if not isinstance(section, ml_collections.ConfigDict):
+  if not isinstance(section, dict):
     raise ConfigError(f"{key}: {place} is a value, not a section")
-  if name not in section and section.is_locked:
-    remedy = did_you_mean(name, section.keys())
+  if name not in section and not _is_open(place):
+    remedy = did_you_mean(name, section)
     raise ConfigError(f'{key}: there is no "{name}" in {place}{remedy}')
   old = section.get(name)
   if rest:
-    if name not in section:
-      section[name] = ml_collections.ConfigDict(type_safe=False)
-    _set(section[name], f"{place}.{name}", rest, value)
-  elif isinstance(old, ml_collections.ConfigDict):
-    _set_section(section, key, name, value)
+    _set(section.setdefault(name, {}), f"{place}.{name}", rest, value)
+  elif isinstance(old, dict):
+    if not isinstance(value, dict):
+      raise ConfigError(
+        f"{key} is a section and {value!r} is no dict; set it by one, such as"
+        " {'name': 'random'}, with all its quotes and braces"
+      )
+    if _is_open(key):
+      section[name] = value
+    else:
+      for k, v in value.items():
+        _set(old, key, [str(k)], v)
   else:
-    if name == "name" and value != old and not section.is_locked:
-      for other in list(section):
-        del section[other]
+    if name == "name" and value != old and _is_open(place):
+      section.clear()
     whole = isinstance(old, float) and type(value) is int
     section[name] = float(value) if whole else value
 
 
-def _set_section(parent, key, name, value):
-  """Replaces an open section, or sets some keys of another one."""
-  if not isinstance(value, dict):
-    raise ConfigError(
-      f"{key} is a section and {value!r} is no dict; set it by one, such as"
-      " {'name': 'random'}, with all its quotes and braces"
-    )
-  if not parent[name].is_locked:
-    parent[name] = value
-    return
-  for k, v in value.items():
-    _set(parent[name], key, [k], v)
+def _is_open(place):
+  """Whether keys of a section are up to the config."""
+  return f"{place}.".startswith(tuple(f"config.{key}." for key in OPEN))
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:
@@ -166,32 +172,26 @@ def _from_json(path):
   """The config that a run left behind; a key that it lacks has its default."""
   what = "the config.json of a run"
   remedy = "give one, or a Python file such as configs/base.py"
+  values = files.read_json(path, what, remedy)
   try:
-    values = files.read_json(path, what, remedy)
     for name in ("data", "model", "optim", "train"):
       values[name].items()  # A section, not a value.
     return locked(_with_tuples(complete(values)))
-  except FileNotFoundError:
-    raise ConfigError(f'there is no config file "{path}"') from None
-  except ConfigError:
-    raise
   except (ValueError, AttributeError, KeyError, TypeError) as e:
     raise ConfigError(f"{path} is not {what} ({e}); {remedy}") from None
 
 
-def _check_no_plugins(path, config):
+def _check_no_plugins(path, plugins):
   """Raises ConfigError where a config from elsewhere names code."""
-  if not config.plugins:
-    return
-  folders = config.plugins if isinstance(config.plugins, tuple) else ()
-  files = [f for name in folders for f in pathlib.Path(str(name)).rglob("*.py")]
-  some = [str(file.absolute()) for file in sorted(files)[:5]]
-  some += ["..."] * (len(files) > 5)
-  raise ConfigError(
-    f"{path} names plugins = {config.plugins}, whose code would be run"
-    f" ({', '.join(some) or 'no file is there'}); read it, and give"
-    " --trust_plugins if it may run"
-  )
+  folders = plugins if isinstance(plugins, tuple) else ()
+  found = (f for name in folders for f in pathlib.Path(str(name)).rglob("*.py"))
+  some = [str(file.absolute()) for file in itertools.islice(found, 5)]
+  if plugins:
+    raise ConfigError(
+      f"{path} names plugins = {plugins}, whose code would be run"
+      f" ({', '.join(some) or 'no file is there'}); read it, and give"
+      " --trust_plugins if it may run"
+    )
 
 
 def _with_tuples(value):
@@ -247,7 +247,7 @@ def numbers(tree: dict):
 
 
 def differences(tree: dict, other: dict) -> dict:
-  """{dotted key: value} of what is not the same in two configs.
+  """{dotted key: value} of the values that differ between two configs.
 
   An open section that differs is there as a whole.
   """
@@ -256,13 +256,31 @@ def differences(tree: dict, other: dict) -> dict:
   return {k: v for k, v in new if k not in old or old[k] != v}
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+  """A parser of the flags of a command, which are texts in UTF-8."""
+
+  def __init__(self, description: str, **options):
+    """Args: what the command does; options of argparse.ArgumentParser."""
+    layout = argparse.RawDescriptionHelpFormatter
+    super().__init__(description=description, formatter_class=layout, **options)
+
+  def parse_known_args(self, args=None, namespace=None):
+    """As in argparse. Raises ConfigError for an argument that is not UTF-8."""
+    for text in sys.argv[1:] if args is None else args:
+      try:
+        text.encode()
+      except UnicodeEncodeError:
+        raise ConfigError(
+          f"the argument {ascii(text)} is not UTF-8; give texts and paths in"
+          " UTF-8"
+        ) from None
+    return super().parse_known_args(args, namespace)
+
+
+def parser(description: str) -> Parser:
   """A parser with the flags that every command on a config has."""
-  parser = argparse.ArgumentParser(
-    description=description,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    epilog="Any value of the config is set by --config.SECTION.KEY=VALUE.",
-  )
+  epilog = "Any value of the config is set by --config.SECTION.KEY=VALUE."
+  parser = Parser(description, epilog=epilog)
   parser.add_argument(
     "--config",
     required=True,
@@ -306,22 +324,7 @@ def at_least_1(text: str) -> int:
   return int(text)
 
 
-def check_utf8(argv=None) -> None:
-  """Raises ConfigError for an argument that is not UTF-8.
-
-  Args:
-    argv: the arguments; None: those of the process.
-  """
-  for text in sys.argv[1:] if argv is None else argv:
-    try:
-      text.encode()
-    except UnicodeEncodeError:
-      raise ConfigError(
-        f"the argument {ascii(text)} is not UTF-8; give texts and paths in UTF-8"
-      ) from None
-
-
-def parse(parser: argparse.ArgumentParser, argv=None):
+def parse(parser: Parser, argv=None):
   """(arguments, loaded config) from a command line.
 
   Raises:
@@ -331,47 +334,36 @@ def parse(parser: argparse.ArgumentParser, argv=None):
   return args, load(args.config, overrides, trust_plugins=args.trust_plugins)
 
 
-def parse_overrides(parser: argparse.ArgumentParser, argv=None):
+def parse_overrides(parser: Parser, argv=None):
   """(arguments, texts KEY=VALUE of the flags --config.KEY=VALUE).
 
   Raises:
     ConfigError: an unknown flag, or one that is not UTF-8.
   """
-  check_utf8(argv)
   args, rest = parser.parse_known_args(argv)
-  prefix = "--config."
-  unknown = [r for r in rest if not r.startswith(prefix)]
-  if unknown:
-    flags = [s for a in parser._actions for s in a.option_strings]
-    raise ConfigError(
-      f'unknown argument "{unknown[0]}"'
-      + did_you_mean(unknown[0].partition("=")[0], flags)
-    )
-  return args, [r[len(prefix) :] for r in rest]
+  overrides = [r.removeprefix("--config.") for r in rest]
+  for text, override in zip(rest, overrides):
+    if text == override:
+      flags = [s for a in parser._actions for s in a.option_strings]
+      remedy = did_you_mean(text.partition("=")[0], flags)
+      raise ConfigError(f'unknown argument "{text}"{remedy}')
+  return args, overrides
 
 
 def _get_config(path):
-  if not path.is_file():
-    folder = path.parent
-    known = [str(p) for p in folder.glob("*.py")] if folder.is_dir() else []
-    hint = did_you_mean(str(path), known) if known else ""
-    raise ConfigError(f'there is no config file "{path}"{hint}')
-  if path.suffix != ".py":
-    raise ConfigError(
-      f"{path} is neither a Python file with get_config() nor the config.json of"
-      " a run"
-    )
-  spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-  module = importlib.util.module_from_spec(spec)
-  # Configs import each other as `configs.base` from the folder above theirs.
-  sys.path.insert(0, str(path.resolve().parent.parent))
-  try:
-    spec.loader.exec_module(module)
-  finally:
-    sys.path.pop(0)
-  if not hasattr(module, "get_config"):
-    raise ConfigError(f"{path} has no function get_config()")
-  return module.get_config
+  if path.suffix == ".py":
+    # Configs import each other as `configs.base` from the folder above theirs.
+    sys.path.insert(0, str(path.resolve().parent.parent))
+    try:
+      module = registry.import_file(path, f"config_{path.stem}")
+    finally:
+      sys.path.pop(0)
+    if hasattr(module, "get_config"):
+      return module.get_config
+  raise ConfigError(
+    f"{path} is neither a Python file with get_config() nor the config.json of"
+    " a run"
+  )
 
 
 def _parse(text):

@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import functools
 import itertools
 import json
 import os
@@ -91,17 +90,18 @@ def _initialize(done, given, timeout):
 
 
 def _watch(client):
-  """Ends this process with a sentence when another one has fallen silent.
+  """Ends this process with a sentence when another process falls silent.
 
   In every round each process writes a key to the store of jax.distributed,
   which lies in process 0, and waits for the keys of all.
   """
   ended = threading.Event()
+  # Asked now: at the end of a process jax would make its backend anew.
+  own, count = jax.process_index(), jax.process_count()
   # What jax does at the end of a process takes as long as the others do.
   atexit.register(ended.set)
 
   def write(number):  # Without a limit of time, so in a thread of its own.
-    own = jax.process_index()
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       client.key_value_set(_ALIVE.format(own, number), "")
       if number > 1:  # Which all have read, or they would not be here.
@@ -114,7 +114,7 @@ def _watch(client):
   try:
     for number in itertools.count():
       threading.Thread(target=write, args=(number,), daemon=True).start()
-      for process in range(jax.process_count()):
+      for process in range(count):
         hear(process, number)
       time.sleep(_BEAT)
   except jax.errors.JaxRuntimeError as e:
@@ -138,11 +138,10 @@ def detected(environment: Mapping[str, str]) -> bool:
 
 def _told(environment):
   """Whether the environment tells of several processes."""
-  if ADDRESS in environment:
-    return True
   known = ["OMPI_COMM_WORLD_SIZE"]
   known += ["SLURM_NTASKS"] if "SLURM_STEP_NODELIST" in environment else []
-  return any(_number(environment.get(k) or "1", k) > 1 for k in known)
+  several = (_number(environment.get(k) or "1", k) > 1 for k in known)
+  return ADDRESS in environment or any(several)
 
 
 def _number(text, name):
@@ -169,13 +168,8 @@ def _given(environment):
     raise ConfigError(f"{ADDRESS} = {address!r} is not HOST:PORT")
   given = {"coordinator_address": address}
   for name, argument in ((COUNT, "num_processes"), (INDEX, "process_id")):
-    text = environment.get(name)
-    if text is None:
-      continue  # A cluster that jax knows may tell.
-    given[argument] = _number(text, name)
-  count, index = given.get("num_processes"), given.get("process_id")
-  if count is not None and index is not None and index >= count:
-    raise ConfigError(f"{INDEX} = {index} is not below {COUNT} = {count}")
+    if name in environment:  # Or a cluster that jax knows may tell.
+      given[argument] = _number(environment[name], name)
   return given
 
 
@@ -185,7 +179,7 @@ def is_first() -> bool:
 
 
 def gather(value: Any) -> list:
-  """What every process gives, on all of them, in their order.
+  """Gathers a value from every process: the same list, in order, on all.
 
   All have to call it, as often and in the same order.
 
@@ -196,7 +190,7 @@ def gather(value: Any) -> list:
   if jax.process_count() == 1:
     return [json.loads(text)]
   sizes = multihost_utils.process_allgather(np.int32(len(text))).tolist()
-  # Of few different sizes, as each is compiled.
+  # Each size is compiled, so there are few of them.
   padded = np.zeros(1 << max(sizes).bit_length(), np.uint8)
   padded[: len(text)] = np.frombuffer(text, np.uint8)
   found = multihost_utils.process_allgather(padded)
@@ -206,6 +200,8 @@ def gather(value: Any) -> list:
 def by_first(function: Callable[[], Any]) -> Any:
   """Calls a function on the first process; returns its result on all of them.
 
+  It is not called inside of another one.
+
   Args:
     function: returns what JSON can hold.
 
@@ -214,33 +210,20 @@ def by_first(function: Callable[[], Any]) -> Any:
   """
   if jax.process_count() == 1:
     return function()
-  told, raised = {}, None
+  told, error = {}, None
   if is_first():
     try:
       told["returned"] = function()
     except Exception as e:
-      raised = e
-      told |= {"raised": type(e).__name__, "text": str(e)}
+      error, told = e, {"raised": type(e).__name__, "text": str(e)}
   told = gather(told)[0]
-  if raised is not None:
-    raise raised
   if "raised" in told:
-    raise getattr(errors, told["raised"], RunError)(told["text"])
+    raise error or getattr(errors, told["raised"], RunError)(told["text"])
   return told["returned"]
 
 
-def on_first(function: Callable) -> Callable:
-  """A function that is called through `by_first`; not inside of another."""
-
-  @functools.wraps(function)
-  def call(*args, **kwargs):
-    return by_first(lambda: function(*args, **kwargs))
-
-  return call
-
-
 def check_shared(path: pathlib.Path) -> None:
-  """Raises ConfigError, on all processes, where one sees another file.
+  """Raises ConfigError, on all processes, if they do not share a file.
 
   Args:
     path: of a file that the first process has written. A file system that
@@ -262,7 +245,7 @@ def check_shared(path: pathlib.Path) -> None:
 
 
 def check_same(facts: Mapping[str, Any]) -> None:
-  """Raises ConfigError, on all processes, where these are not of one mind.
+  """Raises ConfigError, on all processes, if facts differ between them.
 
   Args:
     facts: by name; what JSON can hold.

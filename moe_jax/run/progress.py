@@ -5,44 +5,37 @@ import sys
 from tqdm import tqdm
 
 
-class Progress:
+class Progress(tqdm):
   """Counts units of work on stderr."""
 
-  def __init__(
-    self, total: int, what: str, every: float = 10.0, shown: bool = True
-  ):
+  def __init__(self, total: int, what: str, shown: bool = True):
     """Shows nothing done yet.
 
     Args:
       total: units.
       what: what to call them.
-      every: seconds between lines where stderr is no terminal.
       shown: whether to say anything.
     """
     options = {"total": total, "unit": what, "smoothing": 0, "miniters": 1}
     if not sys.stderr.isatty():
       options |= {
         "file": _Lines(),
-        "mininterval": every,
+        "mininterval": 10.0,  # Seconds between two lines.
         "bar_format": "{n_fmt}/{total_fmt} {unit}, {elapsed} spent, {remaining}"
         " left{postfix}",
       }
-    self._bar = tqdm(**options, disable=not shown)
+    super().__init__(**options, disable=not shown)
 
   def update(self, n: int, note: str = "") -> None:
     """n more units are done; note is shown behind."""
-    self._bar.set_postfix_str(note, refresh=False)
-    self._bar.update(n)
+    self.set_postfix_str(note, refresh=False)
+    super().update(n)
 
   def skip(self, n: int) -> None:
     """n units had been done before this process; no time is counted for them."""
-    if not self._bar.disable:
-      self._bar.initial += n
-      self._bar.update(n)
-
-  def close(self) -> None:
-    """Shows how far it came."""
-    self._bar.close()
+    if not self.disable:
+      self.initial += n
+      super().update(n)
 
 
 class _Lines:

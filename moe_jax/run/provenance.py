@@ -1,4 +1,4 @@
-"""What a run is made with: code, versions, devices."""
+"""Provenance of a run: code, versions, devices."""
 
 import contextlib
 import hashlib
@@ -21,7 +21,7 @@ _PACKAGES = (
 
 
 def facts(config) -> dict:
-  """Returns what `run.json` says about this process, as JSON has it.
+  """Returns the facts about this process for `run.json`, as JSON.
 
   Args:
     config: of the run, whose plugins are code too.
@@ -43,7 +43,7 @@ def facts(config) -> dict:
 
 
 def of_process(workdir: str | os.PathLike, config) -> dict:
-  """Returns what all processes of a run must have alike, by name.
+  """Returns the facts that all processes of a run must share, by name.
 
   Args:
     workdir: of the run.
@@ -66,13 +66,13 @@ def git_revision() -> str:
 
   def git(*args):
     command = ["git", "-C", str(pathlib.Path(__file__).parent), *args]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else ""
+    quiet = subprocess.DEVNULL
+    return subprocess.check_output(command, stderr=quiet, text=True).strip()
 
   try:
-    revision = git("rev-parse", "HEAD")
-    return revision + ("+" if git("status", "--porcelain") else "")
-  except OSError:
+    edited = git("status", "--porcelain")
+    return git("rev-parse", "HEAD") + ("+" if edited else "")
+  except (OSError, subprocess.CalledProcessError):
     return ""
 
 

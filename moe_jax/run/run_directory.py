@@ -1,4 +1,4 @@
-"""What a run leaves behind: config.json, run.json, metrics.jsonl."""
+"""The folder of a run: config.json, run.json, metrics.jsonl."""
 
 import contextlib
 import datetime
@@ -108,7 +108,6 @@ class RunDirectory(contextlib.AbstractContextManager):
       ConfigError: the lines of metrics tell of a checkpoint that is gone, or a
         writer cannot begin.
     """
-    self._check_lost()
     self._begin_at(0, 0, facts)
 
   def go_on(self, step: int, lines: int, **facts) -> None:
@@ -128,20 +127,21 @@ class RunDirectory(contextlib.AbstractContextManager):
       print(f"{self.path} goes on after step {step}", file=sys.stderr)
 
   def _begin_at(self, step, lines, facts):
-    self._begin_writers(step)
-    self.lines = self._cut(step, lines)
+    self.lines = processes.by_first(lambda: self._begin_files(step, lines))
     self.describe(step, **facts)
 
-  @processes.on_first
-  def _begin_writers(self, step):
+  def _begin_files(self, step, lines):
+    """Begins the writers; returns how many lines metrics.jsonl keeps."""
+    if not step:
+      self._check_lost()
     config = self._config
     self._writers = writers.build(
       config.writers, self.path, config.to_dict(), step
     )
     for writer in self._writers:
       self._closing.callback(writer.close)
+    return self._cut(step, lines)
 
-  @processes.on_first
   def _check_lost(self):
     """Raises ConfigError for lines that were written after a checkpoint."""
     # A process may be killed while it writes its first checkpoint, and how often
@@ -158,7 +158,6 @@ class RunDirectory(contextlib.AbstractContextManager):
         " choose another --workdir to start again"
       )
 
-  @processes.on_first
   def _cut(self, step, at_least):
     # A line that broke after the checkpoint is written again.
     lines = self._lines(until_broken=True)
@@ -220,7 +219,7 @@ class RunDirectory(contextlib.AbstractContextManager):
 
   def _append(self, text, sync=False):
     path, raw = self.path / _METRICS, text.encode()
-    with _writing(path):
+    with files.writing(path):
       self._check_kept()
       with path.open("ab") as f:
         f.write(raw)
@@ -239,21 +238,22 @@ class RunDirectory(contextlib.AbstractContextManager):
           f" it was changed or deleted meanwhile; {_REMEDY}"
         )
 
-  @processes.on_first
   def logged(self, step: int, split: str) -> dict[str, float] | None:
     """The metrics of a line, if there is one of that step and split."""
-    for line in self._lines(until_broken=True):
-      if (line.pop("step"), line.pop("split")) == (step, split):
-        return line
-    return None
+
+    def find():
+      for line in self._lines(until_broken=True):
+        if (line.pop("step"), line.pop("split")) == (step, split):
+          return line
+
+    return processes.by_first(find)
 
   def _lines(self, **options):
     there = (self.path / _METRICS).exists()
     return _read_lines(self.path, **options) if there else []
 
   def _write(self, name, text):
-    with _writing(self.path / name):
-      files.write_text(self.path / name, text)
+    files.write_text(self.path / name, text)
     self._sizes[name] = len(text.encode())
 
   def close(self) -> None:
@@ -318,22 +318,9 @@ def _lock(path):
       ) from None
   file.truncate(0)
   since = datetime.datetime.now().isoformat(" ")
-  file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}")
-  file.flush()
+  who = f"process {os.getpid()} on {socket.gethostname()} since {since}"
+  print(who, end="", file=file, flush=True)
   return file
-
-
-@contextlib.contextmanager
-def _writing(path):
-  """Turns an OSError of writing a file into one sentence."""
-  try:
-    yield
-  except OSError as e:
-    raise RunError(
-      f"{path} cannot be written to ({e.strerror}); free space on that disk,"
-      " older runs for instance, and give the same command to go on from the"
-      " last checkpoint"
-    ) from None
 
 
 def _size(path):

@@ -17,8 +17,7 @@ class TensorBoard:
 
   library = "tensorboardX"
 
-  def __init__(self, library, path, config, step):
-    del config
+  def __init__(self, library, path, step, **_):
     # Events after the restored step are of a process that was stopped.
     self._writer = library.SummaryWriter(
       str(path / "tensorboard"), purge_step=step + 1
@@ -41,13 +40,14 @@ class WandB:
 
   library = "wandb"
 
-  def __init__(self, library, path, config, step):
-    del step
+  def __init__(self, library, path, config, **_):
     path = path.resolve()
+    # Letters and digits, the same whenever the run goes on.
+    identity = hashlib.sha256(str(path).encode()).hexdigest()[:16]
     self._run = library.init(
       dir=str(path),
       name="/".join(path.parts[-3:]).lstrip("/"),
-      id=_identity(path),
+      id=identity,
       resume="allow",
       config=dict(config),
     )
@@ -81,13 +81,13 @@ def build(names, path, config: Mapping, step: int) -> list:
   Raises:
     ConfigError: as `check`; or it cannot begin, without a network for instance.
   """
-  return [_begun(name, path, config, step) for name in names]
+  return [_begun(name, path=path, config=config, step=step) for name in names]
 
 
-def _begun(name, path, config, step):
+def _begun(name, **options):
   library = _library(name)
   try:
-    return KNOWN[name](library, path, config, step)
+    return KNOWN[name](library, **options)
   except Exception as e:  # Whatever the library raises.
     raise ConfigError(
       f'the writer "{name}" cannot begin ({first_line(e)}); see what'
@@ -103,8 +103,3 @@ def _library(name):
       f'the writer "{name}" needs the package {KNOWN[name].library}; run: pip'
       f" install 'moe_jax[{name}]'"
     ) from None
-
-
-def _identity(path):
-  """An id of letters and digits, the same whenever the run goes on."""
-  return hashlib.sha256(str(path).encode()).hexdigest()[:16]

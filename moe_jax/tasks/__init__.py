@@ -1,0 +1,57 @@
+"""Tasks by name: what is learned, from which batches."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from moe_jax.moe.types import Array, Mean
+
+Batch = Mapping[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What is learned, and from which data.
+
+  Each file of this folder has build(config, mesh=None, fingerprint=None, prepare=True)
+  -> Task; see `tasks/next_token.py`.
+
+  spec: {array of a batch: shape and dtype of one example}.
+  weight: (batch of a step) -> the sum of the weights that its losses have.
+  loss: (model, variables, batch, rng, first, train) -> (Mean to minimise,
+    sums, aux). rng is the key of the step, None outside of training for models
+    without noise; first is the index of the first example in the step's batch;
+    sums are arrays that add up over batches; aux is the model's.
+  metrics: (loss, sums) -> {name: Mean}, on the host.
+  headline: the metric that runs are compared by; lower is better.
+  by_domain: metrics that are also reported for every domain.
+  length: tokens of a sequence, which groups are made of.
+  tokens_per_example: positions of the model that an example takes.
+  given: what `models.build` passes to the model beside its section.
+  init: (model, rng) -> the model's variables, boxed with their logical axes.
+  train: (seed, rows) -> batches by step, arrays [A, B/A, ...]: those rows of
+    each of A micro-batches. A step's batch depends on seed and step alone.
+  validation: (rows) -> pairs of a domain and a batch, arrays [B, ...], always
+    in the same order.
+  name: of the data.
+  fingerprint: changes when the data does.
+  sources: what the data was made of, for run.json.
+  """
+
+  spec: Mapping[str, jax.ShapeDtypeStruct]
+  weight: Callable[[Batch], Array]
+  loss: Callable[..., tuple[Mean, Mapping[str, Array], Mapping]]
+  metrics: Callable[..., dict[str, Mean]]
+  headline: str
+  by_domain: tuple[str, ...]
+  length: int
+  tokens_per_example: int
+  given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  init: Callable[..., Any] | None = None
+  train: Callable[..., Any] | None = None
+  validation: Callable[..., Iterator[tuple[str, Batch]]] | None = None
+  name: str = ""
+  fingerprint: str = ""
+  sources: Mapping[str, Any] = dataclasses.field(default_factory=dict)

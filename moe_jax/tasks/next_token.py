@@ -3,18 +3,16 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.core import parallel
-from moe_jax.data import batches, mixed, tokenizers
+from moe_jax.data import batches, corpora, mixed, tokenizers
 from moe_jax.moe.types import Array, Mean
+from moe_jax.tasks import Task
 from moe_jax.training import evaluation
-from moe_jax.training.task import Task
 
 
 def build(
@@ -39,18 +37,8 @@ def build(
     )
   else:
     tokenizer = tokenizers.load(config.data.tokenizer)
-    corpus = Unread(config.data.name, tokenizer.num_bytes_V, tokenizer.end)
+    corpus = corpora.Corpus(config.data.name, tokenizer.num_bytes_V)
   return of_corpus(config, corpus, mesh)
-
-
-class Unread(NamedTuple):
-  """What is known of a corpus before any text is read; has no batches."""
-
-  name: str
-  num_bytes_V: Any
-  end_of_document: int
-  fingerprint: str = ""
-  sources: Mapping[str, Any] = {}
 
 
 def of_corpus(config, corpus, mesh=None) -> Task:
@@ -58,82 +46,53 @@ def of_corpus(config, corpus, mesh=None) -> Task:
 
   Args:
     config, mesh: as in `build`.
-    corpus: from `mixed.prepare`, or `Unread`.
+    corpus: from `mixed.prepare`; or one without text, which has no batches.
   """
   data = config.data
-  windows = dict(
-    seq_len=data.seq_len, separate_documents=data.separate_documents
-  )
-
-  def train(seed, rows=None):
-    return batches.train_batches(
-      corpus,
-      **windows,
-      batch_size=data.batch_size,
-      seed=seed,
-      accumulation=config.train.accumulation,
-      rows=rows,
-    )
-
-  def validation(rows=None):
-    return batches.validation_batches(
-      corpus,
-      **windows,
-      batch_size=config.eval.batch_size,
-      batches_per_domain=config.eval.batches_per_domain,
-      rows=rows,
-    )
 
   def init(model, rng):
     shards = parallel.token_shards(mesh)
     return model.init(rng, jnp.zeros((shards, 1), jnp.int32))
 
-  task = scoring(np.asarray(corpus.num_bytes_V, np.int32), data.seq_len)
   end = corpus.end_of_document if data.separate_documents else None
-  return dataclasses.replace(
-    task,
-    given={"vocab_size": len(corpus.num_bytes_V), "end_of_document": end},
+  return scoring(
+    np.asarray(corpus.num_bytes_V, np.int32),
+    data.seq_len,
+    given={"vocab_size": corpus.vocab_size, "end_of_document": end},
     init=init,
-    train=train,
-    validation=validation,
+    train=functools.partial(
+      batches.train_batches,
+      corpus,
+      seq_len=data.seq_len,
+      batch_size=data.batch_size,
+      accumulation=config.train.accumulation,
+      separate_documents=data.separate_documents,
+    ),
+    validation=functools.partial(
+      batches.validation_batches,
+      corpus,
+      seq_len=data.seq_len,
+      batch_size=config.eval.batch_size,
+      batches_per_domain=config.eval.batches_per_domain,
+      separate_documents=data.separate_documents,
+    ),
     name=corpus.name,
     fingerprint=corpus.fingerprint,
     sources=corpus.sources,
   )
 
 
-def scoring(num_bytes_V: np.ndarray, seq_len: int) -> Task:
-  """The task without data: losses and metrics of any batch.
+def scoring(num_bytes_V: np.ndarray, seq_len: int, **data) -> Task:
+  """The task of any batch: its losses and metrics.
 
   Args:
     num_bytes_V: bytes of text that each token stands for.
     seq_len: L.
-  """
-  tokens = jax.ShapeDtypeStruct((seq_len,), jnp.int32)
-  return Task(
-    spec={
-      "inputs": tokens,
-      "targets": tokens,
-      "mask": jax.ShapeDtypeStruct((seq_len,), jnp.bool_),
-    },
-    weight=lambda batch: batch["mask"].sum(),
-    loss=losses(num_bytes_V),
-    metrics=metrics,
-    headline="bits_per_byte",
-    by_domain=("bits_per_byte",),
-    length=seq_len,
-    tokens_per_example=seq_len,
-  )
-
-
-def losses(num_bytes_V):
-  """`Task.loss`, which also counts the bytes of text of the targets.
-
-  Args:
-    num_bytes_V: bytes of text that each token stands for.
+    **data: fields of `Task` that depend on the data; none: no batches.
   """
 
   def loss(model, variables, batch, rng, first, train):
+    """`Task.loss`, which also counts the bytes of text of the targets."""
     logits_BLV, aux = model.apply(
       variables, batch["inputs"], batch["mask"], rng, first=first, train=train
     )
@@ -142,26 +101,33 @@ def losses(num_bytes_V):
     sums = {"bytes": num_bytes_BL.sum()}
     return cross_entropy(logits_BLV, targets, mask), sums, aux
 
-  return loss
+  tokens = jax.ShapeDtypeStruct((seq_len,), jnp.int32)
+  mask = jax.ShapeDtypeStruct((seq_len,), jnp.bool_)
+  return Task(
+    spec={"inputs": tokens, "targets": tokens, "mask": mask},
+    weight=lambda batch: batch["mask"].sum(),
+    loss=loss,
+    metrics=_metrics,
+    headline="bits_per_byte",
+    by_domain=("bits_per_byte",),
+    length=seq_len,
+    tokens_per_example=seq_len,
+    **data,
+  )
 
 
 def cross_entropy(logits_BLV: Array, target_BL: Array, mask_BL: Array) -> Mean:
   """-log p(target), in nats, over unpadded tokens."""
   log_p_BLV = jax.nn.log_softmax(logits_BLV, axis=-1)
-  nll_BL = -jnp.take_along_axis(log_p_BLV, target_BL[..., None], axis=-1)[
-    ..., 0
-  ]
-  total = jnp.where(mask_BL, nll_BL, 0).sum()
+  log_p_BL1 = jnp.take_along_axis(log_p_BLV, target_BL[..., None], axis=-1)
+  total = jnp.where(mask_BL, -log_p_BL1[..., 0], 0).sum()
   return Mean(total, mask_BL.sum().astype(total.dtype))
 
 
-def metrics(loss: Mean, sums) -> dict[str, Mean]:
+def _metrics(loss: Mean, sums) -> dict[str, Mean]:
   """Cross-entropy in nats per token and in bits per byte of text."""
-  nats = loss.total
-  return {
-    "loss": loss,
-    "bits_per_byte": Mean(nats / math.log(2), sums["bytes"]),
-  }
+  bits = loss.total / math.log(2)
+  return {"loss": loss, "bits_per_byte": Mean(bits, sums["bytes"])}
 
 
 def on_corpus(
@@ -182,11 +148,10 @@ def on_corpus(
   )
   sizes_V = np.zeros(max(arch.vocab_size, corpus.vocab_size), np.int32)
   sizes_V[: corpus.vocab_size] = corpus.num_bytes_V
-  model = loaded.model.clone(arch=arch)
   task = scoring(sizes_V, batching["seq_len"])
-  compiled = jax.jit(
-    functools.partial(evaluation.eval_step, model=model, task=task)
-  )
+  model = loaded.model.clone(arch=arch)
+  score = functools.partial(evaluation.eval_step, model=model, task=task)
+  compiled = jax.jit(score)
   variables = {"balance": {}, **loaded.variables}
 
   def step(batch, index):

@@ -37,24 +37,20 @@ def rebuilt(sublayers: Sublayers, numbers: Mapping) -> dict[str, Sublayer]:
     sublayers: of the model.
     numbers: as `numbers` returns them; what it lacks stays as it is.
   """
-
-  def one(parts, numbers):
+  made = {}
+  for path, parts in sublayers.items():
+    new = numbers.get(path, {})
     balancers = tuple(
-      (label, registry.rebuild(balancer, numbers[label]))
-      if label in numbers
-      else (label, balancer)
-      for label, balancer in parts.recipe.balancers
+      (label, registry.rebuild(b, new[label]) if label in new else b)
+      for label, b in parts.recipe.balancers
     )
     recipe = dataclasses.replace(parts.recipe, balancers=balancers)
-    return parts._replace(recipe=recipe)
-
-  return {
-    path: one(parts, numbers.get(path, {})) for path, parts in sublayers.items()
-  }
+    made[path] = parts._replace(recipe=recipe)
+  return made
 
 
 def statistics(aux: Mapping, sublayers: Sublayers) -> dict[str, Stats]:
-  """{path: Stats [R, G, S]} out of what a model returns beside its output."""
+  """{path: Stats [R, G, S]} from the `aux` that a model returns."""
   return {
     path: _stacked(models.at(aux, path)["stats"], parts)
     for path, parts in sublayers.items()

@@ -8,7 +8,7 @@ used. Arrays are restored onto any mesh.
 
 import contextlib
 import errno
-import functools
+import itertools
 import json
 import os
 import pathlib
@@ -33,7 +33,7 @@ OPTIONS = {
 }
 _MARGIN = 100_000  # Bytes of a checkpoint besides its arrays.
 _ERRORS = errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM
-# What is said where a machine lacks something; the checkpoint may be whole.
+# Errors of a machine that lacks something; the checkpoint may be whole.
 _LACKS = re.compile(
   "PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|"
   "MemoryError|" + "|".join(os.strerror(number) for number in _ERRORS)
@@ -131,12 +131,11 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _failing(self):
-    """Turns what goes wrong in writing into one sentence."""
+    """Turns an error of writing into one sentence."""
     try:
       yield
     except Exception as e:
-      others = {s for s in self.steps() if s != self._writing}
-      whole = [s for s in others if (self.folder / str(s)).exists()]
+      whole = [s for s in newest_first(self.folder) if s != self._writing]
       last = f"the last whole one is {self.folder / str(max(whole, default=0))}"
       raise RunError(
         f"the checkpoint of step {self._writing} cannot be written to"
@@ -159,10 +158,17 @@ class Checkpoints:
       ConfigError: it is of another model or version, or all are damaged.
       RunError: it cannot be read just now, and may be whole.
     """
+    import orbax.checkpoint as ocp
+
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
     damaged = []
     for step in reversed(self.steps()):
-      read = self._read(step, like)
-      if read:
+      read = _read(
+        self.folder / str(step),
+        lambda step=step: self._manager.restore(step, args=args).state,
+        wanted=checksums.types(like),
+      )
+      if read is not None:
         if damaged:
           processes.by_first(lambda: _set_aside(self.folder, damaged))
           logging.warning("Going on from the one before it, step %d", step)
@@ -175,17 +181,6 @@ class Checkpoints:
         " to start again from step 0"
       )
     return None
-
-  def _read(self, step, like):
-    import orbax.checkpoint as ocp
-
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-    return _read(
-      self.folder / str(step),
-      lambda: self._manager.restore(step, args=args).state,
-      wanted=checksums.types(like),
-      gather=processes.gather,
-    )
 
   def close(self) -> None:
     """Waits, and lets go of the folder."""
@@ -225,19 +220,22 @@ def load_variables(path: str | os.PathLike, ema: bool = False) -> dict:
     ConfigError: there is no checkpoint that can be read, or no average in it.
     RunError: the newest cannot be read just now, and may be whole.
   """
-  folders = _newest_first(pathlib.Path(path).absolute())
+  folders = _folders(pathlib.Path(path).absolute())
   params = "ema" if ema else "params"
   names = params, "balance"
   for folder in folders:
-    read = functools.partial(_read_arrays, folder / "state", names)
-    found = _read(folder, read, parts=names)
-    if found and params in found[0]:
-      return found[0] | {"params": found[0].pop(params)}
-    if found:
+    read = _read(
+      folder, lambda folder=folder: _read_arrays(folder, names), parts=names
+    )
+    if read is None:
+      continue
+    variables, _ = read
+    if params not in variables:
       raise ConfigError(
         f"the checkpoint {folder} has no moving average of its parameters, as"
         " its run has train.ema = None; leave --ema out"
       )
+    return variables | {"params": variables.pop(params)}
   raise ConfigError(
     f"no checkpoint in {path} can be read: {', '.join(f.name for f in folders)}"
     " are damaged; give another"
@@ -245,15 +243,12 @@ def load_variables(path: str | os.PathLike, ema: bool = False) -> dict:
 
 
 def _read_arrays(folder, names):
+  """Those parts of the state that are there, as numpy arrays."""
   import orbax.checkpoint as ocp
 
   handler = ocp.PyTreeCheckpointHandler()
-  tree = handler.metadata(folder).tree
-  wanted = {
-    name: jax.tree.map(lambda _: 0, tree[name])
-    for name in names
-    if tree.get(name)
-  }
+  tree = handler.metadata(folder / "state").tree
+  wanted = {name: tree[name] for name in names if tree.get(name)}
   if not wanted:
     return {}
   kinds = jax.tree.map(
@@ -262,24 +257,29 @@ def _read_arrays(folder, names):
   args = ocp.args.PyTreeRestore(
     wanted, restore_args=kinds, partial_restore=True
   )
-  return handler.restore(folder, args=args)
+  return handler.restore(folder / "state", args=args)
 
 
-def _newest_first(path):
+def _folders(path):
+  """The checkpoints that a path may stand for, the newest first."""
   if (path / "state").is_dir():
     return [path]
   for folder in (path / "checkpoints", path):
-    if folder.is_dir():
-      steps = [int(f.name) for f in folder.iterdir() if f.name.isdigit()]
-      if steps:
-        return [folder / str(step) for step in sorted(steps, reverse=True)]
+    if steps := newest_first(folder):
+      return [folder / str(step) for step in steps]
   raise ConfigError(
     f"there is no checkpoint in {path}; give a run's work directory or a folder"
     " such as runs/tiny/checkpoints/300"
   )
 
 
-def _read(folder, read_arrays, *, parts=None, wanted=None, gather=None):
+def newest_first(folder: pathlib.Path) -> list[int]:
+  """Steps of the checkpoints that lie in a folder."""
+  names = (f.name for f in folder.glob("*") if f.name.isdigit())
+  return sorted(map(int, names), reverse=True)
+
+
+def _read(folder, read_arrays, *, parts=None, wanted=None):
   """Returns (arrays, meta) of a checkpoint; None if it is damaged.
 
   Args:
@@ -288,47 +288,49 @@ def _read(folder, read_arrays, *, parts=None, wanted=None, gather=None):
     parts: the parts of the state that it reads; None: all.
     wanted: from `checksums.types`, the arrays that there should be; None: those
       that were saved.
-    gather: `processes.gather` if all processes read: each reads other bytes,
-      and all need a whole checkpoint.
 
   Raises:
     ConfigError: it is of another model or version.
     RunError: it cannot be read just now, and may be whole.
   """
-  about, problem = _attempt(gather, lambda: _about(folder))
-  if problem:
-    return _damaged(folder, problem)
-  _check_format(folder, about)
+  about = _tried(folder, lambda: _about(folder))
+  if about is None:
+    return None
+  if about["format"] != _FORMAT:
+    raise ConfigError(
+      f"the checkpoint {folder} has format {about['format']}, not {_FORMAT}; use"
+      " the version of moe_jax that wrote it, or another --workdir"
+    )
   saved = {
     name: array
     for name, array in about["arrays"].items()
     if parts is None or name.split("/")[0] in parts
   }
-  types = {name: kind for name, (kind, _) in saved.items()}
-  _check_model(folder, types, wanted or types)
-  arrays, problem = _attempt(gather, read_arrays)
-  if not problem and checksums.of_arrays(arrays) != saved:
-    problem = "its arrays do not have the checksums that were saved"
-  return _damaged(folder, problem) if problem else (arrays, about["meta"])
+  if wanted is not None:
+    _check_model(folder, {k: kind for k, (kind, _) in saved.items()}, wanted)
+  arrays = _tried(folder, read_arrays)
+  if arrays is not None:
+    arrays = _tried(folder, lambda: _compared(arrays, saved))
+  return None if arrays is None else (arrays, about["meta"])
 
 
-def _attempt(gather, function):
-  """Returns (its result, None), or (None, what went wrong in any process)."""
+def _tried(folder, function):
+  """Returns what a function does; None, with a warning, for a damaged file.
+
+  Where several processes run, all of them call it: each reads other bytes, and
+  all need a whole checkpoint.
+
+  Raises:
+    RunError: what went wrong says nothing about the checkpoint.
+  """
   result = problem = None
   try:
     result = function()
   except Exception as e:  # Whatever damage makes Orbax raise.
     problem = f"{type(e).__name__}: {first_line(e)}"
-  problems = gather(problem) if gather else [problem]
-  return result, next(filter(None, problems), None)
-
-
-def _damaged(folder, problem):
-  """Tells of a damaged checkpoint.
-
-  Raises:
-    RunError: the problem says nothing about the checkpoint.
-  """
+  problem = next(filter(None, processes.gather(problem)), None)
+  if problem is None:
+    return result
   if _LACKS.search(problem):
     raise RunError(
       f"the checkpoint {folder} cannot be read ({problem}), though it may be"
@@ -336,10 +338,11 @@ def _damaged(folder, problem):
       " the one before it"
     )
   logging.warning("The checkpoint %s is damaged (%s)", folder, problem)
+  return None
 
 
 def _about(folder) -> dict:
-  """Returns what was saved beside the arrays.
+  """Returns the JSON that was saved beside the arrays.
 
   Raises:
     ValueError: it is damaged. Format 1 had no checksum of it.
@@ -355,12 +358,11 @@ def _about(folder) -> dict:
   return about
 
 
-def _check_format(folder, about):
-  if about["format"] != _FORMAT:
-    raise ConfigError(
-      f"the checkpoint {folder} has format {about['format']}, not {_FORMAT}; use"
-      " the version of moe_jax that wrote it, or another --workdir"
-    )
+def _compared(arrays, saved):
+  """Returns the arrays; raises ValueError if they are damaged."""
+  if checksums.of_arrays(arrays) != saved:
+    raise ValueError("its arrays do not have the checksums that were saved")
+  return arrays
 
 
 def _check_model(folder, there, wanted):
@@ -379,10 +381,8 @@ def _set_aside(folder, steps):
   aside = folder.with_name("damaged_checkpoints")
   aside.mkdir(exist_ok=True)
   for step in steps:
-    number = 1
-    while (to := aside / f"{step}.{number}").exists():
-      number += 1
-    (folder / str(step)).rename(to)
+    names = (aside / f"{step}.{number}" for number in itertools.count(1))
+    (folder / str(step)).rename(next(to for to in names if not to.exists()))
 
 
 def _check_space(folder, state):

@@ -20,7 +20,7 @@ def eval_step(params, balance, batch, index, *, model, task):
     batch: arrays [B, ...].
     index: number of the batch, for a router that draws at evaluation too.
     model: from `models.build`.
-    task: `task.Task`.
+    task: `tasks.Task`.
 
   Returns:
     {"loss": Mean, "task": the task's sums, "stats": summed over groups}.
@@ -39,7 +39,7 @@ def eval_step(params, balance, batch, index, *, model, task):
 
 
 def by_domain(step, batches, stop=lambda: False) -> dict[str, Mapping] | None:
-  """{domain: what `eval_step` returns, summed}; None if it was stopped.
+  """{domain: the summed results of `eval_step`}; None if it was stopped.
 
   Args:
     step: (batch, its number) -> the sums of `eval_step`; may run ahead of the
@@ -70,7 +70,7 @@ def table(sums: Mapping[str, Mapping], task, model) -> dict[str, float]:
 
   Args:
     sums: from `by_domain`.
-    task: `task.Task`.
+    task: `tasks.Task`.
     model: from `models.build`.
 
   Returns:
@@ -78,21 +78,18 @@ def table(sums: Mapping[str, Mapping], task, model) -> dict[str, float]:
     `max_vio_global` with its floor, and by domain `max_vio_global/<domain>`
     with its floor and the task's metrics of domains.
   """
-  sparse = bool(models.sublayers(model))
-  out = summarize(_add(list(sums.values())), task, model)
-  if sparse:
+  names = {name: name for name in task.by_domain}
+  out = metrics.divide(metrics.of_sums(_add([*sums.values()]), task, model))
+  if models.sublayers(model):
     out["max_vio_global"] = out["max_vio"]
+    names |= {"max_vio_global": "max_vio", "max_vio_floor": "max_vio_floor"}
   for domain, part in sums.items():
-    of_domain = summarize(part, task, model)
-    for name in task.by_domain:
-      out[f"{name}/{domain}"] = of_domain[name]
-    if sparse:
-      out[f"max_vio_global/{domain}"] = of_domain["max_vio"]
-      out[f"max_vio_floor/{domain}"] = of_domain["max_vio_floor"]
+    found = metrics.divide(metrics.of_sums(part, task, model))
+    out |= {f"{name}/{domain}": found[of] for name, of in names.items()}
   return out
 
 
-def specialisation(sums: Mapping[str, Mapping], sublayers) -> list[dict]:
+def specialisation(sums: Mapping[str, Mapping], sublayers) -> dict:
   """How much of each domain each expert gets (OLMoE, 2409.02060, 5.3).
 
   Args:
@@ -100,51 +97,33 @@ def specialisation(sums: Mapping[str, Mapping], sublayers) -> list[dict]:
     sublayers: see `models.sublayers`.
 
   Returns:
-    Rows of layer, domain, expert, and share: of the domain's assignments, which
-    add up to 1 over experts.
+    {(layer, domain): share_E}, shares of the domain's assignments, which add up
+    to 1 over experts.
   """
-  rows = []
-  for domain, part in sums.items():
-    for number, layer in metrics.by_layer(part["stats"], sublayers).items():
-      for expert, count in enumerate(layer.count_E):
-        row = {"layer": number, "domain": domain, "expert": expert}
-        rows.append(row | {"share": float(count / layer.count_E.sum())})
-  return rows
+  return {
+    (number, domain): layer.count_E / layer.count_E.sum()
+    for domain, part in sums.items()
+    for number, layer in metrics.by_layer(part["stats"], sublayers).items()
+  }
 
 
-def describe(rows: list[dict], top: int = 3) -> str:
+def describe(shares: Mapping, top: int = 3) -> str:
   """For every layer and domain, its most used experts, as a table.
 
   Args:
-    rows: from `specialisation`.
+    shares: from `specialisation`.
     top: how many.
   """
-  found = collections.defaultdict(list)
-  for row in rows:
-    found[row["layer"], row["domain"]].append((row["share"], row["expert"]))
-  domains = sorted({domain for _, domain in found})
-  lines = [
-    f"| layer | {' | '.join(domains)} |",
-    "|---" * (len(domains) + 1) + "|",
-  ]
-  for layer in sorted({layer for layer, _ in found}):
-    cells = []
+  layers, domains = (sorted(set(names)) for names in zip(*shares))
+  rows = [["layer", *domains], ["---"] * (len(domains) + 1)]
+  for layer in layers:
+    row = [layer]
     for domain in domains:
-      best = sorted(found[layer, domain], reverse=True)[:top]
-      cells.append(", ".join(f"{e}: {100 * share:.0f} %" for share, e in best))
-    lines.append(f"| {layer} | {' | '.join(cells)} |")
-  return "\n".join(lines) + "\n"
-
-
-def summarize(sums, task, model) -> dict[str, float]:
-  """Metrics of summed batches, divided."""
-  layers = metrics.by_layer(sums["stats"], models.sublayers(model))
-  out = metrics.divide(
-    task.metrics(sums["loss"], sums["task"]) | metrics.routing(layers)
-  )
-  if layers:
-    out["max_vio_floor"] = metrics.mean_floor(layers)
-  return out
+      pairs = ((share, e) for e, share in enumerate(shares[layer, domain]))
+      best = sorted(pairs, reverse=True)[:top]
+      row.append(", ".join(f"{e}: {100 * share:.0f} %" for share, e in best))
+    rows.append(row)
+  return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _add(trees):

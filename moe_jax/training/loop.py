@@ -1,4 +1,4 @@
-"""The training loop: one seed from its first step, or where it was, to its end.
+"""The training loop: one seed, from its first step or newest checkpoint.
 
 A run that was stopped at any moment and one that never was write the same
 lines and end with the same parameters. For that, everything a line is made of
@@ -7,22 +7,19 @@ with the checkpoint (the sums of a line that has not been written yet).
 """
 
 import contextlib
-import json
 import time
 
 import jax
 
-from moe_jax import models
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError, Diverged, Interrupted
 from moe_jax.models import counts
 from moe_jax.moe import kernels
 from moe_jax.moe.types import Mean
-from moe_jax.run import config as config_lib
 from moe_jax.run import processes, provenance, run_directory, signals
 from moe_jax.run.progress import Progress
 from moe_jax.training import metrics
-from moe_jax.training.checkpoint import Checkpoints
+from moe_jax.training.checkpoint import Checkpoints, newest_first
 from moe_jax.training.program import Program
 
 
@@ -100,10 +97,12 @@ def run(
         )
       if step == num_steps:
         return final
-      steps = range(step, _next_evaluation(program.config, step))
-      state, step = take_steps(
-        program, state, stream, steps, lines, checkpoints, stop
-      )
+      steps = range(step, _next_stop(program.config, step))
+      with _profile(program.config, step, directory):
+        state, step = take_steps(
+          program, state, stream, steps, lines, checkpoints, stop
+        )
+        jax.block_until_ready(state)
 
 
 def _begin(program, seed, directory, checkpoints, progress):
@@ -130,9 +129,9 @@ def _begin(program, seed, directory, checkpoints, progress):
     compile_seconds=program.compile_seconds,
   )
   found = checkpoints.restore(program.abstract_state)
-  lines = Lines(program, directory, progress)
   if found is None:
     directory.start_over(**facts)
+    lines = Lines(program, directory, progress)
     return program.init(jax.random.key(seed)), 0, lines
   known = found.meta["data"]
   if known != program.task.fingerprint:
@@ -143,13 +142,24 @@ def _begin(program, seed, directory, checkpoints, progress):
       " the versions it was made from), or choose another --workdir"
     )
   directory.go_on(found.step, found.meta["lines"], **facts)
-  lines.resume(found.step, found.meta["line"])
+  progress.skip(found.step)
+  lines = Lines(program, directory, progress, found.step, found.meta["line"])
   return found.state, found.step, lines
 
 
-def _next_evaluation(config, step):
-  every = config.eval.every or config.train.num_steps
-  return min((step // every + 1) * every, config.train.num_steps)
+def _next_stop(config, step):
+  """The step after which there is an evaluation, or a profile begins or ends."""
+  last = config.train.num_steps
+  every = config.eval.every or last
+  ends = ((step // every + 1) * every, last, *config.train.profile_steps)
+  return min(end for end in ends if end > step)
+
+
+def _profile(config, step, directory):
+  """A context that writes a trace, if one is to begin at this step."""
+  if step not in config.train.profile_steps[:1]:
+    return contextlib.nullcontext()
+  return jax.profiler.trace(directory.path / "profile")
 
 
 def _evaluate(program, state, step, directory, stop):
@@ -157,11 +167,8 @@ def _evaluate(program, state, step, directory, stop):
 
   None too if it is asked to stop meanwhile; then they are made when it goes on.
   """
-  config = program.config
-  every = config.eval.every
-  if step != config.train.num_steps and not (
-    step and every and step % every == 0
-  ):
+  last, every = program.config.train.num_steps, program.config.eval.every
+  if step != last and not (step and every and step % every == 0):
     return None
   found = directory.logged(step, "validation")
   if found is None:
@@ -173,19 +180,15 @@ def _evaluate(program, state, step, directory, stop):
 
 def save(checkpoints, step: int, state, lines) -> None:
   """Writes the checkpoint after a step, with all that a restart needs."""
-  config, task = lines.program.config, lines.program.task
   begun = lines.begun()
   lines.directory.sync()
-  checkpoints.save(
-    step,
-    state,
-    {
-      "config": json.loads(config_lib.to_json(config)),
-      "data": task.fingerprint,
-      "line": begun,
-      "lines": lines.directory.lines,
-    },
-  )
+  meta = {
+    "config": lines.program.config.to_dict(),
+    "data": lines.program.task.fingerprint,
+    "line": begun,
+    "lines": lines.directory.lines,
+  }
+  checkpoints.save(step, state, meta)
 
 
 def take_steps(
@@ -200,62 +203,41 @@ def take_steps(
     stream: batches by step.
     steps: which steps, counted from 0.
     lines: Lines that the metrics go to.
-    checkpoints: where `checkpoint.every` steps are saved; None: nowhere.
+    checkpoints: where `checkpoint.every` steps are saved.
     stop: signals.Stop; None: nobody asks.
 
   Returns:
     TrainState and the number of steps done.
   """
   every, last = program.config.checkpoint.every, program.config.train.num_steps
-  profile, tracing = program.config.train.profile_steps, False
   done = steps.start
   for step in steps:
     if stop is not None and stop.asked():
       break
-    if profile and step == profile[0]:
-      jax.profiler.start_trace(lines.directory.path / "profile")
-      tracing = True
     state, sums = program.train_step(state, program.put(stream[step]))
     lines.write()  # Now that the devices have something to do.
     done = step + 1
     lines.add(done, sums)
-    if tracing and done == profile[1]:
-      tracing = _stop_trace(state)
-    due = done == last or (every and done % every == 0)
-    if checkpoints is not None and due:
+    if done == last or (every and done % every == 0):
       lines.write()
       save(checkpoints, done, state, lines)
   lines.write()
-  if tracing:  # Asked to stop, or time for an evaluation.
-    _stop_trace(state)
   return state, done
-
-
-def _stop_trace(state) -> bool:
-  """Ends a profile, and returns that there is none under way."""
-  jax.block_until_ready(state)
-  jax.profiler.stop_trace()
-  return False
 
 
 class Lines:
   """The training lines of metrics.jsonl: sums of steps, divided once."""
 
-  def __init__(self, program: Program, directory, progress):
+  def __init__(self, program: Program, directory, progress, step=0, begun=None):
+    """Begins after a step, with a line that had `begun` before a restart."""
     self.program = program
     self.directory, self._progress = directory, progress
-    self._every = program.config.train.log_every
     self._waiting = []  # (step, sums on the devices) not added up yet.
-    self._means, self._skipped = {}, 0  # Of the line that is begun.
+    self._skipped = 0
+    # Of the line that is begun.
+    self._means = {k: Mean(*pair) for k, pair in (begun or {}).items()}
     self._tokens, self._since = 0.0, time.monotonic()
-    self._told = 0  # Steps that the progress line knows of.
-
-  def resume(self, step: int, begun) -> None:
-    """Takes over a line that `begun` before a restart."""
-    self._means = {k: Mean(*pair) for k, pair in begun.items()}
-    self._progress.skip(step)
-    self._told = step
-    self._since = time.monotonic()
+    self._told = step  # Steps that the progress line knows of.
 
   def begun(self) -> dict[str, tuple[float, float]]:
     """Sums of the steps since the last line, for the next process."""
@@ -274,8 +256,8 @@ class Lines:
     """
     if not self._waiting:
       return
-    step = self._waiting[-1][0]
-    if step % self._every and step != self.program.config.train.num_steps:
+    step, train = self._waiting[-1][0], self.program.config.train
+    if step % train.log_every and step != train.num_steps:
       return
     self._add_up()
     now = time.monotonic()
@@ -293,18 +275,25 @@ class Lines:
       self._tokens += float(sums["loss"].weight)
       self._skipped = int(sums["skipped"])
       if not sums["skipped_in_a_row"]:
-        means = step_means(sums, self.program.task, self.program.model)
-        self._means = metrics.add_up([self._means, means])
+        self._means = metrics.add_up([self._means, self._of_step(sums)])
       self._check(step, int(sums["skipped_in_a_row"]))
     self._waiting = []
+
+  def _of_step(self, sums):
+    means = metrics.of_sums(sums, self.program.task, self.program.model)
+    means["grad_norm"] = Mean(sums["grad_norm"], 1.0)
+    means["aux_loss"] = Mean(sums["aux_loss"], 1.0)
+    if sums["stats"]:
+      means["bias_range"] = metrics.bias_range(sums["balance"])
+    # Python's floats survive JSON to the last bit.
+    return {k: Mean(float(m.total), float(m.weight)) for k, m in means.items()}
 
   def _check(self, step, in_a_row):
     most = self.program.config.train.max_skipped_in_a_row
     if in_a_row < most:
       return
     folder = self.directory.path / "checkpoints"
-    whole = [int(f.name) for f in folder.glob("[0-9]*") if f.name.isdigit()]
-    good = [s for s in whole if s <= step - in_a_row]
+    good = [s for s in newest_first(folder) if s <= step - in_a_row]
     last = f"the last good checkpoint is {folder / str(max(good, default=0))}"
     raise Diverged(
       f"the loss or the gradient was not finite in {in_a_row} steps in a row,"
@@ -313,22 +302,3 @@ class Lines:
       " train.max_skipped_in_a_row to go on, or lower optim.learning_rate in"
       " another --workdir"
     )
-
-
-def step_means(sums: dict, task, model) -> dict[str, Mean]:
-  """All metrics of one step; add up those of several, and divide once.
-
-  Args:
-    sums: the sums of `train_step`, on the host.
-    task, model: of the program.
-  """
-  means = task.metrics(sums["loss"], sums["task"])
-  means["grad_norm"] = Mean(sums["grad_norm"], 1.0)
-  means["aux_loss"] = Mean(sums["aux_loss"], 1.0)
-  layers = metrics.by_layer(sums["stats"], models.sublayers(model))
-  if layers:
-    means |= metrics.routing(layers)
-    means["bias_range"] = metrics.bias_range(sums["balance"])
-    means["max_vio_floor"] = Mean(metrics.mean_floor(layers), 1.0)
-  # Python's floats survive JSON to the last bit.
-  return {k: Mean(float(m.total), float(m.weight)) for k, m in means.items()}

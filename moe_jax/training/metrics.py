@@ -1,7 +1,7 @@
-"""The one set of metrics, same names for every router, on host arrays.
+"""All metrics, with the same names for every router, on host arrays.
 
 Everything arrives as sums and is divided once, here. `max_vio` and its kin
-are not means of tokens: they are computed from the counts of a whole step (or
+are not means over tokens: they are computed from the counts of a whole step (or
 a whole split) and then averaged over layers and steps.
 """
 
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from moe_jax import models
 from moe_jax.moe.types import Mean, Router, Stats, Sublayer
 
 
@@ -45,6 +46,22 @@ class Layer(NamedTuple):
     return independent_floor(self.tokens, num_experts, float(share))
 
 
+def of_sums(sums: Mapping, task, model) -> dict[str, Mean]:
+  """All metrics of one step or one split.
+
+  Args:
+    sums: "loss", "task" and "stats" of `train_step` or `evaluation.eval_step`,
+      on the host.
+    task, model: see `tasks.Task` and `models.build`.
+  """
+  out = task.metrics(sums["loss"], sums["task"])
+  layers = by_layer(sums["stats"], models.sublayers(model))
+  if layers:
+    out |= routing(layers)
+    out["max_vio_floor"] = Mean(mean_floor(layers), 1.0)
+  return out
+
+
 def by_layer(
   stats: Mapping[str, Stats], sublayers: Mapping[str, Sublayer]
 ) -> dict[str, Layer]:
@@ -65,7 +82,7 @@ def by_layer(
 
 
 def routing(layers: Mapping[str, Layer]) -> dict[str, Mean]:
-  """All routing metrics of one step or one split.
+  """The routing metrics of one step or one split.
 
   Args:
     layers: from `by_layer`.
@@ -138,16 +155,14 @@ def balance_loss(count_E, prob_E) -> float:
 
 
 def bias_range(balance: Mapping) -> Mean:
-  """max - min of the selection bias, averaged over layers; 0 without one."""
+  """max - min of the selection bias, averaged over layers; 0 without a bias."""
   leaves = jax.tree_util.tree_leaves_with_path(balance)
   ranges = [
     np.ptp(np.asarray(x).reshape(-1, x.shape[-1]), axis=-1)
     for path, x in leaves
     if getattr(path[-1], "key", None) == "bias_E"
   ]
-  if not ranges:
-    return Mean(0.0, 1.0)
-  ranges = np.concatenate(ranges)
+  ranges = np.concatenate(ranges or [np.zeros(1)])
   return Mean(float(ranges.sum()), float(len(ranges)))
 
 
@@ -175,7 +190,7 @@ def independent_floor(tokens: int, num_experts: int, share: float) -> float:
 
 @functools.cache
 def _simulated_floor(tokens, num_experts, top_k):
-  """Of many choices a draw, from the normal limit of the same counts."""
+  """Mean MaxVio of uniform draws; of the normal limit for large counts."""
   rng = np.random.default_rng(0)
   fast = _chance_of_distinct(num_experts, top_k) > 0.1
   if tokens * top_k <= (2_000_000 if fast else 200_000):
@@ -193,14 +208,14 @@ def _simulated_floor(tokens, num_experts, top_k):
 
 
 def _chance_of_distinct(num_experts, top_k):
-  """That as many draws with replacement are distinct, of fewer in or out."""
+  """Probability that uniform draws of the chosen (or left out) differ."""
   fewer = min(top_k, num_experts - top_k)
   return math.prod(1 - i / num_experts for i in range(fewer))
 
 
 def _uniform_loads(rng, tokens, num_experts, top_k):
   """Loads of one draw. Tokens that drew an expert twice draw again."""
-  if top_k > num_experts / 2:  # Easier to say who is left out.
+  if top_k > num_experts / 2:  # Fewer experts are left out than chosen.
     left_out = num_experts - top_k
     return tokens - _uniform_loads(rng, tokens, num_experts, left_out)
   if _chance_of_distinct(num_experts, top_k) < 0.1:
@@ -216,7 +231,7 @@ def _uniform_loads(rng, tokens, num_experts, top_k):
 
 
 def divide(means: Mapping[str, Mean]) -> dict[str, float]:
-  """The one division."""
+  """Divides every total by its weight, once; 0 where nothing was counted."""
   return {
     k: float(m.total) / float(m.weight) if m.weight else 0.0
     for k, m in means.items()

@@ -1,10 +1,8 @@
-"""A config compiled: what all its seeds share."""
+"""The compiled functions of a config, which all its seeds share."""
 
 import functools
 import json
 import time
-from collections.abc import Hashable
-from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import models
-from moe_jax.core import parallel, registry, roles
+from moe_jax.core import parallel, registry
 from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import (
   integer,
@@ -70,6 +68,7 @@ class Program:
 
   Attributes:
     config, mesh, task, model: what it was made of.
+    mesh_shape: devices along each axis.
     mesh_check: see `mesh_check.check`; None without a mesh.
     init: (rng) -> TrainState.
     train_step: (state, batch) -> (state, sums), see `train_step.train_step`.
@@ -97,10 +96,10 @@ class Program:
     check(config)
     writers.check(config.writers)
     self.config = config
-    self.mesh = parallel.mesh_or_none(config.mesh)
-    self.task = build_task(config, self.mesh, fingerprint=fingerprint)
-    self.model = build_model(config, self.task, self.mesh)
+    self.mesh, self.task, self.model = build(config, fingerprint=fingerprint)
+    self.mesh_shape = dict(grid(self.mesh).shape)
     self.task.train(0), self.task.validation()  # Refuses now, not later.
+    self._micro_batch = config.data.batch_size // config.train.accumulation
     self.mesh_check = None
     if self.mesh is not None and config.train.check_mesh:
       self.mesh_check = mesh_check.check(
@@ -108,24 +107,14 @@ class Program:
       )
     started = time.monotonic()
     numbers = train_step.numbers(config, self.model)
-    direction = optimizers.load(config.optim, config.plugins).direction
-    optimizer = functools.partial(optimizers.build, direction)
-    key = _structure(config, self.task, numbers), direction
+    key = _structure(config, self.task, numbers)
     made = {} if compiled is None else compiled
     if key not in made:
-      made[key] = self._compile(numbers, optimizer)
+      made[key] = self._compile(numbers)
     self.init, step, self.eval_step, self.abstract_state, self.sizes = made[key]
-    place = jax.device_put if self.mesh is None else self._everywhere
-    numbers = jax.tree.map(place, numbers)
+    numbers = jax.tree.map(self._everywhere, numbers)
     self.train_step = lambda state, batch: step(state, batch, numbers)
     self.compile_seconds = time.monotonic() - started
-
-  @property
-  def mesh_shape(self) -> dict[str, int]:
-    """Devices along each axis."""
-    return (
-      dict(self.mesh.shape) if self.mesh else dict.fromkeys(parallel.AXES, 1)
-    )
 
   def batches(self, seed: int):
     """The training batches of a seed, by step: this process's rows of them."""
@@ -155,64 +144,45 @@ class Program:
 
     batches = self.task.validation(self._rows(size))
     sums = evaluation.by_domain(step, batches, stop)
-    return (
-      None if sums is None else evaluation.table(sums, self.task, self.model)
-    )
-
-  @property
-  def _micro_batch(self):
-    return self.config.data.batch_size // self.config.train.accumulation
+    return sums and evaluation.table(sums, self.task, self.model)
 
   def _rows(self, size):
     return parallel.local_rows(self.mesh, size)
 
   def _put(self, batch, size, axis):
-    rows = self._rows(size)
     return {
-      k: parallel.global_batch(batch[k], self.mesh, size, rows, axis)
+      k: parallel.global_batch(batch[k], self.mesh, size, axis)
       for k in self.task.spec
     }
 
-  def _compile(self, numbers, optimizer) -> "_Compiled":
-    shared = dict(model=self.model, task=self.task)
-    init = functools.partial(
-      train_step.init_state, **shared, optimizer=optimizer, numbers=numbers
-    )
+  def _compile(self, numbers):
+    """What programs share: init, train_step, eval_step, abstract_state, sizes."""
+    parts = train_step.parts(self.config, self.model, self.task)
+    init = functools.partial(train_step.init_state, **parts, numbers=numbers)
     boxed = jax.eval_shape(init, jax.random.key(0))
     state = abstract_state(boxed, self.mesh)
-    out = {}
-    if self.mesh is not None:
-      placed = jax.tree.map(lambda x: x.sharding, state)
-      everywhere = self._sharding()
-      out = {
-        "init": {"out_shardings": placed},
-        "train": {"out_shardings": (placed, everywhere)},
-        "eval": {"out_shardings": everywhere},
-      }
-    init = jax.jit(lambda rng, f=init: nn.unbox(f(rng)), **out.get("init", {}))
-    step = functools.partial(
-      train_step.train_step,
-      **shared,
-      optimizer=functools.partial(optimizer, roles.of(boxed.params)),
+    placed = jax.tree.map(lambda x: x.sharding, state)
+    everywhere = self._sharding()
+    init = jax.jit(lambda rng, f=init: nn.unbox(f(rng)), out_shardings=placed)
+    step = jax.jit(
+      functools.partial(train_step.train_step, **parts),
+      donate_argnums=0,
+      out_shardings=(placed, everywhere),
     )
-    step = jax.jit(step, donate_argnums=0, **out.get("train", {}))
-    evaluate = functools.partial(evaluation.eval_step, **shared)
-    evaluate = jax.jit(evaluate, **out.get("eval", {}))
+    evaluate = jax.jit(
+      functools.partial(evaluation.eval_step, model=self.model, task=self.task),
+      out_shardings=everywhere,
+    )
     micro = self.config.train.accumulation, self._micro_batch
-    index = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._sharding())
-    return _Compiled(
+    batch = self._batch((self.config.eval.batch_size,), axis=0)
+    index = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    variables = {"params": boxed.params, "balance": boxed.balance}
+    return (
       init.lower(jax.random.key(0)).compile(),
       step.lower(state, self._batch(micro, axis=1), numbers).compile(),
-      evaluate.lower(
-        state.params,
-        state.balance,
-        self._batch((self.config.eval.batch_size,), axis=0),
-        index,
-      ).compile(),
+      evaluate.lower(state.params, state.balance, batch, index).compile(),
       state,
-      counts.count(
-        self.model, {"params": boxed.params, "balance": boxed.balance}
-      ),
+      counts.count(self.model, variables),
     )
 
   def _everywhere(self, number):
@@ -230,55 +200,43 @@ class Program:
     }
 
   def _sharding(self, *axes):
-    if self.mesh is None:
-      return None
-    return jax.NamedSharding(self.mesh, jax.P(*axes))
+    return jax.NamedSharding(grid(self.mesh), jax.P(*axes))
 
 
-class _Compiled(NamedTuple):
-  """What programs share; see the attributes of `Program`."""
-
-  init: Any
-  train_step: Any
-  eval_step: Any
-  abstract_state: Any
-  sizes: dict[str, int]
-
-
-def _structure(config, task, numbers) -> Hashable:
+def _structure(config, task, numbers) -> tuple:
   """Equal for configs whose compiled functions are the same."""
+
+  def without_numbers(section):
+    """A section of the config, its balancers without their numbers."""
+    for label, own in section.get("balancers", {}).items():
+      made = registry.spec("balancers", own, label, plugins=config.plugins)
+      numbers = registry.number_options(made)
+      options = {k: v for k, v in made.options.items() if k not in numbers}
+      section["balancers"][label] = {**options, "name": made.name}
+    return section
+
   values = config.to_dict()
   values = {k: values[k] for k in ("task", "data", "model", "mesh", "plugins")}
-  shapes = jax.tree.map(lambda x: str(jax.typeof(x)), numbers)
+  values = json.loads(json.dumps(values), object_hook=without_numbers)
   return (
-    json.dumps(_without_numbers(values, config.plugins), sort_keys=True),
+    json.dumps(values, sort_keys=True),
+    optimizers.load(config.optim, config.plugins).direction,
     config.train.accumulation,
     config.eval.batch_size,
     task.fingerprint,
-    str(shapes),
+    str(jax.tree.map(lambda x: str(jax.typeof(x)), numbers)),
   )
 
 
-def _without_numbers(values, plugins, key=""):
-  """A config without the numbers of its balancers."""
-  if not isinstance(values, dict):
-    return values
-  if key == "balancers":
-    made = {
-      label: registry.spec("balancers", section, label, plugins=plugins)
-      for label, section in values.items()
-    }
-    return {
-      label: {k: v for k, v in part.options.items() if k not in numbers}
-      | {"name": part.name}
-      for label, part in made.items()
-      for numbers in [registry.number_options(part)]
-    }
-  return {k: _without_numbers(v, plugins, k) for k, v in values.items()}
+def build(config, **options) -> tuple:
+  """(mesh or None, task, model) of a config; see `build_task` for the options."""
+  mesh = parallel.mesh_or_none(config.mesh)
+  task = build_task(config, mesh, **options)
+  return mesh, task, build_model(config, task, mesh)
 
 
 def build_task(config, mesh=None, **options):
-  """The task of a config, see `task.Task` for the options."""
+  """The task of a config, see `tasks.Task` for the options."""
   make = registry.find("tasks", config.task.name, config.plugins).build
   return make(config, mesh=mesh, **options)
 
@@ -301,6 +259,11 @@ def build_model(config, task, mesh=None):
   return model
 
 
+def grid(mesh):
+  """The mesh; without one, a mesh of the one device that is used."""
+  return mesh or parallel.make_mesh((1, 1, 1, 1), jax.devices()[:1])
+
+
 def abstract_state(boxed, mesh):
   """Shapes and shardings of a state.
 
@@ -308,16 +271,10 @@ def abstract_state(boxed, mesh):
     boxed: shapes, from `train_step.init_state` under `jax.eval_shape`.
     mesh: from `parallel.make_mesh`; None: one device.
   """
-  state = nn.unbox(boxed)
-  if mesh is None:
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shardings = jax.tree.map(lambda _: here, state)
-  else:
-    shardings = train_step.shardings(boxed, mesh)
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    state,
-    shardings,
+    nn.unbox(boxed),
+    train_step.shardings(boxed, grid(mesh)),
   )
 
 
@@ -343,5 +300,5 @@ def check(config) -> None:
   if profile and not first < end <= train.num_steps:
     raise ConfigError(
       f"train.profile_steps = {profile} is not (first step, end)"
-      f" within train.num_steps = {train.num_steps}; () is no profile"
+      f" within train.num_steps = {train.num_steps}; () turns it off"
     )

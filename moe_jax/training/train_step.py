@@ -1,10 +1,14 @@
 """The train state, and the pure train step."""
 
+import functools
+import itertools
+
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 
 from moe_jax import models
 from moe_jax.core import parallel, roles
@@ -53,21 +57,37 @@ def numbers(config, model) -> dict:
   }
 
 
+def parts(config, model, task) -> dict:
+  """The arguments of `init_state` and `train_step` that a config decides.
+
+  Args:
+    config: see `configs/base.py`.
+    model: from `models.build`.
+    task: `tasks.Task`.
+
+  Returns:
+    {"model", "task", "optimizer": numbers["optim"] -> optax optimizer}.
+  """
+  variables = jax.eval_shape(lambda: task.init(model, jax.random.key(0)))
+  optimizer = functools.partial(
+    optimizers.build,
+    optimizers.load(config.optim, config.plugins).direction,
+    roles.of(variables["params"]),
+  )
+  return {"model": model, "task": task, "optimizer": optimizer}
+
+
 def init_state(rng: Array, *, model, task, optimizer, numbers) -> TrainState:
   """A new TrainState, parameters boxed with their logical axes.
 
   Args:
     rng: the key of the run's seed.
-    model: from `models.build`.
-    task: `task.Task`.
-    optimizer: (roles of the parameters, numbers["optim"]) -> optax optimizer,
-      such as `optimizers.build` of a direction.
+    model, task, optimizer: from `parts`.
     numbers: from `numbers`.
   """
   init_rng, rng = jax.random.split(rng)
   variables = task.init(model, init_rng)
   params = variables["params"]
-  optimizer = optimizer(roles.of(params), numbers["optim"])
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     skipped=jnp.zeros((), jnp.int32),
@@ -75,7 +95,7 @@ def init_state(rng: Array, *, model, task, optimizer, numbers) -> TrainState:
     rng=rng,
     params=params,
     balance=variables.get("balance", {}),
-    opt_state=optimizer.init(nn.unbox(params)),
+    opt_state=optimizer(numbers["optim"]).init(nn.unbox(params)),
     ema=None if numbers["ema"] is None else params,
   )
 
@@ -91,38 +111,24 @@ def shardings(boxed: TrainState, mesh) -> TrainState:
     mesh: from `parallel.make_mesh`.
   """
   found = parallel.shardings(boxed, mesh)
-  flat = jax.tree_util.tree_leaves_with_path
-  of_params = {
-    _names(path): (leaf.shape, sharding)
-    for (path, leaf), sharding in zip(
-      flat(nn.unbox(boxed.params)), jax.tree.leaves(found.params)
-    )
-  }
+  params = traverse_util.flatten_dict(nn.unbox(boxed.params))
+  placed = traverse_util.flatten_dict(found.params)
 
   def like_its_parameter(path, leaf):
-    names = _names(path)
-    suffixes = (names[i:] for i in range(len(names)))
-    name = next((s for s in suffixes if s in of_params), None)
-    if name is None:
+    name = tuple(p.key for p in path if hasattr(p, "key"))
+    while name and name not in params:
+      name = name[1:]
+    if not name:
       return jax.NamedSharding(mesh, jax.P())
-    shape, sharding = of_params[name]
-    same = 0
-    while (
-      same < len(leaf.shape)
-      and leaf.shape[same : same + 1] == (shape[same : same + 1])
-    ):
-      same += 1
-    return jax.NamedSharding(mesh, jax.P(*tuple(sharding.spec)[:same]))
+    triples = zip(leaf.shape, params[name].shape, placed[name].spec)
+    shared = itertools.takewhile(lambda x: x[0] == x[1], triples)
+    return jax.NamedSharding(mesh, jax.P(*(axis for _, _, axis in shared)))
 
   return found.replace(
     opt_state=jax.tree_util.tree_map_with_path(
       like_its_parameter, boxed.opt_state
     )
   )
-
-
-def _names(path):
-  return tuple(p.key for p in path if hasattr(p, "key"))
 
 
 def train_step(state: TrainState, batch, numbers, *, model, task, optimizer):
@@ -137,9 +143,7 @@ def train_step(state: TrainState, batch, numbers, *, model, task, optimizer):
     state: before the step.
     batch: arrays [A, B/A, ...], A micro-batches.
     numbers: from `numbers`; none of them is compiled into the step.
-    model: from `models.build`.
-    task: `task.Task`.
-    optimizer: numbers["optim"] -> optax optimizer.
+    model, task, optimizer: from `parts`.
 
   Returns:
     The new state, and {"loss": Mean, "task": the task's sums, "stats",
@@ -155,6 +159,10 @@ def train_step(state: TrainState, batch, numbers, *, model, task, optimizer):
   balance = balancing.update(
     sublayers, state.balance, sums["stats"], state.step
   )
+  average = numbers["ema"]
+  ema = state.ema and jax.tree.map(
+    lambda e, p: average["old"] * e + average["new"] * p, state.ema, params
+  )
   sums["grad_norm"] = optax.tree.norm(grads)
   loss = sums["loss"].total / weight + sums["aux_loss"]
   finite = jnp.isfinite(loss) & jnp.isfinite(sums["grad_norm"])
@@ -164,7 +172,7 @@ def train_step(state: TrainState, batch, numbers, *, model, task, optimizer):
     params=params,
     opt_state=opt_state,
     balance=balance,
-    ema=_averaged(state.ema, params, numbers["ema"]),
+    ema=ema,
     skipped_in_a_row=jnp.zeros_like(state.skipped_in_a_row),
   )
   old = state.replace(
@@ -176,15 +184,6 @@ def train_step(state: TrainState, batch, numbers, *, model, task, optimizer):
   sums["skipped"] = state.skipped
   sums["skipped_in_a_row"] = state.skipped_in_a_row
   return state, sums
-
-
-def _averaged(ema, params, numbers):
-  """The moving average after a step to `params`; None where there is none."""
-  if numbers is None:
-    return None
-  return jax.tree.map(
-    lambda e, p: numbers["old"] * e + numbers["new"] * p, ema, params
-  )
 
 
 def _accumulate(state, batch, model, task, sublayers):

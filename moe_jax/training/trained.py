@@ -76,18 +76,13 @@ def load(args: argparse.Namespace, dropless: bool = True) -> Trained:
   """
   from moe_jax.core import parallel
 
-  mesh = None if args.mesh is None else parallel.mesh_or_none(args.mesh)
-  if args.hf and args.ema:
+  mesh = args.mesh and parallel.mesh_or_none(args.mesh)
+  if args.checkpoint:
+    options = dict(trust_plugins=args.trust_plugins, ema=args.ema)
+    return of_run(args.checkpoint, mesh, dropless=dropless, **options)
+  if args.ema:
     raise ConfigError("--ema is of a run: give --checkpoint, or leave it out")
-  if args.hf:
-    return published(args.hf, args.dtype, mesh)
-  return of_run(
-    args.checkpoint,
-    mesh,
-    trust_plugins=args.trust_plugins,
-    dropless=dropless,
-    ema=args.ema,
-  )
+  return published(args.hf, args.dtype, mesh)
 
 
 def of_run(
@@ -127,8 +122,7 @@ def of_run(
     str(runs[0] / "config.json"), trust_plugins=trust_plugins
   )
   section = config.model.to_dict()
-  if dropless:
-    section = models.dropless(section)
+  section = models.dropless(section) if dropless else section
   tokenizer = tokenizers.load(config.data.tokenizer)
   # A run trains on text alone: it knows no special token.
   tokenizer = tokenizer._replace(prompt=tokenizer.encode, begin=())

@@ -12,10 +12,9 @@ import re
 import sys
 import warnings
 
-import tensorflow_datasets as tfds
-
 from moe_jax.core.errors import ConfigError
-from moe_jax.data.datasets import installed
+from moe_jax.data import documents
+from moe_jax.data.datasets import _builder, installed
 
 # Dependencies of ours, all of them under Apache-2.0 or BSD.
 DISTRIBUTIONS = (
@@ -34,53 +33,37 @@ DISTRIBUTIONS = (
 BYTES = {"code": 9_000_000, "docstrings": 4_000_000}
 MIN_BYTES = 500  # A shorter document is an import or two.
 MAX_FILE_BYTES = 64_000  # Longer files would make up a split by themselves.
-VALIDATION_PART = 16  # One file of so many is held out.
 
 _HEADER = re.compile(r"\A(?:[ \t]*(?:#[^\n]*)?\n)+")
-_FUNCTIONS = ast.FunctionDef, ast.AsyncFunctionDef
+_DOCUMENTED = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
 
 
-def build() -> type[tfds.core.GeneratorBasedBuilder]:
+def build() -> type[_builder.Texts]:
   """Returns the TFDS builder of this dataset."""
   return PythonSources
 
 
-class PythonSources(tfds.core.GeneratorBasedBuilder):
+class PythonSources(_builder.Texts):
   """Code and docstrings of the Python files of our dependencies."""
 
-  VERSION = tfds.core.Version("1.0.0")
+  DOMAINS = tuple(BYTES)
+  TEXTS = ("text", "document")
 
   @staticmethod
   def sources() -> dict[str, str]:
-    """Returns what the text depends on besides VERSION: name -> version."""
+    """Returns {name: version} of the text's sources besides VERSION."""
     versions = {name: installed(name).version for name in DISTRIBUTIONS}
     # A file with newer syntax than the interpreter's is left out.
-    python = "{}.{}".format(*sys.version_info[:2])
-    return {"python": python, **versions}
+    return {"python": "{}.{}".format(*sys.version_info[:2]), **versions}
 
-  def _info(self) -> tfds.core.DatasetInfo:
-    features = {
-      "text": tfds.features.Text(),
-      "domain": tfds.features.ClassLabel(names=list(BYTES)),
-      "document": tfds.features.Text(),
-    }
-    features = tfds.features.FeaturesDict(features)
-    return tfds.core.DatasetInfo(
-      builder=self, description=__doc__, features=features
-    )
-
-  def _split_generators(self, dl_manager):
-    del dl_manager  # Nothing is downloaded.
-    splits = {"train": [], "validation": []}
+  def splits(self):
+    examples = {"train": [], "validation": []}
     for name, texts in _documents():
-      splits[_split(texts["code"])].append((name, texts))
-    return {k: self._generate_examples(files) for k, files in splits.items()}
-
-  def _generate_examples(self, files):
-    for name, texts in files:
+      split = examples[documents.split_of(texts["code"].encode())]
       for domain, text in texts.items():
         example = {"text": text, "domain": domain, "document": name}
-        yield f"{domain}/{name}", example
+        split.append((f"{domain}/{name}", example))
+    return examples
 
 
 def _documents():
@@ -89,8 +72,7 @@ def _documents():
   A file that repeats a text of an earlier one is left out as a whole, so that
   no text is there twice and both domains of a file are in the same split.
   """
-  size = dict.fromkeys(BYTES, 0)
-  seen = set()
+  size, seen = dict.fromkeys(BYTES, 0), set()
   for name, path in _files():
     texts = _texts(path)
     if "code" not in texts or not seen.isdisjoint(texts.values()):
@@ -121,7 +103,9 @@ def _files():
       # Tests repeat themselves, and carry tables of expected numbers.
       if name.endswith(".py") and "test" not in name:
         files[name] = distribution.locate_file(file)
-  return sorted(files.items(), key=lambda item: _hash(item[0]))
+  return sorted(
+    files.items(), key=lambda item: hashlib.sha256(item[0].encode()).digest()
+  )
 
 
 def _texts(path):
@@ -133,15 +117,17 @@ def _texts(path):
     # The licence above the code is the same in thousands of files: it would
     # be learnt by heart, and it would be in both splits.
     source = _HEADER.sub("", content.decode("utf-8").replace("\r\n", "\n"))
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore")  # Theirs: invalid escapes and the like.
+    # Theirs: invalid escapes and the like.
+    with warnings.catch_warnings(action="ignore"):
       tree = ast.parse(source)
   except (OSError, UnicodeDecodeError, SyntaxError, ValueError):
     return {}  # Listed but not there, or not Python for this interpreter.
   nodes = _docstring_nodes(tree)
+  docstrings = "\n\n".join(inspect.cleandoc(node.value) for node in nodes)
   texts = {
     "code": _without(source, nodes),
-    "docstrings": "\n\n".join(_clean(node) for node in nodes),
+    # Lone surrogates are no text.
+    "docstrings": docstrings.encode("utf-8", "replace").decode(),
   }
   return {k: text for k, text in texts.items() if len(text) >= MIN_BYTES}
 
@@ -151,17 +137,11 @@ def _docstring_nodes(tree):
   docstrings, statements = [], [tree]
   while statements:  # ast.walk would also visit every expression: 5x slower.
     node = statements.pop()
-    documented = isinstance(node, (ast.Module, ast.ClassDef, *_FUNCTIONS))
-    if documented and ast.get_docstring(node, clean=False):
+    if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False):
       docstrings.append(node.body[0].value)
     for field in ("body", "orelse", "handlers", "finalbody", "cases"):
       statements.extend(getattr(node, field, ()))
   return sorted(docstrings, key=lambda node: (node.lineno, node.col_offset))
-
-
-def _clean(node):
-  text = inspect.cleandoc(node.value)
-  return text.encode("utf-8", "replace").decode()  # Lone surrogates.
 
 
 def _without(source, nodes):
@@ -170,24 +150,12 @@ def _without(source, nodes):
   starts = [0]
   for line in source.split(b"\n"):
     starts.append(starts[-1] + len(line) + 1)
-  kept, done = [], 0
-  for node in nodes:
+  for node in reversed(nodes):
     begin = starts[node.lineno - 1] + node.col_offset
     end = starts[node.end_lineno - 1] + node.end_col_offset
     line_begin = source.rfind(b"\n", 0, begin) + 1
     line_end = source.find(b"\n", end) + 1 or len(source)
     if not (source[line_begin:begin] + source[end:line_end]).strip():
       begin, end = line_begin, line_end
-    kept.append(source[done:begin])
-    done = end
-  kept.append(source[done:])
-  return b"".join(kept).decode().strip() + "\n"
-
-
-def _split(code):
-  held_out = int(_hash(code), 16) % VALIDATION_PART == 0
-  return "validation" if held_out else "train"
-
-
-def _hash(text):
-  return hashlib.sha256(text.encode()).hexdigest()
+    source = source[:begin] + source[end:]
+  return source.decode().strip() + "\n"

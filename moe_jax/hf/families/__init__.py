@@ -28,8 +28,8 @@ class Family(NamedTuple):
   ignored: more fields that change nothing.
   prefix: that all tensors' names begin with.
   layer: what those of a layer begin with, after it.
-  embedding, final_norm, head: names of tensors; head is absent if it is the
-    transposed embedding.
+  outer: what the tensors beside the layers are; the output layer's is absent
+    if it is the transposed embedding.
   """
 
   model_type: str
@@ -43,9 +43,7 @@ class Family(NamedTuple):
   ignored: tuple[str, ...] = ()
   prefix: str = ""
   layer: str = "model.layers.{i}."
-  embedding: str = "model.embed_tokens.weight"
-  final_norm: str = "model.norm.weight"
-  head: str = "lm_head.weight"
+  outer: tuple[tensors.Map, ...] = tensors.OUTER
 
 
 @functools.cache

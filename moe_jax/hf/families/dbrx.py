@@ -1,44 +1,48 @@
 """DBRX (databricks/dbrx), whose config.json has a section for each sublayer."""
 
 from moe_jax.hf import families, rows, tensors
+from moe_jax.hf.tensors import LINEAR, OUTPUT, SAME
 
 _P_NORM = "ffn_config.moe_normalize_expert_weights"
 _RENORMALIZE = {"null": None, "values": {1.0: True, None: False}}
 _ROPE = {"older": "attn_config.rope_theta", "length": "max_seq_len"}
-_NORMS = "attention_norm norm_1, ffn_norm norm_2"
+_NORM = ("{}/scale", "norm_attn_norm.{}.weight")
 _ATTENTION = ("attention/{}", "norm_attn_norm.attn.{}.weight")
 _EXPERTS = ("moe/experts/{}", "ffn.experts.mlp.{}")
+_OUTER = ("{}", "transformer.{}.weight")
 DBRX = families.Family(
   "dbrx",
   "DbrxForCausalLM",
   rows=(
     rows.size("vocab_size", "vocab_size", 32_000),
     rows.size("d_model", "d_model", 2048),
-    rows.whole("n_layers", "num_layers", 24, limit="layers"),
+    rows.size("n_layers", "num_layers", 24),
     rows.size("n_heads", "num_heads", 16),
     rows.size("attn_config.kv_n_heads", "num_kv_heads", 1),
     rows.size("head_dim", "head_dim", rows.per_head, fixed=True),
     rows.fixed("tie_word_embeddings", False, "tie_embeddings"),
     rows.Rope(theta=1e4, longest=2048, **_ROPE),
     rows.number("attn_config.clip_qkv", "attention.clip", None),
-    rows.whole("ffn_config.moe_num_experts", "moe.num_experts", 4),
+    rows.size("ffn_config.moe_num_experts", "moe.num_experts", 4),
     rows.whole("ffn_config.moe_top_k", "moe.top_k", 1),
-    rows.whole("ffn_config.ffn_hidden_size", "moe.d_expert", 3584),
+    rows.size("ffn_config.ffn_hidden_size", "moe.d_expert", 3584),
     rows.fixed("ffn_config.ffn_act_fn", {"name": "silu"}),
     rows.number(_P_NORM, "moe.router.renormalize", 1.0, **_RENORMALIZE),
   ),
   tensors=(
-    *tensors.maps("{}/scale", "norm_attn_norm.{}.weight", _NORMS, tensors.SAME),
-    *tensors.maps(*_ATTENTION, "query+key+value Wqkv"),
-    *tensors.maps(*_ATTENTION, "out out_proj", tensors.OUTPUT),
-    *tensors.maps("{}", "{}", "moe/router/kernel ffn.router.layer.weight"),
-    *tensors.maps(*_EXPERTS, "gate w1, up v1", tensors.TURNED_ROWS),
-    *tensors.maps(*_EXPERTS, "down w2", tensors.ROWS),
+    *tensors.maps("attention_norm norm_1, ffn_norm norm_2", SAME, *_NORM),
+    *tensors.maps("query+key+value Wqkv", LINEAR, *_ATTENTION),
+    *tensors.maps("out out_proj", OUTPUT, *_ATTENTION),
+    *tensors.maps("moe/router/kernel ffn.router.layer.weight"),
+    *tensors.maps("gate w1, up v1", tensors.TURNED_ROWS, *_EXPERTS),
+    *tensors.maps("down w2", tensors.ROWS, *_EXPERTS),
   ),
   constants={"norm": "layer", "norm_eps": 1e-5, "activation": "swiglu"},
   sections=("attn_config", "ffn_config"),
   ignored=("num_key_value_heads", "ffn_config.hidden_size"),
   layer="transformer.blocks.{i}.",
-  embedding="transformer.wte.weight",
-  final_norm="transformer.norm_f.weight",
+  outer=(
+    *tensors.maps("embedding wte, final_norm/scale norm_f", SAME, *_OUTER),
+    *tensors.maps("head lm_head.weight"),
+  ),
 )

@@ -1,18 +1,19 @@
 """DeepSeek-V3 (2412.19437)."""
 
 from moe_jax.hf import families, rows, tensors
+from moe_jax.hf.tensors import LINEAR, SAME
 
 
 def _read_layers(fields, ours):
   """The first layers are dense; those beyond the last, which predict more than
   one token, are left out."""
   count = ours["num_layers"]
-  dense = fields.take("first_k_dense_replace", int, 3)
+  dense = min(fields.take("first_k_dense_replace", int, 3), count)
   more = fields.take("num_mtp_layers", int, 1)
   more = fields.take("num_nextn_predict_layers", int, more)
   beyond = range(count, count + min(more, 100))
   return {
-    "layers": ["dense" if i < dense else "moe" for i in range(count)],
+    "layers": ["dense"] * dense + ["moe"] * (count - dense),
     "left_out": tuple(f"model.layers.{i}." for i in beyond),
   }
 
@@ -22,10 +23,9 @@ def _write_layers(ours):
   return {"first_k_dense_replace": dense, "num_nextn_predict_layers": 0}
 
 
-_PAIRS = {True: "interleaved", False: "half"}
-_SHARED = "moe.num_shared_experts"
+_PAIRS = {"null": False, "values": {True: "interleaved", False: "half"}}
+_OR_NONE = {"null": 0, "least": 0}
 _WIDTH = "moe_intermediate_size", 2048
-_NARROW = "attention/query_down"  # Of queries that have a latent too.
 _LATENT = ("attention/{}", "self_attn.{}.weight")
 _DOWN = "query_down q_a_proj, kv_down kv_a_proj_with_mqa, kv_up kv_b_proj"
 _NORMS = "query_norm/scale q_a_layernorm, kv_norm/scale kv_a_layernorm"
@@ -41,32 +41,31 @@ DEEPSEEK_V3 = families.Family(
     rows.size("v_head_dim", "attention.v_head_dim", 128),
     rows.size("kv_lora_rank", "attention.kv_lora_rank", 512),
     rows.size("q_lora_rank", "attention.q_lora_rank", 1536, null=None),
-    rows.flag(
-      "rope_interleave", "attention.rope", True, null=False, values=_PAIRS
-    ),
+    rows.flag("rope_interleave", "attention.rope", True, **_PAIRS),
     rows.Rope(theta=1e4, longest=4096),
     rows.fixed("attention_bias", False),
     rows.Pair(_read_layers, _write_layers),
     rows.whole("intermediate_size", "d_ff", 18_432),
     *rows.experts("n_routed_experts", 256, 8, *_WIDTH),
-    rows.whole("n_shared_experts", _SHARED, 1, null=0, least=0),
+    rows.whole("n_shared_experts", "moe.num_shared_experts", 1, **_OR_NONE),
     rows.fixed("moe_layer_freq", 1),
     rows.fixed("scoring_func", "sigmoid"),
     rows.fixed("topk_method", "noaux_tc"),
-    rows.flag("norm_topk_prob", "moe.router.renormalize", True, null=False),
+    rows.RENORMALIZE._replace(default=True, null=False),
     rows.number("routed_scaling_factor", "moe.router.scale", 2.5),
     rows.whole("n_group", "moe.router.num_expert_groups", 8, null=1),
     rows.whole("topk_group", "moe.router.top_expert_groups", 4, null=1),
   ),
   tensors=(
     *tensors.NORMS,
-    *tensors.maps(*_LATENT, "query q_proj", unless=_NARROW),
-    *tensors.maps(*_LATENT, "query q_b_proj", given=_NARROW),
-    *tensors.maps(*_LATENT, _DOWN),
-    *tensors.maps(*_LATENT, _NORMS, tensors.SAME),
+    # Queries may have a latent too.
+    *tensors.maps("query q_b_proj", LINEAR, *_LATENT, "attention/query_down"),
+    *tensors.maps("query q_proj", LINEAR, *_LATENT),
+    *tensors.maps(_DOWN, LINEAR, *_LATENT),
+    *tensors.maps(_NORMS, SAME, *_LATENT),
     *tensors.OUT,
     *tensors.SPARSE,
-    *tensors.maps("{}", "{}", _BIAS, tensors.SAME),
+    *tensors.maps(_BIAS, SAME),
     *tensors.gated("moe/shared/{}", "mlp.shared_experts.{}.weight"),
   ),
   constants={

@@ -6,11 +6,13 @@ from moe_jax.hf import families, rows, tensors
 def _read_layers(fields, ours):
   """Some layers see a window only: every second, unless they are listed."""
   count, known = ours["num_layers"], (rows.SLIDING, rows.FULL)
-  types = rows.types_of_layers(
-    fields, [known[i % 2] for i in range(count)], known
-  )
-  window = fields.take("sliding_window", int, 128, least=1)
+  rule = [known[i % 2] for i in range(count)]
+  types = fields.list_of("layer_types", str, rule)
+  if len(types) != count or not {*types} <= {*known}:
+    reason = f"is not one of {known} for each of {count} layers"
+    raise fields.error("layer_types", types, reason)
   kinds = ["moe" if t == rows.FULL else "moe@window" for t in types]
+  window = fields.take("sliding_window", int, 128, least=1)
   return {"layers": kinds, "variants.window.window": window}
 
 
@@ -26,9 +28,6 @@ _YARN["original_max_position_embeddings"] = 4096
 _EXPERTS = ("moe/experts/{}", "mlp.experts.{}")
 _DOWN = "down down_proj, down_bias down_proj_bias"
 _UP = "gate+up gate_up_proj, gate_bias+up_bias gate_up_proj_bias"
-_VECTORS = (
-  "attention/sinks self_attn.sinks, moe/router/kernel_bias mlp.router.bias"
-)
 GPT_OSS = families.Family(
   "gpt_oss",
   "GptOssForCausalLM",
@@ -44,10 +43,11 @@ GPT_OSS = families.Family(
   ),
   tensors=(
     *tensors.ATTENTION,
-    *tensors.maps("{}", "{}", _VECTORS, tensors.SAME),
-    *tensors.maps("{}", "{}", "moe/router/kernel mlp.router.weight"),
-    *tensors.maps(*_EXPERTS, _UP, tensors.INTERLEAVED),
-    *tensors.maps(*_EXPERTS, _DOWN, tensors.SAME),
+    *tensors.maps("attention/sinks self_attn.sinks", tensors.SAME),
+    *tensors.maps("moe/router/kernel_bias mlp.router.bias", tensors.SAME),
+    *tensors.maps("moe/router/kernel mlp.router.weight"),
+    *tensors.maps(_UP, tensors.INTERLEAVED, *_EXPERTS),
+    *tensors.maps(_DOWN, tensors.SAME, *_EXPERTS),
   ),
   constants={
     "attention.sinks": True,

@@ -1,13 +1,15 @@
 """Llama 4: the decoder, alone or beside its vision, of which nothing is read."""
 
-from moe_jax.core.errors import ConfigError
 from moe_jax.hf import families, rows, tensors
 
 _CHUNKED = "chunked_attention"
 
 
 def _read_layers(fields, ours):
-  """Which layers have experts, and which have positions."""
+  """Which layers have experts, and which have positions.
+
+  Layers with positions see their own chunk only.
+  """
   count = ours["num_layers"]
   step = fields.take("interleave_moe_layer_step", int, 1, least=1)
   sparse = fields.list_of("moe_layers", int, [*range(step - 1, count, step)])
@@ -16,55 +18,43 @@ def _read_layers(fields, ours):
   turned = turned or [int((i + 1) % every != 0) for i in range(count)]
   if len(turned) < count:
     raise fields.error("no_rope_layers", turned, f"needs {count} numbers")
+  near = _CHUNKED if ours["variants.local.chunk"] else rows.FULL
+  rule = [near if t else rows.FULL for t in turned[:count]]
+  types = fields.list_of("layer_types", str, rule)
+  if types != rule:
+    reason = "is not supported: it has to be chunked just where positions are"
+    raise fields.error("layer_types", types, reason)
   ffns = ["moe" if i in sparse else "dense" for i in range(count)]
   return {"layers": [f"{x}@local" if t else x for x, t in zip(ffns, turned)]}
 
 
 def _write_layers(ours):
   layers = ours["layers"]
-  turned = [int(layer["attention.rope"] != "none") for layer in layers]
-  sparse = [i for i, layer in enumerate(layers) if layer["kind"] == "moe"]
-  return {"moe_layers": sparse, "no_rope_layers": turned}
+  chunks = [layer["attention.chunk"] for layer in layers]
+  return {
+    "layer_types": [_CHUNKED if chunk else rows.FULL for chunk in chunks],
+    "moe_layers": [i for i, x in enumerate(layers) if x["kind"] == "moe"],
+    "no_rope_layers": [int(x["attention.rope"] != "none") for x in layers],
+  }
 
 
-def _read_attention(fields, ours):
-  """Layers with positions see their own chunk only; in the others queries grow
-  with their position."""
-  chunk = fields.take("attention_chunk_size", int, 8192, None, least=1)
-  near = _CHUNKED if chunk else rows.FULL
-  rule = [near if "@" in kind else rows.FULL for kind in ours["layers"]]
-  types = rows.types_of_layers(fields, rule, (rows.FULL, _CHUNKED))
-  if types != rule:
-    reason = "is not supported: it has to be chunked just where positions are"
-    raise fields.error("layer_types", types, reason)
+def _read_temperature(fields, ours):
+  """In layers without positions queries grow with their position."""
   tempered = fields.take("attn_temperature_tuning", bool, True)
   scale = fields.take("attn_scale", float, 0.1)
   length = fields.take("floor_scale", int, 8192, least=1)
-  norm = "l2" if fields.take("use_qk_norm", bool, True) else "none"
-  local = {"rope": "interleaved", "qk_norm": norm, "chunk": chunk}
-  return {
-    "attention.rope": "none",
-    "attention.temperature": (scale, length, 1) if tempered else None,
-    "variants.local": local | {"temperature": None},
-  }
+  return {"attention.temperature": (scale, length, 1) if tempered else None}
 
 
-def _write_attention(ours):
-  names = ("attention.rope", "attention.chunk", "attention.temperature")
-  layers = [[layer[name] for name in names] for layer in ours["layers"]]
-  types = [_CHUNKED if chunk else rows.FULL for _, chunk, _ in layers]
-  grows = [grows for rope, _, grows in layers if rope == "none" and grows]
-  scale, length, _ = [*grows, (0.1, 8192, 1)][0]
-  return {
-    "layer_types": types,
-    "attention_chunk_size": ours["attention.chunk"],
-    "use_qk_norm": ours["attention.qk_norm"] == "l2",
-    "attn_temperature_tuning": bool(grows),
-    "attn_scale": scale,
-    "floor_scale": length,
-  }
+def _write_temperature(ours):
+  found = [layer["attention.temperature"] for layer in ours["layers"]]
+  found = [*filter(None, found)]
+  scale, length, _ = [*found, (0.1, 8192, 1)][0]
+  tempered = {"attn_temperature_tuning": bool(found)}
+  return {**tempered, "attn_scale": scale, "floor_scale": length}
 
 
+_L2 = {True: "l2", False: "none"}
 _EXPERTS = ("moe/experts/{}", "feed_forward.experts.{}")
 TEXT = families.Family(
   "llama4_text",
@@ -74,20 +64,25 @@ TEXT = families.Family(
     *rows.grouped(kv_heads=8, head_dim=128),
     rows.Rope(theta=500_000.0, longest=131_072),
     rows.BIAS,
+    rows.flag("use_qk_norm", "variants.local.qk_norm", True, values=_L2),
+    rows.whole("attention_chunk_size", "variants.local.chunk", 8192, null=None),
     rows.Pair(_read_layers, _write_layers),
-    rows.Pair(_read_attention, _write_attention),
+    rows.Pair(_read_temperature, _write_temperature),
     rows.whole("intermediate_size_mlp", "d_ff", 16_384),
     *rows.experts("num_local_experts", 16, 1, "intermediate_size", 8192),
   ),
   tensors=(
     *tensors.ATTENTION,
     *tensors.gated("mlp/{}", "feed_forward.{}.weight"),
-    *tensors.maps("{}", "{}", "moe/router/kernel feed_forward.router.weight"),
-    *tensors.maps(*_EXPERTS, "gate+up gate_up_proj", tensors.HALVES),
-    *tensors.maps(*_EXPERTS, "down down_proj", tensors.SAME),
+    *tensors.maps("moe/router/kernel feed_forward.router.weight"),
+    *tensors.maps("gate+up gate_up_proj", tensors.HALVES, *_EXPERTS),
+    *tensors.maps("down down_proj", tensors.SAME, *_EXPERTS),
     *tensors.gated("moe/shared/{}", "feed_forward.shared_expert.{}.weight"),
   ),
   constants={
+    "attention.rope": "none",
+    "variants.local.rope": "interleaved",
+    "variants.local.temperature": None,
     "moe.num_shared_experts": 1,
     "moe.router.score": "sigmoid",
     "moe.router.score_before_top_k": False,
@@ -97,15 +92,10 @@ TEXT = families.Family(
 )
 
 
-def _write_vision(ours):
-  raise ConfigError("there is no vision here; save it as llama4_text")
-
-
 _IMAGES = ("boi_token_index", "eoi_token_index", "image_token_index")
 WITH_VISION = TEXT._replace(
   model_type="llama4",
   architecture="Llama4ForConditionalGeneration",
-  rows=(*TEXT.rows, rows.Pair(lambda fields, ours: {}, _write_vision)),
   constants={**TEXT.constants, "left_out": ("vision_model.", "multi_modal_")},
   inner="text_config",
   ignored=(*_IMAGES, "vision_config", "tie_word_embeddings"),

@@ -2,8 +2,7 @@
 
 from moe_jax.hf import families, rows, tensors
 
-_EXPERTS = "block_sparse_moe.experts.{e}.{}.weight"
-_ROUTER = "moe/router/kernel block_sparse_moe.gate.weight"
+_EXPERTS = ("moe/experts/{}", "block_sparse_moe.experts.{e}.{}.weight")
 MIXTRAL = families.Family(
   "mixtral",
   "MixtralForCausalLM",
@@ -16,8 +15,8 @@ MIXTRAL = families.Family(
   ),
   tensors=(
     *tensors.ATTENTION,
-    *tensors.maps("{}", "{}", _ROUTER),
-    *tensors.maps("moe/experts/{}", _EXPERTS, "gate w1, up w3, down w2"),
+    *tensors.maps("moe/router/kernel block_sparse_moe.gate.weight"),
+    *tensors.maps("gate w1, up w3, down w2", tensors.LINEAR, *_EXPERTS),
   ),
   constants={"moe.router.renormalize": True},
   ends={"bos_token_id": 1, "eos_token_id": 2},

@@ -13,7 +13,7 @@ OLMOE = families.Family(
     rows.BIAS,
     rows.number("clip_qkv", "attention.clip", None),
     *rows.experts("num_experts", 64, 8, "intermediate_size", 2048),
-    rows.flag("norm_topk_prob", "moe.router.renormalize", False),
+    rows.RENORMALIZE,
   ),
   tensors=(*tensors.ATTENTION, *tensors.SPARSE),
   constants={"attention.qk_norm": "projection"},

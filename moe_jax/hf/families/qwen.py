@@ -7,11 +7,10 @@ _SHARED = "shared_expert_intermediate_size"
 
 def _read_layers(fields, ours):
   count = ours["num_layers"]
-  rows.types_of_layers(fields, [rows.FULL] * count)
   step = fields.take("decoder_sparse_step", int, 1, least=1)
-  dense = {*fields.list_of("mlp_only_layers", int, [])}
-  dense |= {i for i in range(count) if (i + 1) % step}
-  return {"layers": ["dense" if i in dense else "moe" for i in range(count)]}
+  dense = fields.list_of("mlp_only_layers", int, [])
+  sparse = {*range(step - 1, count, step)} - {*dense}
+  return {"layers": ["moe" if i in sparse else "dense" for i in range(count)]}
 
 
 def _write_layers(ours):
@@ -33,19 +32,23 @@ def _write_shared(ours):
   return {_SHARED: wide} if wide else {}
 
 
+def _all_full(ours):
+  return [rows.FULL] * ours["num_layers"]
+
+
 def _sparse(num_experts, top_k, d_expert):
   """Rows of layers and experts, with the defaults of one family."""
   width = "moe_intermediate_size", d_expert
   return (
+    rows.Row("layer_types", "", list, _all_full, fixed=True),
     rows.Pair(_read_layers, _write_layers),
     rows.fixed("use_sliding_window", False),
     *rows.experts("num_experts", num_experts, top_k, *width),
-    rows.flag("norm_topk_prob", "moe.router.renormalize", False),
+    rows.RENORMALIZE,
   )
 
 
 _QKV = {True: "qkv", False: "none"}
-_GATE = "moe/shared/token_gate mlp.shared_expert_gate.weight"
 QWEN2 = families.Family(
   "qwen2_moe",
   "Qwen2MoeForCausalLM",
@@ -62,7 +65,7 @@ QWEN2 = families.Family(
     *tensors.ATTENTION,
     *tensors.SPARSE,
     *tensors.gated("moe/shared/{}", "mlp.shared_expert.{}.weight"),
-    *tensors.maps("{}", "{}", _GATE),
+    *tensors.maps("moe/shared/token_gate mlp.shared_expert_gate.weight"),
   ),
   ignored=("sliding_window",),
 )

@@ -12,9 +12,7 @@ from moe_jax.models.attention.options import OPTIONS, Options, read
 
 def build(options: Options, mesh, name: str) -> nn.Module:
   """The module (x_BLD, Context) -> y_BLD with these options."""
-  kind = grouped.Attention
-  if options.kv_lora_rank is not None:
-    kind = latent.LatentAttention
+  kind = latent.LatentAttention if options.kv_lora_rank else grouped.Attention
   return kind(options, mesh, name=name)
 
 

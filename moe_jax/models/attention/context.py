@@ -1,4 +1,4 @@
-"""Where the tokens of a call stand, and at which places they may look.
+"""Positions of the tokens of a call, and the places that they may attend to.
 
 A token's own position is the number of real tokens before it in its document.
 Chunks, temperatures and routers count by it, because for them an absolute
@@ -20,8 +20,7 @@ class Tokens(NamedTuple):
 
   mask_BL: bool, False for padding, which stands before or after the tokens of
     a document; between them only with a cache.
-  document_BL: int32, number of the token's document in its row; None: every
-    row is one document.
+  document_BL: int32, number of the token's document in its row.
   position_BL: int32, own position: the number of real tokens before it in its
     document.
   relative_BL: int32, or [1, L]: its differences within a document are those of
@@ -29,28 +28,23 @@ class Tokens(NamedTuple):
   """
 
   mask_BL: Array
-  document_BL: Array | None
+  document_BL: Array
   position_BL: Array
   relative_BL: Array
 
 
-class Cache(NamedTuple):
-  """Where the tokens of a call go, among M places.
+class Context(NamedTuple):
+  """What all layers of a call have in common.
 
-  first: place of the first of them.
+  tokens: of the call.
+  first: place of the first of them among the M of a cache; None: no cache.
   keys: the tokens at all places, those of this call included; a place that is
     not taken yet is padding.
   """
 
-  first: Array
-  keys: Tokens
-
-
-class Context(NamedTuple):
-  """What all layers of a call have in common."""
-
   tokens: Tokens
-  cache: Cache | None = None
+  first: Array | None = None
+  keys: Tokens | None = None
 
   def real(self, x_BLD: Array) -> Array:
     """x with zeros for padding: NaN under a weight of zero would be NaN."""
@@ -68,7 +62,8 @@ def make(module, tokens_BL, mask_BL, end_of_document, cache_length):
       every row is one document.
     cache_length: M; None: no cache.
   """
-  ends_BL = None if end_of_document is None else tokens_BL == end_of_document
+  # No token is -1.
+  ends_BL = tokens_BL == (-1 if end_of_document is None else end_of_document)
   length = mask_BL.shape[1]
   if cache_length is None:
     place_1L = jnp.arange(length)[None, :]
@@ -76,28 +71,25 @@ def make(module, tokens_BL, mask_BL, end_of_document, cache_length):
   taken = module.variable("cache", "taken", jnp.zeros, (), jnp.int32)
   first, taken.value = taken.value, taken.value + length
   mask_BM = store(module, "mask", mask_BL, first, cache_length)
-  if ends_BL is not None:
-    ends_BL = store(module, "ends", ends_BL, first, cache_length)
-  keys = located(mask_BM, ends_BL)
+  ends_BM = store(module, "ends", ends_BL, first, cache_length)
+  keys = located(mask_BM, ends_BM)
   tokens = jax.tree.map(
     lambda x: jax.lax.dynamic_slice_in_dim(x, first, length, axis=1), keys
   )
-  return Context(tokens, Cache(first, keys))
+  return Context(tokens, first, keys)
 
 
-def located(mask_BL: Array, ends_BL: Array | None) -> Tokens:
+def located(mask_BL: Array, ends_BL: Array) -> Tokens:
   """Documents and own positions of the tokens of whole rows.
 
   Args:
     mask_BL: bool, False for padding.
-    ends_BL: bool, True for the last token of a document; None: a row is one.
+    ends_BL: bool, True for the last token of a document.
   """
   before_BL = jnp.cumsum(mask_BL, axis=1, dtype=jnp.int32) - mask_BL
-  document_BL = None
-  if ends_BL is not None:
-    document_BL = jnp.cumsum(ends_BL, axis=1, dtype=jnp.int32) - ends_BL
-    begins_BL = jnp.pad(ends_BL[:, :-1], ((0, 0), (1, 0)))
-    before_BL -= jax.lax.cummax(jnp.where(begins_BL, before_BL, 0), axis=1)
+  document_BL = jnp.cumsum(ends_BL, axis=1, dtype=jnp.int32) - ends_BL
+  begins_BL = jnp.pad(ends_BL[:, :-1], ((0, 0), (1, 0)))
+  before_BL -= jax.lax.cummax(jnp.where(begins_BL, before_BL, 0), axis=1)
   return Tokens(mask_BL, document_BL, before_BL, before_BL)
 
 
@@ -117,20 +109,16 @@ def visible(options: Options, context: Context) -> Array:
   It sees itself and the real tokens before it, of the same document, window
   and chunk. A padded one still sees itself, so that no softmax is empty.
   """
-  queries, keys = context.tokens, context.tokens
-  place_L = place_M = jnp.arange(queries.mask_BL.shape[1])
-  if context.cache is not None:
-    keys = context.cache.keys
-    place_L = context.cache.first + place_L
-    place_M = jnp.arange(keys.mask_BL.shape[1])
+  queries, keys = context.tokens, context.keys or context.tokens
+  place_L = place_M = jnp.arange(keys.mask_BL.shape[1])
+  if context.first is not None:
+    place_L = context.first + jnp.arange(queries.mask_BL.shape[1])
 
   def pairs(name):
     return getattr(queries, name)[:, :, None], getattr(keys, name)[:, None, :]
 
-  sees_BLM = keys.mask_BL[:, None, :]
-  if queries.document_BL is not None:
-    query, key = pairs("document_BL")
-    sees_BLM &= query == key
+  query, key = pairs("document_BL")
+  sees_BLM = (query == key) & keys.mask_BL[:, None, :]
   if options.window is not None:
     query, key = pairs("relative_BL")
     sees_BLM &= query - key < options.window

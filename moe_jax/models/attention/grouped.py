@@ -1,6 +1,5 @@
 """Attention in which groups of query heads share keys and values."""
 
-import flax.linen as nn
 import jax.numpy as jnp
 
 from moe_jax.models import norms
@@ -12,10 +11,8 @@ from moe_jax.moe.types import Array
 class Attention(heads.Heads):
   """Attention with grouped queries (2305.13245)."""
 
-  @nn.compact
-  def __call__(self, x_BLD: Array, context: Context) -> Array:
-    m, tokens, d_model = self.options, context.tokens, x_BLD.shape[-1]
-    x_BLD = context.real(x_BLD)
+  def mixed(self, x_BLD: Array, context: Context) -> Array:
+    m, tokens = self.options, context.tokens
     q = self._heads(x_BLD, "query", "heads", m.num_heads)
     k = self._heads(x_BLD, "key", "kv_heads", m.num_kv_heads)
     v = self._heads(x_BLD, "value", "kv_heads", m.num_kv_heads)
@@ -26,16 +23,13 @@ class Attention(heads.Heads):
     q, k = (positions.rotate(x, tokens.relative_BL, m) for x in (q, k))
     if m.qk_norm == "l2":
       q, k = (norms.unit(x, m.norm_eps).astype(x.dtype) for x in (q, k))
-    q = positions.tempered(q, tokens.position_BL, m.temperature)
+    q = positions.tempered(q, tokens.position_BL, m)
     k, v = self.cached(context, key=k, value=v)
-    return self.project_out(
-      self.attend(q, k, v, context, m.head_dim**0.5), d_model
-    )
+    return self.attend(q, k, v, context, m.head_dim**0.5)
 
   def _heads(self, x_BLD, name, logical, number):
     shape, axes = (number, self.options.head_dim), ("embed", logical, None)
-    bias = self.options.bias != "none"
-    return self.project(x_BLD, name, shape, axes, bias)
+    return self.project(x_BLD, name, shape, axes, self.options.bias != "none")
 
   def _norm(self, x_BLHh, name):
     shape = x_BLHh.shape

@@ -1,4 +1,4 @@
-"""What all kinds of attention are made of: projections, a softmax, the output."""
+"""Projections, softmax and output, shared by all kinds of attention."""
 
 import flax.linen as nn
 import jax
@@ -12,10 +12,20 @@ from moe_jax.moe.types import Array
 
 
 class Heads(nn.Module):
-  """The base of the modules; they call these methods in their `__call__`."""
+  """Attention, but for how a kind of it makes queries, keys and values.
+
+  A kind has a method `mixed(x_BLD, context) -> y_BLHv`, the results of all
+  heads, for which it calls the methods below.
+  """
 
   options: Options
   mesh: jax.sharding.Mesh | None = None
+
+  @nn.compact
+  def __call__(self, x_BLD: Array, context: Context) -> Array:
+    y_BLHv = self.mixed(context.real(x_BLD), context)
+    axes, bias = ("heads", None, "embed"), self.options.bias == "all"
+    return self.project(y_BLHv, "out", x_BLD.shape[2:], axes, bias)
 
   def parameter(self, name: str, shape, axes, inputs: int = 0) -> Array:
     """A matrix from its first axes to the others, or zeros.
@@ -30,25 +40,26 @@ class Heads(nn.Module):
       init = nn.initializers.lecun_normal(numbers[:inputs], numbers[inputs:])
     return self.param(name, roles.declared(init, axes, "attention"), shape)
 
-  def project(self, x_BLC, name: str, shape, axes, bias=False) -> Array:
-    """x times the matrix `name` [C, *shape], plus `name`_bias if there is one.
+  def project(self, x, name: str, shape, axes, bias=False) -> Array:
+    """x times the matrix `name`, plus `name`_bias if there is one.
 
     Args:
-      x_BLC: any vectors of the tokens.
-      name, shape: of the matrix.
+      x: vectors [B, L, C], or those of all heads [B, L, H, h].
+      name: of the matrix [C, *shape] or [H, h, *shape].
+      shape: of the result, after B and L.
       axes: logical axes of the matrix.
       bias: whether there is one.
     """
-    w = self.parameter(name, (x_BLC.shape[-1], *shape), axes, inputs=1)
-    y = linear.product(x_BLC, w.astype(x_BLC.dtype))
+    inputs = x.ndim - 2
+    w = self.parameter(name, (*x.shape[2:], *shape), axes, inputs)
+    x = x.reshape(*x.shape[:2], -1)
+    y = linear.product(x, w.reshape(-1, *shape).astype(x.dtype))
     if bias:
-      b = self.parameter(f"{name}_bias", shape, axes[1:])
+      b = self.parameter(f"{name}_bias", shape, axes[inputs:])
       y += b.astype(y.dtype)[None, None]
-    return self.pinned(y, axes[1:])
-
-  def pinned(self, y, axes) -> Array:
-    """y [B, L, ...] on the devices that hold the matrix of these axes."""
-    return parallel.constrain(y, ("batch", None, *axes), self.mesh)
+    if axes[-1] == "embed":  # A block pins the residual stream itself.
+      return y
+    return parallel.constrain(y, ("batch", None, *axes[inputs:]), self.mesh)
 
   def norm(self, x, name: str, eps: float) -> Array:
     """RMS norm of the last axis, with a scale of its own."""
@@ -56,60 +67,38 @@ class Heads(nn.Module):
 
   def cached(self, context: Context, **parts: Array) -> list[Array]:
     """Parts [B, L, ...] of these tokens, or [B, M, ...] of all in the cache."""
-    if context.cache is None:
+    if context.keys is None:
       return list(parts.values())
-    first, keys = context.cache
-    places = keys.mask_BL.shape[1]
-    return [store(self, *part, first, places) for part in parts.items()]
+    places = context.keys.mask_BL.shape[1]
+    return [store(self, *part, context.first, places) for part in parts.items()]
 
   def attend(self, q_BLHh, k_BMJh, v_BMJv, context, divisor) -> Array:
-    """`attend` to the visible places, with the layer's sinks."""
-    sinks_H, sees_BLM = None, visible(self.options, context)
-    if self.options.sinks:
-      sinks_H = self.parameter("sinks", (self.options.num_heads,), ("heads",))
-    return attend(q_BLHh, k_BMJh, v_BMJv, sees_BLM, divisor, sinks_H)
+    """softmax(q k / divisor) v over visible places; scores in float32 or more.
 
-  def project_out(self, y_BLHh, d_model: int) -> Array:
-    """All heads to the residual stream."""
-    shape, axes = (*y_BLHh.shape[2:], d_model), ("heads", None, "embed")
-    w = self.parameter("out", shape, axes, inputs=2).reshape(-1, d_model)
-    y_BLD = y_BLHh.reshape(*y_BLHh.shape[:2], -1)
-    y_BLD = linear.product(y_BLD, w.astype(y_BLD.dtype))
-    if self.options.bias == "all":
-      bias_D = self.parameter("out_bias", (d_model,), ("embed",))
-      y_BLD += bias_D.astype(y_BLD.dtype)[None, None]
-    return y_BLD
-
-
-def attend(q_BLHh, k_BMJh, v_BMJv, visible_BLM, divisor, sinks_H=None):
-  """softmax(q k / divisor) v; scores in float32 or more.
-
-  Args:
-    q_BLHh, k_BMJh, v_BMJv: J divides H, and h/J heads of queries share one of
-      keys and values.
-    visible_BLM: from `visible`.
-    divisor: of the scores.
-    sinks_H: scores that take part in the softmax, with values of zero.
-  """
-  batch, length, heads, _ = q_BLHh.shape
-  groups = k_BMJh.shape[2]
-  q = q_BLHh.reshape(batch, length, groups, heads // groups, -1)
-  dtype = jnp.promote_types(q.dtype, jnp.float32)
-  scores = jnp.einsum(
-    "BLJjh,BMJh->BJjLM", q, k_BMJh, preferred_element_type=dtype
-  )
-  scores = jnp.where(
-    visible_BLM[:, None, None], scores / divisor, jnp.finfo(dtype).min
-  )
-  if sinks_H is None:
-    weights = jax.nn.softmax(scores, axis=-1)
-  else:
-    sinks = sinks_H.astype(dtype).reshape(1, groups, -1, 1, 1)
-    most = jax.lax.stop_gradient(
-      jnp.maximum(scores.max(-1, keepdims=True), sinks)
+    Args:
+      q_BLHh, k_BMJh, v_BMJv: J divides H, and h/J heads of queries share one of
+        keys and values.
+      context: of the call.
+      divisor: of the scores.
+    """
+    batch, length, heads, _ = q_BLHh.shape
+    groups = k_BMJh.shape[2]
+    q = q_BLHh.reshape(batch, length, groups, heads // groups, -1)
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum(
+      "BLJjh,BMJh->BJjLM", q, k_BMJh, preferred_element_type=dtype
     )
-    weights = jnp.exp(scores - most)
-    weights /= weights.sum(-1, keepdims=True) + jnp.exp(sinks - most)
-  weights = weights.astype(v_BMJv.dtype)
-  y = jnp.einsum("BJjLM,BMJv->BLJjv", weights, v_BMJv)
-  return y.reshape(batch, length, heads, -1)
+    sees = visible(self.options, context)[:, None, None]
+    scores = jnp.where(sees, scores / divisor, jnp.finfo(dtype).min)
+    if self.options.sinks:
+      sinks_H = self.parameter("sinks", (heads,), ("heads",))
+      sinks = sinks_H.astype(dtype).reshape(1, groups, -1, 1, 1)
+      most = jnp.maximum(scores.max(-1, keepdims=True), sinks)
+      most = jax.lax.stop_gradient(most)
+      weights = jnp.exp(scores - most)
+      weights /= weights.sum(-1, keepdims=True) + jnp.exp(sinks - most)
+    else:
+      weights = jax.nn.softmax(scores, axis=-1)
+    weights = weights.astype(v_BMJv.dtype)
+    y = jnp.einsum("BJjLM,BMJv->BLJjv", weights, v_BMJv)
+    return y.reshape(batch, length, heads, -1)

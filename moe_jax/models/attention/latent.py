@@ -1,9 +1,7 @@
-"""Attention whose keys and values are made of one small vector of a token."""
+"""Latent attention: keys and values are made of a small vector per token."""
 
-import flax.linen as nn
 import jax.numpy as jnp
 
-from moe_jax.core import linear
 from moe_jax.models.attention import heads, positions
 from moe_jax.models.attention.context import Context
 from moe_jax.moe.types import Array
@@ -19,37 +17,33 @@ class LatentAttention(heads.Heads):
   the result by the matrices that would make keys and values of them.
   """
 
-  @nn.compact
-  def __call__(self, x_BLD: Array, context: Context) -> Array:
-    m, d_model = self.options, x_BLD.shape[-1]
-    x_BLD, nope = context.real(x_BLD), m.head_dim
-    q, q_turned = self._query(x_BLD, context)
-    c, k_turned = self._latent(x_BLD, context)
-    shape, axes = (m.num_heads, nope + m.v_head_dim), ("heads", None)
-    up = self.parameter(
-      "kv_up", (m.kv_lora_rank, *shape), (None, *axes), inputs=1
-    )
-    up = up.astype(x_BLD.dtype)
-    divisor = (nope + m.rope_head_dim) ** 0.5 / m.rope_scaling.softmax
-    if context.cache is None:
-      kv = self.pinned(linear.product(c, up), axes)
+  def mixed(self, x_BLD: Array, context: Context) -> Array:
+    m, nope = self.options, self.options.head_dim
+    q, q_turned = self._query(x_BLD, context.tokens)
+    c, k_turned = self._latent(x_BLD, context.tokens)
+    shape, axes = (m.num_heads, nope + m.v_head_dim), (None, "heads", None)
+    if context.keys is None:
+      kv = self.project(c, "kv_up", shape, axes)
       k, v = kv[..., :nope], kv[..., nope:]
       k_turned = jnp.broadcast_to(k_turned, (*k.shape[:3], m.rope_head_dim))
-      k = jnp.concatenate([k, k_turned], axis=-1)
-      q = jnp.concatenate([q, q_turned], axis=-1)
-      y = self.attend(q, k, v, context, divisor)
     else:
-      c, k_turned = self.cached(context, latent=c[:, :, None], key=k_turned)
+      up = self.parameter("kv_up", (m.kv_lora_rank, *shape), axes, inputs=1)
+      up = up.astype(x_BLD.dtype)
       q = jnp.einsum("BLHh,lHh->BLHl", q, up[..., :nope])
-      q = jnp.concatenate([q, q_turned], axis=-1)
-      k = jnp.concatenate([c, k_turned], axis=-1)  # The same for all heads.
-      y = self.attend(q, k, c, context, divisor)
+      # The same for all heads.
+      k, k_turned = self.cached(context, latent=c[:, :, None], key=k_turned)
+      v = k
+    q = jnp.concatenate([q, q_turned], axis=-1)
+    k = jnp.concatenate([k, k_turned], axis=-1)
+    divisor = (nope + m.rope_head_dim) ** 0.5 / m.rope_scaling.softmax
+    y = self.attend(q, k, v, context, divisor)
+    if context.keys is not None:
       y = jnp.einsum("BLHl,lHv->BLHv", y, up[..., nope:])
-    return self.project_out(y, d_model)
+    return y
 
-  def _query(self, x_BLD, context):
+  def _query(self, x_BLD, tokens):
     """The parts of all heads without and with a position."""
-    m, tokens, first = self.options, context.tokens, "embed"
+    m, first = self.options, "embed"
     if m.q_lora_rank is not None:
       x_BLD = self._down(x_BLD, "query_down", m.q_lora_rank)
       x_BLD, first = self.norm(x_BLD, "query_norm", _EPS), None
@@ -57,17 +51,14 @@ class LatentAttention(heads.Heads):
     q = self.project(x_BLD, "query", shape, (first, "heads", None))
     q, turned = q[..., : m.head_dim], q[..., m.head_dim :]
     turned = positions.rotate(turned, tokens.relative_BL, m)
-    return (
-      positions.tempered(x, tokens.position_BL, m.temperature)
-      for x in (q, turned)
-    )
+    return (positions.tempered(x, tokens.position_BL, m) for x in (q, turned))
 
-  def _latent(self, x_BLD, context):
+  def _latent(self, x_BLD, tokens):
     """[B, L, l], and the key with a position [B, L, 1, h]."""
     m, width = self.options, self.options.kv_lora_rank
     c = self._down(x_BLD, "kv_down", width + m.rope_head_dim)
     c, key = c[..., :width], c[..., None, width:]
-    key = positions.rotate(key, context.tokens.relative_BL, m)
+    key = positions.rotate(key, tokens.relative_BL, m)
     return self.norm(c, "kv_norm", _EPS), key
 
   def _down(self, x_BLD, name, width):

@@ -10,7 +10,7 @@ from moe_jax.models.attention import positions
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What attention is in one kind of layer. Hashable.
+  """The options of attention in one kind of layer. Hashable.
 
   num_heads: H query heads.
   num_kv_heads: heads of keys and values; divides H (2305.13245). Latent
@@ -67,37 +67,31 @@ class Options:
   v_head_dim: optional(integer(1)) = None
 
   def __post_init__(self):
-    for wrong, sentence in self._problems():
-      if wrong:
-        raise ConfigError(sentence)
-
-  def _problems(self):
-    """Yields (whether it is there, sentence) of options that do not fit."""
-    latent = self.kv_lora_rank is not None
-    others = (self.rope_head_dim, self.v_head_dim)
-    yield (
-      (None in others if latent else any((*others, self.q_lora_rank))),
-      "latent attention needs kv_lora_rank, rope_head_dim and v_head_dim, and"
-      " may have q_lora_rank; set the first three, or none of them",
-    )
+    latent, turns = self.kv_lora_rank is not None, self.rope != "none"
+    widths = (self.rope_head_dim, self.v_head_dim)
+    if None in widths if latent else any((*widths, self.q_lora_rank)):
+      raise ConfigError(
+        "latent attention needs kv_lora_rank, rope_head_dim and v_head_dim, and"
+        " may have q_lora_rank; set the first three, or none of them"
+      )
     turned = "rope_head_dim" if latent else "head_dim"
-    yield (
-      self.rope != "none" and getattr(self, turned) % 2,
-      f"{turned} = {getattr(self, turned)} is odd; rotary positions need pairs,"
-      ' or rope = "none"',
-    )
-    yield (
-      self.num_heads % self.num_kv_heads,
-      f"num_kv_heads = {self.num_kv_heads} does not divide num_heads ="
-      f" {self.num_heads}",
-    )
-    plain = self.num_kv_heads == self.num_heads and self.rope != "none"
+    if turns and getattr(self, turned) % 2:
+      raise ConfigError(
+        f"{turned} = {getattr(self, turned)} is odd; rotary positions need"
+        ' pairs, or rope = "none"'
+      )
+    if self.num_heads % self.num_kv_heads:
+      raise ConfigError(
+        f"num_kv_heads = {self.num_kv_heads} does not divide num_heads ="
+        f" {self.num_heads}"
+      )
+    plain = turns and self.num_kv_heads == self.num_heads
     plain &= (self.bias, self.qk_norm, self.clip) == ("none", "none", None)
-    yield (
-      latent and not plain,
-      "latent attention has num_kv_heads = num_heads and a rope, and no bias,"
-      " qk_norm or clip; change these, or leave out kv_lora_rank",
-    )
+    if latent and not plain:
+      raise ConfigError(
+        "latent attention has num_kv_heads = num_heads and a rope, and no bias,"
+        " qk_norm or clip; change these, or leave out kv_lora_rank"
+      )
 
   @property
   def cached_per_token(self) -> int:
@@ -109,27 +103,25 @@ class Options:
   @property
   def flops_per_pair(self) -> int:
     """FLOPs of one query looking at one key: its score and its share of y."""
-    value = self.v_head_dim or self.head_dim
-    return (
-      2 * self.num_heads * (self.head_dim + (self.rope_head_dim or 0) + value)
-    )
+    key = self.head_dim + (self.rope_head_dim or 0)
+    return 2 * self.num_heads * (key + (self.v_head_dim or self.head_dim))
 
 
 OPTIONS = of(Options) | {"rope_scaling": positions.OPTION}
 
 
-def read(section: Mapping, **common) -> Options:
-  """The options that a config has in `section`, and beside it.
+def read(section: Mapping) -> Options:
+  """The options that a config describes.
 
   Args:
-    section: keys of `Options`; rope_scaling as `positions.scaling` takes it.
-    **common: the same.
+    section: keys of `Options`; rope_scaling as `positions.scaling` takes it,
+      and lists, which JSON has for tuples.
 
   Raises:
     ConfigError: options that do not fit together.
   """
-  values = common | dict(section)
-  values["rope_scaling"] = positions.scaling(values.get("rope_scaling"))
-  if values.get("temperature") is not None:
-    values["temperature"] = tuple(values["temperature"])
-  return Options(**values)
+  scaling = positions.scaling(section.get("rope_scaling"))
+  values = {
+    k: tuple(v) if isinstance(v, list) else v for k, v in section.items()
+  }
+  return Options(**values | {"rope_scaling": scaling})

@@ -147,17 +147,17 @@ def rotate(x_BLHh: Array, position_BL: Array, options) -> Array:
   return rotated.reshape(x_BLHh.shape).astype(x_BLHh.dtype)
 
 
-def tempered(q_BLHh: Array, position_BL: Array, temperature) -> Array:
+def tempered(q_BLHh: Array, position_BL: Array, options) -> Array:
   """Queries that grow with the logarithm of their position.
 
   Args:
     q_BLHh: queries.
     position_BL: own positions of their tokens.
-    temperature: (s, n, o), see `Options`; None: queries stay as they are.
+    options: of attention; without a temperature, queries stay as they are.
   """
-  if temperature is None:
+  if options.temperature is None:
     return q_BLHh
-  scale, length, offset = temperature
+  scale, length, offset = options.temperature
   dtype = jnp.promote_types(q_BLHh.dtype, jnp.float32)
   steps_BL = (position_BL + offset) // length
   factor_BL = 1 + scale * jnp.log1p(steps_BL.astype(dtype))

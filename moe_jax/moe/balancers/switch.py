@@ -11,7 +11,19 @@ from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import number, word
 from moe_jax.moe.types import Balancer, Mean
 
-SCOPES = ("sequence", "group", "micro_batch", "global_batch")
+
+def _whole_sequences(x, groups):
+  """Sums the groups of a sequence, where they are fractions of one."""
+  return x.reshape(-1, groups, *x.shape[1:]).sum(1, dtype=x.dtype)
+
+
+# {scope: the sums [..., E] of x [G, S, E] that f and P are formed of}.
+SCOPES = {
+  "sequence": _whole_sequences,
+  "group": lambda x, groups: x.sum(1),
+  "micro_batch": lambda x, groups: x.sum((0, 1)),
+  "global_batch": lambda x, groups: x.sum((0, 1)),
+}
 
 
 def build(
@@ -36,42 +48,24 @@ def build(
 
   def loss(state, stats, so_far_E, router_params):
     del state, router_params
-    count = stats.count_E if count_all else stats.first_choice_E
-    tokens, prob = stats.tokens, stats.prob_E
-    if scope in ("micro_batch", "global_batch"):
-      count, prob, tokens = count.sum((0, 1)), prob.sum((0, 1)), tokens.sum()
-    elif scope == "sequence":
-      count, prob, tokens = (
-        _whole_sequences(x, stats.groups_per_sequence)
-        for x in (count, prob, tokens)
-      )
-    elif scope == "group":
-      count, prob, tokens = count.sum(1), prob.sum(1), tokens.sum(1)
+    counts = stats.count_E if count == "all" else stats.first_choice_E
+    count_E, prob_E, tokens = (
+      SCOPES[scope](x, stats.groups_per_sequence)
+      for x in (counts, stats.prob_E, stats.tokens)
+    )
     if scope == "global_batch":
-      count = count + so_far_E
-    return _weighted(_load_loss(count, prob), tokens, coefficient)
+      count_E = count_E + so_far_E
+    loss = _load_loss(count_E, prob_E)
+    # Each sequence or group counts by its unpadded tokens.
+    weight = tokens.astype(loss.dtype)
+    return Mean(coefficient * (loss * weight).sum(), weight.sum())
 
-  count_all = count == "all"
   return Balancer(loss=loss)
 
 
 def _load_loss(count_E, prob_E):
   """E * sum_i f_i P_i over the last axis; 0 where there are no tokens."""
   f_E = count_E / jnp.maximum(count_E.sum(-1, keepdims=True), 1)
-  prob_E = prob_E / _positive(prob_E.sum(-1, keepdims=True))
+  total = prob_E.sum(-1, keepdims=True)
+  prob_E = prob_E / jnp.where(total > 0, total, 1)
   return prob_E.shape[-1] * (f_E.astype(prob_E.dtype) * prob_E).sum(-1)
-
-
-def _whole_sequences(x, groups):
-  """Sums the groups of a sequence, where they are fractions of one."""
-  return x.reshape(-1, groups, *x.shape[1:]).sum(1, dtype=x.dtype)
-
-
-def _positive(x):
-  return jnp.where(x > 0, x, 1)
-
-
-def _weighted(loss, tokens, coefficient):
-  """Each sequence or group counts by its unpadded tokens."""
-  weight = tokens.astype(loss.dtype)
-  return Mean(coefficient * (loss * weight).sum(), weight.sum())

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.core import varying
 from moe_jax.core.errors import ConfigError
 from moe_jax.moe import capacity
 from moe_jax.moe.types import Array, Bound, Dispatcher, TokenChoice
 
 PART = Dispatcher  # `build` of each file returns one.
-# What every remat policy keeps, so that a recompute cannot route differently.
+# Names that every remat policy keeps: a recompute cannot route differently.
 SAVED = ("expert", "slot", "kept")
 
 
@@ -88,22 +87,17 @@ def _take(x_ND, index):
   return jnp.asarray(x_ND).at[index].get(mode="fill", fill_value=0)
 
 
-def _take_forward(x_ND, index, inverse_NK):
-  return _take(x_ND, index), inverse_NK
-
-
 def _take_backward(inverse_NK, dy):
   dy_MD = dy.reshape(-1, dy.shape[-1])
   choices = range(inverse_NK.shape[1])
   return sum(_take(dy_MD, inverse_NK[:, k]) for k in choices), None, None
 
 
-take.defvjp(_take_forward, _take_backward)
+take.defvjp(lambda *args: (take(*args), args[2]), _take_backward)
 
 
-def combine(
-  x_ND: Array, weight_TK: Array, row_TK: Array, owner_N: Array
-) -> Array:
+@jax.custom_vjp
+def combine(x_ND, weight_TK, row_TK, owner_N) -> Array:
   """y_t = sum over k of weight_tk * x[row_tk], in the weights' dtype.
 
   Gathers both ways, one for each k, as nothing of size T * K * D is made.
@@ -114,21 +108,11 @@ def combine(
     row_TK: int32, out of range for none.
     owner_N: the inverse of row_TK: t * K + k, out of range for none.
   """
-  x_ND, weight_TK = varying.alike((x_ND, weight_TK))
-  return _combine(x_ND, weight_TK, row_TK, owner_N)
-
-
-@jax.custom_vjp
-def _combine(x_ND, weight_TK, row_TK, owner_N):
   del owner_N
   return sum(
     weight_TK[:, k, None] * _take(x_ND, row_TK[:, k])
     for k in range(row_TK.shape[1])
   )
-
-
-def _combine_forward(*args):
-  return _combine(*args), args
 
 
 def _combine_backward(kept, dy_TD):
@@ -142,14 +126,20 @@ def _combine_backward(kept, dy_TD):
   return dx_ND.astype(x_ND.dtype), dweight_TK, None, None
 
 
-_combine.defvjp(_combine_forward, _combine_backward)
+combine.defvjp(lambda *args: (combine(*args), args), _combine_backward)
 
 
-def check_bound(bound: Bound | None, num_experts: int) -> None:
-  """Raises ConfigError for a bound that slots [E, C] cannot hold."""
-  if bound is None or bound.expert_buckets != num_experts:
+def check_bound(recipe) -> None:
+  """Raises ConfigError for a bound that slots [E, C] cannot hold.
+
+  Args:
+    recipe: `layer.Recipe`.
+  """
+  buckets = recipe.bound.expert_buckets if recipe.bound else None
+  if not recipe.dispatcher.ragged and buckets != recipe.num_experts:
     raise ConfigError(
       "the dispatchers einsum and gather give every expert the same number of"
-      f" slots: they need a capacity_factor and expert_buckets = {num_experts};"
-      " use the dispatcher sorted for dropless or bucket-bounded routing"
+      " slots: they need a capacity_factor and expert_buckets ="
+      f" {recipe.num_experts}; use the dispatcher sorted for dropless or"
+      " bucket-bounded routing"
     )

@@ -1,8 +1,11 @@
 """Slots filled by gathering tokens, and emptied by gathering slots."""
 
+import functools
+
 import flax.struct
 import jax.numpy as jnp
 
+from moe_jax.core import varying
 from moe_jax.core.options import word
 from moe_jax.moe import capacity, dispatchers, plans
 from moe_jax.moe.types import Array, Dispatcher, Rows
@@ -24,18 +27,13 @@ class RowPlan(plans.TokenPlan):
 
   def dispatch(self, x_GTD: Array) -> Rows:
     """Every row's token, scaled by the weight if that is for the input."""
-    top_k, choice = self.row_GTK.shape[2], self.choice
-    x_ND = dispatchers.take(
-      x_GTD.reshape(-1, x_GTD.shape[-1]),
-      self.owner_N // top_k,
-      self.row_GTK.reshape(-1, top_k),
-    )
-    if choice.weight_input:
-      weight_N1 = dispatchers.take(
-        choice.weight_TK.reshape(-1, 1),
-        self.owner_N,
-        self.row_GTK.reshape(-1, 1),
-      )
+    top_k = self.row_GTK.shape[2]
+    owner_N, row_TK = self.owner_N // top_k, _flat(self.row_GTK)
+    x_ND = dispatchers.take(_flat(x_GTD), owner_N, row_TK)
+    if self.choice.weight_input:
+      weight_N1 = self.choice.weight_TK.reshape(-1, 1)
+      row_N1 = self.row_GTK.reshape(-1, 1)
+      weight_N1 = dispatchers.take(weight_N1, self.owner_N, row_N1)
       x_ND *= weight_N1.astype(x_ND.dtype)
     if self.tokens_per_expert_GE is not None:
       return Rows(x_ND, self.tokens_per_expert_GE)
@@ -44,42 +42,54 @@ class RowPlan(plans.TokenPlan):
 
   def combine(self, rows: Rows) -> Array:
     """sum_k weight * row, in the weights' dtype, returned in that of the rows."""
-    groups, tokens, top_k = self.row_GTK.shape
-    weight_GTK, x_ND = self.choice.weight_TK, rows.x
+    groups, tokens, _ = self.row_GTK.shape
+    weight_GTK = self.choice.weight_TK
     if self.choice.weight_input:
       weight_GTK = jnp.ones_like(weight_GTK)
-    y_ND = dispatchers.combine(
-      x_ND.reshape(-1, x_ND.shape[-1]),
-      weight_GTK.reshape(-1, top_k),
-      self.row_GTK.reshape(-1, top_k),
-      self.owner_N,
-    )
-    return y_ND.astype(x_ND.dtype).reshape(groups, tokens, -1)
+    args = varying.alike((_flat(rows.x), _flat(weight_GTK)))
+    y_TD = dispatchers.combine(*args, _flat(self.row_GTK), self.owner_N)
+    return y_TD.astype(rows.x.dtype).reshape(groups, tokens, -1)
 
 
-def owners(row_GTK: Array, num_rows: int) -> Array:
-  """The inverse of row_GTK: the flat assignment of every row."""
+def _flat(x):
+  """All axes but the last as one."""
+  return x.reshape(-1, x.shape[-1])
+
+
+def plan_rows(
+  choice, kept_GTK, row_GTK, num_rows, num_experts, bound, counts_GE=None
+) -> RowPlan:
+  """The plan of a choice whose kept assignments have these rows.
+
+  Args:
+    choice: `TokenChoice` with a leading G.
+    kept_GTK: bool.
+    row_GTK: int32, different rows for kept assignments.
+    num_rows: N.
+    num_experts: E.
+    bound: `Bound` or None.
+    counts_GE: kept assignments of each expert, for ragged rows.
+  """
+  row_GTK = jnp.where(kept_GTK, row_GTK, num_rows)
   none = jnp.full(num_rows, row_GTK.size, jnp.int32)
   owner = jnp.arange(row_GTK.size, dtype=jnp.int32)
-  return none.at[row_GTK.reshape(-1)].set(owner, mode="drop")
+  owner_N = none.at[row_GTK.reshape(-1)].set(owner, mode="drop")
+  return RowPlan(
+    choice, kept_GTK, num_experts, bound, owner_N, row_GTK, counts_GE
+  )
 
 
 def build(order: word(*capacity.ORDERS) = "token") -> Dispatcher:
   """Args: order: who gets slots first, "token" or "choice" (`capacity.rank`)."""
 
   def plan(choice, num_experts, bound):
-    dispatchers.check_bound(bound, num_experts)
     slot_GTK, kept_GTK = dispatchers.assign(choice, num_experts, bound, order)
-    slots = num_experts * bound.slots
-    rows = kept_GTK.shape[0] * slots
-    group_G11 = jnp.arange(kept_GTK.shape[0])[:, None, None]
+    groups, slots = kept_GTK.shape[0], num_experts * bound.slots
+    group_G11 = jnp.arange(groups)[:, None, None]
     slot_GTK += group_G11 * slots + choice.expert_TK * bound.slots
-    slot_GTK = jnp.where(kept_GTK, slot_GTK, rows)
-    owner_N = owners(slot_GTK, rows)
-    return RowPlan(choice, kept_GTK, num_experts, False, owner_N, slot_GTK)
+    return plan_rows(
+      choice, kept_GTK, slot_GTK, groups * slots, num_experts, bound
+    )
 
-  return Dispatcher(
-    plan,
-    causal=lambda top_k, bound: dispatchers.causal(order, top_k, bound),
-    ragged=False,
-  )
+  causal = functools.partial(dispatchers.causal, order)
+  return Dispatcher(plan, causal, ragged=False)

@@ -3,6 +3,8 @@
 MegaBlocks (2211.15841) without padding; the experts use a grouped matmul.
 """
 
+import functools
+
 import jax.numpy as jnp
 
 from moe_jax.core.options import word
@@ -27,22 +29,12 @@ def build(order: word(*capacity.ORDERS) = "token") -> Dispatcher:
     count_GE = count_GE.at[group_G11, choice.expert_TK].add(
       kept_GTK.astype(jnp.int32)
     )
-    start_EG = jnp.cumsum(count_GE.T.reshape(-1)) - count_GE.T.reshape(-1)
-    start_EG = start_EG.reshape(num_experts, groups)
+    count_N = count_GE.T.reshape(-1)
+    start_EG = (jnp.cumsum(count_N) - count_N).reshape(num_experts, groups)
     row_GTK = start_EG[choice.expert_TK, group_G11] + slot_GTK
-    row_GTK = jnp.where(kept_GTK, row_GTK, rows)
-    return gather.RowPlan(
-      choice,
-      kept_GTK,
-      num_experts,
-      dispatchers.shares_slots(num_experts, bound),
-      gather.owners(row_GTK, rows),
-      row_GTK,
-      count_GE,
+    return gather.plan_rows(
+      choice, kept_GTK, row_GTK, rows, num_experts, bound, count_GE
     )
 
-  return Dispatcher(
-    plan,
-    causal=lambda top_k, bound: dispatchers.causal(order, top_k, bound),
-    ragged=True,
-  )
+  causal = functools.partial(dispatchers.causal, order)
+  return Dispatcher(plan, causal, ragged=True)

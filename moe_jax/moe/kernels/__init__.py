@@ -1,7 +1,7 @@
 """Rows sorted by expert times the weights of their expert.
 
-Several backends, one file each: `matmul(x, w, sizes)`, and `network` where it
-can do better for a whole network than one product after the other.
+Several backends, one file each: `matmul(x, w, sizes)`, where y[n] is x[n] times
+the matrix of row n's expert, or `network`, which is `grouped_network` itself.
 """
 
 import importlib
@@ -14,13 +14,12 @@ from moe_jax.core.linear import product
 from moe_jax.core.options import word
 from moe_jax.moe.types import Array
 
-_DEFAULTS = {"cpu": "cpu", "gpu": "gpu", "tpu": "tpu"}
 BACKENDS = tuple(m.name for m in pkgutil.iter_modules(__path__))
 
 
 def backend_for(platform: str, wanted: str | None = None) -> str:
   """What is wanted, or else what a platform ("cpu", "gpu", "tpu") gets."""
-  return wanted or _DEFAULTS.get(platform, "reference")
+  return wanted or (platform if platform in BACKENDS else "reference")
 
 
 def is_checked(backend: str) -> bool:
@@ -28,55 +27,26 @@ def is_checked(backend: str) -> bool:
   return getattr(_load(backend), "CHECKED", True)
 
 
-def grouped_matmul(
-  x_ND: Array,
-  w_EDF: Array,
-  tokens_per_expert_E: Array,
-  *,
-  backend: str | None = None,
-) -> Array:
-  """y[n] = x[n] @ w[expert of row n], accumulated in at least float32.
-
-  Args:
-    x_ND: rows sorted by expert.
-    w_EDF: one matrix per expert.
-    tokens_per_expert_E: int32 >= 0, whose sum is at most N.
-    backend: a file of this folder; None: the default of jax's backend.
-
-  Returns:
-    y_NF in x's dtype. Rows beyond the sum give exactly zero output and
-    receive exactly zero gradient, as does the matrix of an expert without
-    rows.
-  """
-  backend = backend_for(jax.default_backend(), backend)
-  matmul = _load(backend).matmul
-  live = jnp.arange(x_ND.shape[0]) < tokens_per_expert_E.sum()
-  x_ND = jnp.where(live[:, None], x_ND, 0)
-  y_NF = matmul(x_ND, w_EDF, tokens_per_expert_E)
-  return jnp.where(live[:, None], y_NF, 0)
-
-
 def grouped_network(
-  expert,
-  params,
-  x_ND: Array,
-  tokens_per_expert_E: Array,
-  *,
-  backend: str | None = None,
+  expert, params, x_ND: Array, tokens_per_expert_E: Array, *, backend=None
 ) -> Array:
   """Each expert's network on its own rows.
+
+  Products are accumulated in at least float32.
 
   Args:
     expert: expert(linear, params, x), which works row by row and takes its
       products through `linear(params, name, x)`, see `linear`.
     params: {name: [E, ...]}.
-    x_ND, tokens_per_expert_E, backend: as `grouped_matmul`.
+    x_ND: rows sorted by expert.
+    tokens_per_expert_E: int32 >= 0, whose sum is at most N.
+    backend: a file of this folder; None: the default of jax's backend.
 
   Returns:
-    As `grouped_matmul`.
+    Results in x's dtype. Rows beyond the sum give exactly zero output and
+    receive exactly zero gradient, as do the weights of an expert without rows.
   """
-  backend = backend_for(jax.default_backend(), backend)
-  module = _load(backend)
+  module = _load(backend_for(jax.default_backend(), backend))
   if hasattr(module, "network"):
     return module.network(expert, params, x_ND, tokens_per_expert_E)
   expert_N = jnp.repeat(
@@ -86,15 +56,20 @@ def grouped_network(
   )
 
   def grouped(params, name, x_ND):
-    y_NF = grouped_matmul(
-      x_ND, params[name], tokens_per_expert_E, backend=backend
-    )
+    x_ND = _live(x_ND, tokens_per_expert_E)
+    y_NF = module.matmul(x_ND, params[name], tokens_per_expert_E)
+    y_NF = _live(y_NF, tokens_per_expert_E)
     bias_EF = params.get(f"{name}_bias")
     return y_NF if bias_EF is None else y_NF + bias_EF[expert_N]
 
   y_ND = expert(grouped, params, x_ND)
+  return _live(y_ND, tokens_per_expert_E)  # The bias is in all rows.
+
+
+def _live(x_ND, tokens_per_expert_E):
+  """Zero in the rows that belong to nobody."""
   live = jnp.arange(x_ND.shape[0]) < tokens_per_expert_E.sum()
-  return jnp.where(live[:, None], y_ND, 0)  # The bias is in all rows.
+  return jnp.where(live[:, None], x_ND, 0)
 
 
 def linear(params, name: str, x: Array) -> Array:

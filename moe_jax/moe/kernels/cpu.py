@@ -19,33 +19,11 @@ from moe_jax.core import varying
 from moe_jax.moe import kernels
 from moe_jax.moe.types import Array
 
-# Sizes of chunks, relative to the rows of an expert when loads are equal: close
-# to each other near there.
-_SIZES = (
-  1 / 4,
-  3 / 8,
-  1 / 2,
-  5 / 8,
-  3 / 4,
-  7 / 8,
-  15 / 16,
-  1,
-  17 / 16,
-  9 / 8,
-  5 / 4,
-  3 / 2,
-)
+# Sizes of chunks, in sixteenths of the rows of an expert when loads are equal:
+# close to each other near there.
+_SIZES = (4, 6, 8, 10, 12, 14, 15, 16, 17, 18, 20, 24)
 _LARGEST = 512  # Rows; what belongs to a chunk should fit a cache.
-_MULTIPLE = 16  # Of rows, which the products are fast for.
-
-
-def matmul(x_ND, w_EDF, sizes_E):
-  """See `grouped_matmul`."""
-  return network(_product, {"w": w_EDF}, x_ND, sizes_E)
-
-
-def _product(linear, params, x):
-  return linear(params, "w", x)
+_MULTIPLE = 16  # Products are fast for multiples of this many rows.
 
 
 def network(expert, params, x_ND: Array, sizes_E: Array) -> Array:
@@ -56,31 +34,42 @@ def network(expert, params, x_ND: Array, sizes_E: Array) -> Array:
   return _network(expert, params, x_ND, sizes_E)
 
 
-def _split(expert):
-  """The network in two: the products of its input, kept for gradients, and all
-  that is made of them, in the order in which the network asks for them."""
+def _products(expert, params, x, known=None):
+  """(the network's result, the products of x that it asked for, in order).
 
-  def hidden(params, x):
-    products = []
+  Args:
+    expert, params, x: see `network`.
+    known: the products, which are taken then and not computed; None: unknown.
+  """
+  products = []
 
-    def linear(params, name, value):
-      y = kernels.linear(params, name, value)
-      if value is x:
-        products.append(y)
-      return y
+  def linear(params, name, value):
+    if value is not x:
+      return kernels.linear(params, name, value)
+    if known is None:
+      y = kernels.linear(params, name, x)
+    else:
+      own = {k: params[k] for k in (name, f"{name}_bias") if k in params}
+      y = _known(name, own, x, known[len(products)])
+    products.append(y)
+    return y
 
-    expert(linear, params, x)
-    return products
+  return expert(linear, params, x), products
 
-  def output(params, x, products):
-    left = iter(products)
 
-    def linear(params, name, value):
-      return next(left) if value is x else kernels.linear(params, name, value)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _known(name, params, x, y):
+  """y, which is `kernels.linear(params, name, x)`, with its gradient."""
+  del name, params, x
+  return y
 
-    return expert(linear, params, x)
 
-  return hidden, output
+def _known_backward(name, kept, dy):
+  _, pull = jax.vjp(lambda *args: kernels.linear(args[0], name, args[1]), *kept)
+  return *pull(dy), None
+
+
+_known.defvjp(lambda name, params, x, y: (y, (params, x)), _known_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -88,50 +77,38 @@ def _network(expert, params, x_ND, sizes_E):
   return _forward(expert, params, x_ND, sizes_E, keep=False)[0]
 
 
-def _forward(expert, params, x_ND, sizes_E, keep):
-  first, second = _split(expert)
-  rows, num_experts = x_ND.shape[0], sizes_E.size
-  room = rows + _sizes(rows, num_experts)[-1]
-  one = _expert(params, 0)
-  hidden = jax.eval_shape(first, one, x_ND)
-  y_ND = jax.eval_shape(second, one, x_ND, hidden)
+def _forward(expert, params, x_ND, sizes_E, keep=True):
+  """The result, and what the backward pass keeps if it is wanted."""
+  rows = x_ND.shape[0]
+  room = rows + _sizes(rows, sizes_E.size)[-1]
+  compute = functools.partial(_products, expert)
+  y_ND, products = jax.eval_shape(compute, _expert(params, 0), x_ND)
 
   def body(carry, weights, chunk):
-    hidden, y_ND = carry
-    x_CD = _read(x_ND, chunk)
-    products = first(weights, x_CD)
-    y_ND = _write(y_ND, second(weights, x_CD, products), chunk)
-    return _write(hidden, products, chunk) if keep else hidden, y_ND
+    products, y_ND = carry
+    y_CD, new = compute(weights, _read(x_ND, chunk))
+    y_ND = _write(y_ND, y_CD, chunk)
+    return _write(products, new, chunk) if keep else products, y_ND
 
-  start = _zeros(hidden if keep else None, room), _zeros(y_ND, room)
+  start = _zeros(products if keep else None, room), _zeros(y_ND, room)
   start = varying.alike((start, x_ND))[0]
-  hidden, y_ND = _loop(body, start, params, sizes_E, rows)
-  return _cut(y_ND, sizes_E, rows), hidden
-
-
-def _forward_keeping(expert, params, x_ND, sizes_E):
-  y_ND, hidden = _forward(expert, params, x_ND, sizes_E, keep=True)
-  return y_ND, (params, x_ND, sizes_E, hidden)
+  products, y_ND = _loop(body, start, params, sizes_E, rows)
+  return _cut(y_ND, sizes_E, rows), (params, x_ND, sizes_E, products)
 
 
 def _backward(expert, kept, dy_ND):
-  first, second = _split(expert)
-  params, x_ND, sizes_E, hidden = kept
-  rows, num_experts = x_ND.shape[0], sizes_E.size
-  room = rows + _sizes(rows, num_experts)[-1]
-  uses_x = _uses(second, 1, _expert(params, 0), x_ND, hidden)
+  params, x_ND, sizes_E, products = kept
+  rows = x_ND.shape[0]
+  room = rows + _sizes(rows, sizes_E.size)[-1]
 
   def body(carry, weights, chunk):
     sums, dx_ND = carry
-    x_CD, products = _read(x_ND, chunk), _read(hidden, chunk)
-    _, to_products = jax.vjp(second, weights, x_CD, products)
-    grads, directly_CD, d_products = to_products(_read(dy_ND, chunk))
-    _, to_x = jax.vjp(first, weights, x_CD)
-    more, dx_CD = to_x(d_products)
-    if uses_x:
-      dx_CD += directly_CD
-    sums = _add(sums, jax.tree.map(jnp.add, grads, more), chunk)
-    return sums, _write(dx_ND, dx_CD, chunk)
+    x_CD, known = _read(x_ND, chunk), _read(products, chunk)
+    _, pull = jax.vjp(
+      lambda w, x: _products(expert, w, x, known)[0], weights, x_CD
+    )
+    grads, dx_CD = pull(_read(dy_ND, chunk))
+    return _add(sums, grads, chunk), _write(dx_ND, dx_CD, chunk)
 
   # All of it is written, so that it need not be zeros; XLA on CPU fills it.
   wide = lambda w: jnp.promote_types(w.dtype, jnp.float32)  # noqa: E731
@@ -142,17 +119,7 @@ def _backward(expert, kept, dy_ND):
   return grads, _cut(dx_ND, sizes_E, rows), None
 
 
-_network.defvjp(_forward_keeping, _backward)
-
-
-def _uses(f, number, *args) -> bool:
-  """Whether a function's result depends on its argument of this number."""
-  jaxpr = jax.make_jaxpr(f)(*args).jaxpr
-  before = len(jax.tree.leaves(args[:number]))
-  variable = jaxpr.invars[before]
-  return any(variable in e.invars for e in jaxpr.eqns) or (
-    variable in jaxpr.outvars
-  )
+_network.defvjp(_forward, _backward)
 
 
 class _Chunk(NamedTuple):
@@ -202,10 +169,11 @@ def _loop(body, carry, params, sizes_E, rows, every=False):
 
 
 def _sizes(rows, num_experts):
-  """Of chunks, ascending, for so many rows in all."""
+  """The chunk sizes to compile, ascending, for this many rows in all."""
   mean = rows / num_experts
   mean /= -(-mean // _LARGEST)
-  whole = (_MULTIPLE * -(-int(part * mean) // _MULTIPLE) for part in _SIZES)
+  parts = (int(part * mean / 16) for part in _SIZES)
+  whole = (_MULTIPLE * -(-part // _MULTIPLE) for part in parts)
   return sorted({min(rows, max(size, _MULTIPLE)) for size in whole})
 
 
@@ -231,11 +199,10 @@ def _read(tree, chunk):
 
 
 def _write(tree, window, chunk):
-  return jax.tree.map(
-    lambda x, new: lax.dynamic_update_slice_in_dim(x, new, chunk.first, 0),
-    tree,
-    window,
+  update = functools.partial(
+    lax.dynamic_update_slice_in_dim, start_index=chunk.first, axis=0
   )
+  return jax.tree.map(update, tree, window)
 
 
 def _add(sums, grads, chunk):
@@ -251,7 +218,7 @@ def _add(sums, grads, chunk):
 
 
 def _cut(x_ND, sizes_E, rows):
-  """Without what the last chunk wrote beyond its own rows."""
+  """The rows without those that the last chunk wrote beyond its own."""
   room = x_ND.shape[0] - rows
   nothing = jnp.zeros((room, *x_ND.shape[1:]), x_ND.dtype)
   x_ND = lax.dynamic_update_slice_in_dim(x_ND, nothing, sizes_E.sum(), 0)

@@ -21,10 +21,6 @@ def build(top_k: integer(1)) -> Router:
   nothing that a balancer could change.
   """
 
-  def init(rng, d_model, num_experts):
-    del rng, d_model, num_experts
-    return {}
-
   def route(params, x_TD, *, num_experts, select, side, rng):
     del params, select
     dtype = jnp.promote_types(x_TD.dtype, jnp.float32)
@@ -39,4 +35,5 @@ def build(top_k: integer(1)) -> Router:
     )
     return Routing(choice, prob_TE=jnp.full(shape, 1 / num_experts, dtype))
 
+  init = lambda rng, d_model, num_experts: {}  # noqa: E731
   return Router(init, {}, route, causal=True, top_k=top_k, always_draws=True)

@@ -2,6 +2,34 @@
 
 Switch, GShard, GLaM, Mixtral, DBRX, DeepSeek, Llama 4, Mistral Large 3 and
 OLMoE are settings of this one router.
+
+The options of `build`:
+
+  top_k: K, experts per token.
+  score: "softmax", "sigmoid" (DeepSeek-V3) or "sqrt_softplus".
+  score_before_top_k: score all logits, then choose; False: choose by logit,
+    then score the chosen ones (Mixtral, gpt-oss, Llama 4).
+  renormalize: divide the chosen weights by their sum.
+  scale: a factor on the weights, after renormalising.
+  num_expert_groups: contiguous groups of experts; with top_expert_groups <
+    num_expert_groups a token chooses in its best groups only
+    (DeepSeek-V3, 2412.19437, 2.1.2).
+  group_score: of a group, from the selection scores: "max" or "sum_top_2".
+  expert_group_mask: score of the experts outside, "-inf" or "0". Published
+    codes differ, and so does the choice when biased scores are negative.
+  jitter: multiply the router's input by U[1 - jitter, 1 + jitter] (Switch).
+  noise: add N(0, noise^2) to the logits (V-MoE takes 1/E).
+  second_expert: "all" or "random": use the second expert with probability
+    min(1, 2 w_2) (GShard, 2006.16668 Algorithm 1); needs top_k = 2.
+  apply_to: weights multiply the expert's "output", or its "input" (Llama 4).
+  priority: "none", or "score": tokens with the larger best score take their
+    slots first (batch prioritised routing, 2106.05974). Not causal.
+  use_bias: logits = x W + b (gpt-oss, 2508.10925).
+  precision: of the router's matmul on accelerators: "highest" is float32;
+    "high" and "default" round the inputs, and flip choices.
+  init_scale: W is truncated normal with variance init_scale / D.
+  allow_constant_weight: build a router whose one weight is always 1, as some
+    published models have; it would learn nothing from the task.
 """
 
 import jax
@@ -32,11 +60,8 @@ LOG_SCORES = {
   "sqrt_softplus": lambda logits: _log_softplus(logits) / 2,
 }
 # Where a score no longer grows with its logit.
-SATURATED = {
-  "softmax": lambda score_TE: score_TE <= 0,
-  "sigmoid": lambda score_TE: (score_TE <= 0) | (score_TE >= 1),
-  "sqrt_softplus": lambda score_TE: score_TE <= 0,
-}
+SATURATED = dict.fromkeys(SCORES, lambda score_TE: score_TE <= 0)
+SATURATED["sigmoid"] = lambda score_TE: (score_TE <= 0) | (score_TE >= 1)
 GROUP_SCORES = {
   "max": lambda score_TGE: score_TGE.max(-1),
   "sum_top_2": lambda score_TGE: jnp.sort(score_TGE)[..., -2:].sum(-1),
@@ -63,42 +88,51 @@ def build(
   init_scale: number(above=0) = 1.0,
   allow_constant_weight: bool = False,
 ) -> Router:
-  """The router.
+  """s = score(x W); chosen = top-k(select(s)); w = scale * s[chosen] / norm.
 
-  s = score(x W); chosen = top-k(select(s)); w = scale * s[chosen] / norm.
-
-  Args:
-    top_k: K, experts per token.
-    score: "softmax", "sigmoid" (DeepSeek-V3) or "sqrt_softplus".
-    score_before_top_k: score all logits, then choose; False: choose by logit,
-      then score the chosen ones (Mixtral, gpt-oss, Llama 4).
-    renormalize: divide the chosen weights by their sum.
-    scale: a factor on the weights, after renormalising.
-    num_expert_groups: contiguous groups of experts; with top_expert_groups <
-      num_expert_groups a token chooses in its best groups only
-      (DeepSeek-V3, 2412.19437, 2.1.2).
-    group_score: of a group, from the selection scores: "max" or "sum_top_2".
-    expert_group_mask: score of the experts outside, "-inf" or "0". Published
-      codes differ, and so does the choice when biased scores are negative.
-    jitter: multiply the router's input by U[1 - jitter, 1 + jitter] (Switch).
-    noise: add N(0, noise^2) to the logits (V-MoE takes 1/E).
-    second_expert: "all" or "random": use the second expert with probability
-      min(1, 2 w_2) (GShard, 2006.16668 Algorithm 1); needs top_k = 2.
-    apply_to: weights multiply the expert's "output", or its "input" (Llama 4).
-    priority: "none", or "score": tokens with the larger best score take their
-      slots first (batch prioritised routing, 2106.05974). Not causal.
-    use_bias: logits = x W + b (gpt-oss, 2508.10925).
-    precision: of the router's matmul on accelerators: "highest" is float32;
-      "high" and "default" round the inputs, and flip choices.
-    init_scale: W is truncated normal with variance init_scale / D.
-    allow_constant_weight: build a router whose one weight is always 1, as some
-      published models have; it would learn nothing from the task.
-
-  Raises:
-    ConfigError: options that do not fit together.
+  The head of this file describes the options.
   """
   constant = renormalize or (score == "softmax" and not score_before_top_k)
-  if top_k == 1 and constant and not allow_constant_weight:
+  groups = num_expert_groups, top_expert_groups
+  _check(top_k, constant and not allow_constant_weight, second_expert, *groups)
+
+  def init(rng, d_model, num_experts):
+    _check_groups(num_experts, top_k, *groups)
+    return _init(rng, d_model, num_experts, use_bias, init_scale)
+
+  def route(params, x_TD, *, num_experts, select, side, rng):
+    rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
+    logits_TE = _logits(params, x_TD, rngs, jitter, noise, precision)
+    score_TE = SCORES[score](logits_TE) if score_before_top_k else logits_TE
+    selection_TE = jax.lax.stop_gradient(select(score_TE))
+    if top_expert_groups < num_expert_groups:
+      outside = float(expert_group_mask)
+      selection_TE = _in_groups(selection_TE, *groups, group_score, outside)
+    saturated_TE = SATURATED[score](score_TE) if score_before_top_k else None
+    expert_TK = choose(selection_TE, logits_TE, saturated_TE, top_k)
+    expert_TK = checkpoint_name(expert_TK, "expert")
+    chosen_TK, shares_TK = _weigh(expert_TK, logits_TE, score_TE, score)
+    weight_TK = shares_TK if renormalize else chosen_TK
+    choice = TokenChoice(
+      expert_TK,
+      weight_TK * scale,
+      _valid(side.mask_T, shares_TK, second_expert, rngs[2]),
+      _best_first(chosen_TK) if priority == "score" else None,
+      weight_input=apply_to == "input",
+    )
+    # Again scores over their sum (2412.19437, 2.1.2).
+    prob_TE = jax.nn.softmax(LOG_SCORES[score](logits_TE))
+    return Routing(choice, prob_TE=prob_TE, logits_TE=logits_TE)
+
+  axes = {"kernel": ("embed", None)}
+  if use_bias:
+    axes["kernel_bias"] = (None,)
+  return Router(init, axes, route, causal=priority == "none", top_k=top_k)
+
+
+def _check(top_k, constant, second_expert, num_groups, top_groups):
+  """Raises ConfigError for options that do not fit together."""
+  if top_k == 1 and constant:
     raise ConfigError(
       "with top_k = 1 a weight over the sum of a token's weights is always 1, so"
       " the router would learn nothing from the task; set renormalize = False,"
@@ -110,97 +144,63 @@ def build(
       f'second_expert="random" needs top_k = 2, not {top_k};'
       ' set second_expert="all"'
     )
-  if top_expert_groups > num_expert_groups:
+  if top_groups > num_groups:
     raise ConfigError(
-      f"top_expert_groups = {top_expert_groups} is more than num_expert_groups ="
-      f" {num_expert_groups}; change one of them"
+      f"top_expert_groups = {top_groups} is more than num_expert_groups ="
+      f" {num_groups}; change one of them"
     )
 
-  def init(rng, d_model, num_experts):
-    _check_groups(num_experts, top_k, num_expert_groups, top_expert_groups)
-    initializer = jax.nn.initializers.variance_scaling(
-      init_scale, "fan_in", "truncated_normal"
+
+def _check_groups(num_experts, top_k, num_groups, top_groups):
+  """Raises ConfigError where a token cannot choose K experts."""
+  if num_experts % num_groups:
+    raise ConfigError(
+      f"num_expert_groups = {num_groups} does not divide"
+      f" num_experts = {num_experts}"
     )
-    params = {"kernel": initializer(rng, (d_model, num_experts))}
-    if use_bias:
-      params["kernel_bias"] = jnp.zeros(num_experts)
-    return params
-
-  def route(params, x_TD, *, num_experts, select, side, rng):
-    del num_experts
-    rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
-    logits_TE = score_inputs(params, x_TD, rngs)
-    score_TE = SCORES[score](logits_TE) if score_before_top_k else logits_TE
-    selection_TE = jax.lax.stop_gradient(select(score_TE))
-    if top_expert_groups < num_expert_groups:
-      selection_TE = best_groups(selection_TE)
-    saturated_TE = None
-    if score_before_top_k:
-      saturated_TE = SATURATED[score](score_TE)
-    expert_TK = checkpoint_name(
-      choose(selection_TE, logits_TE, saturated_TE, top_k), "expert"
+  inside = num_experts // num_groups * top_groups
+  if top_k > inside:
+    raise ConfigError(
+      f"top_k = {top_k} is more than the {inside} experts it may choose from;"
+      " lower top_k, or raise num_experts or top_expert_groups"
     )
-    # Not top_k's values: a recompute must read what this pass chose.
-    chosen_TK = jnp.take_along_axis(logits_TE, expert_TK, axis=-1)
-    # Scores over their sum, also where they all underflow.
-    shares_TK = jax.nn.softmax(LOG_SCORES[score](chosen_TK))
-    if score_before_top_k:
-      chosen_TK = jnp.take_along_axis(score_TE, expert_TK, axis=-1)
-    else:
-      chosen_TK = SCORES[score](chosen_TK)
-    weight_TK = shares_TK if renormalize else chosen_TK
-    valid_TK = jnp.broadcast_to(side.mask_T[:, None], expert_TK.shape)
-    if second_expert == "random" and rng is not None:
-      draw_T = jax.random.uniform(rngs[2], side.mask_T.shape, logits_TE.dtype)
-      valid_TK = valid_TK.at[:, 1].min(draw_T < 2 * shares_TK[:, 1])
-    choice = TokenChoice(
-      expert_TK=expert_TK,
-      weight_TK=weight_TK * scale,
-      valid_TK=valid_TK,
-      priority_TK=best_first(chosen_TK) if priority == "score" else None,
-      weight_input=apply_to == "input",
-    )
-    # Again scores over their sum (2412.19437, 2.1.2).
-    prob_TE = jax.nn.softmax(LOG_SCORES[score](logits_TE))
-    return Routing(choice, prob_TE=prob_TE, logits_TE=logits_TE)
 
-  def score_inputs(params, x_TD, rngs):
-    dtype = jnp.promote_types(x_TD.dtype, jnp.float32)
-    x_TD = x_TD.astype(dtype)
-    if jitter and rngs[0] is not None:
-      low, high = 1 - jitter, 1 + jitter
-      x_TD *= jax.random.uniform(rngs[0], x_TD.shape, dtype, low, high)
-    kernel_DE = params["kernel"].astype(dtype)
-    logits_TE = jnp.dot(x_TD, kernel_DE, precision=precision)
-    if use_bias:
-      logits_TE += params["kernel_bias"].astype(dtype)[None, :]
-    if noise and rngs[1] is not None:
-      logits_TE += noise * jax.random.normal(rngs[1], logits_TE.shape, dtype)
-    return logits_TE
 
-  def best_groups(selection_TE):
-    by_group = selection_TE.reshape(len(selection_TE), num_expert_groups, -1)
-    score_TG = GROUP_SCORES[group_score](by_group)
-    _, best = jax.lax.top_k(score_TG, top_expert_groups)
-    inside = jax.nn.one_hot(best, num_expert_groups, dtype=bool).any(1)
-    outside = float(expert_group_mask)
-    by_group = jnp.where(inside[:, :, None], by_group, outside)
-    return by_group.reshape(selection_TE.shape)
-
-  def best_first(chosen_TK):
-    best_T1 = jax.lax.stop_gradient(chosen_TK.max(-1, keepdims=True))
-    return jnp.broadcast_to(best_T1, chosen_TK.shape)
-
-  axes = {"kernel": ("embed", None)}
-  if use_bias:
-    axes["kernel_bias"] = (None,)
-  return Router(
-    init=init,
-    axes=axes,
-    route=route,
-    causal=priority == "none",
-    top_k=top_k,
+def _init(rng, d_model, num_experts, use_bias, init_scale):
+  """The parameters."""
+  initializer = jax.nn.initializers.variance_scaling(
+    init_scale, "fan_in", "truncated_normal"
   )
+  params = {"kernel": initializer(rng, (d_model, num_experts))}
+  if use_bias:
+    params["kernel_bias"] = jnp.zeros(num_experts)
+  return params
+
+
+def _logits(params, x_TD, rngs, jitter, noise, precision):
+  """x W + b; rngs are keys for jitter and noise, or None for neither."""
+  dtype = jnp.promote_types(x_TD.dtype, jnp.float32)
+  x_TD = x_TD.astype(dtype)
+  if jitter and rngs[0] is not None:
+    low, high = 1 - jitter, 1 + jitter
+    x_TD *= jax.random.uniform(rngs[0], x_TD.shape, dtype, low, high)
+  kernel_DE = params["kernel"].astype(dtype)
+  logits_TE = jnp.dot(x_TD, kernel_DE, precision=precision)
+  if "kernel_bias" in params:
+    logits_TE += params["kernel_bias"].astype(dtype)[None, :]
+  if noise and rngs[1] is not None:
+    logits_TE += noise * jax.random.normal(rngs[1], logits_TE.shape, dtype)
+  return logits_TE
+
+
+def _in_groups(selection_TE, num_groups, top_groups, group_score, outside):
+  """The scores that choose, `outside` for experts beyond the best groups."""
+  by_group = selection_TE.reshape(len(selection_TE), num_groups, -1)
+  score_TG = GROUP_SCORES[group_score](by_group)
+  _, best = jax.lax.top_k(score_TG, top_groups)
+  inside = jax.nn.one_hot(best, num_groups, dtype=bool).any(1)
+  by_group = jnp.where(inside[:, :, None], by_group, outside)
+  return by_group.reshape(selection_TE.shape)
 
 
 def choose(selection_TE, logits_TE, saturated_TE, top_k: int):
@@ -215,8 +215,7 @@ def choose(selection_TE, logits_TE, saturated_TE, top_k: int):
     saturated_TE: bool; None: no score can saturate.
     top_k: K.
   """
-  num_experts = selection_TE.shape[1]
-  if saturated_TE is None or top_k == num_experts:
+  if saturated_TE is None or top_k == selection_TE.shape[1]:
     return jax.lax.top_k(selection_TE, top_k)[1]
   # One more, to see whether the last chosen and the first left out are equal.
   best_TK, expert_TK = jax.lax.top_k(selection_TE, top_k + 1)
@@ -236,25 +235,38 @@ def choose(selection_TE, logits_TE, saturated_TE, top_k: int):
     place_TK = jnp.cumsum(~above_TK, axis=1) - 1
     tied_TK = jnp.take_along_axis(tied_TK, jnp.maximum(place_TK, 0), axis=1)
     again_TK = jnp.where(above_TK, expert_TK, tied_TK)
-    return jnp.zeros_like(unclear_T1), jnp.where(
-      unclear_T1, again_TK, expert_TK
-    )
+    again_TK = jnp.where(unclear_T1, again_TK, expert_TK)
+    return jnp.zeros_like(unclear_T1), again_TK
 
   # A loop that almost never runs, where a cond would compute both.
   carry = varying.alike((unclear_T1, expert_TK))
   return jax.lax.while_loop(lambda carry: carry[0].any(), by_logits, carry)[1]
 
 
-def _check_groups(num_experts, top_k, num_expert_groups, top_expert_groups):
-  """Raises ConfigError where a token cannot choose K experts."""
-  if num_experts % num_expert_groups:
-    raise ConfigError(
-      f"num_expert_groups = {num_expert_groups} does not divide"
-      f" num_experts = {num_experts}"
-    )
-  inside = num_experts // num_expert_groups * top_expert_groups
-  if top_k > inside:
-    raise ConfigError(
-      f"top_k = {top_k} is more than the {inside} experts it may choose from;"
-      " lower top_k, or raise num_experts or top_expert_groups"
-    )
+def _weigh(expert_TK, logits_TE, score_TE, score):
+  """(the scores of the chosen experts, these over their sum).
+
+  Where the scores that chose are the logits, the chosen ones are scored here.
+  """
+  # Not top_k's values: a recompute must read what this pass chose.
+  chosen_TK = jnp.take_along_axis(logits_TE, expert_TK, axis=-1)
+  # Scores over their sum, also where they all underflow.
+  shares_TK = jax.nn.softmax(LOG_SCORES[score](chosen_TK))
+  if score_TE is logits_TE:
+    return SCORES[score](chosen_TK), shares_TK
+  return jnp.take_along_axis(score_TE, expert_TK, axis=-1), shares_TK
+
+
+def _valid(mask_T, shares_TK, second_expert, rng):
+  """Choices of no padding; a random second expert is used by its share."""
+  valid_TK = jnp.broadcast_to(mask_T[:, None], shares_TK.shape)
+  if second_expert == "random" and rng is not None:
+    draw_T = jax.random.uniform(rng, mask_T.shape, shares_TK.dtype)
+    valid_TK = valid_TK.at[:, 1].min(draw_T < 2 * shares_TK[:, 1])
+  return valid_TK
+
+
+def _best_first(chosen_TK):
+  """The priority of tokens by their best score."""
+  best_T1 = jax.lax.stop_gradient(chosen_TK.max(-1, keepdims=True))
+  return jnp.broadcast_to(best_T1, chosen_TK.shape)

@@ -28,7 +28,7 @@ OPTIONS = schedules.OPTIONS | {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Optimizer:
-  """What the file of an optimizer builds.
+  """The record that the file of an optimizer builds.
 
   direction: (numbers, tree of `roles.Role`) -> optax.GradientTransformation,
     whose updates point along the gradient. It is a function of the module, not

@@ -1,4 +1,4 @@
-"""Muon (2502.16982), with AdamW for what is no matrix inside the model."""
+"""Muon (2502.16982) for matrices inside the model, AdamW for the others."""
 
 import math
 

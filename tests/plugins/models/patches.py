@@ -4,37 +4,38 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from moe_jax.models import layers
-from moe_jax.moe.groups import Grouping
-from moe_jax.moe.layer import Recipe
 from moe_jax.moe.linen import MoE
 from moe_jax.moe.types import Sublayer
 
 
 def build(section, *, mesh=None, plugins=(), num_classes, image_size):
-  """The model of `config.model`, of which d_model, num_layers and moe count."""
+  """The model of `config.model`: its width, and kinds "moe" and "moe@VARIANT"."""
   del image_size
-  recipe, grouping = layers.sparse(
-    dict(section["moe"]), "model.moe", mesh, plugins
+  pattern = section["pattern"]
+  kinds = {k: layers.make(k, section, mesh, plugins) for k in set(pattern)}
+  return Patches(
+    tuple(
+      kinds[pattern[i % len(pattern)]] for i in range(section["num_layers"])
+    ),
+    section["d_model"],
+    num_classes,
+    mesh,
   )
-  sizes = section["d_model"], section["num_layers"], num_classes
-  return Patches(recipe, grouping, *sizes, mesh=mesh)
 
 
 class Patches(nn.Module):
   """[B, 8, 8] pixels to logits of the classes."""
 
-  recipe: Recipe
-  grouping: Grouping
+  kinds: tuple[layers.Layer, ...]
   d_model: int
-  num_layers: int
   num_classes: int
   mesh: object = None
 
   @property
   def sublayers(self):
     return {
-      f"layer_{i}/moe": Sublayer(self.recipe, self.grouping, (i,), False)
-      for i in range(self.num_layers)
+      f"layer_{i}/moe": Sublayer(kind.recipe, kind.grouping, (i,), False)
+      for i, kind in enumerate(self.kinds)
     }
 
   @nn.compact
@@ -47,27 +48,26 @@ class Patches(nn.Module):
     place = self.param("place", nn.initializers.normal(0.1), (16, self.d_model))
     x_BLD += place[None]
     aux = {}
-    for i in range(self.num_layers):
-      x_BLD, aux[f"layer_{i}"] = Layer(
-        self.recipe, self.grouping, self.mesh, name=f"layer_{i}"
-      )(x_BLD, rng, first, i, train)
+    for i, kind in enumerate(self.kinds):
+      x_BLD, aux[f"layer_{i}"] = Block(kind, self.mesh, name=f"layer_{i}")(
+        x_BLD, rng, first, i, train
+      )
     x_BD = nn.LayerNorm(name="norm")(x_BLD).mean(1)
-    return nn.Dense(self.num_classes, name="head")(x_BD).astype(
-      jnp.float32
-    ), aux
+    logits = nn.Dense(self.num_classes, name="head")(x_BD)
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), aux
 
 
-class Layer(nn.Module):
+class Block(nn.Module):
   """x + moe(norm(x))."""
 
-  recipe: Recipe
-  grouping: Grouping
+  kind: layers.Layer
   mesh: object = None
 
   @nn.compact
   def __call__(self, x_BLD, rng, first, index, train):
     h_BLD = nn.LayerNorm(name="norm")(x_BLD)
-    y_BLD, stats, _ = MoE(self.recipe, self.grouping, self.mesh, name="moe")(
+    moe = MoE(self.kind.recipe, self.kind.grouping, self.mesh, name="moe")
+    y_BLD, stats, _ = moe(
       h_BLD, rng=rng, first=first, layer_index=index, train=train
     )
     return x_BLD + y_BLD, {"moe": {"stats": stats}}

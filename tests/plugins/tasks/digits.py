@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.moe.types import Mean
-from moe_jax.training.task import Task
+from moe_jax.tasks import Task
 
 HELD_OUT = 360  # Images at the end.
 
