@@ -1,0 +1,327 @@
+"""Routers and a balancer of plugins, without any line of the package for them.
+
+Expert choice, Soft MoE and quantile balancing are files of `tests/plugins`; the
+contract tests run on them as on ours. Here they train, on a mesh as without
+one, in the plugin model and on the plugin task, which does not care that later
+tokens decide; a decoder does.
+"""
+
+import ast
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import tiny
+from moe_jax import models
+from moe_jax.core import parallel, registry
+from moe_jax.core.errors import ConfigError
+from moe_jax.moe import experts, layer
+from moe_jax.moe.types import Bound, Side
+from moe_jax.training import program, train_step
+from tests import contracts_test, house, mesh_cases, oracle, small
+
+PLUGINS = house.ROOT / "tests" / "plugins"
+FOLDER = (str(PLUGINS),)
+E, K = 8, 2
+MESH = (2, 1, 4, 1)
+STEPS = 2
+# Keys of `model.moe` of the plugin model's layers. Two images are a group of
+# expert choice.
+LAYERS = {
+  "expert_choice": {
+    "router": {"name": "expert_choice"},
+    "tokens_per_group": 32,
+  },
+  "soft": {"router": {"name": "soft"}},
+  "quantile": {
+    "router": {"name": "top_k"},
+    "balancers": {"q": {"name": "quantile", "share": K / E, "decay": 0.0}},
+  },
+}
+PARTS = {
+  "expert_choice": ("routers", 80),
+  "soft": ("routers", 80),
+  "quantile": ("balancers", 60),
+}
+
+
+def config():
+  """One layer of each kind, classifying images."""
+  c = tiny.get_config()
+  c.plugins = FOLDER
+  c.task.name = "digits"
+  c.data.batch_size = 32
+  c.eval.batch_size = 16
+  c.model.update(name="patches", d_model=16, num_layers=len(LAYERS))
+  c.model.moe.update(num_experts=E, top_k=K, d_expert=8)
+  c.model.variants = {name: {"moe": own} for name, own in LAYERS.items()}
+  c.model.pattern = tuple(f"moe@{name}" for name in LAYERS)
+  c.optim.update(optimizer={"name": "sgd"}, learning_rate=0.5, warmup_steps=0)
+  c.train.accumulation = 2
+  return c
+
+
+@functools.cache
+def start():
+  """(boxed shapes, a state of random parameters) in float64."""
+  c = config()
+  task = program.build_task(c)
+  init, _ = small.training(c, program.build_model(c, task), task)
+  boxed = jax.eval_shape(init, jax.random.key(0))
+  rng = np.random.default_rng(0)
+
+  def draw(path, shape):
+    name = path[0].name
+    if name == "params":
+      return rng.normal(size=shape.shape) / 3
+    if name == "rng":
+      return jax.random.key(0)
+    wide = shape.dtype == np.float32
+    return np.zeros(shape.shape, float if wide else shape.dtype)
+
+  return boxed, jax.tree_util.tree_map_with_path(draw, nn.unbox(boxed))
+
+
+@functools.cache
+def trained(sizes):
+  """(model, the state after some steps, the sums of the last) in float64."""
+  c = config()
+  mesh = None if sizes is None else mesh_cases.make_mesh(sizes)
+  boxed, state = start()
+  with jax.enable_x64(True):
+    task = program.build_task(c, mesh)
+    model = program.build_model(c, task, mesh)
+    _, step = small.training(c, model, task)
+    batches, numbers = task.train(0), train_step.numbers(c, model)
+    if mesh is not None:
+      state = jax.device_put(state, train_step.shardings(boxed, mesh))
+    run = jax.jit(step).lower(state, put(batches[0], mesh), numbers)
+    run = run.compile(compiler_options=mesh_cases.QUICK)
+    for i in range(STEPS):
+      state, sums = run(state, put(batches[i], mesh), numbers)
+    return model, *jax.device_get((state, sums))
+
+
+def put(batch, mesh):
+  """A training batch where the mesh has it."""
+  if mesh is None:
+    return batch
+  rows = jax.NamedSharding(mesh, jax.P(None, parallel.TOKENS))
+  return jax.device_put(batch, rows)
+
+
+def layer_of(name):
+  return f"layer_{list(LAYERS).index(name)}"
+
+
+def test_they_are_small_files_of_their_own():
+  for name, (kind, limit) in PARTS.items():
+    path = PLUGINS / kind / f"{name}.py"
+    text = path.read_text()
+    assert house._code_lines(text, ast.parse(text)) <= limit, name
+    assert name not in registry.names(kind), "the package has it too"
+
+
+def test_the_contract_tests_run_on_them():
+  for name, (kind, _) in PARTS.items():
+    assert name in registry.names(kind, contracts_test.PLUGINS)
+    module = contracts_test.module_of(kind, name)
+    assert not hasattr(module, "CONTRACT_EXCEPTIONS"), "it keeps all of it"
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_they_train_on_a_mesh_as_without_one(name):
+  """Two steps of SGD with two micro-batches each; and every part has learnt."""
+  _, before = start()
+  (model, alone, sums), (_, on_mesh, sums_on_mesh) = map(trained, (None, MESH))
+  path = f"{layer_of(name)}/moe"
+  found, expected = (
+    {
+      "params": models.at(state.params, layer_of(name)),
+      "balance": models.at(state.balance, path),
+      "stats": of_step["stats"][path],
+    }
+    for state, of_step in ((on_mesh, sums_on_mesh), (alone, sums))
+  )
+  distance, leaf = mesh_cases.worst(found, expected)
+  assert distance <= 1e-9, leaf
+  moe = models.at(before.params, path)
+  for a, b in zip(
+    *map(jax.tree.leaves, (models.at(alone.params, path), moe)), strict=True
+  ):
+    assert a.dtype == float
+    assert np.linalg.norm(a - b) > 1e-4 * np.linalg.norm(b)
+  assert set(moe) == {"router", "experts"} and path in model.sublayers
+
+
+def test_the_whole_step_is_the_same_on_a_mesh():
+  (_, alone, sums), (_, on_mesh, sums_on_mesh) = map(trained, (None, MESH))
+  for found, expected in (
+    (on_mesh.params, alone.params),
+    (on_mesh.balance, alone.balance),
+    (sums_on_mesh["loss"], sums["loss"]),
+    (sums_on_mesh["task"], sums["task"]),
+  ):
+    distance, leaf = mesh_cases.worst(found, expected)
+    assert distance <= 1e-9, leaf
+
+
+def test_loads_are_those_of_the_papers():
+  """Experts that choose are all full; slots that mix hold all tokens."""
+  _, _, sums = trained(None)
+  tokens = 32 * 16
+  stats = sums["stats"][f"{layer_of('expert_choice')}/moe"]
+  assert stats.tokens.sum() == tokens
+  assert (stats.count_E.reshape(-1) == tokens * K // E).all()
+  stats = sums["stats"][f"{layer_of('soft')}/moe"]
+  # As many slots an expert as `top_k` says, of each group of 16 tokens.
+  np.testing.assert_allclose(stats.count_E.reshape(-1), 32 * K)
+  np.testing.assert_allclose(stats.weight_E.sum(), tokens)
+
+
+def test_the_bias_is_made_of_the_histograms():
+  """Of all micro-batches of the step: cutoffs that numpy finds in the counts."""
+  _, state, sums = trained(None)
+  path = f"{layer_of('quantile')}/moe"
+  observed = sums["stats"][path].observed["q"]["scores_EB"]
+  count_EB = observed.reshape(E, -1)
+  assert (count_EB.sum(1) == 32 * 16).all(), "every token is in a bin"
+  assert (count_EB > 0).sum(1).max() > 3, "scores differ"
+  bins = count_EB.shape[1]
+  scores = [np.repeat(np.arange(bins), count_B) for count_B in count_EB]
+  cutoff_E = [np.sort(s)[int(len(s) * (1 - K / E)) - 1] / bins for s in scores]
+  bias_E = models.at(state.balance, f"{path}/q")["bias_E"]
+  np.testing.assert_allclose(bias_E, np.mean(cutoff_E) - cutoff_E, atol=1e-6)
+  assert np.ptp(bias_E) > 0.01
+
+
+# The layer by itself.
+
+G, T, D, F = 2, 8, 6, 5
+
+
+@pytest.mark.parametrize("name", ["expert_choice", "soft"])
+def test_a_layer_is_what_the_paper_writes(name):
+  """Loops over experts and slots, in numpy, with padding among the tokens."""
+  recipe = recipe_of(name, F, Bound(1, E))
+  rng = np.random.default_rng(0)
+  params = {
+    "router": recipe.router.init(jax.random.key(0), D, E),
+    "experts": {
+      "up": rng.normal(size=(E, D, F)),
+      "down": rng.normal(size=(E, F, D)),
+    },
+  }
+  params = jax.tree.map(lambda w: np.asarray(w, np.float32) / 2, params)
+  x_GTD = rng.normal(size=(G, T, D)).astype(np.float32)
+  mask_GT = np.arange(T) < np.array([[T], [T - 3]])
+
+  @jax.jit
+  def run(params, x_GTD):
+    return layer.moe_ffn(recipe, params, {}, x_GTD, Side(mask_GT))[0]
+
+  want_GTD = np.zeros((G, T, D))
+  for g in range(G):
+    by_hand = {"expert_choice": choose_by_hand, "soft": mix_by_hand}[name]
+    real = mask_GT[g]
+    kernel = np.float64(params["router"]["kernel"])
+    networks = params["experts"]
+    want_GTD[g, real] = by_hand(np.float64(x_GTD[g, real]), kernel, networks)
+  np.testing.assert_allclose(run(params, x_GTD), want_GTD, atol=1e-5)
+
+
+def softmax(x, axis):
+  e = np.exp(x - x.max(axis, keepdims=True))
+  return e / e.sum(axis, keepdims=True)
+
+
+def choose_by_hand(x_TD, kernel_DE, networks):
+  """2202.09368: S = softmax(x W) over experts; expert e takes its best C."""
+  score_TE, y_TD = softmax(x_TD @ kernel_DE, axis=1), np.zeros_like(x_TD)
+  for e in range(E):
+    for t in np.argsort(-score_TE[:, e])[: T * K // E]:
+      y_TD[t] += score_TE[t, e] * oracle.experts(networks, e, x_TD[t], "relu")
+  return y_TD
+
+
+def mix_by_hand(x_TD, kernel_DEC, networks):
+  """2308.00951, eq. 1 to 3: D over tokens, C over all slots."""
+  logits_TEC = np.einsum("TD,DEC->TEC", x_TD, kernel_DEC)
+  flat_TS = logits_TEC.reshape(len(x_TD), -1)
+  dispatch_TS, combine_TS = softmax(flat_TS, axis=0), softmax(flat_TS, axis=1)
+  y_TD = np.zeros_like(x_TD)
+  for s in range(E * K):
+    slot_D = dispatch_TS[:, s] @ x_TD
+    out_D = oracle.experts(networks, s // K, slot_D, "relu")
+    y_TD += combine_TS[:, s : s + 1] * out_D
+  return y_TD
+
+
+def recipe_of(name, d_expert, bound):
+  """A layer with this router, the experts' slots being those of a bound."""
+  return layer.Recipe(
+    num_experts=E,
+    router=registry.load("routers", name, plugins=FOLDER, top_k=K),
+    dispatcher=registry.load("dispatchers", "gather"),
+    experts=experts.build(d_expert, "relu"),
+    bound=bound,
+  )
+
+
+def test_expert_choice_costs_its_slots():
+  """As many operations as token choice by `gather` with the same slots."""
+  groups, tokens, width = 2, 64, 64
+  slots = tokens * K // E
+  flops = {}
+  for name in ("expert_choice", "top_k"):
+    recipe = recipe_of(name, width, Bound(slots, E))
+    params = {
+      "router": jax.ShapeDtypeStruct((width, E), np.float32),
+      "experts": {
+        k: jax.ShapeDtypeStruct((E, width, width), np.float32)
+        for k in ("up", "down")
+      },
+    }
+    params["router"] = {"kernel": params["router"]}
+    x_GTD = jax.ShapeDtypeStruct((groups, tokens, width), np.float32)
+
+    def total(params, x_GTD, recipe=recipe):
+      side = Side(jnp.ones(x_GTD.shape[:2], bool))
+      return layer.moe_ffn(recipe, params, {}, x_GTD, side)[0].sum()
+
+    run = jax.jit(jax.grad(total, (0, 1))).lower(params, x_GTD)
+    run = run.compile(compiler_options=mesh_cases.QUICK)
+    flops[name] = run.cost_analysis()["flops"]
+  # Two matrices, forward and twice as much backward, for every slot.
+  products = 3 * 2 * (2 * width * width) * groups * E * slots
+  assert products <= flops["top_k"] < 1.2 * products
+  assert flops["expert_choice"] == pytest.approx(flops["top_k"], rel=0.05)
+
+
+# Who takes them.
+
+
+def decoder(name):
+  """The config of a decoder with this kind of layer."""
+  c = small.config()
+  c.plugins = FOLDER
+  with c.unlocked():
+    c.model.moe.update(LAYERS[name])
+  c.model.moe.update(num_experts=E, tokens_per_group="sequence")
+  return c
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_decoder_refuses_what_sees_later_tokens(name):
+  c, task = decoder(name), small.task()
+  if name == "quantile":
+    program.build_model(c, task)
+    return
+  with pytest.raises(ConfigError, match="see the future.*allow_noncausal"):
+    program.build_model(c, task)
+  c.model.allow_noncausal = True
+  program.build_model(c, task)
