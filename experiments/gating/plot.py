@@ -1,4 +1,4 @@
-"""What the report of gating shows."""
+"""The report of gating."""
 
 from experiments import columns, figures
 from experiments.report import Claim, Column, Report

@@ -11,7 +11,7 @@ def demo() -> sweeps.Sweep:
 
 
 def cpu() -> sweeps.Sweep:
-  """Over an hour on two CPU cores, a run on each; what is committed.
+  """The committed scale: over an hour on two CPU cores, a run on each.
 
   First the learning rate is tuned, then the strength of the balancer, to the
   same balance for every arm.

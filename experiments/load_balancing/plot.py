@@ -1,4 +1,4 @@
-"""What the report of load balancing shows."""
+"""The report of load balancing."""
 
 from experiments import columns, figures
 from experiments.report import Claim, Column, Report

@@ -15,7 +15,7 @@ def demo() -> sweeps.Sweep:
 
 
 def cpu() -> sweeps.Sweep:
-  """An hour of seeds on two CPU cores, a run on each; what is committed.
+  """The committed scale: an hour of seeds on two CPU cores, a run on each.
 
   The layers of Wang et al. (a dense one, then experts beside a shared one) at a
   size that a core trains in a minute and a half. `dense` has as many active

@@ -43,7 +43,7 @@ class Law(NamedTuple):
     return _saturated(experts, self.start, self.most)
 
   def interaction(self, experts) -> float:
-    """What so many experts change in a: c (log E^(E) - log E^(1)).
+    """The change that E experts make in a: c (log E^(E) - log E^(1)).
 
     It is told by the losses where c alone is not, as a larger c with a smaller
     E_max can mean the same.

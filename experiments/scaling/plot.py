@@ -1,4 +1,4 @@
-"""What the report of scaling shows."""
+"""The report of scaling."""
 
 import itertools
 import statistics

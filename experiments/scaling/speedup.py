@@ -1,4 +1,4 @@
-"""How much sooner than the dense model an arm reaches a loss.
+"""Speed-up of an arm over the dense model, to the same loss.
 
 Switch (2101.03961, figures 1 and 4): the steps, or the time, that the dense model
 of the same active FLOPs takes to a loss, over those that the arm takes. The
@@ -51,7 +51,7 @@ def speedup(dense: Points, others: Points) -> float:
 
 
 def smooth(points: Points) -> Points:
-  """Means of three neighbours, as one reading says little of a curve's end."""
+  """Means of three neighbours, because a single evaluation is noisy."""
   if len(points) < 3:
     return points
   windows = zip(points, points[1:], points[2:])

@@ -20,7 +20,7 @@ def demo() -> sweeps.Sweep:
 
 
 def cpu() -> sweeps.Sweep:
-  """Less than three hours on two CPU cores, a run on each; what is committed.
+  """The committed scale: under three hours on two CPU cores, a run on each.
 
   The learning rate is tuned for the dense model of each size, for 8 experts
   and for 64; other numbers of experts take that of 8. What is tried goes on
@@ -80,7 +80,7 @@ SCALES = {"demo": demo, "cpu": cpu, "pod": pod}
 
 
 def name(d_model: int, experts: int | str) -> str:
-  """Of an arm: its width, and how many experts or "dense"."""
+  """Name of an arm: its width, and the number of experts or "dense"."""
   return f"{d_model}-{experts}"
 
 
