@@ -4,6 +4,7 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 
 _DEVICES = "--xla_force_host_platform_device_count"
 # Compiling takes most of the time here, and what is compiled runs once.
@@ -17,6 +18,13 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 others = os.environ.get("XLA_FLAGS", "").split()
 others = [flag for flag in others if not flag.startswith(_DEVICES)]
 os.environ["XLA_FLAGS"] = " ".join([*others, f"{_DEVICES}=8", _QUICK])
+# What a test compiles, other tests, workers and the commands they start read.
+_COMPILED = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  _COMPILED = tempfile.TemporaryDirectory(prefix="moe_jax-compiled-")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+  os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # Every pytest worker may load the TPU compiler, which else serves one process.
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 
@@ -63,7 +71,7 @@ def pytest_make_collect_report():
 
 
 def _fail_if_skipped(report):
-  """A skipped test proves nothing: install what it needs, or mark it slow."""
+  """A skipped test proves nothing: install what it needs, or mark it long."""
   if report.skipped and not hasattr(report, "wasxfail"):
     reason = report.longrepr
     if isinstance(reason, tuple):  # Path, line, reason.

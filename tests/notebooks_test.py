@@ -20,10 +20,13 @@ def test_there_are_notebooks():
   ]
 
 
+@pytest.mark.parametrize(
+  "fast", ["1", pytest.param("", marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
-def test_it_runs(script, tmp_path):
-  """As a script, in its fast form, from another folder."""
-  env = os.environ | {"MOE_JAX_FAST": "1", "MPLBACKEND": "Agg"}
+def test_it_runs(script, fast, tmp_path):
+  """As a script, from another folder."""
+  env = os.environ | {"MOE_JAX_FAST": fast, "MPLBACKEND": "Agg"}
   done = subprocess.run(
     [sys.executable, script],
     cwd=tmp_path,
