@@ -395,7 +395,11 @@ def of_optax(c, num_steps):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_rates_of_arguments_and_of_constants(name):
-  """They are the same to the bit, at the ends of a schedule too."""
+  """They differ by no more than one rounding of the peak, at the ends too.
+
+  Some processors round a product and a sum once, and whether the compiler uses
+  that depends on what is constant.
+  """
 
   @jax.jit
   def ours(numbers, steps):
@@ -411,8 +415,11 @@ def test_rates_of_arguments_and_of_constants(name):
     schedules.check(c, num_steps)
     steps = jnp.arange(num_steps + 1)
     theirs = jax.jit(lambda s, c=c, n=num_steps: jax.lax.map(of_optax(c, n), s))
-    np.testing.assert_array_equal(
-      ours(schedules.numbers(c, num_steps), steps), theirs(steps)
+    np.testing.assert_allclose(
+      ours(schedules.numbers(c, num_steps), steps),
+      theirs(steps),
+      rtol=0,
+      atol=peak * np.finfo(np.float32).eps,
     )
 
 

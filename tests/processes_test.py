@@ -152,8 +152,8 @@ def test_an_error_in_one_process_ends_all(who, error, code):
   assert process.returncode == code and "it is broken" in said
   assert ("Traceback" in said) == (code == 1)
   assert other.returncode == 2
-  last = last.strip().splitlines()[-1]
-  assert last.startswith("error: another process of this run has ended")
+  # jax may have logged after it that the connection is closed.
+  assert "\nerror: another process of this run has ended" in f"\n{last}"
 
 
 @pytest.mark.parametrize("who", [0, 1])
