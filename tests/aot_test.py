@@ -40,6 +40,7 @@ def exchanged(groups, buffer_rows, itemsize):
   return (buffer_rows + rows) * aot.WIDTH * itemsize
 
 
+@pytest.mark.long
 def test_dropless_over_experts():
   programs = compiled("--mesh=1,1,4,1", "--layout=dropless")
   forward, gradient = programs["forward"], programs["gradient"]
@@ -60,6 +61,7 @@ def test_dropless_over_experts():
   assert gradient["all-to-all over expert"][1] < 1000
 
 
+@pytest.mark.long
 def test_buckets_over_fsdp_and_experts():
   programs = compiled("--mesh=1,2,2,1", "--layout=buckets", "--dtype=float32")
   forward, gradient = programs["forward"], programs["gradient"]

@@ -16,7 +16,7 @@ from moe_jax.core import registry
 from moe_jax.moe import exchange, experts, groups, layer, sharded
 from moe_jax.moe.types import Axes, Bound, Side
 from moe_jax.training import train_step
-from tests import mesh_cases, oracle
+from tests import mesh_cases, oracle, tiers
 from tests.mesh_cases import Case, L
 
 FIRST, PAIRS, HALVES, INPUT = mesh_cases.VARIATIONS
@@ -29,7 +29,7 @@ COVERING = {
   ),
   "gather": (
     Case("gather", ("micro_batch",), **HALVES),
-    [(2, 1, 4, 1), (1, 2, 2, 2)],
+    [(2, 1, 4, 1), (1, 2, 2, 2), (1, 1, 1, 1)],
   ),
   "sorted": (
     Case("sorted", ("global_batch",), **FIRST),
@@ -41,7 +41,7 @@ COVERING = {
   ),
   "dropless": (
     Case("dropless", ("micro_batch",), **INPUT),
-    [(2, 1, 4, 1), (1, 1, 1, 1)],
+    [(2, 1, 4, 1)],
   ),
   "choice": (
     Case("choice", router=(("priority", "score"),), skew=4.0),
@@ -83,7 +83,10 @@ COVERING = {
 }
 
 
-@pytest.mark.parametrize("name", COVERING)
+QUICK = ("sorted", "buckets", "dropless", "kinds")
+
+
+@pytest.mark.parametrize("name", tiers.only(QUICK, COVERING))
 def test_one_step_on_a_mesh(name):
   """Outputs, gradients, statistics, bias and parameters after the step."""
   case, meshes = COVERING[name]
