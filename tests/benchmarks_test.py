@@ -384,6 +384,7 @@ def test_devices_that_a_token_goes_to():
   assert "| run | 4 | 1.33 | 1.50 | 1.00 | 2.00 |" in traffic.table(rows)
 
 
+@pytest.mark.long
 def test_a_device_limit_is_seen_in_a_run(tmp_path, capsys):
   flags = [
     "--config=configs/tiny.py",

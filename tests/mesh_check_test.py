@@ -13,6 +13,7 @@ from tests import mesh_cases
 
 MESH = (1, 2, 2, 2)
 ENTER = exchange.enter_tensor
+SEND = exchange.ragged_all_to_all
 
 
 LENGTH = 32
@@ -77,10 +78,15 @@ def scaled(x, axes):
   return x if axes is None else 1.001 * ENTER(x, axes)
 
 
-def by_expert(count_ie, num_rows):
+def as_sent(count_ie, num_rows):
   """Rows stay in the order in which they were sent."""
   del count_ie
-  return np.arange(num_rows), np.arange(num_rows)
+  return np.arange(num_rows)
+
+
+def too_few(x_ND, out_ND, *sizes):
+  """As if there were room for the rows of one group instead of all."""
+  return SEND(x_ND, out_ND, *sizes).at[16:].set(0)
 
 
 @pytest.mark.parametrize(
@@ -88,9 +94,8 @@ def by_expert(count_ie, num_rows):
   [
     ("slots", "enter_tensor", scaled),
     ("slots", "once", by_every_shard),
-    ("dropless", "_transpose_blocks", by_expert),
-    # As a count of one group instead of all.
-    ("buckets", "_buffer_rows", lambda *args: 16),
+    ("dropless", "_transposed", as_sent),
+    ("buckets", "ragged_all_to_all", too_few),
   ],
 )
 def test_a_wrong_exchange_stops_the_run(monkeypatch, name, function, faulty):
@@ -126,6 +131,6 @@ def test_every_kind_of_layer_is_checked(monkeypatch):
   c.variants = {"rows": {"moe": rows | {"num_experts": 4, "top_k": 1}}}
   c.variants["rows"]["moe"]["router"] = {"name": "top_k"}
   assert check(c).distance < 1e-5
-  monkeypatch.setattr(exchange, "_transpose_blocks", by_expert)
+  monkeypatch.setattr(exchange, "_transposed", as_sent)
   with pytest.raises(RunError, match="do not trust"):
     check(c)
