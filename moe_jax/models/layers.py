@@ -22,10 +22,11 @@ _MOE |= {
   "balancers": labelled(part()),
 }
 _DENSE = {"d_ff": integer(1), "activation": word(*experts.ACTIVATIONS)}
-_HEADS = ("num_heads", "num_kv_heads", "head_dim", "rope_theta")
+# Keys of attention that stand beside the section `attention`.
+OF_ATTENTION = ("num_heads", "num_kv_heads", "head_dim", "rope_theta")
 _OF_A_LAYER = attention.OPTIONS | _DENSE | {"moe": section(_MOE, required=())}
 # Keys of `config.model` that belong to its layers.
-OPTIONS = {key: attention.OPTIONS[key] for key in _HEADS} | _DENSE
+OPTIONS = {key: attention.OPTIONS[key] for key in OF_ATTENTION} | _DENSE
 OPTIONS |= {
   "attention": section(attention.OPTIONS, required=()),
   "variants": labelled(section(_OF_A_LAYER, required=())),
@@ -68,7 +69,7 @@ def make(kind: str, model: Mapping, mesh, plugins) -> Layer:
   def place(key):
     return f"model.variants.{variant}.{key}" if key in own else f"model.{key}"
 
-  options = {key: model[key] for key in (*_HEADS, *_DENSE, "norm_eps")}
+  options = {key: model[key] for key in (*OF_ATTENTION, *_DENSE, "norm_eps")}
   options |= dict(model["attention"]) | own
   moe = dict(model["moe"]) | dict(options.pop("moe", {}))
   d_ff, activation = options.pop("d_ff"), options.pop("activation")
