@@ -3,14 +3,21 @@
   python -m tests.house
 
 prints what is there and ends with exit code 1 beyond the limits below.
+
+  python -m tests.house --walk
+
+trains an arm of load_balancing for two steps, and prints the files that its
+training step, and its way from the command to results.csv, pass through.
 """
 
+import argparse
 import ast
 import functools
 import io
 import pathlib
 import statistics
 import sys
+import tempfile
 import tokenize
 from typing import NamedTuple
 
@@ -214,8 +221,94 @@ def _print():
   )
 
 
-def main() -> int:
+class Walk:
+  """A function for sys.setprofile that notes files in the order of reading.
+
+  A function is read once, when it is first called; what an import calls is not
+  read. A stay is a change of file, also back to that of a caller which goes on
+  to a function that is not read yet.
+
+  leaves: (file, function) pairs in which no further calls are followed.
+  """
+
+  def __init__(self, leaves=()):
+    self.files, self.stays = [], []
+    self._leaves, self._inside, self._read = leaves, None, set()
+
+  def __call__(self, frame, event, arg):
+    if self._inside is not None:
+      left = event == "return" and frame is self._inside
+      self._inside = None if left else self._inside
+    elif event == "call" and (file := _own_file(frame.f_code)):
+      code, caller = frame.f_code, frame.f_back
+      if code not in self._read and not _imports(frame):
+        self._read.add(code)
+        while caller and not _own_file(caller.f_code):
+          caller = caller.f_back
+        for f in (caller and _own_file(caller.f_code), file):
+          self.stays += [f] if f and f not in self.stays[-1:] else []
+        self.files += [file] if file not in self.files else []
+      self._inside = frame if (file, code.co_qualname) in self._leaves else None
+
+
+def _own_file(code):
+  """The path inside the repository of code that a reader follows, or ""."""
+  path = code.co_filename.removeprefix(f"{ROOT}/")
+  return path if path.startswith((PACKAGE, "experiments", "configs")) else ""
+
+
+def _imports(frame):
+  """Whether it runs while one of the files is imported."""
+  while frame and not (
+    frame.f_code.co_name == "<module>" and _own_file(frame.f_code)
+  ):
+    frame = frame.f_back
+  return frame is not None
+
+
+def walks() -> dict[str, Walk]:
+  """{what was walked: its Walk} of a run of the arm `loss_1e-2`."""
+  from experiments import launch
+  from moe_jax.training import train_step
+
+  program = "moe_jax/training/program.py"
+  leaves = {(program, f) for f in ("check", "build", "Program.__init__")}
+  arm, step = Walk(leaves | {("moe_jax/training/loop.py", "run")}), Walk()
+  original = train_step.train_step
+
+  def traced(*args, **options):
+    sys.setprofile(step)
+    try:
+      return original(*args, **options)
+    finally:
+      sys.setprofile(arm)
+
+  argv = "load_balancing --arm=loss_1e-2 --seeds=1 --config.train.num_steps=2"
+  argv += " --config.optim.warmup_steps=0 --config.eval.batches_per_domain=1"
+  with tempfile.TemporaryDirectory() as folder:
+    train_step.train_step = traced
+    sys.setprofile(arm)
+    try:
+      launch.main([*argv.split(), f"--workdir={folder}"])
+    finally:
+      sys.setprofile(None)
+      train_step.train_step = original
+  return {"an arm, without its training": arm, "a training step": step}
+
+
+def main(argv=None) -> int:
   """The command."""
+  parser = argparse.ArgumentParser(
+    prog="python -m tests.house",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("--walk", action="store_true", help="print the walks")
+  if parser.parse_args(argv).walk:
+    for name, walk in walks().items():
+      print(f"{name}: {len(walk.files)} files, {len(walk.stays)} stays")
+      print(*walk.files, sep="\n")
+    return 0
   _print()
   found = problems()
   for problem in found:
