@@ -1,4 +1,4 @@
-"""The mesh, the rules that shard arrays over its axes, and the sharded layer."""
+"""The mesh, and the rules that shard arrays over its axes."""
 
 import math
 

@@ -48,7 +48,7 @@ def load(kind: str, name: str, *, plugins: tuple[str, ...] = (), **options):
   """Calls `build(**options)` of moe_jax/<room>/<kind>/<name>.py or of a plugin.
 
   Args:
-    kind: folder: "routers", "balancers", "dispatchers", "models", "datasets".
+    kind: folder, such as "routers", "balancers", "dispatchers".
     name: file name without ".py".
     plugins: folders that are looked through first, for <kind>/<name>.py.
     **options: what the file's `build` takes; hashable.

@@ -15,8 +15,8 @@ Batch = Mapping[str, Array]
 class Task:
   """What is learned, and from which data.
 
-  Each file of this folder has build(config, mesh=None, fingerprint=None, prepare=True)
-  -> Task; see `tasks/next_token.py`.
+  Each file of this folder has build(config, mesh=None, fingerprint=None,
+  prepare=True) -> Task; see `tasks/next_token.py`.
 
   spec: {array of a batch: shape and dtype of one example}.
   weight: (batch of a step) -> the sum of the weights that its losses have.

@@ -90,8 +90,6 @@ def routing(layers: Mapping[str, Layer]) -> dict[str, Mean]:
   Returns:
     {name: Mean}; add the Means of several steps and divide once.
   """
-  if not layers:
-    return {}
   out: dict[str, Mean] = {}
 
   def add(name, total, weight=1.0):
