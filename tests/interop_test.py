@@ -336,7 +336,7 @@ def test_missing_tensors_are_listed(tmp_path):
     ({"rms_norm_eps": True}, ["rms_norm_eps", "is not a number"]),
     ({"num_attention_heads": 0}, ["num_attention_heads", "less than 1"]),
     ({"rope_parameters": [3]}, ["rope_parameters", "is not an object"]),
-    ({"eos_token_id": "</s>"}, ["eos_token_id", "is neither a token"]),
+    ({"eos_token_id": "</s>"}, ["eos_token_id", "is no token"]),
   ],
 )
 def test_configs_that_do_not_fit(tmp_path, fields, words):
