@@ -1,8 +1,11 @@
 """Who may import whom, read from the source; and what never gets committed."""
 
+import ast
+import importlib
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -51,6 +54,37 @@ def test_slow_packages_are_imported_when_they_are_needed(module):
       " into the function that needs it"
     )
     stack.extend(found & set(MODULES))
+
+
+@pytest.mark.parametrize("folder", ["moe_jax", *sorted(OUTSIDE)])
+def test_names_of_our_modules_exist(folder):
+  """`module.name`, wherever a file imports a module of ours."""
+  for path in sorted((ROOT / folder).rglob("*.py")):
+    nodes = [*ast.walk(ast.parse(path.read_text()))]
+    ours = {}
+    for node in nodes:
+      top = getattr(node, "module", None) or ""
+      if top.split(".")[0] in {"moe_jax", *OUTSIDE}:
+        ours |= {a.asname or a.name: _member(top, a.name) for a in node.names}
+    # A local variable may have the name of a module.
+    for node in nodes:
+      if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        ours.pop(node.id, None)
+      elif isinstance(node, ast.arg):
+        ours.pop(node.arg, None)
+    for node in nodes:
+      if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        module = ours.get(node.value.id)
+        if isinstance(module, types.ModuleType):
+          text = f"{path}:{node.lineno}: {node.value.id}.{node.attr}"
+          assert hasattr(module, node.attr), text
+
+
+def _member(module, name):
+  found = importlib.import_module(module)
+  if hasattr(found, name):
+    return getattr(found, name)
+  return importlib.import_module(f"{module}.{name}")
 
 
 def test_no_file_names_a_place_on_a_machine():
