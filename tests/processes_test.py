@@ -253,9 +253,7 @@ def test_impossible_numbers_of_processes(monkeypatch):
       processes.join()
   monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
   monkeypatch.setenv("JAX_PROCESS_ID", "2")
-  with pytest.raises(
-    ConfigError, match="process_id < num_processes.*process_id=2"
-  ):
+  with pytest.raises(ConfigError, match="PROCESS_ID = 2 is not below .* = 2"):
     processes.join()
   for bad in ("localhost", ":1234", "host:port"):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", bad)
@@ -339,7 +337,12 @@ time.sleep(60)
   path = f"{tmp_path}{os.pathsep}{pod.ROOT}"
   monkeypatch.setenv("PYTHONPATH", path)
   command = [sys.executable, "-m", "moe_jax.launch.local", "--module=waits"]
-  launcher = subprocess.Popen([*command, "--", "x"], stdout=subprocess.PIPE)
+  launcher = subprocess.Popen(
+    [*command, "--", "x"],
+    stdout=subprocess.PIPE,
+    # The tests may run under nohup.
+    preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+  )
   pids = [int(launcher.stdout.readline().split()[-1]) for _ in range(2)]
   launcher.stdout.close()
   launcher.send_signal(number)

@@ -112,13 +112,10 @@ def test_a_missing_library_says_what_to_install(monkeypatch):
 
 def test_a_profile_of_some_steps(run, monkeypatch):
   calls = []
-  start, stop = jax.profiler.start_trace, jax.profiler.stop_trace
+  trace = jax.profiler.trace
   monkeypatch.setattr(
-    jax.profiler, "start_trace", lambda path: (calls.append(path), start(path))
-  )
-  monkeypatch.setattr(
-    jax.profiler, "stop_trace", lambda: (calls.append("stop"), stop())
+    jax.profiler, "trace", lambda path: (calls.append(path), trace(path))[1]
   )
   folder = run(**{"train.profile_steps": (2, 4)})
-  assert calls == [folder / "profile", "stop"]
+  assert calls == [folder / "profile"]
   assert list((folder / "profile").rglob("*.xplane.pb"))

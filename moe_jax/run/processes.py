@@ -170,6 +170,9 @@ def _given(environment):
   for name, argument in ((COUNT, "num_processes"), (INDEX, "process_id")):
     if name in environment:  # Or a cluster that jax knows may tell.
       given[argument] = _number(environment[name], name)
+  count, index = given.get("num_processes"), given.get("process_id")
+  if count is not None and index is not None and index >= count:
+    raise ConfigError(f"{INDEX} = {index} is not below {COUNT} = {count}")
   return given
 
 
