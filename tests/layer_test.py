@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -522,6 +523,29 @@ def test_second_expert_is_kept_in_proportion(options):
   assert want_T.min() < 0.7, "a draw that decides something"
   assert (choice.weight_TK == choice.weight_TK[:1]).all()
   assert route_many(routing, x_TD, kernel_DE, None).choice.valid_TK.all()
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_choosing_is_no_sort_and_no_loop(score):
+  """A sort of all scores takes ten times as long on a CPU, and a loop that
+  depends on them makes an accelerator wait for the host."""
+  router = registry.load("routers", "top_k", top_k=4, score=score)
+
+  def choose(x_TD, kernel_DE):
+    side = Side(jnp.ones(len(x_TD), bool))
+    return router.route(
+      {"kernel": kernel_DE},
+      x_TD,
+      num_experts=32,
+      select=lambda score_TE: score_TE,
+      side=side,
+      rng=None,
+    ).choice
+
+  made = jax.jit(choose).lower(jnp.zeros((64, 8)), jnp.zeros((8, 32)))
+  text = made.compile().as_text()
+  assert '"TopK"' in text
+  assert not re.search(r" (sort|while)\(", text)
 
 
 def test_second_expert_against_the_oracle():

@@ -36,7 +36,6 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.core import varying
 from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import integer, number, word
 from moe_jax.moe.types import Router, Routing, TokenChoice
@@ -217,30 +216,20 @@ def choose(selection_TE, logits_TE, saturated_TE, top_k: int):
   """
   if saturated_TE is None or top_k == selection_TE.shape[1]:
     return jax.lax.top_k(selection_TE, top_k)[1]
-  # One more, to see whether the last chosen and the first left out are equal.
-  best_TK, expert_TK = jax.lax.top_k(selection_TE, top_k + 1)
-  first_T1 = expert_TK[:, top_k - 1 : top_k]
-  last_T1 = best_TK[:, top_k - 1 : top_k]
-  unclear_T1 = (last_T1 == best_TK[:, top_k:]) & jnp.take_along_axis(
-    saturated_TE, first_T1, axis=1
-  )
-  expert_TK, best_TK = expert_TK[:, :top_k], best_TK[:, :top_k]
-
-  def by_logits(carry):
-    _, expert_TK = carry
-    tied_TE = jnp.where(selection_TE == last_T1, logits_TE, -jnp.inf)
-    _, tied_TK = jax.lax.top_k(tied_TE, top_k)
-    above_TK = best_TK > last_T1
-    # The j-th of the tied stands behind those above them.
-    place_TK = jnp.cumsum(~above_TK, axis=1) - 1
-    tied_TK = jnp.take_along_axis(tied_TK, jnp.maximum(place_TK, 0), axis=1)
-    again_TK = jnp.where(above_TK, expert_TK, tied_TK)
-    again_TK = jnp.where(unclear_T1, again_TK, expert_TK)
-    return jnp.zeros_like(unclear_T1), again_TK
-
-  # A loop that almost never runs, where a cond would compute both.
-  carry = varying.alike((unclear_T1, expert_TK))
-  return jax.lax.while_loop(lambda carry: carry[0].any(), by_logits, carry)[1]
+  # No slice of these: XLA on CPU would sort all scores for that.
+  best_TK, expert_TK = jax.lax.top_k(selection_TE, top_k)
+  last_T1 = best_TK.min(-1, keepdims=True)
+  tied_TE = selection_TE == last_T1
+  more_T1 = (selection_TE >= last_T1).sum(-1, keepdims=True) > top_k
+  unclear_T1 = more_T1 & (tied_TE & saturated_TE).any(-1, keepdims=True)
+  tied_TE = jnp.where(tied_TE, logits_TE, -jnp.inf)
+  _, tied_TK = jax.lax.top_k(tied_TE, top_k)
+  # The j-th of the tied stands behind those above them.
+  above_TK = best_TK > last_T1
+  place_TK = jnp.maximum(jnp.cumsum(~above_TK, axis=1) - 1, 0)
+  tied_TK = jnp.take_along_axis(tied_TK, place_TK, axis=1)
+  # Computed for every token: to ask whether any needs it stops an accelerator.
+  return jnp.where(unclear_T1 & ~above_TK, tied_TK, expert_TK)
 
 
 def _weigh(expert_TK, logits_TE, score_TE, score):
