@@ -20,7 +20,7 @@ SHAPES = {
   "A1": Shape(1024, 2048, 16, 2, 8192),
   "A2": Shape(1024, 512, 128, 8, 8192),
 }
-_CALLS = 10  # In a row, as one call is too short to time.
+_CALLS = 10  # Calls that are timed together: a single call is too short.
 
 
 def main(argv=None) -> int:

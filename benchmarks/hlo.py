@@ -130,9 +130,9 @@ def _computations(text):
 
 
 def _trips(loop, condition):
-  """How often a loop runs: told by it, or the one number that it counts to.
+  """The trip count of a loop: declared, or the only limit that it compares to.
 
-  A loop that ends by something else counts as one.
+  A loop that ends by another condition counts as one trip.
   """
   told = _TRIPS.search(loop)
   limits = _LIMIT.findall("\n".join(condition))

@@ -1,4 +1,4 @@
-"""How many tokens a second does the input pipeline give?
+"""Measures the input pipeline, in tokens per second.
 
 python -m benchmarks.input [--json=PATH]
 

@@ -1,4 +1,4 @@
-"""How much memory does a run take, and how much more while it saves?
+"""Measures the memory of a run, while it trains and while it saves.
 
   python -m benchmarks.memory --config=configs/tiny.py
 

@@ -115,7 +115,7 @@ def _runs(shape, args):
 
 
 def _is_slow(seconds, runs):
-  """Whether it is so slow, or so large, that one process is enough."""
+  """Whether a layer is so slow, or so large, that one process is enough."""
   dense = runs[0]["seconds"][shapes.DENSE[0]]
   return seconds is None or any(
     direction not in seconds

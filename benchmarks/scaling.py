@@ -1,4 +1,4 @@
-"""How time and memory of a dropless layer grow, one axis at a time.
+"""Measures how time and memory of a dropless layer grow, axis by axis.
 
   python -m benchmarks.scaling --json=scaling.json --figure=scaling
 
@@ -26,7 +26,7 @@ from moe_jax.run import command
 
 
 class Curve(NamedTuple):
-  """What grows, as a reader would call it, and the shape at each value."""
+  """The readable name of the number that grows, and the shape at each value."""
 
   label: str
   shapes: dict[int, shapes.Shape]
@@ -376,7 +376,7 @@ def _bar(row, name):
 
 
 def _runs(args, curve="", shape=""):
-  """What each process measured, of one curve or the loads of one shape."""
+  """Measures a curve, or the loads of a shape; a result for each process."""
   flags = ["--child", f"--curves={curve}", f"--shapes={shape}"]
   flags.append(f"--rounds={args.rounds}")
   return timing.processes("benchmarks.scaling", flags, args.processes)

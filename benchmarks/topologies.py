@@ -1,4 +1,4 @@
-"""One layer on 1 to 512 devices: FLOPs of a device, and what it sends.
+"""Counts a layer's FLOPs and bytes sent per device, on 1 to 512 devices.
 
   python -m benchmarks.topologies --json=topologies.json --figure=topologies
 
@@ -51,7 +51,7 @@ def main(argv=None) -> int:
   rows = []
   for devices in args.devices:
     flags = f"--xla_force_host_platform_device_count={devices}"
-    os.environ["XLA_FLAGS"] = flags  # Of the process that compiles.
+    os.environ["XLA_FLAGS"] = flags  # The child process reads it.
     child = ["--child", f"--devices={devices}"]
     [found] = timing.processes("benchmarks.topologies", child, 1)
     rows += summarize(devices, found)

@@ -1,4 +1,4 @@
-"""How many devices a token is sent to: the choices of trained models.
+"""Counts the devices that a token is sent to, with routing by trained models.
 
   python -m benchmarks.traffic --workdir=runs/free --workdir=runs/limited
 

@@ -1,4 +1,4 @@
-"""How long does a training step of each arm of a question take?
+"""Measures the duration of a training step, for each arm of a question.
 
   python -m benchmarks.train_step load_balancing --scale=cpu --than=dense
 

@@ -81,7 +81,7 @@ def get_config() -> ConfigDict:
   moe.capacity_rounding = "floor"  # of slots: floor, ceil, round
   moe.capacity_multiple = 1  # slots are rounded up to a multiple of it
   moe.min_capacity = 0  # and raised to this if they are fewer
-  # For ragged rows: reference, cpu, gpu, tpu. None: the platform's.
+  # Kernel for ragged rows: reference, cpu, gpu, tpu. None: the platform's.
   moe.grouped_matmul = None
   # A file of moe_jax/moe/routers and its options.
   moe.router = ConfigDict({"name": "top_k"})

@@ -177,7 +177,7 @@ class Experiment:
           f"{self.question.name} tunes by {stage.metric}, which runs of the arm"
           f" {arm} do not have; they have: {', '.join(sorted(row))}"
         )
-      metrics.append(row.get(stage.metric, math.inf))  # Where it diverged.
+      metrics.append(row.get(stage.metric, math.inf))  # inf: it diverged.
     n = stage.seeds
     means = {
       value: statistics.fmean(metrics[n * i : n * (i + 1)])

@@ -1,4 +1,4 @@
-"""From rows to table.md, table.tex, results.csv and figures."""
+"""Writes rows as table.md, table.tex, results.csv and figures."""
 
 import pathlib
 import shutil
@@ -176,7 +176,7 @@ def claim(claim: Claim, report: Report, rows: list[dict]) -> str:
 
 
 def match(claim: Claim, report: Report, rows: list[dict]) -> str:
-  """Whether two arms are alike in what they were meant to be alike in."""
+  """Says whether two arms are alike in the metric that they should share."""
   ratio, head = _ratio(claim, report, rows), report.column(claim.alike).head
   what = f"{head}, {claim.arm} over {claim.baseline}"
   if ratio is None:
@@ -236,7 +236,7 @@ def _best(column, rows):
 
 def _about(rows):
   """The runs that a table is made of, and how it shows their spread."""
-  arms = {}  # By their seeds.
+  arms = {}  # {seeds: their arms}
   for arm in dict.fromkeys(r["arm"] for r in rows):
     seeds = sorted(r["seed"] for r in rows if r["arm"] == arm)
     arms.setdefault(tuple(seeds), []).append(arm)
@@ -345,7 +345,7 @@ def publish(made: pathlib.Path, beside: pathlib.Path, scale: str) -> None:
 
 
 def compare(rows: Sequence[dict], published: dict) -> tuple[list[str], bool]:
-  """Whether new rows are equal to the published ones, up to their timings.
+  """Compares new rows with the published ones, except for their timings.
 
   Args:
     rows: new ones.

@@ -16,7 +16,7 @@ from moe_jax.core.files import writing
 KEYS = ("scale", "arm", "seed", "config_digest")
 ORIGIN = ("data", "revision")
 COST = ("steps", "active_parameters", "total_parameters", "train_flops")
-_POINTS = 100  # Of a curve, at most.
+_POINTS = 100  # Maximum of training points in a curve.
 _LAST = 0.25  # The part of training that `summary` averages over.
 
 
@@ -107,7 +107,7 @@ class Run:
     except OSError:
       return []
     every = -(-len(points) // _POINTS) or 1
-    points = points[::-every][::-1]  # With the last one.
+    points = points[::-every][::-1]  # The last point is always kept.
     for line in evaluations:
       named = {f"validation/{k}": v for k, v in line.items() if k != "step"}
       points.append({"step": line["step"]} | named)

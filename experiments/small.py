@@ -11,7 +11,7 @@ def demo_config() -> ml_collections.ConfigDict:
   c.data.update(seq_len=64, batch_size=8)
   c.model.update(d_model=64, num_layers=3)
   c.model.update(num_heads=4, num_kv_heads=4, head_dim=16)
-  c.model.rope_theta = 300.0  # For a context this short.
+  c.model.rope_theta = 300.0  # It suits a context this short.
   c.model.remat = "block"  # Faster here: new memory costs more than FLOPs.
   c.model.moe.update(num_experts=16, d_expert=64)
   # The gate of Wang et al.: the bias is added to scores between 0 and 1.
@@ -32,7 +32,7 @@ def cpu_config() -> ml_collections.ConfigDict:
   c.model.update(num_heads=2, num_kv_heads=2, head_dim=32)
   c.model.d_ff = 160  # The first layer is as wide as the active experts.
   c.model.moe.update(num_experts=32, top_k=4, d_expert=32, num_shared_experts=1)
-  # One group a step: a sequence is of one domain, its loads are not balanced.
+  # Each step is one group: a single-domain sequence has unbalanced loads.
   c.model.moe.tokens_per_group = 2048
   c.optim.warmup_steps = 50
   c.optim.optimizer.b1 = 0.9

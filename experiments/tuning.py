@@ -15,7 +15,7 @@ SEED = 1000  # The first of them; no report has a seed like it.
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """One choice for each arm.
+  """A stage of tuning: it chooses a config value for each arm.
 
   key: dotted config key; or {arm: key}, for these arms alone.
   values: what is tried, at least two, the same for all arms; or {arm: values}.
@@ -96,7 +96,7 @@ def describe(stages: Iterable[Stage], arm: str, chosen: Mapping) -> str:
 
 
 def _where(found, target):
-  """Where a metric is `target`, to two digits.
+  """The value at which a metric is `target`, to two digits.
 
   The largest such value: a balancer that is weak may get there by the last
   step, and have been on its way all the time before.

@@ -165,7 +165,7 @@ def whole_layer(dispatcher, backend, on_mesh):
 
 
 def distances(got, want):
-  """Of each pair, over the second's norm."""
+  """The distance of each pair, over the norm of the wanted array."""
   for one, other in zip(got, want, strict=True):
     one, other = np.float64(one), np.float64(other)
     norm = np.linalg.norm(other)

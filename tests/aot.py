@@ -191,7 +191,7 @@ def step(model, seq_len: int = LENGTH):
 
 
 def kernels(text: str) -> int:
-  """How many Pallas kernels the program holds."""
+  """The number of Pallas kernels in a program."""
   return text.count('custom_call_target="tpu_custom_call"')
 
 

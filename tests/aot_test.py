@@ -65,7 +65,7 @@ def test_dropless_over_experts():
 def test_buckets_over_fsdp_and_experts():
   programs = compiled("--mesh=1,2,2,1", "--layout=buckets", "--dtype=float32")
   forward, gradient = programs["forward"], programs["gradient"]
-  slots = aot.LENGTH * 2 * 5 // 4 // 4  # Of a bucket, at 1.25.
+  slots = aot.LENGTH * 2 * 5 // 4 // 4  # Slots of a bucket at factor 1.25.
   size = exchanged(2, 2 * 4 * slots, 4)
   assert forward["ragged-all-to-all over expert"] == (2, size)
   assert gradient["ragged-all-to-all over expert"] == (4, 2 * size)

@@ -18,7 +18,7 @@ from moe_jax.models.attention import context, heads, positions
 from tests import mesh_cases
 
 L, V = 14, 23
-END = V - 1  # Of a document.
+END = V - 1  # The token that ends a document.
 FIRST = 5  # Tokens of the first of two documents, or of padding.
 YARN = {"name": "yarn", "factor": 4.0, "original_length": 8}
 LATENT = {"kv_lora_rank": 6, "rope_head_dim": 4, "v_head_dim": 3}

@@ -42,7 +42,7 @@ def loads_of(count_GSE) -> dict:
 
 
 def max_vio(count_E):
-  """Of loads with any leading axes."""
+  """MaxVio of loads with any leading axes."""
   count_E = np.float64(count_E)
   return count_E.max(-1) / count_E.mean(-1) - 1
 
@@ -63,7 +63,7 @@ def loads(balancer, router, skew_E, rng):
   mask_T = jnp.ones(T, bool)
 
   def one_step(state, step):
-    # With the identity as its kernel the router's logits are its input.
+    # The router's kernel is the identity, so its logits are its input.
     x_TD = jax.random.normal(jax.random.fold_in(rng, step), (T, E))
     routing = router.route(
       params,

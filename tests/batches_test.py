@@ -335,7 +335,7 @@ def test_no_domain_is_without_text_to_predict(separate, most):
 
 
 def test_rows_without_a_target_are_left_out():
-  """Where the end of a document is no input."""
+  """The end of a document may be no input, so some rows have no targets."""
   corpus = Texts(a=[[1, 2], *[[]] * 30, [3, 4]])
   whole = validate(corpus, seq_len=4, batch_size=1)
   assert len(whole) == 9

@@ -64,7 +64,7 @@ def dropped(name):
   params, _, x_TD = layers.inputs(SMALL)
   logits_TE = np.asarray((x_TD + SKEW) @ params["router"]["kernel"])
   expert_TK = np.argsort(-logits_TE, axis=1)[:, : SMALL.top_k]
-  tokens = 32 if name.startswith("einsum") else SMALL.tokens  # In a group.
+  tokens = 32 if name.startswith("einsum") else SMALL.tokens  # Per group.
   slots = math.ceil(1.25 * tokens * SMALL.top_k / SMALL.num_experts)
   lost_T = np.zeros(SMALL.tokens, bool)
   for start in range(0, SMALL.tokens, tokens):
@@ -309,7 +309,7 @@ def test_the_accelerator_table(small, monkeypatch, tmp_path, capsys):
   for row in rows:
     rate = SMALL.flops / row["forward_seconds"]
     assert row["forward_flops_per_second"] == rate
-  # What needs more memory than there is.
+  # An implementation may need more memory than there is.
   runs = [{"seconds": {}, "bytes": {}} for _ in range(2)]
   for run in runs:
     run["seconds"] = {"dense": {"forward": [2.0, 2.0]}, "huge": {}}
@@ -400,7 +400,7 @@ def test_a_device_limit_is_seen_in_a_run(tmp_path, capsys):
     assert main.main([*flags, *more, f"--workdir={tmp_path / name}"]) == 0
   capsys.readouterr()
   given = [f"--workdir={tmp_path / name}" for name in ("free", "limited")]
-  # As of a run on fewer devices than are here.
+  # The config now says that the run had fewer devices than are here.
   file = tmp_path / "free" / "config.json"
   config = json.loads(file.read_text())
   file.write_text(json.dumps(config | {"mesh": [1, 1, 4, 1]}))
@@ -451,7 +451,7 @@ def test_speed_of_a_step_is_paired():
   assert "| moe | 2000.0 |" in table and "speed ÷ dense |" in table
   rows = train_step.summarize(found, configs, than, ["train.accumulation=2"])
   assert train_step.table(rows).startswith("With `train.accumulation=2`:\n\n|")
-  # With that of its own size.
+  # Each arm is compared with the dense arm of its own size.
   times = {"8-dense": [1.0], "8-2": [2.0], "16-dense": [3.0], "16-2": [4.0]}
   configs = dict.fromkeys(times, config)
   than = train_step.than("dense", configs)

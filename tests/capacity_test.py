@@ -1,4 +1,4 @@
-"""Who gets which slot, against the oracle's queue."""
+"""Tests which assignment gets which slot, against the oracle's queue."""
 
 import functools
 
@@ -117,7 +117,7 @@ def test_rank(order, prioritised):
   arrays.arrays(np.int32, 50, elements=st.integers(0, 9)),
 )
 def test_both_ways_to_sort(key_N):
-  """One number of (key, index), and what replaces it where that overflows."""
+  """Packing (key, index) into one number and its fallback both sort stably."""
   want_N = np.argsort(key_N, kind="stable")
   for num_keys in (10, 2**31 // 50, 2**31 // 50 + 1, 2**40):
     np.testing.assert_array_equal(

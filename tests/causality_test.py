@@ -59,7 +59,7 @@ def build(section):
 
 
 def changes(model, seeds):
-  """By seed: change of the logits [B, L] when tokens from CUT on change, drops."""
+  """Change of the logits [B, L] by tokens from CUT on, and drops, by seed."""
   shapes = nn.unbox(
     jax.eval_shape(model.init, jax.random.key(0), np.zeros((B, L), int))
   )

@@ -69,7 +69,7 @@ def same(one, other):
 
 @pytest.fixture
 def folder(tmp_path):
-  """Of three checkpoints: steps 1, 2 and 3."""
+  """A folder of three checkpoints: steps 1, 2 and 3."""
   with opened(tmp_path / "checkpoints") as checkpoints:
     for step in (1, 2, 3):
       checkpoints.save(step, state(step), {"note": step})
@@ -157,7 +157,7 @@ def damage(kind, step):
   elif kind == "other arrays":  # Bytes that the storage takes for good ones.
     arrays = about(step)["arrays"]
     rewrite(step, arrays={k: [t, "0" * 8] for k, (t, _) in arrays.items()})
-  elif kind == "without types":  # Then random keys are read as integers.
+  elif kind == "without types":  # Random keys would be read as integers.
     (step / "state" / "array_metadatas" / "process_0").unlink()
   elif kind == "other meta":
     path = step / "meta" / "metadata"
@@ -247,7 +247,7 @@ def test_what_a_machine_lacks_is_no_damage(folder, error, monkeypatch):
 
 
 def test_one_that_was_not_finished_is_none(folder):
-  """What a killed process leaves lies under a name that is no step's."""
+  """A killed process leaves a folder whose name is no step's."""
   unfinished = folder / "4.orbax-checkpoint-tmp"
   (folder / "3").rename(unfinished)
   with opened(folder) as checkpoints:
@@ -296,7 +296,7 @@ def test_one_of_the_old_layout_is_refused(folder):
 
 
 def test_variables_of_which_a_part_is_gone_are_not_loaded(folder, monkeypatch):
-  """Such as biases that the list of arrays no longer names."""
+  """A bias that the list of arrays no longer names is such a part."""
   read = checkpoint._read_arrays
   monkeypatch.setattr(checkpoint, "_read_arrays", lambda *a: {"balance": {}})
   with pytest.raises(ConfigError, match="no checkpoint in .* can be read"):

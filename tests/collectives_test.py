@@ -1,4 +1,4 @@
-"""What a step sends between devices: kinds, how often, and bytes by formula.
+"""Collectives of a step: their kinds, counts, and bytes by formula.
 
 Pinned, so that nothing is sent unseen. A number may change where a version of
 XLA joins or splits collectives; their bytes may not.
@@ -20,7 +20,7 @@ from tests import aot, mesh_cases
 SHAPE = topologies.Shape(
   d_model=16, d_expert=8, num_experts=16, top_k=2, slots=3, tokens=24
 )
-LENGTH = 1024  # Of a sequence in a whole step: activations outweigh weights.
+LENGTH = 1024  # Tokens of a sequence: activations outweigh weights.
 MESHES = [(1, 1, 8, 1), (2, 1, 4, 1), (1, 2, 2, 2), (2, 2, 2, 1), (8, 1, 1, 1)]
 
 
@@ -77,7 +77,7 @@ def test_rows_are_gathered_by_the_emulation_on_cpu(sizes, slots):
 def test_no_device_holds_the_choices_of_all_tokens():
   """Neither scores nor a one-hot [T, E] of more than its own groups."""
   mesh = mesh_cases.make_mesh((2, 1, 4, 1))
-  # Of sizes by which no other array's can be divided.
+  # The size of no other array is a multiple of this [T, E].
   shape = SHAPE._replace(tokens=25, num_experts=28)
   one_group = shape.tokens * shape.num_experts
   for dispatcher in ("gather", "sorted"):
@@ -134,7 +134,7 @@ def test_a_whole_step(sizes):
   for kind, axes in rest:
     assert kind in ("all-gather", "all-reduce", "reduce-scatter"), kind
     assert kind != "all-gather" or axes == ("fsdp",), axes
-  if sizes == (2, 1, 4, 1):  # Of weights that lie whole on every device.
+  if sizes == (2, 1, 4, 1):  # Some weights lie whole on every device.
     weights = 2 * 32 * 16 + 2 * (4 * 16 * 16 + 2 * 16 + 16 * 16) + 16
     summed = rest.pop(("all-reduce", ("data", "expert")))[1]
     assert 2 * 4 * weights <= summed < 1.06 * 2 * 4 * weights

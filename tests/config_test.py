@@ -163,7 +163,7 @@ def loaded(*flags):
 def test_another_name_takes_the_options_of_the_old_part_away():
   c = loaded("model.moe.dispatcher.name=sorted")
   assert c.model.moe.dispatcher.to_dict() == {"name": "sorted"}
-  # In any order; and the same name changes nothing.
+  # The order of flags does not matter, and the same name changes nothing.
   flags = ["model.moe.router.jitter=0.1", "model.moe.router.name=top_k"]
   for order in (flags, flags[::-1]):
     c = loaded("model.moe.router={'name': 'top_k', 'scale': 2.0}", *order)
@@ -227,7 +227,7 @@ def test_values_are_python_or_bare_words():
     assert found == value and type(found) is type(value)
 
 
-# What a run left behind.
+# Configs that a run left behind.
 
 
 def left_behind(tmp_path, c, without=()):
@@ -278,7 +278,7 @@ def test_an_older_config_has_the_defaults_of_keys_that_it_lacks(tmp_path):
   lacks = ["model.moe.shared_gate", "model.variants", "train.check_mesh"]
   path = left_behind(tmp_path, c, without=lacks)
   assert config_lib.load(str(path)).to_dict() == c.to_dict()
-  # Such a run goes on, unless the new key has another value now.
+  # A run with an older config goes on, unless a new key has another value.
   folder = tmp_path / "run"
   folder.mkdir()
   path.rename(folder / "config.json")

@@ -18,7 +18,7 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 others = os.environ.get("XLA_FLAGS", "").split()
 others = [flag for flag in others if not flag.startswith(_DEVICES)]
 os.environ["XLA_FLAGS"] = " ".join([*others, f"{_DEVICES}=8", _QUICK])
-# What a test compiles, other tests, workers and the commands they start read.
+# Tests, workers and the commands they start share compiled programs here.
 _COMPILED = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   _COMPILED = tempfile.TemporaryDirectory(prefix="moe_jax-compiled-")

@@ -90,7 +90,7 @@ VARIANTS = {
 PAIRED = {"top_k": ({"top_k": 2, "priority": "score"},)}
 
 
-# What is tested.
+# Settings under test.
 
 
 def module_of(kind, name):
@@ -181,7 +181,7 @@ def pairs(property_name):
   return [
     case(*router.values, *layout)
     for router in parts("routers", property_name, PAIRED)
-    # Only a token's choice is laid out by a dispatcher.
+    # Dispatchers lay out token choices only; other routers need one layout.
     for layout in layouts(property_name)[
       : None if lays_out(*router.values) else 1
     ]
@@ -661,9 +661,9 @@ def check_slots(run):
 
 
 def changes(run, draws):
-  """By how much y changes with the tokens behind a cut: before it, behind it.
+  """Change of y by new tokens behind a cut: before the cut, and behind it.
 
-  Both are the largest change of each of some draws.
+  Both are arrays with the largest change in each draw.
   """
   before, behind = [], []
   for seed in range(draws):
@@ -678,7 +678,7 @@ def changes(run, draws):
 
 @pytest.mark.parametrize(PAIR, pairs("causality"))
 def test_causality(router, router_options, dispatcher, options, bound):
-  """As declared: later tokens leave no trace, or in some draw they do."""
+  """A causal layer ignores later tokens; any other sees them in some draw."""
   run = program(router, router_options, dispatcher, options, bound)
   before, behind = changes(run, draws=20)
   assert (behind > 1e-2).any()
@@ -733,7 +733,7 @@ def test_one_choice_is_causal(dispatcher):
   "name,options,bound", [case(*layout) for layout in layouts("layout")]
 )
 def test_layout(name, options, bound):
-  """With experts that do nothing, y = sum of w x over the kept choices."""
+  """y = sum of w x over the kept choices, if experts are the identity."""
   dispatcher = load("dispatchers", name, options)
 
   @jax.jit
@@ -869,7 +869,7 @@ def observed(balancer, seed, state=None) -> Stats:
     sums.append(
       balancer.observe(state or balancer.init(E), routing, jnp.asarray(mask_T))
     )
-  # As the layer gives them: groups, and one entry for all sequences.
+  # The layer gives sums by group, with one entry for all sequences.
   of_groups = jax.tree.map(lambda *a: np.stack(a)[:, None], *sums)
   whole = jax.tree.map(lambda a: a.sum(0, keepdims=True), of_groups)
   spread = jax.tree.map(
@@ -952,7 +952,7 @@ def check_same_kind(a, b):
 
 @pytest.mark.parametrize("name,options", parts("balancers", "splitting"))
 def test_balancer_splitting(name, options):
-  """Only what a step counts in all moves the state, not in which group."""
+  """A state depends on the sums of a step, not on how groups share them."""
   balancer = load("balancers", name, options)
   state = balancer.update(balancer.init(E), observed(balancer, 0), 0)
   stats = observed(balancer, 1)

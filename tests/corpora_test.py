@@ -542,7 +542,7 @@ def test_a_dataset_of_tfds_by_name_and_its_own_features(reviews, tmp_path):
   validation = found["validation", "bad"] + found["validation", "good"]
   assert len(train) + len(validation) == 200 and validation
   assert all(text.startswith(b"review number") for text in train)
-  # By content: what is held out is nowhere in training.
+  # No held-out text occurs in training, compared by content.
   assert not set(train) & set(validation)
   # The same by its folder, and another feature is another cache.
   (folder,) = (tmp_path / "tfds" / "somebodys_reviews").iterdir()
@@ -636,7 +636,7 @@ def test_a_tokenizer_from_a_file(kind, make_dataset, tmp_path):
 
 
 def test_a_tokenizer_that_loses_bytes_is_refused(make_dataset, tmp_path):
-  """With the defaults of their trainers, spaces and line ends collapse."""
+  """Trainers' defaults make tokenizers that collapse spaces and line ends."""
   indented = [text.replace(" ", "    ") for text in TEXTS]
   folder = make_dataset({"train": [{"text": text} for text in indented]})
   sentencepiece.SentencePieceTrainer.train(

@@ -1,4 +1,4 @@
-"""From a question of one's own to its report, through everything in between.
+"""Tests the way from a user's own question to its report.
 
 A task without tokens and its model, both of plugins; and a decoder with another
 recipe in every second layer. Their runs are cut off on the way.
@@ -164,7 +164,7 @@ def test_images_through_the_same_loop(ask, tmp_path, monkeypatch, capsys):
   assert [line["step"] for line in found] == [20, 40]
   last = found[-1]
   assert last["error"] < found[0]["error"] and "bits_per_byte" not in last
-  # Of 360 images, each once: as many are even as there are even digits.
+  # Each of 360 images counts once, so the two errors have these shares.
   even, odd = (last[f"error/{domain}"] for domain in ("even", "odd"))
   images = digits.load_digits().target[-360:]
   share = (images % 2 == 0).mean()

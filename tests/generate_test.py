@@ -161,7 +161,7 @@ def test_a_mesh_changes_nothing(name, sizes):
 
 @pytest.mark.parametrize("command", [generate, evaluate, main])
 def test_arguments_that_are_not_utf8(command):
-  """As sys.argv has them; nothing is loaded before."""
+  """They stand in sys.argv as surrogates, and nothing is loaded before."""
   argument = b"--prompt=a\xff".decode("utf-8", "surrogateescape")
   with pytest.raises(ConfigError, match=r"'--prompt=a\\udcff' is not UTF-8"):
     command.main(["--checkpoint=none", "--config=none", argument])
@@ -260,7 +260,7 @@ def test_a_run_begins_no_text(tmp_path, monkeypatch):
 
 
 def test_the_command_on_published_weights(tmp_path, capsys, monkeypatch):
-  """With a tokenizer.json of 43 tokens, the first of which begins a text."""
+  """The tokenizer.json has 43 tokens, and one of them begins a text."""
   import shutil
 
   import tokenizers

@@ -110,7 +110,7 @@ def test_against_loops(backend, dtype):
     check(backend, tuple(np.diff(cuts, prepend=0)), dtype, tolerance)
 
 
-# Of (rows, E, D, F): one of each, more experts than rows, odd widths, several
+# (rows, E, D, F): one of each, more experts than rows, odd widths, several
 # chunks an expert.
 LAYOUTS = [
   (1, 1, 5, 6),
@@ -204,7 +204,7 @@ def drawn_sizes(rng, rows, num_experts):
   ("backend", "layout", "activation", "use_bias"), NETWORKS
 )
 def test_networks_against_numpy(backend, layout, activation, use_bias):
-  """For 20 loads; NaN in the rows of nobody."""
+  """Compares 20 loads each; rows that no expert owns hold NaN."""
   rows, num_experts, d_model, _ = layout
   rng = np.random.default_rng(rows)
   both, params = drawn_network(backend, layout, activation, use_bias)
@@ -250,7 +250,7 @@ def test_no_rows_at_all(backend):
 
 
 def test_no_kernel_has_to_mind_the_other_rows(monkeypatch):
-  """One that leaves NaN in rows of nobody, and reads all rows, still works."""
+  """A kernel may read rows that no expert owns, and leave NaN in them."""
 
   def careless(x_ND, w_EDF, sizes_E):
     expert_N = jnp.repeat(jnp.arange(E), sizes_E, total_repeat_length=len(x_ND))

@@ -29,8 +29,8 @@ ROOMS = ("core", "moe", "data", "models", "hf", "run", "training", "tasks")
 COMMANDS = "commands"  # The files at the top level, after all rooms.
 MOST_CODE_LINES = 7000
 MOST_ROOMS = 8
-MOST_FILES = 10  # In a room or one of its folders, __init__.py not counted.
-MOST_LINES = 400  # In a file.
+MOST_FILES = 10  # Files of a room or one of its folders, without __init__.py.
+MOST_LINES = 400  # Lines of a file.
 MOST_LINES_OF_A_FUNCTION = 60
 MOST_LINES_OF_THE_MEDIAN = 10
 
@@ -258,7 +258,7 @@ def _own_file(code):
 
 
 def _imports(frame):
-  """Whether it runs while one of the files is imported."""
+  """Whether a frame runs while one of the files is imported."""
   while frame and not (
     frame.f_code.co_name == "<module>" and _own_file(frame.f_code)
   ):

@@ -206,7 +206,7 @@ def test_what_we_train_can_be_saved(name, model_type, tmp_path):
 
 @pytest.fixture
 def copy(tmp_path):
-  """Of a checkpoint in several files."""
+  """A copy of a checkpoint in several files."""
   model, variables = hf.load(parity.FOLDER / "qwen2_moe_b")
   path = tmp_path / "model"
   hf.save(path, model, variables, max_shard_bytes=20_000)
@@ -431,7 +431,7 @@ def test_fields_as_they_were_called_before(name, tmp_path):
 
 
 def test_patterns_are_found():
-  """As few names as there can be, of all ways to say it."""
+  """The listing with the fewest names is found, among all that fit."""
   listed = rows.listed(["dense"] + ["moe", "moe@x"] * 3)
   assert listed == {"prefix": ("dense",), "pattern": ("moe", "moe@x")}
   assert rows.listed(["a"] * 5) == {"prefix": (), "pattern": ("a",)}

@@ -23,7 +23,7 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = 60
-# What draws noise, keeps state and cuts lines at odd steps.
+# This config draws noise, keeps state and cuts lines at odd steps.
 OPTIONS = (
   "--config=configs/tiny.py",
   f"--config.train.num_steps={STEPS}",

@@ -58,7 +58,7 @@ def small(tmp_path, monkeypatch):
   (folder / "__init__.py").write_text('"""Is it small?"""\n')
   (folder / "sweep.py").write_text(SWEEP)
   (folder / "plot.py").write_text(PLOT)
-  # What is added to it goes with the test.
+  # The copy is undone after the test, and the added folder with it.
   monkeypatch.setattr(experiments, "__path__", list(experiments.__path__))
   questions.add_folder(folder.parent)
   yield folder, tmp_path / "work"
@@ -66,7 +66,7 @@ def small(tmp_path, monkeypatch):
     del sys.modules[name]
 
 
-COMPILED = {}  # By the digest of their config; they are of no seed.
+COMPILED = {}  # Programs by the digest of their config without seed.
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def programs(monkeypatch):
     return COMPILED[digest]
 
   monkeypatch.setattr(program, "Program", counted)
-  # One of the devices: it compiles faster.
+  # A program for a single device compiles faster.
   monkeypatch.setattr(parallel, "mesh_or_none", lambda sizes: None)
   return made
 
@@ -122,7 +122,7 @@ def test_a_launch(small, programs, capsys):
   assert one != first and "a single pair of seeds gives no interval" in one
   assert len(programs) == 2
 
-  # Where the rows are committed, another work directory needs no runs.
+  # Committed rows serve another work directory, which needs no runs.
   run(capsys, work)
   for name in csvs:
     (folder / name).write_bytes((work / "report" / name).read_bytes())
@@ -143,7 +143,7 @@ def test_a_launch(small, programs, capsys):
   assert numbers(run(capsys, work)) == numbers(first)
   assert len(programs) == 3
 
-  # Of another config there are other runs, and these stay.
+  # Another config has other runs, and these stay.
   key = "--config.train.num_steps=4"
   with pytest.raises(ConfigError, match="no run of these is finished"):
     launch.main(["balance", f"--workdir={work}", "--report", key])
@@ -160,7 +160,7 @@ def of(work, arm, seed):
 
 
 def test_launches_that_share_a_work_directory(small, programs, capsys):
-  """One leaves to the other what it is running, or has run meanwhile."""
+  """A launch skips runs that another launch holds or has finished."""
   _, work = small
   first = run(capsys, work)
   for seed in (0, 1):
@@ -195,7 +195,7 @@ command.run(lambda: launch.main(sys.argv[1:]))
 
 
 def test_processes_that_run_it_together(small, programs, capsys, monkeypatch):
-  """As one alone would; the time is up in the second run, for all of them."""
+  """Two processes give the numbers of one; both stop when the time is up."""
   folder, work = small
   flags = ["--arm=bias", "--config.train.num_steps=30"]
   cache = work.with_name("compiled")
@@ -304,7 +304,7 @@ def test_tuning(small, programs, capsys):
   assert old in kept and len(kept) == len(rows) + 1
   assert numbers(run(capsys, work.with_name("other"))) == numbers(first)
   assert len(programs) == made + 2
-  # With another setting of all arms they are of no use.
+  # Tuned rows are of no use under another setting of all arms.
   with pytest.raises(ConfigError, match="not tuned yet"):
     launch.main(
       ["balance", f"--workdir={work}/x", "--config.model.moe.top_k=1"]
@@ -313,7 +313,7 @@ def test_tuning(small, programs, capsys):
 
 
 def test_what_arms_take_from_others(small, capsys):
-  """Of each stage, and what these need for it, though only one is asked for."""
+  """A launch of one arm also tunes the arms whose choices it takes."""
   folder, work = small
   stage = """, seeds=1, stages=(
     tuning.Stage("optim.learning_rate", (0.0, 1e-2)),
@@ -337,7 +337,7 @@ def test_what_arms_take_from_others(small, capsys):
   assert [run.arm for run in first.runs] == ["none", "none", "bias", "bias"]
   finish(first, {"none": 0.0, "bias": 1e-2})
   second = look(made).launch(stage=1)
-  # With the rate of its own.
+  # The arm `bias` has the rate that it chose itself.
   assert [run.tried for run in second.runs] == [
     {"optim.learning_rate": 1e-2, "optim.optimizer.b1": b1} for b1 in (0.8, 0.9)
   ]
@@ -392,7 +392,7 @@ def test_publishing_keeps_what_is_of_other_scales(small, programs, capsys):
   run(capsys, work, "--report", "--publish")
   assert runs.read_csv(folder / "results.csv") == rows
   assert len(programs) == 2
-  # What would leave rows out does not replace them.
+  # A report that would leave rows out does not replace them.
   for flag in ("--arm=none", "--seeds=1", "--config.eval.every=0"):
     with pytest.raises(ConfigError, match="--publish replaces all rows"):
       launch.main(["balance", "--report", "--publish", flag])
@@ -454,7 +454,7 @@ def test_a_run_that_diverges_stops_no_other(small, programs, capsys):
     r for r in runs.read_csv(work / "report" / "tuning.csv") if runs.diverged(r)
   ]
   assert [r["optim.learning_rate"] for r in lost] == [1e30, 1e30]
-  # What is finished is not run again.
+  # Finished runs are not run again.
   made = len(programs)
   assert launch.main(["balance", f"--workdir={work}", "--tune"]) == 0
   assert len(programs) == made

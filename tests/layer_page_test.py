@@ -26,7 +26,7 @@ def test_there_is_an_example_for_each_way_to_hold_parameters():
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_runs_and_learns(name, capsys):
-  """With every token's two experts in its statistics."""
+  """Its statistics count two experts for every token."""
   found = {"__name__": "example"}
   exec(compile(EXAMPLES[name], name, "exec"), found)
   losses, stats = found["losses"], found["stats"]

@@ -319,7 +319,7 @@ def test_oracle(dispatcher, order, bound, activation):
       got = jax.device_get(got)
       want = expect(inputs, routing, activation, order, bound)
       check(got, want)
-      # What has no slot is exactly zero, and passes through the residual.
+      # Tokens without a slot have an output of exactly zero.
       assert (got[0][want[0] == 0] == 0).all()
       dropped += sum(v.sum() for v in want[1]["dropped"].values())
   assert (dropped > 0) == (bound in (TIGHT, BUCKETS))
@@ -397,7 +397,7 @@ def test_bias_chooses_and_does_not_weigh():
 
 
 def test_low_precision_input():
-  """In bfloat16 the router still works in float32, and y is bfloat16."""
+  """The router works in float32 if x is bfloat16, and y is bfloat16."""
   router = registry.load("routers", "top_k", top_k=K)
   inputs = draw(0, {"top_k": K}, "swiglu")
   x_GTD = jnp.asarray(inputs.x_GTD, jnp.bfloat16)
@@ -597,7 +597,7 @@ def test_noise_needs_a_key(option):
 
 
 def test_jitter_scales_the_input_uniformly():
-  """Of width 1, so that each logit is its input's factor."""
+  """The input has width 1, so that each logit is its input's factor."""
   kernel_DE = jnp.ones((1, 3), jnp.float32)
   keys = jax.random.split(jax.random.key(1), 1000)
   logits = route_many(
@@ -645,7 +645,7 @@ DIRECTIONS = 32
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """What the oracle's derivative depends on; the dispatchers share it."""
+  """Settings of the oracle's derivative, which the dispatchers share."""
 
   order: str
   bound: Bound

@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source; and what never gets committed."""
+"""Tests which module may import which, and what is never committed."""
 
 import ast
 import importlib

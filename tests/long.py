@@ -14,7 +14,7 @@ import time
 
 from tests.kill import ROOT
 
-# What each part runs, as arguments of Python.
+# The command of each part, as arguments of Python.
 PARTS = {
   "tests": ("-m", "pytest", "-m", "long", "-q"),
   "house": ("-m", "tests.house"),

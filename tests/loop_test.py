@@ -185,7 +185,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(make, tmp_path):
 
 
 def test_a_signal_in_the_last_step_is_not_lost(make, tmp_path):
-  """Else a launch would begin its next run."""
+  """It interrupts the run, so that a launch does not begin its next one."""
   made = make()
   with pytest.raises(Interrupted, match=f"after step {STEPS} and saved"):
     go(made, tmp_path, STEPS)
@@ -250,7 +250,7 @@ def test_a_profile_that_is_cut_off_does_not_stop_the_run(make, tmp_path):
 
 
 def test_killed_and_asked_to_stop_it_is_the_same_run(tmp_path):
-  """By real signals to real processes; `python -m tests.kill` does more."""
+  """Sends real signals to real processes; `python -m tests.kill` does more."""
   assert kill.run(tmp_path, kills=2) == []
 
 
@@ -286,7 +286,7 @@ def test_an_evaluation_that_was_cut_off_is_made_again(make, tmp_path):
   assert path.read_text() == text
 
 
-# What is refused.
+# Refusals.
 
 
 def test_other_data(make, tmp_path, monkeypatch):
@@ -367,7 +367,7 @@ def test_too_many_in_a_row_stop_the_run(make, tmp_path, monkeypatch):
     "learning_rate",
   ):
     assert words in str(e.value)
-  # What it names is there and good.
+  # The checkpoint that the error names is there and finite.
   for value in jax.tree.leaves(
     checkpoint.load_params(tmp_path / "checkpoints" / "10")
   ):

@@ -135,8 +135,8 @@ def main():
 
 command.run(main)
 """
-# Where Python swallows an exception that a handler raises; and XLA's threads,
-# which an ordinary exit does not stop.
+# Places in which Python swallows an exception that a handler raises; and XLA's
+# threads, which an ordinary exit does not stop.
 WAYS = {
   "gc": "gc.callbacks.append(send); gc.collect()",
   "del": "Part.__del__ = send; Part()",
@@ -171,7 +171,7 @@ def test_a_signal_ends_a_command_wherever_it_arrives(way, tmp_path):
 
 
 def test_a_command_imports_nothing_slow_before_it_handles_signals():
-  """What it imports later may be interrupted by one."""
+  """A signal may interrupt slow imports, so they come after the handlers."""
   text = "import sys, moe_jax.main; print(*sys.modules)"
   done = subprocess.run(
     [sys.executable, "-c", text], capture_output=True, text=True, check=True
@@ -193,7 +193,7 @@ def test_a_full_disk_is_one_sentence_wherever_it_is_met(capsys):
     with writing("the/row.json"):
       pathlib.Path("/dev/full").write_text("x")
 
-  def wrapped():  # By another library.
+  def wrapped():  # Another library wraps the error.
     try:
       pathlib.Path("/dev/full").write_text("x")
     except OSError as e:
@@ -266,7 +266,7 @@ def test_code_that_the_config_of_a_run_names(tmp_path):
     with pytest.raises(ConfigError, match="no file is there.*--trust_plugins"):
       config_lib.load(str(path))
   path.write_text(json.dumps(values))
-  # What the user names is the user's own.
+  # Plugins that the user names are trusted.
   own = config_lib.load(str(path), [f"plugins=({str(folder)!r},)"])
   assert own.plugins == (str(folder),)
   assert not mark.exists()
@@ -320,7 +320,7 @@ def test_overrides_keep_types_and_replace_whole_sections():
 
 
 def _cache():
-  """One prepared corpus for all tests of a machine's user."""
+  """The folder of a prepared corpus for all tests of a machine's user."""
   return pathlib.Path(tempfile.gettempdir(), f"moe_jax_tests_{os.getuid()}")
 
 
@@ -332,7 +332,7 @@ def _documented_metrics():
 
 
 def test_show_sharding(capsys, tmp_path):
-  """Of the right arrays the right parts; and nothing runs."""
+  """Shows the axes and the local shape of arrays; nothing runs."""
   flags = [*ON_THE_MESH, "--config.mesh=(1,2,2,2)", "--show-sharding"]
   flags += ["--config.model.num_kv_heads=2", f"--workdir={tmp_path / 'run'}"]
   assert main.main(flags) == 0

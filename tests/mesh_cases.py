@@ -28,7 +28,7 @@ MESHES = (
   (8, 1, 1, 1),
 )
 SCOPES = ("sequence", "group", "micro_batch", "global_batch")
-# How rows are laid out and bounded. Buckets of experts divide over expert = 8.
+# Layouts and bounds of rows. Buckets of experts divide over expert = 8.
 LAYOUTS = {
   "einsum": ("einsum", "token", 1.0, None),
   "gather": ("gather", "token", 1.0, None),
@@ -38,12 +38,12 @@ LAYOUTS = {
   "choice": ("gather", "choice", 1.0, None),
 }
 # Bounds on the distance of a leaf over its norm.
-# How near two scores are that another order of sums could exchange.
+# The distance of two scores that another order of sums could exchange.
 TIE = {"float64": 1e-6, "float32": 2e-5}
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
 V, L, E = 32, 8, 16
 BIAS_RATE, Z_COEFFICIENT = 1e-2, 1e-2
-# Of a step whose optimizer takes none, and without a moving average.
+# Numbers of a step whose optimizer takes none, without a moving average.
 NO_NUMBERS = {"optim": None, "balancers": {}, "ema": None}
 # These programs run once: most of their time is compiling.
 QUICK = {
@@ -54,7 +54,7 @@ QUICK = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One training step. Everything but the mesh, on which nothing may depend.
+  """A training step: all but the mesh, on which nothing may depend.
 
   layout: key of LAYOUTS.
   scopes: of the switch losses; the second scope of SCOPES has twice the
@@ -109,7 +109,7 @@ class Case:
     )
 
 
-# What varies besides the layout and the scope, one set per number.
+# Settings that vary besides the layout and the scope.
 VARIATIONS = (
   dict(prefix=("dense",), shared=1, use_bias=True),
   dict(
@@ -166,7 +166,7 @@ def product(dtypes=("float64", "float32")):
         "num_experts": num_experts,
         "top_k": top_k,
       }
-      if top_k == 1:  # One renormalised weight would always be 1.
+      if top_k == 1:  # A renormalised top-1 weight is always 1.
         settings["router"] = tuple(
           option
           for option in settings.get("router", ())
@@ -177,7 +177,7 @@ def product(dtypes=("float64", "float32")):
           continue
         numbers = {}
         if dtype == "float32" and num_experts * top_k > 64:
-          # Of so many near scores some are always almost ties.
+          # So many scores lie near each other that some are always almost ties.
           numbers = {"num_experts": 16, "top_k": 2}
         case = Case(layout, (scope,), dtype=dtype, seed=i, **settings)
         cases.append(dataclasses.replace(case, **numbers))
@@ -185,7 +185,7 @@ def product(dtypes=("float64", "float32")):
 
 
 def coefficient(scope: str) -> float:
-  """What the switch loss of a scope is multiplied by."""
+  """The coefficient of the switch loss of a scope."""
   return 0.1 * (1 + SCOPES.index(scope))
 
 
@@ -254,7 +254,7 @@ def plain_model(case: Case, mesh):
 
 
 def build(case: Case, mesh):
-  """What `train_step` takes: the model, which reports ties, and the others."""
+  """The parts that `train_step` takes; the model reports ties."""
 
   def reporting(recipe):
     assert recipe.experts.checked is True
@@ -338,7 +338,7 @@ def draw_state(case: Case, boxed):
 
 
 def initial_state(case: Case):
-  """What `measure` starts from."""
+  """The state that `measure` starts from."""
   with jax.enable_x64(case.dtype == "float64"):
     return draw_state(case, _program(case, None)[0])
 
@@ -432,7 +432,7 @@ def _everything(parts, state, batch):
 
 
 def take_ties(found) -> float:
-  """How many tokens had almost made another choice; taken out of extra."""
+  """The number of tokens with almost tied choices; removes it from `extra`."""
   ties = 0.0
   for by_path in (found["stats"], found["sums"]["stats"]):
     for stats in by_path.values():

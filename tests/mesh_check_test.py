@@ -74,7 +74,7 @@ def by_every_shard(bias, axes):
 
 
 def scaled(x, axes):
-  """What the shards of F take is a little off."""
+  """The input of the shards of F is a little off."""
   return x if axes is None else 1.001 * ENTER(x, axes)
 
 
@@ -85,7 +85,7 @@ def as_sent(count_ie, num_rows):
 
 
 def too_few(x_ND, out_ND, *sizes):
-  """As if there were room for the rows of one group instead of all."""
+  """The buffer has room for the rows of one group instead of all."""
   return SEND(x_ND, out_ND, *sizes).at[16:].set(0)
 
 

@@ -61,7 +61,7 @@ def decided(case):
 
 
 def _eight_devices():
-  """What conftest.py does for tests; jax reads it when it is imported."""
+  """Sets what conftest.py sets for tests; jax reads it when it is imported."""
   os.environ["JAX_PLATFORMS"] = "cpu"
   os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
   flags = os.environ.get("XLA_FLAGS", "")

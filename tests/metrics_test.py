@@ -123,7 +123,7 @@ def test_kinds_of_layers_with_other_numbers_of_experts_and_choices():
   tokens = 2 * R * G * S * 10
   assert found["experts_per_token"] == (1 + 3) / 2
   dropped = sum(n.sum() for s in stats.values() for n in s.dropped.values())
-  # Of one choice of half the tokens, and three of the others.
+  # Half the tokens have one choice each, and the others three.
   assert found["dropped"] == pytest.approx(dropped / (tokens / 2 * (1 + 3)))
   few_RE, many_RE = (s.count_E.sum((1, 2)) for s in stats.values())
   for number, count_E in zip(

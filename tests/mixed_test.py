@@ -187,7 +187,7 @@ def test_it_trains_and_never_on_what_is_held_out(
   assert set(facts["data_sources"]) == set(names)
   corpus = mixed.prepare(section(tmp_path / "cache", mix))
   assert {f"max_vio_global/{d}" for d in corpus.domains} <= found.keys()
-  # By content: each document is all in one split or all in the other.
+  # Each document is all in one split or all in the other, by content.
   texts = {
     split: {
       bytes(document.astype(np.uint8))

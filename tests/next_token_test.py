@@ -61,7 +61,7 @@ def test_what_the_model_is_told():
     task = next_token.of_corpus(c, small.SmallCorpus())
     assert task.given == {"vocab_size": V, "end_of_document": end}
   assert (task.name, task.fingerprint) == ("small", "0")
-  # Without a text, by the tokenizer alone.
+  # The tokenizer alone gives the same, without a text.
   c.data.name = "nothing_that_is_there"
   unread = next_token.build(c, prepare=False)
   assert unread.given == task.given and unread.spec == task.spec

@@ -25,7 +25,7 @@ def test_there_are_notebooks():
 )
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
 def test_it_runs(script, fast, tmp_path):
-  """As a script, from another folder."""
+  """Runs a notebook as a script, from another folder."""
   env = os.environ | {"MOE_JAX_FAST": fast, "MPLBACKEND": "Agg"}
   done = subprocess.run(
     [sys.executable, script],

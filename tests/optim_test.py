@@ -218,7 +218,7 @@ def test_the_momentum_of_muon_is_its_own():
 
 
 def test_adamw_is_optax_adam():
-  """To the bit, though its numbers are arguments here and constants there."""
+  """Updates are equal to the bit, though optax has its numbers as constants."""
   c = options("adamw", learning_rate=0.1)
   c.optimizer.update(b1=0.8, b2=0.9, eps=1e-3)
   gradients, params = [tree(1), tree(2), tree(3)], tree(0)

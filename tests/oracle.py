@@ -22,7 +22,7 @@ import numpy as np
 
 @dataclasses.dataclass
 class Routed:
-  """What the router decided for the T tokens of one group.
+  """The router's decisions for the T tokens of one group.
 
   expert_TK: a token's experts, best first.
   weight_TK: their weights, also where valid_TK is False.

@@ -198,7 +198,7 @@ def test_slots_of_a_bucket():
   slot, kept = slots_of(expert, (3, 2))
   assert slot == [[0], [1], [2], [0], [3]]
   assert kept == [[1], [1], [1], [1], [0]]
-  # With 3 slots an expert: 0 gets a e, 1 gets b c, 2 gets d.
+  # 3 slots an expert: 0 gets a e, 1 gets b c, 2 gets d.
   slot, kept = slots_of(expert, (3, 4))
   assert slot == [[0], [0], [1], [0], [1]]
   assert kept == [[1]] * 5

@@ -50,7 +50,7 @@ PARTS = {
 
 
 def config():
-  """One layer of each kind, classifying images."""
+  """A model with one layer of each kind that classifies images."""
   c = tiny.get_config()
   c.plugins = FOLDER
   c.task.name = "digits"
@@ -178,13 +178,13 @@ def test_loads_are_those_of_the_papers():
   assert stats.tokens.sum() == tokens
   assert (stats.count_E.reshape(-1) == tokens * K // E).all()
   stats = sums["stats"][f"{layer_of('soft')}/moe"]
-  # As many slots an expert as `top_k` says, of each group of 16 tokens.
+  # Each expert has K slots in each group of 16 tokens.
   np.testing.assert_allclose(stats.count_E.reshape(-1), 32 * K)
   np.testing.assert_allclose(stats.weight_E.sum(), tokens)
 
 
 def test_the_bias_is_made_of_the_histograms():
-  """Of all micro-batches of the step: cutoffs that numpy finds in the counts."""
+  """The cutoffs are those of numpy, over all micro-batches of the step."""
   _, state, sums = trained(None)
   path = f"{layer_of('quantile')}/moe"
   observed = sums["stats"][path].observed["q"]["scores_EB"]
@@ -273,7 +273,7 @@ def recipe_of(name, d_expert, bound):
 
 
 def test_expert_choice_costs_its_slots():
-  """As many operations as token choice by `gather` with the same slots."""
+  """Its FLOPs are those of token choice by `gather` with the same slots."""
   groups, tokens, width = 2, 64, 64
   slots = tokens * K // E
   flops = {}
@@ -302,7 +302,7 @@ def test_expert_choice_costs_its_slots():
   assert flops["expert_choice"] == pytest.approx(flops["top_k"], rel=0.05)
 
 
-# Who takes them.
+# Models and commands that take these parts.
 
 
 def decoder(name):

@@ -1,4 +1,4 @@
-"""What a new user meets: README, citation, commands, constraints."""
+"""Tests what a new user meets: README, citation, commands, constraints."""
 
 import pathlib
 import re

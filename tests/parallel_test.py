@@ -98,7 +98,7 @@ def test_one_step_on_a_mesh(name):
 
 
 def test_three_steps_and_each_of_them_again():
-  """With a bias, a bound and accumulation; on its mesh bit for bit the same."""
+  """Each step repeats bit for bit, with a bias, a bound and accumulation."""
   case, sizes = Case("buckets", ("global_batch",), **FIRST), (1, 2, 2, 2)
   states = dict.fromkeys((None, sizes), mesh_cases.initial_state(case))
   for step in range(3):
@@ -170,7 +170,7 @@ def test_accumulation_is_one_large_batch():
   batch = {k: v.reshape(1, 16, L) for k, v in batch.items()}
   one, _ = mesh_cases.measure(case, None, batch=batch)
   for found in (one, two):
-    del found["logits"], found["stats"]  # Of the first micro-batch.
+    del found["logits"], found["stats"]  # First micro-batch only.
   distance, leaf = mesh_cases.worst(two, one)
   assert distance <= 1e-9, leaf
 
@@ -188,7 +188,7 @@ def test_balance_of_a_step():
   step, _ = mesh_cases.measure(case, None)
   loss, so_far_RE = 0.0, np.zeros((case.repeats, mesh_cases.E), int)
   for i in range(case.accumulation):
-    # What is reported by group is of the first micro-batch.
+    # Numbers by group are reported for the first micro-batch only.
     turned = {k: np.roll(v, -i, axis=0) for k, v in batch.items()}
     found, _ = mesh_cases.measure(case, None, batch=turned)
     micro = found["stats"]["decoder/0/moe"]
@@ -368,7 +368,7 @@ def run_layer(recipe, args, r_GTD, mesh):
   [(k, True) for k in BOUNDS] + [("buckets", False), ("dropless", False)],
 )
 def test_layer_on_a_mesh(layout, checked):
-  """With check_vma, and without it, which a kernel may need."""
+  """check_vma is on, or off as a kernel may need."""
   recipe, args, r_GTD = layer_case(layout, checked)
   expected = run_layer(recipe, args, r_GTD, None)
   dropped = sum(v.sum() for v in expected[0][1][1].dropped.values())
@@ -407,7 +407,7 @@ def noisy_experts(silent):
 
 @pytest.mark.parametrize("layout", ["gather", "dropless"])
 def test_experts_draw_the_same_on_a_mesh(layout):
-  """From keys of their own for every group, expert and seed."""
+  """Every group, expert and seed has its own key."""
   dispatcher, bound = BOUNDS[layout]
   recipe = layer.Recipe(
     num_experts=E,

@@ -374,7 +374,7 @@ def _greedy(model, tokens):
 
 
 def check(folder: pathlib.Path) -> int:
-  """What we write, the reference reads: the same logits as before."""
+  """Saves models, and checks the logits of the reference that loads them."""
   import torch
   import transformers
 

@@ -24,7 +24,7 @@ from moe_jax.run import config as config_lib
 from tests import kill
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-DEVICES = 4  # In all, of every run that is not stopped.
+DEVICES = 4  # Devices in all, of every run that is not stopped.
 OPTIONS = (
   "--config=configs/tiny.py",
   "--config.train.log_every=1",
@@ -33,7 +33,7 @@ OPTIONS = (
   "--config.model.moe.router={'name': 'top_k', 'noise': 0.1}",
   "--config.model.moe.balancers={'b': {'name': 'bias', 'rate': 1e-2}}",
 )
-NEAR = 1e-4  # Of metrics up to 1, losses in nats; relative to larger ones.
+NEAR = 1e-4  # Absolute for metrics up to 1, losses in nats; relative above.
 TIMING = "tokens_per_second"
 
 
@@ -46,7 +46,7 @@ def main(argv=None) -> int:
   add("--steps", type=config_lib.at_least_1, default=60)
   add("--digest", type=pathlib.Path, help=argparse.SUPPRESS)
   args, overrides = config_lib.parse_overrides(parser, argv)
-  if args.digest:  # One of the processes of `Pods.batches`.
+  if args.digest:  # A process of `Pods.batches`.
     _write_digest(args.digest, config_lib.load("configs/tiny.py", overrides))
     return 0
   with tempfile.TemporaryDirectory() as work:
@@ -174,7 +174,7 @@ class Pods:
 
 
 def _write_digest(path, config, steps=8):
-  """Of the first batches, and of the validation split, as the devices see it."""
+  """Writes a digest of the first batches and of the validation split."""
   import jax
   import numpy as np
   from jax.experimental import multihost_utils

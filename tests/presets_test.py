@@ -55,7 +55,7 @@ COUNTS = {
   "mixtral:8x7b": (46_702_792_704, 12_879_925_248),
   "dbrx:132b": (131_596_523_520, 36_469_708_800),
   "deepseek_moe:16b": (16_375_728_128, 2_828_650_496),
-  # Without the selection bias of 58 layers of 256 experts.
+  # The selection bias of 58 layers of 256 experts is not counted.
   "deepseek_v3:671b": (671_026_404_352, 37_552_297_472 - 58 * 256),
   "llama4:scout": (107_769_861_120, 17_172_894_720),
   "llama4:maverick": (400_711_848_960, 17_184_691_200),
@@ -311,7 +311,7 @@ def test_both_values_of_the_group_mask():
 
 
 def test_scaling_the_input_is_not_scaling_the_output():
-  """As experts are not linear: Llama 4 differs from the same on the output."""
+  """Experts are not linear: Llama 4 changes if weights scale the output."""
   model = build("llama4:tiny")
   tokens = np.arange(32, dtype=np.int32)[None] % 256
   variables = model.init(jax.random.key(0), tokens)
@@ -327,7 +327,7 @@ def test_scaling_the_input_is_not_scaling_the_output():
 
 @pytest.mark.parametrize("family", tiers.only(["gpt_oss"], FAMILIES))
 def test_a_step_on_a_mesh_and_without_one(family):
-  """In float64, with noise off: loss, counts, and the parameters after it."""
+  """Compares loss, counts and new parameters, in float64 without noise."""
   found = []
   with jax.enable_x64(True):
     for sizes in (None, (1, 2, 2, 2)):

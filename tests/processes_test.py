@@ -29,7 +29,7 @@ def test_two_processes_stopped_and_gone_on_in_one(tmp_path):
 
 
 def refused(tmp_path, command, count=2):
-  """What processes say that all end with exit code 2."""
+  """Last lines of processes, which must all end with exit code 2."""
   started = local.start(command, count, 1, cwd=tmp_path)
   texts = [process.communicate()[0].decode() for process in started]
   assert [p.returncode for p in started] == [2] * count, texts
@@ -82,7 +82,7 @@ def test_other_flags_of_an_experiment_are_refused(tmp_path, monkeypatch):
 
 
 def test_the_number_to_stop_at_grows_over_runs(monkeypatch):
-  """One process may be in the next run already, and jax takes the largest."""
+  """A process may be in the next run already, and jax takes the largest."""
   numbers = []
   monkeypatch.setattr(signals.jax, "process_count", lambda: 2)
   monkeypatch.setattr(
@@ -131,8 +131,8 @@ command.run(main)
 
 
 def ending(who, action):
-  """What a process says, and the other one that waits for it, once it does
-  something else."""
+  """A process that does `action` and one that waits for it, each with its
+  output."""
   text = ENDING.replace("WHO", str(who)).replace("ACTION", action)
   started = local.start([sys.executable, "-c", text], 2, 1, cwd=pod.ROOT)
   said = []
@@ -216,7 +216,7 @@ def test_a_damaged_checkpoint_is_set_aside_by_all(tmp_path):
   largest.write_bytes(bytes(data))
   whole = kill.lines(tmp_path / "run")
   lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-  # As if it had been killed before its last evaluation.
+  # The run looks as if it had been killed before its last evaluation.
   text = "".join(f"{line}\n" for line in lines[:-1])
   (tmp_path / "run" / "metrics.jsonl").write_text(text)
   pods.finish("run", 2, 2, more=("--config.checkpoint.every=3",))
@@ -225,7 +225,7 @@ def test_a_damaged_checkpoint_is_set_aside_by_all(tmp_path):
   assert kill.lines(tmp_path / "run") == whole
 
 
-# One process.
+# A single process.
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_a_damaged_checkpoint_is_set_aside_by_all(tmp_path):
   [
     ({}, False),
     ({"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}, True),
-    ({"SLURM_NTASKS": "8"}, False),  # In the script, outside of srun.
+    ({"SLURM_NTASKS": "8"}, False),  # The script itself, outside of srun.
     ({"SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "node[1-8]"}, True),
     ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "node1"}, False),
     ({"OMPI_COMM_WORLD_SIZE": "4"}, True),
@@ -269,11 +269,11 @@ def test_impossible_numbers_of_processes(monkeypatch):
   "environment",
   [
     {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"},  # And no numbers.
-    {"OMPI_COMM_WORLD_SIZE": "2"},  # Without what jax knows it by.
+    {"OMPI_COMM_WORLD_SIZE": "2"},  # jax needs other variables.
   ],
 )
 def test_nobody_trains_alone_by_mistake(monkeypatch, environment):
-  """What tells of several processes is not enough to find them."""
+  """A variable may tell of several processes, and not where they are."""
   for name, value in environment.items():
     monkeypatch.setenv(name, value)
 
@@ -286,7 +286,7 @@ def test_nobody_trains_alone_by_mistake(monkeypatch, environment):
   processes.join("off")
   monkeypatch.setattr(processes, "_told", lambda environment: False)
   monkeypatch.setattr(processes, "_has_tpu", lambda environment: True)
-  processes.join()  # One machine with a TPU.
+  processes.join()  # A single machine with a TPU.
 
 
 def test_alone():
@@ -297,7 +297,7 @@ def test_alone():
 
 
 def test_of_several(monkeypatch):
-  """What gather would bring, without any processes."""
+  """`gather` is replaced by stand-ins for three processes."""
   monkeypatch.setattr(processes.jax, "process_count", lambda: 3)
   told = {"raised": "InUse", "text": "busy"}
   monkeypatch.setattr(processes, "gather", lambda value: [told, None, None])

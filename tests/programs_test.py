@@ -1,4 +1,4 @@
-"""How many programs an experiment compiles: one for each structure."""
+"""Tests that an experiment compiles one program for each structure."""
 
 import itertools
 
@@ -98,9 +98,9 @@ SMALLER = (
 
 
 def test_programs_that_are_shared_are_the_same_text(experiment):
-  """As XLA gets it: no rate or coefficient of an arm is in it.
+  """The text that XLA gets holds no rate or coefficient of an arm.
 
-  Of two runs at once: a loss and a bias together, of one size and of the other.
+  Both runs have a loss and a bias together, with different strengths.
   """
   configs = experiment(*SMALLER).sweep.configs()
   rates, texts = itertools.count(1), set()

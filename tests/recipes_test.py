@@ -50,7 +50,7 @@ def test_a_variant_overrides_the_keys_that_it_has():
 
 
 def test_the_same_recipe_is_the_same_object():
-  """Which makes models equal, and programs of equal models shared."""
+  """Models are then equal, and equal models share programs."""
   one, other = (models.build(section(), vocab_size=9) for _ in range(2))
   assert one == other and hash(one) == hash(other)
   same = section(alike={})

@@ -35,7 +35,7 @@ def right(folder, name, word):
 
 
 def says(name, folders, **options):
-  """What a part of a plugin says of itself, and its color."""
+  """The (word, color) that a plugin's part returns."""
   part = registry.load("balancers", name, plugins=tuple(folders), **options)
   return part.select(), part.update()
 
@@ -195,7 +195,7 @@ def test_plugin_is_found_and_preferred(tmp_path):
   right(tmp_path / "one", "switch", "replaced")
   assert says("mine", [folder]) == ("mine", "red")
   assert says("switch", [folder], color="blue") == ("replaced", "blue")
-  # Without the folder nothing changed.
+  # Nothing changed for calls that do not name the folder.
   registry.load("balancers", "switch", coefficient=1.0)
   with pytest.raises(ConfigError, match='no "mine" in balancers'):
     registry.load("balancers", "mine")

@@ -25,7 +25,7 @@ CASES = {
   "choice": Case("choice", router=(("priority", "score"),)),
   "jitter": Case("gather", router=(("apply_to", "input"), ("jitter", 0.1))),
 }
-# What jax calls the part of a gradient that computes something again.
+# Names that jax gives the part of a gradient that computes something again.
 RECOMPUTE = ("checkpoint", "remat", "remat2")
 MUTANT = '''
 """A router whose weights are top_k's values."""
@@ -81,7 +81,7 @@ def gradient_jaxpr(model, case):
 
 
 def count(jaxpr, *, recompute=None):
-  """How often each primitive stands in a jaxpr and all inside of it.
+  """Counts each primitive in a jaxpr and all inside of it.
 
   Args:
     jaxpr: of a gradient.
@@ -106,7 +106,7 @@ def count(jaxpr, *, recompute=None):
 
 
 def sends_rows(eqn):
-  """Whether it brings numbers, no mere sizes, to other expert devices."""
+  """Whether an equation sends numbers, no mere sizes, over the expert axis."""
   axes = eqn.params.get("axis_name", ())
   axes = axes if isinstance(axes, tuple) else (axes,)
   collective = eqn.primitive.name.startswith(("all_to_all", "all_gather"))

@@ -1,4 +1,4 @@
-"""What parameters are declared to be, and what follows from it."""
+"""Tests the declared roles of parameters, and what follows from them."""
 
 import flax.linen as nn
 import jax

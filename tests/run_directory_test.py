@@ -47,7 +47,7 @@ def test_a_folder_of_another_config(begun, config):
 
 
 def test_a_folder_in_which_nothing_began(tmp_path, config):
-  """One that holds only the config of a run that was refused takes another."""
+  """A folder with only the config of a refused run takes another run."""
   for seed in (1, 2):
     config.seed = seed
     RunDirectory(tmp_path, config).close()

@@ -70,7 +70,7 @@ def test_of_two_alike_none_is_faster():
   for (one, other), value in zip(pairs, found):
     assert speedup.speedup(other, one) == pytest.approx(1 / value)
   worse = [speedup.speedup(noisy(), noisy(lower=-0.02)) for _ in range(400)]
-  # Where the exact curves have the loss of the worse one's end.
+  # Steps at which the exact better curve has the worse one's final loss.
   steps = (0.5 * (2 * 1900**-0.1 + 0.02)) ** -10
   assert np.mean(worse) == pytest.approx(steps / 1900, rel=0.05)
 
@@ -98,11 +98,11 @@ def test_speedups_are_over_the_dense_run_of_that_size_and_seed():
   curves += curve("8-2", 0, [6, 5.5, 5, 4.5, 4, 3.5])
   found = speedup.derive(rows, curves)
   assert (found[0][speedup.STEPS], found[0][speedup.TIME]) == (1.0, 1.0)
-  # To 2, the mean of the dense model's last three: after 500 and 200 steps.
+  # The target 2 is the mean of the dense model's last three: 500 against 200.
   assert (found[1][speedup.STEPS], found[1][speedup.TIME]) == (2.5, 1.25)
   for other in found[2:4]:  # No dense run of that size and seed.
     assert speedup.STEPS not in other and speedup.TIME not in other
-  # To 4, its own end, after 500 steps: the dense model after 300.
+  # The target 4 is its own end: 300 steps of the dense model against 500.
   assert found[4][speedup.STEPS] == 0.6 and speedup.TIME not in found[4]
 
 
@@ -194,7 +194,7 @@ def test_all_scales_have_claims():
 def test_an_arm_that_tries_nothing_takes_the_choice_of_another(tmp_path):
   question = questions.load("scaling")
   made = plan.make(question, scale="cpu", workdir=tmp_path)
-  made = made.knowing([[], []])  # As if nothing was committed.
+  made = made.knowing([[], []])  # Nothing is committed.
   (stage,) = made.sweep.stages
   runs_of_stage = made.launch(stage=0).runs
   tried = {run.arm for run in runs_of_stage}

@@ -1,4 +1,4 @@
-"""Which cases of a test are of the quick tier; `tests.long` runs the others."""
+"""Chooses a test's cases for the quick tier; `tests.long` runs the others."""
 
 from collections.abc import Iterable
 

@@ -129,7 +129,7 @@ def test_added_tokens_keep_the_ids_of_the_file(tmp_path):
 @pytest.mark.parametrize(
   ("made", "added"),
   [
-    (by_bytes(), {"<eos>": (70, True)}),  # As a letter.
+    (by_bytes(), {"<eos>": (70, True)}),  # A letter has this id.
     (by_bytes(), {"<eos>": (300, True), "<bos>": (300, True)}),
     (by_bytes(), {"a": (300, False)}),  # A letter has another id.
     (by_bytes(), {"<eos>": (2**24, True)}),
@@ -167,7 +167,7 @@ def test_added_tokens_have_the_bytes_that_they_are_written_in(tmp_path):
 
 
 def test_an_added_token_of_the_models_vocabulary_has_the_models_bytes(tmp_path):
-  """As Gemma's runs of spaces, which are spelled with spaces."""
+  """Gemma's runs of spaces are such tokens, spelled with spaces."""
   spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
   found = load(
     tmp_path,
@@ -196,7 +196,7 @@ def test_the_prefix_of_the_inside_of_a_word_is_no_text(tmp_path):
 
 
 def test_bytes_of_a_vocabulary_that_falls_back_to_bytes(tmp_path):
-  """As Llama's: spaces are U+2581, and what it lacks is spelt in bytes."""
+  """Llama spells spaces as U+2581, and letters that it lacks in bytes."""
   words = ["<unk>", "<s>", "<0x0A>", "<0xC3>", "<0xA9>", "\u2581", "a", "b"]
   model = library.models.BPE(
     vocab={w: i for i, w in enumerate([*words, "ab"])},
@@ -215,7 +215,7 @@ def test_bytes_of_a_vocabulary_that_falls_back_to_bytes(tmp_path):
 
 
 def test_a_byte_that_is_spelled_is_text(tmp_path):
-  """Where a model matches text with all its pieces; the byte itself is one."""
+  """The text "<0x0A>" does not become the token of a newline."""
   found = load(tmp_path, unigram("<0x0A>", byte_fallback=True))
   for text in ("a<0x0A>b", "a\nb", "<0x0A>", "<0x0A><0x0A>\n"):
     tokens = found.encode(text.encode())
@@ -373,7 +373,7 @@ def test_the_settings_beside_it_may_leave_the_begin_out(
 
 @pytest.mark.parametrize("token", ["<s>", {"content": "<s>", "lstrip": False}])
 def test_the_settings_beside_it_may_add_a_begin(token, tmp_path):
-  """As those of families whose loaders add it."""
+  """Families whose loaders add it have such settings."""
   settings = {"add_bos_token": True, "bos_token": token}
   (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
   assert load(tmp_path, by_bytes(), ENDS).begin == (256,)

@@ -15,7 +15,7 @@ from moe_jax.training import balancing, evaluation, program, train_step
 from tests import mesh_cases, oracle, small
 from tests.small import ROWS, L, SmallCorpus, V, config
 
-PATH = "decoder/0/moe"  # Of the two MoE layers.
+PATH = "decoder/0/moe"  # Path of the two MoE layers.
 
 
 def setting(c):
@@ -183,7 +183,7 @@ def test_a_step_draws_from_its_own_number():
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 2, 4, 1)])
 def test_a_program_is_traced_once(sizes, monkeypatch):
-  """For all seeds and steps; and evaluation leaves the balancers alone."""
+  """All seeds and steps share it, and evaluation leaves balancers alone."""
   devices = jax.devices()[: np.prod(sizes)]
   monkeypatch.setattr(jax, "devices", lambda: devices)
   monkeypatch.setattr(mixed, "prepare", lambda *a, **k: SmallCorpus())

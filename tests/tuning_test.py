@@ -1,4 +1,4 @@
-"""What a stage of a tuning chooses, against numbers made by hand."""
+"""Tests the choices of a stage of tuning, against numbers made by hand."""
 
 import pytest
 

@@ -75,7 +75,7 @@ def events(path, kind):
 
 
 def test_wandb_goes_on_under_the_same_id(run, monkeypatch):
-  """By a stand-in of the two calls that are made."""
+  """A stand-in takes the two calls that are made."""
   made = []
 
   class Run:

@@ -22,7 +22,7 @@ def cpu() -> sweeps.Sweep:
     values={arm: _tried(arm) for arm in _arms()},
     metric="max_vio_global",
     target=TARGET,
-    seeds=3,  # One of them is off by a sixth.
+    seeds=3,  # A single seed is off by a sixth.
   )
   return sweeps.Sweep(
     small.cpu_config(), _arms(), seeds=8, stages=(rates, strengths)
@@ -60,7 +60,7 @@ def _arms():
   return arms
 
 
-# In the unit of the scores, which a softmax shares out among the experts.
+# Rates in the unit of the scores; softmax scores sum to 1 over the experts.
 _RATE = {"softmax": 1e-4, "sigmoid": 1e-2}
 
 

@@ -48,7 +48,7 @@ def pod() -> sweeps.Sweep:
   """
   sizes = _sizes()
   arms = sweeps.product(sizes, _balancers(bias=1e-3))
-  for size, d_ff in (("1b", 3984), ("3b", 6584)):  # As many active parameters.
+  for size, d_ff in (("1b", 3984), ("3b", 6584)):  # Same active parameters.
     dense = {"model.pattern": ("dense",), "model.d_ff": d_ff}
     arms[f"{size}-dense"] = sizes[size] | dense
   return sweeps.Sweep(_pod_config(), arms, seeds=1)

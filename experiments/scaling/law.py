@@ -76,7 +76,7 @@ def fit(points: Sequence[Point], interaction: bool = True) -> Law:
   """
   from scipy import optimize  # Slow to import.
 
-  # From several places, as the error has more than one hollow.
+  # The error has several local minima, so the search has several starts.
   tried = [
     optimize.minimize(
       lambda bounds: _solve(bounds, points, interaction)[0],

@@ -151,7 +151,7 @@ class Experts:
     for axes, (metric, label) in zip(all_axes, panels.items()):
       for size, style in figures.styles(map(_size, rows)).items():
         of_size = [r for r in rows if _size(r) == size and metric in r]
-        # One legend for all panels.
+        # The first panel's legend serves all panels.
         name = f"width {size}" if metric == _BITS else None
         means = _mark(axes, of_size, rows, metric, style, name)
         if metric != _BITS:

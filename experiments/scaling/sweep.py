@@ -112,7 +112,7 @@ def cpu_config():
   c.model.moe.router = {"name": "top_k"}
   c.model.moe.dispatcher = {"name": "sorted"}
   c.model.moe.balancers = {"loss": {"name": "switch", "coefficient": 1e-2}}
-  # One rate after the warm-up: no step knows how long the run is, so that the
+  # The rate after the warm-up does not depend on the run's length, so that the
   # step at which a loss is reached means something.
   c.optim.schedule = "constant"
   c.train.num_steps = 2000

@@ -11,7 +11,7 @@ from typing import Any
 
 from moe_jax.core.errors import ConfigError, RunError
 
-MAX_BYTES = 100_000_000  # Of a file, and of a line.
+MAX_BYTES = 100_000_000  # Limit on the size of a file, and of a line.
 MAX_DEPTH = 64
 _SCRATCH = set()  # Folders of `scratch_folder` that are there.
 

@@ -78,7 +78,7 @@ def number(low=None, high=None, above=None, below=None) -> Option:
 
 
 def word(*choices: str) -> Option:
-  """One of some words."""
+  """An option whose value is one of these words."""
   words = ", ".join(f'"{choice}"' for choice in choices)
   words = f"one of {words}" if len(choices) > 1 else words
   fits = lambda x: isinstance(x, str) and x in choices  # noqa: E731
@@ -101,7 +101,7 @@ def optional(option) -> Option:
 
 
 def either(*options) -> Option:
-  """One of several: a number or a word, for instance."""
+  """A union of options: a number or a word, for instance."""
   options = [*map(_described, options)]
   return Option(
     " or ".join(o.words for o in options),

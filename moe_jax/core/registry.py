@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from moe_jax.core import options as options_lib
 from moe_jax.core.errors import ConfigError, did_you_mean
 
-# Where the files of a kind of part lie, if not in a room of its name.
+# Packages of the kinds of part that do not lie in a room of their name.
 _PACKAGES = {
   "routers": "moe.routers",
   "balancers": "moe.balancers",

@@ -61,12 +61,12 @@ class Role:
 
   @property
   def is_decayed(self) -> bool:
-    """Whether weight decay shrinks it: a matrix, but not the embedding."""
+    """Whether weight decay shrinks this: a matrix, but not the embedding."""
     return self.matrix_axes is not None and self.part != "embedding"
 
   @property
   def is_hidden(self) -> bool:
-    """Whether it is a matrix inside the model, without a vocabulary."""
+    """Whether this is a matrix inside the model, without a vocabulary."""
     return self.matrix_axes is not None and "vocab" not in self.axes
 
   @property

@@ -201,7 +201,7 @@ def _validation(domains, begin, batch_size, most, seq_len, masked, rows):
   for number, (domain, (tokens, spans)) in enumerate(domains.items()):
     last = first + len(spans) - 1
     if most and most < len(spans):
-      # Where floats are cut depends on the number of the first row.
+      # The rounding of these floats depends on the number of the first row.
       spans = spans[np.linspace(first, last, most).astype(int) - first]
     first = last + 1
     for start in range(0, len(spans), batch_size):

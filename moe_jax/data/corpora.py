@@ -29,7 +29,7 @@ Table = Mapping[str, Mapping[str, Any]]  # {split: {domain: value}}
 _FORMAT = 3  # Raise it when the files mean something else than before.
 _KEY_LENGTH = 16
 _MOST_DOMAINS = 256
-_MOST_LOST = 0.01  # Of a text's bytes, in its tokens.
+_MOST_LOST = 0.01  # Share of a text's bytes that its tokens may lose.
 _FULL_DISK = re.compile("No space left on device|Disk quota exceeded")
 # Fields that a corpus and its index have in common.
 _FIELDS = ("name", "fingerprint", "num_tokens", "num_documents", "sources")

@@ -131,7 +131,7 @@ def _json(path):
     pieces = {piece: i for i, (piece, _) in enumerate(pieces)}
   ids = {text: t["id"] for text, t in added.items()} | pieces
   if pieces is model["vocab"]:
-    model["vocab"] = ids  # Else added tokens get other ids after a gap.
+    model["vocab"] = ids  # Keeps ids of added tokens after a gap.
   model.pop("dropout", None)  # Equal text has equal tokens.
   tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
   tokenizer.no_truncation()
@@ -199,7 +199,7 @@ def _begin(tokenizer, path, ids):
   """
   some_text = next((p for p in ids if _ids(tokenizer, p, as_text=True)), "")
   encoding = tokenizer.encode(some_text)
-  # What is of no sequence is of the template.
+  # Tokens that belong to no sequence come from the template.
   begin = tuple(encoding.ids[: [*encoding.sequence_ids, 0].index(0)])
   file = path.with_name("tokenizer_config.json")
   if file.exists():
@@ -219,7 +219,7 @@ def _sizes(content, pieces, ids, no_text):
   model = content["model"]
   steps = [content.get(k) for k in ("normalizer", "pre_tokenizer", "decoder")]
   by_bytes = '"ByteLevel"' in json.dumps(steps)
-  # In byte-level vocabularies each of these characters stands for a byte.
+  # Each of these characters stands for a byte in byte-level vocabularies.
   letters = set(pre_tokenizers.ByteLevel.alphabet() if by_bytes else "")
   prefix = model.get("continuing_subword_prefix") or ""
   sizes_V = np.zeros(max(ids.values()) + 2, np.int32)

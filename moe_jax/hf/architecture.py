@@ -20,7 +20,7 @@ _DEFAULTS = {
   **{"remat": "none", "allow_noncausal": False, "moe.num_shared_experts": 0},
   **{"moe.shared_gate": False, "moe.use_bias": False, "moe.init_scale": 1.0},
   **{"moe.grouped_matmul": None, "moe.router.name": "top_k"},
-  # One renormalised weight learns nothing, and is what the reference computes.
+  # A renormalised top-1 weight is always 1, in the reference too.
   "moe.router.allow_constant_weight": True,
   **{f"moe.{key}": value for key, value in models.DROPLESS.items()},
 }

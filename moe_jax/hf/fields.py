@@ -20,8 +20,8 @@ _IGNORED = re.compile(
   r"|seq_aux|temperature|tokenizer_class|top_[kp]|typical_p|torchscript"
   r"|transformers_version"
 )
-REQUIRED = object()  # In the place of a default: an absent field is an error.
-SAME = object()  # In the place of a value: null means the default.
+REQUIRED = object()  # Given as a default: an absent field is an error.
+SAME = object()  # Given as the value of null: null means the default.
 _WORDS = {
   **{int: "a whole number", float: "a number", bool: "true or false"},
   **{str: "a word", list: "a list", dict: "an object"},

@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Form(NamedTuple):
-  """How a tensor holds a parameter, or several that are joined.
+  """The layout in which a tensor holds a parameter, or several joined ones.
 
   write: parameter -> tensor; only reshapes and transposes.
   read: (tensor, shape of the parameter) -> parameter.

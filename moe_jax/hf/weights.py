@@ -152,7 +152,7 @@ class Layout:
 
   def _part(self, found, leaf, named, dtype, index):
     """The part of a parameter at these slices of its axes."""
-    axes = len(next(iter(named)))  # That count tensors.
+    axes = len(next(iter(named)))  # Leading axes that count tensors.
     at = [range(n)[i] for n, i in zip(self.leaves[leaf].shape, index[:axes])]
     parts = []
     for place in itertools.product(*at):

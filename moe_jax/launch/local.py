@@ -41,7 +41,7 @@ def main(argv=None) -> int:
       process.send_signal(signal.SIGTERM if len(asked) == 1 else signal.SIGKILL)
 
   for number in (*command.SIGNALS, signal.SIGHUP):
-    if signal.getsignal(number) != signal.SIG_IGN:  # By nohup, for instance.
+    if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP.
       signal.signal(number, pass_on)
   started += start(module, args.processes, args.devices_per_process)
   with futures.ThreadPoolExecutor(len(started)) as readers, tied(started):
@@ -89,7 +89,7 @@ def start(
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
     "JAX_COORDINATOR_ADDRESS": address,
-    "JAX_COORDINATOR_BIND_ADDRESS": address,  # Else it is all interfaces.
+    "JAX_COORDINATOR_BIND_ADDRESS": address,  # The default is all interfaces.
     "JAX_NUM_PROCESSES": str(processes),
   }
   options = {

@@ -116,7 +116,7 @@ class Architecture:
 # Every key of `config.model`.
 OPTIONS = of(Architecture) | layers.OPTIONS
 OPTIONS |= {"name": str, "vocab_size": optional(integer(1))}
-# What `build` is told beside the config, or makes of it.
+# These fields are no config keys: `build` gets them as arguments or makes them.
 for _name in ("kinds", "end_of_document", "mesh", "source"):
   del OPTIONS[_name]
 

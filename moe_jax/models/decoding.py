@@ -119,7 +119,7 @@ def _step(model, length, experts, variables, cache, tokens_BL, mask_BL):
 
 @functools.partial(jax.jit, static_argnames="sampling")
 def sample(logits_BV, rng, sampling: Sampling):
-  """One token of each row; `sampling.seed` is not read."""
+  """Draws the next token of each row; `sampling.seed` is not read."""
   if sampling.temperature == 0:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
   logits_BV = logits_BV / sampling.temperature

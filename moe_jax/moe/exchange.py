@@ -155,7 +155,7 @@ def _starts(sizes):
 
 
 def _transposed(size_ij, num_rows):
-  """Where rows of blocks in the order [i, j] stand in the order [j, i].
+  """Maps rows of blocks in the order [i, j] to their rows in the order [j, i].
 
   Returns:
     int32 [num_rows]; num_rows for rows of no block.

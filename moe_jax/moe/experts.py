@@ -77,7 +77,7 @@ def build(
       )
       return Rows(y_ND, count_GE)
     groups, num_experts, slots, _ = rows.x.shape
-    # One batch axis, so that each expert is one matrix product.
+    # Groups and slots are one axis, so that each expert is one matrix product.
     x_END = rows.x.swapaxes(0, 1).reshape(num_experts, groups * slots, -1)
     y_END = jax.vmap(functools.partial(expert, kernels.linear))(params, x_END)
     y_EGCD = y_END.reshape(num_experts, groups, slots, -1)

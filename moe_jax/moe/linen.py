@@ -55,7 +55,7 @@ class MoE(nn.Module):
     """
     batch, length, d_model = x_BLD.shape
     params, balance = self._params(d_model), self._balance()
-    if self.is_initializing():  # Of any length, though capacity may be zero.
+    if self.is_initializing():  # Accepts any length, even at capacity 0.
       return jnp.zeros_like(x_BLD), None, {}
     tokens, recipe = self.grouping.resolve(self.recipe, length, train)
     if mask_BL is None:

@@ -33,7 +33,7 @@ class Tokens(NamedTuple):
     mask = self.mask_GT.reshape(self.mask_GT.shape + (1,) * (value.ndim - 2))
     value = jnp.where(mask, value, 0)
     shape = (value.shape[0], self.sequences, -1, *value.shape[2:])
-    # Without the dtype, integers grow to int64 in float64 mode.
+    # The dtype keeps integers from growing to int64 in float64 mode.
     return value.reshape(shape).sum(2, dtype=value.dtype)
 
 

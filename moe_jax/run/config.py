@@ -265,7 +265,7 @@ class Parser(argparse.ArgumentParser):
     super().__init__(description=description, formatter_class=layout, **options)
 
   def parse_known_args(self, args=None, namespace=None):
-    """As in argparse. Raises ConfigError for an argument that is not UTF-8."""
+    """Parses as argparse does; raises ConfigError for non-UTF-8 arguments."""
     for text in sys.argv[1:] if args is None else args:
       try:
         text.encode()

@@ -21,7 +21,7 @@ from moe_jax.core import errors
 from moe_jax.core.errors import ConfigError, RunError, first_line
 from moe_jax.run import command
 
-# What `moe_jax.launch.local`, or a launcher of yours, gives each process.
+# Variables that `moe_jax.launch.local`, or a launcher of yours, sets.
 ADDRESS = "JAX_COORDINATOR_ADDRESS"
 COUNT = "JAX_NUM_PROCESSES"
 INDEX = "JAX_PROCESS_ID"
@@ -47,7 +47,7 @@ def join(mode: str = "auto", timeout: int = 300) -> None:
   if mode == "off" or (mode == "auto" and not detected(os.environ)):
     return
   given = _given(os.environ)
-  # In a thread, because it ends the process itself where time runs out.
+  # A thread, because jax itself ends the process when the time runs out.
   done = futures.Future()
   threading.Thread(
     target=_initialize, args=(done, given, timeout), daemon=True
@@ -98,13 +98,13 @@ def _watch(client):
   ended = threading.Event()
   # Asked now: at the end of a process jax would make its backend anew.
   own, count = jax.process_index(), jax.process_count()
-  # What jax does at the end of a process takes as long as the others do.
+  # jax waits for the other processes at exit, and silence is no fault then.
   atexit.register(ended.set)
 
-  def write(number):  # Without a limit of time, so in a thread of its own.
+  def write(number):  # It has no time limit, so it gets a thread.
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       client.key_value_set(_ALIVE.format(own, number), "")
-      if number > 1:  # Which all have read, or they would not be here.
+      if number > 1:  # All have read the key of number - 2.
         client.key_value_delete(_ALIVE.format(own, number - 2))
 
   def hear(process, number, seconds=_SILENCE):

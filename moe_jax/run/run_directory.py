@@ -22,7 +22,7 @@ _REMEDY = "bring it back as it was, or choose another --workdir"
 
 
 class RunDirectory(contextlib.AbstractContextManager):
-  """One run's files, for one run at a time.
+  """The files of a run, in a folder that is locked while they are open.
 
   Where several processes run it together, the first one alone reads and writes
   them, and tells the others. All of them call every method.

@@ -34,13 +34,13 @@ class Stop:
     self._together = jax.process_count() > 1
 
   def asked(self) -> bool:
-    """Whether to stop; of several processes all have to ask equally often."""
+    """Whether a stop is requested; all processes must ask equally often."""
     if self._deadline is not None and time.monotonic() >= self._deadline:
       self._deadline = None
       if not self._together:
         self._asked = True
       elif jax.process_index() == 0:
-        os.kill(os.getpid(), signal.SIGTERM)  # Of which jax tells the others.
+        os.kill(os.getpid(), signal.SIGTERM)  # jax tells the others.
     if self._together and not self._asked:
       self._asked = multihost_utils.reached_preemption_sync_point(next(_calls))
     return self._asked

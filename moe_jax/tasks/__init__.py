@@ -13,7 +13,7 @@ Batch = Mapping[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """What is learned, and from which data.
+  """A learning task: its loss, its metrics and its data.
 
   Each file of this folder has build(config, mesh=None, fingerprint=None,
   prepare=True) -> Task; see `tasks/next_token.py`.

@@ -77,7 +77,7 @@ class Checkpoints:
       options=ocp.CheckpointManagerOptions(
         max_to_keep=keep_last,
         keep_period=keep_every,
-        cleanup_tmp_directories=True,  # Of a process that was killed.
+        cleanup_tmp_directories=True,  # Left by a killed process.
       ),
     )
     self._writing = None  # The step that is being written.

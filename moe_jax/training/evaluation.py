@@ -90,7 +90,7 @@ def table(sums: Mapping[str, Mapping], task, model) -> dict[str, float]:
 
 
 def specialisation(sums: Mapping[str, Mapping], sublayers) -> dict:
-  """How much of each domain each expert gets (OLMoE, 2409.02060, 5.3).
+  """Share of each domain that each expert gets (OLMoE, 2409.02060, 5.3).
 
   Args:
     sums: from `by_domain`.
@@ -108,7 +108,7 @@ def specialisation(sums: Mapping[str, Mapping], sublayers) -> dict:
 
 
 def describe(shares: Mapping, top: int = 3) -> str:
-  """For every layer and domain, its most used experts, as a table.
+  """A table of the most used experts for every layer and domain.
 
   Args:
     shares: from `specialisation`.

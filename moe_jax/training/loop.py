@@ -24,7 +24,7 @@ from moe_jax.training.program import Program
 
 
 def train_and_evaluate(config, workdir) -> dict[str, float]:
-  """One run from a config: builds, trains, evaluates, writes the run's files.
+  """Runs a config: builds, trains, evaluates, writes the run's files.
 
   Args:
     config: see `configs/base.py`.
@@ -234,7 +234,7 @@ class Lines:
     self.directory, self._progress = directory, progress
     self._waiting = []  # (step, sums on the devices) not added up yet.
     self._skipped = 0
-    # Of the line that is begun.
+    # Sums of the next line of metrics.
     self._means = {k: Mean(*pair) for k, pair in (begun or {}).items()}
     self._tokens, self._since = 0.0, time.monotonic()
     self._told = step  # Steps that the progress line knows of.

@@ -23,7 +23,7 @@ _WIDTH = 16  # D and F on each device that they are sharded over.
 # Relative to the norm of a leaf. Accelerators round products to 8 bits.
 _TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 3e-2}
 _ELSEWHERE = 3e-2
-# For programs that run once, on CPU: the same operations, compiled faster.
+# Compiler options for programs that run once, on CPU, to compile faster.
 _QUICK = {
   "xla_backend_optimization_level": 0,
   "xla_llvm_disable_expensive_passes": True,
@@ -88,7 +88,7 @@ def _compare(recipe, grouping, length, dtype, mesh):
   recipe = dataclasses.replace(
     recipe, experts=narrow(recipe.experts), shared=narrow(recipe.shared)
   )
-  sequences = max(1, grouping.tokens(length) // length)  # Of a whole group.
+  sequences = max(1, grouping.tokens(length) // length)  # Fills a group.
   batch = parallel.token_shards(mesh) * sequences
   alone = MoE(recipe, grouping)
   shape = batch, length, _WIDTH * mesh.shape["fsdp"]

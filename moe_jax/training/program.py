@@ -156,7 +156,7 @@ class Program:
     }
 
   def _compile(self, numbers):
-    """What programs share: init, train_step, eval_step, abstract_state, sizes."""
+    """Makes the shared (init, train_step, eval_step, abstract_state, sizes)."""
     parts = train_step.parts(self.config, self.model, self.task)
     init = functools.partial(train_step.init_state, **parts, numbers=numbers)
     boxed = jax.eval_shape(init, jax.random.key(0))

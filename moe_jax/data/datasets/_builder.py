@@ -1,4 +1,4 @@
-"""What the built-in datasets have in common: a TFDS builder of labelled texts."""
+"""A TFDS builder of labelled texts, the base class of the built-in datasets."""
 
 import tensorflow_datasets as tfds
 

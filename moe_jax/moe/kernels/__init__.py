@@ -18,12 +18,12 @@ BACKENDS = tuple(m.name for m in pkgutil.iter_modules(__path__))
 
 
 def backend_for(platform: str, wanted: str | None = None) -> str:
-  """What is wanted, or else what a platform ("cpu", "gpu", "tpu") gets."""
+  """The wanted backend, or the default of a platform ("cpu", "gpu", "tpu")."""
   return wanted or (platform if platform in BACKENDS else "reference")
 
 
 def is_checked(backend: str) -> bool:
-  """Whether it declares over which mesh axes its result varies."""
+  """Whether a backend declares over which mesh axes its result varies."""
   return getattr(_load(backend), "CHECKED", True)
 
 

@@ -129,7 +129,7 @@ class _Chunk(NamedTuple):
   first: Array
   live: Array
   size: int
-  begins: bool  # Whether it is the first one of its expert.
+  begins: bool  # Whether this is the expert's first chunk.
 
 
 def _loop(body, carry, params, sizes_E, rows, every=False):

@@ -58,7 +58,7 @@ LOG_SCORES = {
   "sigmoid": jax.nn.log_sigmoid,
   "sqrt_softplus": lambda logits: _log_softplus(logits) / 2,
 }
-# Where a score no longer grows with its logit.
+# Tests whether rounding has stopped a score from growing with its logit.
 SATURATED = dict.fromkeys(SCORES, lambda score_TE: score_TE <= 0)
 SATURATED["sigmoid"] = lambda score_TE: (score_TE <= 0) | (score_TE >= 1)
 GROUP_SCORES = {

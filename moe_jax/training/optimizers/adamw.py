@@ -20,7 +20,7 @@ def build(
     b2: decay of the average of their squares.
     eps: added to the root.
   """
-  # In float32 1 - b would have fewer bits.
+  # 1 - b is computed here, as float32 would lose bits of it.
   numbers = {"b1": b1, "b2": b2, "eps": eps, "new1": 1 - b1, "new2": 1 - b2}
   return optimizers.Optimizer(direction, numbers)
 

@@ -72,7 +72,7 @@ def rate(n: Mapping[str, Any]) -> optax.Schedule:
 
 
 def _line(first, last, steps):
-  """From the first value to the last one after so many steps, at least 1."""
+  """A line from `first` to `last` in so many steps, at least 1."""
   steps, scalar = max(steps, 1), _scalar()
   inverse = float(scalar(1) / scalar(steps))
   return {"steps": steps, "inverse": inverse, "by": first - last, "last": last}

@@ -1,4 +1,4 @@
-"""Which digit is it? The 8 x 8 images that scikit-learn ships, in ten classes."""
+"""Classifies scikit-learn's 8 x 8 images of digits, in ten classes."""
 
 import hashlib
 
