@@ -25,7 +25,6 @@ class Task:
     without noise; first is the index of the first example in the step's batch;
     sums are arrays that add up over batches; aux is the model's.
   metrics: (loss, sums) -> {name: Mean}, on the host.
-  headline: the metric that runs are compared by; lower is better.
   by_domain: metrics that are also reported for every domain.
   length: tokens of a sequence, which groups are made of.
   tokens_per_example: positions of the model that an example takes.
@@ -44,7 +43,6 @@ class Task:
   weight: Callable[[Batch], Array]
   loss: Callable[..., tuple[Mean, Mapping[str, Array], Mapping]]
   metrics: Callable[..., dict[str, Mean]]
-  headline: str
   by_domain: tuple[str, ...]
   length: int
   tokens_per_example: int

@@ -108,7 +108,6 @@ def scoring(num_bytes_V: np.ndarray, seq_len: int, **data) -> Task:
     weight=lambda batch: batch["mask"].sum(),
     loss=loss,
     metrics=_metrics,
-    headline="bits_per_byte",
     by_domain=("bits_per_byte",),
     length=seq_len,
     tokens_per_example=seq_len,

@@ -122,7 +122,8 @@ def routing(layers: Mapping[str, Layer]) -> dict[str, Mean]:
 
 def mean_floor(layers: Mapping[str, Layer]) -> float:
   """MaxVio of uniform routing, mean over layers."""
-  return statistics.fmean(layer.floor() for layer in layers.values())
+  # The mean of equal floors is exactly that floor; `fmean` may round it.
+  return statistics.mean(layer.floor() for layer in layers.values())
 
 
 def max_vio(count_E) -> float:

@@ -77,7 +77,6 @@ def build(config, mesh=None, fingerprint=None, prepare=True) -> Task:
       "loss": loss,
       "error": Mean(loss.weight - sums["right"], loss.weight),
     },
-    headline="error",
     by_domain=("error",),
     length=16,
     tokens_per_example=16,
