@@ -40,7 +40,6 @@ def exchanged(groups, buffer_rows, itemsize):
   return (buffer_rows + rows) * aot.WIDTH * itemsize
 
 
-@pytest.mark.long
 def test_dropless_over_experts():
   programs = compiled("--mesh=1,1,4,1", "--layout=dropless")
   forward, gradient = programs["forward"], programs["gradient"]
@@ -76,6 +75,7 @@ def test_buckets_over_fsdp_and_experts():
   assert gradient["reduce-scatter over fsdp"] == (3, weights // 2)
 
 
+@pytest.mark.long
 def test_training_step_over_experts_and_tensor():
   programs = compiled("--mesh=1,1,2,2", "--layout=bounded", "--step")
   step = programs["train step"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -24,34 +25,51 @@ from tests.small import SmallCorpus, config
 STEPS = 56
 
 
+def program_of(sizes=None):
+  """The Program of a small model, on one device without a mesh or on a mesh."""
+  c = config()
+  c.mesh = sizes or (1, 1, 1, 1)
+  c.model.moe.num_experts = 8
+  c.optim.learning_rate = 1e-2
+  c.train.update(num_steps=STEPS, log_every=1, ema=0.75)
+  c.checkpoint.every = 10
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(mixed, "prepare", lambda *a, **k: SmallCorpus())
+    if sizes is None:
+      patch.setattr(program.parallel, "mesh_or_none", lambda sizes: None)
+    return program.Program(c)
+
+
 @pytest.fixture(scope="module")
 def make():
   """(mesh) -> Program; equal ones are compiled once."""
-  made = {}
+  return functools.cache(program_of)
 
-  def one(sizes=None):
-    if sizes not in made:
-      c = config()
-      c.mesh = sizes or (1, 1, 1, 1)
-      c.model.moe.num_experts = 8
-      c.optim.learning_rate = 1e-2
-      c.train.update(num_steps=STEPS, log_every=1, ema=0.75)
-      c.checkpoint.every = 10
-      with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mixed, "prepare", lambda *a, **k: SmallCorpus())
-        if sizes is None:
-          patch.setattr(program.parallel, "mesh_or_none", lambda sizes: None)
-        made[sizes] = program.Program(c)
-    return made[sizes]
 
-  return one
+@pytest.fixture(scope="module")
+def undisturbed(make, tmp_path_factory):
+  """(mesh) -> the folder of a run that nobody disturbed."""
+
+  @functools.cache
+  def run(sizes=None):
+    folder = tmp_path_factory.mktemp("alone")
+    go(make(sizes), folder)
+    return folder
+
+  return run
+
+
+@pytest.fixture
+def alone(undisturbed):
+  """The folder of a run on one device that nobody disturbed."""
+  return undisturbed()
 
 
 class Told:
-  """A progress line that asks for a stop after a step, as a user would."""
+  """A progress line that sends a signal after a step, as a user would."""
 
-  def __init__(self, stop_at=None):
-    self.done, self.stop_at = 0, stop_at
+  def __init__(self, stop_at=None, number=signal.SIGTERM):
+    self.done, self.stop_at, self.number = 0, stop_at, number
 
   def skip(self, n):
     self.done += n
@@ -61,37 +79,37 @@ class Told:
     self.done += n
     if self.stop_at is not None and self.done >= self.stop_at:
       self.stop_at = None
-      os.kill(os.getpid(), signal.SIGTERM)
+      os.kill(os.getpid(), self.number)
 
 
-def go(made, path, stop_at=None):
+def go(made, path, stop_at=None, number=signal.SIGTERM):
   with run_directory.RunDirectory(path, made.config) as directory:
-    return loop.run(made, 3, directory, Told(stop_at))
+    return loop.run(made, 3, directory, Told(stop_at, number))
 
 
 def losses(path):
   return [x["loss"] for x in run_directory.read_metrics(path, "train")]
 
 
-def test_it_goes_on_with_other_meshes(make, tmp_path):
-  """(2, 1, 4, 1), then (1, 1, 8, 1), then one device, and back."""
-  first, second = make((2, 1, 4, 1)), make((1, 1, 8, 1))
-  go(first, tmp_path / "alone")
-  for made, stop_at in ((first, 6), (second, 25), (make(), 40)):
+def test_it_goes_on_with_other_meshes(make, undisturbed, tmp_path):
+  """Eight devices, then one, and back."""
+  first = make((2, 1, 4, 1))
+  for made, stop_at in ((first, 6), (make(), 40)):
     with pytest.raises(Interrupted, match="the same command goes on"):
       go(made, tmp_path / "moved", stop_at)
     # The signal came while the next step was computed already.
     step = max(int(p.name) for p in checkpoints(tmp_path / "moved"))
     assert stop_at <= step <= stop_at + 2
   go(first, tmp_path / "moved")
-  alone, moved = losses(tmp_path / "alone"), losses(tmp_path / "moved")
+  alone = losses(undisturbed((2, 1, 4, 1)))
+  moved = losses(tmp_path / "moved")
   assert len(alone) == len(moved) == STEPS
   np.testing.assert_allclose(moved, alone, atol=1e-4)
   facts = json.loads((tmp_path / "moved" / "run.json").read_text())
   assert facts["mesh"]["data"] == 2
   meshes = [x.get("mesh") for x in facts["continued"]]
   ones = dict(data=1, fsdp=1, expert=1, tensor=1)
-  assert meshes == [ones | {"expert": 8}, ones, None]  # None: as at the start.
+  assert meshes == [ones, None]  # None: as at the start.
 
 
 ALONE = """
@@ -106,31 +124,30 @@ assert jax.device_count() == 1
 """
 
 
-def test_what_eight_devices_wrote_is_opened_by_one(make, tmp_path):
+def test_what_eight_devices_wrote_is_opened_by_one(make, undisturbed, tmp_path):
   """Variables to the bit, and what the model makes of them."""
   eight, alone = make((2, 1, 4, 1)), make()
-  go(eight, tmp_path / "run")
+  run = undisturbed((2, 1, 4, 1))
   subprocess.run(
-    [sys.executable, "-c", ALONE, tmp_path / "run", tmp_path / "found.npz"],
+    [sys.executable, "-c", ALONE, run, tmp_path / "found.npz"],
     env=os.environ | {"XLA_FLAGS": ""},
     check=True,
   )
   with np.load(tmp_path / "found.npz") as file:
     flat = dict(file)
-  with contextlib.closing(
-    checkpoint.Checkpoints(tmp_path / "run" / "checkpoints")
-  ) as opened:
+  opened = checkpoint.Checkpoints(run / "checkpoints")
+  with contextlib.closing(opened):
     state = opened.restore(eight.abstract_state).state
   variables = {"params": state.params, "balance": state.balance}
   wanted = traverse_util.flatten_dict(jax.device_get(variables), sep="/")
   assert flat.keys() == wanted.keys()
   for name in wanted:
     np.testing.assert_array_equal(flat[name], wanted[name], err_msg=name)
-  average = checkpoint.load_variables(tmp_path / "run", ema=True)
+  average = checkpoint.load_variables(run, ema=True)
   jax.tree.map(np.testing.assert_array_equal, average["params"], state.ema)
   found = traverse_util.unflatten_dict(flat, sep="/")
   measured = alone.evaluate(alone.init(jax.random.key(0)).replace(**found))
-  [line] = run_directory.read_metrics(tmp_path / "run", "validation")
+  [line] = run_directory.read_metrics(run, "validation")
   for name in ("loss", "max_vio", "dropped"):
     np.testing.assert_allclose(measured[name], line[name], atol=1e-5)
   found["params"] = average["params"]
@@ -196,10 +213,9 @@ def test_a_signal_in_the_last_step_is_not_lost(make, tmp_path):
   assert end == {"step": STEPS, "split": "validation"} | found
 
 
-def test_a_signal_in_an_evaluation_ends_it(make, tmp_path, monkeypatch):
+def test_a_signal_in_an_evaluation_ends_it(make, alone, tmp_path, monkeypatch):
   """It may be long; the state is saved, and it is made when the run goes on."""
   made = make()
-  want = go(made, tmp_path / "alone")
   seen = []
 
   def validation(rows=None):
@@ -216,8 +232,8 @@ def test_a_signal_in_an_evaluation_ends_it(make, tmp_path, monkeypatch):
     go(made, tmp_path / "stopped")
   assert len(seen) == 2
   monkeypatch.undo()
-  assert go(made, tmp_path / "stopped") == want
-  assert not kill.difference(tmp_path / "alone", tmp_path / "stopped")
+  go(made, tmp_path / "stopped")
+  assert not kill.difference(alone, tmp_path / "stopped")
 
 
 @pytest.mark.parametrize("damage", ["a line", "all of it"])
@@ -249,24 +265,37 @@ def test_a_profile_that_is_cut_off_does_not_stop_the_run(make, tmp_path):
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
-def test_killed_and_asked_to_stop_it_is_the_same_run(tmp_path):
-  """Sends real signals to real processes; `python -m tests.kill` does more."""
-  assert kill.run(tmp_path, kills=2) == []
+KILLED = """
+import pathlib, signal, sys
+from tests import loop_test
+folder = pathlib.Path(sys.argv[1])
+loop_test.go(loop_test.program_of(), folder, 31, signal.SIGKILL)
+"""
 
 
-def test_the_comparison_sees_a_difference(make, tmp_path):
-  go(make(), tmp_path / "one", None)
-  go(make(), tmp_path / "other", None)
-  assert not kill.difference(tmp_path / "one", tmp_path / "other")
-  path = tmp_path / "other" / "metrics.jsonl"
+def test_killed_it_is_the_same_run(make, alone, tmp_path):
+  """A process of its own gets SIGKILL; `python -m tests.kill` does more."""
+  killed = tmp_path / "killed"
+  command = [sys.executable, "-c", KILLED, killed]
+  assert subprocess.run(command, cwd=kill.ROOT).returncode == -signal.SIGKILL
+  assert all(p.name.split(".")[0] < str(STEPS) for p in checkpoints(killed))
+  go(make(), killed)
+  assert not kill.difference(alone, killed)
+
+
+def test_the_comparison_sees_a_difference(alone, tmp_path):
+  other = tmp_path / "other"
+  shutil.copytree(alone, other)
+  assert not kill.difference(alone, other)
+  path = other / "metrics.jsonl"
   text = path.read_text()
   path.write_text(text.replace('"step": 7', '"step": 8', 1))
-  assert kill.difference(tmp_path / "one", tmp_path / "other")
+  assert kill.difference(alone, other)
   path.write_text(text[: text.rindex("{")])
-  assert "lines" in kill.difference(tmp_path / "one", tmp_path / "other")
+  assert "lines" in kill.difference(alone, other)
   path.write_text(text)
-  (tmp_path / "other" / "checkpoints" / str(STEPS)).rename(tmp_path / "gone")
-  assert "differs" in kill.difference(tmp_path / "one", tmp_path / "other")
+  (other / "checkpoints" / str(STEPS)).rename(tmp_path / "gone")
+  assert "differs" in kill.difference(alone, other)
 
 
 def test_a_finished_run_is_read(make, tmp_path, monkeypatch):
