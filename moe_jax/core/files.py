@@ -173,7 +173,13 @@ def writing(path: str | os.PathLike):
   try:
     yield
   except OSError as e:
-    raise RunError(
-      f"{path} cannot be written to ({e.strerror}); free space on that disk,"
-      " older runs for instance, and give the same command to go on"
-    ) from None
+    raise RunError(not_written(path, e)) from None
+
+
+def not_written(path: str | os.PathLike, error: OSError) -> str:
+  """The sentence for the user about a file that cannot be written."""
+  return (
+    f"{path} cannot be written to ({error.strerror}); free space on that disk,"
+    " older runs for instance, or choose another path, and give the command"
+    " again"
+  )

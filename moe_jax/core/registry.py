@@ -62,7 +62,8 @@ def load(kind: str, name: str, *, plugins: tuple[str, ...] = (), **options):
     ConfigError: no such name or option, or a value that its annotation in
       `build` does not allow.
   """
-  return _made(_resolved(kind, name, plugins, options, f"{kind}/{name}"))
+  section = {"name": name, **options}
+  return from_config(kind, section, f"{kind}/{name}", plugins=plugins)
 
 
 def find(kind: str, name: str, plugins: tuple[str, ...] = ()):
@@ -88,7 +89,8 @@ def from_config(
   Raises:
     ConfigError: as `load`; or the section is none.
   """
-  return _made(spec(kind, section, key, plugins=plugins, **more))
+  made_of = spec(kind, section, key, plugins=plugins, **more)
+  return _build(*made_of[:3], **made_of.options)
 
 
 def spec(
@@ -96,12 +98,18 @@ def spec(
 ) -> Spec:
   """`from_config` without building the part: its checked options."""
   options_lib.part().check(section, key)
-  options = dict(section)
-  name = options.pop("name")
   for option in more:
-    if option in options:
+    if option in section:
       raise ConfigError(f"{key}.{option} is set outside of {key}; leave it out")
-  return _resolved(kind, name, plugins, options | more, key)
+  given = {**section, **more}
+  given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+  name = given.pop("name")
+  options_lib.text().check(name, f"{key}.name")
+  build = find(kind, name, plugins).build
+  options_lib.arguments(build).check(given, key)
+  arguments = inspect.signature(build).parameters.values()
+  defaults = {a.name: a.default for a in arguments}
+  return Spec(kind, name, tuple(plugins), defaults | given)
 
 
 def rebuild(part, numbers: Mapping[str, Any]):
@@ -137,22 +145,6 @@ def names(kind: str, plugins: tuple[str, ...] = ()) -> list[str]:
   those in the tuple SHARED of the package.
   """
   return sorted(_files(kind, plugins))
-
-
-def _resolved(kind, name, plugins, given, key):
-  """The Spec of a part whose options have been checked."""
-  plugins = tuple(plugins)
-  options_lib.text().check(name, f"{key}.name")
-  build = find(kind, name, plugins).build
-  given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-  options_lib.arguments(build).check(given, key)
-  arguments = inspect.signature(build).parameters.values()
-  defaults = {a.name: a.default for a in arguments}
-  return Spec(kind, name, plugins, defaults | given)
-
-
-def _made(made_of):
-  return _build(*made_of[:3], **made_of.options)
 
 
 # Typed, as 1, 1.0 and True are equal, but not the same option.
@@ -192,8 +184,8 @@ def _check_part(part, wanted, where):
 
 
 def _with_spec(part, made_of):
-  fields = getattr(part, "__dataclass_fields__", {})
-  return dataclasses.replace(part, spec=made_of) if "spec" in fields else part
+  has_spec = "spec" in getattr(part, "__dataclass_fields__", {})
+  return dataclasses.replace(part, spec=made_of) if has_spec else part
 
 
 @functools.cache

@@ -6,6 +6,7 @@ is one matrix for each layer and expert.
 """
 
 import dataclasses
+import itertools
 
 import flax.linen as nn
 import flax.struct
@@ -40,10 +41,8 @@ class Role:
   @property
   def batch_axes(self) -> tuple[int, ...]:
     """The leading axes over layers and experts."""
-    count = 0
-    while count < len(self.axes) and self.axes[count] in _BATCH:
-      count += 1
-    return tuple(range(count))
+    batch = itertools.takewhile(_BATCH.__contains__, self.axes)
+    return tuple(range(len([*batch])))
 
   @property
   def matrix_axes(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

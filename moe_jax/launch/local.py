@@ -92,14 +92,13 @@ def start(
     "JAX_COORDINATOR_BIND_ADDRESS": address,  # The default is all interfaces.
     "JAX_NUM_PROCESSES": str(processes),
   }
-  options = {
-    "stdout": subprocess.PIPE,
-    "stderr": subprocess.STDOUT,
-    "start_new_session": True,  # Ctrl-C is passed on, once.
-  } | options
+  piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
   return [
     subprocess.Popen(
-      command, env=shared | {"JAX_PROCESS_ID": str(number)}, **options
+      command,
+      env=shared | {"JAX_PROCESS_ID": str(number)},
+      start_new_session=True,  # Ctrl-C is passed on, once.
+      **piped | options,
     )
     for number in range(processes)
   ]
@@ -118,11 +117,9 @@ def wait(started: list[subprocess.Popen]) -> int:
     except subprocess.TimeoutExpired:
       process.kill()
   codes = [process.wait() for process in started]
-  # Our own errors say more than the signal that ended those who waited.
-  wrong = sorted((c for c in codes if c not in (0, 75)), key=lambda c: c < 0)
-  if wrong:
-    return wrong[0] if wrong[0] > 0 else 128 - wrong[0]
-  return max(codes)
+  codes = [128 - code if code < 0 else code for code in codes]
+  # An error of its own says more than the signal that ended another process.
+  return min((c for c in codes if c not in (0, 75)), default=max(codes))
 
 
 def _show(number, process):
@@ -130,9 +127,9 @@ def _show(number, process):
   with process.stdout as said:
     for line in said:
       text = line.decode(errors="replace")
+      text = f"[{number}] {text}" if number else text
       with contextlib.suppress(OSError):  # Nobody listens; the process goes on.
-        sys.stdout.write(f"[{number}] {text}" if number else text)
-        sys.stdout.flush()
+        print(text, end="", flush=True)
 
 
 def _arguments(argv):
@@ -146,4 +143,4 @@ def _arguments(argv):
 
 
 if __name__ == "__main__":
-  command.run(lambda: main(sys.argv[1:]))
+  command.run(main)

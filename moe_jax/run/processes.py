@@ -70,7 +70,7 @@ def join(mode: str = "auto", timeout: int = 300) -> None:
       f" ({first_line(e) or 'no answer'}); see that all were started, and can"
       " reach that address, or raise --multihost_timeout"
     ) from None
-  command.joined(jax.process_index())
+  command.index = jax.process_index()
   _in_thread(_watch, distributed.global_state.client)
 
 

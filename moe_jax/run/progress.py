@@ -44,6 +44,3 @@ class _Lines:
   def write(self, text):
     if text.strip():
       sys.stderr.write(text.strip() + "\n")
-
-  def flush(self):
-    sys.stderr.flush()

@@ -1,13 +1,13 @@
 """The folder of a run: config.json, run.json, metrics.jsonl."""
 
 import contextlib
-import datetime
 import fcntl
 import json
 import os
 import pathlib
 import socket
 import sys
+import time
 from collections.abc import Mapping
 
 from absl import logging
@@ -56,17 +56,12 @@ class RunDirectory(contextlib.ExitStack):
 
   def _open(self, stack):
     """Returns run.json, once the folder belongs to this run."""
-    try:
+    with files.writing(self.path):
       self.path.mkdir(parents=True, exist_ok=True)
       stack.enter_context(_lock(self.path))
-      facts = self._begin(config_lib.to_json(self._config))
-      self._sizes = {n: _size(self.path / n) for n in (_CONFIG, _METRICS)}
-      return facts
-    except OSError as e:
-      raise ConfigError(
-        f"the work directory {self.path} cannot be written to ({e.strerror});"
-        " choose another --workdir"
-      ) from None
+    facts = self._begin(self._config.to_json(indent=2, sort_keys=True))
+    self._sizes = {n: _size(self.path / n) for n in (_CONFIG, _METRICS)}
+    return facts
 
   def _begin(self, config):
     """Returns the facts of the run in the folder, or writes config.json."""
@@ -128,41 +123,36 @@ class RunDirectory(contextlib.ExitStack):
 
   def _begin_files(self, step, lines):
     """Begins the writers; returns how many lines metrics.jsonl keeps."""
+    # A line that broke after the checkpoint is written again.
+    there = self._lines(until_broken=step > 0)
+    kept = [line for line in there if line["step"] <= step]
     if not step:
-      self._check_lost()
+      self._check_lost(max((line["step"] for line in there), default=0))
+    if len(kept) < lines:
+      raise ConfigError(
+        f"{self.path / _METRICS} has {len(kept)} whole lines up to step {step},"
+        f" where {lines} were written; bring them back, or choose another"
+        " --workdir to start again"
+      )
     for log, close in writers.begin(self._config, self.path, step):
       self.callback(close)
       self._loggers.append(log)
-    return self._cut(step, lines)
+    if (self.path / _METRICS).exists():
+      self._write(_METRICS, "".join(json.dumps(x) + "\n" for x in kept))
+    return len(kept)
 
-  def _check_lost(self):
-    """Raises ConfigError for lines that were written after a checkpoint."""
+  def _check_lost(self, last):
+    """Raises ConfigError if a checkpoint was written before the last line."""
     # A process may be killed while it writes its first checkpoint, and how often
     # they are saved may have been changed since the run began.
     begun_with = config_lib.complete(self._read(_CONFIG, "a config"))
     every = self._config.checkpoint.every, begun_with["checkpoint"]["every"]
-    last = max((line["step"] for line in self._lines()), default=0)
     if all(every) and last > 2 * max(every):
       raise ConfigError(
         f"{self.path} has metrics up to step {last} and no checkpoint, which is"
         f" saved every {every[0]} steps; bring its folder checkpoints back, or"
         " choose another --workdir to start again"
       )
-
-  def _cut(self, step, at_least):
-    # A line that broke after the checkpoint is written again.
-    lines = self._lines(until_broken=True)
-    kept = [line for line in lines if line["step"] <= step]
-    path = self.path / _METRICS
-    if len(kept) < at_least:
-      raise ConfigError(
-        f"{path} has {len(kept)} whole lines up to step {step}, where"
-        f" {at_least} were written; bring them back, or choose another"
-        " --workdir to start again"
-      )
-    if path.exists():
-      self._write(_METRICS, "".join(json.dumps(x) + "\n" for x in kept))
-    return len(kept)
 
   def describe(self, step: int = 0, **facts) -> None:
     """Writes run.json: versions, devices, and the given facts.
@@ -298,8 +288,7 @@ def _lock(path):
         " it, or choose another --workdir"
       ) from None
   file.truncate(0)
-  since = datetime.datetime.now().isoformat(" ")
-  who = f"process {os.getpid()} on {socket.gethostname()} since {since}"
+  who = f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}"
   print(who, end="", file=file, flush=True)
   return file
 
