@@ -75,9 +75,7 @@ def find(kind: str, name: str, plugins: tuple[str, ...] = ()):
   return _module(kind, name, tuple(plugins))
 
 
-def from_config(
-  kind: str, section, key: str, *, plugins: tuple[str, ...] = (), **more
-):
+def from_config(kind: str, section, key: str, *, plugins=(), **more):
   """The part that a section of a config describes.
 
   Args:
@@ -93,9 +91,7 @@ def from_config(
   return _build(*made_of[:3], **made_of.options)
 
 
-def spec(
-  kind: str, section, key: str, *, plugins: tuple[str, ...] = (), **more
-) -> Spec:
+def spec(kind: str, section, key: str, *, plugins=(), **more) -> Spec:
   """`from_config` without building the part: its checked options."""
   options_lib.part().check(section, key)
   for option in more:
@@ -172,8 +168,7 @@ def _check_part(part, wanted, where):
       f" record {wanted.__name__}; see {wanted.__module__}"
     )
   for name, hint in typing.get_type_hints(wanted).items():
-    union = isinstance(hint, types.UnionType)
-    kinds = typing.get_args(hint) if union else (hint,)
+    kinds = hint.__args__ if isinstance(hint, types.UnionType) else (hint,)
     kinds = tuple(typing.get_origin(kind) or kind for kind in kinds)
     value = getattr(part, name)
     if Any not in kinds and not isinstance(value, kinds):
@@ -192,9 +187,8 @@ def _with_spec(part, made_of):
 def _module(kind, name, plugins):
   files = _files(kind, plugins)
   if name not in files:
-    raise ConfigError(
-      f'there is no "{name}" in {kind}{did_you_mean(name, files)}'
-    )
+    remedy = did_you_mean(name, files)
+    raise ConfigError(f'there is no "{name}" in {kind}{remedy}')
   if files[name].parent.parent in map(pathlib.Path, plugins):
     module = import_file(files[name], f"moe_jax_plugins.{kind}.{name}")
   else:
@@ -211,11 +205,9 @@ def _files(kind, plugins):
   for name in getattr(package, "SHARED", ()):
     files.pop(name, None)
   for folder in reversed(plugins):
-    if not pathlib.Path(folder).is_dir():
-      raise ConfigError(
-        f"the plugin folder {pathlib.Path(folder).absolute()} is not there;"
-        " correct config.plugins"
-      )
+    path = pathlib.Path(folder).absolute()
+    if not path.is_dir():
+      raise ConfigError(f"config.plugins: the folder {path} is not there")
     files |= _parts_in(folder, kind)
   return files
 

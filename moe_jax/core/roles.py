@@ -92,11 +92,11 @@ def of(boxed):
   names.
   """
 
-  def role(x):
-    if isinstance(x, nn.Partitioned):
-      return Role(getattr(x, "part", "other"), tuple(x.names))
-    return Role("other", (None,) * x.ndim)
+  def is_box(x):
+    return isinstance(x, nn.Partitioned)
 
-  return jax.tree.map(
-    role, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)
-  )
+  def role(x):
+    names = x.names if is_box(x) else (None,) * x.ndim
+    return Role(getattr(x, "part", "other"), tuple(names))
+
+  return jax.tree.map(role, boxed, is_leaf=is_box)

@@ -12,6 +12,7 @@ Exit codes are those of the run.
 """
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -25,7 +26,8 @@ from moe_jax.run import command
 from moe_jax.run import config as config_lib
 
 _PATIENCE = 10.0  # Seconds for the others to end by themselves when one fails.
-_GUARD = 'read line; kill -s KILL -- "$@"'  # Once its input ends.
+# Kills process groups once its input ends, and holds no output of ours open.
+_GUARD = 'exec >/dev/null 2>&1; read line; kill -s KILL -- "$@"'
 
 
 def main(argv=None) -> int:
@@ -62,17 +64,13 @@ def tied(started: list[subprocess.Popen]) -> Iterator[None]:
   with subprocess.Popen(
     ["sh", "-c", _GUARD, "guard", *(f"-{process.pid}" for process in started)],
     stdin=subprocess.PIPE,
-    stdout=subprocess.DEVNULL,
-    stderr=subprocess.DEVNULL,
     start_new_session=True,
   ) as guard:
     yield
     guard.kill()
 
 
-def start(
-  command: list[str], processes: int, devices: int, **options
-) -> list[subprocess.Popen]:
+def start(command: list[str], processes: int, devices: int, **options) -> list:
   """Starts a command in so many processes that `processes.join` together.
 
   Args:
@@ -106,16 +104,14 @@ def start(
 
 def wait(started: list[subprocess.Popen]) -> int:
   """The exit code of them all: 0 or 75 if all have it, else what went wrong."""
-  codes = {None}
-  while None in codes and codes <= {None, 0, 75}:
+  codes, end = {None}, math.inf
+  while None in codes and time.monotonic() < end:
     time.sleep(0.05)
     codes = {process.poll() for process in started}
-  end = time.monotonic() + _PATIENCE
+    if not codes <= {None, 0, 75}:
+      end = min(end, time.monotonic() + _PATIENCE)
   for process in started:
-    try:
-      process.wait(max(0.0, end - time.monotonic()))
-    except subprocess.TimeoutExpired:
-      process.kill()
+    process.kill()
   codes = [process.wait() for process in started]
   codes = [128 - code if code < 0 else code for code in codes]
   # An error of its own says more than the signal that ended another process.

@@ -84,9 +84,8 @@ def leave(text: str, code: int) -> None:
   """
   if index is None:
     return
-  print(text, file=sys.stderr)
   sys.stdout.flush()
-  sys.stderr.flush()
+  print(text, file=sys.stderr, flush=True)
   if index == 0:
     time.sleep(_LAST_WORDS)
   os._exit(code)

@@ -36,9 +36,7 @@ OPEN = (
 _FOLDER_OF_A_PART = re.compile(r"data\.mixture\..+\.dir")
 
 
-def load(
-  spec: str, overrides=(), *, trust_plugins: bool = False
-) -> ml_collections.ConfigDict:
+def load(spec: str, overrides=(), *, trust_plugins: bool = False):
   """The locked config of FILE[:VARIANT] with overrides applied.
 
   Args:
@@ -56,9 +54,8 @@ def load(
   path, _, variant = spec.partition(":")
   if not pathlib.Path(path).is_file():
     known = [str(p) for p in pathlib.Path(path).parent.glob("*.py")]
-    raise ConfigError(
-      f'there is no config file "{path}"{did_you_mean(path, known)}'
-    )
+    remedy = did_you_mean(path, known)
+    raise ConfigError(f'there is no config file "{path}"{remedy}')
   if path.endswith(".json"):
     config = _from_json(path)
     own = any(text.startswith("plugins=") for text in overrides)
@@ -83,9 +80,8 @@ def _from_python(path, variant):
     frames = traceback.extract_tb(e.__traceback__)
     lines = [f", line {f.lineno}" for f in frames if f.filename.endswith(path)]
     place = "".join([path, *lines[-1:]])
-    raise ConfigError(
-      f"{place}: {first_line(e.args[0] if e.args else e)}"
-    ) from None
+    problem = first_line(e.args[0] if e.args else e)
+    raise ConfigError(f"{place}: {problem}") from None
 
 
 def locked(values) -> ml_collections.ConfigDict:
@@ -340,10 +336,8 @@ def _get_config(path):
 
 
 def _parse(text):
-  words = {"true": True, "false": False, "none": None}
-  if text.lower() in words:
-    return words[text.lower()]
+  is_name = text.lower() in ("true", "false", "none")
   try:
-    return ast.literal_eval(text)
+    return ast.literal_eval(text.capitalize() if is_name else text)
   except (ValueError, SyntaxError, MemoryError, RecursionError):
     return text  # A bare word.

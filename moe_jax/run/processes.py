@@ -20,9 +20,8 @@ from moe_jax.core.errors import ConfigError, RunError, first_line
 from moe_jax.run import command
 
 # Variables that `moe_jax.launch.local`, or a launcher of yours, sets.
-ADDRESS = "JAX_COORDINATOR_ADDRESS"
-COUNT = "JAX_NUM_PROCESSES"
-INDEX = "JAX_PROCESS_ID"
+_ADDRESS = "JAX_COORDINATOR_ADDRESS"
+_COUNT, _INDEX = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _PATIENCE = 10.0  # Seconds for a file, or an answer, to reach other processes.
 _SILENCE = 60  # Seconds without a sign of life: then a process is given up.
 _BEAT = 5.0  # Seconds between two signs of life.
@@ -60,7 +59,7 @@ def join(mode: str = "auto", timeout: int = 300) -> None:
       return  # A machine with a TPU, and no pod.
     raise ConfigError(
       "there are to be several processes, but this is no cluster that jax knows"
-      f" ({first_line(e)}); set {ADDRESS}, {COUNT} and {INDEX}, use"
+      f" ({first_line(e)}); set {_ADDRESS}, {_COUNT} and {_INDEX}, use"
       " python -m moe_jax.launch.local, or run alone with --multihost=off"
     ) from None
   except (RuntimeError, TimeoutError) as e:
@@ -93,21 +92,18 @@ def _watch(client):
 
   Again and again all processes meet at a barrier, which process 0 keeps.
   """
-  silent = None
-  while silent is None:
-    time.sleep(_BEAT)
-    met = _in_thread(client.wait_at_barrier, "moe_jax/alive", 1000 * _SILENCE)
-    try:
+  try:
+    while True:
+      time.sleep(_BEAT)
+      met = _in_thread(client.wait_at_barrier, "moe_jax/alive", 1000 * _SILENCE)
       met.result(_SILENCE + _PATIENCE)
-    except TimeoutError:
-      silent = 0
-    except jax.errors.JaxRuntimeError as e:
-      late = _LATE.search(str(e))
-      if late is None:
-        return  # Another process has ended.
-      silent = int(late[1])
+  except TimeoutError:
+    silent = "0"
+  except jax.errors.JaxRuntimeError as e:
+    late = _LATE.search(str(e))  # None: another process has ended.
+    silent = late and late[1]
   # At exit jax waits for the other processes, and silence is no fault.
-  if threading.main_thread().is_alive():
+  if silent and threading.main_thread().is_alive():
     command.leave(
       f"error: process {silent} of this run has given no sign of life for"
       f" {_SILENCE} s; end it if it hangs, and give the same command to go on"
@@ -126,7 +122,7 @@ def _told(environment):
   known = ["OMPI_COMM_WORLD_SIZE"]
   known += ["SLURM_NTASKS"] * ("SLURM_STEP_NODELIST" in environment)
   several = (_number(environment, k) > 1 for k in known if k in environment)
-  return ADDRESS in environment or any(several)
+  return _ADDRESS in environment or any(several)
 
 
 def _number(environment, name):
@@ -137,26 +133,24 @@ def _number(environment, name):
 
 def _has_tpu(environment):
   """Whether jax would run on a TPU here; then it knows whether it is a pod."""
-  platforms = environment.get("JAX_PLATFORMS", "")
-  if platforms and "tpu" not in platforms:
-    return False
-  return any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0")))
+  wanted = "tpu" in (environment.get("JAX_PLATFORMS") or "tpu")
+  return wanted and any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0")))
 
 
 def _given(environment):
   """Arguments of jax.distributed.initialize that variables of ours set."""
-  if ADDRESS not in environment:
+  if _ADDRESS not in environment:
     return {}
-  address = environment[ADDRESS]
+  address = environment[_ADDRESS]
   if not re.fullmatch(r".+:[0-9]+", address):
-    raise ConfigError(f"{ADDRESS} = {address!r} is not HOST:PORT")
+    raise ConfigError(f"{_ADDRESS} = {address!r} is not HOST:PORT")
   given = {"coordinator_address": address}
-  for name, argument in ((COUNT, "num_processes"), (INDEX, "process_id")):
+  for name, argument in ((_COUNT, "num_processes"), (_INDEX, "process_id")):
     if name in environment:  # Or a cluster that jax knows may tell.
       given[argument] = _number(environment, name)
   index, count = given.get("process_id", 0), given.get("num_processes")
   if count is not None and index >= count:
-    raise ConfigError(f"{INDEX} = {index} is not below {COUNT} = {count}")
+    raise ConfigError(f"{_INDEX} = {index} is not below {_COUNT} = {count}")
   return given
 
 
@@ -195,8 +189,6 @@ def by_first(function: Callable[[], Any]) -> Any:
   Raises:
     What it raises, on all of them; on the others as one of our errors.
   """
-  if jax.process_count() == 1:
-    return function()
   told, error = {}, None
   if is_first():
     try:

@@ -62,16 +62,11 @@ def of_process(workdir: str | os.PathLike, config) -> dict:
 
 def git_revision() -> str:
   """Revision of the checkout the code runs from, with "+" if it was edited."""
-
-  def git(*args):
-    command = ["git", "-C", str(_PACKAGE), *args]
-    quiet = subprocess.DEVNULL
-    return subprocess.check_output(command, stderr=quiet, text=True).strip()
-
+  command = "git describe --always --abbrev=40 --exclude=* --dirty=+"
+  options = {"cwd": _PACKAGE, "capture_output": True, "text": True}
   try:
-    edited = git("status", "--porcelain")
-    return git("rev-parse", "HEAD") + ("+" if edited else "")
-  except (OSError, subprocess.CalledProcessError):
+    return subprocess.run(command.split(), **options).stdout.strip()
+  except OSError:  # There is no git.
     return ""
 
 

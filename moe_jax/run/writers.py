@@ -18,9 +18,8 @@ def _tensorboard(config, path, step):
 
   del config
   # Events after the restored step are of a process that was stopped.
-  writer = tensorboardX.SummaryWriter(
-    str(path / "tensorboard"), purge_step=step + 1
-  )
+  folder = str(path / "tensorboard")
+  writer = tensorboardX.SummaryWriter(folder, purge_step=step + 1)
 
   def log(step, split, metrics):
     for name, value in metrics.items():
