@@ -23,16 +23,9 @@ IDLE += ("train.check_mesh", "train.profile_steps")
 _FREE = (*IDLE, "data.dir", "train.max_skipped_in_a_row")
 # Sections whose keys are up to the config: the options of a part, and parts or
 # data by a label.
-OPEN = (
-  "task",
-  "data.mixture",
-  "model.attention",
-  "model.variants",
-  "model.moe.router",
-  "model.moe.dispatcher",
-  "model.moe.balancers",
-  "optim.optimizer",
-)
+OPEN = ("task", "data.mixture", "optim.optimizer", "model.attention")
+OPEN += ("model.variants", "model.moe.router", "model.moe.dispatcher")
+OPEN += ("model.moe.balancers",)
 _FOLDER_OF_A_PART = re.compile(r"data\.mixture\..+\.dir")
 
 
