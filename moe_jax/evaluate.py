@@ -3,8 +3,6 @@
 python -m moe_jax.evaluate --hf=PATH --dataset=python_sources
 """
 
-import sys
-
 from moe_jax.core.errors import ConfigError
 from moe_jax.run import command
 from moe_jax.run import config as config_lib
@@ -26,7 +24,9 @@ def main(argv=None) -> int:
   )
   task, sums = next_token.on_corpus(loaded, corpus, **settings)
   scored = sum(int(part["loss"].weight) for part in sums.values())
-  print(f"{scored} tokens, with {_words(settings, loaded)}")
+  words = [f"{name} = {value}" for name, value in settings.items()]
+  words += ["dropless" if args.hf or args.dropless else "the run's capacity"]
+  print(f"{scored} tokens, with {', '.join(words)}")
   values, rows = evaluation.table(sums, task, loaded.model), []
   for name, value in values.items():
     print(f"{name:32}{value:12.4f}")
@@ -52,11 +52,8 @@ def _arguments(argv):
   add("--data_dir", metavar="DIR", help="folder of a prepared TFDS dataset")
   add("--seq_len", type=count, help="tokens (default: the run's, or 256)")
   add("--batch_size", type=count, help="sequences (default: the run's, or 8)")
-  add(
-    "--dropless",
-    action="store_true",
-    help="experts take all their tokens; published weights always do",
-  )
+  words = "experts take all their tokens; published weights always do"
+  add("--dropless", action="store_true", help=words)
   add("--batches_per_domain", type=count, help="default: all")
   add("--json", metavar="PATH", help="metrics, and shares of experts")
   return parser.parse_args(argv)
@@ -90,15 +87,5 @@ def _settings(args, loaded) -> dict:
   return settings
 
 
-def _words(settings, loaded):
-  """The settings in words, and whether experts drop tokens."""
-  bounded = any(
-    parts.grouping.capacity_factor is not None
-    for parts in loaded.model.sublayers.values()
-  )
-  words = [f"{k} = {v}" for k, v in settings.items()]
-  return ", ".join([*words, "the run's capacity" if bounded else "dropless"])
-
-
 if __name__ == "__main__":
-  command.run(lambda: main(sys.argv[1:]))
+  command.run(main)

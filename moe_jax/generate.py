@@ -3,8 +3,6 @@
 python -m moe_jax.generate --checkpoint=runs/tiny --prompt="def " --experts
 """
 
-import sys
-
 from moe_jax.run import command
 from moe_jax.run import config as config_lib
 from moe_jax.training import trained
@@ -74,4 +72,4 @@ def _arguments(argv):
 
 
 if __name__ == "__main__":
-  command.run(lambda: main(sys.argv[1:]))
+  command.run(main)

@@ -3,8 +3,6 @@
 python -m moe_jax.main --config=configs/tiny.py --workdir=runs/tiny
 """
 
-import sys
-
 from moe_jax.core.errors import ConfigError
 from moe_jax.run import command
 
@@ -16,11 +14,8 @@ def main(argv=None) -> int:
 
   parser = config_lib.parser("Trains one model and evaluates it.")
   parser.add_argument("--workdir", metavar="DIR", help="the run's folder")
-  parser.add_argument(
-    "--show-sharding",
-    action="store_true",
-    help="print what each device holds, and run nothing",
-  )
+  words = "print what each device holds, and run nothing"
+  parser.add_argument("--show-sharding", action="store_true", help=words)
   config_lib.add_multihost(parser)
   args, config = config_lib.parse(parser, argv)
   if not args.workdir and not args.show_sharding:
@@ -43,4 +38,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-  command.run(lambda: main(sys.argv[1:]))
+  command.run(main)

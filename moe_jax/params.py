@@ -3,8 +3,6 @@
 python -m moe_jax.params --config=configs/base.py
 """
 
-import sys
-
 from moe_jax.run import command
 from moe_jax.run import config as config_lib
 
@@ -14,13 +12,10 @@ BYTES = {"f32": 4, "bf16": 2, "f16": 2, "f8": 1}
 def main(argv=None) -> int:
   """The command: a table on stdout, JSON to a file."""
   parser = config_lib.parser("Counts the parameters of a config.")
-  parser.add_argument("--json", metavar="PATH", help="also write JSON there")
-  parser.add_argument(
-    "--bytes", choices=BYTES, default="bf16", help="for the sizes in bytes"
-  )
-  parser.add_argument(
-    "--vocab_size", type=int, help="V, where the config has none (257: bytes)"
-  )
+  add = parser.add_argument
+  add("--json", metavar="PATH", help="also write JSON there")
+  add("--bytes", choices=BYTES, default="bf16", help="for the sizes in bytes")
+  add("--vocab_size", type=int, help="V, if the config has none (257: bytes)")
   args, config = config_lib.parse(parser, argv)
 
   import jax
@@ -36,13 +31,11 @@ def main(argv=None) -> int:
   variables = jax.eval_shape(lambda: task.init(model, jax.random.key(0)))
   found = counts.count(model, variables)
   width = BYTES[args.bytes]
-  found["train_flops_per_token"] = counts.train_flops_per_token(
-    model, found, task.length
-  )
+  flops = counts.train_flops_per_token(model, found, task.length)
+  cache = counts.kv_cache_per_token(model) * width
+  found["train_flops_per_token"] = flops
   found[f"weights_bytes_{args.bytes}"] = found["total"] * width
-  found[f"kv_cache_bytes_per_token_{args.bytes}"] = (
-    counts.kv_cache_per_token(model) * width
-  )
+  found[f"kv_cache_bytes_per_token_{args.bytes}"] = cache
   for name, value in found.items():
     print(f"{name:36}{value:>24,}")
   if args.json:
@@ -51,4 +44,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-  command.run(lambda: main(sys.argv[1:]))
+  command.run(main)

@@ -445,7 +445,7 @@ FAULTS = (
   Fault(
     "the plugins of a run from elsewhere are run",
     "moe_jax/run/config.py",
-    "    if not trust_plugins and not own:",
+    "    if config.plugins and not trust_plugins and not own:",
     "    if False:",
     "main_test.py::test_code_that_the_config_of_a_run_names",
   ),
@@ -662,8 +662,8 @@ FAULTS = (
   Fault(
     "an argument that is not UTF-8 passes",
     "moe_jax/run/config.py",
-    "        text.encode()\n",
-    "        pass\n",
+    'if text.encode(errors="ignore").decode() != text:',
+    "if False:",
     "generate_test.py::test_arguments_that_are_not_utf8",
   ),
   Fault(

@@ -1,5 +1,6 @@
 """Checksums of arrays and of JSON."""
 
+import functools
 import hashlib
 import json
 from typing import Any
@@ -11,12 +12,9 @@ import numpy as np
 
 def types(tree) -> dict[str, str]:
   """{path of an array: its type and shape}; also of jax.ShapeDtypeStruct."""
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): (
-      f"{x.dtype}{list(x.shape)}"
-    )
-    for path, x in jax.tree_util.tree_leaves_with_path(tree)
-  }
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+  return {name(path): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
 
 
 def of_arrays(tree) -> dict[str, list[str]]:

@@ -7,7 +7,6 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Callable
-from typing import Any
 
 from moe_jax.core.errors import ConfigError, RunError
 
@@ -16,9 +15,7 @@ MAX_DEPTH = 64
 _SCRATCH = set()  # Folders of `scratch_folder` that are there.
 
 
-def read_json(
-  path: str | os.PathLike, what: str, remedy: str, *, allow_nan: bool = False
-) -> dict:
+def read_json(path, what: str, remedy: str, *, allow_nan=False) -> dict:
   """Returns the JSON object in a file.
 
   Args:
@@ -44,12 +41,7 @@ def read_json(
 
 
 def read_json_lines(
-  path: str | os.PathLike,
-  what: str,
-  remedy: str,
-  *,
-  check: Callable[[Any], None],
-  until_broken: bool = False,
+  path, what: str, remedy: str, *, check: Callable, until_broken: bool = False
 ) -> list:
   """Returns the JSON values in a file that has one on each line.
 
@@ -94,20 +86,20 @@ def _parse(raw, allow_nan):
     value = json.loads(raw.decode())
     # Refuses infinite numbers, and then halves of surrogate pairs.
     json.dumps(value, allow_nan=allow_nan, ensure_ascii=False).encode()
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
-      level = [child for item in level for child in _children(item)]
+    is_too_deep = _is_deeper(value, MAX_DEPTH)
   except RecursionError:
-    level = [raw]
-  if level:
+    is_too_deep = True
+  if is_too_deep:
     raise ValueError(f"it is deeper than {MAX_DEPTH} levels")
   return value
 
 
-def _children(item):
-  if isinstance(item, dict):
-    return item.values()
-  return item if isinstance(item, list) else ()
+def _is_deeper(value, levels):
+  """Whether dicts and lists lie in each other more than so many times."""
+  if not isinstance(value, dict | list):
+    return False
+  inside = value.values() if isinstance(value, dict) else value
+  return levels == 0 or any(_is_deeper(item, levels - 1) for item in inside)
 
 
 @contextlib.contextmanager
@@ -173,7 +165,12 @@ def writing(path: str | os.PathLike):
   try:
     yield
   except OSError as e:
-    raise RunError(
-      f"{path} cannot be written to ({e.strerror}); free space on that disk,"
-      " older runs for instance, and give the same command to go on"
-    ) from None
+    raise RunError(not_written(path, e)) from None
+
+
+def not_written(path: str | os.PathLike, error: OSError) -> str:
+  """The sentence for the user about a file that cannot be written."""
+  return (
+    f"{path} cannot be written to ({error.strerror}); free space on that disk"
+    " or choose another path, and give the same command again"
+  )

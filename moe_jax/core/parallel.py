@@ -27,9 +27,7 @@ RULES = (
 )
 
 
-def make_mesh(
-  sizes: tuple[int, int, int, int], devices=None
-) -> jax.sharding.Mesh:
+def make_mesh(sizes: tuple[int, ...], devices=None) -> jax.sharding.Mesh:
   """The mesh (data, fsdp, expert, tensor); unused axes have length 1.
 
   Args:
@@ -66,9 +64,7 @@ def mesh_or_none(sizes) -> jax.sharding.Mesh | None:
 
 def platform(mesh: jax.sharding.Mesh | None) -> str:
   """The platform of a mesh's devices: "cpu", "gpu" or "tpu"."""
-  if mesh is None:
-    return jax.default_backend()
-  return mesh.devices.flat[0].platform
+  return mesh.devices.flat[0].platform if mesh else jax.default_backend()
 
 
 def token_shards(mesh: jax.sharding.Mesh | None) -> int:
@@ -85,9 +81,7 @@ def local_rows(mesh: jax.sharding.Mesh | None, batch: int) -> np.ndarray:
   return np.unique([np.arange(batch)[rows] for (rows,) in parts])
 
 
-def global_batch(
-  local: np.ndarray, mesh: jax.sharding.Mesh | None, batch: int, axis: int = 0
-) -> Array:
+def global_batch(local: np.ndarray, mesh, batch: int, axis: int = 0) -> Array:
   """An array over all processes, of which each has its rows.
 
   Args:
@@ -110,10 +104,7 @@ def spec(names: tuple[str | None, ...]) -> jax.sharding.PartitionSpec:
 
 def constrain(x: Array, names, mesh: jax.sharding.Mesh | None) -> Array:
   """x with its sharding pinned; x itself without a mesh."""
-  if mesh is None:
-    return x
-  sharding = jax.NamedSharding(mesh, spec(names))
-  return jax.lax.with_sharding_constraint(x, sharding)
+  return nn.with_logical_constraint(x, names, RULES, mesh)
 
 
 def shardings(boxed, mesh: jax.sharding.Mesh):

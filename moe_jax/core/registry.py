@@ -62,7 +62,8 @@ def load(kind: str, name: str, *, plugins: tuple[str, ...] = (), **options):
     ConfigError: no such name or option, or a value that its annotation in
       `build` does not allow.
   """
-  return _made(_resolved(kind, name, plugins, options, f"{kind}/{name}"))
+  section = {"name": name, **options}
+  return from_config(kind, section, f"{kind}/{name}", plugins=plugins)
 
 
 def find(kind: str, name: str, plugins: tuple[str, ...] = ()):
@@ -74,9 +75,7 @@ def find(kind: str, name: str, plugins: tuple[str, ...] = ()):
   return _module(kind, name, tuple(plugins))
 
 
-def from_config(
-  kind: str, section, key: str, *, plugins: tuple[str, ...] = (), **more
-):
+def from_config(kind: str, section, key: str, *, plugins=(), **more):
   """The part that a section of a config describes.
 
   Args:
@@ -88,20 +87,25 @@ def from_config(
   Raises:
     ConfigError: as `load`; or the section is none.
   """
-  return _made(spec(kind, section, key, plugins=plugins, **more))
+  made_of = spec(kind, section, key, plugins=plugins, **more)
+  return _build(*made_of[:3], **made_of.options)
 
 
-def spec(
-  kind: str, section, key: str, *, plugins: tuple[str, ...] = (), **more
-) -> Spec:
+def spec(kind: str, section, key: str, *, plugins=(), **more) -> Spec:
   """`from_config` without building the part: its checked options."""
   options_lib.part().check(section, key)
-  options = dict(section)
-  name = options.pop("name")
   for option in more:
-    if option in options:
+    if option in section:
       raise ConfigError(f"{key}.{option} is set outside of {key}; leave it out")
-  return _resolved(kind, name, plugins, options | more, key)
+  given = {**section, **more}
+  given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+  name = given.pop("name")
+  options_lib.text().check(name, f"{key}.name")
+  build = find(kind, name, plugins).build
+  options_lib.arguments(build).check(given, key)
+  arguments = inspect.signature(build).parameters.values()
+  defaults = {a.name: a.default for a in arguments}
+  return Spec(kind, name, tuple(plugins), defaults | given)
 
 
 def rebuild(part, numbers: Mapping[str, Any]):
@@ -139,22 +143,6 @@ def names(kind: str, plugins: tuple[str, ...] = ()) -> list[str]:
   return sorted(_files(kind, plugins))
 
 
-def _resolved(kind, name, plugins, given, key):
-  """The Spec of a part whose options have been checked."""
-  plugins = tuple(plugins)
-  options_lib.text().check(name, f"{key}.name")
-  build = find(kind, name, plugins).build
-  given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-  options_lib.arguments(build).check(given, key)
-  arguments = inspect.signature(build).parameters.values()
-  defaults = {a.name: a.default for a in arguments}
-  return Spec(kind, name, plugins, defaults | given)
-
-
-def _made(made_of):
-  return _build(*made_of[:3], **made_of.options)
-
-
 # Typed, as 1, 1.0 and True are equal, but not the same option.
 @functools.lru_cache(maxsize=None, typed=True)
 def _build(kind, name, plugins, /, **options):
@@ -180,8 +168,7 @@ def _check_part(part, wanted, where):
       f" record {wanted.__name__}; see {wanted.__module__}"
     )
   for name, hint in typing.get_type_hints(wanted).items():
-    union = isinstance(hint, types.UnionType)
-    kinds = typing.get_args(hint) if union else (hint,)
+    kinds = hint.__args__ if isinstance(hint, types.UnionType) else (hint,)
     kinds = tuple(typing.get_origin(kind) or kind for kind in kinds)
     value = getattr(part, name)
     if Any not in kinds and not isinstance(value, kinds):
@@ -192,17 +179,16 @@ def _check_part(part, wanted, where):
 
 
 def _with_spec(part, made_of):
-  fields = getattr(part, "__dataclass_fields__", {})
-  return dataclasses.replace(part, spec=made_of) if "spec" in fields else part
+  has_spec = "spec" in getattr(part, "__dataclass_fields__", {})
+  return dataclasses.replace(part, spec=made_of) if has_spec else part
 
 
 @functools.cache
 def _module(kind, name, plugins):
   files = _files(kind, plugins)
   if name not in files:
-    raise ConfigError(
-      f'there is no "{name}" in {kind}{did_you_mean(name, files)}'
-    )
+    remedy = did_you_mean(name, files)
+    raise ConfigError(f'there is no "{name}" in {kind}{remedy}')
   if files[name].parent.parent in map(pathlib.Path, plugins):
     module = import_file(files[name], f"moe_jax_plugins.{kind}.{name}")
   else:
@@ -219,11 +205,9 @@ def _files(kind, plugins):
   for name in getattr(package, "SHARED", ()):
     files.pop(name, None)
   for folder in reversed(plugins):
-    if not pathlib.Path(folder).is_dir():
-      raise ConfigError(
-        f"the plugin folder {pathlib.Path(folder).absolute()} is not there;"
-        " correct config.plugins"
-      )
+    path = pathlib.Path(folder).absolute()
+    if not path.is_dir():
+      raise ConfigError(f"config.plugins: the folder {path} is not there")
     files |= _parts_in(folder, kind)
   return files
 

@@ -6,6 +6,7 @@ is one matrix for each layer and expert.
 """
 
 import dataclasses
+import itertools
 
 import flax.linen as nn
 import flax.struct
@@ -40,10 +41,8 @@ class Role:
   @property
   def batch_axes(self) -> tuple[int, ...]:
     """The leading axes over layers and experts."""
-    count = 0
-    while count < len(self.axes) and self.axes[count] in _BATCH:
-      count += 1
-    return tuple(range(count))
+    batch = itertools.takewhile(_BATCH.__contains__, self.axes)
+    return tuple(range(len([*batch])))
 
   @property
   def matrix_axes(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
@@ -93,11 +92,11 @@ def of(boxed):
   names.
   """
 
-  def role(x):
-    if isinstance(x, nn.Partitioned):
-      return Role(getattr(x, "part", "other"), tuple(x.names))
-    return Role("other", (None,) * x.ndim)
+  def is_box(x):
+    return isinstance(x, nn.Partitioned)
 
-  return jax.tree.map(
-    role, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)
-  )
+  def role(x):
+    names = x.names if is_box(x) else (None,) * x.ndim
+    return Role(getattr(x, "part", "other"), tuple(names))
+
+  return jax.tree.map(role, boxed, is_leaf=is_box)

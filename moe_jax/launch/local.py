@@ -12,6 +12,7 @@ Exit codes are those of the run.
 """
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -25,7 +26,8 @@ from moe_jax.run import command
 from moe_jax.run import config as config_lib
 
 _PATIENCE = 10.0  # Seconds for the others to end by themselves when one fails.
-_GUARD = 'read line; kill -s KILL -- "$@"'  # Once its input ends.
+# Kills process groups once its input ends, and holds no output of ours open.
+_GUARD = 'exec >/dev/null 2>&1; read line; kill -s KILL -- "$@"'
 
 
 def main(argv=None) -> int:
@@ -62,17 +64,13 @@ def tied(started: list[subprocess.Popen]) -> Iterator[None]:
   with subprocess.Popen(
     ["sh", "-c", _GUARD, "guard", *(f"-{process.pid}" for process in started)],
     stdin=subprocess.PIPE,
-    stdout=subprocess.DEVNULL,
-    stderr=subprocess.DEVNULL,
     start_new_session=True,
   ) as guard:
     yield
     guard.kill()
 
 
-def start(
-  command: list[str], processes: int, devices: int, **options
-) -> list[subprocess.Popen]:
+def start(command: list[str], processes: int, devices: int, **options) -> list:
   """Starts a command in so many processes that `processes.join` together.
 
   Args:
@@ -92,14 +90,13 @@ def start(
     "JAX_COORDINATOR_BIND_ADDRESS": address,  # The default is all interfaces.
     "JAX_NUM_PROCESSES": str(processes),
   }
-  options = {
-    "stdout": subprocess.PIPE,
-    "stderr": subprocess.STDOUT,
-    "start_new_session": True,  # Ctrl-C is passed on, once.
-  } | options
+  piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
   return [
     subprocess.Popen(
-      command, env=shared | {"JAX_PROCESS_ID": str(number)}, **options
+      command,
+      env=shared | {"JAX_PROCESS_ID": str(number)},
+      start_new_session=True,  # Ctrl-C is passed on, once.
+      **piped | options,
     )
     for number in range(processes)
   ]
@@ -107,22 +104,18 @@ def start(
 
 def wait(started: list[subprocess.Popen]) -> int:
   """The exit code of them all: 0 or 75 if all have it, else what went wrong."""
-  codes = {None}
-  while None in codes and codes <= {None, 0, 75}:
+  codes, end = {None}, math.inf
+  while None in codes and time.monotonic() < end:
     time.sleep(0.05)
     codes = {process.poll() for process in started}
-  end = time.monotonic() + _PATIENCE
+    if not codes <= {None, 0, 75}:
+      end = min(end, time.monotonic() + _PATIENCE)
   for process in started:
-    try:
-      process.wait(max(0.0, end - time.monotonic()))
-    except subprocess.TimeoutExpired:
-      process.kill()
+    process.kill()
   codes = [process.wait() for process in started]
-  # Our own errors say more than the signal that ended those who waited.
-  wrong = sorted((c for c in codes if c not in (0, 75)), key=lambda c: c < 0)
-  if wrong:
-    return wrong[0] if wrong[0] > 0 else 128 - wrong[0]
-  return max(codes)
+  codes = [128 - code if code < 0 else code for code in codes]
+  # An error of its own says more than the signal that ended another process.
+  return min((c for c in codes if c not in (0, 75)), default=max(codes))
 
 
 def _show(number, process):
@@ -130,9 +123,9 @@ def _show(number, process):
   with process.stdout as said:
     for line in said:
       text = line.decode(errors="replace")
+      text = f"[{number}] {text}" if number else text
       with contextlib.suppress(OSError):  # Nobody listens; the process goes on.
-        sys.stdout.write(f"[{number}] {text}" if number else text)
-        sys.stdout.flush()
+        print(text, end="", flush=True)
 
 
 def _arguments(argv):
@@ -146,4 +139,4 @@ def _arguments(argv):
 
 
 if __name__ == "__main__":
-  command.run(lambda: main(sys.argv[1:]))
+  command.run(main)

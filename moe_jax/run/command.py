@@ -27,7 +27,7 @@ _PEER = re.compile("Gloo|(closed|reset) by peer|remote process exited")
 # Seconds that the first process leaves the others to say what was wrong, as
 # they end with it.
 _LAST_WORDS = 2.0
-_index = None  # Number of this process among several, once it has joined.
+index = None  # Number of this process among several; `processes.join` sets it.
 
 
 def run(main: Callable[[], int]) -> None:
@@ -42,30 +42,24 @@ def run(main: Callable[[], int]) -> None:
     if signal.getsignal(number) != signal.SIG_IGN:
       signal.signal(number, _end)
   try:
-    code = main()
+    sys.exit(main())
   except Interrupted as e:
     print(e, file=sys.stderr)
-    code = 75
+    sys.exit(75)
   except Exception as e:
     sentence = _sentence(e)
-    text = f"error: {sentence}" if sentence else traceback.format_exc()
-    code = 2 if sentence else 1
-    leave(text, code)
     if sentence is None:
+      leave(traceback.format_exc(), 1)
       raise
-    print(text, file=sys.stderr)
-  sys.exit(code)
+    leave(f"error: {sentence}", 2)
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)
 
 
 def write_json(path: str, value) -> None:
   """Writes the file of a flag --json=PATH; an error is one sentence."""
-  try:
-    with open(path, "w") as file:
-      json.dump(value, file, indent=2)
-  except OSError as e:
-    raise ConfigError(
-      f"cannot write --json={path} ({e.strerror}); choose another path"
-    ) from None
+  with files.writing(path), open(path, "w") as file:
+    json.dump(value, file, indent=2)
 
 
 def _end(number, frame):
@@ -78,12 +72,6 @@ def _end(number, frame):
   os._exit(75)
 
 
-def joined(index: int) -> None:
-  """Notes that this process is one of several, for `leave`."""
-  global _index
-  _index = index
-
-
 def leave(text: str, code: int) -> None:
   """Ends this process at once, if it is one of several; else does nothing.
 
@@ -94,12 +82,11 @@ def leave(text: str, code: int) -> None:
     text: last words, for stderr.
     code: for the shell.
   """
-  if _index is None:
+  if index is None:
     return
-  print(text, file=sys.stderr)
   sys.stdout.flush()
-  sys.stderr.flush()
-  if _index == 0:
+  print(text, file=sys.stderr, flush=True)
+  if index == 0:
     time.sleep(_LAST_WORDS)
   os._exit(code)
 
@@ -110,11 +97,7 @@ def _sentence(error):
     return str(error)
   for cause in _causes(error):
     if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-      return (
-        f"{cause.filename or 'a file'} cannot be written ({cause.strerror});"
-        " free space on that disk, older runs for instance, and give the same"
-        " command again"
-      )
+      return files.not_written(cause.filename or "a file", cause)
   if _PEER.search(str(error)):
     return (
       f"another process of this run has ended ({first_line(error)}); see what it"

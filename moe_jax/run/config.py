@@ -5,7 +5,6 @@ import ast
 import functools
 import inspect
 import itertools
-import json
 import pathlib
 import re
 import sys
@@ -24,22 +23,13 @@ IDLE += ("train.check_mesh", "train.profile_steps")
 _FREE = (*IDLE, "data.dir", "train.max_skipped_in_a_row")
 # Sections whose keys are up to the config: the options of a part, and parts or
 # data by a label.
-OPEN = (
-  "task",
-  "data.mixture",
-  "model.attention",
-  "model.variants",
-  "model.moe.router",
-  "model.moe.dispatcher",
-  "model.moe.balancers",
-  "optim.optimizer",
-)
+OPEN = ("task", "data.mixture", "optim.optimizer", "model.attention")
+OPEN += ("model.variants", "model.moe.router", "model.moe.dispatcher")
+OPEN += ("model.moe.balancers",)
 _FOLDER_OF_A_PART = re.compile(r"data\.mixture\..+\.dir")
 
 
-def load(
-  spec: str, overrides=(), *, trust_plugins: bool = False
-) -> ml_collections.ConfigDict:
+def load(spec: str, overrides=(), *, trust_plugins: bool = False):
   """The locked config of FILE[:VARIANT] with overrides applied.
 
   Args:
@@ -57,14 +47,17 @@ def load(
   path, _, variant = spec.partition(":")
   if not pathlib.Path(path).is_file():
     known = [str(p) for p in pathlib.Path(path).parent.glob("*.py")]
-    raise ConfigError(
-      f'there is no config file "{path}"{did_you_mean(path, known)}'
-    )
+    remedy = did_you_mean(path, known)
+    raise ConfigError(f'there is no config file "{path}"{remedy}')
   if path.endswith(".json"):
     config = _from_json(path)
     own = any(text.startswith("plugins=") for text in overrides)
-    if not trust_plugins and not own:
-      _check_no_plugins(path, config.plugins)
+    if config.plugins and not trust_plugins and not own:
+      raise ConfigError(
+        f"{path} names plugins = {config.plugins}, whose code would be run"
+        f" ({_some_files(config.plugins)}); read it, and give --trust_plugins"
+        " if it may run"
+      )
   else:
     config = _from_python(path, variant)
   return overridden(config, overrides)
@@ -80,9 +73,8 @@ def _from_python(path, variant):
     frames = traceback.extract_tb(e.__traceback__)
     lines = [f", line {f.lineno}" for f in frames if f.filename.endswith(path)]
     place = "".join([path, *lines[-1:]])
-    raise ConfigError(
-      f"{place}: {first_line(e.args[0] if e.args else e)}"
-    ) from None
+    problem = first_line(e.args[0] if e.args else e)
+    raise ConfigError(f"{place}: {problem}") from None
 
 
 def locked(values) -> ml_collections.ConfigDict:
@@ -140,17 +132,14 @@ def _set(section, place, names, value):
   old = section.get(name)
   if rest:
     _set(section.setdefault(name, {}), f"{place}.{name}", rest, value)
-  elif isinstance(old, dict):
-    if not isinstance(value, dict):
-      raise ConfigError(
-        f"{key} is a section and {value!r} is no dict; set it by one, such as"
-        " {'name': 'random'}, with all its quotes and braces"
-      )
-    if _is_open(key):
-      section[name] = value
-    else:
-      for k, v in value.items():
-        _set(old, key, [str(k)], v)
+  elif isinstance(old, dict) and not isinstance(value, dict):
+    raise ConfigError(
+      f"{key} is a section and {value!r} is no dict; set it by one, such as"
+      " {'name': 'random'}, with all its quotes and braces"
+    )
+  elif isinstance(old, dict) and not _is_open(key):
+    for k, v in value.items():
+      _set(old, key, [str(k)], v)
   else:
     if name == "name" and value != old and _is_open(place):
       section.clear()
@@ -161,11 +150,6 @@ def _set(section, place, names, value):
 def _is_open(place):
   """Whether keys of a section are up to the config."""
   return f"{place}.".startswith(tuple(f"config.{key}." for key in OPEN))
-
-
-def to_json(config: ml_collections.ConfigDict) -> str:
-  """The config as JSON text, keys sorted."""
-  return json.dumps(config.to_dict(), indent=2, sort_keys=True)
 
 
 def _from_json(path):
@@ -181,17 +165,12 @@ def _from_json(path):
     raise ConfigError(f"{path} is not {what} ({e}); {remedy}") from None
 
 
-def _check_no_plugins(path, plugins):
-  """Raises ConfigError where a config from elsewhere names code."""
+def _some_files(plugins):
+  """The first Python files of plugin folders, in words."""
   folders = plugins if isinstance(plugins, tuple) else ()
   found = (f for name in folders for f in pathlib.Path(str(name)).rglob("*.py"))
   some = [str(file.absolute()) for file in itertools.islice(found, 5)]
-  if plugins:
-    raise ConfigError(
-      f"{path} names plugins = {plugins}, whose code would be run"
-      f" ({', '.join(some) or 'no file is there'}); read it, and give"
-      " --trust_plugins if it may run"
-    )
+  return ", ".join(some) or "no file is there"
 
 
 def _with_tuples(value):
@@ -267,13 +246,10 @@ class Parser(argparse.ArgumentParser):
   def parse_known_args(self, args=None, namespace=None):
     """Parses as argparse does; raises ConfigError for non-UTF-8 arguments."""
     for text in sys.argv[1:] if args is None else args:
-      try:
-        text.encode()
-      except UnicodeEncodeError:
+      if text.encode(errors="ignore").decode() != text:
         raise ConfigError(
-          f"the argument {ascii(text)} is not UTF-8; give texts and paths in"
-          " UTF-8"
-        ) from None
+          f"the argument {ascii(text)} is not UTF-8; give texts in UTF-8"
+        )
     return super().parse_known_args(args, namespace)
 
 
@@ -281,40 +257,27 @@ def parser(description: str) -> Parser:
   """A parser with the flags that every command on a config has."""
   epilog = "Any value of the config is set by --config.SECTION.KEY=VALUE."
   parser = Parser(description, epilog=epilog)
-  parser.add_argument(
-    "--config",
-    required=True,
-    metavar="FILE[:VARIANT]",
-    help="a Python file with get_config(), or the config.json of a run",
-  )
+  words = "a Python file with get_config(), or the config.json of a run"
+  add = parser.add_argument
+  add("--config", required=True, metavar="FILE[:VARIANT]", help=words)
   add_trust(parser)
   return parser
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
   """Adds the flag of `load` for the config.json of a run."""
-  parser.add_argument(
-    "--trust_plugins",
-    action="store_true",
-    help="run the code of plugins that a run's config.json names",
-  )
+  words = "run the code of plugins that a run's config.json names"
+  parser.add_argument("--trust_plugins", action="store_true", help=words)
 
 
 def add_multihost(parser: argparse.ArgumentParser) -> None:
   """Adds the flags that `processes.join` takes."""
-  parser.add_argument(
-    "--multihost",
-    choices=("auto", "on", "off"),
-    default="auto",
-    help="run together with other processes; auto: where there is a cluster",
-  )
-  parser.add_argument(
-    "--multihost_timeout",
-    type=at_least_1,
-    default=300,
-    metavar="SECONDS",
-    help="that they may take to meet",
-  )
+  add = parser.add_argument
+  modes = {"choices": ("auto", "on", "off"), "default": "auto"}
+  words = "run together with other processes; auto: where there is a cluster"
+  add("--multihost", **modes, help=words)
+  seconds = {"type": at_least_1, "default": 300, "metavar": "SECONDS"}
+  add("--multihost_timeout", **seconds, help="that they may take to meet")
 
 
 def at_least_1(text: str) -> int:
@@ -341,13 +304,12 @@ def parse_overrides(parser: Parser, argv=None):
     ConfigError: an unknown flag, or one that is not UTF-8.
   """
   args, rest = parser.parse_known_args(argv)
-  overrides = [r.removeprefix("--config.") for r in rest]
-  for text, override in zip(rest, overrides):
-    if text == override:
-      flags = [s for a in parser._actions for s in a.option_strings]
+  for text in rest:
+    if not text.startswith("--config."):
+      flags = parser._option_string_actions
       remedy = did_you_mean(text.partition("=")[0], flags)
       raise ConfigError(f'unknown argument "{text}"{remedy}')
-  return args, overrides
+  return args, [text.removeprefix("--config.") for text in rest]
 
 
 def _get_config(path):
@@ -367,10 +329,8 @@ def _get_config(path):
 
 
 def _parse(text):
-  words = {"true": True, "false": False, "none": None}
-  if text.lower() in words:
-    return words[text.lower()]
+  is_name = text.lower() in ("true", "false", "none")
   try:
-    return ast.literal_eval(text)
+    return ast.literal_eval(text.capitalize() if is_name else text)
   except (ValueError, SyntaxError, MemoryError, RecursionError):
     return text  # A bare word.

@@ -1,11 +1,9 @@
 """Several processes as one run: on a pod, a cluster, or this machine."""
 
-import atexit
-import contextlib
-import itertools
 import json
 import os
 import pathlib
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -22,13 +20,13 @@ from moe_jax.core.errors import ConfigError, RunError, first_line
 from moe_jax.run import command
 
 # Variables that `moe_jax.launch.local`, or a launcher of yours, sets.
-ADDRESS = "JAX_COORDINATOR_ADDRESS"
-COUNT = "JAX_NUM_PROCESSES"
-INDEX = "JAX_PROCESS_ID"
-_PATIENCE = 10.0  # Seconds for a file to be seen by other processes.
+_ADDRESS = "JAX_COORDINATOR_ADDRESS"
+_COUNT, _INDEX = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+_PATIENCE = 10.0  # Seconds for a file, or an answer, to reach other processes.
 _SILENCE = 60  # Seconds without a sign of life: then a process is given up.
 _BEAT = 5.0  # Seconds between two signs of life.
-_ALIVE = "moe_jax/alive/{}/{}"  # Process, round.
+# The first number in a list of processes that did not come to a barrier.
+_LATE = re.compile(r"timed out task names:\s*\S*?(\d+)\s")
 
 
 def join(mode: str = "auto", timeout: int = 300) -> None:
@@ -47,88 +45,71 @@ def join(mode: str = "auto", timeout: int = 300) -> None:
   if mode == "off" or (mode == "auto" and not detected(os.environ)):
     return
   given = _given(os.environ)
-  # A thread, because jax itself ends the process when the time runs out.
-  done = futures.Future()
-  threading.Thread(
-    target=_initialize, args=(done, given, timeout), daemon=True
-  ).start()
+  # Where these times ran out, jax would abort this process with a stack of C++.
+  meeting = _in_thread(
+    jax.distributed.initialize,
+    **given,
+    initialization_timeout=2 * timeout + 60,
+    heartbeat_timeout_seconds=5 * _SILENCE,
+  )
   try:
-    done.result(timeout)
+    meeting.result(timeout)
   except ValueError as e:
     if mode == "auto" and not _told(os.environ):
       return  # A machine with a TPU, and no pod.
     raise ConfigError(
       "there are to be several processes, but this is no cluster that jax knows"
-      f" ({first_line(e)}); set {ADDRESS}, {COUNT} and {INDEX}, use"
+      f" ({first_line(e)}); set {_ADDRESS}, {_COUNT} and {_INDEX}, use"
       " python -m moe_jax.launch.local, or run alone with --multihost=off"
     ) from None
   except (RuntimeError, TimeoutError) as e:
     where = given.get("coordinator_address", "the first process")
-    problem = f" ({first_line(e)})" if str(e) else ""
     raise ConfigError(
       f"the processes of this run did not meet at {where} within {timeout} s"
-      f"{problem}; see that all were started, and can reach that address, or"
-      " raise --multihost_timeout"
+      f" ({first_line(e) or 'no answer'}); see that all were started, and can"
+      " reach that address, or raise --multihost_timeout"
     ) from None
-  command.joined(jax.process_index())
-  client = distributed.global_state.client
-  threading.Thread(target=_watch, args=(client,), daemon=True).start()
+  command.index = jax.process_index()
+  _in_thread(_watch, distributed.global_state.client)
 
 
-def _initialize(done, given, timeout):
-  """jax.distributed.initialize, with more time than anyone waits."""
-  try:
-    jax.distributed.initialize(
-      **given,
-      initialization_timeout=2 * timeout + 60,
-      # It would abort this process with a stack of C++; `_watch` is earlier.
-      heartbeat_timeout_seconds=5 * _SILENCE,
-    )
-    done.set_result(None)
-  except Exception as e:
-    done.set_exception(e)
+def _in_thread(function, *args, **options) -> futures.Future:
+  """The future result of a function, called in a thread that holds up nobody."""
+  future = futures.Future()
+
+  def call():
+    try:
+      future.set_result(function(*args, **options))
+    except Exception as e:
+      future.set_exception(e)
+
+  threading.Thread(target=call, daemon=True).start()
+  return future
 
 
 def _watch(client):
   """Ends this process with a sentence when another process falls silent.
 
-  In every round each process writes a key to the store of jax.distributed,
-  which lies in process 0, and waits for the keys of all.
+  Again and again all processes meet at a barrier, which process 0 keeps.
   """
-  ended = threading.Event()
-  # Asked now: at the end of a process jax would make its backend anew.
-  own, count = jax.process_index(), jax.process_count()
-  # jax waits for the other processes at exit, and silence is no fault then.
-  atexit.register(ended.set)
-
-  def write(number):  # It has no time limit, so it gets a thread.
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-      client.key_value_set(_ALIVE.format(own, number), "")
-      if number > 1:  # All have read the key of number - 2.
-        client.key_value_delete(_ALIVE.format(own, number - 2))
-
-  def hear(process, number, seconds=_SILENCE):
-    key = _ALIVE.format(process, number)
-    client.blocking_key_value_get(key, 1000 * seconds)
-
   try:
-    for number in itertools.count():
-      threading.Thread(target=write, args=(number,), daemon=True).start()
-      for process in range(count):
-        hear(process, number)
+    while True:
       time.sleep(_BEAT)
+      met = _in_thread(client.wait_at_barrier, "moe_jax/alive", 1000 * _SILENCE)
+      met.result(_SILENCE + _PATIENCE)
+  except TimeoutError:
+    silent = "0"
   except jax.errors.JaxRuntimeError as e:
-    if "DEADLINE_EXCEEDED" in str(e) and not ended.is_set():
-      try:
-        hear(0, number, seconds=1)
-      except jax.errors.JaxRuntimeError:
-        process = 0
-      command.leave(
-        f"error: process {process} of this run has given no sign of life for"
-        f" {_SILENCE} s; end it if it hangs, and give the same command to go on"
-        " from the last checkpoint",
-        2,
-      )
+    late = _LATE.search(str(e))  # None: another process has ended.
+    silent = late and late[1]
+  # At exit jax waits for the other processes, and silence is no fault.
+  if silent and threading.main_thread().is_alive():
+    command.leave(
+      f"error: process {silent} of this run has given no sign of life for"
+      f" {_SILENCE} s; end it if it hangs, and give the same command to go on"
+      " from the last checkpoint",
+      2,
+    )
 
 
 def detected(environment: Mapping[str, str]) -> bool:
@@ -139,40 +120,37 @@ def detected(environment: Mapping[str, str]) -> bool:
 def _told(environment):
   """Whether the environment tells of several processes."""
   known = ["OMPI_COMM_WORLD_SIZE"]
-  known += ["SLURM_NTASKS"] if "SLURM_STEP_NODELIST" in environment else []
-  several = (_number(environment.get(k) or "1", k) > 1 for k in known)
-  return ADDRESS in environment or any(several)
+  known += ["SLURM_NTASKS"] * ("SLURM_STEP_NODELIST" in environment)
+  several = (_number(environment, k) > 1 for k in known if k in environment)
+  return _ADDRESS in environment or any(several)
 
 
-def _number(text, name):
-  if not text.isdecimal():
-    raise ConfigError(f"{name} = {text!r} is not a whole number")
-  return int(text)
+def _number(environment, name):
+  if not environment[name].isdecimal():
+    raise ConfigError(f"{name} = {environment[name]!r} is not a whole number")
+  return int(environment[name])
 
 
 def _has_tpu(environment):
   """Whether jax would run on a TPU here; then it knows whether it is a pod."""
-  platforms = environment.get("JAX_PLATFORMS", "")
-  if platforms and "tpu" not in platforms:
-    return False
-  return any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0")))
+  wanted = "tpu" in (environment.get("JAX_PLATFORMS") or "tpu")
+  return wanted and any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0")))
 
 
 def _given(environment):
   """Arguments of jax.distributed.initialize that variables of ours set."""
-  if ADDRESS not in environment:
+  if _ADDRESS not in environment:
     return {}
-  address = environment[ADDRESS]
-  host, _, port = address.rpartition(":")
-  if not host or not port.isdecimal():
-    raise ConfigError(f"{ADDRESS} = {address!r} is not HOST:PORT")
+  address = environment[_ADDRESS]
+  if not re.fullmatch(r".+:[0-9]+", address):
+    raise ConfigError(f"{_ADDRESS} = {address!r} is not HOST:PORT")
   given = {"coordinator_address": address}
-  for name, argument in ((COUNT, "num_processes"), (INDEX, "process_id")):
+  for name, argument in ((_COUNT, "num_processes"), (_INDEX, "process_id")):
     if name in environment:  # Or a cluster that jax knows may tell.
-      given[argument] = _number(environment[name], name)
-  count, index = given.get("num_processes"), given.get("process_id")
-  if count is not None and index is not None and index >= count:
-    raise ConfigError(f"{INDEX} = {index} is not below {COUNT} = {count}")
+      given[argument] = _number(environment, name)
+  index, count = given.get("process_id", 0), given.get("num_processes")
+  if count is not None and index >= count:
+    raise ConfigError(f"{_INDEX} = {index} is not below {_COUNT} = {count}")
   return given
 
 
@@ -211,8 +189,6 @@ def by_first(function: Callable[[], Any]) -> Any:
   Raises:
     What it raises, on all of them; on the others as one of our errors.
   """
-  if jax.process_count() == 1:
-    return function()
   told, error = {}, None
   if is_first():
     try:
@@ -233,13 +209,13 @@ def check_shared(path: pathlib.Path) -> None:
       processes share may take some seconds to tell all of them.
   """
 
-  def read():
-    return path.read_text(errors="replace") if path.exists() else None
+  def same():
+    return path.exists() and path.read_text() == text
 
-  text, end = by_first(read), time.monotonic() + _PATIENCE
-  while read() != text and time.monotonic() < end:
+  text, end = by_first(path.read_text), time.monotonic() + _PATIENCE
+  while not same() and time.monotonic() < end:
     time.sleep(0.1)
-  seen = gather(read() == text)
+  seen = gather(same())
   if not all(seen):
     raise ConfigError(
       f"process {seen.index(False)} does not see what process 0 has written in"

@@ -4,6 +4,8 @@ import sys
 
 from tqdm import tqdm
 
+_LINE = "{n_fmt}/{total_fmt} {unit}, {elapsed} spent, {remaining} left{postfix}"
+
 
 class Progress(tqdm):
   """Counts units of work on stderr."""
@@ -18,12 +20,8 @@ class Progress(tqdm):
     """
     options = {"total": total, "unit": what, "smoothing": 0, "miniters": 1}
     if not sys.stderr.isatty():
-      options |= {
-        "file": _Lines(),
-        "mininterval": 10.0,  # Seconds between two lines.
-        "bar_format": "{n_fmt}/{total_fmt} {unit}, {elapsed} spent, {remaining}"
-        " left{postfix}",
-      }
+      # A line every ten seconds, at most.
+      options |= {"file": _Lines(), "mininterval": 10.0, "bar_format": _LINE}
     super().__init__(**options, disable=not shown)
 
   def update(self, n: int, note: str = "") -> None:
@@ -44,6 +42,3 @@ class _Lines:
   def write(self, text):
     if text.strip():
       sys.stderr.write(text.strip() + "\n")
-
-  def flush(self):
-    sys.stderr.flush()

@@ -1,6 +1,5 @@
 """Provenance of a run: code, versions, devices."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -11,13 +10,13 @@ import time
 from importlib import metadata
 
 import jax
+import numpy
 
+import moe_jax
 from moe_jax.run import config as config_lib
 
-_PACKAGES = (
-  *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"),
-  *("grain", "moe_jax"),
-)
+_PACKAGE = pathlib.Path(moe_jax.__file__).parent
+_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
 
 def facts(config) -> dict:
@@ -26,8 +25,8 @@ def facts(config) -> dict:
   Args:
     config: of the run, whose plugins are code too.
   """
-  plugins = _digests(config.plugins)
-  code = json.dumps(_digests_of_the_package())
+  plugins = _digests(*config.plugins)
+  code = json.dumps(_digests(_PACKAGE, name="moe_jax"))
   return {
     "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     "git": git_revision(),
@@ -49,55 +48,46 @@ def of_process(workdir: str | os.PathLike, config) -> dict:
     workdir: of the run.
     config: its config, whose plugins are code too.
   """
-  values = config_lib.flat(json.loads(config_lib.to_json(config)))
+  values = config_lib.flat(json.loads(config.to_json()))
   return {
     "--workdir": str(workdir),
     "python": platform.python_version(),
     "jax_enable_x64": bool(jax.config.jax_enable_x64),
     **{f"the version of {p}": v for p, v in _versions().items()},
     **{f"config.{key}": value for key, value in values},
-    **_digests_of_the_package(),
-    **_digests(config.plugins),
+    **_digests(_PACKAGE, name="moe_jax"),
+    **_digests(*config.plugins),
   }
 
 
 def git_revision() -> str:
   """Revision of the checkout the code runs from, with "+" if it was edited."""
-
-  def git(*args):
-    command = ["git", "-C", str(pathlib.Path(__file__).parent), *args]
-    quiet = subprocess.DEVNULL
-    return subprocess.check_output(command, stderr=quiet, text=True).strip()
-
+  command = "git describe --always --abbrev=40 --exclude=* --dirty=+"
+  options = {"cwd": _PACKAGE, "capture_output": True, "text": True}
   try:
-    edited = git("status", "--porcelain")
-    return git("rev-parse", "HEAD") + ("+" if edited else "")
-  except (OSError, subprocess.CalledProcessError):
+    return subprocess.run(command.split(), **options).stdout.strip()
+  except OSError:  # There is no git.
     return ""
 
 
 def _versions():
-  """{package: version} of those that are installed."""
-  installed = {}
-  for package in _PACKAGES:
-    with contextlib.suppress(metadata.PackageNotFoundError):
-      installed[package] = metadata.version(package)
-  return installed
+  """{package: its version}."""
+  versions = {name: metadata.version(name) for name in _LIBRARIES}
+  return versions | {m.__name__: m.__version__ for m in (numpy, moe_jax)}
 
 
-def _digests(folders):
-  """{folder/path of a Python file in it: digest}."""
+def _digests(*folders, name=None):
+  """{path of a Python file: digest} for all in some folders.
+
+  Args:
+    *folders: where to look.
+    name: how the paths begin, in place of the folder.
+  """
   return {
-    f"{folder}/{path.relative_to(folder)}": _digest(path.read_bytes())
+    f"{name or folder}/{path.relative_to(folder)}": _digest(path.read_bytes())
     for folder in folders
     for path in sorted(pathlib.Path(folder).rglob("*.py"))
   }
-
-
-def _digests_of_the_package():
-  package = pathlib.Path(__file__).parents[1]
-  digests = _digests([package])
-  return {k.replace(str(package), package.name): v for k, v in digests.items()}
 
 
 def _digest(content):

@@ -1,13 +1,13 @@
 """The folder of a run: config.json, run.json, metrics.jsonl."""
 
 import contextlib
-import datetime
 import fcntl
 import json
 import os
 import pathlib
 import socket
 import sys
+import time
 from collections.abc import Mapping
 
 from absl import logging
@@ -21,7 +21,7 @@ _CONFIG, _FACTS, _METRICS = "config.json", "run.json", "metrics.jsonl"
 _REMEDY = "bring it back as it was, or choose another --workdir"
 
 
-class RunDirectory(contextlib.AbstractContextManager):
+class RunDirectory(contextlib.ExitStack):
   """The files of a run, in a folder that is locked while they are open.
 
   Where several processes run it together, the first one alone reads and writes
@@ -45,37 +45,31 @@ class RunDirectory(contextlib.AbstractContextManager):
       ConfigError: it holds a run of another config or a damaged one, it cannot
         be written to, or not all processes share it.
     """
+    super().__init__()
     self.path, self.lines = pathlib.Path(path), 0
-    self._config, self._writers = config, []
-    self._is_first = processes.is_first()
-    self._begun_with = {}  # The config of the run that the folder held.
+    self._config, self._loggers = config, []
     self._sizes = {}  # Bytes of the files, as this process has left them.
     with contextlib.ExitStack() as stack:
       self.facts = processes.by_first(lambda: self._open(stack))
       processes.check_shared(self.path / ".lock")
-      self._closing = stack.pop_all()
+      self.enter_context(stack.pop_all())
 
   def _open(self, stack):
     """Returns run.json, once the folder belongs to this run."""
-    try:
+    with files.writing(self.path):
       self.path.mkdir(parents=True, exist_ok=True)
       stack.enter_context(_lock(self.path))
-      facts = self._begin(config_lib.to_json(self._config))
-      self._sizes = {n: _size(self.path / n) for n in (_CONFIG, _METRICS)}
-      return facts
-    except OSError as e:
-      raise ConfigError(
-        f"the work directory {self.path} cannot be written to ({e.strerror});"
-        " choose another --workdir"
-      ) from None
+    facts = self._begin(self._config.to_json(indent=2, sort_keys=True))
+    self._sizes = {n: _size(self.path / n) for n in (_CONFIG, _METRICS)}
+    return facts
 
   def _begin(self, config):
     """Returns the facts of the run in the folder, or writes config.json."""
     if not self._has_begun():
       files.write_text(self.path / _CONFIG, config + "\n")
       return {}
-    self._begun_with = self._read(_CONFIG, "the config of a run")
-    _check_same(self.path, self._begun_with, json.loads(config))
+    begun_with = self._read(_CONFIG, "the config of a run")
+    _check_same(self.path, begun_with, json.loads(config))
     facts = self._read(_FACTS, "the record of a run")
     for name, kind in (("data", str), ("continued", list)):
       if not isinstance(facts.get(name, kind()), kind):
@@ -108,7 +102,7 @@ class RunDirectory(contextlib.AbstractContextManager):
       ConfigError: the lines of metrics tell of a checkpoint that is gone, or a
         writer cannot begin.
     """
-    self._begin_at(0, 0, facts)
+    self.go_on(0, 0, **facts)
 
   def go_on(self, step: int, lines: int, **facts) -> None:
     """Begins after a checkpoint; takes later lines out of metrics.jsonl.
@@ -122,56 +116,43 @@ class RunDirectory(contextlib.AbstractContextManager):
       ConfigError: some of these lines are gone, and nothing is cut; or a writer
         cannot begin.
     """
-    self._begin_at(step, lines, facts)
-    if self._is_first:
-      print(f"{self.path} goes on after step {step}", file=sys.stderr)
-
-  def _begin_at(self, step, lines, facts):
     self.lines = processes.by_first(lambda: self._begin_files(step, lines))
     self.describe(step, **facts)
+    if step and processes.is_first():
+      print(f"{self.path} goes on after step {step}", file=sys.stderr)
 
   def _begin_files(self, step, lines):
     """Begins the writers; returns how many lines metrics.jsonl keeps."""
-    if not step:
-      self._check_lost()
-    config = self._config
-    self._writers = writers.build(
-      config.writers, self.path, config.to_dict(), step
-    )
-    for writer in self._writers:
-      self._closing.callback(writer.close)
-    return self._cut(step, lines)
-
-  def _check_lost(self):
-    """Raises ConfigError for lines that were written after a checkpoint."""
-    # A process may be killed while it writes its first checkpoint, and how often
-    # they are saved may have been changed since the run began.
-    last = max((line["step"] for line in self._lines()), default=0)
-    every = self._config.checkpoint.every
-    known = dict(config_lib.flat(self._begun_with)).get(
-      "checkpoint.every", every
-    )
-    if every and type(known) is int and known and last > 2 * max(every, known):
-      raise ConfigError(
-        f"{self.path} has metrics up to step {last} and no checkpoint, which is"
-        f" saved every {every} steps; bring its folder checkpoints back, or"
-        " choose another --workdir to start again"
-      )
-
-  def _cut(self, step, at_least):
     # A line that broke after the checkpoint is written again.
-    lines = self._lines(until_broken=True)
-    kept = [line for line in lines if line["step"] <= step]
-    path = self.path / _METRICS
-    if len(kept) < at_least:
+    there = self._lines(until_broken=step > 0)
+    kept = [line for line in there if line["step"] <= step]
+    if not step:
+      self._check_lost(max((line["step"] for line in there), default=0))
+    if len(kept) < lines:
       raise ConfigError(
-        f"{path} has {len(kept)} whole lines up to step {step}, where"
-        f" {at_least} were written; bring them back, or choose another"
+        f"{self.path / _METRICS} has {len(kept)} whole lines up to step {step},"
+        f" where {lines} were written; bring them back, or choose another"
         " --workdir to start again"
       )
-    if path.exists():
+    for log, close in writers.begin(self._config, self.path, step):
+      self.callback(close)
+      self._loggers.append(log)
+    if (self.path / _METRICS).exists():
       self._write(_METRICS, "".join(json.dumps(x) + "\n" for x in kept))
     return len(kept)
+
+  def _check_lost(self, last):
+    """Raises ConfigError if a checkpoint was written before the last line."""
+    # A process may be killed while it writes its first checkpoint, and how often
+    # they are saved may have been changed since the run began.
+    begun_with = config_lib.complete(self._read(_CONFIG, "a config"))
+    every = self._config.checkpoint.every, begun_with["checkpoint"]["every"]
+    if all(every) and last > 2 * max(every):
+      raise ConfigError(
+        f"{self.path} has metrics up to step {last} and no checkpoint, which is"
+        f" saved every {every[0]} steps; bring its folder checkpoints back, or"
+        " choose another --workdir to start again"
+      )
 
   def describe(self, step: int = 0, **facts) -> None:
     """Writes run.json: versions, devices, and the given facts.
@@ -185,10 +166,8 @@ class RunDirectory(contextlib.AbstractContextManager):
     if step and self.facts:
       changed = {k: v for k, v in now.items() if v != self.facts.get(k)}
       self.facts.setdefault("continued", []).append({"step": step} | changed)
-      if "plugins" in changed and self._is_first:
-        logging.warning(
-          "The plugins of %s changed; see its run.json", self.path
-        )
+      if "plugins" in changed and processes.is_first():
+        logging.warning("The plugins of %s changed; see run.json", self.path)
     else:
       self.facts = now
     text = json.dumps(self.facts, indent=2, sort_keys=True) + "\n"
@@ -201,12 +180,11 @@ class RunDirectory(contextlib.AbstractContextManager):
       RunError: it cannot be written, or a file of the run was changed.
     """
     self.lines += 1
-    if not self._is_first:
+    if not processes.is_first():
       return
-    line = {"step": step, "split": split, **metrics}
-    self._append(json.dumps(line) + "\n")
-    for writer in self._writers:
-      writer.log(step, split, metrics)
+    self._append(json.dumps({"step": step, "split": split, **metrics}) + "\n")
+    for log in self._loggers:
+      log(step, split, metrics)
 
   def sync(self) -> None:
     """Returns when metrics.jsonl would survive a loss of power.
@@ -214,7 +192,7 @@ class RunDirectory(contextlib.AbstractContextManager):
     Raises:
       RunError: as in `log`.
     """
-    if self._is_first:
+    if processes.is_first():
       self._append("", sync=True)
 
   def _append(self, text, sync=False):
@@ -255,13 +233,6 @@ class RunDirectory(contextlib.AbstractContextManager):
   def _write(self, name, text):
     files.write_text(self.path / name, text)
     self._sizes[name] = len(text.encode())
-
-  def close(self) -> None:
-    """Lets another run have it."""
-    self._closing.close()
-
-  def __exit__(self, *_):
-    self.close()
 
 
 def read_metrics(path: str | os.PathLike, split: str) -> list[dict]:
@@ -317,8 +288,7 @@ def _lock(path):
         " it, or choose another --workdir"
       ) from None
   file.truncate(0)
-  since = datetime.datetime.now().isoformat(" ")
-  who = f"process {os.getpid()} on {socket.gethostname()} since {since}"
+  who = f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}"
   print(who, end="", file=file, flush=True)
   return file
 

@@ -1,105 +1,101 @@
 """Other places for a run's metrics, beside metrics.jsonl, which is the truth.
 
-Each is a class with `log` and `close`; its library is imported when it is
-asked for, and comes with the extra of the same name.
+The library of each is imported when it is asked for, and comes with the extra of
+the writer's name.
 """
 
 import hashlib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable
 
 from moe_jax.core.errors import ConfigError, first_line
 from moe_jax.core.options import items, word
 
 
-class TensorBoard:
+def _tensorboard(config, path, step):
   """Event files in the work directory, for `tensorboard --logdir`."""
+  import tensorboardX
 
-  library = "tensorboardX"
+  del config
+  # Events after the restored step are of a process that was stopped.
+  folder = str(path / "tensorboard")
+  writer = tensorboardX.SummaryWriter(folder, purge_step=step + 1)
 
-  def __init__(self, library, path, step, **_):
-    # Events after the restored step are of a process that was stopped.
-    self._writer = library.SummaryWriter(
-      str(path / "tensorboard"), purge_step=step + 1
-    )
-
-  def log(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
+  def log(step, split, metrics):
     for name, value in metrics.items():
-      self._writer.add_scalar(f"{split}/{name}", value, step)
+      writer.add_scalar(f"{split}/{name}", value, step)
 
-  def close(self) -> None:
-    self._writer.close()
+  return log, writer.close
 
 
-class WandB:
+def _wandb(config, path, step):
   """A run of Weights & Biases, of the name of the work directory.
 
   It goes on under the same id. Where and whether it is uploaded is up to
   wandb's own environment variables, WANDB_PROJECT and WANDB_MODE for instance.
   """
+  import wandb
 
-  library = "wandb"
-
-  def __init__(self, library, path, config, **_):
-    path = path.resolve()
+  del step
+  path = path.resolve()
+  run = wandb.init(
+    dir=str(path),
+    name="/".join(path.parts[-3:]).lstrip("/"),
     # Letters and digits, the same whenever the run goes on.
-    identity = hashlib.sha256(str(path).encode()).hexdigest()[:16]
-    self._run = library.init(
-      dir=str(path),
-      name="/".join(path.parts[-3:]).lstrip("/"),
-      id=identity,
-      resume="allow",
-      config=dict(config),
-    )
+    id=hashlib.sha256(str(path).encode()).hexdigest()[:16],
+    resume="allow",
+    config=config.to_dict(),
+  )
 
-  def log(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
-    self._run.log({f"{split}/{k}": v for k, v in metrics.items()}, step=step)
+  def log(step, split, metrics):
+    run.log({f"{split}/{k}": v for k, v in metrics.items()}, step=step)
 
-  def close(self) -> None:
-    self._run.finish()
+  return log, run.finish
 
 
-KNOWN = {"tensorboard": TensorBoard, "wandb": WandB}
+# {name: (function that begins it, its library)}.
+KNOWN = {
+  "tensorboard": (_tensorboard, "tensorboardX"),
+  "wandb": (_wandb, "wandb"),
+}
 NAMES = items(word(*KNOWN))
 
 
 def check(names) -> None:
   """Raises ConfigError for a writer without its library."""
   for name in names:
-    _library(name)
+    library = KNOWN[name][1]
+    try:
+      importlib.import_module(library)
+    except ImportError:
+      raise ConfigError(
+        f'the writer "{name}" needs the package {library}; run: pip install'
+        f" 'moe_jax[{name}]'"
+      ) from None
 
 
-def build(names, path, config: Mapping, step: int) -> list:
-  """The writers of these names.
+def begin(config, path, step: int) -> list[tuple[Callable, Callable]]:
+  """Begins the writers that a config names.
 
   Args:
-    names: of `KNOWN`.
+    config: of the run.
     path: the work directory.
-    config: as nested dicts.
     step: that the run goes on from.
 
+  Returns:
+    (log, close) of each: log(step, split, metrics) takes a line of metrics.
+
   Raises:
-    ConfigError: as `check`; or it cannot begin, without a network for instance.
+    ConfigError: one cannot begin, without a network for instance.
   """
-  return [_begun(name, path=path, config=config, step=step) for name in names]
-
-
-def _begun(name, **options):
-  library = _library(name)
-  try:
-    return KNOWN[name](library, **options)
-  except Exception as e:  # Whatever the library raises.
-    raise ConfigError(
-      f'the writer "{name}" cannot begin ({first_line(e)}); see what'
-      f" {KNOWN[name].library} asks for, or leave it out of writers"
-    ) from e
-
-
-def _library(name):
-  try:
-    return importlib.import_module(KNOWN[name].library)
-  except ImportError:
-    raise ConfigError(
-      f'the writer "{name}" needs the package {KNOWN[name].library}; run: pip'
-      f" install 'moe_jax[{name}]'"
-    ) from None
+  begun = []
+  for name in config.writers:
+    begin_one, library = KNOWN[name]
+    try:
+      begun.append(begin_one(config, path, step))
+    except Exception as e:  # Whatever the library raises.
+      raise ConfigError(
+        f'the writer "{name}" cannot begin ({first_line(e)}); see what'
+        f" {library} asks for, or leave it out of writers"
+      ) from e
+  return begun
