@@ -62,11 +62,12 @@ def load(
   )
   model = architecture.build(ours, where, mesh, dtype)
   shapes = architecture.shapes(model)
-  layout = weights.Layout(family, model.arch.segments, shapes)
-  layout.check(found, ours.get("left_out", ()))
-  shardings = None if mesh is None else models.shardings(model)
+  tensors = weights.layout(family, model.arch.segments, shapes)
+  weights.check(tensors, found, ours.get("left_out", ()))
+  shardings = {} if mesh is None else models.shardings(model)
   arch = dataclasses.replace(model.arch, source=source)
-  return model.clone(arch=arch), layout.read(found, dtype, shardings)
+  variables = weights.read(tensors, found, dtype, shardings)
+  return model.clone(arch=arch), variables
 
 
 def save(
@@ -106,8 +107,8 @@ def save(
         " model computes; leave it out"
       )
   family, values = config.write(model.arch, model_type)
-  layout = weights.Layout(family, model.arch.segments, variables)
-  dtype = layout.leaves["params/embedding"].dtype.name
+  tensors = weights.layout(family, model.arch.segments, variables)
+  dtype = variables["params"]["embedding"].dtype.name
   source = model.arch.source or config.Source({}, {}, ())
   values |= config.kept(family, source) | {"dtype": dtype, **extra}
   texts = {"config.json": traverse_util.unflatten_dict(values, sep=".")}
@@ -119,7 +120,7 @@ def save(
   with files.scratch_folder(path.parent, f".{path.name}-") as work:
     whole = work / "whole"
     whole.mkdir()
-    texts |= layout.write(whole, max_shard_bytes)
+    texts |= weights.write(tensors, whole, max_shard_bytes)
     for name, value in texts.items():
       text = json.dumps(value, indent=2, sort_keys=True)
       (whole / name).write_text(f"{text}\n")

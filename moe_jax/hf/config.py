@@ -39,20 +39,16 @@ def load(path: pathlib.Path) -> tuple[dict, dict]:
   Raises:
     ConfigError: there is no config.json, or one is not a JSON object.
   """
-  remedy = "get it anew"
-  try:
-    fields = files.read_json(
-      path / "config.json", "the config of a model", remedy
-    )
-  except (FileNotFoundError, NotADirectoryError):
+  name, other = path / "config.json", path / "generation_config.json"
+  if not name.exists():
     raise ConfigError(
       f"{path} has no config.json; give the folder of a model with its"
       " config.json and safetensors files"
-    ) from None
-  name = path / "generation_config.json"
-  if not name.exists():
+    )
+  fields = files.read_json(name, "the config of a model", "get it anew")
+  if not other.exists():
     return fields, {}
-  return fields, files.read_json(name, "a generation config", remedy)
+  return fields, files.read_json(other, "a generation config", "get it anew")
 
 
 def read(
@@ -134,28 +130,23 @@ def write(
     raise ConfigError(f'there is no model_type "{model_type}"' + reason)
   ours = architecture.describe(arch)
   for name in known if model_type is None else (model_type,):
+    family, fields = known[name], {"model_type": name}
+    where = f"a config.json of {name}"
     try:
-      return known[name], _of_family(known[name], ours)
+      if family.inner:
+        raise ConfigError("it has more than a decoder")
+      for row in family.rows:
+        fields |= row.write(ours)
+      nested = traverse_util.unflatten_dict(fields, sep=".")
+      again = architecture.build(read(nested, where)[1], where)
+      architecture.check_same(architecture.describe(again.arch), ours)
+      return family, fields
     except ConfigError as e:
       reasons.append(f"{name}: {e}")
   raise ConfigError(
     "this model is none that can be saved for others to read: "
     + "; ".join(reasons)
   )
-
-
-def _of_family(family, ours):
-  """Its fields; raises ConfigError if they do not mean this model."""
-  if family.inner:
-    raise ConfigError("it has more than a decoder")
-  fields = {"model_type": family.model_type}
-  for row in family.rows:
-    fields |= row.write(ours)
-  where = f"a config.json of {family.model_type}"
-  _, again, _ = read(traverse_util.unflatten_dict(fields, sep="."), where)
-  model = architecture.build(again, where)
-  architecture.check_same(architecture.describe(model.arch), ours)
-  return fields
 
 
 def kept(family: families.Family, source: Source) -> dict[str, Any]:

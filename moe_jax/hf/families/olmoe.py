@@ -8,7 +8,7 @@ OLMOE = families.Family(
   rows=(
     *rows.common(50_304, 2048, 16, 16, 1e-5),
     # The norms of all heads together are as wide as hidden_size.
-    *rows.grouped(fixed=True),
+    *rows.grouped(rows.heads, fixed=True),
     rows.Rope(theta=1e4, longest=4096),
     rows.BIAS,
     rows.number("clip_qkv", "attention.clip", None),
