@@ -100,24 +100,20 @@ _ATTENTION = "attention/{}", "self_attn.{}_proj.weight"
 _BIAS = "attention/{}_bias", "self_attn.{}_proj.bias"
 _QK_NORM = "attention/{}_norm/scale", "self_attn.{}_norm.weight"
 _NORMS = "attention_norm input_layernorm, ffn_norm post_attention_layernorm"
-NORMS = maps(_NORMS, "{}/scale", "{}.weight", SAME)
-OUT = maps("out o", *_ATTENTION, OUTPUT)
-ATTENTION = (
-  *NORMS,
+_EMBEDDING = "embedding embed_tokens, final_norm/scale norm"
+# The parameters of a layer, and those that are in none, as most families call
+# them. The table of a family comes before these.
+LAYER = (
+  *maps(_NORMS, "{}/scale", "{}.weight", SAME),
   *maps("query q, key k, value v", *_ATTENTION),
+  *maps("out o", *_ATTENTION, OUTPUT),
   *maps("query q, key k, value v, out o", *_BIAS, FLAT),
   *maps("query q, key k", *_QK_NORM, SAME),
-  *OUT,
-)
-# A dense network, and a router with a network for each expert.
-SPARSE = (
   *gated("mlp/{}", "mlp.{}.weight"),
   *maps("moe/router/kernel mlp.gate.weight"),
   *gated("moe/experts/{}", "mlp.experts.{e}.{}.weight"),
 )
-# The parameters that are in no layer.
 OUTER = (
-  *maps("embedding model.embed_tokens.weight", form=SAME),
-  *maps("final_norm/scale model.norm.weight", form=SAME),
+  *maps(_EMBEDDING, "{}", "model.{}.weight", SAME),
   *maps("head lm_head.weight"),
 )

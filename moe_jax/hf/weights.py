@@ -88,13 +88,13 @@ def layout(family: Family, segments, variables: Mapping) -> dict[str, Tensor]:
     ConfigError: a parameter has no place in the files.
   """
   leaves = traverse_util.flatten_dict(dict(variables), sep="/")
-  found = _placed(leaves, "", {(): 0}, family.prefix, family.outer)
-  prefix = family.prefix + family.layer
+  outer = (*family.outer, *tensors.OUTER)
+  found = _placed(leaves, "", {(): 0}, family.prefix, outer)
+  prefix, maps = family.prefix + family.layer, (*family.tensors, *tensors.LAYER)
   for segment, pattern, repeats, first in segments:
     for i in range(len(pattern)):
       layers = {(r,): first + i + r * len(pattern) for r in range(repeats)}
-      path = f"{segment}/{i}/"
-      found |= _placed(leaves, path, layers, prefix, family.tensors)
+      found |= _placed(leaves, f"{segment}/{i}/", layers, prefix, maps)
   rest = leaves.keys() - {leaf for x in found.values() for leaf in x.leaves}
   if rest:
     raise ConfigError(

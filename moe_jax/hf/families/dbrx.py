@@ -41,8 +41,5 @@ DBRX = families.Family(
   sections=("attn_config", "ffn_config"),
   ignored=("num_key_value_heads", "ffn_config.hidden_size"),
   layer="transformer.blocks.{i}.",
-  outer=(
-    *tensors.maps("embedding wte, final_norm/scale norm_f", *_OUTER, SAME),
-    *tensors.maps("head lm_head.weight"),
-  ),
+  outer=tensors.maps("embedding wte, final_norm/scale norm_f", *_OUTER, SAME),
 )

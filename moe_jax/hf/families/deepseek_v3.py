@@ -57,14 +57,10 @@ DEEPSEEK_V3 = families.Family(
     rows.whole("topk_group", "moe.router.top_expert_groups", 4, null=1),
   ),
   tensors=(
-    *tensors.NORMS,
     # Queries may have a latent too.
     Map((_QUERY,), "self_attn.q_b_proj.weight", given=(f"{_QUERY}_down",)),
-    *tensors.maps("query q_proj", *_LATENT),
     *tensors.maps(_DOWN, *_LATENT),
     *tensors.maps(_NORMS, *_LATENT, SAME),
-    *tensors.OUT,
-    *tensors.SPARSE,
     *tensors.maps(_BIAS, form=SAME),
     *tensors.gated("moe/shared/{}", "mlp.shared_experts.{}.weight"),
   ),

@@ -43,7 +43,6 @@ GPT_OSS = families.Family(
     rows.fixed("swiglu_alpha", 1.702),
   ),
   tensors=(
-    *tensors.ATTENTION,
     *tensors.maps("attention/sinks self_attn.sinks", form=tensors.SAME),
     *tensors.maps("kernel_bias bias", *_ROUTER, tensors.SAME),
     *tensors.maps("kernel weight", *_ROUTER),

@@ -72,7 +72,6 @@ TEXT = families.Family(
     *rows.experts("num_local_experts", 16, 1, "intermediate_size", 8192),
   ),
   tensors=(
-    *tensors.ATTENTION,
     *tensors.gated("mlp/{}", "feed_forward.{}.weight"),
     *tensors.maps("moe/router/kernel feed_forward.router.weight"),
     *tensors.maps("gate+up gate_up_proj", *_EXPERTS, tensors.HALVES),

@@ -1,6 +1,6 @@
 """OLMoE (2409.02060)."""
 
-from moe_jax.hf import families, rows, tensors
+from moe_jax.hf import families, rows
 
 OLMOE = families.Family(
   "olmoe",
@@ -15,7 +15,6 @@ OLMOE = families.Family(
     *rows.experts("num_experts", 64, 8, "intermediate_size", 2048),
     rows.RENORMALIZE,
   ),
-  tensors=(*tensors.ATTENTION, *tensors.SPARSE),
   constants={"attention.qk_norm": "projection"},
   ends={"eos_token_id": 50_279, "pad_token_id": 1},
 )

@@ -58,8 +58,6 @@ QWEN2 = families.Family(
     rows.Pair(_read_shared, _write_shared),
   ),
   tensors=(
-    *tensors.ATTENTION,
-    *tensors.SPARSE,
     *tensors.gated("moe/shared/{}", "mlp.shared_expert.{}.weight"),
     *tensors.maps("moe/shared/token_gate mlp.shared_expert_gate.weight"),
   ),
@@ -69,7 +67,6 @@ QWEN3 = families.Family(
   "qwen3_moe",
   "Qwen3MoeForCausalLM",
   rows=(*_rows(32, 4, 6144, 128, 8, 768), rows.BIAS),
-  tensors=(*tensors.ATTENTION, *tensors.SPARSE),
   constants={"attention.qk_norm": "head"},
   ignored=("sliding_window",),
 )
