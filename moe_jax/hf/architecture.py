@@ -57,11 +57,6 @@ def build(
     raise ConfigError(f"{where}: {e}") from None
 
 
-def shapes(model: nn.Module):
-  """Shapes of the variables of a model that `build` made."""
-  return nn.unbox(models.variables(model))
-
-
 def describe(arch) -> dict[str, Any]:
   """The options that decide which function of a token a model computes.
 

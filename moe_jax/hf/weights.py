@@ -8,7 +8,6 @@ import math
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,8 +15,6 @@ from flax import traverse_util
 
 from moe_jax.core import files
 from moe_jax.core.errors import ConfigError, first_line
-from moe_jax.hf import tensors
-from moe_jax.hf.families import Family
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _INDEX = "model.safetensors.index.json"
@@ -29,117 +26,11 @@ _NEEDLESS = re.compile(
 )
 
 
-class Tensor(NamedTuple):
-  """A tensor in the files, and the parameters that are in it.
-
-  name, form: its name, and how it holds parameters.
-  leaves: {path: parameter, or its shape}.
-  places: what of their leading axes is in it: (), (repeat,) or (repeat,
-    expert). Its blocks of rows belong to these places, one after another.
-  """
-
-  name: str
-  form: tensors.Form
-  leaves: Mapping[str, Any]
-  places: list[tuple[int, ...]]
-
-  @property
-  def shapes(self) -> list[tuple[int, ...]]:
-    """The shapes of the parts of the parameters that are at a place."""
-    return [x.shape[len(self.places[0]) :] for x in self.leaves.values()]
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    """The shape of the whole tensor."""
-    count, (rows, *rest) = len(self.places), self.form.shape(self.shapes)
-    return (count, rows, *rest) if self.form.stacked else (count * rows, *rest)
-
-  @property
-  def dtype(self) -> np.dtype:
-    """The dtype of the parameters."""
-    return next(iter(self.leaves.values())).dtype
-
-  def parts(self, rows: np.ndarray) -> list[dict[str, np.ndarray]]:
-    """{path: part of the parameter} of blocks of rows, as views of them."""
-    blocks = rows.reshape(-1, *self.form.shape(self.shapes))
-    return [
-      dict(zip(self.leaves, self.form.views(block, self.shapes)))
-      for block in blocks
-    ]
-
-  def value(self) -> np.ndarray:
-    """The tensor, from the parameters."""
-    whole = np.empty(self.shape, self.dtype)
-    for place, parts in zip(self.places, self.parts(whole)):
-      for leaf, part in parts.items():
-        part[...] = self.leaves[leaf][place]
-    return whole
-
-
-def layout(family: Family, segments, variables: Mapping) -> dict[str, Tensor]:
-  """The tensors of a family that hold the parameters of a model, by name.
-
-  Args:
-    family: of the tensors.
-    segments: `arch.segments` of the model.
-    variables: of the model, or their shapes.
-
-  Raises:
-    ConfigError: a parameter has no place in the files.
-  """
-  leaves = traverse_util.flatten_dict(dict(variables), sep="/")
-  outer = (*family.outer, *tensors.OUTER)
-  found = _placed(leaves, "", {(): 0}, family.prefix, outer)
-  prefix, maps = family.prefix + family.layer, (*family.tensors, *tensors.LAYER)
-  for segment, pattern, repeats, first in segments:
-    for i in range(len(pattern)):
-      layers = {(r,): first + i + r * len(pattern) for r in range(repeats)}
-      found |= _placed(leaves, f"{segment}/{i}/", layers, prefix, maps)
-  rest = leaves.keys() - {leaf for x in found.values() for leaf in x.leaves}
-  if rest:
-    raise ConfigError(
-      f"these parameters have no place in the files: {sorted(rest)}"
-    )
-  return found
-
-
-def _placed(leaves, path, layers, prefix, maps):
-  """The tensors of equal layers.
-
-  Args:
-    leaves: {path: parameter} of the model.
-    path: where those of these layers are.
-    layers: {place in the parameters: index of the layer}.
-    prefix: how the names of tensors begin.
-    maps: of the tensors.
-  """
-  here, found = {}, {}
-  for full in leaves:
-    collection, _, leaf = full.partition(f"/{path}")
-    if collection == "balance":  # Whatever the balancer's label is.
-      leaf = f"balance/moe/{leaf.rpartition('/')[2]}"
-    here[leaf] = full
-  for m in maps:
-    if not {*m.leaves, *m.given} <= here.keys():
-      continue
-    own = {full: leaves[full] for full in map(here.pop, m.leaves)}
-    experts = [None]
-    if "/experts/" in m.leaves[0]:
-      experts = range(next(iter(own.values())).shape[1])
-    for (place, i), e in itertools.product(layers.items(), experts):
-      name = (prefix + m.tensor).format(i=i, e=e)
-      place = place if e is None else (*place, e)
-      found.setdefault(name, Tensor(name, m.form, own, [])).places.append(place)
-  return found
-
-
-def check(
-  wanted: Mapping[str, Tensor], found: "Files", left_out: tuple[str, ...]
-) -> None:
+def check(wanted: Mapping, found: "Files", left_out: tuple[str, ...]) -> None:
   """Raises ConfigError unless the files have just these tensors.
 
   Args:
-    wanted: the tensors.
+    wanted: the tensors, by name.
     found: the files.
     left_out: prefixes of tensors that belong to parts which are not here.
   """
@@ -169,13 +60,11 @@ def check(
       )
 
 
-def read(
-  wanted: Mapping[str, Tensor], found: "Files", dtype: str, shardings: Mapping
-) -> dict:
+def read(wanted: Mapping, found: "Files", dtype: str, shardings: Mapping):
   """All parameters, on their devices.
 
   Args:
-    wanted: the tensors that hold them.
+    wanted: the tensors that hold them, by name.
     found: the files, after `check`.
     dtype: of parameters; balancers' states are float32.
     shardings: of the variables; {}: on one device.
@@ -208,9 +97,7 @@ def read(
   return traverse_util.unflatten_dict(arrays, sep="/")
 
 
-def write(
-  wanted: Mapping[str, Tensor], folder: pathlib.Path, max_shard_bytes: int
-) -> dict:
+def write(wanted: Mapping, folder: pathlib.Path, max_shard_bytes: int) -> dict:
   """Writes files of at most max_shard_bytes, or of a single larger tensor.
 
   Returns:
