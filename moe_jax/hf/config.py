@@ -41,10 +41,7 @@ def load(path: pathlib.Path) -> tuple[dict, dict]:
   """
   name, other = path / "config.json", path / "generation_config.json"
   if not name.exists():
-    raise ConfigError(
-      f"{path} has no config.json; give the folder of a model with its"
-      " config.json and safetensors files"
-    )
+    raise ConfigError(f"{path} has no config.json; give the folder of a model")
   fields = files.read_json(name, "the config of a model", "get it anew")
   if not other.exists():
     return fields, {}
@@ -133,10 +130,8 @@ def write(arch, model_type: str | None) -> tuple[families.Family, dict]:
       return family, fields
     except ConfigError as e:
       reasons.append(f"{name}: {e}")
-  raise ConfigError(
-    "this model is none that can be saved for others to read: "
-    + "; ".join(reasons)
-  )
+  reasons = "; ".join(reasons)
+  raise ConfigError(f"this model is none that can be saved: {reasons}")
 
 
 def kept(family: families.Family, source: Source) -> dict[str, Any]:

@@ -78,8 +78,7 @@ class Pair(NamedTuple):
   write: Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
-# A number that is no larger than an axis of a tensor, or layers; another whole
-# number; any number; true or false.
+# A number that is no larger than an axis of a tensor, or than their number.
 size = functools.partial(Row, int, bounded=True)
 whole = functools.partial(Row, int)
 number = functools.partial(Row, float)
@@ -101,6 +100,7 @@ def per_head(ours: Mapping[str, Any]) -> int:
   return ours["d_model"] // ours["num_heads"]
 
 
+_WHOLE_HEADS = fixed("partial_rotary_factor", 1.0)
 _BIASES = {True: "all", False: "none"}
 BIAS = flag("attention_bias", "attention.bias", False, values=_BIASES)
 RENORMALIZE = flag("norm_topk_prob", "moe.router.renormalize", False)
@@ -116,7 +116,7 @@ def common(vocab_size, hidden_size, layers, num_heads, eps) -> tuple[Row, ...]:
     size("num_attention_heads", "num_heads", num_heads),
     number("rms_norm_eps", "norm_eps", eps),
     flag("tie_word_embeddings", "tie_embeddings", False),
-    fixed("partial_rotary_factor", 1.0),
+    _WHOLE_HEADS,
     Row(str, "hidden_act", "activation", "silu", values=acts),
   )
 
@@ -189,10 +189,7 @@ class Rope(NamedTuple):
     theta = rope.take("rope_theta", float, theta)
     scaling = _TYPE.read(rope, {})
     scaling["longest"] = fields.take(self.length, int, self.longest)
-    for row in (
-      *_SCALINGS[scaling["name"]],
-      fixed("partial_rotary_factor", 1.0),
-    ):
+    for row in (_WHOLE_HEADS, *_SCALINGS[scaling["name"]]):
       scaling |= row.read(rope, scaling)
     rope.rest()
     del scaling["longest"]

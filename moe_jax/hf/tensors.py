@@ -16,8 +16,8 @@ class Form(NamedTuple):
   """The layout in which a tensor holds a parameter, or several joined ones.
 
   of_one: shape of a parameter -> shape of its part of the tensor.
-  turned: the part has the parameter's axes in the other order; those that it
-    has fewer are one axis there.
+  turned: the axes of the part are in the other order. Several axes of the
+    parameter may be one axis of the part.
   axis: of the tensor, along which several parameters are joined.
   in_turn: they take turns along it, and do not follow one after another.
   stacked: a tensor of several experts has an axis for them; otherwise the rows
@@ -128,8 +128,8 @@ class Tensor(NamedTuple):
 
   name, form: its name, and how it holds parameters.
   leaves: {path: parameter, or its shape}.
-  places: what of their leading axes is in it: (), (repeat,) or (repeat,
-    expert). Its blocks of rows belong to these places, one after another.
+  places: the indices of their leading axes that are in it: (), (repeat,) or
+    (repeat, expert). Its blocks of rows belong to them, one after another.
   """
 
   name: str
@@ -191,9 +191,7 @@ def layout(family, segments, variables: Mapping) -> dict[str, Tensor]:
       found |= _placed(leaves, f"{segment}/{i}/", layers, prefix, maps)
   rest = leaves.keys() - {leaf for x in found.values() for leaf in x.leaves}
   if rest:
-    raise ConfigError(
-      f"these parameters have no place in the files: {sorted(rest)}"
-    )
+    raise ConfigError(f"the files have no place for {sorted(rest)}")
   return found
 
 

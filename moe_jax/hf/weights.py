@@ -54,9 +54,8 @@ def check(wanted: Mapping, found: "Files", left_out: tuple[str, ...]) -> None:
     if shape != tensor.shape or dtype not in _FLOATS:
       raise ConfigError(
         f"{found.path / found.files[name]}: {name} has shape {[*shape]} and"
-        f" dtype {dtype}; config.json means shape {[*tensor.shape]}, and what is"
-        f" read is {', '.join(_FLOATS)}: convert it, or get the config.json of"
-        " these files"
+        f" dtype {dtype}, not shape {[*tensor.shape]} and one of {_FLOATS};"
+        " convert it, or get the config.json of these files"
       )
 
 
@@ -185,12 +184,12 @@ def _listed(path):
 def _open(file):
   try:
     from safetensors import SafetensorError, safe_open
+
+    return safe_open(file, framework="np")
   except ImportError:
     raise ConfigError(
       "reading safetensors needs the extra hf: pip install 'moe_jax[hf]'"
     ) from None
-  try:
-    return safe_open(file, framework="np")
   except (SafetensorError, OSError, ValueError) as e:
     raise ConfigError(
       f"{file} is missing or no whole safetensors file ({first_line(e)});"

@@ -19,8 +19,8 @@ class Family(NamedTuple):
   architecture: the reference's class of such models.
   rows: what its fields are here, see `rows`; a row that sets "layers" gives the
     kind of every layer, else all are "moe".
-  tensors: what the tensors of a layer are here, where they have other names
-    than in `tensors.LAYER`.
+  tensors: maps of the tensors of a layer that have other names than those in
+    `tensors.LAYER`.
   constants: {key of ours: value} that all its models have; "left_out" lists
     prefixes of tensors that belong to parts which are not here.
   ends: what the reference takes for absent fields of special tokens.
@@ -29,8 +29,8 @@ class Family(NamedTuple):
   ignored: more fields that change nothing.
   prefix: that all tensors' names begin with.
   layer: what those of a layer begin with, after it.
-  outer: what the tensors beside the layers are, where they are not those of
-    `tensors.OUTER`.
+  outer: maps of the tensors beside the layers that have other names than those
+    in `tensors.OUTER`.
   """
 
   model_type: str
