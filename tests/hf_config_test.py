@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+from flax import linen as nn
 from safetensors.numpy import load_file, save_file
 
 from configs import base
@@ -346,7 +347,7 @@ def random_variables(model, rng):
 
   return jax.tree.map(
     lambda x: rng.normal(size=x.shape).astype(x.dtype),
-    architecture.shapes(model),
+    nn.unbox(models.variables(model)),
   )
 
 

@@ -547,7 +547,7 @@ FAULTS = (
   Fault(
     "unknown tensors are ignored",
     "moe_jax/hf/weights.py",
-    '("has unknown", names - self.tensors.keys() - needless - {*left}),',
+    '("has unknown", names - wanted.keys() - needless - {*left}),',
     '("has unknown", set()),',
     "interop_test.py::test_tensors_that_do_not_fit",
   ),

@@ -23,7 +23,7 @@ from flax import traverse_util
 from moe_jax import models
 from moe_jax.core import files
 from moe_jax.core.errors import ConfigError
-from moe_jax.hf import architecture, config, fields, weights
+from moe_jax.hf import architecture, config, fields, tensors, weights
 
 
 def load(
@@ -57,16 +57,14 @@ def load(
   where = str(path / "config.json")
   values, generation = config.load(path)
   found = weights.Files(path)
-  family, ours, source = config.read(
-    values, where, room=found.room(), generation=generation
-  )
+  family, ours, source = config.read(values, where, generation, found.room())
   model = architecture.build(ours, where, mesh, dtype)
-  shapes = architecture.shapes(model)
-  layout = weights.Layout(family, model.arch.segments, shapes)
-  layout.check(found, ours.get("left_out", ()))
-  shardings = None if mesh is None else models.shardings(model)
+  shapes = nn.unbox(models.variables(model))
+  wanted = tensors.layout(family, model.arch.segments, shapes)
+  weights.check(wanted, found, ours.get("left_out", ()))
+  shardings = {} if mesh is None else models.shardings(model)
   arch = dataclasses.replace(model.arch, source=source)
-  return model.clone(arch=arch), layout.read(found, dtype, shardings)
+  return model.clone(arch=arch), weights.read(wanted, found, dtype, shardings)
 
 
 def save(
@@ -106,9 +104,9 @@ def save(
         " model computes; leave it out"
       )
   family, values = config.write(model.arch, model_type)
-  layout = weights.Layout(family, model.arch.segments, variables)
-  dtype = layout.leaves["params/embedding"].dtype.name
-  source = model.arch.source or config.Source({}, {}, ())
+  wanted = tensors.layout(family, model.arch.segments, variables)
+  dtype = variables["params"]["embedding"].dtype.name
+  source = model.arch.source or config.Source()
   values |= config.kept(family, source) | {"dtype": dtype, **extra}
   texts = {"config.json": traverse_util.unflatten_dict(values, sep=".")}
   if source.generation:
@@ -119,7 +117,7 @@ def save(
   with files.scratch_folder(path.parent, f".{path.name}-") as work:
     whole = work / "whole"
     whole.mkdir()
-    texts |= layout.write(whole, max_shard_bytes)
+    texts |= weights.write(wanted, whole, max_shard_bytes)
     for name, value in texts.items():
       text = json.dumps(value, indent=2, sort_keys=True)
       (whole / name).write_text(f"{text}\n")

@@ -6,7 +6,6 @@ What a model is made of is read here and nowhere else in this folder.
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 from flax import traverse_util
 
 from moe_jax import models
@@ -35,9 +34,7 @@ _NOT_OF_ROUTER = (
 )
 
 
-def build(
-  ours: Mapping[str, Any], where: str, mesh=None, dtype: str = "float32"
-) -> nn.Module:
+def build(ours: Mapping, where: str, mesh=None, dtype: str = "float32"):
   """The model of options whose names have dots.
 
   Args:
@@ -55,11 +52,6 @@ def build(
     return models.build(section, vocab_size=ours["vocab_size"], mesh=mesh)
   except ConfigError as e:
     raise ConfigError(f"{where}: {e}") from None
-
-
-def shapes(model: nn.Module):
-  """Shapes of the variables of a model that `build` made."""
-  return nn.unbox(models.variables(model))
 
 
 def describe(arch) -> dict[str, Any]:
@@ -85,10 +77,9 @@ def check_same(one: Mapping, other: Mapping) -> None:
     pairs.append((f" of layer {i}", x, y))
   for where, x, y in pairs:
     for key in sorted({*x, *y}):
-      if x.get(key) != y.get(key):
-        raise ConfigError(
-          f"{key}{where} is {y.get(key)}, and would be {x.get(key)}"
-        )
+      found, wanted = x.get(key), y.get(key)
+      if found != wanted:
+        raise ConfigError(f"{key}{where} is {wanted}, and would be {found}")
 
 
 def _layer(arch, kind):
@@ -114,6 +105,7 @@ def _experts(recipe):
   """The options of a section `model.moe`."""
   experts, shared, made_of = recipe.experts, recipe.shared, recipe.router.spec
   router = {k: x for k, x in made_of.options.items() if k not in _NOT_OF_ROUTER}
+  count, balancers = recipe.num_experts, dict(recipe.balancers).values()
   score = router.get("score"), router.get("score_before_top_k")
   if score == ("softmax", False):
     # Softmax over the chosen is softmax over all, over the sum of the chosen.
@@ -122,17 +114,13 @@ def _experts(recipe):
     router |= {"group_score": None, "expert_group_mask": None}
   return {
     "activation": experts.activation,
-    "moe.num_experts": recipe.num_experts,
+    "moe.num_experts": count,
     "moe.top_k": recipe.router.top_k,
     "moe.d_expert": experts.width,
     "moe.num_shared_experts": shared.width // experts.width if shared else 0,
     "moe.shared_gate": bool(shared) and "token_gate" in shared.axes,
     "moe.use_bias": "down_bias" in experts.axes,
-    "moe.selected by": [
-      balancer.spec.name
-      for _, balancer in recipe.balancers
-      if balancer.init(recipe.num_experts)
-    ],
+    "moe.selected by": [x.spec.name for x in balancers if x.init(count)],
     "moe.router.name": made_of.name,
     **{f"moe.router.{k}": x for k, x in router.items()},
   }

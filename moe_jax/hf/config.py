@@ -28,9 +28,9 @@ class Source(NamedTuple):
   ends: the tokens that end a text, of both files.
   """
 
-  fields: Mapping[str, Any]
-  generation: Mapping[str, Any]
-  ends: tuple[int, ...]
+  fields: Mapping[str, Any] = {}
+  generation: Mapping[str, Any] = {}
+  ends: tuple[int, ...] = ()
 
 
 def load(path: pathlib.Path) -> tuple[dict, dict]:
@@ -39,36 +39,25 @@ def load(path: pathlib.Path) -> tuple[dict, dict]:
   Raises:
     ConfigError: there is no config.json, or one is not a JSON object.
   """
-  remedy = "get it anew"
-  try:
-    fields = files.read_json(
-      path / "config.json", "the config of a model", remedy
-    )
-  except (FileNotFoundError, NotADirectoryError):
-    raise ConfigError(
-      f"{path} has no config.json; give the folder of a model with its"
-      " config.json and safetensors files"
-    ) from None
-  name = path / "generation_config.json"
+  name, other = path / "config.json", path / "generation_config.json"
   if not name.exists():
+    raise ConfigError(f"{path} has no config.json; give the folder of a model")
+  fields = files.read_json(name, "the config of a model", "get it anew")
+  if not other.exists():
     return fields, {}
-  return fields, files.read_json(name, "a generation config", remedy)
+  return fields, files.read_json(other, "a generation config", "get it anew")
 
 
 def read(
-  config: Mapping[str, Any],
-  where: str,
-  *,
-  room: float = math.inf,
-  generation: Mapping[str, Any] | None = None,
+  config: Mapping, where: str, generation: Mapping = {}, room: float = math.inf
 ) -> tuple[families.Family, dict[str, Any], Source]:
   """The meaning of a config.json.
 
   Args:
     config: its fields.
     where: its path, for errors.
-    room: the largest size that its files can have, see `Fields`.
     generation: fields of generation_config.json.
+    room: the largest size that its files can have, see `Fields`.
 
   Returns:
     (its family, options as `architecture.build` takes them, what else it says).
@@ -85,7 +74,7 @@ def read(
   if quantized:
     reason = "is not read; convert the weights to bfloat16 first"
     raise fields.error("quantization_config", quantized, reason)
-  family, said, generation = known[name], {}, generation or {}
+  family, said = known[name], {}
   if family.inner:
     config = fields.take(family.inner, dict, {})
     said = fields.rest(family.ignored)
@@ -95,28 +84,22 @@ def read(
     ours |= row.read(fields, ours)
   ours = {"layers": ["moe"] * ours["num_layers"], **ours, **family.constants}
   said |= fields.rest(family.ignored)
-  kept, ends = {**family.ends, **said}, {}
+  kept, ends = {**family.ends, **said}, []
   first = said if "eos_token_id" in generation else kept
   for values, file in ((first, where), (generation, "generation_config.json")):
-    ends |= dict.fromkeys(_ends(values.get("eos_token_id"), file))
+    tokens = values.get("eos_token_id")
+    for token in tokens if isinstance(tokens, list) else [tokens]:
+      if token is not None and not (type(token) is int and token >= 0):
+        reason = "is no token, nor a list of them"
+        raise Fields({}, file).error("eos_token_id", tokens, reason)
+      ends.append(token)
   # Others never come up.
-  ends = tuple(token for token in ends if token < ours["vocab_size"])
+  vocabulary = range(ours["vocab_size"])
+  ends = tuple(token for token in dict.fromkeys(ends) if token in vocabulary)
   return family, ours, Source(kept, generation, ends)
 
 
-def _ends(value, where):
-  """Special tokens, which are a number, several, or null."""
-  tokens = value if isinstance(value, list) else [value]
-  tokens = [] if value is None else tokens
-  if not all(type(token) is int and token >= 0 for token in tokens):
-    reason = "is no token, nor a list of them"
-    raise Fields({}, where).error("eos_token_id", value, reason)
-  return tokens
-
-
-def write(
-  arch, model_type: str | None
-) -> tuple[families.Family, dict[str, Any]]:
+def write(arch, model_type: str | None) -> tuple[families.Family, dict]:
   """(family, fields of config.json) that mean this very model.
 
   Names of fields in a section have a dot.
@@ -134,28 +117,21 @@ def write(
     raise ConfigError(f'there is no model_type "{model_type}"' + reason)
   ours = architecture.describe(arch)
   for name in known if model_type is None else (model_type,):
+    family, fields = known[name], {"model_type": name}
+    where = f"a config.json of {name}"
     try:
-      return known[name], _of_family(known[name], ours)
+      if family.inner:
+        raise ConfigError("it has more than a decoder")
+      for row in family.rows:
+        fields |= row.write(ours)
+      nested = traverse_util.unflatten_dict(fields, sep=".")
+      again = architecture.build(read(nested, where)[1], where)
+      architecture.check_same(architecture.describe(again.arch), ours)
+      return family, fields
     except ConfigError as e:
       reasons.append(f"{name}: {e}")
-  raise ConfigError(
-    "this model is none that can be saved for others to read: "
-    + "; ".join(reasons)
-  )
-
-
-def _of_family(family, ours):
-  """Its fields; raises ConfigError if they do not mean this model."""
-  if family.inner:
-    raise ConfigError("it has more than a decoder")
-  fields = {"model_type": family.model_type}
-  for row in family.rows:
-    fields |= row.write(ours)
-  where = f"a config.json of {family.model_type}"
-  _, again, _ = read(traverse_util.unflatten_dict(fields, sep="."), where)
-  model = architecture.build(again, where)
-  architecture.check_same(architecture.describe(model.arch), ours)
-  return fields
+  reasons = "; ".join(reasons)
+  raise ConfigError(f"this model is none that can be saved: {reasons}")
 
 
 def kept(family: families.Family, source: Source) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.core.errors import ConfigError
@@ -22,10 +21,8 @@ _IGNORED = re.compile(
 )
 REQUIRED = object()  # Given as a default: an absent field is an error.
 SAME = object()  # Given as the value of null: null means the default.
-_WORDS = {
-  **{int: "a whole number", float: "a number", bool: "true or false"},
-  **{str: "a word", list: "a list", dict: "an object"},
-}
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false"}
+_WORDS |= {str: "a word", list: "a list", dict: "an object"}
 _ALSO = {float: int, bool: int}  # Types that may stand for another.
 _MOST = 2**53  # Larger whole numbers are no sizes, and round as floats.
 
@@ -41,9 +38,7 @@ class Fields:
   where: the file, for errors.
   """
 
-  def __init__(
-    self, values: Mapping, where: str, sections=(), room: float = math.inf
-  ):
+  def __init__(self, values, where: str, sections=(), room: float = math.inf):
     """
     Args:
       values: {name: value}.
@@ -59,9 +54,8 @@ class Fields:
 
   def error(self, name: str, value: Any, reason: str) -> ConfigError:
     """A sentence about a field and its value."""
-    return ConfigError(
-      f"{self.where} has {name} = {value!r:.80}, which {reason}"
-    )
+    words = f"{self.where} has {name} = {value!r:.80}"
+    return ConfigError(f"{words}, which {reason}")
 
   def take(self, name, kind, default, null=SAME, least=0, bounded=False):
     """The value of a field, of this type.

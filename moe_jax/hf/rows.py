@@ -8,6 +8,7 @@ of `config.model`, with a dot between a section and its key, as in "d_model" or
   write(ours) -> {field: value}, empty where nothing of ours says it.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -19,25 +20,25 @@ from moe_jax.hf.fields import REQUIRED, SAME, Fields
 class Row(NamedTuple):
   """A field whose value is that of a key of ours, or stands for it.
 
+  kind: int, float, bool, str, list or dict.
   field: its name, after that of its section and a dot where it is in one.
   key: of ours; "": none. That of a variant is written as layers have it.
-  kind: int, float, bool, str, list or dict.
   default: what the reference's config class gives an absent field, or a
     function of the keys read so far.
   null: the same for null; `SAME`: null means the default.
-  values: {value of theirs: value of ours}; None: they are equal.
+  values: {value of theirs: value of ours}; {}: they are equal.
   also: another name of the field.
   fixed: only the default is supported.
   least: the smallest whole number.
   bounded: files must have room for it, see `Fields`.
   """
 
-  field: str
-  key: str
   kind: type
+  field: str
+  key: str = ""
   default: Any = REQUIRED
   null: Any = SAME
-  values: Mapping[Any, Any] | None = None
+  values: Mapping[Any, Any] = {}
   also: str = ""
   fixed: bool = False
   least: int = 1
@@ -53,12 +54,11 @@ class Row(NamedTuple):
       default = fields.take(self.also, self.kind, default, *how)
     value = fields.take(self.field, self.kind, default, *how)
     supported = [default] if self.fixed else self.values
-    if supported is not None and value not in supported:
+    if supported and value not in supported:
       words = ", ".join(map(str, supported))
       reason = f"is not supported; supported: {words}"
       raise fields.error(self.field, value, reason)
-    value = value if self.values is None else self.values[value]
-    return {self.key: value} if self.key else {}
+    return {self.key: self.values.get(value, value)} if self.key else {}
 
   def write(self, ours: Mapping[str, Any]) -> dict[str, Any]:
     """{field: value}."""
@@ -78,29 +78,16 @@ class Pair(NamedTuple):
   write: Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
-def size(field: str, key: str, default: Any, **more) -> Row:
-  """A number that is no larger than an axis of a tensor, or layers."""
-  return Row(field, key, int, default, bounded=True, **more)
+# A number that is no larger than an axis of a tensor, or than their number.
+size = functools.partial(Row, int, bounded=True)
+whole = functools.partial(Row, int)
+number = functools.partial(Row, float)
+flag = functools.partial(Row, bool)
 
 
-def whole(field: str, key: str, default: Any, **more) -> Row:
-  """Another whole number."""
-  return Row(field, key, int, default, **more)
-
-
-def number(field: str, key: str, default: Any = REQUIRED, **more) -> Row:
-  """Any number."""
-  return Row(field, key, float, default, **more)
-
-
-def flag(field: str, key: str, default: bool, **more) -> Row:
-  """True or false."""
-  return Row(field, key, bool, default, **more)
-
-
-def fixed(field: str, value: Any, key: str = "") -> Row:
+def fixed(field: str, value: Any) -> Row:
   """A field with one supported value."""
-  return Row(field, key, type(value), value, fixed=True)
+  return Row(type(value), field, default=value, fixed=True)
 
 
 def heads(ours: Mapping[str, Any]) -> int:
@@ -113,6 +100,7 @@ def per_head(ours: Mapping[str, Any]) -> int:
   return ours["d_model"] // ours["num_heads"]
 
 
+_WHOLE_HEADS = fixed("partial_rotary_factor", 1.0)
 _BIASES = {True: "all", False: "none"}
 BIAS = flag("attention_bias", "attention.bias", False, values=_BIASES)
 RENORMALIZE = flag("norm_topk_prob", "moe.router.renormalize", False)
@@ -128,14 +116,12 @@ def common(vocab_size, hidden_size, layers, num_heads, eps) -> tuple[Row, ...]:
     size("num_attention_heads", "num_heads", num_heads),
     number("rms_norm_eps", "norm_eps", eps),
     flag("tie_word_embeddings", "tie_embeddings", False),
-    fixed("partial_rotary_factor", 1.0),
-    Row("hidden_act", "activation", str, "silu", values=acts),
+    _WHOLE_HEADS,
+    Row(str, "hidden_act", "activation", "silu", values=acts),
   )
 
 
-def grouped(
-  kv_heads: Any = heads, head_dim: Any = per_head, **more
-) -> tuple[Row, ...]:
+def grouped(kv_heads: Any, head_dim: Any = per_head, **more) -> tuple[Row, ...]:
   """Heads of keys and values, and the width of all heads."""
   return (
     size("num_key_value_heads", "num_kv_heads", kv_heads, null=heads),
@@ -146,7 +132,7 @@ def grouped(
 def experts(field, number, top_k, width_field, width) -> tuple[Row, ...]:
   """Fields of the experts, with the defaults of one family."""
   # A file may have either.
-  also = {"num_experts": "num_local_experts"}.get(field, "num_experts")
+  also = "num_local_experts" if field == "num_experts" else "num_experts"
   return (
     size(field, "moe.num_experts", number, also=also),
     whole("num_experts_per_tok", "moe.top_k", top_k),
@@ -154,27 +140,27 @@ def experts(field, number, top_k, width_field, width) -> tuple[Row, ...]:
   )
 
 
+# Their rope_type, and our name of the scaling.
+_TYPES = {"default": None, "linear": "linear", "yarn": "yarn"}
+_TYPES["llama3"] = "wavelength"
+_TYPE = Row(str, "rope_type", "name", "default", values=_TYPES, also="type")
 _FACTOR = number("factor", "factor")
-_STRETCH = _FACTOR._replace(null=lambda o: o["most"] / o["original_length"])
 _LENGTH = whole(
-  "original_max_position_embeddings", "original_length", lambda o: o["most"]
+  "original_max_position_embeddings", "original_length", lambda o: o["longest"]
 )
+_STRETCH = _FACTOR._replace(null=lambda o: o["longest"] / o["original_length"])
 _YARN = ("beta_fast", "beta_slow", "attention_factor")
 _YARN += ("mscale", "mscale_all_dim")
-# Their rope_type: our name of the scaling, and its rows.
+_WAVES = ("low_freq_factor", "high_freq_factor")
 _SCALINGS = {
-  "default": (None,),
-  "linear": ("linear", _FACTOR),
+  None: (),
+  "linear": (_FACTOR,),
   "yarn": (
-    *("yarn", _LENGTH, _STRETCH, *(number(x, x, None) for x in _YARN)),
+    *(_LENGTH, _STRETCH, *(number(name, name, None) for name in _YARN)),
     flag("truncate", "truncate", True, null=False),
   ),
-  "llama3": (
-    *("wavelength", _LENGTH, _FACTOR),
-    *(number(x, x) for x in ("low_freq_factor", "high_freq_factor")),
-  ),
+  "wavelength": (_LENGTH, _FACTOR, *(number(name, name) for name in _WAVES)),
 }
-_TYPE = Row("rope_type", "type", str, "default", values=_SCALINGS, also="type")
 
 
 class Rope(NamedTuple):
@@ -201,27 +187,23 @@ class Rope(NamedTuple):
     where = f"{fields.where}, rope_parameters"
     rope = Fields(older or newer or self.default, where)
     theta = rope.take("rope_theta", float, theta)
-    name, *table = _TYPE.read(rope, {})["type"]
-    most = fields.take(self.length, int, self.longest)
-    scaling = {}
-    for row in (*table, fixed("partial_rotary_factor", 1.0)):
-      scaling |= row.read(rope, scaling | {"most": most})
+    scaling = _TYPE.read(rope, {})
+    scaling["longest"] = fields.take(self.length, int, self.longest)
+    for row in (_WHOLE_HEADS, *_SCALINGS[scaling["name"]]):
+      scaling |= row.read(rope, scaling)
     rope.rest()
+    del scaling["longest"]
     scaling = {k: x for k, x in scaling.items() if x is not None}
-    scaling = {"name": name, **scaling} if name else None
-    return {"rope_theta": theta, "attention.rope_scaling": scaling}
+    return {"rope_theta": theta, "attention.rope_scaling": scaling or None}
 
   def write(self, ours: Mapping[str, Any]) -> dict[str, Any]:
     """{field: value}."""
     scaling = ours.get("attention.rope_scaling") or {"name": None}
-    for kind, (name, *table) in _SCALINGS.items():
-      if name == scaling["name"]:
-        theta = ours.get("rope_theta", self.theta)
-        rope = {"rope_type": kind, "rope_theta": theta}
-        for row in table:
-          rope |= row.write(scaling)
-        return {"rope_parameters": rope, self.older: theta}
-    raise ConfigError(f"there is no rope_type for {scaling['name']}")
+    theta = ours.get("rope_theta", self.theta)
+    rope = _TYPE.write(scaling) | {"rope_theta": theta}
+    for row in _SCALINGS[scaling["name"]]:
+      rope |= row.write(scaling)
+    return {"rope_parameters": rope, self.older: theta}
 
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -233,17 +215,14 @@ def listed(kinds: list[str]) -> dict[str, tuple[str, ...]]:
   Args:
     kinds: of every layer, at least one.
   """
-  # The shortest period of every tail, by the prefix function of the reverse.
-  turned, borders = kinds[::-1], [0]
-  for kind in turned[1:]:
-    k = borders[-1]
-    while k and kind != turned[k]:
-      k = borders[k - 1]
-    borders.append(k + (kind == turned[k]))
-  tails = []
-  for n, border in enumerate(borders, start=1):
-    length = n if n % (n - border) else n - border
-    tails.append((len(kinds) - n + length, len(kinds) - n, length))
-  _, first, length = min(tails)
+  best = (len(kinds), 0, len(kinds))
+  for length in range(1, len(kinds)):
+    if length > best[0]:
+      break
+    first, pattern = len(kinds) - length, kinds[-length:]
+    while first >= length and kinds[first - length : first] == pattern:
+      first -= length
+    best = min(best, (first + length, first, length))
+  _, first, length = best
   prefix, pattern = kinds[:first], kinds[first : first + length]
   return {"prefix": tuple(prefix), "pattern": tuple(pattern)}

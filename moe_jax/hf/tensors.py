@@ -1,77 +1,64 @@
-"""Forms in which the tensors of a file hold the parameters of a layer."""
+"""Tensors of a family's files, and the parameters of a model that they hold."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
+from flax import traverse_util
+
+from moe_jax.core.errors import ConfigError
 
 
 class Form(NamedTuple):
   """The layout in which a tensor holds a parameter, or several joined ones.
 
-  write: parameter -> tensor; only reshapes and transposes.
-  read: (tensor, shape of the parameter) -> parameter.
+  of_one: shape of a parameter -> shape of its part of the tensor.
+  turned: the axes of the part are in the other order. Several axes of the
+    parameter may be one axis of the part.
   axis: of the tensor, along which several parameters are joined.
   in_turn: they take turns along it, and do not follow one after another.
+  stacked: a tensor of several experts has an axis for them; otherwise the rows
+    of an expert follow those of the one before.
   """
 
-  write: Callable
-  read: Callable
+  of_one: Callable[[tuple[int, ...]], tuple[int, ...]]
+  turned: bool = False
   axis: int = 0
   in_turn: bool = False
+  stacked: bool = False
 
   def shape(self, shapes) -> tuple[int, ...]:
     """The tensor's shape, from the shapes of the parameters."""
-    written = [self.write(np.broadcast_to(0, s)).shape for s in shapes]
-    joined = [*written[0]]
-    joined[self.axis] = sum(shape[self.axis] for shape in written)
+    parts = [self.of_one(shape) for shape in shapes]
+    joined = [*parts[0]]
+    joined[self.axis] = sum(part[self.axis] for part in parts)
     return tuple(joined)
 
-  def split(self, x: np.ndarray, shapes, which: int) -> np.ndarray:
-    """A parameter that a tensor holds.
-
-    Args:
-      x: the tensor.
-      shapes: of all its parameters.
-      which: the index of the parameter among them.
-    """
-    ends = np.cumsum([self.shape([s])[self.axis] for s in shapes])
+  def views(self, x: np.ndarray, shapes) -> list[np.ndarray]:
+    """The parameters of these shapes that a tensor holds, as views of it."""
+    ends = np.cumsum([self.of_one(shape)[self.axis] for shape in shapes])
     parts = np.split(x, ends[:-1], self.axis)
     if self.in_turn:
       parts = [x[..., i :: len(shapes)] for i in range(len(shapes))]
-    return self.read(parts[which], shapes[which])
-
-  def join(self, parameters) -> np.ndarray:
-    """The tensor that holds these parameters."""
-    written = [self.write(x) for x in parameters]
-    if self.in_turn:
-      return np.stack(written, -1).reshape(*written[0].shape[:-1], -1)
-    return np.concatenate(written, self.axis)
+    parts = [part.T if self.turned else part for part in parts]
+    return [part.reshape(shape) for part, shape in zip(parts, shapes)]
 
 
-SAME = Form(lambda x: x, lambda x, shape: x)
+SAME = Form(lambda shape: shape)
 # All axes are one there.
-FLAT = Form(lambda x: x.reshape(-1), np.reshape)
+FLAT = Form(lambda shape: (math.prod(shape),))
 # [inputs, ...] here, [all others, inputs] there.
-LINEAR = Form(
-  lambda x: x.reshape(len(x), -1).T, lambda x, shape: x.T.reshape(shape)
-)
+LINEAR = Form(lambda shape: (math.prod(shape[1:]), shape[0]), turned=True)
 # [..., outputs] here, [outputs, all others] there.
-OUTPUT = Form(lambda x: x.reshape(-1, x.shape[-1]).T, LINEAR.read)
-# Two side by side along the last axis, or in turn.
-HALVES = SAME._replace(axis=-1)
+OUTPUT = Form(lambda shape: (shape[-1], math.prod(shape[:-1])), turned=True)
+# All experts in a tensor; two parameters side by side along its last axis, or
+# in turn.
+STACKED = SAME._replace(stacked=True)
+HALVES = STACKED._replace(axis=-1)
 INTERLEAVED = HALVES._replace(in_turn=True)
-# [experts, a, b] here, [experts * a, b] there. A tensor may have fewer experts
-# than the parameter, as a device reads its own.
-ROWS = Form(
-  lambda x: x.reshape(-1, x.shape[-1]),
-  lambda x, shape: x.reshape(-1, *shape[1:]),
-)
-# [experts, b, a] here, [experts * a, b] there.
-TURNED_ROWS = Form(
-  lambda x: ROWS.write(x.swapaxes(1, 2)),
-  lambda x, shape: x.reshape(-1, *shape[:0:-1]).swapaxes(1, 2),
-)
 
 
 class Map(NamedTuple):
@@ -81,71 +68,158 @@ class Map(NamedTuple):
   table has used them.
 
   leaves: paths of parameters in a layer, such as "moe/experts/gate".
-  tensor: its name in a layer, with "{e}" where each expert has its own, whose
-    parameters are without their axis of experts then.
-  form: how it holds them.
-  given: a parameter that the layer has to have beside.
+  tensor: its name in a layer, with "{e}" where each expert has its own.
+  form: how it holds them; parameters of experts, those of one expert.
+  given: parameters that the layer has to have beside.
   """
 
   leaves: tuple[str, ...]
   tensor: str
   form: Form = LINEAR
-  given: str = ""
-
-  @property
-  def stacked(self) -> bool:
-    """Whether the tensor's rows are those of one expert after another."""
-    return "/experts/" in self.leaves[0] and "{e}" not in self.tensor
+  given: tuple[str, ...] = ()
 
 
 def maps(
-  names: str, form=LINEAR, ours: str = "{}", theirs: str = "{}", given: str = ""
+  names: str, ours: str = "{}", theirs: str = "{}", form: Form = LINEAR
 ) -> list[Map]:
   """Several maps.
 
   Args:
     names: of parameters and tensors, as in "query q, key k", or "query+key qk"
       where a tensor has several parameters.
-    form, given: see `Map`.
     ours, theirs: what stands around these names, which take the place of "{}".
+    form: of all of them.
   """
   found = []
   for left, right in map(str.split, names.split(",")):
     leaves = tuple(ours.replace("{}", leaf) for leaf in left.split("+"))
-    found.append(Map(leaves, theirs.replace("{}", right), form, given))
+    found.append(Map(leaves, theirs.replace("{}", right), form))
   return found
 
 
-def gated(ours: str, theirs: str) -> list[Map]:
-  """The three matrices of a gated network."""
-  return maps(
-    "gate gate_proj, up up_proj, down down_proj", LINEAR, ours, theirs
-  )
-
+# The three matrices of a gated network.
+gated = functools.partial(maps, "gate gate_proj, up up_proj, down down_proj")
 
 _ATTENTION = "attention/{}", "self_attn.{}_proj.weight"
 _BIAS = "attention/{}_bias", "self_attn.{}_proj.bias"
 _QK_NORM = "attention/{}_norm/scale", "self_attn.{}_norm.weight"
 _NORMS = "attention_norm input_layernorm, ffn_norm post_attention_layernorm"
-NORMS = maps(_NORMS, SAME, "{}/scale", "{}.weight")
-OUT = maps("out o", OUTPUT, *_ATTENTION)
-ATTENTION = (
-  *NORMS,
-  *maps("query q, key k, value v", LINEAR, *_ATTENTION),
-  *maps("query q, key k, value v", FLAT, *_BIAS),
-  *maps("query q, key k", SAME, *_QK_NORM),
-  *OUT,
-  *maps("out o", SAME, *_BIAS),
-)
-# A dense network, and a router with a network for each expert.
-SPARSE = (
+_EMBEDDING = "embedding embed_tokens, final_norm/scale norm"
+# The parameters of a layer, and those that are in none, as most families call
+# them. The table of a family comes before these.
+LAYER = (
+  *maps(_NORMS, "{}/scale", "{}.weight", SAME),
+  *maps("query q, key k, value v", *_ATTENTION),
+  *maps("out o", *_ATTENTION, OUTPUT),
+  *maps("query q, key k, value v, out o", *_BIAS, FLAT),
+  *maps("query q, key k", *_QK_NORM, SAME),
   *gated("mlp/{}", "mlp.{}.weight"),
   *maps("moe/router/kernel mlp.gate.weight"),
   *gated("moe/experts/{}", "mlp.experts.{e}.{}.weight"),
 )
-# The parameters that are in no layer.
 OUTER = (
-  *maps("embedding model.embed_tokens.weight", SAME),
-  *maps("final_norm/scale model.norm.weight", SAME),
+  *maps(_EMBEDDING, "{}", "model.{}.weight", SAME),
   *maps("head lm_head.weight"),
 )
+
+
+class Tensor(NamedTuple):
+  """A tensor in the files, and the parameters that are in it.
+
+  name, form: its name, and how it holds parameters.
+  leaves: {path: parameter, or its shape}.
+  places: the indices of their leading axes that are in it: (), (repeat,) or
+    (repeat, expert). Its blocks of rows belong to them, one after another.
+  """
+
+  name: str
+  form: Form
+  leaves: Mapping[str, Any]
+  places: list[tuple[int, ...]]
+
+  @property
+  def shapes(self) -> list[tuple[int, ...]]:
+    """The shapes of the parts of the parameters that are at a place."""
+    return [x.shape[len(self.places[0]) :] for x in self.leaves.values()]
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """The shape of the whole tensor."""
+    count, (rows, *rest) = len(self.places), self.form.shape(self.shapes)
+    return (count, rows, *rest) if self.form.stacked else (count * rows, *rest)
+
+  @property
+  def dtype(self) -> np.dtype:
+    """The dtype of the parameters."""
+    return next(iter(self.leaves.values())).dtype
+
+  def parts(self, rows: np.ndarray) -> list[dict[str, np.ndarray]]:
+    """{path: part of the parameter} of blocks of rows, as views of them."""
+    blocks = rows.reshape(-1, *self.form.shape(self.shapes))
+    return [
+      dict(zip(self.leaves, self.form.views(block, self.shapes)))
+      for block in blocks
+    ]
+
+  def value(self) -> np.ndarray:
+    """The tensor, from the parameters."""
+    whole = np.empty(self.shape, self.dtype)
+    for place, parts in zip(self.places, self.parts(whole)):
+      for leaf, part in parts.items():
+        part[...] = self.leaves[leaf][place]
+    return whole
+
+
+def layout(family, segments, variables: Mapping) -> dict[str, Tensor]:
+  """The tensors of a family that hold the parameters of a model, by name.
+
+  Args:
+    family: of the tensors, see `families.Family`.
+    segments: `arch.segments` of the model.
+    variables: of the model, or their shapes.
+
+  Raises:
+    ConfigError: a parameter has no place in the files.
+  """
+  leaves = traverse_util.flatten_dict(dict(variables), sep="/")
+  outer = (*family.outer, *OUTER)
+  found = _placed(leaves, "", {(): 0}, family.prefix, outer)
+  prefix, maps = family.prefix + family.layer, (*family.tensors, *LAYER)
+  for segment, pattern, repeats, first in segments:
+    for i in range(len(pattern)):
+      layers = {(r,): first + i + r * len(pattern) for r in range(repeats)}
+      found |= _placed(leaves, f"{segment}/{i}/", layers, prefix, maps)
+  rest = leaves.keys() - {leaf for x in found.values() for leaf in x.leaves}
+  if rest:
+    raise ConfigError(f"the files have no place for {sorted(rest)}")
+  return found
+
+
+def _placed(leaves, path, layers, prefix, maps):
+  """The tensors of equal layers.
+
+  Args:
+    leaves: {path: parameter} of the model.
+    path: where those of these layers are.
+    layers: {place in the parameters: index of the layer}.
+    prefix: how the names of tensors begin.
+    maps: of the tensors.
+  """
+  here, found = {}, {}
+  for full in leaves:
+    collection, _, leaf = full.partition(f"/{path}")
+    if collection == "balance":  # Whatever the balancer's label is.
+      leaf = f"balance/moe/{leaf.rpartition('/')[2]}"
+    here[leaf] = full
+  for m in maps:
+    if not {*m.leaves, *m.given} <= here.keys():
+      continue
+    own = {full: leaves[full] for full in map(here.pop, m.leaves)}
+    experts = [None]
+    if "/experts/" in m.leaves[0]:
+      experts = range(next(iter(own.values())).shape[1])
+    for (place, i), e in itertools.product(layers.items(), experts):
+      name = (prefix + m.tensor).format(i=i, e=e)
+      place = place if e is None else (*place, e)
+      found.setdefault(name, Tensor(name, m.form, own, [])).places.append(place)
+  return found

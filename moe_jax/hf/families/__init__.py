@@ -9,7 +9,7 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from moe_jax.hf import tensors
+from moe_jax.hf.tensors import Map
 
 
 class Family(NamedTuple):
@@ -19,7 +19,8 @@ class Family(NamedTuple):
   architecture: the reference's class of such models.
   rows: what its fields are here, see `rows`; a row that sets "layers" gives the
     kind of every layer, else all are "moe".
-  tensors: what the tensors of a layer are here.
+  tensors: maps of the tensors of a layer that have other names than those in
+    `tensors.LAYER`.
   constants: {key of ours: value} that all its models have; "left_out" lists
     prefixes of tensors that belong to parts which are not here.
   ends: what the reference takes for absent fields of special tokens.
@@ -28,14 +29,14 @@ class Family(NamedTuple):
   ignored: more fields that change nothing.
   prefix: that all tensors' names begin with.
   layer: what those of a layer begin with, after it.
-  outer: what the tensors beside the layers are; the output layer's is absent
-    if it is the transposed embedding.
+  outer: maps of the tensors beside the layers that have other names than those
+    in `tensors.OUTER`.
   """
 
   model_type: str
   architecture: str
   rows: tuple[Any, ...]
-  tensors: tuple[tensors.Map, ...]
+  tensors: tuple[Map, ...] = ()
   constants: Mapping[str, Any] = {}
   ends: Mapping[str, int] = {}
   sections: tuple[str, ...] = ()
@@ -43,7 +44,7 @@ class Family(NamedTuple):
   ignored: tuple[str, ...] = ()
   prefix: str = ""
   layer: str = "model.layers.{i}."
-  outer: tuple[tensors.Map, ...] = tensors.OUTER
+  outer: tuple[Map, ...] = ()
 
 
 @functools.cache

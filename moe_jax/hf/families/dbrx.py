@@ -1,7 +1,7 @@
 """DBRX (databricks/dbrx), whose config.json has a section for each sublayer."""
 
 from moe_jax.hf import families, rows, tensors
-from moe_jax.hf.tensors import LINEAR, OUTPUT, SAME
+from moe_jax.hf.tensors import OUTPUT, SAME
 
 _P_NORM = "ffn_config.moe_normalize_expert_weights"
 _RENORMALIZE = {"null": None, "values": {1.0: True, None: False}}
@@ -20,7 +20,7 @@ DBRX = families.Family(
     rows.size("n_heads", "num_heads", 16),
     rows.size("attn_config.kv_n_heads", "num_kv_heads", 1),
     rows.size("head_dim", "head_dim", rows.per_head, fixed=True),
-    rows.fixed("tie_word_embeddings", False, "tie_embeddings"),
+    rows.flag("tie_word_embeddings", "tie_embeddings", False, fixed=True),
     rows.Rope(theta=1e4, longest=2048, **_ROPE),
     rows.number("attn_config.clip_qkv", "attention.clip", None),
     rows.size("ffn_config.moe_num_experts", "moe.num_experts", 4),
@@ -30,19 +30,16 @@ DBRX = families.Family(
     rows.number(_P_NORM, "moe.router.renormalize", 1.0, **_RENORMALIZE),
   ),
   tensors=(
-    *tensors.maps("attention_norm norm_1, ffn_norm norm_2", SAME, *_NORM),
-    *tensors.maps("query+key+value Wqkv", LINEAR, *_ATTENTION),
-    *tensors.maps("out out_proj", OUTPUT, *_ATTENTION),
+    *tensors.maps("attention_norm norm_1, ffn_norm norm_2", *_NORM, SAME),
+    *tensors.maps("query+key+value Wqkv", *_ATTENTION),
+    *tensors.maps("out out_proj", *_ATTENTION, OUTPUT),
     *tensors.maps("moe/router/kernel ffn.router.layer.weight"),
-    *tensors.maps("gate w1, up v1", tensors.TURNED_ROWS, *_EXPERTS),
-    *tensors.maps("down w2", tensors.ROWS, *_EXPERTS),
+    *tensors.maps("gate w1, up v1", *_EXPERTS),
+    *tensors.maps("down w2", *_EXPERTS, SAME),
   ),
   constants={"norm": "layer", "norm_eps": 1e-5, "activation": "swiglu"},
   sections=("attn_config", "ffn_config"),
   ignored=("num_key_value_heads", "ffn_config.hidden_size"),
   layer="transformer.blocks.{i}.",
-  outer=(
-    *tensors.maps("embedding wte, final_norm/scale norm_f", SAME, *_OUTER),
-    *tensors.maps("head lm_head.weight"),
-  ),
+  outer=tensors.maps("embedding wte, final_norm/scale norm_f", *_OUTER, SAME),
 )

@@ -1,7 +1,7 @@
 """DeepSeek-V3 (2412.19437)."""
 
 from moe_jax.hf import families, rows, tensors
-from moe_jax.hf.tensors import LINEAR, SAME
+from moe_jax.hf.tensors import SAME, Map
 
 
 def _read_layers(fields, ours):
@@ -26,6 +26,7 @@ def _write_layers(ours):
 _PAIRS = {"null": False, "values": {True: "interleaved", False: "half"}}
 _OR_NONE = {"null": 0, "least": 0}
 _WIDTH = "moe_intermediate_size", 2048
+_QUERY = "attention/query"
 _LATENT = ("attention/{}", "self_attn.{}.weight")
 _DOWN = "query_down q_a_proj, kv_down kv_a_proj_with_mqa, kv_up kv_b_proj"
 _NORMS = "query_norm/scale q_a_layernorm, kv_norm/scale kv_a_layernorm"
@@ -43,7 +44,6 @@ DEEPSEEK_V3 = families.Family(
     rows.size("q_lora_rank", "attention.q_lora_rank", 1536, null=None),
     rows.flag("rope_interleave", "attention.rope", True, **_PAIRS),
     rows.Rope(theta=1e4, longest=4096),
-    rows.fixed("attention_bias", False),
     rows.Pair(_read_layers, _write_layers),
     rows.whole("intermediate_size", "d_ff", 18_432),
     *rows.experts("n_routed_experts", 256, 8, *_WIDTH),
@@ -57,15 +57,11 @@ DEEPSEEK_V3 = families.Family(
     rows.whole("topk_group", "moe.router.top_expert_groups", 4, null=1),
   ),
   tensors=(
-    *tensors.NORMS,
     # Queries may have a latent too.
-    *tensors.maps("query q_b_proj", LINEAR, *_LATENT, "attention/query_down"),
-    *tensors.maps("query q_proj", LINEAR, *_LATENT),
-    *tensors.maps(_DOWN, LINEAR, *_LATENT),
-    *tensors.maps(_NORMS, SAME, *_LATENT),
-    *tensors.OUT,
-    *tensors.SPARSE,
-    *tensors.maps(_BIAS, SAME),
+    Map((_QUERY,), "self_attn.q_b_proj.weight", given=(f"{_QUERY}_down",)),
+    *tensors.maps(_DOWN, *_LATENT),
+    *tensors.maps(_NORMS, *_LATENT, SAME),
+    *tensors.maps(_BIAS, form=SAME),
     *tensors.gated("moe/shared/{}", "mlp.shared_experts.{}.weight"),
   ),
   constants={

@@ -26,6 +26,7 @@ def _write_layers(ours):
 _YARN = {"rope_type": "yarn", "factor": 32.0, "truncate": False}
 _YARN["original_max_position_embeddings"] = 4096
 _EXPERTS = ("moe/experts/{}", "mlp.experts.{}")
+_ROUTER = ("moe/router/{}", "mlp.router.{}")
 _DOWN = "down down_proj, down_bias down_proj_bias"
 _UP = "gate+up gate_up_proj, gate_bias+up_bias gate_up_proj_bias"
 GPT_OSS = families.Family(
@@ -42,12 +43,11 @@ GPT_OSS = families.Family(
     rows.fixed("swiglu_alpha", 1.702),
   ),
   tensors=(
-    *tensors.ATTENTION,
-    *tensors.maps("attention/sinks self_attn.sinks", tensors.SAME),
-    *tensors.maps("moe/router/kernel_bias mlp.router.bias", tensors.SAME),
-    *tensors.maps("moe/router/kernel mlp.router.weight"),
-    *tensors.maps(_UP, tensors.INTERLEAVED, *_EXPERTS),
-    *tensors.maps(_DOWN, tensors.SAME, *_EXPERTS),
+    *tensors.maps("attention/sinks self_attn.sinks", form=tensors.SAME),
+    *tensors.maps("kernel_bias bias", *_ROUTER, tensors.SAME),
+    *tensors.maps("kernel weight", *_ROUTER),
+    *tensors.maps(_UP, *_EXPERTS, tensors.INTERLEAVED),
+    *tensors.maps(_DOWN, *_EXPERTS, tensors.STACKED),
   ),
   constants={
     "attention.sinks": True,

@@ -72,11 +72,10 @@ TEXT = families.Family(
     *rows.experts("num_local_experts", 16, 1, "intermediate_size", 8192),
   ),
   tensors=(
-    *tensors.ATTENTION,
     *tensors.gated("mlp/{}", "feed_forward.{}.weight"),
     *tensors.maps("moe/router/kernel feed_forward.router.weight"),
-    *tensors.maps("gate+up gate_up_proj", tensors.HALVES, *_EXPERTS),
-    *tensors.maps("down down_proj", tensors.SAME, *_EXPERTS),
+    *tensors.maps("gate+up gate_up_proj", *_EXPERTS, tensors.HALVES),
+    *tensors.maps("down down_proj", *_EXPERTS, tensors.STACKED),
     *tensors.gated("moe/shared/{}", "feed_forward.shared_expert.{}.weight"),
   ),
   constants={

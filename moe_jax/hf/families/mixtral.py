@@ -14,9 +14,8 @@ MIXTRAL = families.Family(
     *rows.experts("num_local_experts", 8, 2, "intermediate_size", 14_336),
   ),
   tensors=(
-    *tensors.ATTENTION,
     *tensors.maps("moe/router/kernel block_sparse_moe.gate.weight"),
-    *tensors.maps("gate w1, up w3, down w2", tensors.LINEAR, *_EXPERTS),
+    *tensors.maps("gate w1, up w3, down w2", *_EXPERTS),
   ),
   constants={"moe.router.renormalize": True},
   ends={"bos_token_id": 1, "eos_token_id": 2},

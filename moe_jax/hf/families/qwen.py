@@ -32,17 +32,17 @@ def _write_shared(ours):
   return {_SHARED: wide} if wide else {}
 
 
-def _all_full(ours):
-  return [rows.FULL] * ours["num_layers"]
-
-
-def _sparse(num_experts, top_k, d_expert):
-  """Rows of layers and experts, with the defaults of one family."""
+def _rows(num_heads, kv_heads, d_ff, num_experts, top_k, d_expert):
+  """Rows that both families have, with the defaults of one."""
+  full = lambda ours: [rows.FULL] * ours["num_layers"]  # noqa: E731
   width = "moe_intermediate_size", d_expert
   return (
-    rows.Row("layer_types", "", list, _all_full, fixed=True),
+    *rows.common(151_936, 2048, 24, num_heads, 1e-6),
+    *rows.grouped(kv_heads),
+    rows.Rope(theta=1e4, longest=32_768),
+    rows.whole("intermediate_size", "d_ff", d_ff),
+    rows.Row(list, "layer_types", default=full, fixed=True),
     rows.Pair(_read_layers, _write_layers),
-    rows.fixed("use_sliding_window", False),
     *rows.experts("num_experts", num_experts, top_k, *width),
     rows.RENORMALIZE,
   )
@@ -53,17 +53,11 @@ QWEN2 = families.Family(
   "qwen2_moe",
   "Qwen2MoeForCausalLM",
   rows=(
-    *rows.common(151_936, 2048, 24, 16, 1e-6),
-    *rows.grouped(kv_heads=16),
-    rows.Rope(theta=1e4, longest=32_768),
+    *_rows(16, 16, 5632, 60, 4, 1408),
     rows.flag("qkv_bias", "attention.bias", True, values=_QKV),
-    rows.whole("intermediate_size", "d_ff", 5632),
-    *_sparse(60, 4, 1408),
     rows.Pair(_read_shared, _write_shared),
   ),
   tensors=(
-    *tensors.ATTENTION,
-    *tensors.SPARSE,
     *tensors.gated("moe/shared/{}", "mlp.shared_expert.{}.weight"),
     *tensors.maps("moe/shared/token_gate mlp.shared_expert_gate.weight"),
   ),
@@ -72,15 +66,7 @@ QWEN2 = families.Family(
 QWEN3 = families.Family(
   "qwen3_moe",
   "Qwen3MoeForCausalLM",
-  rows=(
-    *rows.common(151_936, 2048, 24, 32, 1e-6),
-    *rows.grouped(kv_heads=4),
-    rows.Rope(theta=1e4, longest=32_768),
-    rows.BIAS,
-    rows.whole("intermediate_size", "d_ff", 6144),
-    *_sparse(128, 8, 768),
-  ),
-  tensors=(*tensors.ATTENTION, *tensors.SPARSE),
+  rows=(*_rows(32, 4, 6144, 128, 8, 768), rows.BIAS),
   constants={"attention.qk_norm": "head"},
   ignored=("sliding_window",),
 )
