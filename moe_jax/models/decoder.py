@@ -141,6 +141,7 @@ def build(
     ConfigError: impossible values, naming them and the remedy.
   """
   options_lib.section(OPTIONS).check(section, "model")
+  layers.check(section, plugins)
   own = section["vocab_size"]
   if own is not None and own < vocab_size:
     raise ConfigError(
