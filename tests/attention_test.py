@@ -181,7 +181,7 @@ def test_a_router_sees_positions_in_the_document():
 def test_a_padded_vector_that_is_not_finite_stays_where_it_is(name):
   """It reaches no other token, and no parameter's gradient."""
   options = build(VARIANTS[name]).arch.layer("dense").attention
-  module = attention.build(options, None, "attention")
+  module = options.module(options)
   mask_BL = np.array([[False, True, True, False, True]])
   tokens_BL = np.zeros(mask_BL.shape, int)
   about = context.make(None, tokens_BL, mask_BL, None, None)

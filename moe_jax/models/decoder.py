@@ -141,7 +141,6 @@ def build(
     ConfigError: impossible values, naming them and the remedy.
   """
   options_lib.section(OPTIONS).check(section, "model")
-  layers.check(section, plugins)
   own = section["vocab_size"]
   if own is not None and own < vocab_size:
     raise ConfigError(
@@ -196,7 +195,8 @@ class Block(nn.Module):
     m, parts = self.arch, self.arch.layer(self.kind)
     names, aux = ("batch", None, None), {}
     h = norms.Norm(m.norm, m.norm_eps, name="attention_norm")(x_BLD)
-    x_BLD += attention.build(parts.attention, m.mesh, "attention")(h, context)
+    attend = parts.attention.module(parts.attention, m.mesh, name="attention")
+    x_BLD += attend(h, context)
     x_BLD = parallel.constrain(x_BLD, names, m.mesh)
     h = norms.Norm(m.norm, m.norm_eps, name="ffn_norm")(x_BLD)
     if parts.recipe is None:

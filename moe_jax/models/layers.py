@@ -65,15 +65,15 @@ def _variant(model, variant, plugins):
   shared = {"name": "grouped"} | dict(model["attention"])
   own = dict(model["variants"].get(variant, {}))
   name, place = own.get("name", shared["name"]), "model.attention"
-  keys = attention.table(name, plugins)
+  attend = registry.find("attention", name, plugins).build
   if variant:
     place = f"model.variants.{variant}"
-    section(keys | _OF_A_VARIANT, required=()).check(own, place)
+    section(of(attend) | _OF_A_VARIANT, required=()).check(own, place)
   options = {key: model[key] for key in (*OF_ATTENTION, "norm_eps")}
   # Another kind of attention has nothing of the model's.
   options |= shared if name == shared["name"] else {}
-  options |= {key: own.pop(key) for key in [*own] if key in keys}
-  return attention.read(options, place, plugins), own
+  options |= {key: own.pop(key) for key in of(attend) if key in own}
+  return attention.read(attend, options, place), own
 
 
 def make(kind: str, model: Mapping, mesh, plugins) -> Layer:
