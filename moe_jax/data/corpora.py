@@ -256,8 +256,7 @@ def _make(name, source, features, tokenizer, entry):
       raise
     raise ConfigError(
       f"the token cache {entry} cannot be prepared ({first_line(e)}); free space"
-      " there, or set data.cache_dir or XDG_CACHE_HOME to a folder that can be"
-      " written"
+      " there, or set data.cache_dir or XDG_CACHE_HOME to another folder"
     ) from e
   corpus = _open(entry)
   logging.info("Prepared %s: %s", name, corpus.num_tokens)
@@ -318,10 +317,9 @@ def _check_bytes(name, tokenizer, counts):
   # Some tokenizers begin each document with a space.
   if abs(token_bytes - text_bytes) > _MOST_LOST * text_bytes + num_documents:
     raise ConfigError(
-      f"the tokens of data.tokenizer = {tokenizer.name!r} stand for"
-      f" {token_bytes} bytes, and the text has {text_bytes}, so that"
-      " bits per byte would be wrong; take one that keeps case, spaces and line"
-      ' ends, such as a byte-level BPE, or "bytes"'
+      f"the tokens of data.tokenizer = {tokenizer.name!r} stand for {token_bytes}"
+      f" bytes, and the text has {text_bytes}; for bits per byte, take one that"
+      ' keeps case, spaces and line ends, such as a byte-level BPE, or "bytes"'
     )
 
 

@@ -13,8 +13,6 @@ from moe_jax.core.errors import ConfigError, first_line, nearest
 
 SPLITS = ("train", "validation")
 
-# Domain features that need not be there: the default, and the one for none.
-_NO_DOMAIN = ("domain", "none")
 _VALIDATION_PART = 16  # Held out where a dataset has no validation split.
 _READ_AT_ONCE = 256  # Documents.
 
@@ -59,7 +57,8 @@ def check(name: str, builder, wanted: Features) -> None:
       f'the feature "{wanted.text}" of dataset {name} is not text but {kind};'
       f" set data.text_feature to one that is: {sorted(texts)}"
     )
-  if wanted.domain not in (*_NO_DOMAIN, *features):
+  # The default feature of the domain need not be there.
+  if wanted.domain not in ("domain", "none", *features):
     raise ConfigError(
       f'dataset {name} has no feature "{wanted.domain}", but {sorted(features)};'
       ' set data.domain_feature to one of them, or to "none" for one domain'

@@ -60,7 +60,7 @@ class Architecture:
   kinds: tuple[tuple[str, Layer], ...]
   prefix: items(str)
   pattern: items(str)
-  norm: word(*norms.KINDS)
+  norm: word("rms", "layer")
   norm_eps: number(above=0)
   tie_embeddings: bool
   scale_embedding: bool
@@ -106,10 +106,9 @@ class Architecture:
       _, recipe = parts.grouping.resolve(parts.recipe, length, train)
       if not recipe.causal:
         raise ConfigError(
-          f'in layers "{kind}" this router with this dispatcher and capacity'
-          " lets a token's experts depend on later tokens, so a decoder would"
-          ' see the future; use dispatcher.order = "token" and router.priority ='
-          ' "none", or set model.allow_noncausal = True'
+          f'in layers "{kind}" experts of a token depend on later tokens, so a'
+          ' decoder would see the future; use dispatcher.order = "token" and'
+          ' router.priority = "none", or set model.allow_noncausal = True'
         )
 
 
