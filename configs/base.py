@@ -49,7 +49,8 @@ def get_config() -> ConfigDict:
   c.model.d_ff = 512  # hidden width of dense layers
   c.model.activation = "swiglu"  # of dense layers: relu, gelu, swiglu, geglu
   c.model.rope_theta = 10_000.0  # base of the rotary frequencies
-  # More options of attention, see moe_jax/models/attention/options.py.
+  # More options of attention, and its "name", a file of moe_jax/models/attention;
+  # without a name it is "grouped".
   c.model.attention = ConfigDict()
   # {name: keys} of layers "dense@name", "moe@name" that differ in them: options
   # of attention, d_ff, activation, and "moe": any keys of model.moe.

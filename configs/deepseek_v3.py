@@ -30,6 +30,7 @@ def _671b():
   c.model.head_dim = 128
   c.model.norm_eps = 1e-6
   c.model.attention = {
+    "name": "latent",
     "rope": "interleaved",
     "rope_scaling": {
       "name": "yarn",

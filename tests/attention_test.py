@@ -13,7 +13,7 @@ import pytest
 from configs import base
 from moe_jax import models
 from moe_jax.core.errors import ConfigError
-from moe_jax.models import attention
+from moe_jax.models import attention, counts
 from moe_jax.models.attention import context, heads, positions
 from tests import mesh_cases
 
@@ -21,7 +21,8 @@ L, V = 14, 23
 END = V - 1  # The token that ends a document.
 FIRST = 5  # Tokens of the first of two documents, or of padding.
 YARN = {"name": "yarn", "factor": 4.0, "original_length": 8}
-LATENT = {"kv_lora_rank": 6, "rope_head_dim": 4, "v_head_dim": 3}
+LATENT = {"name": "latent", "kv_lora_rank": 6, "rope_head_dim": 4}
+LATENT |= {"v_head_dim": 3}
 VARIANTS = {
   "grouped": {},
   "interleaved": {"rope": "interleaved"},
@@ -42,6 +43,7 @@ VARIANTS = {
   "latent, plain query": LATENT | {"rope": "interleaved", "window": 5},
   "latent, yarn": LATENT
   | {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}},
+  "of a plugin": {"name": "fading", "rate": 0.3, "chunk": 4},
 }
 
 
@@ -53,7 +55,8 @@ def build(options, norm="rms", dtype="float64", **more):
   c.attention = options
   c.update(pattern=("dense",), d_ff=5)
   c.update(more)
-  return models.build(c, vocab_size=V, end_of_document=END)
+  plugins = ("tests/plugins",)
+  return models.build(c, vocab_size=V, end_of_document=END, plugins=plugins)
 
 
 def drawn(model, seed=0):
@@ -178,7 +181,7 @@ def test_a_router_sees_positions_in_the_document():
 def test_a_padded_vector_that_is_not_finite_stays_where_it_is(name):
   """It reaches no other token, and no parameter's gradient."""
   options = build(VARIANTS[name]).arch.layer("dense").attention
-  module = attention.build(options, None, "attention")
+  module = options.module(options)
   mask_BL = np.array([[False, True, True, False, True]])
   tokens_BL = np.zeros(mask_BL.shape, int)
   about = context.make(None, tokens_BL, mask_BL, None, None)
@@ -312,10 +315,13 @@ def test_stretched_frequencies():
     ({"rope_scaling": YARN | {"factor": None}}, ["factor = None", "above 0"]),
     ({"rope_scaling": YARN | {"beta": 1}}, ['no "beta"']),
     ({"temperature": (0.1, 0, 1)}, ["temperature[1] = 0", "from 1"]),
-    ({"q_lora_rank": 4}, ["needs kv_lora_rank"]),
-    (LATENT | {"bias": "qkv"}, ["no bias"]),
+    ({"q_lora_rank": 4}, ['model.attention has no "q_lora_rank"']),
+    ({"name": "laten"}, ['"laten" in attention', 'did you mean "latent"']),
+    ({"name": "latent"}, ['model.attention needs "kv_lora_rank"']),
+    (LATENT | {"bias": "qkv"}, ['model.attention has no "bias"']),
+    (LATENT | {"rope": "none"}, ["a rope", "grouped"]),
     (LATENT | {"rope_head_dim": 3}, ["rope_head_dim = 3 is odd"]),
-    (LATENT | {"v_head_dim": None}, ["needs kv_lora_rank", "v_head_dim"]),
+    (LATENT | {"v_head_dim": None}, ["v_head_dim = None", "from 1"]),
   ],
 )
 def test_impossible_options(options, words):
@@ -323,6 +329,31 @@ def test_impossible_options(options, words):
     build(options)
   for word in words:
     assert word in str(caught.value)
+
+
+def test_layers_may_have_several_kinds_of_attention():
+  """Another kind in a variant takes none of the model's own options."""
+  variants = {
+    "wide": {"kv_lora_rank": 9},
+    "fade": {"name": "fading", "rate": 0.2},
+    "usual": {"name": "grouped", "num_kv_heads": 2},
+  }
+  pattern = ("dense", *(f"dense@{name}" for name in variants))
+  more = {"variants": variants, "pattern": pattern, "num_layers": 4}
+  more["dtype"] = "float32"
+  model = build(LATENT | {"window": 3}, **more)
+  kinds = [model.arch.layer(kind).attention for kind in pattern]
+  assert [kind.name for kind in kinds] == [
+    *("latent", "latent", "fading", "grouped")
+  ]
+  assert [kind.window for kind in kinds] == [3, 3, None, None]
+  assert kinds[1].kv_lora_rank == 9 and kinds[2].rate == 0.2
+  assert counts.kv_cache_per_token(model) == (6 + 4) + (9 + 4) + 24 + 24
+  layers = drawn(model)["params"]["decoder"]
+  assert layers["2"]["attention"].keys() == {"value", "out"}
+  variants["fade"]["window"] = 0
+  with pytest.raises(ConfigError, match="model.variants.fade.window = 0"):
+    build(LATENT, **more)
 
 
 def test_variants_of_layers_are_checked():

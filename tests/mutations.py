@@ -238,8 +238,8 @@ FAULTS = (
   Fault(
     "a variant has the MoE keys of the model",
     "moe_jax/models/layers.py",
-    'moe = dict(model["moe"]) | dict(options.pop("moe", {}))',
-    'moe = dict(options.pop("moe", {})) | dict(model["moe"])',
+    'moe = dict(model["moe"]) | dict(own.get("moe", {}))',
+    'moe = dict(own.get("moe", {})) | dict(model["moe"])',
     "recipes_test.py::test_a_variant_overrides_the_keys_that_it_has",
   ),
   Fault(

@@ -20,6 +20,7 @@ _PACKAGES = {
   "routers": "moe.routers",
   "balancers": "moe.balancers",
   "dispatchers": "moe.dispatchers",
+  "attention": "models.attention",
   "datasets": "data.datasets",
   "optimizers": "training.optimizers",
 }

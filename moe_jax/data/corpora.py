@@ -256,8 +256,7 @@ def _make(name, source, features, tokenizer, entry):
       raise
     raise ConfigError(
       f"the token cache {entry} cannot be prepared ({first_line(e)}); free space"
-      " there, or set data.cache_dir or XDG_CACHE_HOME to a folder that can be"
-      " written"
+      " there, or set data.cache_dir or XDG_CACHE_HOME to another folder"
     ) from e
   corpus = _open(entry)
   logging.info("Prepared %s: %s", name, corpus.num_tokens)
@@ -280,28 +279,23 @@ def _prepare_in(folder, name, source, features, tokenizer):
 def _write_tokens(name, builder, features, tokenizer, folder):
   """Writes the files of tokens; returns their entries of the index."""
   domains = documents.label_names(builder, features)
-  opened = {}  # (split, domain) -> its file.
   # (split, domain) -> tokens, documents, bytes of text, bytes of the tokens.
   counts = collections.defaultdict(lambda: np.zeros(4, np.int64))
   dtype = _dtype(tokenizer.vocab_size)
-  with contextlib.ExitStack() as stack:
-    for split, domain, text in documents.read(name, builder, features):
-      if domain not in domains:
-        domains.append(domain)
-      if len(domains) > _MOST_DOMAINS:
-        raise ConfigError(
-          f'data.domain_feature "{features.domain}" has more than'
-          f" {_MOST_DOMAINS} values, and a domain is a file and a line of"
-          ' metrics; name a class label, or "none" for one domain'
-        )
-      place = split, domain
-      if place not in opened:
-        path = _file(folder, split, domains.index(domain))
-        opened[place] = stack.enter_context(path.open("wb"))
-      tokens = np.append(tokenizer.encode(text), tokenizer.end)
-      opened[place].write(tokens.astype(dtype).tobytes())
-      num_bytes = tokenizer.num_bytes_V[tokens].sum()
-      counts[place] += tokens.size, 1, len(text), num_bytes
+  for split, domain, text in documents.read(name, builder, features):
+    if domain not in domains:
+      domains.append(domain)
+    if len(domains) > _MOST_DOMAINS:
+      raise ConfigError(
+        f'data.domain_feature "{features.domain}" has more than {_MOST_DOMAINS}'
+        " values, and a domain is a file and a line of metrics; name a class"
+        ' label, or "none" for one domain'
+      )
+    tokens = np.append(tokenizer.encode(text), tokenizer.end)
+    with _file(folder, split, domains.index(domain)).open("ab") as file:
+      file.write(tokens.astype(dtype).tobytes())
+    num_bytes = tokenizer.num_bytes_V[tokens].sum()
+    counts[split, domain] += tokens.size, 1, len(text), num_bytes
   _check_bytes(name, tokenizer, counts)
   return {
     "tokenizer": tokenizer.key,
@@ -323,10 +317,9 @@ def _check_bytes(name, tokenizer, counts):
   # Some tokenizers begin each document with a space.
   if abs(token_bytes - text_bytes) > _MOST_LOST * text_bytes + num_documents:
     raise ConfigError(
-      f"the tokens of data.tokenizer = {tokenizer.name!r} stand for"
-      f" {token_bytes} bytes, and the text has {text_bytes}, so that"
-      " bits per byte would be wrong; take one that keeps case, spaces and line"
-      ' ends, such as a byte-level BPE, or "bytes"'
+      f"the tokens of data.tokenizer = {tokenizer.name!r} stand for {token_bytes}"
+      f" bytes, and the text has {text_bytes}; for bits per byte, take one that"
+      ' keeps case, spaces and line ends, such as a byte-level BPE, or "bytes"'
     )
 
 

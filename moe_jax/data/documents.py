@@ -5,7 +5,6 @@ import hashlib
 import inspect
 import io
 import pathlib
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,13 +13,12 @@ from moe_jax.core.errors import ConfigError, first_line, nearest
 
 SPLITS = ("train", "validation")
 
-# Domain features that need not be there: the default, and the one for none.
-_NO_DOMAIN = ("domain", "none")
 _VALIDATION_PART = 16  # Held out where a dataset has no validation split.
 _READ_AT_ONCE = 256  # Documents.
 
 # The names and versions that a dataset's content depends on, and a function
-# from a scratch folder to the TFDS builder of the prepared dataset.
+# from a folder, in one that is removed, to the TFDS builder of the prepared
+# dataset.
 Source = tuple[dict[str, str], Callable[[pathlib.Path], Any]]
 
 
@@ -49,15 +47,9 @@ def check(name: str, builder, wanted: Features) -> None:
 
   The sizes of its splits are not known, and not checked, before it is prepared.
   """
-  import tensorflow_datasets as tfds
-
   features = dict(builder.info.features.items())
-  texts = [
-    k
-    for k, feature in features.items()
-    if isinstance(feature, tfds.features.Tensor)
-    and (feature.shape, feature.np_dtype) == ((), object)
-  ]
+  text = ((), object)  # Shape and dtype.
+  texts = [k for k, f in features.items() if (f.shape, f.np_dtype) == text]
   if wanted.text not in texts:
     kind = type(features.get(wanted.text)).__name__
     kind = f"a {kind}" if wanted.text in features else "not there"
@@ -65,7 +57,8 @@ def check(name: str, builder, wanted: Features) -> None:
       f'the feature "{wanted.text}" of dataset {name} is not text but {kind};'
       f" set data.text_feature to one that is: {sorted(texts)}"
     )
-  if wanted.domain not in (*_NO_DOMAIN, *features):
+  # The default feature of the domain need not be there.
+  if wanted.domain not in ("domain", "none", *features):
     raise ConfigError(
       f'dataset {name} has no feature "{wanted.domain}", but {sorted(features)};'
       ' set data.domain_feature to one of them, or to "none" for one domain'
@@ -112,8 +105,7 @@ def read(
 
 
 def _examples(name, builder, split):
-  what = f"the split {split} of dataset {name} cannot be read"
-  with _in_a_sentence(what, "prepare the dataset again"):
+  with _in_a_sentence(f"the split {split} of dataset {name} cannot be read"):
     source = builder.as_data_source(split=split)
     numbers = range(len(source))
     for start in numbers[::_READ_AT_ONCE]:
@@ -121,7 +113,7 @@ def _examples(name, builder, split):
 
 
 @contextlib.contextmanager
-def _in_a_sentence(what, remedy):
+def _in_a_sentence(what, remedy="prepare the dataset again"):
   """Turns whatever TFDS raises into a ConfigError."""
   try:
     yield
@@ -144,8 +136,7 @@ def _built_in(name, plugins):
     tfds.disable_progress_bar()  # It takes seconds, and logs are kept.
     builder = builder_class(data_dir=folder, file_format="array_record")
     with contextlib.redirect_stdout(io.StringIO()):  # It names scratch paths.
-      builder.download_and_prepare(download_dir=folder / "downloads")
-    shutil.rmtree(folder / "downloads", ignore_errors=True)
+      builder.download_and_prepare(download_dir=folder.parent / "downloads")
     return builder
 
   return versions, prepared
@@ -199,8 +190,7 @@ def _from_directory(data_dir):
   def opened(_):
     import tensorflow_datasets as tfds
 
-    what = f"data.dir {folder} cannot be read"
-    with _in_a_sentence(what, "prepare the dataset again"):
+    with _in_a_sentence(f"data.dir {folder} cannot be read"):
       builder = tfds.builder_from_directory(folder)
       form = builder.info.file_format.value
     if form not in ("array_record", "parquet"):

@@ -42,15 +42,12 @@ def prepare(
   shared = {k: data[k] for k in ("tokenizer", "cache_dir")}
   shared["plugins"] = tuple(plugins)
 
-  def prepared(part, fingerprint=None):
-    options = {k: part[k] for k in _DATASET if k in part}
-    folder = options.pop("dir", None)
-    return corpora.prepare(
-      data_dir=folder, fingerprint=fingerprint, **options, **shared
-    )
+  def prepared(part, **options):
+    options |= {k: part[k] for k in _DATASET if k in part and k != "dir"}
+    return corpora.prepare(data_dir=part.get("dir"), **options, **shared)
 
   if not data["mixture"]:
-    return prepared(data, fingerprint)
+    return prepared(data, fingerprint=fingerprint)
   parts = dict(sorted(data["mixture"].items()))
   weights = {label: part.get("weight", 1.0) for label, part in parts.items()}
   if fingerprint is not None:

@@ -60,7 +60,7 @@ class Architecture:
   kinds: tuple[tuple[str, Layer], ...]
   prefix: items(str)
   pattern: items(str)
-  norm: word(*norms.KINDS)
+  norm: word("rms", "layer")
   norm_eps: number(above=0)
   tie_embeddings: bool
   scale_embedding: bool
@@ -106,10 +106,9 @@ class Architecture:
       _, recipe = parts.grouping.resolve(parts.recipe, length, train)
       if not recipe.causal:
         raise ConfigError(
-          f'in layers "{kind}" this router with this dispatcher and capacity'
-          " lets a token's experts depend on later tokens, so a decoder would"
-          ' see the future; use dispatcher.order = "token" and router.priority ='
-          ' "none", or set model.allow_noncausal = True'
+          f'in layers "{kind}" experts of a token depend on later tokens, so a'
+          ' decoder would see the future; use dispatcher.order = "token" and'
+          ' router.priority = "none", or set model.allow_noncausal = True'
         )
 
 
@@ -195,7 +194,8 @@ class Block(nn.Module):
     m, parts = self.arch, self.arch.layer(self.kind)
     names, aux = ("batch", None, None), {}
     h = norms.Norm(m.norm, m.norm_eps, name="attention_norm")(x_BLD)
-    x_BLD += attention.build(parts.attention, m.mesh, "attention")(h, context)
+    attend = parts.attention.module(parts.attention, m.mesh, name="attention")
+    x_BLD += attend(h, context)
     x_BLD = parallel.constrain(x_BLD, names, m.mesh)
     h = norms.Norm(m.norm, m.norm_eps, name="ffn_norm")(x_BLD)
     if parts.recipe is None:

@@ -11,7 +11,7 @@ import numpy as np
 from moe_jax import models
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
-from moe_jax.core.options import integer, number, of, optional
+from moe_jax.core.options import arguments, integer, number, optional
 
 
 class Sampling(NamedTuple):
@@ -30,16 +30,19 @@ class Sampling(NamedTuple):
   seed: integer(0) = 0
 
 
+GREEDY = Sampling()  # The most probable tokens.
+
+
 class Generated(NamedTuple):
   """tokens_BN: what follows each prompt, up to and with the token that ends the
     text; positions after it are filler, -1.
 
   experts: {layer: [B, L + N - 1, K]} of all tokens but the last, those of
-    padding included; None if they were not asked for.
+    padding included; {} if they were not asked for.
   """
 
   tokens_BN: np.ndarray
-  experts: dict[str, np.ndarray] | None
+  experts: dict[str, np.ndarray]
 
 
 def generate(
@@ -47,7 +50,7 @@ def generate(
   variables,
   prompts: Sequence[Sequence[int]],
   num_tokens: int,
-  sampling: Sampling | None = None,
+  sampling: Sampling = GREEDY,
   *,
   ends: Sequence[int] = (),
   experts: bool = False,
@@ -59,14 +62,13 @@ def generate(
     variables: {"params": ...}, and "balance" if the model has it.
     prompts: B of them, each of at least one token.
     num_tokens: N, the most tokens for each.
-    sampling: how tokens are drawn; None: the most probable ones.
+    sampling: how tokens are drawn; by default the most probable ones.
     ends: tokens that end a text.
     experts: also return which experts were chosen.
 
   Raises:
     ConfigError: impossible values.
   """
-  sampling = sampling or Sampling()
   _check(prompts, num_tokens, sampling, model.arch.vocab_size)
   tokens_BL, mask_BL = _padded(prompts, parallel.token_shards(model.arch.mesh))
   batch, length = tokens_BL.shape
@@ -84,7 +86,7 @@ def generate(
       break
     inputs = token_B[:, None], jnp.ones((batch, 1), bool)
   asked = slice(len(prompts))
-  chosen = _by_layer(routed, model.sublayers, asked) if experts else None
+  chosen = _by_layer(routed, model.sublayers, asked)
   return Generated(np.stack(made, axis=1)[asked], chosen)
 
 
@@ -139,9 +141,9 @@ def sample(logits_BV, rng, sampling: Sampling):
 def _by_layer(routed, sublayers, rows):
   """{layer: experts of all tokens of some rows, one after another}."""
   layers = {}
-  for path, parts in sublayers.items():
+  for path in routed[0]:
     expert_RBLK = np.concatenate([chosen[path] for chosen in routed], axis=2)
-    for layer, expert_BLK in zip(parts.numbers, expert_RBLK):
+    for layer, expert_BLK in zip(sublayers[path].numbers, expert_RBLK):
       layers[f"{layer:02d}"] = expert_BLK[rows]
   return dict(sorted(layers.items()))
 
@@ -152,6 +154,5 @@ def _check(prompts, num_tokens, sampling, vocab_size):
   for token in (min(map(min, prompts)), max(map(max, prompts))):
     integer(0, vocab_size - 1).check(int(token), "a prompt's token")
   integer(1).check(num_tokens, "num_tokens")
-  for name, option in of(Sampling).items():
-    option.check(getattr(sampling, name), name)
-  optional(integer(1, vocab_size)).check(sampling.top_k, "top_k")
+  arguments(Sampling).check(sampling._asdict(), "sampling")
+  optional(integer(1, vocab_size)).check(sampling.top_k, "sampling.top_k")

@@ -24,12 +24,13 @@ _MOE |= {
 _DENSE = {"d_ff": integer(1), "activation": word(*experts.ACTIVATIONS)}
 # Keys of attention that stand beside the section `attention`.
 OF_ATTENTION = ("num_heads", "num_kv_heads", "head_dim", "rope_theta")
-_OF_A_LAYER = attention.OPTIONS | _DENSE | {"moe": section(_MOE, required=())}
+# Keys of a variant besides the options of attention.
+_OF_A_VARIANT = _DENSE | {"moe": section(_MOE, required=())}
 # Keys of `config.model` that belong to its layers.
-OPTIONS = {key: attention.OPTIONS[key] for key in OF_ATTENTION} | _DENSE
+OPTIONS = {key: of(attention.Options)[key] for key in OF_ATTENTION} | _DENSE
 OPTIONS |= {
-  "attention": section(attention.OPTIONS, required=()),
-  "variants": labelled(section(_OF_A_LAYER, required=())),
+  "attention": attention.OPTION,
+  "variants": labelled(attention.OPTION),
   "moe": section(_MOE),
 }
 
@@ -48,6 +49,33 @@ class Layer(NamedTuple):
   grouping: groups.Grouping | None = None
 
 
+def check(model: Mapping, plugins) -> None:
+  """Raises ConfigError for an impossible option of attention, or variant.
+
+  Args:
+    model: `config.model`.
+    plugins: as in `models.build`.
+  """
+  for variant in ("", *model["variants"]):
+    _variant(model, variant, plugins)
+
+
+def _variant(model, variant, plugins):
+  """(options of attention, its other keys) of a variant; "": of the model."""
+  shared = {"name": "grouped"} | dict(model["attention"])
+  own = dict(model["variants"].get(variant, {}))
+  name, place = own.get("name", shared["name"]), "model.attention"
+  attend = registry.find("attention", name, plugins).build
+  if variant:
+    place = f"model.variants.{variant}"
+    section(of(attend) | _OF_A_VARIANT, required=()).check(own, place)
+  options = {key: model[key] for key in (*OF_ATTENTION, "norm_eps")}
+  # Another kind of attention has nothing of the model's.
+  options |= shared if name == shared["name"] else {}
+  options |= {key: own.pop(key) for key in of(attend) if key in own}
+  return attention.read(attend, options, place), own
+
+
 def make(kind: str, model: Mapping, mesh, plugins) -> Layer:
   """The parts of a kind of layer: the model's, with its variant's keys.
 
@@ -59,25 +87,21 @@ def make(kind: str, model: Mapping, mesh, plugins) -> Layer:
   Raises:
     ConfigError: impossible values, naming them and the remedy.
   """
-  variants = dict(model["variants"])
-  names = ["", *(f"@{name}" for name in variants)]
+  names = ["", *(f"@{name}" for name in model["variants"])]
   known = [ffn + name for ffn in ("dense", "moe") for name in names]
   word(*known).check(kind, "a kind of layer in model.prefix or model.pattern")
   ffn, _, variant = kind.partition("@")
-  own = dict(variants.get(variant, {}))
+  heads, own = _variant(model, variant, plugins)
 
   def place(key):
     return f"model.variants.{variant}.{key}" if key in own else f"model.{key}"
 
-  options = {key: model[key] for key in (*OF_ATTENTION, *_DENSE, "norm_eps")}
-  options |= dict(model["attention"]) | own
-  moe = dict(model["moe"]) | dict(options.pop("moe", {}))
-  d_ff, activation = options.pop("d_ff"), options.pop("activation")
-  heads = attention.read(options)
   if ffn == "dense":
+    d_ff, activation = (own.get(key, model[key]) for key in _DENSE)
     parts = Layer(heads, experts.dense(d_ff, activation))
     widths = {place("d_ff"): (d_ff, "tensor")}
   else:
+    moe = dict(model["moe"]) | dict(own.get("moe", {}))
     parts = Layer(heads, None, *sparse(moe, place("moe"), mesh, plugins))
     widths = {f"{place('moe')}.d_expert": (moe["d_expert"], "tensor")}
   widths |= {

@@ -6,8 +6,6 @@ import jax.numpy as jnp
 from moe_jax.core import roles
 from moe_jax.moe.types import Array
 
-KINDS = ("rms", "layer")
-
 
 class Norm(nn.Module):
   """x / rms(x) * scale (1910.07467), or of x - mean(x) (1607.06450), no bias.

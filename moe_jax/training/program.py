@@ -21,7 +21,7 @@ from moe_jax.core.options import (
   section,
 )
 from moe_jax.data import batches, mixed
-from moe_jax.models import counts
+from moe_jax.models import counts, layers
 from moe_jax.run import writers
 from moe_jax.training import (
   checkpoint,
@@ -284,6 +284,7 @@ def check(config) -> None:
   Parts check their own options when the model is built.
   """
   section(OPTIONS).check(config, "config")
+  layers.check(config.model, config.plugins)
   optimizers.check(config.optim, config.train.num_steps, config.plugins)
   data, train = config.data, config.train
   if data.batch_size % train.accumulation:

@@ -18,16 +18,8 @@ from moe_jax.data.datasets import _builder, installed
 
 # Dependencies of ours, all of them under Apache-2.0 or BSD.
 DISTRIBUTIONS = (
-  "absl-py",
-  "chex",
-  "flax",
-  "grain",
-  "jax",
-  "ml_collections",
-  "numpy",
-  "optax",
-  "orbax-checkpoint",
-  "scipy",
+  *("absl-py", "chex", "flax", "grain", "jax", "ml_collections", "numpy"),
+  *("optax", "orbax-checkpoint", "scipy"),
 )
 # Files are taken until each domain has this many bytes.
 BYTES = {"code": 9_000_000, "docstrings": 4_000_000}

@@ -65,6 +65,7 @@ DEEPSEEK_V3 = families.Family(
     *tensors.gated("moe/shared/{}", "mlp.shared_experts.{}.weight"),
   ),
   constants={
+    "attention.name": "latent",
     "moe.router.score": "sigmoid",
     "moe.router.group_score": "sum_top_2",
     "moe.balancers.bias": {"name": "bias", "rate": 1e-3},

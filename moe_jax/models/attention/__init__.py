@@ -1,19 +1,39 @@
-"""Causal self-attention: grouped queries, or latent keys and values.
+"""Causal self-attention: one file a kind, found by name.
 
 Training sees whole sequences. Generation passes a context with a cache, in
 which keys and values of earlier calls are kept (linen collection `cache`).
 """
 
-import flax.linen as nn
+from collections.abc import Mapping
 
-from moe_jax.models.attention import context, grouped, latent
-from moe_jax.models.attention.options import OPTIONS, Options, read
+from moe_jax.core import options as options_lib
+from moe_jax.models.attention import context, positions
+from moe_jax.models.attention.options import Options
+
+# Files of this folder that are no kinds.
+SHARED = ("context", "heads", "options", "positions")
+# A section whose keys depend on the kind.
+OPTION = options_lib.Option("a section", lambda x: hasattr(x, "items"))
 
 
-def build(options: Options, mesh, name: str) -> nn.Module:
-  """The module (x_BLD, Context) -> y_BLD with these options."""
-  kind = latent.LatentAttention if options.kv_lora_rank else grouped.Attention
-  return kind(options, mesh, name=name)
+def read(kind: type[Options], section: Mapping, key: str) -> Options:
+  """The options that a config describes.
+
+  Args:
+    kind: `build` of a file of this folder, or of a plugin.
+    section: its options; rope_scaling as `positions.scaling` takes it, and
+      lists, which JSON has for tuples.
+    key: of the section, for errors.
+
+  Raises:
+    ConfigError: options that are missing, or do not fit together.
+  """
+  options_lib.arguments(kind).check(section, key)
+  values = {
+    k: tuple(v) if isinstance(v, list) else v for k, v in section.items()
+  }
+  scaling = positions.scaling(section.get("rope_scaling"))
+  return kind(**values | {"rope_scaling": scaling})
 
 
-__all__ = ["OPTIONS", "Options", "build", "context", "read"]
+__all__ = ["OPTION", "Options", "context", "read"]

@@ -1,15 +1,22 @@
 """Attention in which groups of query heads share keys and values."""
 
+import dataclasses
+
 import jax.numpy as jnp
 
+from moe_jax.core.options import number, optional, word
 from moe_jax.models import norms
-from moe_jax.models.attention import heads, positions
+from moe_jax.models.attention import heads, options, positions
 from moe_jax.models.attention.context import Context
 from moe_jax.moe.types import Array
 
 
 class Attention(heads.Heads):
   """Attention with grouped queries (2305.13245)."""
+
+  @property
+  def out_bias(self) -> bool:
+    return self.options.bias == "all"
 
   def mixed(self, x_BLD: Array, context: Context) -> Array:
     m, tokens = self.options, context.tokens
@@ -36,3 +43,34 @@ class Attention(heads.Heads):
     if self.options.qk_norm == "projection":
       x_BLHh = x_BLHh.reshape(*shape[:2], -1)
     return self.norm(x_BLHh, name, self.options.norm_eps).reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(options.Options):
+  """The options of attention with grouped queries.
+
+  bias: after which projections: "none", "qkv", "all" (also the output).
+  qk_norm: RMS norm of queries and keys, before rotation: "head", of every
+    head; "projection", of all heads as one vector; "l2": of every head, after
+    rotation and without a scale; "none".
+  clip: queries, keys and values are clipped to [-clip, clip]; None: not.
+  """
+
+  bias: word("none", "qkv", "all") = "none"
+  qk_norm: word("none", "head", "projection", "l2") = "none"
+  clip: optional(number(above=0)) = None
+
+  module = Attention
+
+  @property
+  def cached_per_token(self) -> int:
+    """A key and a value for each of their heads."""
+    return 2 * self.num_kv_heads * self.head_dim
+
+  @property
+  def flops_per_pair(self) -> int:
+    """A score and a share of y for each head."""
+    return 4 * self.num_heads * self.head_dim
+
+
+build = Options

@@ -16,16 +16,19 @@ class Heads(nn.Module):
 
   A kind has a method `mixed(x_BLD, context) -> y_BLHv`, the results of all
   heads, for which it calls the methods below.
+
+  out_bias: whether the output has a bias.
   """
 
   options: Options
   mesh: jax.sharding.Mesh | None = None
+  out_bias = False
 
   @nn.compact
   def __call__(self, x_BLD: Array, context: Context) -> Array:
     y_BLHv = self.mixed(context.real(x_BLD), context)
-    axes, bias = ("heads", None, "embed"), self.options.bias == "all"
-    return self.project(y_BLHv, "out", x_BLD.shape[2:], axes, bias)
+    axes = ("heads", None, "embed")
+    return self.project(y_BLHv, "out", x_BLD.shape[2:], axes, self.out_bias)
 
   def parameter(self, name: str, shape, axes, inputs: int = 0) -> Array:
     """A matrix from its first axes to the others, or zeros.

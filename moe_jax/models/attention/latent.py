@@ -1,8 +1,12 @@
 """Latent attention: keys and values are made of a small vector per token."""
 
+import dataclasses
+
 import jax.numpy as jnp
 
-from moe_jax.models.attention import heads, positions
+from moe_jax.core.errors import ConfigError
+from moe_jax.core.options import integer, optional
+from moe_jax.models.attention import heads, options, positions
 from moe_jax.models.attention.context import Context
 from moe_jax.moe.types import Array
 
@@ -63,3 +67,45 @@ class LatentAttention(heads.Heads):
 
   def _down(self, x_BLD, name, width):
     return self.project(x_BLD, name, (width,), ("embed", None))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(options.Options):
+  """The options of latent attention.
+
+  kv_lora_rank: width of the latent that keys and values are made of.
+  q_lora_rank: width of the latent that queries are made of; None: they are
+    made of x.
+  rope_head_dim: width of the part of a head that has a position.
+  v_head_dim: width of a value.
+  """
+
+  kv_lora_rank: integer(1)
+  q_lora_rank: optional(integer(1)) = None
+  rope_head_dim: integer(1)
+  v_head_dim: integer(1)
+
+  module = LatentAttention
+  turned = "rope_head_dim"
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.num_kv_heads != self.num_heads or self.rope == "none":
+      raise ConfigError(
+        "latent attention has num_kv_heads = num_heads and a rope; change these,"
+        ' or take attention.name = "grouped"'
+      )
+
+  @property
+  def cached_per_token(self) -> int:
+    """The latent, and the key with a position."""
+    return self.kv_lora_rank + self.rope_head_dim
+
+  @property
+  def flops_per_pair(self) -> int:
+    """A score and a share of y for each head, as training computes them."""
+    key = self.head_dim + self.rope_head_dim
+    return 2 * self.num_heads * (key + self.v_head_dim)
+
+
+build = Options
