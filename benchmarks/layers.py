@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from benchmarks import peers
 from benchmarks.shapes import Shape
 from moe_jax.core import registry
-from moe_jax.moe import capacity, experts, layer, types
+from moe_jax.moe import experts, groups, layer, types
 
 
 def implementations(
@@ -130,7 +130,7 @@ def _ours(
   bound = None
   tokens = min(tokens_per_group or shape.tokens, shape.tokens)
   if capacity_factor is not None:
-    bound = capacity.capacity(
+    bound = groups.capacity(
       capacity_factor, tokens, shape.top_k, shape.num_experts
     )
   made = recipe(shape, dispatcher, backend, bound)

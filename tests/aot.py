@@ -111,13 +111,13 @@ def layer_programs(model, dtype: str):
   import jax.numpy as jnp
 
   from moe_jax.core import parallel
-  from moe_jax.moe import sharded
+  from moe_jax.moe import layer
   from moe_jax.moe.types import Side
 
   mesh, parts = model.arch.mesh, model.arch.layer("moe")
   groups = ROWS
   tokens, recipe = parts.grouping.resolve(parts.recipe, LENGTH, train=True)
-  run = sharded.sharded(recipe, mesh)
+  run = layer.sharded(recipe, mesh)
 
   def shaped(shape, dtype, spec):
     sharding = jax.NamedSharding(mesh, spec)

@@ -13,7 +13,7 @@ import pytest
 from flax import linen as nn
 
 from moe_jax.core import registry
-from moe_jax.moe import exchange, experts, groups, layer, sharded
+from moe_jax.moe import exchange, experts, groups, layer
 from moe_jax.moe.types import Axes, Bound, Side
 from moe_jax.training import train_step
 from tests import mesh_cases, oracle, tiers
@@ -346,7 +346,7 @@ def renamed(network):
 
 def run_layer(recipe, args, r_GTD, mesh):
   """Outputs, statistics, what was collected, and all gradients."""
-  run = sharded.sharded(recipe, mesh)
+  run = layer.sharded(recipe, mesh)
 
   def scalar(params, x_GTD, balance, side):
     y_GTD, stats, kept = run(
@@ -425,7 +425,7 @@ def test_experts_draw_the_same_on_a_mesh(layout):
 
   def program(mesh, experts_of=recipe.experts):
     of_these = dataclasses.replace(recipe, experts=experts_of)
-    run = sharded.sharded(of_these, mesh)
+    run = layer.sharded(of_these, mesh)
     return lambda keys: run(params, {}, x_GTD, side, keys)[0]
 
   with jax.enable_x64(True):

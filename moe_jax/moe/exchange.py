@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.core import varying
+from moe_jax.core import parallel
 from moe_jax.moe.types import Array, Axes, Bound, Rows
 
 _EXPERTS = 0x45  # Folded into the keys of a group for its experts.
@@ -52,7 +52,7 @@ def gather_weights(params, logical_axes, axes: Axes | None):
     return params
 
   def gather(w, names):
-    w = varying.over(w, (axes.data, axes.fsdp, axes.expert))
+    w = parallel.vary(w, (axes.data, axes.fsdp, axes.expert))
     for dim, name in enumerate(names):
       if name == "embed":
         w = jax.lax.all_gather(w, axes.fsdp, axis=dim, tiled=True)
@@ -95,7 +95,7 @@ def once(bias, axes: Axes | None):
 
 def enter_tensor(x, axes: Axes | None):
   """x as each shard of F takes it; the transpose adds their gradients, once."""
-  return x if axes is None else varying.over(x, (axes.tensor,))
+  return x if axes is None else parallel.vary(x, (axes.tensor,))
 
 
 def sum_tensor(y, axes: Axes | None):

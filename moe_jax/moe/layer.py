@@ -1,12 +1,14 @@
 """The Mixture-of-Experts layer, as a pure function."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe import exchange, plans, statistics, types
+from moe_jax.core import parallel
+from moe_jax.moe import exchange, plans, types
 from moe_jax.moe.types import Array, Axes, Side, Stats
 
 
@@ -53,7 +55,7 @@ def moe_ffn(
 ) -> tuple[Array, Stats, dict[str, Array]]:
   """y_t = sum over the experts e chosen for t of w_te * expert_e(x_t).
 
-  The same body runs on one device and, inside `sharded.sharded`, on many.
+  The same body runs on one device and, inside `sharded`, on many.
 
   Args:
     recipe: the parts.
@@ -87,8 +89,43 @@ def moe_ffn(
     shared = read(params["shared"], recipe.shared, x_GTD.dtype, axes)
     y_GTD += recipe.shared.apply(shared, x_GTD)
   y_GTD = exchange.sum_tensor(y_GTD, axes)
-  stats = statistics.report(recipe, routing, plan, side, balance)
+  stats = plans.report(recipe, routing, plan, side, balance)
   return y_GTD, stats, _fields(routing.choice) if collect == "routing" else {}
+
+
+def sharded(recipe: Recipe, mesh: jax.sharding.Mesh | None):
+  """`moe_ffn` of this recipe over a mesh; the same numbers as without one.
+
+  Args:
+    recipe: the parts of the layer.
+    mesh: from `make_mesh`; None runs on one device.
+
+  Returns:
+    f(params, balance, x_GTD, side, rng_G, collect=None), as `moe_ffn`,
+    where G is the global number of groups and divides over the token axes.
+  """
+  if mesh is None:
+    return functools.partial(moe_ffn, recipe)
+  axes = Axes(platform=parallel.platform(mesh))
+  tokens, everywhere = jax.P(parallel.TOKENS), jax.P()
+  weights = {"router": everywhere, "experts": _specs(recipe.experts)}
+  if recipe.shared is not None:
+    weights["shared"] = _specs(recipe.shared)
+
+  def run(params, balance, x_GTD, side, rng_G=None, *, collect=None):
+    return jax.shard_map(
+      functools.partial(moe_ffn, recipe, axes=axes, collect=collect),
+      mesh=mesh,
+      in_specs=(weights, everywhere, tokens, tokens, tokens),
+      out_specs=(tokens, tokens, tokens),
+      check_vma=recipe.experts.checked or not recipe.dispatcher.ragged,
+    )(params, balance, x_GTD, side, rng_G)
+
+  return run
+
+
+def _specs(experts):
+  return {name: parallel.spec(axes) for name, axes in experts.axes.items()}
 
 
 def _fields(choice) -> dict[str, Array]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.core import roles
-from moe_jax.moe import groups, layer, sharded
+from moe_jax.moe import groups, layer
 from moe_jax.moe.types import Array, Side, Stats
 
 
@@ -68,7 +68,7 @@ class MoE(nn.Module):
     def in_groups(feature_BL):
       return feature_BL.reshape(-1, tokens, *feature_BL.shape[2:])
 
-    y_GTD, stats, collected = sharded.sharded(recipe, self.mesh)(
+    y_GTD, stats, collected = layer.sharded(recipe, self.mesh)(
       params,
       balance,
       in_groups(x_BLD),

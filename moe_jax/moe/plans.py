@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.core import varying
+from moe_jax.core import parallel
 from moe_jax.moe import dispatchers, types
 from moe_jax.moe.types import Array, Loads, Rows
 
@@ -130,7 +130,7 @@ class SlotPlan:
     weight_GEC = jnp.where(self.choice.valid_EC, self.choice.weight_EC, 0)
     y_GECD = weight_GEC[..., None] * rows.x
     shape = (len(y_GECD), self.num_tokens, rows.x.shape[-1])
-    y_GTD, y_GECD, token_GEC = varying.alike(
+    y_GTD, y_GECD, token_GEC = parallel.alike(
       (jnp.zeros(shape, y_GECD.dtype), y_GECD, self.choice.token_EC)
     )
     add = jax.vmap(lambda y_TD, token_EC, y_ECD: y_TD.at[token_EC].add(y_ECD))
@@ -188,3 +188,53 @@ def _undropped(count, weight, confidence):
   none = jnp.zeros(count.shape[:2], jnp.int32)
   dropped = {"capacity": none, "buffer": none, "unrouted": none}
   return Loads(count, count, count, weight, dropped, confidence)
+
+
+def report(
+  recipe, routing: types.Routing, plan: types.Plan, side: types.Side, balance
+) -> types.Stats:
+  """The statistics of all groups.
+
+  Args:
+    recipe: `layer.Recipe`.
+    routing: with a leading G.
+    plan: of this routing.
+    side: mask and features, [G, T].
+    balance: {balancer label: its state}, for balancers that observe.
+  """
+  mask_GT = side.mask_T
+  dtype = jnp.result_type(*jax.tree.leaves(routing.choice))
+  prob_GTE = routing.prob_TE
+  if prob_GTE is None:
+    prob_GTE = jnp.zeros((*mask_GT.shape, recipe.num_experts), dtype)
+  z_GT = jnp.zeros(mask_GT.shape, dtype)
+  if routing.logits_TE is not None:
+    z_GT = jax.nn.logsumexp(routing.logits_TE, axis=-1) ** 2
+  tokens = Tokens(mask_GT, recipe.sequences, prob_GTE)
+  by_sequence = tokens.by_sequence
+  loads = plan.loads(tokens)
+  if not recipe.router.fixed:  # Fewer experts than K are no drop.
+    none = jnp.zeros_like(loads.dropped["unrouted"])
+    loads = loads.replace(dropped={**loads.dropped, "unrouted": none})
+  return types.Stats(
+    **vars(loads),
+    tokens=by_sequence(mask_GT.astype(jnp.int32)),
+    prob_E=by_sequence(prob_GTE),
+    z=by_sequence(z_GT),
+    entropy=by_sequence(jax.scipy.special.entr(prob_GTE).sum(-1)),
+    extra={k: by_sequence(v) for k, v in routing.extra.items()},
+    observed=_observe(recipe, routing, mask_GT, balance),
+    groups_per_sequence=recipe.groups_per_sequence,
+  )
+
+
+def _observe(recipe, routing, mask_GT, balance):
+  """{label: sums of each group, with an axis of one sequence}."""
+  sums = {
+    label: jax.vmap(balancer.observe, (None, 0, 0))(
+      balance[label], routing, mask_GT
+    )
+    for label, balancer in recipe.balancers
+    if balancer.observe is not None
+  }
+  return jax.tree.map(lambda x: x[:, None], sums)

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.core.errors import ConfigError
-from moe_jax.moe import capacity
 from moe_jax.moe.types import Array, Bound, Dispatcher, TokenChoice
 
 PART = Dispatcher  # `build` of each file returns one.
+ORDERS = ("token", "choice")  # In which assignments get slots, see `rank`.
 # Names that every remat policy keeps: a recompute cannot route differently.
 SAVED = ("expert", "slot", "kept")
 
@@ -25,7 +25,7 @@ def assign(
     choice: with leading G.
     num_experts: E.
     bound: None keeps every valid assignment.
-    order: "token" or "choice", see `capacity.rank`.
+    order: "token" or "choice", see `rank`.
 
   Returns:
     slot_GTK: int32, the place in the queue of its expert among kept
@@ -34,22 +34,69 @@ def assign(
   """
 
   def one_group(choice: TokenChoice):
-    def rank(bucket_TK, valid_TK, num_buckets):
+    def place(bucket_TK, valid_TK, num_buckets):
       bucket_TK = jnp.where(valid_TK, bucket_TK, num_buckets)
-      return capacity.rank(bucket_TK, choice.priority_TK, num_buckets, order)
+      return rank(bucket_TK, choice.priority_TK, num_buckets, order)
 
     expert_TK, kept_TK = choice.expert_TK, choice.valid_TK
     if bound is None:
-      return rank(expert_TK, kept_TK, num_experts), kept_TK
+      return place(expert_TK, kept_TK, num_experts), kept_TK
     bucket_TK = expert_TK // (num_experts // bound.expert_buckets)
-    slot_TK = rank(bucket_TK, kept_TK, bound.expert_buckets)
+    slot_TK = place(bucket_TK, kept_TK, bound.expert_buckets)
     kept_TK &= slot_TK < bound.slots
     if shares_slots(num_experts, bound):
-      slot_TK = rank(expert_TK, kept_TK, num_experts)
+      slot_TK = place(expert_TK, kept_TK, num_experts)
     return slot_TK, kept_TK
 
   slot_GTK, kept_GTK = jax.vmap(one_group)(choice)
   return checkpoint_name(slot_GTK, "slot"), checkpoint_name(kept_GTK, "kept")
+
+
+def rank(bucket_TK, priority_TK, num_buckets: int, order: str) -> Array:
+  """The place of each assignment in the queue of its bucket, from 0.
+
+  Args:
+    bucket_TK: int32 in [0, num_buckets]; num_buckets stands for no bucket.
+    priority_TK: larger goes first; None: all equal.
+    num_buckets: number of queues.
+    order: "token": token by token, a token's choices in turn. "choice": all
+      first choices, then all second ones (GShard, 2006.16668 Algorithm 1).
+
+  Returns:
+    rank_TK, int32.
+  """
+  tokens, top_k = bucket_TK.shape
+  turn_N = _turns(tokens, top_k, priority_TK, order)
+  bucket_N = bucket_TK.reshape(-1)[turn_N]
+  sorted_N = _stable_argsort(bucket_N, num_buckets + 1)
+  sizes = jnp.zeros(num_buckets + 1, jnp.int32).at[bucket_N].add(1)
+  starts = jnp.cumsum(sizes) - sizes
+  rank_N = jnp.arange(tokens * top_k, dtype=jnp.int32)
+  rank_N = rank_N - starts[bucket_N[sorted_N]]
+  ranks = jnp.zeros(tokens * top_k, jnp.int32)
+  return ranks.at[turn_N[sorted_N]].set(rank_N).reshape(tokens, top_k)
+
+
+def _turns(tokens, top_k, priority_TK, order):
+  """Indices into the flat [T * K], in the order in which slots are given."""
+  turn_TK = jnp.arange(tokens * top_k, dtype=jnp.int32).reshape(tokens, top_k)
+  if priority_TK is None:
+    return (turn_TK if order == "token" else turn_TK.T).reshape(-1)
+  token, choice = turn_TK // top_k, turn_TK % top_k
+  keys = {
+    "token": (choice, token, -priority_TK),
+    "choice": (token, -priority_TK, choice),
+  }[order]
+  return jnp.lexsort([k.reshape(-1) for k in keys])
+
+
+def _stable_argsort(key_N, num_keys):
+  """argsort of small integers, by one sort of (key, index) in one number."""
+  size = key_N.shape[0]
+  if num_keys * size >= 2**31:
+    return jnp.argsort(key_N, stable=True)
+  index_N = jnp.arange(size, dtype=jnp.int32)
+  return jnp.sort(key_N * size + index_N) % size
 
 
 def causal(order: str, top_k: int, bound: Bound | None) -> bool:
@@ -65,68 +112,6 @@ def causal(order: str, top_k: int, bound: Bound | None) -> bool:
 def shares_slots(num_experts: int, bound: Bound | None) -> bool:
   """Whether experts share the slots of a bucket."""
   return bound is not None and bound.expert_buckets < num_experts
-
-
-@jax.custom_vjp
-def take(x_ND: Array, index: Array, inverse_NK: Array) -> Array:
-  """Rows of x by index, zeros where it is out of range.
-
-  Its gradient is a gather too, where autodiff would scatter row by row.
-
-  Args:
-    x_ND: rows.
-    index: int32 of any shape, at most N.
-    inverse_NK: where each row of x went in the flat index; out of range for
-      none. Every in-range entry of the index must appear once.
-  """
-  del inverse_NK
-  return _take(x_ND, index)
-
-
-def _take(x_ND, index):
-  return jnp.asarray(x_ND).at[index].get(mode="fill", fill_value=0)
-
-
-def _take_backward(inverse_NK, dy):
-  dy_MD = dy.reshape(-1, dy.shape[-1])
-  choices = range(inverse_NK.shape[1])
-  return sum(_take(dy_MD, inverse_NK[:, k]) for k in choices), None, None
-
-
-take.defvjp(lambda *args: (take(*args), args[2]), _take_backward)
-
-
-@jax.custom_vjp
-def combine(x_ND, weight_TK, row_TK, owner_N) -> Array:
-  """y_t = sum over k of weight_tk * x[row_tk], in the weights' dtype.
-
-  Gathers both ways, one for each k, as nothing of size T * K * D is made.
-
-  Args:
-    x_ND: rows.
-    weight_TK: weights.
-    row_TK: int32, out of range for none.
-    owner_N: the inverse of row_TK: t * K + k, out of range for none.
-  """
-  del owner_N
-  return sum(
-    weight_TK[:, k, None] * _take(x_ND, row_TK[:, k])
-    for k in range(row_TK.shape[1])
-  )
-
-
-def _combine_backward(kept, dy_TD):
-  x_ND, weight_TK, row_TK, owner_N = kept
-  top_k = row_TK.shape[1]
-  weight_N = _take(weight_TK.reshape(-1), owner_N)
-  dx_ND = weight_N[:, None] * _take(dy_TD, owner_N // top_k)
-  dweight_TK = jnp.stack(
-    [(dy_TD * _take(x_ND, row_TK[:, k])).sum(-1) for k in range(top_k)], axis=1
-  )
-  return dx_ND.astype(x_ND.dtype), dweight_TK, None, None
-
-
-combine.defvjp(lambda *args: (combine(*args), args), _combine_backward)
 
 
 def check_bound(recipe) -> None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.core.options import word
-from moe_jax.moe import capacity, dispatchers, plans
+from moe_jax.moe import dispatchers, plans
 from moe_jax.moe.types import Dispatcher
 
 
@@ -19,8 +19,8 @@ class EinsumPlan(plans.TokenPlan, plans.MixturePlan):
   """One-hot weights of tokens in slots, and of slots in tokens."""
 
 
-def build(order: word(*capacity.ORDERS) = "token") -> Dispatcher:
-  """Args: order: who gets slots first, "token" or "choice" (`capacity.rank`)."""
+def build(order: word(*dispatchers.ORDERS) = "token") -> Dispatcher:
+  """Args: order: who gets slots first, "token" or "choice" (`dispatchers.rank`)."""
 
   def plan(choice, num_experts, bound):
     slot_GTK, kept_GTK = dispatchers.assign(choice, num_experts, bound, order)

@@ -8,13 +8,13 @@ import functools
 import jax.numpy as jnp
 
 from moe_jax.core.options import word
-from moe_jax.moe import capacity, dispatchers
+from moe_jax.moe import dispatchers
 from moe_jax.moe.dispatchers import gather
 from moe_jax.moe.types import Dispatcher
 
 
-def build(order: word(*capacity.ORDERS) = "token") -> Dispatcher:
-  """Args: order: who gets slots first, "token" or "choice" (`capacity.rank`)."""
+def build(order: word(*dispatchers.ORDERS) = "token") -> Dispatcher:
+  """Args: order: who gets slots first, "token" or "choice" (`dispatchers.rank`)."""
 
   def plan(choice, num_experts, bound):
     slot_GTK, kept_GTK = dispatchers.assign(choice, num_experts, bound, order)
