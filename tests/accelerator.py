@@ -121,7 +121,7 @@ def whole_layer(dispatcher, backend, on_mesh):
       num_experts=num_experts,
       router=registry.load("routers", "top_k", top_k=2),
       dispatcher=registry.load("dispatchers", dispatcher),
-      experts=experts.build(256, backend=backend),
+      experts=experts.build(256, grouped_matmul=backend),
       bound=None if dispatcher == "sorted" else types.Bound(20, num_experts),
     )
 
