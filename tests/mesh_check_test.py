@@ -107,10 +107,10 @@ def test_a_wrong_exchange_stops_the_run(monkeypatch, name, function, faulty):
 @pytest.mark.parametrize("factor", [0.5, np.nan])
 def test_a_wrong_gradient_alone_stops_the_run(monkeypatch, factor):
   """The forward pass is right: gradients are half of what they are, or none."""
-  gather = exchange.gather_weights
+  read = exchange.read
 
-  def wrong(params, logical_axes, axes):
-    whole = gather(params, logical_axes, axes)
+  def wrong(params, network, dtype, axes):
+    whole = read(params, network, dtype, axes)
     if axes is None:
       return whole
     return {
@@ -118,7 +118,7 @@ def test_a_wrong_gradient_alone_stops_the_run(monkeypatch, factor):
       for k, w in whole.items()
     }
 
-  monkeypatch.setattr(exchange, "gather_weights", wrong)
+  monkeypatch.setattr(exchange, "read", wrong)
   with pytest.raises(RunError, match=": gradients/0/"):
     check(RUNS["slots"])
 

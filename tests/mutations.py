@@ -143,8 +143,8 @@ FAULTS = (
   ),
   Fault(
     "a full bucket is reported as a full expert",
-    "moe_jax/moe/plans.py",
-    "shared = dispatchers.shares_slots(self.num_experts, self.bound)",
+    "moe_jax/moe/dispatchers/__init__.py",
+    "shared = shares_slots(self.num_experts, self.bound)",
     "shared = False",
     "layer_test.py::test_batch_prioritized_routing[sorted-token-bound2]",
   ),
@@ -344,7 +344,7 @@ FAULTS = (
   ),
   Fault(
     "all choices are first choices",
-    "moe_jax/moe/plans.py",
+    "moe_jax/moe/dispatchers/__init__.py",
     "valid_GTK.at[..., 1:].set(False)",
     "valid_GTK",
     "layer_test.py::test_oracle",
@@ -359,16 +359,16 @@ FAULTS = (
   ),
   Fault(
     "the bias of down is added by every shard of F",
-    "moe_jax/moe/layer.py",
-    "if k in network.added_once else w",
-    "if k in () else w",
+    "moe_jax/moe/exchange.py",
+    "if name in network.added_once else w",
+    "if name in () else w",
     SLOTTED,
   ),
   Fault(
     "the bias of the output is known by its name",
-    "moe_jax/moe/layer.py",
-    "if k in network.added_once else w",
-    'if k == "down_bias" else w',
+    "moe_jax/moe/exchange.py",
+    "if name in network.added_once else w",
+    'if name == "down_bias" else w',
     "parallel_test.py::test_layer_on_a_mesh[einsum-True]",
   ),
   Fault(
@@ -381,8 +381,8 @@ FAULTS = (
   Fault(
     "rows come back in the order of experts",
     "moe_jax/moe/exchange.py",
-    "rows_back = _take(result.x, by_sender)",
-    "rows_back = _take(result.x, by_expert)",
+    "rows_back = jnp.take(result.x, by_sender",
+    "rows_back = jnp.take(result.x, by_expert",
     RAGGED,
   ),
   Fault(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.core import parallel
-from moe_jax.moe.types import Array, Axes, Bound, Rows
+from moe_jax.moe.types import Array, Axes, Bound, Mlp, Rows
 
 _EXPERTS = 0x45  # Folded into the keys of a group for its experts.
 # Names that a remat policy keeps so that no rows are sent twice.
@@ -42,23 +42,30 @@ def _named(rows, name):
   return rows.replace(x=checkpoint_name(rows.x, name))
 
 
-def gather_weights(params, logical_axes, axes: Axes | None):
-  """All of D of each weight, just in time.
+def read(params, network: Mlp, dtype, axes: Axes | None) -> dict[str, Array]:
+  """Weights as the experts see them: in the compute dtype, and all of D.
 
-  The transpose scatters the sum of their gradients over fsdp, and only then adds
-  up what is left over the other axes that tokens are split over.
+  They are gathered just in time. The transpose scatters the sum of their
+  gradients over fsdp, and only then adds up what is left over the other axes
+  that tokens are split over.
   """
+  params = {k: w.astype(dtype) for k, w in params.items()}
   if axes is None:
     return params
 
-  def gather(w, names):
+  def gather(name, w):
     w = parallel.vary(w, (axes.data, axes.fsdp, axes.expert))
-    for dim, name in enumerate(names):
-      if name == "embed":
+    for dim, axis in enumerate(network.axes[name]):
+      if axis == "embed":
         w = jax.lax.all_gather(w, axes.fsdp, axis=dim, tiled=True)
-    return w
+    return once(w, axes) if name in network.added_once else w
 
-  return {k: gather(w, logical_axes[k]) for k, w in params.items()}
+  return {k: gather(k, w) for k, w in params.items()}
+
+
+def once(w, axes: Axes):
+  """A parameter that every shard of F adds to the sum over them, in one only."""
+  return jnp.where(jax.lax.axis_index(axes.tensor) == 0, w, 0)
 
 
 def expert_keys(experts, rng_G, num_experts: int, axes: Axes | None):
@@ -74,23 +81,13 @@ def expert_keys(experts, rng_G, num_experts: int, axes: Axes | None):
     return None
   first, here = 0, num_experts
   if axes is not None:
-    data = jax.lax.all_gather(
-      jax.random.key_data(rng_G), axes.expert, axis=0, tiled=True
-    )
-    rng_G = jax.random.wrap_key_data(data)
+    rng_G = jax.lax.all_gather(rng_G, axes.expert, axis=0, tiled=True)
     here //= jax.lax.axis_size(axes.expert)
     first = jax.lax.axis_index(axes.expert) * here
   of_group = jax.vmap(jax.random.fold_in, (None, 0))
   # Apart from the keys that a router splits from the same ones.
   rng_G = jax.vmap(lambda rng: jax.random.fold_in(rng, _EXPERTS))(rng_G)
   return jax.vmap(of_group, (0, None))(rng_G, first + jnp.arange(here))
-
-
-def once(bias, axes: Axes | None):
-  """A parameter that every tensor shard adds, for `sum_tensor` to count once."""
-  if axes is None:
-    return bias
-  return jnp.where(jax.lax.axis_index(axes.tensor) == 0, bias, 0)
 
 
 def enter_tensor(x, axes: Axes | None):
@@ -141,13 +138,14 @@ def _ragged(rows, bound, axes):
   count_Ge = count_ieg.transpose(0, 2, 1).reshape(devices * groups, -1)
 
   def back(result):
-    rows_back = _take(result.x, by_sender)
+    rows_back = jnp.take(result.x, by_sender, axis=0, fill_value=0)
     y_ND = move(
       rows_back, x_ND.shape[0], receive_start, receive, send_start, send
     )
     return Rows(y_ND, count_gE)
 
-  return Rows(_take(x_MD, by_expert), count_Ge), back
+  x_MD = jnp.take(x_MD, by_expert, axis=0, fill_value=0)
+  return Rows(x_MD, count_Ge), back
 
 
 def _starts(sizes):
@@ -168,10 +166,6 @@ def _transposed(size_ij, num_rows):
   row = jnp.arange(num_rows)
   target = there[block] + row - here[block]
   return jnp.where(row < size_ij.sum(), target, num_rows)
-
-
-def _take(x_ND, index_N):
-  return x_ND.at[index_N].get(mode="fill", fill_value=0)
 
 
 def ragged_all_to_all(

@@ -52,7 +52,7 @@ def moe_ffn(
   *,
   axes: Axes | None = None,
   collect: str | None = None,
-) -> tuple[Array, Stats, dict[str, Array]]:
+) -> tuple[Array, Stats, dict]:
   """y_t = sum over the experts e chosen for t of w_te * expert_e(x_t).
 
   The same body runs on one device and, inside `sharded`, on many.
@@ -65,8 +65,7 @@ def moe_ffn(
     side: mask and per-token features, [G, T].
     rng_G: one key per group, for noise in router and experts; None: no noise.
     axes: names of the mesh axes in the sharded region, None outside.
-    collect: "routing" also returns the arrays of the choice, expert_GTK and
-      weight_GTK of a `TokenChoice` for instance.
+    collect: "routing" also returns the router's choice, with a leading G.
 
   Returns:
     y_GTD in x's dtype; zero (plus the shared experts) for a token without a
@@ -81,16 +80,17 @@ def moe_ffn(
   x_GTD = exchange.enter_tensor(x_GTD, axes)
   rows = plan.dispatch(x_GTD)
   rows, back = exchange.exchange(rows, recipe.bound, axes)
-  experts = read(params["experts"], recipe.experts, x_GTD.dtype, axes)
+  experts = exchange.read(params["experts"], recipe.experts, x_GTD.dtype, axes)
   rng_GE = exchange.expert_keys(recipe.experts, rng_G, recipe.num_experts, axes)
   rows = recipe.experts.apply(experts, rows, rng_GE)
   y_GTD = plan.combine(back(rows))
   if recipe.shared is not None:
-    shared = read(params["shared"], recipe.shared, x_GTD.dtype, axes)
+    shared = exchange.read(params["shared"], recipe.shared, x_GTD.dtype, axes)
     y_GTD += recipe.shared.apply(shared, x_GTD)
   y_GTD = exchange.sum_tensor(y_GTD, axes)
   stats = plans.report(recipe, routing, plan, side, balance)
-  return y_GTD, stats, _fields(routing.choice) if collect == "routing" else {}
+  collected = {"choice": routing.choice} if collect == "routing" else {}
+  return y_GTD, stats, collected
 
 
 def sharded(recipe: Recipe, mesh: jax.sharding.Mesh | None):
@@ -128,15 +128,6 @@ def _specs(experts):
   return {name: parallel.spec(axes) for name, axes in experts.axes.items()}
 
 
-def _fields(choice) -> dict[str, Array]:
-  """{"expert_GTK": ...}: the arrays of a choice, named with their leading G."""
-  return {
-    name.replace("_", "_G"): value
-    for name, value in vars(choice).items()
-    if isinstance(value, jax.Array)
-  }
-
-
 def route(recipe, params, balance, x_GTD, side, rng_G) -> types.Routing:
   """The router's decision, group by group."""
 
@@ -145,22 +136,10 @@ def route(recipe, params, balance, x_GTD, side, rng_G) -> types.Routing:
       score_TE = balancer.select(balance[label], score_TE)
     return score_TE
 
-  def one_group(x_TD, side, rng):
-    more = {"num_experts": recipe.num_experts, "select": select}
-    return recipe.router.route(params, x_TD, side=side, rng=rng, **more)
-
-  return jax.vmap(one_group)(x_GTD, side, rng_G)
-
-
-def read(params, network: types.Mlp, dtype, axes: Axes | None):
-  """Weights as the experts see them: whole in D, in the compute dtype."""
-  params = {k: w.astype(dtype) for k, w in params.items()}
-  params = exchange.gather_weights(params, network.axes, axes)
-  return {
-    # Added to every shard's part of the sum over F, so in all but one as 0.
-    k: exchange.once(w, axes) if k in network.added_once else w
-    for k, w in params.items()
-  }
+  one_group = functools.partial(
+    recipe.router.route, params, num_experts=recipe.num_experts, select=select
+  )
+  return jax.vmap(one_group)(x_GTD, side=side, rng=rng_G)
 
 
 def group_keys(rng: Array, num_groups: int, first: int | Array = 0) -> Array:

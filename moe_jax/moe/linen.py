@@ -36,7 +36,7 @@ class MoE(nn.Module):
     layer_index: int | Array = 0,
     train: bool = False,
     collect: str | None = None,
-  ) -> tuple[Array, Stats, dict[str, Array]]:
+  ) -> tuple[Array, Stats, dict]:
     """Applies the layer to whole sequences.
 
     Args:
@@ -51,7 +51,7 @@ class MoE(nn.Module):
       collect: see `layer.moe_ffn`.
 
     Returns:
-      y_BLD, Stats with leading [G, S], and the collected arrays.
+      y_BLD, Stats with leading [G, S], and what was collected.
     """
     batch, length, d_model = x_BLD.shape
     params, balance = self._params(d_model), self._balance()

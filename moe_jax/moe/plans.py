@@ -62,57 +62,7 @@ def make(
   return recipe.dispatcher.plan(choice, recipe.num_experts, recipe.bound)
 
 
-@flax.struct.dataclass
-class TokenPlan:
-  """A `TokenChoice` whose rows a dispatcher lays out.
-
-  choice: with a leading G.
-  kept_GTK: bool, the assignments that have a slot.
-  num_experts: E.
-  bound: that was applied.
-  """
-
-  choice: types.TokenChoice
-  kept_GTK: Array
-  num_experts: int = flax.struct.field(pytree_node=False)
-  bound: types.Bound | None = flax.struct.field(pytree_node=False)
-
-  def loads(self, tokens: Tokens) -> Loads:
-    """The loads by sequence."""
-    valid_GTK, expert_GTK = self.choice.valid_TK, self.choice.expert_TK
-    groups, length, top_k = valid_GTK.shape
-    shape = (groups, tokens.sequences, length // tokens.sequences * top_k)
-    g, s = jnp.indices(shape[:2], sparse=True)
-    place = g[..., None], s[..., None], expert_GTK.reshape(shape)
-
-    def by_expert(value_GTK):
-      counts = jnp.zeros((*shape[:2], self.num_experts), value_GTK.dtype)
-      return counts.at[place].add(value_GTK.reshape(shape))
-
-    def number(flags_GTK):
-      return tokens.by_sequence(flags_GTK.sum(-1, dtype=jnp.int32))
-
-    # Not a slice of expert_GTK: XLA on CPU would sort all scores for that.
-    first_GTK = valid_GTK.at[..., 1:].set(False)
-    shared = dispatchers.shares_slots(self.num_experts, self.bound)
-    full_GS = number(valid_GTK & ~self.kept_GTK)
-    chosen = jnp.take_along_axis(tokens.prob_GTE, expert_GTK, axis=-1)
-    return Loads(
-      count_E=by_expert(valid_GTK.astype(jnp.int32)),
-      first_choice_E=by_expert(first_GTK.astype(jnp.int32)),
-      kept_E=by_expert(self.kept_GTK.astype(jnp.int32)),
-      weight_E=by_expert(jnp.where(valid_GTK, self.choice.weight_TK, 0)),
-      dropped={
-        "capacity": jnp.zeros_like(full_GS) if shared else full_GS,
-        "buffer": full_GS if shared else jnp.zeros_like(full_GS),
-        "unrouted": number(~valid_GTK),
-      },
-      confidence=tokens.by_sequence(jnp.where(valid_GTK, chosen, 0).sum(-1)),
-    )
-
-
-@flax.struct.dataclass
-class SlotPlan:
+class SlotPlan(flax.struct.PyTreeNode):
   """Slots that hold the tokens which each expert named."""
 
   choice: types.SlotChoice
@@ -153,8 +103,7 @@ class SlotPlan:
     return _undropped(count, by_expert(self.choice.weight_EC), confidence)
 
 
-@flax.struct.dataclass
-class MixturePlan:
+class MixturePlan(flax.struct.PyTreeNode):
   """Slots that hold weighted means of tokens."""
 
   dispatch_GTEC: Array

@@ -3,17 +3,43 @@
 What they share is which assignment gets a slot.
 """
 
+from collections.abc import Callable
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.core.errors import ConfigError
-from moe_jax.moe.types import Array, Bound, Dispatcher, TokenChoice
+from moe_jax.moe.types import Array, Bound, Dispatcher, Loads, Plan, TokenChoice
 
 PART = Dispatcher  # `build` of each file returns one.
 ORDERS = ("token", "choice")  # In which assignments get slots, see `rank`.
 # Names that every remat policy keeps: a recompute cannot route differently.
 SAVED = ("expert", "slot", "kept")
+
+
+def in_order(
+  order: str, lay_out: Callable[..., Plan], ragged: bool
+) -> Dispatcher:
+  """A dispatcher that gives out slots in an order.
+
+  Args:
+    order: "token" or "choice", see `rank`.
+    lay_out: (TokenPlan, slot_GTK) -> Plan, with the slots of `assign`.
+    ragged: whether the plan has ragged rows.
+  """
+
+  def plan(choice, num_experts, bound):
+    slot_GTK, kept_GTK = assign(choice, num_experts, bound, order)
+    return lay_out(TokenPlan(choice, kept_GTK, num_experts, bound), slot_GTK)
+
+  def causal(top_k, bound):
+    # Choice by choice, a later token's first choice takes a slot before this
+    # token's second one, unless no slots can run out.
+    return order == "token" or top_k == 1 or bound is None
+
+  return Dispatcher(plan, causal, ragged)
 
 
 def assign(
@@ -99,19 +125,57 @@ def _stable_argsort(key_N, num_keys):
   return jnp.sort(key_N * size + index_N) % size
 
 
-def causal(order: str, top_k: int, bound: Bound | None) -> bool:
-  """Whether slots given in this order are independent of later tokens.
-
-  Token by token, a slot depends on earlier tokens only. Choice by choice, a
-  later token's first choice takes a slot before this one's second choice,
-  unless there is only one choice or no capacity to run out of.
-  """
-  return order == "token" or top_k == 1 or bound is None
-
-
 def shares_slots(num_experts: int, bound: Bound | None) -> bool:
   """Whether experts share the slots of a bucket."""
   return bound is not None and bound.expert_buckets < num_experts
+
+
+class TokenPlan(flax.struct.PyTreeNode):
+  """A `TokenChoice` whose rows a dispatcher lays out.
+
+  choice: with a leading G.
+  kept_GTK: bool, the assignments that have a slot.
+  num_experts: E.
+  bound: that was applied.
+  """
+
+  choice: TokenChoice
+  kept_GTK: Array
+  num_experts: int = flax.struct.field(pytree_node=False)
+  bound: Bound | None = flax.struct.field(pytree_node=False)
+
+  def loads(self, tokens) -> Loads:
+    """The loads by sequence, from a `plans.Tokens`."""
+    valid_GTK, expert_GTK = self.choice.valid_TK, self.choice.expert_TK
+    groups, length, top_k = valid_GTK.shape
+    shape = (groups, tokens.sequences, length // tokens.sequences * top_k)
+    g, s = jnp.indices(shape[:2], sparse=True)
+    place = g[..., None], s[..., None], expert_GTK.reshape(shape)
+
+    def by_expert(value_GTK):
+      counts = jnp.zeros((*shape[:2], self.num_experts), value_GTK.dtype)
+      return counts.at[place].add(value_GTK.reshape(shape))
+
+    def number(flags_GTK):
+      return tokens.by_sequence(flags_GTK.sum(-1, dtype=jnp.int32))
+
+    # Not a slice of expert_GTK: XLA on CPU would sort all scores for that.
+    first_GTK = valid_GTK.at[..., 1:].set(False)
+    shared = shares_slots(self.num_experts, self.bound)
+    full_GS = number(valid_GTK & ~self.kept_GTK)
+    chosen = jnp.take_along_axis(tokens.prob_GTE, expert_GTK, axis=-1)
+    return Loads(
+      count_E=by_expert(valid_GTK.astype(jnp.int32)),
+      first_choice_E=by_expert(first_GTK.astype(jnp.int32)),
+      kept_E=by_expert(self.kept_GTK.astype(jnp.int32)),
+      weight_E=by_expert(jnp.where(valid_GTK, self.choice.weight_TK, 0)),
+      dropped={
+        "capacity": jnp.zeros_like(full_GS) if shared else full_GS,
+        "buffer": full_GS if shared else jnp.zeros_like(full_GS),
+        "unrouted": number(~valid_GTK),
+      },
+      confidence=tokens.by_sequence(jnp.where(valid_GTK, chosen, 0).sum(-1)),
+    )
 
 
 def check_bound(recipe) -> None:

@@ -1,19 +1,15 @@
 """Slots filled by gathering tokens, and emptied by gathering slots."""
 
-import functools
-
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from moe_jax.core import parallel
 from moe_jax.core.options import word
-from moe_jax.moe import dispatchers, plans
+from moe_jax.moe import dispatchers
 from moe_jax.moe.types import Array, Dispatcher, Rows
 
 
-@flax.struct.dataclass
-class RowPlan(plans.TokenPlan):
+class RowPlan(dispatchers.TokenPlan):
   """Every row is a copy of a token, and every result is gathered from its row.
 
   owner_N: (g * T + t) * K + k of the assignment in a row, out of range for an
@@ -119,40 +115,34 @@ def _flat(x):
   return x.reshape(-1, x.shape[-1])
 
 
-def plan_rows(
-  choice, kept_GTK, row_GTK, num_rows, num_experts, bound, counts_GE=None
-) -> RowPlan:
+def plan_rows(plan, row_GTK, num_rows, counts_GE=None) -> RowPlan:
   """The plan of a choice whose kept assignments have these rows.
 
   Args:
-    choice: `TokenChoice` with a leading G.
-    kept_GTK: bool.
+    plan: `dispatchers.TokenPlan`.
     row_GTK: int32, different rows for kept assignments.
     num_rows: N.
-    num_experts: E.
-    bound: `Bound` or None.
     counts_GE: kept assignments of each expert, for ragged rows.
   """
-  row_GTK = jnp.where(kept_GTK, row_GTK, num_rows)
+  row_GTK = jnp.where(plan.kept_GTK, row_GTK, num_rows)
   none = jnp.full(num_rows, row_GTK.size, jnp.int32)
   owner = jnp.arange(row_GTK.size, dtype=jnp.int32)
   owner_N = none.at[row_GTK.reshape(-1)].set(owner, mode="drop")
   return RowPlan(
-    choice, kept_GTK, num_experts, bound, owner_N, row_GTK, counts_GE
+    **vars(plan),
+    owner_N=owner_N,
+    row_GTK=row_GTK,
+    tokens_per_expert_GE=counts_GE,
   )
 
 
 def build(order: word(*dispatchers.ORDERS) = "token") -> Dispatcher:
   """Args: order: who gets slots first, "token" or "choice" (`dispatchers.rank`)."""
+  return dispatchers.in_order(order, _lay_out, ragged=False)
 
-  def plan(choice, num_experts, bound):
-    slot_GTK, kept_GTK = dispatchers.assign(choice, num_experts, bound, order)
-    groups, slots = kept_GTK.shape[0], num_experts * bound.slots
-    group_G11 = jnp.arange(groups)[:, None, None]
-    slot_GTK += group_G11 * slots + choice.expert_TK * bound.slots
-    return plan_rows(
-      choice, kept_GTK, slot_GTK, groups * slots, num_experts, bound
-    )
 
-  causal = functools.partial(dispatchers.causal, order)
-  return Dispatcher(plan, causal, ragged=False)
+def _lay_out(plan, slot_GTK):
+  groups, slots = len(slot_GTK), plan.num_experts * plan.bound.slots
+  group_G11 = jnp.arange(groups)[:, None, None]
+  slot_GTK += group_G11 * slots + plan.choice.expert_TK * plan.bound.slots
+  return plan_rows(plan, slot_GTK, groups * slots)
