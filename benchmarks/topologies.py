@@ -106,7 +106,7 @@ def lowered(mesh, shape: Shape, dispatcher: str = "gather"):
     experts=experts.build(shape.d_expert),
     bound=bound,
   )
-  run = layer.sharded(recipe, mesh)
+  run = functools.partial(layer.moe_ffn, recipe, mesh=mesh)
   tokens = jax.P(parallel.TOKENS)
 
   def shaped(shape, spec, dtype=jnp.float32):

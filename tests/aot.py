@@ -7,6 +7,7 @@ collectives, those in loops as often as they run.
 """
 
 import argparse
+import functools
 import os
 import sys
 import time
@@ -117,7 +118,7 @@ def layer_programs(model, dtype: str):
   mesh, parts = model.arch.mesh, model.arch.layer("moe")
   groups = ROWS
   tokens, recipe = parts.grouping.resolve(parts.recipe, LENGTH, train=True)
-  run = layer.sharded(recipe, mesh)
+  run = functools.partial(layer.moe_ffn, recipe, mesh=mesh)
 
   def shaped(shape, dtype, spec):
     sharding = jax.NamedSharding(mesh, spec)

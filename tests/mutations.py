@@ -353,7 +353,7 @@ FAULTS = (
   Fault(
     "the shards of F are not added up",
     "moe_jax/moe/exchange.py",
-    "return y if axes is None else jax.lax.psum(y, axes.tensor)",
+    'return y if mesh is None else jax.lax.psum(y, "tensor")',
     "return y",
     "parallel_test.py::test_layer_on_a_mesh[dropless-False]",
   ),
@@ -374,8 +374,8 @@ FAULTS = (
   Fault(
     "weights are gathered along another axis",
     "moe_jax/moe/exchange.py",
-    "jax.lax.all_gather(w, axes.fsdp, axis=dim, tiled=True)",
-    "jax.lax.all_gather(w, axes.fsdp, axis=0, tiled=True)",
+    'jax.lax.all_gather(w, "fsdp", axis=dim, tiled=True)',
+    'jax.lax.all_gather(w, "fsdp", axis=0, tiled=True)',
     SLOTTED,
   ),
   Fault(

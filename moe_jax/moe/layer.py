@@ -1,4 +1,4 @@
-"""The Mixture-of-Experts layer, as a pure function."""
+"""The Mixture-of-Experts layer, a pure function on one device or a mesh."""
 
 import dataclasses
 import functools
@@ -6,10 +6,11 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from moe_jax.core import parallel
 from moe_jax.moe import exchange, plans, types
-from moe_jax.moe.types import Array, Axes, Side, Stats
+from moe_jax.moe.types import Array, Side, Stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,21 +51,20 @@ def moe_ffn(
   side: Side,
   rng_G: Array | None = None,
   *,
-  axes: Axes | None = None,
+  mesh: Mesh | None = None,
   collect: str | None = None,
 ) -> tuple[Array, Stats, dict]:
   """y_t = sum over the experts e chosen for t of w_te * expert_e(x_t).
-
-  The same body runs on one device and, inside `sharded`, on many.
 
   Args:
     recipe: the parts.
     params: {"router": ..., "experts": ..., "shared": ...}.
     balance: {balancer label: its state}; only read.
-    x_GTD: tokens in groups; in the sharded region this device's groups.
+    x_GTD: tokens in groups.
     side: mask and per-token features, [G, T].
     rng_G: one key per group, for noise in router and experts; None: no noise.
-    axes: names of the mesh axes in the sharded region, None outside.
+    mesh: from `parallel.make_mesh`; G divides over its axes of tokens, and the
+      numbers are those of a single device. None: one device.
     collect: "routing" also returns the router's choice, with a leading G.
 
   Returns:
@@ -74,58 +74,47 @@ def moe_ffn(
     Stats with leading [G, S].
     What was asked for by `collect`.
   """
+  run = functools.partial(_moe_ffn, recipe, mesh, collect)
+  if mesh is not None:
+    tokens, everywhere = jax.P(parallel.TOKENS), jax.P()
+    run = jax.shard_map(
+      run,
+      mesh=mesh,
+      in_specs=(_specs(recipe), everywhere, tokens, tokens, tokens),
+      out_specs=tokens,
+      check_vma=recipe.experts.checked or not recipe.dispatcher.ragged,
+    )
+  return run(params, balance, x_GTD, side, rng_G)
+
+
+def _specs(recipe):
+  """{part: how its parameters lie on a mesh}."""
+  specs = {"router": jax.P()}
+  for name, part in (("experts", recipe.experts), ("shared", recipe.shared)):
+    if part is not None:
+      specs[name] = {k: parallel.spec(axes) for k, axes in part.axes.items()}
+  return specs
+
+
+def _moe_ffn(recipe, mesh, collect, params, balance, x_GTD, side, rng_G):
+  """The body of `moe_ffn`, for all groups or those of a device of the mesh."""
   x_GTD = jnp.where(side.mask_T[..., None], x_GTD, 0)
   routing = route(recipe, params["router"], balance, x_GTD, side, rng_G)
   plan = plans.make(routing.choice, recipe, num_tokens=x_GTD.shape[1])
-  x_GTD = exchange.enter_tensor(x_GTD, axes)
+  x_GTD = exchange.enter_tensor(x_GTD, mesh)
   rows = plan.dispatch(x_GTD)
-  rows, back = exchange.exchange(rows, recipe.bound, axes)
-  experts = exchange.read(params["experts"], recipe.experts, x_GTD.dtype, axes)
-  rng_GE = exchange.expert_keys(recipe.experts, rng_G, recipe.num_experts, axes)
+  rows, back = exchange.exchange(rows, recipe.bound, mesh)
+  experts = exchange.read(params["experts"], recipe.experts, x_GTD.dtype, mesh)
+  rng_GE = exchange.expert_keys(recipe.experts, rng_G, recipe.num_experts, mesh)
   rows = recipe.experts.apply(experts, rows, rng_GE)
   y_GTD = plan.combine(back(rows))
   if recipe.shared is not None:
-    shared = exchange.read(params["shared"], recipe.shared, x_GTD.dtype, axes)
+    shared = exchange.read(params["shared"], recipe.shared, x_GTD.dtype, mesh)
     y_GTD += recipe.shared.apply(shared, x_GTD)
-  y_GTD = exchange.sum_tensor(y_GTD, axes)
+  y_GTD = exchange.sum_tensor(y_GTD, mesh)
   stats = plans.report(recipe, routing, plan, side, balance)
   collected = {"choice": routing.choice} if collect == "routing" else {}
   return y_GTD, stats, collected
-
-
-def sharded(recipe: Recipe, mesh: jax.sharding.Mesh | None):
-  """`moe_ffn` of this recipe over a mesh; the same numbers as without one.
-
-  Args:
-    recipe: the parts of the layer.
-    mesh: from `make_mesh`; None runs on one device.
-
-  Returns:
-    f(params, balance, x_GTD, side, rng_G, collect=None), as `moe_ffn`,
-    where G is the global number of groups and divides over the token axes.
-  """
-  if mesh is None:
-    return functools.partial(moe_ffn, recipe)
-  axes = Axes(platform=parallel.platform(mesh))
-  tokens, everywhere = jax.P(parallel.TOKENS), jax.P()
-  weights = {"router": everywhere, "experts": _specs(recipe.experts)}
-  if recipe.shared is not None:
-    weights["shared"] = _specs(recipe.shared)
-
-  def run(params, balance, x_GTD, side, rng_G=None, *, collect=None):
-    return jax.shard_map(
-      functools.partial(moe_ffn, recipe, axes=axes, collect=collect),
-      mesh=mesh,
-      in_specs=(weights, everywhere, tokens, tokens, tokens),
-      out_specs=(tokens, tokens, tokens),
-      check_vma=recipe.experts.checked or not recipe.dispatcher.ragged,
-    )(params, balance, x_GTD, side, rng_G)
-
-  return run
-
-
-def _specs(experts):
-  return {name: parallel.spec(axes) for name, axes in experts.axes.items()}
 
 
 def route(recipe, params, balance, x_GTD, side, rng_G) -> types.Routing:

@@ -68,15 +68,11 @@ class MoE(nn.Module):
     def in_groups(feature_BL):
       return feature_BL.reshape(-1, tokens, *feature_BL.shape[2:])
 
-    y_GTD, stats, collected = layer.sharded(recipe, self.mesh)(
-      params,
-      balance,
-      in_groups(x_BLD),
-      Side(*jax.tree.map(in_groups, (mask_BL, dict(features or {})))),
-      rng_G,
-      collect=collect,
-    )
-    return y_GTD.reshape(x_BLD.shape), stats, collected
+    x_GTD = in_groups(x_BLD)
+    side = jax.tree.map(in_groups, Side(mask_BL, dict(features or {})))
+    args = recipe, params, balance, x_GTD, side, rng_G
+    y_GTD, stats, kept = layer.moe_ffn(*args, mesh=self.mesh, collect=collect)
+    return y_GTD.reshape(x_BLD.shape), stats, kept
 
   def _params(self, d_model):
     """{part: its parameters}, which know that they are of that part."""

@@ -325,13 +325,3 @@ class Sublayer(NamedTuple):
   grouping: Any
   numbers: tuple[int, ...]
   stacked: bool = True
-
-
-class Axes(NamedTuple):
-  """Names of the mesh axes inside the sharded region, and the platform."""
-
-  data: str = "data"
-  fsdp: str = "fsdp"
-  expert: str = "expert"
-  tensor: str = "tensor"
-  platform: str = "cpu"
