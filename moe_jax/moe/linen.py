@@ -81,8 +81,7 @@ class MoE(nn.Module):
     def declared(name, part, *sizes):
       def init(rng):
         box = functools.partial(roles.Declared, part=name)
-        params = part.init(rng, *sizes)
-        return {k: box(v, part.axes[k]) for k, v in params.items()}
+        return jax.tree.map(box, part.init(rng, *sizes), dict(part.axes))
 
       return self.param(name, init)
 

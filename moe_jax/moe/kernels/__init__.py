@@ -1,7 +1,8 @@
-"""Rows sorted by expert times the weights of their expert.
+"""Products with weights: dense ones, and rows times those of their expert.
 
-Several backends, one file each: `matmul(x, w, sizes)`, where y[n] is x[n] times
-the matrix of row n's expert, or `network`, which is `grouped_network` itself.
+Rows are sorted by expert. Several backends, one file each:
+`matmul(x, w, sizes)`, where y[n] is x[n] times the matrix of row n's expert, or
+`network`, which is `grouped_network` itself.
 """
 
 import importlib
