@@ -128,16 +128,16 @@ def dense(
       params[k] = scaled(key, shapes[k])
     return params
 
-  def apply(params, x):
-    y = network(activation, kernels.linear, params, x)
-    if shared_gate:
-      y *= jax.nn.sigmoid(kernels.linear(params, "token_gate", x))
-    return y
+  mlp = functools.partial(network, activation, kernels.linear)
+
+  def gated(params, x):
+    gate = jax.nn.sigmoid(kernels.linear(params, "token_gate", x))
+    return gate * mlp(params, x)
 
   return Mlp(
     init,
     axes,
-    apply,
+    apply=gated if shared_gate else mlp,
     added_once=("down_bias",) if use_bias else (),
     width=width,
     resized=lambda width: dense(width, *options),
