@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from benchmarks import peers
 from benchmarks.shapes import Shape
 from moe_jax.core import registry
-from moe_jax.moe import capacity, experts, layer, types
+from moe_jax.moe import experts, groups, layer, types
 
 
 def implementations(
@@ -75,7 +75,7 @@ def recipe(
     num_experts=shape.num_experts,
     router=registry.load("routers", "top_k", top_k=shape.top_k),
     dispatcher=registry.load("dispatchers", dispatcher),
-    experts=experts.build(shape.d_expert, backend=backend),
+    experts=experts.build(shape.d_expert, grouped_matmul=backend),
     bound=bound,
   )
 
@@ -130,7 +130,7 @@ def _ours(
   bound = None
   tokens = min(tokens_per_group or shape.tokens, shape.tokens)
   if capacity_factor is not None:
-    bound = capacity.capacity(
+    bound = groups.capacity(
       capacity_factor, tokens, shape.top_k, shape.num_experts
     )
   made = recipe(shape, dispatcher, backend, bound)
@@ -143,6 +143,6 @@ def _dense(shape):
 
 def _blocked(shape, params, x_TD):
   """The dense layer as one expert that all rows go to."""
-  one = experts.build(shape.top_k * shape.d_expert, backend="cpu")
+  one = experts.build(shape.top_k * shape.d_expert, grouped_matmul="cpu")
   rows = types.Rows(x_TD, jnp.array([[len(x_TD)]], jnp.int32))
   return one.apply(params, rows, None).x

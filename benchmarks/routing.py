@@ -58,8 +58,7 @@ def stages(shape: shapes.Shape) -> dict:
   import jax.numpy as jnp
 
   from benchmarks import layers
-  from moe_jax.moe import layer, types
-  from moe_jax.moe import statistics as layer_statistics
+  from moe_jax.moe import layer, plans, types
 
   recipe = layers.recipe(shape)
   params, _, x_TD = layers.inputs(shape)
@@ -89,7 +88,7 @@ def stages(shape: shapes.Shape) -> dict:
     return made, made.dispatch(x_GTD)
 
   def report(routing, plan):
-    return layer_statistics.report(recipe, routing, plan, side, {})
+    return plans.report(recipe, routing, plan, side, {})
 
   x_GTD = x_TD[None]
   score_GTE = stage("scores", scores, x_GTD)

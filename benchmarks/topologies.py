@@ -95,7 +95,7 @@ def lowered(mesh, shape: Shape, dispatcher: str = "gather"):
   import jax.numpy as jnp
 
   from moe_jax.core import parallel, registry
-  from moe_jax.moe import experts, layer, sharded
+  from moe_jax.moe import experts, layer
   from moe_jax.moe.types import Bound, Side
 
   bound = shape.slots and Bound(shape.slots, shape.num_experts)
@@ -106,7 +106,7 @@ def lowered(mesh, shape: Shape, dispatcher: str = "gather"):
     experts=experts.build(shape.d_expert),
     bound=bound,
   )
-  run = sharded.sharded(recipe, mesh)
+  run = functools.partial(layer.moe_ffn, recipe, mesh=mesh)
   tokens = jax.P(parallel.TOKENS)
 
   def shaped(shape, spec, dtype=jnp.float32):

@@ -78,9 +78,9 @@ def trace(
   def choices(variables, inputs, mask):
     _, aux = made.model.apply(variables, inputs, mask, collect="routing")
     by_path = {path: models.at(aux, path) for path in sublayers}
-    if not all("expert_GTK" in collected for collected in by_path.values()):
+    if not all(hasattr(f["choice"], "expert_TK") for f in by_path.values()):
       raise ConfigError(f"{workdir} has layers whose tokens choose no experts")
-    return {path: found["expert_GTK"] for path, found in by_path.items()}
+    return {path: found["choice"].expert_TK for path, found in by_path.items()}
 
   chosen = {}
   for _, batch in made.task.validation():

@@ -33,7 +33,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 from moe_jax.core import registry
-from moe_jax.moe import capacity, experts, layer
+from moe_jax.moe import dispatchers, experts, groups, layer
 from moe_jax.moe.types import Rows, Side
 from moe_jax.training import metrics
 
@@ -147,8 +147,8 @@ print("floor  ", round(metrics.max_vio_floor(T, E, K), 2))
 # contributes nothing, and passes by the layer through the residual.
 
 # %%
-bound = capacity.capacity(1.25, T, K, E)
-place_TK = capacity.rank(expert_TK, None, E, "token")
+bound = groups.capacity(1.25, T, K, E)
+place_TK = dispatchers.rank(expert_TK, None, E, "token")
 kept_TK = place_TK < bound.slots
 print("slots of an expert:", bound.slots)
 for word, experts_K, places_K in zip(words, expert_TK, place_TK):
@@ -244,7 +244,7 @@ variants = {
   "sigmoid gate": dataclasses.replace(recipe, router=sigmoid),
   "first choices first": dataclasses.replace(recipe, dispatcher=by_choice),
   "twice the slots": dataclasses.replace(
-    recipe, bound=capacity.capacity(2.5, T, K, E)
+    recipe, bound=groups.capacity(2.5, T, K, E)
   ),
   "dropless": dataclasses.replace(
     recipe, dispatcher=registry.load("dispatchers", "sorted"), bound=None

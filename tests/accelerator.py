@@ -111,7 +111,7 @@ def whole_layer(dispatcher, backend, on_mesh):
   import jax.numpy as jnp
 
   from moe_jax.core import parallel, registry
-  from moe_jax.moe import experts, layer, sharded, types
+  from moe_jax.moe import experts, layer, types
 
   groups, tokens, d, num_experts = 4, 128, 128, 16
   keys = jax.random.split(jax.random.key(0), 4)
@@ -121,7 +121,7 @@ def whole_layer(dispatcher, backend, on_mesh):
       num_experts=num_experts,
       router=registry.load("routers", "top_k", top_k=2),
       dispatcher=registry.load("dispatchers", dispatcher),
-      experts=experts.build(256, backend=backend),
+      experts=experts.build(256, grouped_matmul=backend),
       bound=None if dispatcher == "sorted" else types.Bound(20, num_experts),
     )
 
@@ -151,7 +151,7 @@ def whole_layer(dispatcher, backend, on_mesh):
 
   run = functools.partial(layer.moe_ffn, made)
   if on_mesh:
-    run = sharded.sharded(made, parallel.make_mesh((1, 1, 1, 1)))
+    run = functools.partial(run, mesh=parallel.make_mesh((1, 1, 1, 1)))
   got = jax.device_get(measure(run, params, x_GTD.astype(jnp.bfloat16)))
   with jax.default_device(jax.devices("cpu")[0]):
     exact = jax.tree.map(

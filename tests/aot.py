@@ -7,6 +7,7 @@ collectives, those in loops as often as they run.
 """
 
 import argparse
+import functools
 import os
 import sys
 import time
@@ -111,13 +112,13 @@ def layer_programs(model, dtype: str):
   import jax.numpy as jnp
 
   from moe_jax.core import parallel
-  from moe_jax.moe import sharded
+  from moe_jax.moe import layer
   from moe_jax.moe.types import Side
 
   mesh, parts = model.arch.mesh, model.arch.layer("moe")
   groups = ROWS
   tokens, recipe = parts.grouping.resolve(parts.recipe, LENGTH, train=True)
-  run = sharded.sharded(recipe, mesh)
+  run = functools.partial(layer.moe_ffn, recipe, mesh=mesh)
 
   def shaped(shape, dtype, spec):
     sharding = jax.NamedSharding(mesh, spec)

@@ -172,7 +172,7 @@ def test_a_router_sees_positions_in_the_document():
   variables = jax.tree.map(lambda x: x.astype(np.float32), drawn(model))
   run = jax.jit(lambda *a: model.apply(*a, collect="routing"))
   _, aux = run(variables, tokens_BL, mask_BL)
-  expert_BL = aux["decoder"]["0"]["moe"]["expert_GTK"][0, ..., 0]
+  expert_BL = aux["decoder"]["0"]["moe"]["choice"].expert_TK[0, ..., 0]
   wanted_BL = np.array([[0, 0, 1, 2, 0, 1], [0, 1, 2, 0, 1, 2]])
   np.testing.assert_array_equal(expert_BL[mask_BL], wanted_BL[mask_BL])
 

@@ -12,7 +12,7 @@ import pytest
 
 from moe_jax.core import registry
 from moe_jax.core.errors import ConfigError
-from moe_jax.moe import capacity, dispatchers, groups, layer
+from moe_jax.moe import dispatchers, groups, layer
 from moe_jax.moe.types import Bound, TokenChoice
 from tests import oracle
 
@@ -57,7 +57,7 @@ def assign(order, buckets, prioritised):
   return run
 
 
-@pytest.mark.parametrize("order", capacity.ORDERS)
+@pytest.mark.parametrize("order", dispatchers.ORDERS)
 @pytest.mark.parametrize("top_k", [1, 3])
 @pytest.mark.parametrize("buckets", [None, E, 2])
 @pytest.mark.parametrize("prioritised", [False, True])
@@ -87,11 +87,11 @@ def test_assign(order, top_k, buckets, prioritised):
   check()
 
 
-@pytest.mark.parametrize("order", capacity.ORDERS)
+@pytest.mark.parametrize("order", dispatchers.ORDERS)
 @pytest.mark.parametrize("prioritised", [False, True])
 def test_rank(order, prioritised):
   """Queues of any length, the dropped ones included; no bucket is E."""
-  rank = jax.jit(capacity.rank, static_argnums=(2, 3))
+  rank = jax.jit(dispatchers.rank, static_argnums=(2, 3))
 
   @hypothesis.given(routings(3))
   def check(routing):
@@ -121,7 +121,9 @@ def test_both_ways_to_sort(key_N):
   want_N = np.argsort(key_N, kind="stable")
   for num_keys in (10, 2**31 // 50, 2**31 // 50 + 1, 2**40):
     np.testing.assert_array_equal(
-      capacity._stable_argsort(key_N, num_keys), want_N, err_msg=str(num_keys)
+      dispatchers._stable_argsort(key_N, num_keys),
+      want_N,
+      err_msg=str(num_keys),
     )
 
 
@@ -131,17 +133,17 @@ def test_packing_reaches_the_largest_number():
   for num_keys in (2**31 // size, 2**31 // size + 1):
     key_N = np.arange(num_keys - size, num_keys, dtype=np.int32)[::-1]
     np.testing.assert_array_equal(
-      capacity._stable_argsort(key_N, num_keys), np.arange(size)[::-1]
+      dispatchers._stable_argsort(key_N, num_keys), np.arange(size)[::-1]
     )
 
 
 def test_capacity():
-  assert capacity.capacity(1.0, 16, 1, 8) == Bound(2, 8)
-  assert capacity.capacity(1.25, 16, 2, 8) == Bound(5, 8)
+  assert groups.capacity(1.0, 16, 1, 8) == Bound(2, 8)
+  assert groups.capacity(1.25, 16, 2, 8) == Bound(5, 8)
   # Switch rounds down.
-  assert capacity.capacity(1.0, 15, 1, 8) == Bound(1, 8)
-  assert capacity.capacity(1.99, 8, 1, 8) == Bound(1, 8)
-  assert capacity.capacity(2.0, 8, 2, 2) == Bound(16, 2)
+  assert groups.capacity(1.0, 15, 1, 8) == Bound(1, 8)
+  assert groups.capacity(1.99, 8, 1, 8) == Bound(1, 8)
+  assert groups.capacity(2.0, 8, 2, 2) == Bound(16, 2)
 
 
 @hypothesis.given(
@@ -153,7 +155,7 @@ def test_capacity_is_the_exact_floor(percent, tokens, top_k, many):
   buckets = 8 if many else 1
   exact = percent * tokens * top_k // (100 * buckets)
   hypothesis.assume(exact >= 1)
-  assert capacity.capacity(percent / 100, tokens, top_k, buckets).slots == exact
+  assert groups.capacity(percent / 100, tokens, top_k, buckets).slots == exact
 
 
 @pytest.mark.parametrize(
@@ -176,24 +178,24 @@ def test_capacity_is_the_exact_floor(percent, tokens, top_k, many):
 )
 def test_capacity_rounding(rounding, want):
   loads = ((1.25, 18), (1.0, 10), (1.0, 12))
-  found = [capacity.capacity(*load, 1, 8, *rounding) for load in loads]
+  found = [groups.capacity(*load, 1, 8, *rounding) for load in loads]
   assert found == [Bound(slots, 8) for slots in want]
 
 
-@pytest.mark.parametrize("rounding", capacity.ROUNDINGS)
+@pytest.mark.parametrize("rounding", groups.ROUNDINGS)
 def test_whole_capacities_need_no_rounding(rounding):
   """1.1 * 10 is 11.000000000000002, which is still 11 slots."""
-  assert capacity.capacity(1.1, 10, 1, 1, rounding) == Bound(11, 1)
-  assert capacity.capacity(1.15, 100, 1, 1, rounding) == Bound(115, 1)
+  assert groups.capacity(1.1, 10, 1, 1, rounding) == Bound(11, 1)
+  assert groups.capacity(1.15, 100, 1, 1, rounding) == Bound(115, 1)
 
 
 def test_a_capacity_of_zero_is_refused():
   """Unless it is rounded up, or there is a minimum."""
   for rounding in ("floor", "round"):
     with pytest.raises(ConfigError, match="rounds to zero.*min_capacity"):
-      capacity.capacity(1.0, 3, 1, 8, rounding)
-  assert capacity.capacity(1.0, 3, 1, 8, "ceil") == Bound(1, 8)
-  assert capacity.capacity(1.0, 3, 1, 8, minimum=4) == Bound(4, 8)
+      groups.capacity(1.0, 3, 1, 8, rounding)
+  assert groups.capacity(1.0, 3, 1, 8, "ceil") == Bound(1, 8)
+  assert groups.capacity(1.0, 3, 1, 8, minimum=4) == Bound(4, 8)
 
 
 def test_rounding_options_reach_the_bound_of_a_group():

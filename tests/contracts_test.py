@@ -21,7 +21,7 @@ import pytest
 
 from moe_jax.core import registry
 from moe_jax.core.errors import ConfigError
-from moe_jax.moe import capacity, experts, layer, plans
+from moe_jax.moe import dispatchers, experts, layer, plans
 from moe_jax.moe.types import (
   Bound,
   Mean,
@@ -154,7 +154,7 @@ def layouts(property_name):
       continue
     base = options_of("dispatchers", name)
     known = inspect.signature(module_of("dispatchers", name).build).parameters
-    orders = capacity.ORDERS if "order" in known else (None,)
+    orders = dispatchers.ORDERS if "order" in known else (None,)
     for order in orders:
       options = base if order is None else base | {"order": order}
       options = tuple(sorted(options.items()))

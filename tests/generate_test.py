@@ -83,7 +83,7 @@ def test_experts_are_those_of_the_whole_forward_pass(loaded):
   tokens = np.array([[3, 1, 4, *made.tokens_BN[0]]])[:, :-1]
   _, aux = model.apply(variables, tokens, collect="routing")
   for i in range(2):  # A repeat of two layers.
-    whole = aux["decoder"][str(i)]["moe"]["expert_GTK"][0, 0]
+    whole = aux["decoder"][str(i)]["moe"]["choice"].expert_TK[0, 0]
     np.testing.assert_array_equal(
       np.sort(made.experts[f"{i:02d}"][0]), np.sort(whole)
     )

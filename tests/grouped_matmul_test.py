@@ -171,7 +171,7 @@ def network(params, x_ND, sizes, dy_ND, activation):
 def drawn_network(backend, layout, activation, use_bias):
   """(jitted value and gradients, parameters)."""
   rows, num_experts, d_model, d_expert = layout
-  one = experts.build(d_expert, activation, use_bias, backend=backend)
+  one = experts.build(d_expert, activation, use_bias, grouped_matmul=backend)
   params = one.init(jax.random.key(rows), num_experts, d_model)
   if use_bias:
     params = jax.tree.map(lambda w: w + 0.1, params)

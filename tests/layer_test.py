@@ -464,8 +464,7 @@ def test_collect():
     return jax.jit(run)(inputs.params, balance, inputs.x_GTD, side)[2]
 
   assert run(None) == {}
-  collected = run("routing")
-  assert set(collected) == {"expert_GTK", "weight_GTK", "valid_GTK"}
+  choice = run("routing")["choice"]
   for g in range(G):
     routed = oracle.route(
       inputs.params["router"],
@@ -475,10 +474,8 @@ def test_collect():
       renormalize=False,
       bias_E=inputs.bias_E,
     )
-    np.testing.assert_array_equal(collected["expert_GTK"][g], routed.expert_TK)
-    np.testing.assert_allclose(
-      collected["weight_GTK"][g], routed.weight_TK, rtol=1e-5
-    )
+    np.testing.assert_array_equal(choice.expert_TK[g], routed.expert_TK)
+    np.testing.assert_allclose(choice.weight_TK[g], routed.weight_TK, rtol=1e-5)
 
 
 # Randomness.

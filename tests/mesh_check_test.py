@@ -67,15 +67,14 @@ def test_bfloat16_and_runs_without_experts():
   assert check(dense) is None
 
 
-def by_every_shard(bias, axes):
+def by_every_shard(bias):
   """Added by each shard of F, and not once."""
-  del axes
   return bias
 
 
-def scaled(x, axes):
+def scaled(x, mesh):
   """The input of the shards of F is a little off."""
-  return x if axes is None else 1.001 * ENTER(x, axes)
+  return x if mesh is None else 1.001 * ENTER(x, mesh)
 
 
 def as_sent(count_ie, num_rows):
@@ -107,18 +106,18 @@ def test_a_wrong_exchange_stops_the_run(monkeypatch, name, function, faulty):
 @pytest.mark.parametrize("factor", [0.5, np.nan])
 def test_a_wrong_gradient_alone_stops_the_run(monkeypatch, factor):
   """The forward pass is right: gradients are half of what they are, or none."""
-  gather = exchange.gather_weights
+  read = exchange.read
 
-  def wrong(params, logical_axes, axes):
-    whole = gather(params, logical_axes, axes)
-    if axes is None:
+  def wrong(params, network, dtype, mesh):
+    whole = read(params, network, dtype, mesh)
+    if mesh is None:
       return whole
     return {
       k: jax.lax.stop_gradient(w) + factor * (w - jax.lax.stop_gradient(w))
       for k, w in whole.items()
     }
 
-  monkeypatch.setattr(exchange, "gather_weights", wrong)
+  monkeypatch.setattr(exchange, "read", wrong)
   with pytest.raises(RunError, match=": gradients/0/"):
     check(RUNS["slots"])
 

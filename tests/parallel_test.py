@@ -13,8 +13,8 @@ import pytest
 from flax import linen as nn
 
 from moe_jax.core import registry
-from moe_jax.moe import exchange, experts, groups, layer, sharded
-from moe_jax.moe.types import Axes, Bound, Side
+from moe_jax.moe import exchange, experts, groups, layer
+from moe_jax.moe.types import Bound, Side
 from moe_jax.training import train_step
 from tests import mesh_cases, oracle, tiers
 from tests.mesh_cases import Case, L
@@ -346,7 +346,7 @@ def renamed(network):
 
 def run_layer(recipe, args, r_GTD, mesh):
   """Outputs, statistics, what was collected, and all gradients."""
-  run = sharded.sharded(recipe, mesh)
+  run = functools.partial(layer.moe_ffn, recipe, mesh=mesh)
 
   def scalar(params, x_GTD, balance, side):
     y_GTD, stats, kept = run(
@@ -425,7 +425,7 @@ def test_experts_draw_the_same_on_a_mesh(layout):
 
   def program(mesh, experts_of=recipe.experts):
     of_these = dataclasses.replace(recipe, experts=experts_of)
-    run = sharded.sharded(of_these, mesh)
+    run = functools.partial(layer.moe_ffn, of_these, mesh=mesh)
     return lambda keys: run(params, {}, x_GTD, side, keys)[0]
 
   with jax.enable_x64(True):
@@ -492,7 +492,7 @@ def test_ragged_all_to_all_against_loops(seed):
   def body(x, out, *integers):
     # output_offsets: where my slice lands at its receiver.
     integers = [i[0] for i in integers]
-    return exchange.ragged_all_to_all(x[0], out[0], *integers, Axes())[None]
+    return exchange.ragged_all_to_all(x[0], out[0], *integers, mesh)[None]
 
   run = jax.shard_map(
     body, mesh=mesh, in_specs=jax.P("expert"), out_specs=jax.P("expert")

@@ -155,7 +155,7 @@ def test_noise_differs_by_layer_group_and_step():
       rng=jax.random.fold_in(state.rng, step),
       collect="routing",
     )
-    return aux["decoder"]["0"]["moe"]["expert_GTK"]
+    return aux["decoder"]["0"]["moe"]["choice"].expert_TK
 
   expert_RGTK = experts(0)
   drawn = expert_RGTK.reshape(2 * ROWS, -1).tolist()

@@ -1,4 +1,4 @@
-"""The mesh, and the rules that shard arrays over its axes."""
+"""The mesh, and how arrays lie on it: sharded, replicated, or varying."""
 
 import math
 
@@ -125,3 +125,24 @@ def check_widths(mesh: jax.sharding.Mesh, **widths: tuple[int, str]) -> None:
         f"{key} = {width} does not divide over the mesh axis {axis} ="
         f" {mesh.shape[axis]}; change one so that the second divides the first"
       )
+
+
+def alike(tree):
+  """All leaves varying over the mesh axes that any of them varies over.
+
+  What a loop carries has to be, and what a gradient of our own is written for:
+  where this gives one value to many devices, its transpose adds up their
+  gradients. Outside of a sharded region it does nothing.
+  """
+  wanted = frozenset().union(*map(_varies_over, jax.tree.leaves(tree)))
+  return jax.tree.map(lambda x: vary(x, wanted), tree)
+
+
+def vary(x, axes):
+  """x varying over these mesh axes too; its transpose adds up over them."""
+  missing = tuple(sorted(frozenset(axes) - _varies_over(x)))
+  return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def _varies_over(x):
+  return jax.typeof(x).manual_axis_type.varying

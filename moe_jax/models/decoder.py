@@ -8,13 +8,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.core import linear, parallel, roles
 from moe_jax.core import options as options_lib
+from moe_jax.core import parallel, roles
 from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import integer, items, number, of, optional, word
 from moe_jax.models import attention, layers, norms
 from moe_jax.models.layers import Layer
-from moe_jax.moe import dispatchers, exchange, linen
+from moe_jax.moe import dispatchers, exchange, kernels, linen
 from moe_jax.moe.types import Array, Mlp, Sublayer
 
 _only = jax.checkpoint_policies.save_only_these_names
@@ -315,7 +315,7 @@ class Decoder(nn.Module):
     if not arch.tie_embeddings:
       head_DV = self._matrix("head", ("embed", "vocab"))
     dtype = jnp.promote_types(x_BLD.dtype, jnp.float32)
-    return linear.product(x_BLD, head_DV.astype(x_BLD.dtype), dtype), aux
+    return kernels.product(x_BLD, head_DV.astype(x_BLD.dtype), dtype), aux
 
   def _matrix(self, name, axes):
     """A parameter, whole on every device: a gather of its parts would move all

@@ -113,7 +113,7 @@ def _step(model, length, experts, variables, cache, tokens_BL, mask_BL):
   )
   chosen = {}
   for path in model.sublayers if experts else ():
-    expert_RGTK = models.at(aux, path)["expert_GTK"]
+    expert_RGTK = models.at(aux, path)["choice"].expert_TK
     shape = len(expert_RGTK), *tokens_BL.shape, -1
     chosen[path] = expert_RGTK.reshape(shape)
   return changed, logits_BLV[:, -1], chosen

@@ -16,7 +16,6 @@ _MOE |= {
   "top_k": integer(1),
   "num_shared_experts": integer(0),
   "shared_gate": bool,
-  "grouped_matmul": _MOE.pop("backend"),
   "router": part(),
   "dispatcher": part(),
   "balancers": labelled(part()),
@@ -139,22 +138,24 @@ def sparse(
     key = f"{place}.{key}"
     return registry.from_config(kind, own, key, plugins=plugins, **more)
 
+  def networks(build, **more):
+    """What `build` makes of the options that it takes."""
+    return build(**{k: options[k] for k in of(build) if k in options} | more)
+
+  shared = None
+  if options["num_shared_experts"]:
+    width = options["num_shared_experts"] * options["d_expert"]
+    shared = networks(experts.dense, width=width)
+  dispatcher = made("dispatchers", "dispatcher", options["dispatcher"])
   backend = options["grouped_matmul"]
   backend = kernels.backend_for(parallel.platform(mesh), backend)
-  network = options["activation"], options["use_bias"], options["init_scale"]
-  d_expert, shared = options["d_expert"], None
-  if options["num_shared_experts"]:
-    shared = experts.dense(options["num_shared_experts"] * d_expert, *network)
-    if options["shared_gate"]:
-      shared = experts.gated(shared)
-  dispatcher = made("dispatchers", "dispatcher", options["dispatcher"])
   # Slots need no backend, nor what it would have to import.
   ragged = backend if dispatcher.ragged else None
   recipe = layer.Recipe(
     num_experts=options["num_experts"],
     router=made("routers", "router", options["router"], top_k=options["top_k"]),
     dispatcher=dispatcher,
-    experts=experts.build(d_expert, *network, ragged),
+    experts=networks(experts.build, grouped_matmul=ragged),
     balancers=tuple(
       (label, made("balancers", f"balancers.{label}", own))
       for label, own in sorted(dict(options["balancers"]).items())

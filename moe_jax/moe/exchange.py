@@ -1,39 +1,40 @@
 """Rows to the devices of their experts and back: every collective of a layer.
 
 Nothing is dropped here; every bound was applied in the plan, group by group.
-Without axes (`axes=None`) each function does nothing.
+Without a mesh (`mesh=None`) nothing is sent anywhere.
 """
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
-from moe_jax.core import varying
-from moe_jax.moe.types import Array, Axes, Bound, Rows
+from moe_jax.core import parallel
+from moe_jax.moe.types import Array, Bound, Mlp, Rows
 
 _EXPERTS = 0x45  # Folded into the keys of a group for its experts.
 # Names that a remat policy keeps so that no rows are sent twice.
 SAVED = ("rows_at_experts", "rows_back", "sizes")
 
 
-def exchange(rows: Rows, bound: Bound | None, axes: Axes | None):
+def exchange(rows: Rows, bound: Bound | None, mesh: Mesh | None):
   """Sends rows to their experts' devices.
 
   Args:
     rows: slots [g, E, C, D] or ragged rows [n, D] of this device's groups.
     bound: the plan's bound; it sizes the buffer that receives ragged rows.
-    axes: mesh axes, or None on a single device.
+    mesh: see `layer.moe_ffn`.
 
   Returns:
     Rows of all groups of the expert axis for this device's experts, and the
     function that brings such rows back.
   """
-  if axes is None:
+  if mesh is None:
     there, back = rows, lambda result: result
   elif rows.tokens_per_expert_GE is None:
-    there, back = _fixed(rows, axes)
+    there, back = _fixed(rows)
   else:
-    there, back = _ragged(rows, bound, axes)
+    there, back = _ragged(rows, bound, mesh)
   at_experts, at_home, _ = SAVED
   return _named(there, at_experts), lambda result: _named(back(result), at_home)
 
@@ -42,88 +43,85 @@ def _named(rows, name):
   return rows.replace(x=checkpoint_name(rows.x, name))
 
 
-def gather_weights(params, logical_axes, axes: Axes | None):
-  """All of D of each weight, just in time.
+def read(params, network: Mlp, dtype, mesh: Mesh | None) -> dict[str, Array]:
+  """Weights as the experts see them: in the compute dtype, and all of D.
 
-  The transpose scatters the sum of their gradients over fsdp, and only then adds
-  up what is left over the other axes that tokens are split over.
+  They are gathered just in time. The transpose scatters the sum of their
+  gradients over fsdp, and only then adds up what is left over the other axes
+  that tokens are split over.
   """
-  if axes is None:
+  params = {k: w.astype(dtype) for k, w in params.items()}
+  if mesh is None:
     return params
 
-  def gather(w, names):
-    w = varying.over(w, (axes.data, axes.fsdp, axes.expert))
-    for dim, name in enumerate(names):
-      if name == "embed":
-        w = jax.lax.all_gather(w, axes.fsdp, axis=dim, tiled=True)
-    return w
+  def gather(name, w):
+    w = parallel.vary(w, parallel.TOKENS)
+    for dim, axis in enumerate(network.axes[name]):
+      if axis == "embed":
+        w = jax.lax.all_gather(w, "fsdp", axis=dim, tiled=True)
+    return once(w) if name in network.added_once else w
 
-  return {k: gather(w, logical_axes[k]) for k, w in params.items()}
+  return {k: gather(k, w) for k, w in params.items()}
 
 
-def expert_keys(experts, rng_G, num_experts: int, axes: Axes | None):
+def once(w):
+  """A parameter that every shard of F adds to the sum over them, in one only."""
+  return jnp.where(jax.lax.axis_index("tensor") == 0, w, 0)
+
+
+def expert_keys(experts, rng_G, num_experts: int, mesh: Mesh | None):
   """A key for each group and each expert that this device's rows are of.
 
   Args:
     experts: `Experts`; None is returned unless they draw.
     rng_G: keys of this device's groups, or None.
     num_experts: E.
-    axes: mesh axes, or None on a single device.
+    mesh: see `layer.moe_ffn`.
   """
   if rng_G is None or not experts.draws:
     return None
   first, here = 0, num_experts
-  if axes is not None:
-    data = jax.lax.all_gather(
-      jax.random.key_data(rng_G), axes.expert, axis=0, tiled=True
-    )
-    rng_G = jax.random.wrap_key_data(data)
-    here //= jax.lax.axis_size(axes.expert)
-    first = jax.lax.axis_index(axes.expert) * here
+  if mesh is not None:
+    rng_G = jax.lax.all_gather(rng_G, "expert", axis=0, tiled=True)
+    here //= mesh.shape["expert"]
+    first = jax.lax.axis_index("expert") * here
   of_group = jax.vmap(jax.random.fold_in, (None, 0))
   # Apart from the keys that a router splits from the same ones.
   rng_G = jax.vmap(lambda rng: jax.random.fold_in(rng, _EXPERTS))(rng_G)
   return jax.vmap(of_group, (0, None))(rng_G, first + jnp.arange(here))
 
 
-def once(bias, axes: Axes | None):
-  """A parameter that every tensor shard adds, for `sum_tensor` to count once."""
-  if axes is None:
-    return bias
-  return jnp.where(jax.lax.axis_index(axes.tensor) == 0, bias, 0)
-
-
-def enter_tensor(x, axes: Axes | None):
+def enter_tensor(x, mesh: Mesh | None):
   """x as each shard of F takes it; the transpose adds their gradients, once."""
-  return x if axes is None else varying.over(x, (axes.tensor,))
+  return x if mesh is None else parallel.vary(x, ("tensor",))
 
 
-def sum_tensor(y, axes: Axes | None):
+def sum_tensor(y, mesh: Mesh | None):
   """Adds the shards of F."""
-  return y if axes is None else jax.lax.psum(y, axes.tensor)
+  return y if mesh is None else jax.lax.psum(y, "tensor")
 
 
-def _fixed(rows, axes):
+def _fixed(rows):
   def move(rows, split, concat):
-    x = jax.lax.all_to_all(rows.x, axes.expert, split, concat, tiled=True)
+    x = jax.lax.all_to_all(rows.x, "expert", split, concat, tiled=True)
     return Rows(x)
 
   return move(rows, 1, 0), lambda result: move(result, 0, 1)
 
 
-def _ragged(rows, bound, axes):
+def _ragged(rows, bound, mesh):
   x_ND, count_gE = rows.x, rows.tokens_per_expert_GE
-  devices = jax.lax.axis_size(axes.expert)
+  devices = mesh.shape["expert"]
   groups = count_gE.shape[0]
 
   def transpose(per_peer):
-    there = jax.lax.all_to_all(per_peer, axes.expert, 0, 0, tiled=True)
+    there = jax.lax.all_to_all(per_peer, "expert", 0, 0, tiled=True)
     return checkpoint_name(there, "sizes")
 
   def move(x_ND, num_rows, start, send, start_there, receive):
     out = jnp.zeros((num_rows, x_ND.shape[1]), x_ND.dtype)
     landing = transpose(start_there)
-    return ragged_all_to_all(x_ND, out, start, send, landing, receive, axes)
+    return ragged_all_to_all(x_ND, out, start, send, landing, receive, mesh)
 
   # [sender, e, g]: what each device sends to this one.
   count_ieg = transpose(count_gE.T).reshape(devices, -1, groups)
@@ -141,13 +139,14 @@ def _ragged(rows, bound, axes):
   count_Ge = count_ieg.transpose(0, 2, 1).reshape(devices * groups, -1)
 
   def back(result):
-    rows_back = _take(result.x, by_sender)
+    rows_back = jnp.take(result.x, by_sender, axis=0, fill_value=0)
     y_ND = move(
       rows_back, x_ND.shape[0], receive_start, receive, send_start, send
     )
     return Rows(y_ND, count_gE)
 
-  return Rows(_take(x_MD, by_expert), count_Ge), back
+  x_MD = jnp.take(x_MD, by_expert, axis=0, fill_value=0)
+  return Rows(x_MD, count_Ge), back
 
 
 def _starts(sizes):
@@ -170,12 +169,8 @@ def _transposed(size_ij, num_rows):
   return jnp.where(row < size_ij.sum(), target, num_rows)
 
 
-def _take(x_ND, index_N):
-  return x_ND.at[index_N].get(mode="fill", fill_value=0)
-
-
 def ragged_all_to_all(
-  x_ND, out_ND, start, send, start_there, receive, axes: Axes
+  x_ND, out_ND, start, send, start_there, receive, mesh: Mesh
 ) -> Array:
   """`jax.lax.ragged_all_to_all` over the expert axis, on any platform.
 
@@ -184,13 +179,11 @@ def ragged_all_to_all(
   no such collective for CPU, where all rows are gathered and the right ones
   kept.
   """
-  if axes.platform != "cpu":
+  if parallel.platform(mesh) != "cpu":
     sizes = start, send, start_there, receive
-    return jax.lax.ragged_all_to_all(
-      x_ND, out_ND, *sizes, axis_name=axes.expert
-    )
-  gather = lambda x: jax.lax.all_gather(x, axes.expert)  # noqa: E731
-  me = jax.lax.axis_index(axes.expert)
+    return jax.lax.ragged_all_to_all(x_ND, out_ND, *sizes, axis_name="expert")
+  gather = lambda x: jax.lax.all_gather(x, "expert")  # noqa: E731
+  me = jax.lax.axis_index("expert")
   sent_from, sent, landed = (
     gather(x)[:, me] for x in (start, send, start_there)
   )

@@ -1,15 +1,13 @@
 """The expert networks, and the dense network they replace."""
 
-import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.core.options import integer, number, optional, word
 from moe_jax.moe import kernels
-from moe_jax.moe.types import Experts, Mlp, Rows
+from moe_jax.moe.types import Array, Experts, Mlp, Rows
 
 
 def _clamped_swiglu(gate, up):
@@ -28,20 +26,15 @@ ACTIVATIONS = {
 }
 
 
-@functools.cache
-def network(activation: str) -> Callable:
-  """expert(linear, params, x): down(act(gate x) * up x), or down(act(up x)).
+def network(activation: str, linear, params, x) -> Array:
+  """down(act(gate x) * up x), or down(act(up x)).
 
   The one network of dense layers, slots and grouped rows, which differ in
   `linear(params, name, x)` = x @ params[name] + params[name_bias].
   """
   names, combine = ACTIVATIONS[activation]
-
-  def expert(linear, params, x):
-    hidden = combine(*(linear(params, name, x) for name in names))
-    return linear(params, "down", hidden)
-
-  return expert
+  hidden = combine(*(linear(params, name, x) for name in names))
+  return linear(params, "down", hidden)
 
 
 @functools.cache
@@ -50,7 +43,7 @@ def build(
   activation: word(*ACTIVATIONS) = "swiglu",
   use_bias: bool = False,
   init_scale: number(above=0) = 1.0,
-  backend: optional(word(*kernels.BACKENDS)) = None,
+  grouped_matmul: optional(word(*kernels.BACKENDS)) = None,
 ) -> Experts:
   """E networks of the same width.
 
@@ -60,96 +53,93 @@ def build(
       2002.05202) or "clamped_swiglu" (gpt-oss, 2508.10925).
     use_bias: a bias after each matrix.
     init_scale: variance of the weights times fan-in (Switch takes 0.1).
-    backend: a file of `kernels`, for ragged rows; None: the platform's.
+    grouped_matmul: a file of `kernels`, for ragged rows; None: the platform's.
   """
-  dense_one = dense(d_expert, activation, use_bias, init_scale)
-  expert = network(activation)
+  options = activation, use_bias, init_scale
+  one = dense(d_expert, *options)
+  expert = functools.partial(network, activation)
 
   def init(rng, num_experts, d_model):
     rngs = jax.random.split(rng, num_experts)
-    return jax.vmap(lambda rng: dense_one.init(rng, d_model))(rngs)
+    return jax.vmap(lambda rng: one.init(rng, d_model))(rngs)
 
   def apply(params, rows, rng_GE):
     count_GE = rows.tokens_per_expert_GE
     if count_GE is not None:
       y_ND = kernels.grouped_network(
-        expert, params, rows.x, count_GE.sum(0), backend=backend
+        expert, params, rows.x, count_GE.sum(0), backend=grouped_matmul
       )
       return Rows(y_ND, count_GE)
-    groups, num_experts, slots, _ = rows.x.shape
     # Groups and slots are one axis, so that each expert is one matrix product.
-    x_END = rows.x.swapaxes(0, 1).reshape(num_experts, groups * slots, -1)
-    y_END = jax.vmap(functools.partial(expert, kernels.linear))(params, x_END)
-    y_EGCD = y_END.reshape(num_experts, groups, slots, -1)
-    return Rows(y_EGCD.swapaxes(0, 1))
+    x_EGCD = rows.x.swapaxes(0, 1)
+    x_END = x_EGCD.reshape(len(x_EGCD), -1, x_EGCD.shape[-1])
+    y_END = jax.vmap(one.apply)(params, x_END)
+    return Rows(y_END.reshape(x_EGCD.shape).swapaxes(0, 1))
 
   return Experts(
     init,
-    axes={k: ("expert", *v) for k, v in dense_one.axes.items()},
+    axes={k: ("expert", *v) for k, v in one.axes.items()},
     apply=apply,
-    added_once=dense_one.added_once,
-    checked=backend is None or kernels.is_checked(backend),
+    added_once=one.added_once,
+    checked=grouped_matmul is None or kernels.is_checked(grouped_matmul),
     width=d_expert,
-    resized=lambda f: build(f, activation, use_bias, init_scale, backend),
+    resized=lambda width: build(width, *options, grouped_matmul),
     activation=activation,
   )
 
 
 @functools.cache
 def dense(
-  hidden: int, activation="swiglu", use_bias=False, init_scale=1.0
+  width: int,
+  activation="swiglu",
+  use_bias=False,
+  init_scale=1.0,
+  shared_gate=False,
 ) -> Mlp:
   """One network of any hidden width, for dense layers and shared experts.
 
-  Args: hidden: F; the others are those of `build`.
+  Args:
+    width: F.
+    activation, use_bias, init_scale: as in `build`.
+    shared_gate: times sigmoid(x w), a number for each token (Qwen2-MoE,
+      2407.10671).
   """
+  options = activation, use_bias, init_scale, shared_gate
   names, _ = ACTIVATIONS[activation]
-  axes = {name: ("embed", "mlp") for name in names}
-  axes["down"] = ("mlp", "embed")
+  axes = {name: ("embed", "mlp") for name in names} | {"down": ("mlp", "embed")}
+  matrices = sorted(axes)
   if use_bias:
     axes |= {f"{k}_bias": v[1:] for k, v in axes.items()}
+  if shared_gate:
+    axes["token_gate"] = ("embed", None)
 
   def init(rng, d_model):
-    sizes = {"embed": d_model, "mlp": hidden}
+    sizes = {"embed": d_model, "mlp": width, None: 1}
     shapes = {k: tuple(sizes[name] for name in v) for k, v in axes.items()}
-    matrices = sorted(k for k in shapes if len(shapes[k]) == 2)
-    initializer = jax.nn.initializers.variance_scaling(
+    params = {k: jnp.zeros(shape) for k, shape in shapes.items()}
+    if shared_gate:
+      rng, of_gate = jax.random.split(rng)
+      normal = jax.nn.initializers.truncated_normal(d_model**-0.5)
+      params["token_gate"] = normal(of_gate, shapes["token_gate"])
+    scaled = jax.nn.initializers.variance_scaling(
       init_scale, "fan_in", "truncated_normal"
     )
-    params = {k: jnp.zeros(shape) for k, shape in shapes.items()}
     for k, key in zip(matrices, jax.random.split(rng, len(matrices))):
-      params[k] = initializer(key, shapes[k])
+      params[k] = scaled(key, shapes[k])
     return params
+
+  mlp = functools.partial(network, activation, kernels.linear)
+
+  def gated(params, x):
+    gate = jax.nn.sigmoid(kernels.linear(params, "token_gate", x))
+    return gate * mlp(params, x)
 
   return Mlp(
     init,
     axes,
-    apply=functools.partial(network(activation), kernels.linear),
+    apply=gated if shared_gate else mlp,
     added_once=("down_bias",) if use_bias else (),
-    width=hidden,
-    resized=lambda width: dense(width, activation, use_bias, init_scale),
+    width=width,
+    resized=lambda width: dense(width, *options),
     activation=activation,
-  )
-
-
-@functools.cache
-def gated(mlp: Mlp) -> Mlp:
-  """Times sigmoid(x w), a number for each token (Qwen2-MoE, 2407.10671)."""
-
-  def init(rng, d_model):
-    rng, of_gate = jax.random.split(rng)
-    initializer = jax.nn.initializers.truncated_normal(d_model**-0.5)
-    token_gate = initializer(of_gate, (d_model, 1))
-    return mlp.init(rng, d_model) | {"token_gate": token_gate}
-
-  def apply(params, x):
-    gate = jax.nn.sigmoid(kernels.linear(params, "token_gate", x))
-    return gate * mlp.apply(params, x)
-
-  return dataclasses.replace(
-    mlp,
-    init=init,
-    axes={**mlp.axes, "token_gate": ("embed", None)},
-    apply=apply,
-    resized=lambda width: gated(mlp.resized(width)),
   )

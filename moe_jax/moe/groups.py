@@ -1,6 +1,7 @@
 """Groups of tokens, and the capacity of experts in each."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -8,10 +9,11 @@ import jax.numpy as jnp
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import either, integer, number, optional, word
-from moe_jax.moe import capacity, dispatchers, layer, sharded
-from moe_jax.moe.types import Array
+from moe_jax.moe import dispatchers, layer
+from moe_jax.moe.types import Array, Bound
 
 _FACTOR = number(above=0)
+ROUNDINGS = {"floor": math.floor, "ceil": math.ceil, "round": round}
 
 
 class Grouping(NamedTuple):
@@ -22,14 +24,14 @@ class Grouping(NamedTuple):
   eval_capacity_factor: the same outside training; None: as in training;
     "dropless".
   expert_buckets: buckets of experts that share slots; None: one per expert.
-  capacity_rounding, capacity_multiple, min_capacity: see `capacity.capacity`.
+  capacity_rounding, capacity_multiple, min_capacity: see `capacity`.
   """
 
   tokens_per_group: either(integer(1), word("sequence")) = "sequence"
   capacity_factor: optional(_FACTOR) = None
   eval_capacity_factor: optional(either(_FACTOR, word("dropless"))) = None
   expert_buckets: optional(integer(1)) = None
-  capacity_rounding: word(*capacity.ROUNDINGS) = "floor"
+  capacity_rounding: word(*ROUNDINGS) = "floor"
   capacity_multiple: integer(1) = 1
   min_capacity: integer(0) = 0
 
@@ -85,7 +87,7 @@ class Grouping(NamedTuple):
       )
     top_k = recipe.router.top_k or num_experts
     rounding = self.capacity_rounding, self.capacity_multiple, self.min_capacity
-    bound = capacity.capacity(factor, tokens, top_k, buckets, *rounding)
+    bound = capacity(factor, tokens, top_k, buckets, *rounding)
     # No more than a group can send to a bucket.
     most = tokens * min(top_k, num_experts // buckets)
     return bound._replace(slots=min(bound.slots, most))
@@ -104,6 +106,38 @@ class Grouping(NamedTuple):
     return layer.group_keys(rng, groups, jnp.asarray(first) * length // tokens)
 
 
+def capacity(
+  factor, tokens, top_k, expert_buckets, rounding="floor", multiple=1, minimum=0
+) -> Bound:
+  """Slots of one group: factor * T * K / buckets each (2101.03961, eq. 3).
+
+  Args:
+    factor: the capacity factor, > 0; 1 is room for balanced loads exactly.
+    tokens: tokens in a group, padding included.
+    top_k: experts per token.
+    expert_buckets: buckets of experts that share slots; as many as experts
+      for ordinary capacity.
+    rounding: "floor" (Switch), "ceil" or "round" (V-MoE), to a whole number.
+    multiple: then up to a multiple of it (V-MoE takes 4).
+    minimum: no fewer slots than that (4 in Mesh TensorFlow's Switch).
+
+  Raises:
+    ConfigError: it rounds to zero.
+  """
+  slots = factor * tokens * top_k / expert_buckets
+  # 1.15 * 100 is 114.99999999999999, and 1.1 * 10 is 11.000000000000002.
+  slots = ROUNDINGS[rounding](round(slots, 9))
+  slots = max(-(-slots // multiple) * multiple, minimum)
+  if slots < 1:
+    raise ConfigError(
+      f"the capacity rounds to zero: capacity_factor = {factor} times"
+      f" {tokens} tokens_per_group times top_k = {top_k} over {expert_buckets}"
+      " buckets of experts is below 1; raise capacity_factor or"
+      " tokens_per_group, or set min_capacity"
+    )
+  return Bound(slots, expert_buckets)
+
+
 def check(recipe, grouping, *, length: int, batch: int, key: str, mesh) -> None:
   """Raises ConfigError for what would fail, or lie, on this mesh or batch.
 
@@ -117,7 +151,10 @@ def check(recipe, grouping, *, length: int, batch: int, key: str, mesh) -> None:
   for train in (True, False):
     tokens, resolved = grouping.resolve(recipe, length, train)
     if mesh is not None:
-      sharded.check(resolved, mesh)
+      widths = {"num_experts": (recipe.num_experts, "expert")}
+      if resolved.bound is not None:
+        widths["expert_buckets"] = resolved.bound.expert_buckets, "expert"
+      parallel.check_widths(mesh, **widths)
   shards, per_group = parallel.token_shards(mesh), max(1, tokens // length)
   if batch % (shards * per_group):
     raise ConfigError(

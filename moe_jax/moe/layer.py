@@ -1,13 +1,16 @@
-"""The Mixture-of-Experts layer, as a pure function."""
+"""The Mixture-of-Experts layer, a pure function on one device or a mesh."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from moe_jax.moe import exchange, plans, statistics, types
-from moe_jax.moe.types import Array, Axes, Side, Stats
+from moe_jax.core import parallel
+from moe_jax.moe import exchange, plans, types
+from moe_jax.moe.types import Array, Side, Stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,23 +51,21 @@ def moe_ffn(
   side: Side,
   rng_G: Array | None = None,
   *,
-  axes: Axes | None = None,
+  mesh: Mesh | None = None,
   collect: str | None = None,
-) -> tuple[Array, Stats, dict[str, Array]]:
+) -> tuple[Array, Stats, dict]:
   """y_t = sum over the experts e chosen for t of w_te * expert_e(x_t).
-
-  The same body runs on one device and, inside `sharded.sharded`, on many.
 
   Args:
     recipe: the parts.
     params: {"router": ..., "experts": ..., "shared": ...}.
     balance: {balancer label: its state}; only read.
-    x_GTD: tokens in groups; in the sharded region this device's groups.
+    x_GTD: tokens in groups.
     side: mask and per-token features, [G, T].
     rng_G: one key per group, for noise in router and experts; None: no noise.
-    axes: names of the mesh axes in the sharded region, None outside.
-    collect: "routing" also returns the arrays of the choice, expert_GTK and
-      weight_GTK of a `TokenChoice` for instance.
+    mesh: from `parallel.make_mesh`; G divides over its axes of tokens, and the
+      numbers are those of a single device. None: one device.
+    collect: "routing" also returns the router's choice, with a leading G.
 
   Returns:
     y_GTD in x's dtype; zero (plus the shared experts) for a token without a
@@ -73,31 +74,47 @@ def moe_ffn(
     Stats with leading [G, S].
     What was asked for by `collect`.
   """
+  run = functools.partial(_moe_ffn, recipe, mesh, collect)
+  if mesh is not None:
+    tokens, everywhere = jax.P(parallel.TOKENS), jax.P()
+    run = jax.shard_map(
+      run,
+      mesh=mesh,
+      in_specs=(_specs(recipe), everywhere, tokens, tokens, tokens),
+      out_specs=tokens,
+      check_vma=recipe.experts.checked or not recipe.dispatcher.ragged,
+    )
+  return run(params, balance, x_GTD, side, rng_G)
+
+
+def _specs(recipe):
+  """{part: how its parameters lie on a mesh}."""
+  specs = {"router": jax.P()}
+  for name, part in (("experts", recipe.experts), ("shared", recipe.shared)):
+    if part is not None:
+      specs[name] = {k: parallel.spec(axes) for k, axes in part.axes.items()}
+  return specs
+
+
+def _moe_ffn(recipe, mesh, collect, params, balance, x_GTD, side, rng_G):
+  """The body of `moe_ffn`, for all groups or those of a device of the mesh."""
   x_GTD = jnp.where(side.mask_T[..., None], x_GTD, 0)
   routing = route(recipe, params["router"], balance, x_GTD, side, rng_G)
   plan = plans.make(routing.choice, recipe, num_tokens=x_GTD.shape[1])
-  x_GTD = exchange.enter_tensor(x_GTD, axes)
+  x_GTD = exchange.enter_tensor(x_GTD, mesh)
   rows = plan.dispatch(x_GTD)
-  rows, back = exchange.exchange(rows, recipe.bound, axes)
-  experts = read(params["experts"], recipe.experts, x_GTD.dtype, axes)
-  rng_GE = exchange.expert_keys(recipe.experts, rng_G, recipe.num_experts, axes)
+  rows, back = exchange.exchange(rows, recipe.bound, mesh)
+  experts = exchange.read(params["experts"], recipe.experts, x_GTD.dtype, mesh)
+  rng_GE = exchange.expert_keys(recipe.experts, rng_G, recipe.num_experts, mesh)
   rows = recipe.experts.apply(experts, rows, rng_GE)
   y_GTD = plan.combine(back(rows))
   if recipe.shared is not None:
-    shared = read(params["shared"], recipe.shared, x_GTD.dtype, axes)
+    shared = exchange.read(params["shared"], recipe.shared, x_GTD.dtype, mesh)
     y_GTD += recipe.shared.apply(shared, x_GTD)
-  y_GTD = exchange.sum_tensor(y_GTD, axes)
-  stats = statistics.report(recipe, routing, plan, side, balance)
-  return y_GTD, stats, _fields(routing.choice) if collect == "routing" else {}
-
-
-def _fields(choice) -> dict[str, Array]:
-  """{"expert_GTK": ...}: the arrays of a choice, named with their leading G."""
-  return {
-    name.replace("_", "_G"): value
-    for name, value in vars(choice).items()
-    if isinstance(value, jax.Array)
-  }
+  y_GTD = exchange.sum_tensor(y_GTD, mesh)
+  stats = plans.report(recipe, routing, plan, side, balance)
+  collected = {"choice": routing.choice} if collect == "routing" else {}
+  return y_GTD, stats, collected
 
 
 def route(recipe, params, balance, x_GTD, side, rng_G) -> types.Routing:
@@ -108,22 +125,10 @@ def route(recipe, params, balance, x_GTD, side, rng_G) -> types.Routing:
       score_TE = balancer.select(balance[label], score_TE)
     return score_TE
 
-  def one_group(x_TD, side, rng):
-    more = {"num_experts": recipe.num_experts, "select": select}
-    return recipe.router.route(params, x_TD, side=side, rng=rng, **more)
-
-  return jax.vmap(one_group)(x_GTD, side, rng_G)
-
-
-def read(params, network: types.Mlp, dtype, axes: Axes | None):
-  """Weights as the experts see them: whole in D, in the compute dtype."""
-  params = {k: w.astype(dtype) for k, w in params.items()}
-  params = exchange.gather_weights(params, network.axes, axes)
-  return {
-    # Added to every shard's part of the sum over F, so in all but one as 0.
-    k: exchange.once(w, axes) if k in network.added_once else w
-    for k, w in params.items()
-  }
+  one_group = functools.partial(
+    recipe.router.route, params, num_experts=recipe.num_experts, select=select
+  )
+  return jax.vmap(one_group)(x_GTD, side=side, rng=rng_G)
 
 
 def group_keys(rng: Array, num_groups: int, first: int | Array = 0) -> Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.core import roles
-from moe_jax.moe import groups, layer, sharded
+from moe_jax.moe import groups, layer
 from moe_jax.moe.types import Array, Side, Stats
 
 
@@ -36,7 +36,7 @@ class MoE(nn.Module):
     layer_index: int | Array = 0,
     train: bool = False,
     collect: str | None = None,
-  ) -> tuple[Array, Stats, dict[str, Array]]:
+  ) -> tuple[Array, Stats, dict]:
     """Applies the layer to whole sequences.
 
     Args:
@@ -51,7 +51,7 @@ class MoE(nn.Module):
       collect: see `layer.moe_ffn`.
 
     Returns:
-      y_BLD, Stats with leading [G, S], and the collected arrays.
+      y_BLD, Stats with leading [G, S], and what was collected.
     """
     batch, length, d_model = x_BLD.shape
     params, balance = self._params(d_model), self._balance()
@@ -68,15 +68,11 @@ class MoE(nn.Module):
     def in_groups(feature_BL):
       return feature_BL.reshape(-1, tokens, *feature_BL.shape[2:])
 
-    y_GTD, stats, collected = sharded.sharded(recipe, self.mesh)(
-      params,
-      balance,
-      in_groups(x_BLD),
-      Side(*jax.tree.map(in_groups, (mask_BL, dict(features or {})))),
-      rng_G,
-      collect=collect,
-    )
-    return y_GTD.reshape(x_BLD.shape), stats, collected
+    x_GTD = in_groups(x_BLD)
+    side = jax.tree.map(in_groups, Side(mask_BL, dict(features or {})))
+    args = recipe, params, balance, x_GTD, side, rng_G
+    y_GTD, stats, kept = layer.moe_ffn(*args, mesh=self.mesh, collect=collect)
+    return y_GTD.reshape(x_BLD.shape), stats, kept
 
   def _params(self, d_model):
     """{part: its parameters}, which know that they are of that part."""
@@ -85,8 +81,7 @@ class MoE(nn.Module):
     def declared(name, part, *sizes):
       def init(rng):
         box = functools.partial(roles.Declared, part=name)
-        params = part.init(rng, *sizes)
-        return {k: box(v, part.axes[k]) for k, v in params.items()}
+        return jax.tree.map(box, part.init(rng, *sizes), dict(part.axes))
 
       return self.param(name, init)
 

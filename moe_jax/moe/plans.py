@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.core import varying
+from moe_jax.core import parallel
 from moe_jax.moe import dispatchers, types
 from moe_jax.moe.types import Array, Loads, Rows
 
@@ -62,57 +62,7 @@ def make(
   return recipe.dispatcher.plan(choice, recipe.num_experts, recipe.bound)
 
 
-@flax.struct.dataclass
-class TokenPlan:
-  """A `TokenChoice` whose rows a dispatcher lays out.
-
-  choice: with a leading G.
-  kept_GTK: bool, the assignments that have a slot.
-  num_experts: E.
-  bound: that was applied.
-  """
-
-  choice: types.TokenChoice
-  kept_GTK: Array
-  num_experts: int = flax.struct.field(pytree_node=False)
-  bound: types.Bound | None = flax.struct.field(pytree_node=False)
-
-  def loads(self, tokens: Tokens) -> Loads:
-    """The loads by sequence."""
-    valid_GTK, expert_GTK = self.choice.valid_TK, self.choice.expert_TK
-    groups, length, top_k = valid_GTK.shape
-    shape = (groups, tokens.sequences, length // tokens.sequences * top_k)
-    g, s = jnp.indices(shape[:2], sparse=True)
-    place = g[..., None], s[..., None], expert_GTK.reshape(shape)
-
-    def by_expert(value_GTK):
-      counts = jnp.zeros((*shape[:2], self.num_experts), value_GTK.dtype)
-      return counts.at[place].add(value_GTK.reshape(shape))
-
-    def number(flags_GTK):
-      return tokens.by_sequence(flags_GTK.sum(-1, dtype=jnp.int32))
-
-    # Not a slice of expert_GTK: XLA on CPU would sort all scores for that.
-    first_GTK = valid_GTK.at[..., 1:].set(False)
-    shared = dispatchers.shares_slots(self.num_experts, self.bound)
-    full_GS = number(valid_GTK & ~self.kept_GTK)
-    chosen = jnp.take_along_axis(tokens.prob_GTE, expert_GTK, axis=-1)
-    return Loads(
-      count_E=by_expert(valid_GTK.astype(jnp.int32)),
-      first_choice_E=by_expert(first_GTK.astype(jnp.int32)),
-      kept_E=by_expert(self.kept_GTK.astype(jnp.int32)),
-      weight_E=by_expert(jnp.where(valid_GTK, self.choice.weight_TK, 0)),
-      dropped={
-        "capacity": jnp.zeros_like(full_GS) if shared else full_GS,
-        "buffer": full_GS if shared else jnp.zeros_like(full_GS),
-        "unrouted": number(~valid_GTK),
-      },
-      confidence=tokens.by_sequence(jnp.where(valid_GTK, chosen, 0).sum(-1)),
-    )
-
-
-@flax.struct.dataclass
-class SlotPlan:
+class SlotPlan(flax.struct.PyTreeNode):
   """Slots that hold the tokens which each expert named."""
 
   choice: types.SlotChoice
@@ -130,7 +80,7 @@ class SlotPlan:
     weight_GEC = jnp.where(self.choice.valid_EC, self.choice.weight_EC, 0)
     y_GECD = weight_GEC[..., None] * rows.x
     shape = (len(y_GECD), self.num_tokens, rows.x.shape[-1])
-    y_GTD, y_GECD, token_GEC = varying.alike(
+    y_GTD, y_GECD, token_GEC = parallel.alike(
       (jnp.zeros(shape, y_GECD.dtype), y_GECD, self.choice.token_EC)
     )
     add = jax.vmap(lambda y_TD, token_EC, y_ECD: y_TD.at[token_EC].add(y_ECD))
@@ -153,8 +103,7 @@ class SlotPlan:
     return _undropped(count, by_expert(self.choice.weight_EC), confidence)
 
 
-@flax.struct.dataclass
-class MixturePlan:
+class MixturePlan(flax.struct.PyTreeNode):
   """Slots that hold weighted means of tokens."""
 
   dispatch_GTEC: Array
@@ -188,3 +137,53 @@ def _undropped(count, weight, confidence):
   none = jnp.zeros(count.shape[:2], jnp.int32)
   dropped = {"capacity": none, "buffer": none, "unrouted": none}
   return Loads(count, count, count, weight, dropped, confidence)
+
+
+def report(
+  recipe, routing: types.Routing, plan: types.Plan, side: types.Side, balance
+) -> types.Stats:
+  """The statistics of all groups.
+
+  Args:
+    recipe: `layer.Recipe`.
+    routing: with a leading G.
+    plan: of this routing.
+    side: mask and features, [G, T].
+    balance: {balancer label: its state}, for balancers that observe.
+  """
+  mask_GT = side.mask_T
+  dtype = jnp.result_type(*jax.tree.leaves(routing.choice))
+  prob_GTE = routing.prob_TE
+  if prob_GTE is None:
+    prob_GTE = jnp.zeros((*mask_GT.shape, recipe.num_experts), dtype)
+  z_GT = jnp.zeros(mask_GT.shape, dtype)
+  if routing.logits_TE is not None:
+    z_GT = jax.nn.logsumexp(routing.logits_TE, axis=-1) ** 2
+  tokens = Tokens(mask_GT, recipe.sequences, prob_GTE)
+  by_sequence = tokens.by_sequence
+  loads = plan.loads(tokens)
+  if not recipe.router.fixed:  # Fewer experts than K are no drop.
+    none = jnp.zeros_like(loads.dropped["unrouted"])
+    loads = loads.replace(dropped={**loads.dropped, "unrouted": none})
+  return types.Stats(
+    **vars(loads),
+    tokens=by_sequence(mask_GT.astype(jnp.int32)),
+    prob_E=by_sequence(prob_GTE),
+    z=by_sequence(z_GT),
+    entropy=by_sequence(jax.scipy.special.entr(prob_GTE).sum(-1)),
+    extra={k: by_sequence(v) for k, v in routing.extra.items()},
+    observed=_observe(recipe, routing, mask_GT, balance),
+    groups_per_sequence=recipe.groups_per_sequence,
+  )
+
+
+def _observe(recipe, routing, mask_GT, balance):
+  """{label: sums of each group, with an axis of one sequence}."""
+  sums = {
+    label: jax.vmap(balancer.observe, (None, 0, 0))(
+      balance[label], routing, mask_GT
+    )
+    for label, balancer in recipe.balancers
+    if balancer.observe is not None
+  }
+  return jax.tree.map(lambda x: x[:, None], sums)

@@ -30,8 +30,7 @@ Array = jax.Array
 _part = dataclasses.dataclass(frozen=True, eq=False)
 
 
-@flax.struct.dataclass
-class Mean:
+class Mean(flax.struct.PyTreeNode):
   """A mean that has not been divided yet, so that means can be added up."""
 
   total: Array
@@ -57,8 +56,7 @@ class Bound(NamedTuple):
   expert_buckets: int
 
 
-@flax.struct.dataclass
-class Side:
+class Side(flax.struct.PyTreeNode):
   """Facts about each token besides its vector.
 
   mask_T: bool, False for padding, which takes no slot and is not counted.
@@ -70,8 +68,7 @@ class Side:
   features: Mapping[str, Array] = flax.struct.field(default_factory=dict)
 
 
-@flax.struct.dataclass
-class TokenChoice:
+class TokenChoice(flax.struct.PyTreeNode):
   """Every token names its experts. Laid out by the config's dispatcher.
 
   expert_TK: int32 in [0, E), a token's experts, best first.
@@ -88,8 +85,7 @@ class TokenChoice:
   weight_input: bool = flax.struct.field(pytree_node=False, default=False)
 
 
-@flax.struct.dataclass
-class SlotChoice:
+class SlotChoice(flax.struct.PyTreeNode):
   """Every expert names its tokens (expert choice, 2202.09368).
 
   An expert names a token at most once.
@@ -104,8 +100,7 @@ class SlotChoice:
   valid_EC: Array
 
 
-@flax.struct.dataclass
-class Mixture:
+class Mixture(flax.struct.PyTreeNode):
   """Every slot holds a weighted mean of tokens (Soft MoE, 2308.00951).
 
   dispatch_TEC: weights of the tokens in each slot, 0 for padding.
@@ -116,8 +111,7 @@ class Mixture:
   combine_TEC: Array
 
 
-@flax.struct.dataclass
-class Routing:
+class Routing(flax.struct.PyTreeNode):
   """A router's decision for one group (with a leading G after vmap).
 
   choice: in the form in which the router decides.
@@ -134,8 +128,7 @@ class Routing:
   extra: Mapping[str, Array] = flax.struct.field(default_factory=dict)
 
 
-@flax.struct.dataclass
-class Rows:
+class Rows(flax.struct.PyTreeNode):
   """Tokens laid out for experts, in one of two ways.
 
   Slots: x [G, E, C, D], tokens_per_expert_GE None.
@@ -148,8 +141,7 @@ class Rows:
   tokens_per_expert_GE: Array | None = None
 
 
-@flax.struct.dataclass
-class Loads:
+class Loads(flax.struct.PyTreeNode):
   """Work of the experts by sequence, with leading axes [G, S]: sums.
 
   An assignment is a pair of a token and one of its experts. Counts are int32;
@@ -185,7 +177,6 @@ class Plan(Protocol):
     """The loads by sequence, from a `plans.Tokens`."""
 
 
-@flax.struct.dataclass
 class Stats(Loads):
   """Sums over the unpadded tokens of a sequence, with leading axes [G, S].
 
@@ -334,13 +325,3 @@ class Sublayer(NamedTuple):
   grouping: Any
   numbers: tuple[int, ...]
   stacked: bool = True
-
-
-class Axes(NamedTuple):
-  """Names of the mesh axes inside the sharded region, and the platform."""
-
-  data: str = "data"
-  fsdp: str = "fsdp"
-  expert: str = "expert"
-  tensor: str = "tensor"
-  platform: str = "cpu"

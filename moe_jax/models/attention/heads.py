@@ -4,10 +4,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.core import linear, parallel, roles
+from moe_jax.core import parallel, roles
 from moe_jax.models import norms
 from moe_jax.models.attention.context import Context, store, visible
 from moe_jax.models.attention.options import Options
+from moe_jax.moe import kernels
 from moe_jax.moe.types import Array
 
 
@@ -56,7 +57,7 @@ class Heads(nn.Module):
     inputs = x.ndim - 2
     w = self.parameter(name, (*x.shape[2:], *shape), axes, inputs)
     x = x.reshape(*x.shape[:2], -1)
-    y = linear.product(x, w.reshape(-1, *shape).astype(x.dtype))
+    y = kernels.product(x, w.reshape(-1, *shape).astype(x.dtype))
     if bias:
       b = self.parameter(f"{name}_bias", shape, axes[inputs:])
       y += b.astype(y.dtype)[None, None]

@@ -3,17 +3,43 @@
 What they share is which assignment gets a slot.
 """
 
+from collections.abc import Callable
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.core.errors import ConfigError
-from moe_jax.moe import capacity
-from moe_jax.moe.types import Array, Bound, Dispatcher, TokenChoice
+from moe_jax.moe.types import Array, Bound, Dispatcher, Loads, Plan, TokenChoice
 
 PART = Dispatcher  # `build` of each file returns one.
+ORDERS = ("token", "choice")  # In which assignments get slots, see `rank`.
 # Names that every remat policy keeps: a recompute cannot route differently.
 SAVED = ("expert", "slot", "kept")
+
+
+def in_order(
+  order: str, lay_out: Callable[..., Plan], ragged: bool
+) -> Dispatcher:
+  """A dispatcher that gives out slots in an order.
+
+  Args:
+    order: "token" or "choice", see `rank`.
+    lay_out: (TokenPlan, slot_GTK) -> Plan, with the slots of `assign`.
+    ragged: whether the plan has ragged rows.
+  """
+
+  def plan(choice, num_experts, bound):
+    slot_GTK, kept_GTK = assign(choice, num_experts, bound, order)
+    return lay_out(TokenPlan(choice, kept_GTK, num_experts, bound), slot_GTK)
+
+  def causal(top_k, bound):
+    # Choice by choice, a later token's first choice takes a slot before this
+    # token's second one, unless no slots can run out.
+    return order == "token" or top_k == 1 or bound is None
+
+  return Dispatcher(plan, causal, ragged)
 
 
 def assign(
@@ -25,7 +51,7 @@ def assign(
     choice: with leading G.
     num_experts: E.
     bound: None keeps every valid assignment.
-    order: "token" or "choice", see `capacity.rank`.
+    order: "token" or "choice", see `rank`.
 
   Returns:
     slot_GTK: int32, the place in the queue of its expert among kept
@@ -34,32 +60,69 @@ def assign(
   """
 
   def one_group(choice: TokenChoice):
-    def rank(bucket_TK, valid_TK, num_buckets):
+    def place(bucket_TK, valid_TK, num_buckets):
       bucket_TK = jnp.where(valid_TK, bucket_TK, num_buckets)
-      return capacity.rank(bucket_TK, choice.priority_TK, num_buckets, order)
+      return rank(bucket_TK, choice.priority_TK, num_buckets, order)
 
     expert_TK, kept_TK = choice.expert_TK, choice.valid_TK
     if bound is None:
-      return rank(expert_TK, kept_TK, num_experts), kept_TK
+      return place(expert_TK, kept_TK, num_experts), kept_TK
     bucket_TK = expert_TK // (num_experts // bound.expert_buckets)
-    slot_TK = rank(bucket_TK, kept_TK, bound.expert_buckets)
+    slot_TK = place(bucket_TK, kept_TK, bound.expert_buckets)
     kept_TK &= slot_TK < bound.slots
     if shares_slots(num_experts, bound):
-      slot_TK = rank(expert_TK, kept_TK, num_experts)
+      slot_TK = place(expert_TK, kept_TK, num_experts)
     return slot_TK, kept_TK
 
   slot_GTK, kept_GTK = jax.vmap(one_group)(choice)
   return checkpoint_name(slot_GTK, "slot"), checkpoint_name(kept_GTK, "kept")
 
 
-def causal(order: str, top_k: int, bound: Bound | None) -> bool:
-  """Whether slots given in this order are independent of later tokens.
+def rank(bucket_TK, priority_TK, num_buckets: int, order: str) -> Array:
+  """The place of each assignment in the queue of its bucket, from 0.
 
-  Token by token, a slot depends on earlier tokens only. Choice by choice, a
-  later token's first choice takes a slot before this one's second choice,
-  unless there is only one choice or no capacity to run out of.
+  Args:
+    bucket_TK: int32 in [0, num_buckets]; num_buckets stands for no bucket.
+    priority_TK: larger goes first; None: all equal.
+    num_buckets: number of queues.
+    order: "token": token by token, a token's choices in turn. "choice": all
+      first choices, then all second ones (GShard, 2006.16668 Algorithm 1).
+
+  Returns:
+    rank_TK, int32.
   """
-  return order == "token" or top_k == 1 or bound is None
+  tokens, top_k = bucket_TK.shape
+  turn_N = _turns(tokens, top_k, priority_TK, order)
+  bucket_N = bucket_TK.reshape(-1)[turn_N]
+  sorted_N = _stable_argsort(bucket_N, num_buckets + 1)
+  sizes = jnp.zeros(num_buckets + 1, jnp.int32).at[bucket_N].add(1)
+  starts = jnp.cumsum(sizes) - sizes
+  rank_N = jnp.arange(tokens * top_k, dtype=jnp.int32)
+  rank_N = rank_N - starts[bucket_N[sorted_N]]
+  ranks = jnp.zeros(tokens * top_k, jnp.int32)
+  return ranks.at[turn_N[sorted_N]].set(rank_N).reshape(tokens, top_k)
+
+
+def _turns(tokens, top_k, priority_TK, order):
+  """Indices into the flat [T * K], in the order in which slots are given."""
+  turn_TK = jnp.arange(tokens * top_k, dtype=jnp.int32).reshape(tokens, top_k)
+  if priority_TK is None:
+    return (turn_TK if order == "token" else turn_TK.T).reshape(-1)
+  token, choice = turn_TK // top_k, turn_TK % top_k
+  keys = {
+    "token": (choice, token, -priority_TK),
+    "choice": (token, -priority_TK, choice),
+  }[order]
+  return jnp.lexsort([k.reshape(-1) for k in keys])
+
+
+def _stable_argsort(key_N, num_keys):
+  """argsort of small integers, by one sort of (key, index) in one number."""
+  size = key_N.shape[0]
+  if num_keys * size >= 2**31:
+    return jnp.argsort(key_N, stable=True)
+  index_N = jnp.arange(size, dtype=jnp.int32)
+  return jnp.sort(key_N * size + index_N) % size
 
 
 def shares_slots(num_experts: int, bound: Bound | None) -> bool:
@@ -67,66 +130,52 @@ def shares_slots(num_experts: int, bound: Bound | None) -> bool:
   return bound is not None and bound.expert_buckets < num_experts
 
 
-@jax.custom_vjp
-def take(x_ND: Array, index: Array, inverse_NK: Array) -> Array:
-  """Rows of x by index, zeros where it is out of range.
+class TokenPlan(flax.struct.PyTreeNode):
+  """A `TokenChoice` whose rows a dispatcher lays out.
 
-  Its gradient is a gather too, where autodiff would scatter row by row.
-
-  Args:
-    x_ND: rows.
-    index: int32 of any shape, at most N.
-    inverse_NK: where each row of x went in the flat index; out of range for
-      none. Every in-range entry of the index must appear once.
+  choice: with a leading G.
+  kept_GTK: bool, the assignments that have a slot.
+  num_experts: E.
+  bound: that was applied.
   """
-  del inverse_NK
-  return _take(x_ND, index)
 
+  choice: TokenChoice
+  kept_GTK: Array
+  num_experts: int = flax.struct.field(pytree_node=False)
+  bound: Bound | None = flax.struct.field(pytree_node=False)
 
-def _take(x_ND, index):
-  return jnp.asarray(x_ND).at[index].get(mode="fill", fill_value=0)
+  def loads(self, tokens) -> Loads:
+    """The loads by sequence, from a `plans.Tokens`."""
+    valid_GTK, expert_GTK = self.choice.valid_TK, self.choice.expert_TK
+    groups, length, top_k = valid_GTK.shape
+    shape = (groups, tokens.sequences, length // tokens.sequences * top_k)
+    g, s = jnp.indices(shape[:2], sparse=True)
+    place = g[..., None], s[..., None], expert_GTK.reshape(shape)
 
+    def by_expert(value_GTK):
+      counts = jnp.zeros((*shape[:2], self.num_experts), value_GTK.dtype)
+      return counts.at[place].add(value_GTK.reshape(shape))
 
-def _take_backward(inverse_NK, dy):
-  dy_MD = dy.reshape(-1, dy.shape[-1])
-  choices = range(inverse_NK.shape[1])
-  return sum(_take(dy_MD, inverse_NK[:, k]) for k in choices), None, None
+    def number(flags_GTK):
+      return tokens.by_sequence(flags_GTK.sum(-1, dtype=jnp.int32))
 
-
-take.defvjp(lambda *args: (take(*args), args[2]), _take_backward)
-
-
-@jax.custom_vjp
-def combine(x_ND, weight_TK, row_TK, owner_N) -> Array:
-  """y_t = sum over k of weight_tk * x[row_tk], in the weights' dtype.
-
-  Gathers both ways, one for each k, as nothing of size T * K * D is made.
-
-  Args:
-    x_ND: rows.
-    weight_TK: weights.
-    row_TK: int32, out of range for none.
-    owner_N: the inverse of row_TK: t * K + k, out of range for none.
-  """
-  del owner_N
-  return sum(
-    weight_TK[:, k, None] * _take(x_ND, row_TK[:, k])
-    for k in range(row_TK.shape[1])
-  )
-
-
-def _combine_backward(kept, dy_TD):
-  x_ND, weight_TK, row_TK, owner_N = kept
-  top_k = row_TK.shape[1]
-  weight_N = _take(weight_TK.reshape(-1), owner_N)
-  dx_ND = weight_N[:, None] * _take(dy_TD, owner_N // top_k)
-  dweight_TK = jnp.stack(
-    [(dy_TD * _take(x_ND, row_TK[:, k])).sum(-1) for k in range(top_k)], axis=1
-  )
-  return dx_ND.astype(x_ND.dtype), dweight_TK, None, None
-
-
-combine.defvjp(lambda *args: (combine(*args), args), _combine_backward)
+    # Not a slice of expert_GTK: XLA on CPU would sort all scores for that.
+    first_GTK = valid_GTK.at[..., 1:].set(False)
+    shared = shares_slots(self.num_experts, self.bound)
+    full_GS = number(valid_GTK & ~self.kept_GTK)
+    chosen = jnp.take_along_axis(tokens.prob_GTE, expert_GTK, axis=-1)
+    return Loads(
+      count_E=by_expert(valid_GTK.astype(jnp.int32)),
+      first_choice_E=by_expert(first_GTK.astype(jnp.int32)),
+      kept_E=by_expert(self.kept_GTK.astype(jnp.int32)),
+      weight_E=by_expert(jnp.where(valid_GTK, self.choice.weight_TK, 0)),
+      dropped={
+        "capacity": jnp.zeros_like(full_GS) if shared else full_GS,
+        "buffer": full_GS if shared else jnp.zeros_like(full_GS),
+        "unrouted": number(~valid_GTK),
+      },
+      confidence=tokens.by_sequence(jnp.where(valid_GTK, chosen, 0).sum(-1)),
+    )
 
 
 def check_bound(recipe) -> None:

@@ -3,41 +3,34 @@
 Simple and friendly to any compiler; its cost grows with T * E * C.
 """
 
-import functools
-
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from moe_jax.core.options import word
-from moe_jax.moe import capacity, dispatchers, plans
+from moe_jax.moe import dispatchers, plans
 from moe_jax.moe.types import Dispatcher
 
 
-@flax.struct.dataclass
-class EinsumPlan(plans.TokenPlan, plans.MixturePlan):
+class EinsumPlan(dispatchers.TokenPlan, plans.MixturePlan):
   """One-hot weights of tokens in slots, and of slots in tokens."""
 
 
-def build(order: word(*capacity.ORDERS) = "token") -> Dispatcher:
-  """Args: order: who gets slots first, "token" or "choice" (`capacity.rank`)."""
+def build(order: word(*dispatchers.ORDERS) = "token") -> Dispatcher:
+  """Args: order: who gets slots first, "token" or "choice" (`dispatchers.rank`)."""
+  return dispatchers.in_order(order, _lay_out, ragged=False)
 
-  def plan(choice, num_experts, bound):
-    slot_GTK, kept_GTK = dispatchers.assign(choice, num_experts, bound, order)
-    weight_GTK, dtype = choice.weight_TK, choice.weight_TK.dtype
-    expert_GTKE = jax.nn.one_hot(choice.expert_TK, num_experts, dtype=dtype)
-    slot_GTKC = jax.nn.one_hot(slot_GTK, bound.slots, dtype=dtype)
-    slot_GTKC *= kept_GTK[..., None]
 
-    def scatter(value_GTK):
-      return jnp.einsum(
-        "GTK,GTKE,GTKC->GTEC", value_GTK, expert_GTKE, slot_GTKC
-      )
+def _lay_out(plan, slot_GTK):
+  choice, weight_GTK = plan.choice, plan.choice.weight_TK
+  dtype = weight_GTK.dtype
+  expert_GTKE = jax.nn.one_hot(choice.expert_TK, plan.num_experts, dtype=dtype)
+  slot_GTKC = jax.nn.one_hot(slot_GTK, plan.bound.slots, dtype=dtype)
+  slot_GTKC *= plan.kept_GTK[..., None]
 
-    mask, weights = scatter(jnp.ones_like(weight_GTK)), scatter(weight_GTK)
-    if choice.weight_input:
-      mask, weights = weights, mask
-    return EinsumPlan(mask, weights, choice, kept_GTK, num_experts, bound)
+  def scatter(value_GTK):
+    return jnp.einsum("GTK,GTKE,GTKC->GTEC", value_GTK, expert_GTKE, slot_GTKC)
 
-  causal = functools.partial(dispatchers.causal, order)
-  return Dispatcher(plan, causal, ragged=False)
+  mask, weights = scatter(jnp.ones_like(weight_GTK)), scatter(weight_GTK)
+  if choice.weight_input:
+    mask, weights = weights, mask
+  return EinsumPlan(mask, weights, **vars(plan))

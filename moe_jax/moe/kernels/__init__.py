@@ -1,7 +1,8 @@
-"""Rows sorted by expert times the weights of their expert.
+"""Products with weights: dense ones, and rows times those of their expert.
 
-Several backends, one file each: `matmul(x, w, sizes)`, where y[n] is x[n] times
-the matrix of row n's expert, or `network`, which is `grouped_network` itself.
+Rows are sorted by expert. Several backends, one file each:
+`matmul(x, w, sizes)`, where y[n] is x[n] times the matrix of row n's expert, or
+`network`, which is `grouped_network` itself.
 """
 
 import importlib
@@ -10,7 +11,6 @@ import pkgutil
 import jax
 import jax.numpy as jnp
 
-from moe_jax.core.linear import product
 from moe_jax.core.options import word
 from moe_jax.moe.types import Array
 
@@ -80,6 +80,25 @@ def linear(params, name: str, x: Array) -> Array:
     return y
   # Its rank is raised by hand, as tests forbid that it happens by itself.
   return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+
+
+def product(x: Array, w: Array, dtype=None) -> Array:
+  """x @ w, with all axes of x except the last joined to one.
+
+  For the gradient of w, XLA on CPU would transpose x and dy in memory if they
+  had more than two axes, which costs more than the products of a small layer.
+
+  Args:
+    x: [..., D].
+    w: [D, ...].
+    dtype: of the result, or None for that of the operands.
+
+  Returns:
+    [..., ...], the leading axes of x and then the other ones of w.
+  """
+  x_ND, w_DF = x.reshape(-1, x.shape[-1]), w.reshape(w.shape[0], -1)
+  y_NF = jnp.matmul(x_ND, w_DF, preferred_element_type=dtype)
+  return y_NF.reshape(*x.shape[:-1], *w.shape[1:])
 
 
 def _load(backend):

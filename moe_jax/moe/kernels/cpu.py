@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_jax.core import varying
+from moe_jax.core import parallel
 from moe_jax.moe import kernels
 from moe_jax.moe.types import Array
 
@@ -28,7 +28,7 @@ _MULTIPLE = 16  # Products are fast for multiples of this many rows.
 
 def network(expert, params, x_ND: Array, sizes_E: Array) -> Array:
   """See `grouped_network`."""
-  params, x_ND, sizes_E = varying.alike((params, x_ND, sizes_E))
+  params, x_ND, sizes_E = parallel.alike((params, x_ND, sizes_E))
   if not len(x_ND):  # No chunk has a size.
     return expert(kernels.linear, _expert(params, 0), x_ND)
   return _network(expert, params, x_ND, sizes_E)
@@ -91,7 +91,7 @@ def _forward(expert, params, x_ND, sizes_E, keep=True):
     return _write(products, new, chunk) if keep else products, y_ND
 
   start = _zeros(products if keep else None, room), _zeros(y_ND, room)
-  start = varying.alike((start, x_ND))[0]
+  start = parallel.alike((start, x_ND))[0]
   products, y_ND = _loop(body, start, params, sizes_E, rows)
   return _cut(y_ND, sizes_E, rows), (params, x_ND, sizes_E, products)
 
@@ -113,7 +113,7 @@ def _backward(expert, kept, dy_ND):
   # All of it is written, so that it need not be zeros; XLA on CPU fills it.
   wide = lambda w: jnp.promote_types(w.dtype, jnp.float32)  # noqa: E731
   sums = jax.tree.map(lambda w: lax.empty(w.shape, wide(w)), params)
-  start = varying.alike(((sums, _zeros(x_ND, room)), x_ND))[0]
+  start = parallel.alike(((sums, _zeros(x_ND, room)), x_ND))[0]
   sums, dx_ND = _loop(body, start, params, sizes_E, rows, every=True)
   grads = jax.tree.map(lambda g, w: g.astype(w.dtype), sums, params)
   return grads, _cut(dx_ND, sizes_E, rows), None
