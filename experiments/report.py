@@ -213,11 +213,10 @@ def _cell(by_seed, digits):
     return "–"
   interval = intervals.of(list(by_seed.values()))
   mean = f"{interval.mean:.{digits}f}"
-  if len(set(by_seed.values())) == 1:
-    return mean
-  if interval.few:
+  if interval.few and interval.half:
     return f"{mean} [{', '.join(f'{x:.{digits}f}' for x in interval.ends)}]"
-  return f"{mean} ± {interval.half:.{digits}f}"
+  # Equal values have no spread, and a single one has none either.
+  return f"{mean} ± {interval.half:.{digits}f}" if interval.half else mean
 
 
 def _best(column, rows):
@@ -257,7 +256,7 @@ def _about(rows):
 def _remarks(report, rows, missing):
   """Remarks about the rows, and the meanings of the columns."""
   lines = ["Differences are paired by seed."] if report.claims else []
-  lost = [f"{r['arm']} seed {r['seed']}" for r in rows if runs.diverged(r)]
+  lost = [f"{r['arm']} seed {r['seed']}" for r in rows if runs.DIVERGED in r]
   if lost:
     lines.append(f"Diverged, so not in the numbers: {', '.join(lost)}.")
   for origin in runs.ORIGIN:
