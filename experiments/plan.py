@@ -23,20 +23,16 @@ from moe_jax.run import config as config_lib
 class Launch(NamedTuple):
   """Runs that are wanted, arm by arm.
 
-  title: of their report.
   workdir: where the runs lie.
   runs: the ones that are wanted.
   open: those of them that are not finished.
-  finished: rows of the others.
   configs: {arm, and what is tried with it: its config}.
   summary: in words, how much is finished and how the arms differ.
   """
 
-  title: str
   workdir: pathlib.Path
   runs: Sequence[runs.Run]
   open: Sequence[runs.Run]
-  finished: Sequence[dict]
   configs: Mapping[str, ml_collections.ConfigDict]
   summary: str
 
@@ -95,21 +91,18 @@ class Experiment:
       title += f" Tuning, stage {stage + 1} of {len(self.sweep.stages)}"
       workdir, wanted = workdir / "tuning", self._stage(stage)
     unfinished = [run for run in wanted if self.row(run) is None]
-    finished = [row for run in wanted if (row := self.row(run)) is not None]
     configs = {_words(run.arm, run.tried): run.config for run in wanted}
     # A single arm is described by its differences from the others.
     others = self.sweep.configs() if len(configs) == 1 else {}
     differ = differences(others | configs)
+    finished = len(wanted) - len(unfinished)
     summary = [
       title,
-      f"{len(configs)} arms, {len(finished)} of {len(wanted)} runs finished; in"
+      f"{len(configs)} arms, {finished} of {len(wanted)} runs finished; in"
       f" {workdir}",
       *(f"  {name}: {differ[name]}" for name in configs),
     ]
-    summary = "\n".join(summary)
-    return Launch(
-      title, workdir, wanted, unfinished, finished, configs, summary
-    )
+    return Launch(workdir, wanted, unfinished, configs, "\n".join(summary))
 
   def _seeds(self, arm, seeds):
     """The runs of an arm, with the values chosen for it."""
@@ -236,19 +229,14 @@ class Experiment:
     stages = self.sweep.stages
     if not stages:
       return []
-    alike = runs.grouped((self._chosen_words(arm), arm) for arm in self.arms)
+    words = {a: tuning.describe(stages, a, self.chosen(a)) for a in self.arms}
+    alike = runs.grouped((words[arm], arm) for arm in self.arms)
     last = tuning.SEED + max(s.seeds for s in stages) - 1
     seeds = f"s {tuning.SEED} to {last}" if last > tuning.SEED else f" {last}"
     return [
       f"Chosen for each arm on seed{seeds}, from tuning.csv:",
       *(f"- {', '.join(arms)}: {words}" for words, arms in alike.items()),
     ]
-
-  def _chosen_words(self, arm):
-    chosen = self.chosen(arm)
-    if chosen is None:
-      return "not tuned yet"
-    return tuning.describe(self.sweep.stages, arm, chosen)
 
   def tuning_rows(self) -> list[dict]:
     """Everything that was tried and is finished.

@@ -96,9 +96,10 @@ class Sweep:
   def _own(self, arms):
     """(arm, key) of what arms set or tune by themselves."""
     for arm in arms:
-      tuned = (s.tried(s.source(arm)).values() for s in self.stages)
-      for overrides in (self.arms[arm], *itertools.chain.from_iterable(tuned)):
-        yield from ((arm, key) for key in overrides)
+      yield from ((arm, key) for key in self.arms[arm])
+      for stage in self.stages:
+        for overrides in stage.tried(stage.source(arm)).values():
+          yield from ((arm, key) for key in overrides)
 
   def configs(self) -> dict[str, ml_collections.ConfigDict]:
     """The config of each arm, as it is before anything is tuned."""
