@@ -45,6 +45,18 @@ def of(values: Sequence[float]) -> Interval:
   return Interval(mean, half, tuple(values))
 
 
+def words(values: Sequence[float], digits: int) -> str:
+  """A mean with its spread: [lowest, highest] of few values, else ± half.
+
+  Equal values have no spread, and a single one has none either.
+  """
+  interval = of(values)
+  mean = f"{interval.mean:.{digits}f}"
+  if interval.few and interval.half:
+    return f"{mean} [{', '.join(f'{x:.{digits}f}' for x in interval.ends)}]"
+  return f"{mean} ± {interval.half:.{digits}f}" if interval.half else mean
+
+
 def paired(ones: dict[int, float], others: dict[int, float]) -> Interval | None:
   """The interval of `one - other` over common seeds; None if there are none."""
   seeds = sorted(ones.keys() & others.keys())

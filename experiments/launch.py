@@ -32,28 +32,36 @@ def main(argv: Sequence[str] | None = None) -> int:
   from experiments import train
   from moe_jax.run import processes
 
-  processes.join(args.multihost, args.multihost_timeout)
   flags = {f"--{name}": value for name, value in vars(args).items()}
-  processes.check_same(flags | {"--config": overrides})
+  processes.join(
+    args.multihost, args.multihost_timeout, flags | {"--config": overrides}
+  )
+  question = questions.load(args.question)
   experiment = plan.make(
-    questions.load(args.question),
+    question,
     scale=args.scale,
     arms=args.arm,
     workdir=args.workdir,
     overrides=overrides,
     fresh=args.fresh,
   )
+  place = question.folder, experiment.scale, experiment.workdir
   # The first process reads what is finished, and all plan by it alike.
-  rows = processes.by_first(lambda: _look(args, overrides, experiment))
-  for stage in _stages(args, experiment):
-    launch = experiment.knowing(rows).launch(args.seeds, stage)
-    train.train(launch, deadline)
-    rows = processes.by_first(experiment.look)
-  return processes.by_first(lambda: _tell(args, experiment, rows))
+  rows = processes.by_first(runs.finished, *place)
+  experiment = experiment.knowing(rows)
+  processes.by_first(_check, args, overrides, experiment)
+  stages = range(len(experiment.sweep.stages)) if args.tune else [None]
+  for stage in [] if args.list or args.report else stages:
+    train.train(experiment.launch(args.seeds, stage), deadline)
+    rows = processes.by_first(runs.finished, *place)
+    experiment = experiment.knowing(rows)
+  return processes.by_first(_tell, args, experiment)
 
 
 def _arguments(argv):
-  parser = config_lib.Parser(__doc__, prog="python -m experiments.launch")
+  parser = config_lib.Parser(
+    __doc__, prog="python -m experiments.launch", multihost=True
+  )
   questions.add_arguments(parser, argv)
   add = parser.add_argument
   add("--seeds", type=int, metavar="N", help="seeds 0 to N - 1 of each arm")
@@ -68,52 +76,31 @@ def _arguments(argv):
     ("publish", "put rows and figures beside the question, to be committed"),
   ):
     add(f"--{name}", action="store_true", help=text)
-  config_lib.add_multihost(parser)
   return config_lib.parse_overrides(parser, argv)
 
 
-def _stages(args, experiment):
-  """The launches of a command, by their stage of the tuning; None: the runs."""
-  if args.list or args.report:
-    return ()
-  return range(len(experiment.sweep.stages)) if args.tune else (None,)
-
-
-def _look(args, overrides, experiment) -> list[dict]:
-  """The rows of finished runs.
-
-  Raises:
-    ConfigError: flags that would lose rows or prove nothing, or a work
-      directory that cannot be written to.
-  """
-  if args.tune:
-    _check_tuning(args, experiment)
-  rows = experiment.look()
-  if not args.tune and not args.list:
-    known = experiment.knowing(rows)
-    launch = known.launch(args.seeds)
-    lost = known.lost(launch)
-    _check_rows(args, overrides, launch, lost)
-  if not args.list:
-    _check_writable(experiment.workdir)
-  return rows
-
-
-def _check_tuning(args, experiment):
-  if args.report or args.publish or args.fresh:
+def _check(args, overrides, experiment):
+  """Refuses flags that would lose rows or prove nothing, and a bad folder."""
+  if args.tune and (args.report or args.publish or args.fresh):
     raise ConfigError(
       "--tune only tries and chooses; give --report, --publish or --fresh to"
       " a launch of its own"
     )
-  if not experiment.sweep.stages:
+  if args.tune and not experiment.sweep.stages:
     raise ConfigError(
       f"{experiment.question.name} tunes nothing at scale {experiment.scale};"
       " leave out --tune"
     )
+  if args.list:
+    return
+  if not args.tune:
+    _check_rows(args, overrides, experiment)
+  _check_writable(experiment.workdir)
 
 
-def _check_rows(args, overrides, launch, lost):
-  scale = launch.runs[0].scale
+def _check_rows(args, overrides, experiment):
+  scale, launch = experiment.scale, experiment.launch(args.seeds)
+  lost = args.publish and experiment.lost(launch)
   if args.publish and (args.arm or overrides or args.fresh or lost):
     raise ConfigError(
       f"--publish replaces all rows of scale {scale}, so it goes with all arms,"
@@ -125,11 +112,11 @@ def _check_rows(args, overrides, launch, lost):
       f" runs are not finished, {launch.open[0].name} first; leave out --report"
       " to run them"
     )
-  known = [run.folder for run in launch.runs if run.row() is not None]
+  known = [run for run in launch.runs if experiment.row(run) is not None]
   if args.fresh and known:
     raise ConfigError(
-      f"--fresh runs again what is committed, but {known[0]} holds a finished"
-      " run already; choose another --workdir"
+      f"--fresh runs again what is committed, but {known[0].folder} holds a"
+      " finished run already; choose another --workdir"
     )
 
 
@@ -145,33 +132,31 @@ def _check_writable(workdir):
     ) from None
 
 
-def _tell(args, experiment, rows) -> int:
+def _tell(args, experiment) -> int:
   """Prints the list, the choices or the report; returns the exit code."""
-  experiment = experiment.knowing(rows)
   if args.list:
     print(*experiment.status(args.seeds), sep="\n")
     return 0
-  folder = experiment.workdir / "report"
-  tried, choices = experiment.tuning_rows(), experiment.choices()
+  folder, question = experiment.workdir / "report", experiment.question
+  wanted = [] if args.tune else experiment.launch(args.seeds).runs
+  missing = [run.name for run in wanted if experiment.row(run) is None]
+  rows, curves, tried, choices = experiment.results(wanted)
   folder.mkdir(parents=True, exist_ok=True)
   if tried:
     runs.write_csv(folder / "tuning.csv", tried)
   if args.tune:
     print(*choices, f"All that was tried: {folder / 'tuning.csv'}", sep="\n")
     return 0
-  launch, question = experiment.launch(args.seeds), experiment.question
-  if not launch.finished:
+  if not rows:
     raise ConfigError(
-      f"no run of these is finished in {launch.workdir} yet; leave out --report"
-      " to run them, or wait for the launch that does"
+      f"no run of these is finished in {experiment.workdir} yet; leave out"
+      " --report to run them, or wait for the launch that does"
     )
-  rows = experiment.timed(launch.finished)
-  curves, shown = experiment.curves(launch.runs), question.report
-  text = report.write(folder, launch.title, shown, rows, curves, choices)
+  shown = question.report
+  text = report.write(folder, question.title, shown, rows, curves, choices)
   print(f"\n{text}\n")
-  if launch.open:
-    names = (run.name for run in launch.open)
-    print("Not finished, so not in it:", *names, sep="\n- ")
+  if missing:
+    print("Not finished, so not in it:", *missing, sep="\n- ")
   print(f"Report: {folder}")
   if args.fresh:
     lines, same = report.compare(rows, experiment.published)

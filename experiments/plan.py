@@ -13,6 +13,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import ml_collections
+
 from experiments import questions, runs, sweeps, tuning
 from moe_jax.core.errors import ConfigError
 from moe_jax.run import config as config_lib
@@ -21,28 +23,18 @@ from moe_jax.run import config as config_lib
 class Launch(NamedTuple):
   """Runs that are wanted, arm by arm.
 
-  title: of their report.
   workdir: where the runs lie.
   runs: the ones that are wanted.
   open: those of them that are not finished.
-  finished: rows of the others.
+  configs: {arm, and what is tried with it: its config}.
   summary: in words, how much is finished and how the arms differ.
   """
 
-  title: str
   workdir: pathlib.Path
   runs: Sequence[runs.Run]
   open: Sequence[runs.Run]
-  finished: Sequence[dict]
+  configs: Mapping[str, ml_collections.ConfigDict]
   summary: str
-
-  def fingerprint(self, run: runs.Run) -> str | None:
-    """Fingerprint of the data that runs here started with; None before that.
-
-    Only runs count whose config names the same data as that of `run`.
-    """
-    alike = (r for r in self.runs if r.config.data == run.config.data)
-    return next(filter(None, (r.fingerprint() for r in alike)), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,25 +58,19 @@ class Experiment:
   published: Mapping[tuple, dict] = dataclasses.field(default_factory=dict)
   rows: Mapping[tuple, dict] = dataclasses.field(default_factory=dict)
 
-  def look(self) -> list[list[dict]]:
-    """[the published rows, those of the tuning and of the work directory]."""
-    others = [*self._beside("tuning.csv"), *runs.finished(self.workdir)]
-    return [self._beside("results.csv"), others]
-
   def knowing(self, found: Iterable[Iterable[dict]]) -> "Experiment":
-    """The same experiment with the rows that `look` has returned."""
+    """The same experiment with the rows that `runs.finished` has returned."""
     published, rows = ({runs.identity(r): r for r in some} for some in found)
     rows = rows if self.fresh else published | rows
     return dataclasses.replace(self, published=published, rows=rows)
 
   def _beside(self, name):
     """The rows of a csv beside the question, of this scale."""
-    rows = runs.read_csv(self.question.folder / name)
-    return [row for row in rows if row["scale"] == self.scale]
+    return runs.read_scale(self.question.folder / name, self.scale)
 
   def row(self, run: runs.Run) -> dict | None:
     """The row of a run; None if it is not finished."""
-    return self.rows.get(runs.identity(run.key))
+    return self.rows.get(run.identity)
 
   def launch(
     self, seeds: int | None = None, stage: int | None = None
@@ -104,21 +90,19 @@ class Experiment:
     else:
       title += f" Tuning, stage {stage + 1} of {len(self.sweep.stages)}"
       workdir, wanted = workdir / "tuning", self._stage(stage)
-    rows = [self.row(run) for run in wanted]
-    unfinished = [run for run, row in zip(wanted, rows) if row is None]
-    finished = [row for row in rows if row is not None]
-    configs = {run.arm_and_tried: run.config for run in wanted}
+    unfinished = [run for run in wanted if self.row(run) is None]
+    configs = {_words(run.arm, run.tried): run.config for run in wanted}
     # A single arm is described by its differences from the others.
     others = self.sweep.configs() if len(configs) == 1 else {}
     differ = differences(others | configs)
+    finished = len(wanted) - len(unfinished)
     summary = [
       title,
-      f"{len(configs)} arms, {len(finished)} of {len(wanted)} runs finished; in"
+      f"{len(configs)} arms, {finished} of {len(wanted)} runs finished; in"
       f" {workdir}",
       *(f"  {name}: {differ[name]}" for name in configs),
     ]
-    summary = "\n".join(summary)
-    return Launch(title, workdir, wanted, unfinished, finished, summary)
+    return Launch(workdir, wanted, unfinished, configs, "\n".join(summary))
 
   def _seeds(self, arm, seeds):
     """The runs of an arm, with the values chosen for it."""
@@ -131,7 +115,7 @@ class Experiment:
         f" {self.scale}; give the same command with --tune first"
       )
     count = seeds or self.sweep.seeds_of.get(arm, self.sweep.seeds)
-    return [self._run(arm, seed, overrides) for seed in range(count)]
+    return self._runs(arm, range(count), overrides)
 
   def _stage(self, stage):
     """The tuning runs of a stage, for the arms that have come to it.
@@ -142,8 +126,13 @@ class Experiment:
     for later in reversed(self.sweep.stages[stage:]):
       arms |= dict.fromkeys(map(later.source, arms))
     chosen = {arm: self.chosen(arm, stage) for arm in arms}
-    ready = {arm: c for arm, c in chosen.items() if c is not None}
-    return [run for arm in ready for run in self._tried(arm, stage, ready[arm])]
+    return [
+      run
+      for arm in arms
+      if chosen[arm] is not None
+      for tried in self._tried(arm, stage, chosen[arm]).values()
+      for run in tried
+    ]
 
   def chosen(self, arm: str, stages: int | None = None) -> dict | None:
     """An arm's tuned overrides; None if runs that decide are not finished.
@@ -167,53 +156,81 @@ class Experiment:
 
   def _choose(self, arm, number, chosen):
     """An arm's choice in one stage; None if its runs are not finished."""
-    stage, metrics = self.sweep.stages[number], []
-    for run in self._tried(arm, number, chosen):
-      row = self.row(run)
-      if row is None:
+    stage, means = self.sweep.stages[number], {}
+    for value, tried in self._tried(arm, number, chosen).items():
+      rows = [self.row(run) for run in tried]
+      if None in rows:
         return None
-      if not runs.diverged(row) and stage.metric not in row:
-        raise ConfigError(
-          f"{self.question.name} tunes by {stage.metric}, which runs of the arm"
-          f" {arm} do not have; they have: {', '.join(sorted(row))}"
-        )
-      metrics.append(row.get(stage.metric, math.inf))  # inf: it diverged.
-    n = stage.seeds
-    means = {
-      value: statistics.fmean(metrics[n * i : n * (i + 1)])
-      for i, value in enumerate(stage.tried(arm))
-    }
+      for row in rows:
+        if runs.DIVERGED not in row and stage.metric not in row:
+          raise ConfigError(
+            f"{self.question.name} tunes by {stage.metric}, which runs of the"
+            f" arm {arm} do not have; they have: {', '.join(sorted(row))}"
+          )
+      # A run that diverged has no metrics.
+      means[value] = statistics.fmean(
+        row.get(stage.metric, math.inf) for row in rows
+      )
     return stage.choose(arm, means)
 
   def _tried(self, arm, number, chosen):
-    """The runs of an arm in a stage: all seeds of a value, then of the next."""
+    """{value: the runs of all seeds that try it} of an arm in a stage."""
     stage = self.sweep.stages[number]
     seeds = range(tuning.SEED, tuning.SEED + stage.seeds)
-    return [
-      self._run(arm, seed, chosen | overrides, tuned=True)
-      for overrides in stage.tried(arm).values()
-      for seed in seeds
-    ]
+    return {
+      value: self._runs(arm, seeds, chosen | overrides, tuned=True)
+      for value, overrides in stage.tried(arm).items()
+    }
 
-  def _run(self, arm, seed, overrides, tuned=False):
+  def _runs(self, arm, seeds, overrides, tuned=False):
+    """The runs of an arm with some overrides, one for each seed."""
     config = sweeps.apply(self.sweep.config, self.sweep.arms[arm] | overrides)
     digest = sweeps.digest(config)
     workdir = self.workdir / "tuning" if tuned else self.workdir
-    folder = workdir / arm / digest / str(seed)
-    tried = overrides if tuned else {}
-    return runs.Run(self.scale, arm, seed, digest, folder, config, tried)
+    folder, tried = workdir / arm / digest, overrides if tuned else {}
+    run = runs.Run(self.scale, arm, 0, digest, folder, config, tried=tried)
+    words = _words(arm, tried)
+    return [
+      run._replace(seed=n, folder=folder / str(n), name=f"{words} seed {n}")
+      for n in seeds
+    ]
+
+  def results(
+    self, wanted: Iterable[runs.Run]
+  ) -> tuple[list[dict], list[dict], list[dict], list[str]]:
+    """Returns rows, curves, rows of the tuning and the choices, for a report.
+
+    A curve comes from where its row is, a row gets its train_seconds: its steps
+    times the median in times.csv.
+
+    Args:
+      wanted: the runs whose rows and curves are returned, if they are finished.
+    """
+    digests = {a: sweeps.digest(c) for a, c in self.sweep.configs().items()}
+    seconds = [
+      (time["arm"], time["seconds_per_step"])
+      for time in self._beside("times.csv")
+      if time["config_digest"] == digests.get(time["arm"])
+    ]
+    points = [(runs.identity(p), p) for p in self._beside("curves.csv")]
+    seconds, published = runs.grouped(seconds), runs.grouped(points)
+    tried, choices, rows, curves = self.tuning_rows(), self.choices(), [], []
+    for run in wanted:
+      if row := self.row(run):
+        if run.arm in seconds:
+          second = statistics.median(seconds[run.arm])
+          row = row | {"train_seconds": row["steps"] * second}
+        rows.append(row)
+        curves += run.curve() if run.row() else published.get(run.identity, [])
+    return rows, curves, tried, choices
 
   def choices(self) -> list[str]:
     """The values chosen for the arms, in words; [] if nothing is tuned."""
     stages = self.sweep.stages
     if not stages:
       return []
-    alike = {}  # Arms by what was chosen for them.
-    for arm in self.arms:
-      chosen, words = self.chosen(arm), "not tuned yet"
-      if chosen is not None:
-        words = tuning.describe(stages, arm, chosen)
-      alike.setdefault(words, []).append(arm)
+    words = {a: tuning.describe(stages, a, self.chosen(a)) for a in self.arms}
+    alike = runs.grouped((words[arm], arm) for arm in self.arms)
     last = tuning.SEED + max(s.seeds for s in stages) - 1
     seeds = f"s {tuning.SEED} to {last}" if last > tuning.SEED else f" {last}"
     return [
@@ -231,35 +248,8 @@ class Experiment:
     for stage in range(len(self.sweep.stages)):
       for run in self._stage(stage):
         if row := self.row(run):
-          rows[runs.identity(row)] = row | dict(run.tried)
+          rows[run.identity] = row | dict(run.tried)
     return list(rows.values())
-
-  def curves(self, wanted: Iterable[runs.Run]) -> list[dict]:
-    """The curves of runs that are finished, each from where its row is."""
-    published = {}
-    for point in self._beside("curves.csv"):
-      published.setdefault(runs.identity(point), []).append(point)
-    curves = (
-      run.curve() if run.row() else published.get(runs.identity(run.key), [])
-      for run in wanted
-      if self.row(run) is not None
-    )
-    return list(itertools.chain.from_iterable(curves))
-
-  def timed(self, rows: Iterable[dict]) -> list[dict]:
-    """Rows with train_seconds: their steps times the median in times.csv."""
-    digests = {a: sweeps.digest(c) for a, c in self.sweep.configs().items()}
-    seconds = {}
-    for time in self._beside("times.csv"):
-      if time["config_digest"] == digests.get(time["arm"]):
-        seconds.setdefault(time["arm"], []).append(time["seconds_per_step"])
-    medians = {arm: statistics.median(s) for arm, s in seconds.items()}
-    return [
-      row | {"train_seconds": row["steps"] * medians[row["arm"]]}
-      if row["arm"] in medians
-      else row
-      for row in rows
-    ]
 
   def lost(self, launch: Launch) -> set[tuple[str, int]]:
     """(arm, seed) of published rows that the launch does not make again.
@@ -301,11 +291,21 @@ def make(
     ConfigError: no such scale, arm or config key.
   """
   scale = scale or next(iter(question.scales))
-  sweep = question.sweep(scale)
-  arms = sweep.only(arms or ())
-  sweep = sweep.override(overrides, arms)
+  if scale not in question.scales:
+    raise ConfigError(
+      f'{question.name} has no scale "{scale}"; it has:'
+      f" {', '.join(question.scales)}"
+    )
+  sweep = question.scales[scale]()
+  names, sweep = sweep.asked(arms or (), overrides)
   folder = pathlib.Path(workdir or pathlib.Path("runs", question.name, scale))
-  return Experiment(question, scale, sweep, arms, folder, fresh)
+  return Experiment(question, scale, sweep, names, folder, fresh)
+
+
+def _words(arm, tried):
+  """An arm, and what is tried with it."""
+  values = [f"{k.split('.')[-1]}={v:g}" for k, v in tried.items()]
+  return " ".join([arm, *values])
 
 
 def differences(configs: Mapping[str, Any]) -> dict[str, str]:

@@ -27,18 +27,6 @@ class Question(NamedTuple):
   scales: Mapping[str, Callable[[], sweeps.Sweep]]
   report: report.Report
 
-  def sweep(self, scale: str) -> sweeps.Sweep:
-    """The sweep of a scale.
-
-    Raises:
-      ConfigError: the question has no such scale.
-    """
-    if scale not in self.scales:
-      raise ConfigError(
-        f'{self.name} has no scale "{scale}"; it has: {", ".join(self.scales)}'
-      )
-    return self.scales[scale]()
-
 
 def names() -> list[str]:
   """The names of all questions that are known."""

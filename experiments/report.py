@@ -36,14 +36,14 @@ class Column(NamedTuple):
   def head(self) -> str:
     return self.title or self.metric
 
-  def by_seed(self, rows: Sequence[dict], arm: str) -> dict[int, float]:
-    """{seed: value} of an arm."""
-    metric, over = self.metric, self.over
-    return {
-      r["seed"]: self.factor * r[metric] / (r[over] if over else 1)
-      for r in rows
-      if r["arm"] == arm and {metric, over or metric} <= r.keys()
-    }
+  def values(self, rows: Sequence[dict]) -> dict[str, dict[int, float]]:
+    """{arm: {seed: value}} of all arms, in the order of the rows."""
+    values, over = {r["arm"]: {} for r in rows}, self.over
+    for r in rows:
+      if {self.metric, over or self.metric} <= r.keys():
+        value = self.factor * r[self.metric] / (r[over] if over else 1)
+        values[r["arm"]][r["seed"]] = value
+    return values
 
 
 class Claim(NamedTuple):
@@ -107,7 +107,12 @@ def write(
 
   Returns the text of table.md.
   """
-  rows, curves = _through_csv(folder, rows, _thin(curves, report))
+  folder.mkdir(parents=True, exist_ok=True)
+  runs.write_csv(folder / "results.csv", rows)
+  runs.write_csv(folder / "curves.csv", _thin(curves, report))
+  rows, curves = (
+    runs.read_csv(folder / name) for name in ("results.csv", "curves.csv")
+  )
   if report.derive is not None:
     rows = report.derive(rows, curves)
   report, missing = _without_missing(report, rows)
@@ -127,15 +132,6 @@ def write(
   text = "\n\n".join("\n".join(block) for block in blocks if block)
   (folder / "table.md").write_text(text + "\n")
   return text
-
-
-def _through_csv(folder, rows, curves):
-  """Rows and curves as they are read back from what is written."""
-  folder.mkdir(parents=True, exist_ok=True)
-  results, thin = folder / "results.csv", folder / "curves.csv"
-  runs.write_csv(results, rows)
-  runs.write_csv(thin, curves)
-  return runs.read_csv(results), runs.read_csv(thin)
 
 
 def _without_missing(report, rows):
@@ -158,8 +154,8 @@ def _claims(report, rows):
 def claim(claim: Claim, report: Report, rows: list[dict]) -> str:
   """The difference between two arms, and whether it is significant."""
   column, (_, arm, baseline, alike) = report.column(claim.metric), claim
-  pair = (column.by_seed(rows, x) for x in (arm, baseline))
-  interval = intervals.paired(*pair)
+  values = column.values(rows)
+  interval = intervals.paired(values.get(arm, {}), values.get(baseline, {}))
   what = f"{column.head}, {arm} minus {baseline}"
   if interval is None:
     return f"{what}: no seed has both."
@@ -187,11 +183,11 @@ def match(claim: Claim, report: Report, rows: list[dict]) -> str:
 
 def _ratio(claim, report, rows):
   """The ratio of the two arms' means; None if there is none."""
-  column = report.column(claim.alike)
-  values = [column.by_seed(rows, arm) for arm in (claim.arm, claim.baseline)]
-  if not all(values):
+  values = report.column(claim.alike).values(rows)
+  pair = [values.get(arm) for arm in (claim.arm, claim.baseline)]
+  if not all(pair):
     return None
-  mean, baseline = (statistics.fmean(v.values()) for v in values)
+  mean, baseline = (statistics.fmean(v.values()) for v in pair)
   return mean / baseline if baseline else None
 
 
@@ -201,29 +197,19 @@ def _is_alike(ratio):
 
 def _table(columns, rows):
   """Lines of cells, the head first."""
-  lines = [["arm", *(c.head for c in columns)]]
-  for arm in dict.fromkeys(r["arm"] for r in rows):
-    cells = [_cell(c.by_seed(rows, arm), c.digits) for c in columns]
-    lines.append([arm, *cells])
-  return lines
-
-
-def _cell(by_seed, digits):
-  if not by_seed:
-    return "–"
-  interval = intervals.of(list(by_seed.values()))
-  mean = f"{interval.mean:.{digits}f}"
-  if len(set(by_seed.values())) == 1:
-    return mean
-  if interval.few:
-    return f"{mean} [{', '.join(f'{x:.{digits}f}' for x in interval.ends)}]"
-  return f"{mean} ± {interval.half:.{digits}f}"
+  cells = {r["arm"]: [r["arm"]] for r in rows}
+  for column in columns:
+    for arm, values in column.values(rows).items():
+      words = (
+        intervals.words([*values.values()], column.digits) if values else "–"
+      )
+      cells[arm].append(words)
+  return [["arm", *(c.head for c in columns)], *cells.values()]
 
 
 def _best(column, rows):
   """The arm with the best value, if all paired intervals say so; else None."""
-  arms = dict.fromkeys(r["arm"] for r in rows)
-  values = {arm: column.by_seed(rows, arm) for arm in arms}
+  values = column.values(rows)
   means = {a: intervals.of([*v.values()]).mean for a, v in values.items() if v}
   if column.best is None or len(means) < 2:
     return None
@@ -236,10 +222,8 @@ def _best(column, rows):
 
 def _about(rows):
   """The runs that a table is made of, and how it shows their spread."""
-  arms = {}  # {seeds: their arms}
-  for arm in dict.fromkeys(r["arm"] for r in rows):
-    seeds = sorted(r["seed"] for r in rows if r["arm"] == arm)
-    arms.setdefault(tuple(seeds), []).append(arm)
+  seeds_of = runs.grouped([(r["arm"], r["seed"]) for r in rows])
+  arms = runs.grouped([(tuple(sorted(s)), arm) for arm, s in seeds_of.items()])
   words = [
     f"seeds {', '.join(map(str, seeds))}"
     + f" of {', '.join(alike)}" * (len(arms) > 1)
@@ -257,7 +241,7 @@ def _about(rows):
 def _remarks(report, rows, missing):
   """Remarks about the rows, and the meanings of the columns."""
   lines = ["Differences are paired by seed."] if report.claims else []
-  lost = [f"{r['arm']} seed {r['seed']}" for r in rows if runs.diverged(r)]
+  lost = [f"{r['arm']} seed {r['seed']}" for r in rows if runs.DIVERGED in r]
   if lost:
     lines.append(f"Diverged, so not in the numbers: {', '.join(lost)}.")
   for origin in runs.ORIGIN:

@@ -1,31 +1,32 @@
-"""One run of a question: its folder, its row of results and its curve."""
+"""Runs of a question: their folders, their rows of results and their curves."""
 
 import csv
-import dataclasses
 import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import ml_collections
 
+from moe_jax.core import files
 from moe_jax.core.errors import ConfigError
-from moe_jax.core.files import writing
 
 KEYS = ("scale", "arm", "seed", "config_digest")
 ORIGIN = ("data", "revision")
 COST = ("steps", "active_parameters", "total_parameters", "train_flops")
+DIVERGED = "diverged"  # Column of runs that diverged, and have no metrics.
 _POINTS = 100  # Maximum of training points in a curve.
 _LAST = 0.25  # The part of training that `summary` averages over.
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """A run that is wanted.
+class Run(NamedTuple):
+  """A run that is wanted. The first fields are `KEYS`.
 
   folder: where its files lie; a run of another config has another one.
   config: without the run's seed.
+  name: the run in words.
   tried: what is tried with it, {config key: value}, if it is for tuning.
   """
 
@@ -34,38 +35,24 @@ class Run:
   seed: int
   config_digest: str
   folder: pathlib.Path
-  config: ml_collections.ConfigDict | None = dataclasses.field(
-    default=None, repr=False, compare=False
-  )
-  tried: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  config: ml_collections.ConfigDict | None = None
+  name: str = ""
+  tried: Mapping[str, float] = MappingProxyType({})
 
   @property
-  def arm_and_tried(self) -> str:
-    """The arm, and what is tried with it."""
-    tried = (f"{k.split('.')[-1]}={v:g}" for k, v in self.tried.items())
-    return " ".join([self.arm, *tried])
-
-  @property
-  def name(self) -> str:
-    """The run in words."""
-    return f"{self.arm_and_tried} seed {self.seed}"
+  def identity(self) -> tuple:
+    """The values of `KEYS`, by which the run and its rows are known."""
+    return identity(self.key)
 
   @property
   def key(self) -> dict:
-    """The first columns of the run's rows, by which it is known."""
-    return {k: getattr(self, k) for k in KEYS}
+    """The first columns of the run's rows."""
+    return dict(zip(KEYS, self))
 
   def row(self) -> dict | None:
     """The row in its folder; None if the run is not finished."""
     row = _read_row(self.folder / "row.json")
-    return row if row and identity(row) == identity(self.key) else None
-
-  def fingerprint(self) -> str | None:
-    """Fingerprint of the data that the run started with; None before that."""
-    try:
-      return self._json("run.json")["data"]
-    except (OSError, ValueError, KeyError):
-      return None
+    return row if row and identity(row) == self.identity else None
 
   def finish(self, validation: dict[str, float] | None) -> None:
     """Writes the run's row, the mark that it is finished.
@@ -73,22 +60,10 @@ class Run:
     Args:
       validation: metrics of the validation split at the end; None: it diverged.
     """
-    row = self.key | self._origin_and_cost()
-    if validation is None:
-      row["diverged"] = 1.0
-    else:
-      row |= summary(self._lines("train"), validation)
-    path, temporary = self.folder / "row.json", self.folder / ".row.json"
-    with writing(path):
-      temporary.write_text(json.dumps(row, indent=2) + "\n")
-      os.replace(temporary, path)
-
-  def _origin_and_cost(self):
-    """The columns `ORIGIN` and `COST`: data, code, and the training's size."""
-    facts, config = self._json("run.json"), self._json("config.json")
-    git, steps = facts["git"], config["train"]["num_steps"]
+    facts = json.loads((self.folder / "run.json").read_text())
+    git, steps = facts["git"], self.config.train.num_steps
     tokens = steps * facts["tokens_per_step"]
-    return {
+    row = self.key | {
       "data": facts["data"][:12],
       "revision": git[:12] + "+" * git.endswith("+"),
       "steps": steps,
@@ -96,6 +71,27 @@ class Run:
       "total_parameters": facts["parameters"]["total"],
       "train_flops": tokens * facts["train_flops_per_token"],
     }
+    if validation is None:
+      row[DIVERGED] = 1.0
+    else:
+      row |= summary(_lines(self.folder, "train"), validation)
+    files.write_text(self.folder / "row.json", json.dumps(row, indent=2) + "\n")
+
+  def begun(self, others: Iterable["Run"]) -> tuple[bool, str | None]:
+    """(whether it is finished, the fingerprint of the data to train it on).
+
+    Args:
+      others: runs of the same launch. The data are those which one of them
+        started with, if its config names the same; None before that.
+    """
+    for other in others:
+      if other.config.data == self.config.data:
+        try:
+          facts = json.loads((other.folder / "run.json").read_text())
+          return self.row() is not None, facts["data"]
+        except (OSError, ValueError, KeyError):
+          continue  # It has not started.
+    return self.row() is not None, None
 
   def curve(self) -> list[dict]:
     """At most a hundred lines of training metrics, then the evaluations.
@@ -103,7 +99,8 @@ class Run:
     Metrics of evaluations are called validation/METRIC. [] without any lines.
     """
     try:
-      points, evaluations = self._lines("train"), self._lines("validation")
+      points = _lines(self.folder, "train")
+      evaluations = _lines(self.folder, "validation")
     except OSError:
       return []
     every = -(-len(points) // _POINTS) or 1
@@ -116,13 +113,11 @@ class Run:
       for point in points
     ]
 
-  def _json(self, name):
-    return json.loads((self.folder / name).read_text())
 
-  def _lines(self, split):
-    from moe_jax.run import run_directory
+def _lines(folder, split):
+  from moe_jax.run import run_directory
 
-    return run_directory.read_metrics(self.folder, split)
+  return run_directory.read_metrics(folder, split)
 
 
 def identity(row: Mapping) -> tuple:
@@ -138,26 +133,31 @@ def grouped(pairs: Iterable[tuple]) -> dict[Any, list]:
   return groups
 
 
-def finished(workdir: pathlib.Path) -> list[dict]:
-  """The rows of all runs that are finished in a work directory."""
-  folders = (workdir, workdir / "tuning")
-  paths = (p for f in folders for p in sorted(f.glob("*/*/*/row.json")))
-  return [row for row in map(_read_row, paths) if row]
+def finished(
+  beside: pathlib.Path, scale: str, workdir: pathlib.Path
+) -> list[list[dict]]:
+  """[published rows of a scale, those of its tuning and of the work directory].
+
+  Args:
+    beside: the folder of the question.
+    scale: of the published rows.
+    workdir: of the launch.
+  """
+  others = read_scale(beside / "tuning.csv", scale)
+  for folder in (workdir, workdir / "tuning"):
+    rows = map(_read_row, sorted(folder.glob("*/*/*/row.json")))
+    others += filter(None, rows)
+  return [read_scale(beside / "results.csv", scale), others]
 
 
 def _read_row(path):
   """A row; None where there is none, or something else."""
   try:
     row = json.loads(path.read_text())
-    types = [type(row.get(k)) for k in KEYS]
+    types = tuple(map(type, identity(row)))
   except (OSError, ValueError, AttributeError):
     return None
-  return row if types == [str, str, int, str] else None
-
-
-def diverged(row: dict) -> bool:
-  """Whether a row is of a run that diverged, and has no metrics."""
-  return "diverged" in row
+  return row if types == (str, str, int, str) else None
 
 
 def summary(lines: list[dict], validation: dict[str, float]) -> dict:
@@ -183,7 +183,7 @@ def write_csv(path: pathlib.Path, rows: list[dict]) -> None:
   columns = list(dict.fromkeys(k for row in rows for k in row))
   path = pathlib.Path(path)
   temporary = path.with_name(f".{path.name}.{os.getpid()}")
-  with writing(path):
+  with files.writing(path):
     with open(temporary, "w", newline="") as f:
       writer = csv.DictWriter(f, columns, lineterminator="\n")
       writer.writeheader()
@@ -193,14 +193,18 @@ def write_csv(path: pathlib.Path, rows: list[dict]) -> None:
 
 def replace_scale(path: pathlib.Path, scale: str, rows: list[dict]) -> None:
   """Writes rows of a scale into a csv; its rows of other scales stay."""
-  path = pathlib.Path(path)
   others = [row for row in read_csv(path) if row["scale"] != scale]
   write_csv(path, others + rows)
 
 
+def read_scale(path: pathlib.Path, scale: str) -> list[dict]:
+  """The rows of a csv that are of a scale."""
+  return [row for row in read_csv(path) if row["scale"] == scale]
+
+
 def read_csv(path: pathlib.Path) -> list[dict]:
   """The rows that `write_csv` wrote; [] if there is no such file."""
-  if not path.exists():
+  if not pathlib.Path(path).exists():
     return []
   with open(path, newline="") as f:
     reader = csv.DictReader(f)

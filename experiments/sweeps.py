@@ -8,13 +8,12 @@
 has the arms k1-slow, k1-fast, k2-slow and k2-fast.
 """
 
-import copy
 import dataclasses
 import hashlib
 import itertools
 import json
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -59,11 +58,18 @@ class Sweep:
           + did_you_mean(name, self.arms)
         )
 
-  def only(self, arms: Iterable[str]) -> tuple[str, ...]:
-    """The names of the given arms in the sweep's order; of all for none.
+  def asked(
+    self, arms: Collection[str], texts: Sequence[str]
+  ) -> tuple[tuple[str, ...], "Sweep"]:
+    """(names of the wanted arms in their order, sweep with values for all arms).
+
+    Args:
+      arms: the names of those that are wanted; none of them: all.
+      texts: KEY=VALUE.
 
     Raises:
-      ConfigError: there is no such arm.
+      ConfigError: no such arm or key, or a key that is not the same for all the
+        wanted arms.
     """
     for arm in arms:
       if arm not in self.arms:
@@ -71,41 +77,29 @@ class Sweep:
           f'there is no arm "{arm}" at this scale'
           + did_you_mean(arm, self.arms)
         )
-    return tuple(arm for arm in self.arms if not arms or arm in arms)
-
-  def override(self, texts: Iterable[str], arms: Iterable[str]) -> "Sweep":
-    """The sweep with values for all arms.
-
-    Args:
-      texts: KEY=VALUE.
-      arms: the ones that are wanted.
-
-    Raises:
-      ConfigError: no such key, or one that is not the same for all these arms.
-    """
-    config = apply(self.config, {})
-    for text in texts:
-      key = text.partition("=")[0]
+    names = tuple(arm for arm in self.arms if not arms or arm in arms)
+    for key in (text.partition("=")[0] for text in texts):
       if key == "seed":
         raise ConfigError(
           "--config.seed is what the arms repeat; give --seeds=N"
         )
-      for arm, own in self._own(arms):
+      for arm, own in self._own(names):
         if f"{key}.".startswith(f"{own}.") or f"{own}.".startswith(f"{key}."):
           raise ConfigError(
             f"--config.{key} would have no effect on the arm {arm}, which has or"
             f" tunes a {own} of its own; change sweep.py, or train it alone with"
             " python -m moe_jax.main and a run's config.json"
           )
-      config = config_lib.overridden(config, [text])
-    return dataclasses.replace(self, config=config)
+    config = config_lib.overridden(apply(self.config, {}), texts)
+    return names, dataclasses.replace(self, config=config)
 
   def _own(self, arms):
     """(arm, key) of what arms set or tune by themselves."""
     for arm in arms:
-      tuned = (s.tried(s.source(arm)).values() for s in self.stages)
-      for overrides in (self.arms[arm], *itertools.chain.from_iterable(tuned)):
-        yield from ((arm, key) for key in overrides)
+      yield from ((arm, key) for key in self.arms[arm])
+      for stage in self.stages:
+        for overrides in stage.tried(stage.source(arm)).values():
+          yield from ((arm, key) for key in overrides)
 
   def configs(self) -> dict[str, ml_collections.ConfigDict]:
     """The config of each arm, as it is before anything is tuned."""
@@ -141,11 +135,8 @@ def apply(
   Raises:
     ConfigError: no such key, or a value of another type.
   """
-  new = copy.deepcopy(config)
-  if not new.is_locked:
-    new.lock()
   texts = [f"{key}={value!r}" for key, value in overrides.items()]
-  return config_lib.overridden(new, texts)
+  return config_lib.overridden(config_lib.locked(config.to_dict()), texts)
 
 
 def digest(config: ml_collections.ConfigDict) -> str:

@@ -42,12 +42,11 @@ class Stage:
     """{value: the overrides that set it}; {} for an arm that tries nothing."""
     if arm in self.like:
       return {}
-    key = self.key if isinstance(self.key, str) else self.key.get(arm)
-    if key is None:
-      return {}
-    values = self.values
-    values = values[arm] if isinstance(values, Mapping) else values
-    return {value: {key: value} for value in values}
+    key, values = (
+      x.get(arm) if isinstance(x, Mapping) else x
+      for x in (self.key, self.values)
+    )
+    return {value: {key: value} for value in values} if key else {}
 
   def choose(self, arm: str, found: Mapping[float, float]) -> dict[str, float]:
     """The overrides for an arm.
@@ -74,11 +73,14 @@ class Stage:
     return {key: _where(found, self.target)}
 
 
-def describe(stages: Iterable[Stage], arm: str, chosen: Mapping) -> str:
+def describe(stages: Iterable[Stage], arm: str, chosen: Mapping | None) -> str:
   """An arm's choices in words, and whether each reached its target.
 
-  A choice at an end of what was tried may not be the best one.
+  A choice at an end of what was tried may not be the best one. An arm without
+  choices is not tuned yet.
   """
+  if chosen is None:
+    return "not tuned yet"
   words = []
   for stage in stages:
     source = stage.source(arm)

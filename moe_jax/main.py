@@ -12,11 +12,11 @@ def main(argv=None) -> int:
   # Inside, where `command.run` handles signals already.
   from moe_jax.run import config as config_lib
 
-  parser = config_lib.parser("Trains one model and evaluates it.")
+  about = "Trains one model and evaluates it."
+  parser = config_lib.parser(about, multihost=True)
   parser.add_argument("--workdir", metavar="DIR", help="the run's folder")
   words = "print what each device holds, and run nothing"
   parser.add_argument("--show-sharding", action="store_true", help=words)
-  config_lib.add_multihost(parser)
   args, config = config_lib.parse(parser, argv)
   if not args.workdir and not args.show_sharding:
     raise ConfigError("--workdir=DIR is missing: the folder of the run")

@@ -240,7 +240,8 @@ def test_processes_that_run_it_together(small, programs, capsys, monkeypatch):
 
 def look(experiment):
   """The experiment, knowing what is finished by now."""
-  return experiment.knowing(experiment.look())
+  place = experiment.question.folder, experiment.scale, experiment.workdir
+  return experiment.knowing(runs.finished(*place))
 
 
 def listed(capsys, work):
@@ -451,7 +452,9 @@ def test_a_run_that_diverges_stops_no_other(small, programs, capsys):
   assert "not finite in 2 steps in a row" in err
   assert "none, bias: optim.learning_rate = 0.01" in out
   lost = [
-    r for r in runs.read_csv(work / "report" / "tuning.csv") if runs.diverged(r)
+    r
+    for r in runs.read_csv(work / "report" / "tuning.csv")
+    if runs.DIVERGED in r
   ]
   assert [r["optim.learning_rate"] for r in lost] == [1e30, 1e30]
   # Finished runs are not run again.
@@ -478,7 +481,7 @@ SCALES = {"demo": demo}
   first.folder.mkdir(parents=True)
   (first.folder / "run.json").write_text('{"data": "abc"}')
   assert [run.arm for run in asked.runs[::2]] == ["one", "two"]
-  found = [asked.fingerprint(run) for run in asked.runs[::2]]
+  found = [run.begun(asked.runs)[1] for run in asked.runs[::2]]
   assert found == ["abc", None]
 
 

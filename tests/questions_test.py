@@ -36,7 +36,7 @@ def test_a_committed_question_is_whole(name):
   assert (question.folder / "README.md").exists()
   pairs = set()
   for scale in question.scales:
-    arms = question.sweep(scale).configs()
+    arms = question.scales[scale]().configs()
     assert len({sweeps.digest(c) for c in arms.values()}) == len(arms)
     pairs |= {(arm, baseline) for arm in arms for baseline in arms}
   for claim in question.report.claims:
@@ -67,7 +67,7 @@ def counted(config, vocab_size=257):
 
 
 def test_the_dense_arm_has_as_many_active_parameters():
-  arms = questions.load("load_balancing").sweep("cpu").configs()
+  arms = questions.load("load_balancing").scales["cpu"]().configs()
   (sparse, one), (dense, other) = (counted(arms[a]) for a in ("bias", "dense"))
   assert sparse["active"] == dense["active"] == dense["total"]
   flops = [
@@ -84,7 +84,7 @@ def test_the_dense_arm_has_as_many_active_parameters():
 )
 def test_the_sizes_of_the_paper(arm, billions):
   """2408.15664, table 5: they say 1B and 3B."""
-  configs = questions.load("load_balancing").sweep("pod").configs()
+  configs = questions.load("load_balancing").scales["pod"]().configs()
   config = configs[arm]
   found, _ = counted(config, vocab_size=32_064)
   assert round(found["total"] / 1e9, 2) == billions

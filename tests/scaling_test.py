@@ -227,7 +227,7 @@ def test_arms_of_a_size_have_equal_active_parameters_but_the_router():
   from moe_jax import models
   from moe_jax.models import counts
 
-  configs = questions.load("scaling").sweep("cpu").configs()
+  configs = questions.load("scaling").scales["cpu"]().configs()
 
   def active(arm):
     model = models.build(configs[arm].model, vocab_size=257)
@@ -240,7 +240,7 @@ def test_arms_of_a_size_have_equal_active_parameters_but_the_router():
 
 def test_some_arms_have_more_seeds(tmp_path):
   """Those that the paper's claim is about."""
-  sweep_of = questions.load("scaling").sweep("cpu")
+  sweep_of = questions.load("scaling").scales["cpu"]()
   few = dataclasses.replace(sweep_of, stages=())
   made = plan.make(
     questions.load("scaling"), scale="cpu", workdir=str(tmp_path)

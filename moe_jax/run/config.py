@@ -238,10 +238,30 @@ def differences(tree: dict, other: dict) -> dict:
 class Parser(argparse.ArgumentParser):
   """A parser of the flags of a command, which are texts in UTF-8."""
 
-  def __init__(self, description: str, **options):
-    """Args: what the command does; options of argparse.ArgumentParser."""
+  def __init__(self, description: str, multihost: bool = False, **options):
+    """Makes a parser.
+
+    Args:
+      description: what the command does.
+      multihost: whether to add the flags that `processes.join` takes.
+      **options: of argparse.ArgumentParser.
+    """
     layout = argparse.RawDescriptionHelpFormatter
     super().__init__(description=description, formatter_class=layout, **options)
+    if multihost:
+      self.add_argument(
+        "--multihost",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="run together with other processes; auto: where there is a cluster",
+      )
+      self.add_argument(
+        "--multihost_timeout",
+        type=at_least_1,
+        default=300,
+        metavar="SECONDS",
+        help="that they may take to meet",
+      )
 
   def parse_known_args(self, args=None, namespace=None):
     """Parses as argparse does; raises ConfigError for non-UTF-8 arguments."""
@@ -253,10 +273,10 @@ class Parser(argparse.ArgumentParser):
     return super().parse_known_args(args, namespace)
 
 
-def parser(description: str) -> Parser:
+def parser(description: str, multihost: bool = False) -> Parser:
   """A parser with the flags that every command on a config has."""
   epilog = "Any value of the config is set by --config.SECTION.KEY=VALUE."
-  parser = Parser(description, epilog=epilog)
+  parser = Parser(description, multihost, epilog=epilog)
   words = "a Python file with get_config(), or the config.json of a run"
   add = parser.add_argument
   add("--config", required=True, metavar="FILE[:VARIANT]", help=words)
@@ -268,16 +288,6 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
   """Adds the flag of `load` for the config.json of a run."""
   words = "run the code of plugins that a run's config.json names"
   parser.add_argument("--trust_plugins", action="store_true", help=words)
-
-
-def add_multihost(parser: argparse.ArgumentParser) -> None:
-  """Adds the flags that `processes.join` takes."""
-  add = parser.add_argument
-  modes = {"choices": ("auto", "on", "off"), "default": "auto"}
-  words = "run together with other processes; auto: where there is a cluster"
-  add("--multihost", **modes, help=words)
-  seconds = {"type": at_least_1, "default": 300, "metavar": "SECONDS"}
-  add("--multihost_timeout", **seconds, help="that they may take to meet")
 
 
 def at_least_1(text: str) -> int:

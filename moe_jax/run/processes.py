@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent import futures
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -29,21 +30,33 @@ _BEAT = 5.0  # Seconds between two signs of life.
 _LATE = re.compile(r"timed out task names:\s*\S*?(\d+)\s")
 
 
-def join(mode: str = "auto", timeout: int = 300) -> None:
+def join(
+  mode: str = "auto",
+  timeout: int = 300,
+  facts: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
   """Makes this process one of several; before anything that needs a device.
+
+  All of them have to be started with the same facts.
 
   Args:
     mode: "on": by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID,
       or as jax.distributed finds out (Cloud TPU, GKE, SLURM, Open MPI); "off":
       alone; "auto": "on" where the environment tells of several processes.
     timeout: seconds to wait for all of them, >= 1.
+    facts: see `check_same`; flags of the command, for instance.
 
   Raises:
     ConfigError: "on" without a cluster; values that are none; the others did
-      not come in time.
+      not come in time, or with other facts.
   """
-  if mode == "off" or (mode == "auto" and not detected(os.environ)):
-    return
+  if mode == "on" or (mode == "auto" and detected(os.environ)):
+    _meet(mode, timeout)
+  check_same(facts)
+
+
+def _meet(mode, timeout):
+  """Waits for the other processes."""
   given = _given(os.environ)
   # Where these times ran out, jax would abort this process with a stack of C++.
   meeting = _in_thread(
@@ -178,21 +191,22 @@ def gather(value: Any) -> list:
   return [json.loads(row[:size].tobytes()) for row, size in zip(found, sizes)]
 
 
-def by_first(function: Callable[[], Any]) -> Any:
+def by_first(function: Callable, *args, **options) -> Any:
   """Calls a function on the first process; returns its result on all of them.
 
   It is not called inside of another one.
 
   Args:
     function: returns what JSON can hold.
+    *args, **options: of the function.
 
   Raises:
-    What it raises, on all of them; on the others as one of our errors.
+    What the function raises, on all of them; on the others as one of our errors.
   """
   told, error = {}, None
   if is_first():
     try:
-      told["returned"] = function()
+      told["returned"] = function(*args, **options)
     except Exception as e:
       error, told = e, {"raised": type(e).__name__, "text": str(e)}
   told = gather(told)[0]

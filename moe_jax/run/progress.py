@@ -2,31 +2,36 @@
 
 import sys
 
+import jax
 from tqdm import tqdm
 
 _LINE = "{n_fmt}/{total_fmt} {unit}, {elapsed} spent, {remaining} left{postfix}"
 
 
 class Progress(tqdm):
-  """Counts units of work on stderr."""
+  """Counts units of work on stderr of the first process.
 
-  def __init__(self, total: int, what: str, shown: bool = True):
+  about: text before the notes.
+  """
+
+  about = ""
+
+  def __init__(self, total: int, what: str):
     """Shows nothing done yet.
 
     Args:
       total: units.
       what: what to call them.
-      shown: whether to say anything.
     """
     options = {"total": total, "unit": what, "smoothing": 0, "miniters": 1}
     if not sys.stderr.isatty():
       # A line every ten seconds, at most.
       options |= {"file": _Lines(), "mininterval": 10.0, "bar_format": _LINE}
-    super().__init__(**options, disable=not shown)
+    super().__init__(**options, disable=jax.process_index() > 0)
 
   def update(self, n: int, note: str = "") -> None:
     """n more units are done; note is shown behind."""
-    self.set_postfix_str(note, refresh=False)
+    self.set_postfix_str(self.about + note, refresh=False)
     super().update(n)
 
   def skip(self, n: int) -> None:

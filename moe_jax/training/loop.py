@@ -46,9 +46,7 @@ def train_and_evaluate(config, workdir) -> dict[str, float]:
     if finished is not None:
       return finished
     program = Program(config, fingerprint=directory.facts.get("data"))
-    progress = Progress(
-      config.train.num_steps, "steps", shown=processes.is_first()
-    )
+    progress = Progress(config.train.num_steps, "steps")
     with contextlib.closing(progress):
       return run(program, config.seed, directory, progress)
 

@@ -93,7 +93,6 @@ class Program:
       ConfigError: impossible values; before anything is compiled.
       RunError: the mesh changes what a layer computes, see `mesh_check`.
     """
-    check(config)
     writers.check(config.writers)
     self.config = config
     self.mesh, self.task, self.model = build(config, fingerprint=fingerprint)
@@ -229,7 +228,13 @@ def _structure(config, task, numbers) -> tuple:
 
 
 def build(config, **options) -> tuple:
-  """(mesh or None, task, model) of a config; see `build_task` for the options."""
+  """(mesh or None, task, model) of a config that is checked first.
+
+  Args:
+    config: see `check`.
+    **options: see `build_task`.
+  """
+  check(config)
   mesh = parallel.mesh_or_none(config.mesh)
   task = build_task(config, mesh, **options)
   return mesh, task, build_model(config, task, mesh)

@@ -19,7 +19,6 @@ def describe(config) -> str:
   Raises:
     ConfigError: what the mesh cannot hold, and other impossible values.
   """
-  program.check(config)
   mesh, task, model = program.build(config, prepare=False)
   init = functools.partial(
     train_step.init_state,
