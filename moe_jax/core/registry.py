@@ -22,6 +22,7 @@ _PACKAGES = {
   "dispatchers": "moe.dispatchers",
   "datasets": "data.datasets",
   "optimizers": "training.optimizers",
+  "hooks": "training.hooks",
 }
 
 

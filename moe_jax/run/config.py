@@ -19,7 +19,7 @@ from moe_jax.core.options import integer
 
 # Keys that a run's numbers do not depend on.
 IDLE = ("mesh", "writers", "checkpoint.", "data.cache_dir")
-IDLE += ("train.check_mesh", "train.profile_steps")
+IDLE += ("train.check_mesh", "train.profile_steps", "train.hooks")
 # And those that may be others when a run goes on.
 _FREE = (*IDLE, "data.dir", "train.max_skipped_in_a_row")
 # Sections whose keys are up to the config: the options of a part, and parts or
@@ -33,6 +33,7 @@ OPEN = (
   "model.moe.dispatcher",
   "model.moe.balancers",
   "optim.optimizer",
+  "train.hooks",
 )
 _FOLDER_OF_A_PART = re.compile(r"data\.mixture\..+\.dir")
 

@@ -18,7 +18,7 @@ from moe_jax.moe import kernels
 from moe_jax.moe.types import Mean
 from moe_jax.run import processes, provenance, run_directory, signals
 from moe_jax.run.progress import Progress
-from moe_jax.training import metrics
+from moe_jax.training import hooks, metrics
 from moe_jax.training.checkpoint import Checkpoints, newest_first
 from moe_jax.training.program import Program
 
@@ -84,6 +84,7 @@ def run(
   with contextlib.closing(checkpoints), signals.Stop(deadline) as stop:
     state, step, lines = _begin(program, seed, directory, checkpoints, progress)
     stream = program.batches(seed)
+    made = hooks.build(program.config, hooks.Run(directory.path, program))
     while True:
       if step == num_steps:
         checkpoints.wait()  # A run with its last line has its parameters.
@@ -100,7 +101,7 @@ def run(
       steps = range(step, _next_stop(program.config, step))
       with _profile(program.config, step, directory):
         state, step = take_steps(
-          program, state, stream, steps, lines, checkpoints, stop
+          program, state, stream, steps, lines, checkpoints, stop, made
         )
         jax.block_until_ready(state)
 
@@ -192,7 +193,14 @@ def save(checkpoints, step: int, state, lines) -> None:
 
 
 def take_steps(
-  program: Program, state, stream, steps: range, lines, checkpoints, stop
+  program: Program,
+  state,
+  stream,
+  steps: range,
+  lines,
+  checkpoints,
+  stop=None,
+  every_hook=(),
 ):
   """Trains for some steps, or until it is asked to stop.
 
@@ -205,6 +213,7 @@ def take_steps(
     lines: Lines that the metrics go to.
     checkpoints: where `checkpoint.every` steps are saved.
     stop: signals.Stop; None: nobody asks.
+    every_hook: from `hooks.build`.
 
   Returns:
     TrainState and the number of steps done.
@@ -218,6 +227,11 @@ def take_steps(
     lines.write()  # Now that the devices have something to do.
     done = step + 1
     lines.add(done, sums)
+    if due := [hook for every_n, hook in every_hook if done % every_n == 0]:
+      told = jax.device_get(sums)
+      told = metrics.for_hooks(told, program.task, program.model)
+      for hook in due:
+        hook(state, done, told)
     if done == last or (every and done % every == 0):
       lines.write()
       save(checkpoints, done, state, lines)
@@ -275,18 +289,10 @@ class Lines:
       self._tokens += float(sums["loss"].weight)
       self._skipped = int(sums["skipped"])
       if not sums["skipped_in_a_row"]:
-        self._means = metrics.add_up([self._means, self._of_step(sums)])
+        means = metrics.of_step(sums, self.program.task, self.program.model)
+        self._means = metrics.add_up([self._means, means])
       self._check(step, int(sums["skipped_in_a_row"]))
     self._waiting = []
-
-  def _of_step(self, sums):
-    means = metrics.of_sums(sums, self.program.task, self.program.model)
-    means["grad_norm"] = Mean(sums["grad_norm"], 1.0)
-    means["aux_loss"] = Mean(sums["aux_loss"], 1.0)
-    if sums["stats"]:
-      means["bias_range"] = metrics.bias_range(sums["balance"])
-    # Python's floats survive JSON to the last bit.
-    return {k: Mean(float(m.total), float(m.weight)) for k, m in means.items()}
 
   def _check(self, step, in_a_row):
     most = self.program.config.train.max_skipped_in_a_row

@@ -62,6 +62,29 @@ def of_sums(sums: Mapping, task, model) -> dict[str, Mean]:
   return out
 
 
+def of_step(sums: Mapping, task, model) -> dict[str, Mean]:
+  """All metrics of one training step.
+
+  Args:
+    sums: of `train_step`, on the host.
+    task, model: as in `of_sums`.
+  """
+  means = of_sums(sums, task, model)
+  means["grad_norm"] = Mean(sums["grad_norm"], 1.0)
+  means["aux_loss"] = Mean(sums["aux_loss"], 1.0)
+  if sums["stats"]:
+    means["bias_range"] = bias_range(sums["balance"])
+  # Python's floats survive JSON to the last bit.
+  return {k: Mean(float(m.total), float(m.weight)) for k, m in means.items()}
+
+
+def for_hooks(sums: Mapping, task, model) -> dict:
+  """`of_step`, divided, and "tokens_per_expert": {layer: its loads}."""
+  layers = by_layer(sums["stats"], models.sublayers(model))
+  loads = {number: layer.count_E for number, layer in layers.items()}
+  return divide(of_step(sums, task, model)) | {"tokens_per_expert": loads}
+
+
 def by_layer(
   stats: Mapping[str, Stats], sublayers: Mapping[str, Sublayer]
 ) -> dict[str, Layer]:

@@ -26,6 +26,7 @@ from moe_jax.run import writers
 from moe_jax.training import (
   checkpoint,
   evaluation,
+  hooks,
   mesh_check,
   optimizers,
   train_step,
@@ -48,6 +49,7 @@ OPTIONS = {
       "accumulation": integer(1),
       "log_every": integer(1),
       "check_mesh": bool,
+      "hooks": hooks.OPTIONS,
       "profile_steps": items(integer(0)),
       "max_skipped_in_a_row": integer(1),
     }
@@ -285,6 +287,7 @@ def check(config) -> None:
   """
   section(OPTIONS).check(config, "config")
   optimizers.check(config.optim, config.train.num_steps, config.plugins)
+  hooks.check(config)
   data, train = config.data, config.train
   if data.batch_size % train.accumulation:
     raise ConfigError(
