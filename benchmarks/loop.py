@@ -80,10 +80,9 @@ def measure(program, folder, num_steps: int, rounds: int) -> list[float]:
     jax.block_until_ready((state, sums))
     bare = time.perf_counter() - started
     started = time.perf_counter()
-    steps = range(i * num_steps, (i + 1) * num_steps)
-    state, _ = loop.take_steps(
-      program, state, stream, steps, lines, checkpoints, None
-    )
+    for step in range(i * num_steps, (i + 1) * num_steps):
+      state = loop.take_step(program, state, stream, step, lines, checkpoints)
+    lines.write()
     jax.block_until_ready(state)
     if i:  # The first pair warms up.
       ratios.append((time.perf_counter() - started) / bare)

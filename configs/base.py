@@ -116,6 +116,9 @@ def get_config() -> ConfigDict:
   c.train.log_every = 10  # steps between lines of metrics.jsonl
   # On a mesh, compare a layer with that of one device before the first step.
   c.train.check_mesh = True
+  # Any number of files of moe_jax/training/hooks, by a label of yours, each with
+  # its options and every, the steps between its calls.
+  c.train.hooks = ConfigDict()
   c.train.profile_steps = ()  # (first, end): a trace in WORKDIR/profile
   c.train.max_skipped_in_a_row = 10  # steps not finite, before the run stops
 

@@ -209,7 +209,7 @@ def test_all_damaged_is_an_error_and_nothing_is_moved(folder):
   for step in folder.glob("[0-9]"):
     damage("other arrays", step)
   with opened(folder) as checkpoints:
-    with pytest.raises(ConfigError, match="all checkpoints in .* are damaged"):
+    with pytest.raises(ConfigError, match="can be read: 3, 2, 1 are damaged"):
       checkpoints.restore(abstract())
     assert checkpoints.steps() == [1, 2, 3]
 

@@ -55,7 +55,7 @@ RUNS = {
 )
 def test_a_right_mesh_differs_by_rounding(name, sizes):
   found = check(RUNS[name], sizes)
-  assert 0 < found.distance < 1e-5 and found.seconds > 0
+  assert 0 < found.distance < 1e-5
 
 
 def test_bfloat16_and_runs_without_experts():

@@ -618,8 +618,8 @@ FAULTS = (
   Fault(
     "too many steps that are not finite do not stop a run",
     "moe_jax/training/loop.py",
-    "if in_a_row < most:",
-    "if in_a_row < 10 * most:",
+    "if in_a_row >= self._program",
+    "if in_a_row >= 10 * self._program",
     "loop_test.py::test_too_many_in_a_row_stop_the_run",
   ),
   Fault(

@@ -89,7 +89,7 @@ def tree(seed, experts=None, size=(D, F)):
 
 def moved(c, gradients, params, roles=ROLES):
   """The updates of several steps, the numbers of `c` being arguments."""
-  optimizers.check(c, 10, PLUGINS)
+  optimizers.numbers(c, 10, PLUGINS)
   direction = optimizers.load(c, PLUGINS).direction
 
   @jax.jit
@@ -315,7 +315,7 @@ def test_impossible_options_are_refused(changes, words):
   section = options("adamw", **changes)
   with pytest.raises(ConfigError) as e:
     options_lib.section(optimizers.OPTIONS).check(section, "optim")
-    optimizers.check(section, 10)
+    optimizers.numbers(section, 10)
   assert all(word in str(e.value) for word in words), str(e.value)
 
 
@@ -326,9 +326,9 @@ def test_a_plugin_that_builds_something_else(tmp_path):
   with pytest.raises(
     ConfigError, match="optimizers/none.*returned None.*Optimizer"
   ):
-    optimizers.check(c, 10, (str(tmp_path),))
+    optimizers.numbers(c, 10, (str(tmp_path),))
   with pytest.raises(ConfigError, match='no "none"'):
-    optimizers.check(c, 10)
+    optimizers.numbers(c, 10)
 
 
 # Numbers do not compile.
@@ -412,7 +412,6 @@ def test_rates_of_arguments_and_of_constants(name):
   ):
     c = options("adamw", learning_rate=peak, schedule=name, decay_steps=decay)
     c.warmup_steps = warmup
-    schedules.check(c, num_steps)
     steps = jnp.arange(num_steps + 1)
     theirs = jax.jit(lambda s, c=c, n=num_steps: jax.lax.map(of_optax(c, n), s))
     np.testing.assert_allclose(

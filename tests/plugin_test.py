@@ -28,6 +28,7 @@ def demo():
   c.optim.learning_rate = 1e-3
   c.train.num_steps = 8
   c.train.log_every = 4
+  c.train.hooks = {{"loads": {{"name": "heat_map", "every": 4}}}}
   c.eval.batches_per_domain = 1
   arms = sweeps.over("model.moe.router", {{
     "top_k": {{"name": "top_k"}},
@@ -56,7 +57,7 @@ def folder(tmp_path):
     path = tmp_path / "plugins" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
-  assert len(parts) == 4
+  assert len(parts) == 5
   return tmp_path / "plugins"
 
 
@@ -82,6 +83,8 @@ def test_it_trains_on_a_mesh_and_appears_in_a_report(
   assert run["mesh"] == {"data": 1, "fsdp": 2, "expert": 4, "tensor": 1}
   (recipe,) = run["recipe"].values()
   assert recipe["router"] == {"name": "cosine", "top_k": 2, "temperature": 0.2}
+  drawn = sorted(path.name for path in (folder / "heat_map").iterdir())
+  assert drawn == ["00000004.png", "00000008.png"]
   first, last = run_directory.read_metrics(folder, "train")
   assert last["loss"] < first["loss"]
   assert last["router_entropy"] > 0 and last["max_vio"] > 0

@@ -58,7 +58,14 @@ def test_names_are_sorted():
   for kind in ("balancers", "dispatchers"):
     names = registry.names(kind)
     assert names == sorted(names) and len(names) >= 3
-  for kind in (*KINDS, "models", "attention", "datasets"):
+  for kind in (
+    *KINDS,
+    "models",
+    "attention",
+    "datasets",
+    "optimizers",
+    "hooks",
+  ):
     for name in registry.names(kind):
       assert callable(registry.Spec(kind, name, (), {}).build)
 

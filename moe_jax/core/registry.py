@@ -23,6 +23,7 @@ _PACKAGES = {
   "attention": "models.attention",
   "datasets": "data.datasets",
   "optimizers": "training.optimizers",
+  "hooks": "training.hooks",
 }
 
 

@@ -18,14 +18,14 @@ from moe_jax.core.options import integer
 
 # Keys that a run's numbers do not depend on.
 IDLE = ("mesh", "writers", "checkpoint.", "data.cache_dir")
-IDLE += ("train.check_mesh", "train.profile_steps")
+IDLE += ("train.check_mesh", "train.profile_steps", "train.hooks")
 # And those that may be others when a run goes on.
 _FREE = (*IDLE, "data.dir", "train.max_skipped_in_a_row")
 # Sections whose keys are up to the config: the options of a part, and parts or
 # data by a label.
 OPEN = ("task", "data.mixture", "optim.optimizer", "model.attention")
 OPEN += ("model.variants", "model.moe.router", "model.moe.dispatcher")
-OPEN += ("model.moe.balancers",)
+OPEN += ("model.moe.balancers", "train.hooks")
 _FOLDER_OF_A_PART = re.compile(r"data\.mixture\..+\.dir")
 
 

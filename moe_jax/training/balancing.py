@@ -24,7 +24,6 @@ def numbers(sublayers: Sublayers) -> dict:
     path: {
       label: registry.number_options(balancer)
       for label, balancer in parts.recipe.balancers
-      if balancer.spec is not None
     }
     for path, parts in sublayers.items()
   }
@@ -35,14 +34,13 @@ def rebuilt(sublayers: Sublayers, numbers: Mapping) -> dict[str, Sublayer]:
 
   Args:
     sublayers: of the model.
-    numbers: as `numbers` returns them; what it lacks stays as it is.
+    numbers: as `numbers` returns them.
   """
   made = {}
   for path, parts in sublayers.items():
-    new = numbers.get(path, {})
     balancers = tuple(
-      (label, registry.rebuild(b, new[label]) if label in new else b)
-      for label, b in parts.recipe.balancers
+      (label, registry.rebuild(balancer, numbers[path][label]))
+      for label, balancer in parts.recipe.balancers
     )
     recipe = dataclasses.replace(parts.recipe, balancers=balancers)
     made[path] = parts._replace(recipe=recipe)

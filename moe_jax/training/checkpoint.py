@@ -1,15 +1,13 @@
 """Checkpoints, over Orbax: written while training goes on, checked when read.
 
-FOLDER/STEP/state holds the arrays, FOLDER/STEP/meta a JSON of what else is
-needed to go on. A checkpoint is there as a whole or not at all; one that has
-changed since is noticed by its checksums, set aside, and the one before it is
-used. Arrays are restored onto any mesh.
+FOLDER/STEP/state holds the arrays, FOLDER/STEP/meta a JSON of the rest. A
+checkpoint is there as a whole or not at all; one that has changed since is
+noticed by its checksums, set aside, and the one before it is used.
 """
 
 import contextlib
 import errno
-import itertools
-import json
+import math
 import os
 import pathlib
 import re
@@ -39,6 +37,10 @@ _LACKS = re.compile(
   "MemoryError|" + "|".join(os.strerror(number) for number in _ERRORS)
 )
 _FORMAT = 2  # Raise it when a checkpoint means something else than before.
+
+
+class _Damaged(Exception):
+  """A checkpoint is not as it was written."""
 
 
 class Restored(NamedTuple):
@@ -72,18 +74,16 @@ class Checkpoints:
     import orbax.checkpoint as ocp  # Slow to import.
 
     self.folder = pathlib.Path(folder).absolute()
-    self._manager = ocp.CheckpointManager(
-      self.folder,
-      options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep_last,
-        keep_period=keep_every,
-        cleanup_tmp_directories=True,  # Left by a killed process.
-      ),
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep_last,
+      keep_period=keep_every,
+      cleanup_tmp_directories=True,  # Left by a killed process.
     )
+    self._manager = ocp.CheckpointManager(self.folder, options=options)
     self._writing = None  # The step that is being written.
 
   def steps(self) -> list[int]:
-    """Steps of the whole checkpoints, in order."""
+    """Steps of the whole checkpoints, in order; the same on all processes."""
     return sorted(self._manager.all_steps())
 
   def save(self, step: int, state, meta: Mapping[str, Any]) -> None:
@@ -106,18 +106,16 @@ class Checkpoints:
     about = {
       "format": _FORMAT,
       "arrays": checksums.of_arrays(state),
-      "meta": json.loads(json.dumps(dict(meta))),
+      "meta": dict(meta),
     }
     about["checksum"] = checksums.of_json(about)
+    args = ocp.args.Composite(
+      state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(about)
+    )
     self._writing = step
     with self._failing():
       _check_space(self.folder, state)
-      self._manager.save(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(about)
-        ),
-      )
+      self._manager.save(step, args=args)
 
   def wait(self) -> None:
     """Returns when everything is written.
@@ -135,12 +133,13 @@ class Checkpoints:
     try:
       yield
     except Exception as e:
-      whole = [s for s in newest_first(self.folder) if s != self._writing]
-      last = f"the last whole one is {self.folder / str(max(whole, default=0))}"
+      whole = newest_first(self.folder, before=self._writing or math.inf)
+      last = (
+        f"the last whole one is {whole[0]}" if whole else "no other is whole"
+      )
       raise RunError(
         f"the checkpoint of step {self._writing} cannot be written to"
-        f" {self.folder} ({first_line(e)});"
-        f" {last if whole else 'there is no other'}."
+        f" {self.folder} ({first_line(e)}); {last}."
         " Free space on that disk, older runs for instance, and give the same"
         " command to go on"
       ) from e
@@ -161,26 +160,21 @@ class Checkpoints:
     import orbax.checkpoint as ocp
 
     args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-    damaged = []
-    for step in reversed(self.steps()):
-      read = _read(
-        self.folder / str(step),
-        lambda step=step: self._manager.restore(step, args=args).state,
-        wanted=checksums.types(like),
-      )
-      if read is not None:
-        if damaged:
-          processes.by_first(lambda: _set_aside(self.folder, damaged))
-          logging.warning("Going on from the one before it, step %d", step)
-          self._manager.reload()
-        return Restored(step, *read)
-      damaged.append(step)
+
+    def read(folder):
+      return self._manager.restore(int(folder.name), args=args).state
+
+    folders = [self.folder / str(step) for step in reversed(self.steps())]
+    if not folders:
+      return None
+    wanted = checksums.types(like)
+    damaged, state, meta = _newest_whole(folders, read, wanted=wanted)
+    step = int(folders[len(damaged)].name)
     if damaged:
-      raise ConfigError(
-        f"all checkpoints in {self.folder} are damaged; move that folder away"
-        " to start again from step 0"
-      )
-    return None
+      processes.by_first(lambda: _set_aside(damaged))
+      logging.warning("Going on from the one before it, step %d", step)
+      self._manager.reload()
+    return Restored(step, state, meta)
 
   def close(self) -> None:
     """Waits, and lets go of the folder."""
@@ -191,17 +185,10 @@ class Checkpoints:
 
 
 def load_params(path: str | os.PathLike) -> dict:
-  """The parameters of a checkpoint as numpy arrays, on any machine.
+  """Parameters of a checkpoint: nested dicts of numpy arrays, on any machine.
 
-  Args:
-    path: a work directory (its newest whole checkpoint), or one checkpoint,
-      such as runs/tiny/checkpoints/300.
-
-  Returns:
-    Nested dicts of numpy arrays.
-
-  Raises:
-    As `load_variables`.
+  Args: a work directory (its newest whole checkpoint), or one checkpoint, such
+  as runs/tiny/checkpoints/300. Raises as `load_variables`.
   """
   return load_variables(path)["params"]
 
@@ -220,26 +207,18 @@ def load_variables(path: str | os.PathLike, ema: bool = False) -> dict:
     ConfigError: there is no checkpoint that can be read, or no average in it.
     RunError: the newest cannot be read just now, and may be whole.
   """
-  folders = _folders(pathlib.Path(path).absolute())
   params = "ema" if ema else "params"
   names = params, "balance"
-  for folder in folders:
-    read = _read(
-      folder, lambda folder=folder: _read_arrays(folder, names), parts=names
-    )
-    if read is None:
-      continue
-    variables, _ = read
-    if params not in variables:
-      raise ConfigError(
-        f"the checkpoint {folder} has no moving average of its parameters, as"
-        " its run has train.ema = None; leave --ema out"
-      )
-    return variables | {"params": variables.pop(params)}
-  raise ConfigError(
-    f"no checkpoint in {path} can be read: {', '.join(f.name for f in folders)}"
-    " are damaged; give another"
+  folders = _folders(pathlib.Path(path).absolute())
+  _, variables, _ = _newest_whole(
+    folders, lambda folder: _read_arrays(folder, names), parts=names
   )
+  if params not in variables:
+    raise ConfigError(
+      f"the checkpoint in {path} has no moving average of its parameters, as"
+      " its run has train.ema = None; leave --ema out"
+    )
+  return variables | {"params": variables.pop(params)}
 
 
 def _read_arrays(folder, names):
@@ -264,38 +243,62 @@ def _folders(path):
   """The checkpoints that a path may stand for, the newest first."""
   if (path / "state").is_dir():
     return [path]
-  for folder in (path / "checkpoints", path):
-    if steps := newest_first(folder):
-      return [folder / str(step) for step in steps]
+  if folders := newest_first(path / "checkpoints") or newest_first(path):
+    return folders
   raise ConfigError(
     f"there is no checkpoint in {path}; give a run's work directory or a folder"
     " such as runs/tiny/checkpoints/300"
   )
 
 
-def newest_first(folder: pathlib.Path) -> list[int]:
-  """Steps of the checkpoints that lie in a folder."""
-  names = (f.name for f in folder.glob("*") if f.name.isdigit())
-  return sorted(map(int, names), reverse=True)
+def newest_first(folder: pathlib.Path, before=math.inf) -> list[pathlib.Path]:
+  """The checkpoints in a folder, of steps before this one."""
+  steps = [int(f.name) for f in folder.glob("*") if f.name.isdigit()]
+  steps.sort(reverse=True)
+  return [folder / str(step) for step in steps if step < before]
 
 
-def _read(folder, read_arrays, *, parts=None, wanted=None):
-  """Returns (arrays, meta) of a checkpoint; None if it is damaged.
+def _newest_whole(folders, read, **options):
+  """Reads the newest whole checkpoint.
 
   Args:
-    folder: of the checkpoint.
-    read_arrays: reads them; called without arguments.
-    parts: the parts of the state that it reads; None: all.
-    wanted: from `checksums.types`, the arrays that there should be; None: those
-      that were saved.
+    folders: of the checkpoints, the newest first.
+    read: (folder) -> its arrays.
+    **options: of `_read`.
+
+  Returns:
+    (folders of newer ones, which are damaged; its arrays; its meta).
 
   Raises:
+    ConfigError: all are damaged; or as `_read`.
+    RunError: as `_read`.
+  """
+  for number, folder in enumerate(folders):
+    try:
+      return folders[:number], *_read(folder, read, **options)
+    except _Damaged:
+      continue
+  raise ConfigError(
+    f"no checkpoint in {folders[0].parent} can be read:"
+    f" {', '.join(f.name for f in folders)} are damaged; give another, or move"
+    " them away to start again from step 0"
+  )
+
+
+def _read(folder, read, *, parts=None, wanted=None):
+  """Returns (arrays, meta) of a checkpoint.
+
+  Args:
+    folder, read: as in `_newest_whole`.
+    parts: of the state, which are read; None: all.
+    wanted: from `checksums.types`, what there should be; None: what was saved.
+
+  Raises:
+    _Damaged: it is damaged.
     ConfigError: it is of another model or version.
     RunError: it cannot be read just now, and may be whole.
   """
-  about = _tried(folder, lambda: _about(folder))
-  if about is None:
-    return None
+  about = _tried(folder, _about, folder)
   if about["format"] != _FORMAT:
     raise ConfigError(
       f"the checkpoint {folder} has format {about['format']}, not {_FORMAT}; use"
@@ -308,24 +311,24 @@ def _read(folder, read_arrays, *, parts=None, wanted=None):
   }
   if wanted is not None:
     _check_model(folder, {k: kind for k, (kind, _) in saved.items()}, wanted)
-  arrays = _tried(folder, read_arrays)
-  if arrays is not None:
-    arrays = _tried(folder, lambda: _compared(arrays, saved))
-  return None if arrays is None else (arrays, about["meta"])
+  arrays = _tried(folder, read, folder)
+  _tried(folder, _compare, arrays, saved)
+  return arrays, about["meta"]
 
 
-def _tried(folder, function):
-  """Returns what a function does; None, with a warning, for a damaged file.
+def _tried(folder, function, *args):
+  """Returns function(*args), which reads from the folder of a checkpoint.
 
   Where several processes run, all of them call it: each reads other bytes, and
   all need a whole checkpoint.
 
   Raises:
+    _Damaged: the function raised on one of them; this has been said.
     RunError: what went wrong says nothing about the checkpoint.
   """
   result = problem = None
   try:
-    result = function()
+    result = function(*args)
   except Exception as e:  # Whatever damage makes Orbax raise.
     problem = f"{type(e).__name__}: {first_line(e)}"
   problem = next(filter(None, processes.gather(problem)), None)
@@ -338,7 +341,7 @@ def _tried(folder, function):
       " the one before it"
     )
   logging.warning("The checkpoint %s is damaged (%s)", folder, problem)
-  return None
+  raise _Damaged
 
 
 def _about(folder) -> dict:
@@ -358,11 +361,10 @@ def _about(folder) -> dict:
   return about
 
 
-def _compared(arrays, saved):
-  """Returns the arrays; raises ValueError if they are damaged."""
+def _compare(arrays, saved):
+  """Raises ValueError for arrays that are damaged."""
   if checksums.of_arrays(arrays) != saved:
     raise ValueError("its arrays do not have the checksums that were saved")
-  return arrays
 
 
 def _check_model(folder, there, wanted):
@@ -376,13 +378,13 @@ def _check_model(folder, there, wanted):
       )
 
 
-def _set_aside(folder, steps):
-  """Moves damaged ones beside the folder: their steps are written again."""
-  aside = folder.with_name("damaged_checkpoints")
+def _set_aside(folders):
+  """Moves damaged checkpoints away, as their steps are written again."""
+  aside = folders[0].parent.with_name("damaged_checkpoints")
   aside.mkdir(exist_ok=True)
-  for step in steps:
-    names = (aside / f"{step}.{number}" for number in itertools.count(1))
-    (folder / str(step)).rename(next(to for to in names if not to.exists()))
+  for folder in folders:
+    before = len([*aside.glob(f"{folder.name}.*")])
+    folder.rename(aside / f"{folder.name}.{before + 1}")
 
 
 def _check_space(folder, state):

@@ -1,6 +1,7 @@
 """The validation split: the task's and routing metrics, whole and by domain."""
 
 import collections
+import itertools
 from collections.abc import Mapping
 
 import jax
@@ -115,14 +116,14 @@ def describe(shares: Mapping, top: int = 3) -> str:
     top: how many.
   """
   layers, domains = (sorted(set(names)) for names in zip(*shares))
+
+  def most_used(share_E):
+    best = sorted(zip(share_E, itertools.count()), reverse=True)[:top]
+    return ", ".join(f"{e}: {100 * share:.0f} %" for share, e in best)
+
   rows = [["layer", *domains], ["---"] * (len(domains) + 1)]
   for layer in layers:
-    row = [layer]
-    for domain in domains:
-      pairs = ((share, e) for e, share in enumerate(shares[layer, domain]))
-      best = sorted(pairs, reverse=True)[:top]
-      row.append(", ".join(f"{e}: {100 * share:.0f} %" for share, e in best))
-    rows.append(row)
+    rows.append([layer, *(most_used(shares[layer, d]) for d in domains)])
   return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

@@ -11,14 +11,11 @@ import time
 
 import jax
 
-from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError, Diverged, Interrupted
-from moe_jax.models import counts
-from moe_jax.moe import kernels
 from moe_jax.moe.types import Mean
 from moe_jax.run import processes, provenance, run_directory, signals
 from moe_jax.run.progress import Progress
-from moe_jax.training import metrics
+from moe_jax.training import hooks, metrics
 from moe_jax.training.checkpoint import Checkpoints, newest_first
 from moe_jax.training.program import Program
 
@@ -73,60 +70,48 @@ def run(
   Raises:
     As `train_and_evaluate`.
   """
-  options, num_steps = program.config.checkpoint, program.config.train.num_steps
+  options, train = program.config.checkpoint, program.config.train
   checkpoints = Checkpoints(
     directory.path / "checkpoints",
     keep_last=options.keep_last,
     keep_every=options.keep_every,
   )
-  with contextlib.closing(checkpoints), signals.Stop(deadline) as stop:
+  with (
+    contextlib.closing(checkpoints),
+    contextlib.ExitStack() as profile,
+    signals.Stop(deadline) as stop,
+  ):
     state, step, lines = _begin(program, seed, directory, checkpoints, progress)
     stream = program.batches(seed)
+    made = hooks.build(program.config, hooks.Run(directory.path, program))
     while True:
-      if step == num_steps:
+      if step in train.profile_steps:
+        jax.block_until_ready(state)
+        profile.close()  # Does nothing where none has begun.
+      if step in train.profile_steps[:1]:
+        profile.enter_context(jax.profiler.trace(directory.path / "profile"))
+      if step == train.num_steps:
         checkpoints.wait()  # A run with its last line has its parameters.
-      final = _evaluate(program, state, step, directory, stop)
+      final = _evaluate(program, state, step, lines, directory, stop)
       if stop.asked():
-        save(checkpoints, step, state, lines)
+        lines.write()
+        lines.save(checkpoints, step, state)
         checkpoints.wait()
         raise Interrupted(
           f"stopped after step {step} and saved in {directory.path}; the same"
           " command goes on"
         )
-      if step == num_steps:
+      if step == train.num_steps:
         return final
-      steps = range(step, _next_stop(program.config, step))
-      with _profile(program.config, step, directory):
-        state, step = take_steps(
-          program, state, stream, steps, lines, checkpoints, stop
-        )
-        jax.block_until_ready(state)
+      state = take_step(program, state, stream, step, lines, checkpoints, made)
+      step += 1
 
 
 def _begin(program, seed, directory, checkpoints, progress):
   """(state, step, lines) of a new run, or of its newest checkpoint."""
   processes.check_same({"the data's fingerprint": program.task.fingerprint})
-  sizes = program.sizes
-  facts = dict(
-    seed=seed,
-    data=program.task.fingerprint,
-    data_sources=program.task.sources,
-    mesh=program.mesh_shape,
-    mesh_check=program.mesh_check and program.mesh_check._asdict(),
-    grouped_matmul=kernels.backend_for(
-      parallel.platform(program.mesh), program.config.model.moe.grouped_matmul
-    ),
-    recipe=counts.describe(program.model),
-    parameters=sizes,
-    train_flops_per_token=counts.train_flops_per_token(
-      program.model, sizes, program.task.length
-    ),
-    tokens_per_step=(
-      program.config.data.batch_size * program.task.tokens_per_example
-    ),
-    compile_seconds=program.compile_seconds,
-  )
   found = checkpoints.restore(program.abstract_state)
+  facts = program.facts() | {"seed": seed}
   if found is None:
     directory.start_over(**facts)
     lines = Lines(program, directory, progress)
@@ -145,22 +130,7 @@ def _begin(program, seed, directory, checkpoints, progress):
   return found.state, found.step, lines
 
 
-def _next_stop(config, step):
-  """The step after which there is an evaluation, or a profile begins or ends."""
-  last = config.train.num_steps
-  every = config.eval.every or last
-  ends = ((step // every + 1) * every, last, *config.train.profile_steps)
-  return min(end for end in ends if end > step)
-
-
-def _profile(config, step, directory):
-  """A context that writes a trace, if one is to begin at this step."""
-  if step not in config.train.profile_steps[:1]:
-    return contextlib.nullcontext()
-  return jax.profiler.trace(directory.path / "profile")
-
-
-def _evaluate(program, state, step, directory, stop):
+def _evaluate(program, state, step, lines, directory, stop):
   """Metrics of the validation split, if there are to be any after this step.
 
   None too if it is asked to stop meanwhile; then they are made when it goes on.
@@ -168,6 +138,7 @@ def _evaluate(program, state, step, directory, stop):
   last, every = program.config.train.num_steps, program.config.eval.every
   if step != last and not (step and every and step % every == 0):
     return None
+  lines.write()
   found = directory.logged(step, "validation")
   if found is None:
     found = program.evaluate(state, stop.asked)
@@ -176,51 +147,35 @@ def _evaluate(program, state, step, directory, stop):
   return found
 
 
-def save(checkpoints, step: int, state, lines) -> None:
-  """Writes the checkpoint after a step, with all that a restart needs."""
-  begun = lines.begun()
-  lines.directory.sync()
-  meta = {
-    "config": lines.program.config.to_dict(),
-    "data": lines.program.task.fingerprint,
-    "line": begun,
-    "lines": lines.directory.lines,
-  }
-  checkpoints.save(step, state, meta)
-
-
-def take_steps(
-  program: Program, state, stream, steps: range, lines, checkpoints, stop
-):
-  """Trains for some steps, or until it is asked to stop.
+def take_step(program, state, stream, step, lines, checkpoints, made=()):
+  """Trains for a step; calls hooks and saves, if it is their turn.
 
   A line is written while the devices compute the step after it.
 
   Args:
     program, state: what to train.
     stream: batches by step.
-    steps: which steps, counted from 0.
+    step: number of the step, from 0.
     lines: Lines that the metrics go to.
     checkpoints: where `checkpoint.every` steps are saved.
-    stop: signals.Stop; None: nobody asks.
+    made: hooks, from `hooks.build`.
 
   Returns:
-    TrainState and the number of steps done.
+    TrainState after the step.
   """
   every, last = program.config.checkpoint.every, program.config.train.num_steps
-  done = steps.start
-  for step in steps:
-    if stop is not None and stop.asked():
-      break
-    state, sums = program.train_step(state, program.put(stream[step]))
-    lines.write()  # Now that the devices have something to do.
-    done = step + 1
-    lines.add(done, sums)
-    if done == last or (every and done % every == 0):
-      lines.write()
-      save(checkpoints, done, state, lines)
-  lines.write()
-  return state, done
+  state, sums = program.train_step(state, program.put(stream[step]))
+  lines.write()  # Now that the devices have something to do.
+  done = step + 1
+  lines.add(done, sums)
+  if due := [hook for period, hook in made if done % period == 0]:
+    told = metrics.for_hooks(jax.device_get(sums), program)
+    for hook in due:
+      hook(state, done, told)
+  if done == last or (every and done % every == 0):
+    lines.write()
+    lines.save(checkpoints, done, state)
+  return state
 
 
 class Lines:
@@ -228,8 +183,8 @@ class Lines:
 
   def __init__(self, program: Program, directory, progress, step=0, begun=None):
     """Begins after a step, with a line that had `begun` before a restart."""
-    self.program = program
-    self.directory, self._progress = directory, progress
+    self._program, self._directory = program, directory
+    self._progress = progress
     self._waiting = []  # (step, sums on the devices) not added up yet.
     self._skipped = 0
     # Sums of the next line of metrics.
@@ -237,10 +192,18 @@ class Lines:
     self._tokens, self._since = 0.0, time.monotonic()
     self._told = step  # Steps that the progress line knows of.
 
-  def begun(self) -> dict[str, tuple[float, float]]:
-    """Sums of the steps since the last line, for the next process."""
+  def save(self, checkpoints: Checkpoints, step: int, state) -> None:
+    """Writes the checkpoint after a step, with all that a restart needs."""
     self._add_up()
-    return {k: (m.total, m.weight) for k, m in self._means.items()}
+    self._directory.sync()
+    begun = {k: (m.total, m.weight) for k, m in self._means.items()}
+    meta = {
+      "config": self._program.config.to_dict(),
+      "data": self._program.task.fingerprint,
+      "line": begun,
+      "lines": self._directory.lines,
+    }
+    checkpoints.save(step, state, meta)
 
   def add(self, step: int, sums) -> None:
     """Takes what `train_step` returned, without waiting for it."""
@@ -254,7 +217,7 @@ class Lines:
     """
     if not self._waiting:
       return
-    step, train = self._waiting[-1][0], self.program.config.train
+    step, train = self._waiting[-1][0], self._program.config.train
     if step % train.log_every and step != train.num_steps:
       return
     self._add_up()
@@ -262,7 +225,7 @@ class Lines:
     found = metrics.divide(self._means)
     found["skipped_steps"] = self._skipped
     found["tokens_per_second"] = self._tokens / (now - self._since)
-    self.directory.log(step, "train", found)
+    self._directory.log(step, "train", found)
     self._means, self._tokens, self._since = {}, 0.0, now
     note = [f"{k} {found[k]:.3f}" for k in ("loss", "max_vio") if k in found]
     self._progress.update(step - self._told, ", ".join(note))
@@ -273,30 +236,20 @@ class Lines:
       self._tokens += float(sums["loss"].weight)
       self._skipped = int(sums["skipped"])
       if not sums["skipped_in_a_row"]:
-        self._means = metrics.add_up([self._means, self._of_step(sums)])
-      self._check(step, int(sums["skipped_in_a_row"]))
+        means = metrics.of_step(sums, self._program)
+        self._means = metrics.add_up([self._means, means])
+      in_a_row = int(sums["skipped_in_a_row"])
+      if in_a_row >= self._program.config.train.max_skipped_in_a_row:
+        raise self._diverged(step, in_a_row)
     self._waiting = []
 
-  def _of_step(self, sums):
-    means = metrics.of_sums(sums, self.program.task, self.program.model)
-    means["grad_norm"] = Mean(sums["grad_norm"], 1.0)
-    means["aux_loss"] = Mean(sums["aux_loss"], 1.0)
-    if sums["stats"]:
-      means["bias_range"] = metrics.bias_range(sums["balance"])
-    # Python's floats survive JSON to the last bit.
-    return {k: Mean(float(m.total), float(m.weight)) for k, m in means.items()}
-
-  def _check(self, step, in_a_row):
-    most = self.program.config.train.max_skipped_in_a_row
-    if in_a_row < most:
-      return
-    folder = self.directory.path / "checkpoints"
-    good = [s for s in newest_first(folder) if s <= step - in_a_row]
-    last = f"the last good checkpoint is {folder / str(max(good, default=0))}"
-    raise Diverged(
+  def _diverged(self, step, in_a_row):
+    folder = self._directory.path / "checkpoints"
+    good = newest_first(folder, before=step - in_a_row + 1)
+    last = f"the last one before them is {good[0]}" if good else "there is none"
+    return Diverged(
       f"the loss or the gradient was not finite in {in_a_row} steps in a row,"
-      f" the last of them {step}, and none of these was applied;"
-      f" {last if good else 'there is no checkpoint before them'}. Raise"
-      " train.max_skipped_in_a_row to go on, or lower optim.learning_rate in"
-      " another --workdir"
+      f" the last of them {step}, and none of these was applied. Of checkpoints"
+      f" before them, {last}. Raise train.max_skipped_in_a_row to go on, or lower"
+      " optim.learning_rate in another --workdir"
     )

@@ -5,7 +5,7 @@ small D and F, is run on the mesh and on one device.
 """
 
 import dataclasses
-import time
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -32,11 +32,10 @@ _QUICK = {
 
 class Found(NamedTuple):
   """distance: the largest of all leaves, relative to their norms; leaf: its
-  name; seconds: that it took."""
+  name."""
 
   distance: float
   leaf: str
-  seconds: float
 
 
 def check(
@@ -58,20 +57,17 @@ def check(
   )
   if not recipes:
     return None
-  started = time.monotonic()
-  distance, leaf = max(
+  found = max(
     _compare(recipe, grouping, length, dtype, mesh)
     for recipe, grouping in recipes
   )
-  found = Found(distance, leaf, time.monotonic() - started)
-  most = _ELSEWHERE
-  if parallel.platform(mesh) == "cpu":
-    most = _TOLERANCE[dtype]
-  if not all(d <= most for d in processes.gather(distance)):
+  on_cpu = parallel.platform(mesh) == "cpu"
+  most = _TOLERANCE[dtype] if on_cpu else _ELSEWHERE
+  if max(processes.gather(found.distance)) > most:
     raise RunError(
       f"on the mesh {dict(mesh.shape)} the MoE layer is not the one of a single"
-      f" device: {leaf} differs by {distance:.1e} of its norm, and rounding by"
-      f" {most:.0e}; do not trust a run on it. Try another config.mesh,"
+      f" device: {found.leaf} differs by {found.distance:.1e} of its norm, and"
+      f" rounding by {most:.0e}; do not trust a run on it. Try another config.mesh,"
       " model.moe.grouped_matmul or dispatcher to see what is wrong, or set"
       " train.check_mesh = False to run all the same"
     )
@@ -79,24 +75,29 @@ def check(
 
 
 def _compare(recipe, grouping, length, dtype, mesh):
-  """(distance, leaf) between the layer on the mesh and on one device."""
-
-  def narrow(network):
-    resized = network and network.resized
-    return resized(_WIDTH * mesh.shape["tensor"]) if resized else network
-
-  recipe = dataclasses.replace(
-    recipe, experts=narrow(recipe.experts), shared=narrow(recipe.shared)
-  )
+  """The `Found` between the layer on the mesh and on one device."""
+  width = _WIDTH * mesh.shape["tensor"]
+  networks = {"experts": recipe.experts, "shared": recipe.shared}
+  narrow = {
+    name: network.resized(width)
+    for name, network in networks.items()
+    if network and network.resized
+  }
+  recipe = dataclasses.replace(recipe, **narrow)
   sequences = max(1, grouping.tokens(length) // length)  # Fills a group.
   batch = parallel.token_shards(mesh) * sequences
-  alone = MoE(recipe, grouping)
   shape = batch, length, _WIDTH * mesh.shape["fsdp"]
-  inputs = _inputs(alone, shape, dtype)
-  return _worst(
-    _measure(MoE(recipe, grouping, mesh), inputs, mesh),
-    _measure(alone, inputs, None),
-  )
+  inputs = _inputs(MoE(recipe, grouping), shape, dtype)
+  here = _measure(MoE(recipe, grouping, mesh), inputs, mesh)
+  alone = _measure(MoE(recipe, grouping), inputs, None)
+  name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+  leaves = jax.tree.leaves_with_path(here), jax.tree.leaves(alone)
+  distances = {
+    name(path): _distance(x, want)
+    for (path, x), want in zip(*leaves, strict=True)
+  }
+  leaf = max(distances, key=distances.get)
+  return Found(distances[leaf], leaf)
 
 
 def _inputs(layer, shape, dtype):
@@ -142,20 +143,10 @@ def _measure(layer, inputs, mesh):
   return jax.device_get(found | {"gradients": of_params})
 
 
-def _worst(found, expected):
-  """(distance, leaf) of the leaf that is furthest; integers must be equal."""
-  leaves = jax.tree_util.tree_leaves_with_path(found)
-  pairs = [
-    (_distance(x, want), jax.tree_util.keystr(path, simple=True, separator="/"))
-    for (path, x), want in zip(leaves, jax.tree.leaves(expected), strict=True)
-  ]
-  return max(pairs, key=lambda pair: pair[0])
-
-
 def _distance(x, want):
+  """The norm of a difference over that of the array; integers must be equal."""
   exact = np.issubdtype(want.dtype, np.integer)
   x, want = np.float64(x), np.float64(want)
-  distance = np.linalg.norm(x - want)
-  if not exact:
-    distance /= np.linalg.norm(want) or 1.0
-  return float(distance) if np.isfinite(distance) else np.inf
+  norm = 1.0 if exact else np.linalg.norm(want) or 1.0
+  distance = float(np.linalg.norm(x - want) / norm)
+  return distance if np.isfinite(distance) else np.inf

@@ -62,6 +62,29 @@ def of_sums(sums: Mapping, task, model) -> dict[str, Mean]:
   return out
 
 
+def of_step(sums: Mapping, program) -> dict[str, Mean]:
+  """All metrics of one training step.
+
+  Args:
+    sums: of `train_step`, on the host.
+    program: the `Program` of the step.
+  """
+  means = of_sums(sums, program.task, program.model)
+  means["grad_norm"] = Mean(sums["grad_norm"], 1.0)
+  means["aux_loss"] = Mean(sums["aux_loss"], 1.0)
+  if sums["stats"]:
+    means["bias_range"] = bias_range(sums["balance"])
+  # Python's floats survive JSON to the last bit.
+  return {k: Mean(float(m.total), float(m.weight)) for k, m in means.items()}
+
+
+def for_hooks(sums: Mapping, program) -> dict:
+  """`of_step`, divided, and "tokens_per_expert": {layer: its loads}."""
+  layers = by_layer(sums["stats"], models.sublayers(program.model))
+  loads = {number: layer.count_E for number, layer in layers.items()}
+  return divide(of_step(sums, program)) | {"tokens_per_expert": loads}
+
+
 def by_layer(
   stats: Mapping[str, Stats], sublayers: Mapping[str, Sublayer]
 ) -> dict[str, Layer]:
@@ -155,10 +178,9 @@ def balance_loss(count_E, prob_E) -> float:
 
 def bias_range(balance: Mapping) -> Mean:
   """max - min of the selection bias, averaged over layers; 0 without a bias."""
-  leaves = jax.tree_util.tree_leaves_with_path(balance)
   ranges = [
     np.ptp(np.asarray(x).reshape(-1, x.shape[-1]), axis=-1)
-    for path, x in leaves
+    for path, x in jax.tree.leaves_with_path(balance)
     if getattr(path[-1], "key", None) == "bias_E"
   ]
   ranges = np.concatenate(ranges or [np.zeros(1)])

@@ -12,20 +12,15 @@ import numpy as np
 from moe_jax import models
 from moe_jax.core import parallel, registry
 from moe_jax.core.errors import ConfigError
-from moe_jax.core.options import (
-  integer,
-  items,
-  number,
-  optional,
-  part,
-  section,
-)
+from moe_jax.core.options import integer, items, number, optional, part, section
 from moe_jax.data import batches, mixed
 from moe_jax.models import counts, layers
+from moe_jax.moe import kernels
 from moe_jax.run import writers
 from moe_jax.training import (
   checkpoint,
   evaluation,
+  hooks,
   mesh_check,
   optimizers,
   train_step,
@@ -48,6 +43,7 @@ OPTIONS = {
       "accumulation": integer(1),
       "log_every": integer(1),
       "check_mesh": bool,
+      "hooks": hooks.OPTIONS,
       "profile_steps": items(integer(0)),
       "max_skipped_in_a_row": integer(1),
     }
@@ -68,7 +64,6 @@ class Program:
 
   Attributes:
     config, mesh, task, model: what it was made of.
-    mesh_shape: devices along each axis.
     mesh_check: see `mesh_check.check`; None without a mesh.
     init: (rng) -> TrainState.
     train_step: (state, batch) -> (state, sums), see `train_step.train_step`.
@@ -96,7 +91,6 @@ class Program:
     writers.check(config.writers)
     self.config = config
     self.mesh, self.task, self.model = build(config, fingerprint=fingerprint)
-    self.mesh_shape = dict(grid(self.mesh).shape)
     self.task.train(0), self.task.validation()  # Refuses now, not later.
     self._micro_batch = config.data.batch_size // config.train.accumulation
     self.mesh_check = None
@@ -114,6 +108,25 @@ class Program:
     numbers = jax.tree.map(self._everywhere, numbers)
     self.train_step = lambda state, batch: step(state, batch, numbers)
     self.compile_seconds = time.monotonic() - started
+
+  def facts(self) -> dict:
+    """The facts about it for run.json."""
+    task, config, model = self.task, self.config, self.model
+    platform = parallel.platform(self.mesh)
+    backend = config.model.moe.grouped_matmul
+    flops = counts.train_flops_per_token(model, self.sizes, task.length)
+    return {
+      "data": task.fingerprint,
+      "data_sources": task.sources,
+      "mesh": dict(grid(self.mesh).shape),
+      "mesh_check": self.mesh_check and self.mesh_check._asdict(),
+      "grouped_matmul": kernels.backend_for(platform, backend),
+      "recipe": counts.describe(model),
+      "parameters": self.sizes,
+      "train_flops_per_token": flops,
+      "tokens_per_step": config.data.batch_size * task.tokens_per_example,
+      "compile_seconds": self.compile_seconds,
+    }
 
   def batches(self, seed: int):
     """The training batches of a seed, by step: this process's rows of them."""
@@ -251,16 +264,12 @@ def build_model(config, task, mesh=None):
   model = models.build(
     config.model, mesh=mesh, plugins=config.plugins, **task.given
   )
-  models.check(
-    model,
-    length=task.length,
-    batches={
-      "data.batch_size over train.accumulation": config.data.batch_size
-      // config.train.accumulation,
-      "eval.batch_size": config.eval.batch_size,
-    },
-    mesh=mesh,
-  )
+  micro = config.data.batch_size // config.train.accumulation
+  batches = {
+    "data.batch_size over train.accumulation": micro,
+    "eval.batch_size": config.eval.batch_size,
+  }
+  models.check(model, length=task.length, batches=batches, mesh=mesh)
   return model
 
 
@@ -290,7 +299,8 @@ def check(config) -> None:
   """
   section(OPTIONS).check(config, "config")
   layers.check(config.model, config.plugins)
-  optimizers.check(config.optim, config.train.num_steps, config.plugins)
+  optimizers.numbers(config.optim, config.train.num_steps, config.plugins)
+  hooks.check(config)
   data, train = config.data, config.train
   if data.batch_size % train.accumulation:
     raise ConfigError(
@@ -302,8 +312,8 @@ def check(config) -> None:
       "model.dtype = float64 is float32 unless JAX_ENABLE_X64=1 is set"
     )
   profile = tuple(train.profile_steps)
-  first, end = profile if len(profile) == 2 else (0, 0)
-  if profile and not first < end <= train.num_steps:
+  ends = (*profile, train.num_steps)
+  if profile and not (len(ends) == 3 and ends[0] < ends[1] <= ends[2]):
     raise ConfigError(
       f"train.profile_steps = {profile} is not (first step, end)"
       f" within train.num_steps = {train.num_steps}; () turns it off"

@@ -32,14 +32,12 @@ def describe(config) -> str:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     own = x.sharding.shard_shape(x.shape)
     rows.append((name, _text(x.shape), _axes(x, mesh), _text(own), *_bytes(x)))
-  for name, part in (
-    ("parameters", state.params),
-    *[("moving average", state.ema)] * (state.ema is not None),
-    ("optimizer", state.opt_state),
-    ("balancers", state.balance),
-  ):
+  parts = {"parameters": state.params, "moving average": state.ema}
+  parts |= {"optimizer": state.opt_state, "balancers": state.balance}
+  for name, part in parts.items():
     rows.append((name, "", "", "", *_bytes(part)))
-  return "\n".join([_mesh(mesh, config), "", *_aligned(rows)])
+  lines = ["{:48}{:>16}  {:24}{:>16}{:>18}{:>18}".format(*row) for row in rows]
+  return "\n".join([_mesh(mesh, config), "", *lines])
 
 
 def _mesh(mesh, config):
@@ -71,14 +69,3 @@ def _bytes(tree):
   for shapes in (own, [x.shape for x in arrays]):
     sizes = zip(map(math.prod, shapes), arrays)
     yield f"{sum(size * x.dtype.itemsize for size, x in sizes):,}"
-
-
-def _aligned(rows):
-  """Columns as wide as they need: four of words, then numbers to the right."""
-  widths = [max(map(len, column)) for column in zip(*rows)]
-  for row in rows:
-    cells = [
-      cell.rjust(width) if i > 3 else cell.ljust(width)
-      for i, (cell, width) in enumerate(zip(row, widths))
-    ]
-    yield "  ".join(cells).rstrip()

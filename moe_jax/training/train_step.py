@@ -124,11 +124,8 @@ def shardings(boxed: TrainState, mesh) -> TrainState:
     shared = itertools.takewhile(lambda x: x[0] == x[1], triples)
     return jax.NamedSharding(mesh, jax.P(*(axis for _, _, axis in shared)))
 
-  return found.replace(
-    opt_state=jax.tree_util.tree_map_with_path(
-      like_its_parameter, boxed.opt_state
-    )
-  )
+  like = jax.tree.map_with_path(like_its_parameter, boxed.opt_state)
+  return found.replace(opt_state=like)
 
 
 def train_step(state: TrainState, batch, numbers, *, model, task, optimizer):

@@ -35,11 +35,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   source.add_argument(
     "--hf", metavar="DIR", help="config.json, safetensors, tokenizer.json"
   )
-  parser.add_argument(
-    "--ema",
-    action="store_true",
-    help="the moving average of a run's parameters (train.ema)",
-  )
+  average = "the moving average of a run's parameters (train.ema)"
+  parser.add_argument("--ema", action="store_true", help=average)
   parser.add_argument(
     "--dtype",
     choices=("float32", "bfloat16"),
@@ -78,8 +75,8 @@ def load(args: argparse.Namespace, dropless: bool = True) -> Trained:
 
   mesh = args.mesh and parallel.mesh_or_none(args.mesh)
   if args.checkpoint:
-    options = dict(trust_plugins=args.trust_plugins, ema=args.ema)
-    return of_run(args.checkpoint, mesh, dropless=dropless, **options)
+    trust, ema = args.trust_plugins, args.ema
+    return of_run(args.checkpoint, mesh, trust, dropless, ema)
   if args.ema:
     raise ConfigError("--ema is of a run: give --checkpoint, or leave it out")
   return published(args.hf, args.dtype, mesh)
@@ -88,7 +85,6 @@ def load(args: argparse.Namespace, dropless: bool = True) -> Trained:
 def of_run(
   path: str,
   mesh=None,
-  *,
   trust_plugins: bool = False,
   dropless: bool = True,
   ema: bool = False,

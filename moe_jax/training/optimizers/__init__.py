@@ -72,6 +72,9 @@ def numbers(
   Args:
     section, plugins: as in `load`.
     num_steps: length of the run, the end of the schedule.
+
+  Raises:
+    ConfigError: as `load`; or the schedule does not fit into the run.
   """
   optimizer = load(section, plugins)
   rates, decays = (
@@ -114,11 +117,3 @@ def build(
     optax.stateless(scaled),
     optax.scale_by_learning_rate(schedules.rate(numbers["schedule"])),
   )
-
-
-def check(
-  section: Mapping, num_steps: int, plugins: tuple[str, ...] = ()
-) -> None:
-  """Raises ConfigError for an optimizer or a schedule that there is not."""
-  load(section, plugins)
-  schedules.check(section, num_steps)

@@ -31,10 +31,23 @@ def numbers(section: Mapping, num_steps: int) -> dict[str, Any]:
   Args:
     section: `optim` of a config.
     num_steps: length of the run.
+
+  Raises:
+    ConfigError: the schedule does not fit into the run.
   """
   peak, warmup = section["learning_rate"], section["warmup_steps"]
   fraction, decay = section["final_fraction"], section["decay_steps"]
   rest = num_steps - warmup
+  if rest <= 0:
+    raise ConfigError(
+      f"optim.warmup_steps = {warmup} is not between 0 and train.num_steps ="
+      f" {num_steps}; change one of them"
+    )
+  if section["schedule"] == "wsd" and not 0 < decay <= rest:
+    raise ConfigError(
+      f"optim.decay_steps = {decay} is not between 1 and the {rest} steps after"
+      " the warm-up"
+    )
   # Step s counts from 0: the first update already moves, the warm-up's last
   # one is at the peak.
   warm = _line(peak / max(warmup, 1), peak, warmup - 1)
@@ -86,18 +99,3 @@ def _on_line(line, step):
 def _scalar():
   """The type of a float in a program: float32, or float64 with x64."""
   return jax.dtypes.canonicalize_dtype(float).type
-
-
-def check(section: Mapping, num_steps: int) -> None:
-  """Raises ConfigError for a schedule that does not fit into its run."""
-  warmup, decay = section["warmup_steps"], section["decay_steps"]
-  if not 0 <= warmup < max(num_steps, 1):
-    raise ConfigError(
-      f"optim.warmup_steps = {warmup} is not between 0 and train.num_steps ="
-      f" {num_steps}; change one of them"
-    )
-  if section["schedule"] == "wsd" and not 0 < decay <= num_steps - warmup:
-    raise ConfigError(
-      f"optim.decay_steps = {decay} is not between 1 and the"
-      f" {num_steps - warmup} steps after the warm-up"
-    )

@@ -1,0 +1,75 @@
+"""Hooks by name: functions that see a run every n steps and log something.
+
+A hook is called as hook(state, step, metrics) by the training loop when the
+metrics of a step are known, if `every` divides the number of the step. It
+changes no number of the run.
+
+state: the `TrainState` after the step. Its buffers are reused by the next step,
+  so a hook copies what it keeps.
+step: the number of steps done. After a kill, steps since the last checkpoint
+  are computed again, and hooks see them again.
+metrics: {name: number} of this step, with the names of metrics.jsonl, and
+  "tokens_per_expert": {layer: assignments to each expert}, on the host. A step
+  that was not applied may have NaN.
+
+Where several processes run together, all of them call every hook at the same
+steps, with the same metrics and the same distributed state, so that a hook may
+run a computation over the mesh. Only the first one writes files, see
+`processes.is_first`.
+"""
+
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from moe_jax.core import registry
+from moe_jax.core.errors import ConfigError
+from moe_jax.core.options import integer, labelled, part, shown
+
+Hook = Callable[[Any, int, Mapping[str, Any]], None]
+OPTIONS = labelled(part())
+
+
+class Run(NamedTuple):
+  """The run of a hook; each hook is built with it as `run`.
+
+  folder: the work directory, for files of the hook.
+  program: the `Program`, with the run's config, mesh, task and model.
+  """
+
+  folder: pathlib.Path
+  program: Any
+
+
+def check(config) -> None:
+  """Raises ConfigError for a hook that there is not, or its wrong options."""
+  for label in config.train.hooks:
+    _resolved(config, label, None)
+
+
+def build(config, run: Run) -> list[tuple[int, Hook]]:
+  """The hooks in `train.hooks` of a config, each with its `every`.
+
+  Raises:
+    ConfigError: as `check`; or a file's `build` returned something else.
+  """
+  made = []
+  for label in config.train.hooks:
+    every, spec = _resolved(config, label, run)
+    hook = spec.build(**spec.options)
+    if not callable(hook):
+      raise ConfigError(
+        f"hooks/{spec.name}: build(...) returned {shown(hook)}, not a function;"
+        f" see {__name__}"
+      )
+    made.append((every, hook))
+  return made
+
+
+def _resolved(config, label, run):
+  """(every, checked Spec) of a hook."""
+  key, options = f"train.hooks.{label}", dict(config.train.hooks[label])
+  every = options.pop("every", None)
+  integer(1).check(every, f"{key}.every")
+  plugins = config.plugins
+  return every, registry.spec("hooks", options, key, plugins=plugins, run=run)
