@@ -135,7 +135,7 @@ def test_images_through_the_same_loop(ask, tmp_path, monkeypatch, capsys):
   def add_and_copy(lines, step, sums):
     """Keeps what a process leaves that is killed at this moment."""
     add(lines, step, sums)
-    path = lines.directory.path
+    path = lines._directory.path
     if step == killed_at and "slow" in path.parts:
       written, since = path / "checkpoints" / "16", time.monotonic()
       while not written.exists():  # It is written meanwhile.

@@ -184,7 +184,7 @@ add, clock = loop.Lines.add, time.monotonic
 
 def stopped(lines, step, sums):
   add(lines, step, sums)
-  if (step, str(lines.directory.path)[-1]) == (5, "1") and {stops}:
+  if (step, str(lines._directory.path)[-1]) == (5, "1") and {stops}:
     if processes.is_first():  # Its clock alone counts.
       time.monotonic = lambda: clock() + 7200
     time.sleep(0.5)

@@ -43,8 +43,6 @@ TIE = {"float64": 1e-6, "float32": 2e-5}
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
 V, L, E = 32, 8, 16
 BIAS_RATE, Z_COEFFICIENT = 1e-2, 1e-2
-# Numbers of a step whose optimizer takes none, without a moving average.
-NO_NUMBERS = {"optim": None, "balancers": {}, "ema": None}
 # These programs run once: most of their time is compiling.
 QUICK = {
   "xla_backend_optimization_level": 0,
@@ -391,7 +389,8 @@ def _program(case, sizes):
   """The boxed state's shapes, and a function that compiles when called."""
   mesh = None if sizes is None else make_mesh(sizes)
   parts = build(case, mesh)
-  init = functools.partial(train_step.init_state, **parts, numbers=NO_NUMBERS)
+  numbers = numbers_of(parts["model"])
+  init = functools.partial(train_step.init_state, **parts, numbers=numbers)
   boxed = jax.eval_shape(init, jax.random.key(0))
   step = jax.jit(functools.partial(_everything, parts))
   compiled = {}
@@ -406,14 +405,21 @@ def _program(case, sizes):
   return boxed, run
 
 
+def numbers_of(model):
+  """Numbers of a step whose optimizer takes none, without a moving average."""
+  balancers = balancing.numbers(model.sublayers)
+  return {"optim": None, "balancers": balancers, "ema": None}
+
+
 def make_mesh(sizes):
   return parallel.make_mesh(sizes, jax.devices()[: np.prod(sizes)])
 
 
 def _everything(parts, state, batch):
-  new, sums = train_step.train_step(state, batch, NO_NUMBERS, **parts)
-  # The first micro-batch once more, now with its outputs.
   model = parts["model"]
+  numbers = numbers_of(model)
+  new, sums = train_step.train_step(state, batch, numbers, **parts)
+  # The first micro-batch once more, now with its outputs.
   logits, aux = model.apply(
     {"params": state.params, "balance": state.balance},
     batch["inputs"][0],

@@ -133,11 +133,9 @@ def test_parameters_start_the_same_on_a_mesh():
   states = []
   for sizes in (None, (1, 2, 2, 2)):
     mesh = None if sizes is None else mesh_cases.make_mesh(sizes)
-    init = functools.partial(
-      train_step.init_state,
-      **mesh_cases.build(case, mesh),
-      numbers=mesh_cases.NO_NUMBERS,
-    )
+    parts = mesh_cases.build(case, mesh)
+    numbers = mesh_cases.numbers_of(parts["model"])
+    init = functools.partial(train_step.init_state, **parts, numbers=numbers)
     boxed = jax.eval_shape(init, jax.random.key(0))
     out = {}
     if mesh is not None:

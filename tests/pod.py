@@ -99,10 +99,9 @@ class Pods:
 
   def start(self, name: str, size: int, devices: int, module=(), more=()):
     """The processes of a run; what they say goes to NAME.log."""
-    os.environ |= {
-      "JAX_COMPILATION_CACHE_DIR": str(self.work / "compiled"),
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    compiled = str(self.work / "compiled")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", compiled)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     shape = (2, 1, 2, 1) if size * devices == DEVICES else (1, 1, -1, 1)
     flags = (
       *(

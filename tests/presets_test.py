@@ -345,7 +345,7 @@ def step(model):
     "task": small.task(np.ones(288, np.int32), 32, model.arch.mesh),
     "optimizer": lambda *_: optax.sgd(0.1),
   }
-  numbers = mesh_cases.NO_NUMBERS
+  numbers = mesh_cases.numbers_of(model)
   init = functools.partial(train_step.init_state, **parts, numbers=numbers)
   boxed = jax.eval_shape(init, jax.random.key(0))
   rng = np.random.default_rng(0)

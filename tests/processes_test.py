@@ -19,13 +19,17 @@ from tests import kill, pod
 
 
 def test_two_processes_stopped_and_gone_on_in_one(tmp_path):
-  """Batches, losses, one step to stop at; `python -m tests.pod` has more."""
-  found = pod.run(pod.Pods(tmp_path, steps=16), sizes=(2,), then=(1,))
-  assert len(found) == 4 and all(found)
-  facts = json.loads((tmp_path / "2" / "run.json").read_text())
+  """Losses and one step to stop at; `python -m tests.pod` does more."""
+  pods = pod.Pods(tmp_path, steps=16)
+  pods.finish("alone", 1, pod.DEVICES)
+  stopped, measured = pods.stop("run", 2, pod.DEVICES // 2)
+  assert stopped, measured
+  pods.finish("run", 1, 1)
+  same, measured = pods.compare("run")
+  assert same, measured
+  facts = json.loads((tmp_path / "run" / "run.json").read_text())
   assert facts["processes"] == 2 and len(facts["devices"]) == pod.DEVICES
-  went_on = json.loads((tmp_path / "2-then-1" / "run.json").read_text())
-  assert went_on["continued"][0]["processes"] == 1
+  assert facts["continued"][0]["processes"] == 1
 
 
 def refused(tmp_path, command, count=2):

@@ -18,8 +18,12 @@ def _tensorboard(config, path, step):
 
   del config
   # Events after the restored step are of a process that was stopped.
-  folder = str(path / "tensorboard")
-  writer = tensorboardX.SummaryWriter(folder, purge_step=step + 1)
+  writer = tensorboardX.SummaryWriter(
+    str(path / "tensorboard"),
+    purge_step=step + 1,
+    # Names of files are of the second, in which a run may stop and go on.
+    filename_suffix=f".{step}",
+  )
 
   def log(step, split, metrics):
     for name, value in metrics.items():
