@@ -194,12 +194,10 @@ command.run(lambda: launch.main(sys.argv[1:]))
 """
 
 
-def test_processes_that_run_it_together(small, programs, capsys, monkeypatch):
+def test_processes_that_run_it_together(small, programs, capsys):
   """Two processes give the numbers of one; both stop when the time is up."""
   folder, work = small
   flags = ["--arm=bias", "--config.train.num_steps=30"]
-  cache = work.with_name("compiled")
-  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
   alone = run(capsys, work.with_name("alone"), *flags)
 
   def together(stops):

@@ -20,7 +20,7 @@ from moe_jax.models import counts
 from moe_jax.moe.types import Side
 from moe_jax.run import config as config_lib
 from moe_jax.training import train_step
-from tests import mesh_cases, small, tiers
+from tests import mesh_cases, small
 
 ROOT = pathlib.Path(__file__).parents[1]
 FAMILIES = (
@@ -325,7 +325,8 @@ def test_scaling_the_input_is_not_scaling_the_output():
 # Training.
 
 
-@pytest.mark.parametrize("family", tiers.only(["gpt_oss"], FAMILIES))
+@pytest.mark.long
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_on_a_mesh_and_without_one(family):
   """Compares loss, counts and new parameters, in float64 without noise."""
   found = []

@@ -206,6 +206,7 @@ def test_a_coordinator_that_is_not_there(tmp_path, index):
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint_is_set_aside_by_all(tmp_path):
   """Whichever process reads the part that is damaged."""
   pods = pod.Pods(tmp_path, steps=6)
