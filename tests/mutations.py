@@ -846,6 +846,28 @@ FAULTS = (
     "if digest or _sha256(index):",
     "corpora_test.py::test_all_of_the_index_is_under_its_digest",
   ),
+  # Hooks.
+  Fault(
+    "hooks are called a step late",
+    "moe_jax/training/loop.py",
+    "if done % period == 0",
+    "if done % period == 1",
+    "hooks_test.py::test_a_hook_sees_its_steps_and_changes_nothing",
+  ),
+  Fault(
+    "hooks change the digest of a run",
+    "moe_jax/run/config.py",
+    '"train.profile_steps", "train.hooks")',
+    '"train.profile_steps")',
+    "hooks_test.py::test_hooks_are_part_of_no_digest",
+  ),
+  Fault(
+    "hooks are not checked before a run",
+    "moe_jax/training/program.py",
+    "  hooks.check(config)\n",
+    "",
+    "hooks_test.py::test_a_wrong_hook_is_refused_before_anything_compiles",
+  ),
 )
 
 
