@@ -2,7 +2,6 @@
 other documents change nothing."""
 
 import dataclasses
-import functools
 
 import flax.linen as nn
 import jax
@@ -71,7 +70,7 @@ def drawn(model, seed=0):
 def stepwise(model, variables, tokens_BL, mask_BL, sizes):
   """Logits of calls that take so many tokens each."""
 
-  @functools.partial(jax.jit, compiler_options=mesh_cases.QUICK)
+  @jax.jit
   def step(variables, tokens_BL, mask_BL):
     return model.apply(
       variables,
@@ -99,7 +98,7 @@ def test_a_text_is_the_same_wherever_it_stands(name):
   with jax.enable_x64(True):
     model = build(VARIANTS[name], norm="layer" if "norm" in name else "rms")
     variables = drawn(model)
-    run = jax.jit(model.apply, compiler_options=mesh_cases.QUICK)
+    run = jax.jit(model.apply)
     texts_BL = np.random.default_rng(1).integers(0, END, (3, L))
     all_BL = np.ones((3, L), bool)
     alone = run(variables, texts_BL, all_BL)[0][:, : L - FIRST]
@@ -191,7 +190,7 @@ def test_a_padded_vector_that_is_not_finite_stays_where_it_is(name):
     y_BLD = module.apply(variables, x_BLD, about)
     return jnp.where(mask_BL[..., None], y_BLD, 0).sum()
 
-  @functools.partial(jax.jit, compiler_options=mesh_cases.QUICK)
+  @jax.jit
   def both(x_BLD, other_BLD):
     variables = module.init(jax.random.key(0), x_BLD, about)
     return tuple(
@@ -212,7 +211,7 @@ def test_a_padded_token_without_an_embedding_changes_no_gradient():
   tokens_BL[~mask_BL] = 0
   variables = jax.tree.map(lambda x: x.astype(np.float32), drawn(model))
 
-  @functools.partial(jax.jit, compiler_options=mesh_cases.QUICK)
+  @jax.jit
   @jax.grad
   def gradient(variables):
     logits_BLV, _ = model.apply(variables, tokens_BL, mask_BL)

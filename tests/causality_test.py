@@ -8,7 +8,6 @@ from flax import linen as nn
 from configs import base
 from moe_jax import models
 from moe_jax.core.errors import ConfigError
-from tests import mesh_cases
 
 V, L, B, CUT = 16, 12, 4, 5
 # Router, dispatcher, order of slots, capacity factor, buckets of experts.
@@ -70,7 +69,7 @@ def changes(model, seeds):
 
   tokens_BL = np.zeros((B, L), np.int32)
   program = jax.jit(run).lower(shapes, tokens_BL, jax.random.key(0))
-  program = program.compile(compiler_options=mesh_cases.QUICK)
+  program = program.compile()
   for seed in range(seeds):
     rng = np.random.default_rng(seed)
     variables = jax.tree.map(

@@ -25,7 +25,7 @@ MESHES = [(1, 1, 8, 1), (2, 1, 4, 1), (1, 2, 2, 2), (2, 2, 2, 1), (8, 1, 1, 1)]
 
 
 def compiled(lowered):
-  return lowered.compile(compiler_options=mesh_cases.QUICK).as_text()
+  return lowered.compile().as_text()
 
 
 @pytest.mark.parametrize("sizes", MESHES)

@@ -6,23 +6,9 @@ import signal
 import sys
 import tempfile
 
-_DEVICES = "--xla_force_host_platform_device_count"
-# Compiling takes most of the time here, and what is compiled runs once.
-_QUICK = [
-  "--xla_backend_optimization_level=0",
-  "--xla_llvm_disable_expensive_passes=true",
-  "--xla_cpu_parallel_codegen_split_count=1",
-]
-if sys.version_info < (3, 12):  # jaxlib 0.12 knows no other emitters.
-  # The older emitters halve the time that a training step takes to compile.
-  _QUICK.append("--xla_cpu_use_fusion_emitters=false")
+from tests import virtual_devices
 
-# jax reads these when it is imported, and so do the commands that tests start.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-others = os.environ.get("XLA_FLAGS", "").split()
-others = [flag for flag in others if not flag.startswith(_DEVICES)]
-os.environ["XLA_FLAGS"] = " ".join([*others, f"{_DEVICES}=8", *_QUICK])
+virtual_devices.begin()
 # Tests, workers and the commands they start share compiled programs here.
 _COMPILED = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

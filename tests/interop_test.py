@@ -4,7 +4,6 @@ tests/checkpoints has tiny random checkpoints of the reference implementation,
 with its logits and texts; `python -m tests.parity` made them.
 """
 
-import functools
 import importlib
 import json
 import pathlib
@@ -25,8 +24,7 @@ from tests import mesh_cases, parity, tiers
 
 NAMES = sorted(parity.cases())
 ONE_A_FAMILY = [name for name in NAMES if name.endswith("_a")]
-QUICK = functools.partial(jax.jit, compiler_options=mesh_cases.QUICK)
-LOGITS = QUICK(
+LOGITS = jax.jit(
   lambda model, variables, tokens: model.apply(variables, tokens)[0],
   static_argnums=0,
 )
@@ -68,9 +66,8 @@ def test_every_family_has_two_checkpoints():
 
 
 @pytest.mark.parametrize("name", tiers.only(ONE_A_FAMILY, NAMES))
-def test_the_references_logits_texts_and_files(name, tmp_path, monkeypatch):
+def test_the_references_logits_texts_and_files(name, tmp_path):
   """Logits, greedy text token for token, and every tensor written back."""
-  monkeypatch.setattr(jax, "jit", QUICK)
   model, variables = hf.load(parity.FOLDER / name)
   want = expected(name)
   logits = np.asarray(LOGITS(model, variables, want["tokens"]))

@@ -43,11 +43,6 @@ TIE = {"float64": 1e-6, "float32": 2e-5}
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
 V, L, E = 32, 8, 16
 BIAS_RATE, Z_COEFFICIENT = 1e-2, 1e-2
-# These programs run once: most of their time is compiling.
-QUICK = {
-  "xla_backend_optimization_level": 0,
-  "xla_llvm_disable_expensive_passes": True,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -399,7 +394,7 @@ def _program(case, sizes):
     shape = batch["inputs"].shape
     if shape not in compiled:
       lowered = step.lower(state, batch)
-      compiled[shape] = lowered.compile(compiler_options=QUICK)
+      compiled[shape] = lowered.compile()
     return compiled[shape](state, batch)
 
   return boxed, run

@@ -9,6 +9,8 @@ import os
 import sys
 import time
 
+from tests import virtual_devices
+
 
 def main(argv=None) -> int:
   parser = argparse.ArgumentParser(
@@ -23,7 +25,9 @@ def main(argv=None) -> int:
     "--dtype", choices=("float64", "float32"), help="one instead of both"
   )
   args = parser.parse_args(argv)
-  _eight_devices()
+  virtual_devices.begin()
+  # XLA's advice on how to shard a model of 16 columns.
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   from tests import mesh_cases
 
   passed = failed = 0
@@ -58,16 +62,6 @@ def decided(case):
       return drawn, expected
     print(f"ties   another seed than {seed} for {case}", flush=True)
   sys.exit(f"every seed of {case} has choices that are almost ties")
-
-
-def _eight_devices():
-  """Sets what conftest.py sets for tests; jax reads it when it is imported."""
-  os.environ["JAX_PLATFORMS"] = "cpu"
-  os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-  flags = os.environ.get("XLA_FLAGS", "")
-  os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
-  # XLA's advice on how to shard a model of 16 columns.
-  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
 if __name__ == "__main__":

@@ -486,7 +486,7 @@ def test_three_steps_on_a_mesh(name):
     if mesh is not None:
       _check_places(state, mesh)
     step = jax.jit(step).lower(state, batch, numbers)
-    step = step.compile(compiler_options=mesh_cases.QUICK)
+    step = step.compile()
     losses, average = [], np.float64(up_of(state.params))
     for _ in range(3):
       state, sums = step(state, batch, numbers)

@@ -100,7 +100,7 @@ def trained(sizes):
     if mesh is not None:
       state = jax.device_put(state, train_step.shardings(boxed, mesh))
     run = jax.jit(step).lower(state, put(batches[0], mesh), numbers)
-    run = run.compile(compiler_options=mesh_cases.QUICK)
+    run = run.compile()
     for i in range(STEPS):
       state, sums = run(state, put(batches[i], mesh), numbers)
     return model, *jax.device_get((state, sums))
@@ -294,7 +294,7 @@ def test_expert_choice_costs_its_slots():
       return layer.moe_ffn(recipe, params, {}, x_GTD, side)[0].sum()
 
     run = jax.jit(jax.grad(total, (0, 1))).lower(params, x_GTD)
-    run = run.compile(compiler_options=mesh_cases.QUICK)
+    run = run.compile()
     flops[name] = run.cost_analysis()["flops"]
   # Two matrices, forward and twice as much backward, for every slot.
   products = 3 * 2 * (2 * width * width) * groups * E * slots

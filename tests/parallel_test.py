@@ -142,7 +142,7 @@ def test_parameters_start_the_same_on_a_mesh():
       out = {"out_shardings": train_step.shardings(boxed, mesh)}
     run = jax.jit(lambda rng, init=init: nn.unbox(init(rng)), **out)
     rng = jax.random.key(0)
-    run = run.lower(rng).compile(compiler_options=mesh_cases.QUICK)
+    run = run.lower(rng).compile()
     states.append(run(rng))
   sharded = states[1].params["decoder"]["0"]["moe"]["experts"]["up"].sharding
   assert sharded.spec == jax.P(None, "expert", "fsdp", "tensor")
@@ -357,7 +357,7 @@ def run_layer(recipe, args, r_GTD, mesh):
   with jax.enable_x64(True):
     program = jax.jit(jax.value_and_grad(scalar, (0, 1), has_aux=True))
     program = program.lower(params, x_GTD, balance, side)
-    program = program.compile(compiler_options=mesh_cases.QUICK)
+    program = program.compile()
     return jax.device_get(program(params, x_GTD, balance, side))
 
 

@@ -371,7 +371,7 @@ def step(model):
   run = jax.jit(
     functools.partial(train_step.train_step, **parts, numbers=numbers)
   )
-  run = run.lower(state, batch).compile(compiler_options=mesh_cases.QUICK)
+  run = run.lower(state, batch).compile()
   new, sums = jax.device_get(run(state, batch))
   return {"params": new.params, "balance": new.balance, "sums": sums}
 

@@ -35,7 +35,7 @@ def setting(c):
 
 
 def quick(program, *args):
-  return program.lower(*args).compile(compiler_options=mesh_cases.QUICK)
+  return program.lower(*args).compile()
 
 
 @functools.cache
