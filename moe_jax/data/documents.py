@@ -47,9 +47,16 @@ def check(name: str, builder, wanted: Features) -> None:
 
   The sizes of its splits are not known, and not checked, before it is prepared.
   """
+  import tensorflow_datasets as tfds
+
   features = dict(builder.info.features.items())
-  text = ((), object)  # Shape and dtype.
-  texts = [k for k, f in features.items() if (f.shape, f.np_dtype) == text]
+  # Shape and dtype; a nested dataset of texts has them too.
+  text = ((), object)
+  texts = [
+    k
+    for k, f in features.items()
+    if isinstance(f, tfds.features.Tensor) and (f.shape, f.np_dtype) == text
+  ]
   if wanted.text not in texts:
     kind = type(features.get(wanted.text)).__name__
     kind = f"a {kind}" if wanted.text in features else "not there"
