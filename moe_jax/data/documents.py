@@ -17,8 +17,8 @@ _VALIDATION_PART = 16  # Held out where a dataset has no validation split.
 _READ_AT_ONCE = 256  # Documents.
 
 # The names and versions that a dataset's content depends on, and a function
-# from a folder, in one that is removed, to the TFDS builder of the prepared
-# dataset.
+# that prepares the dataset in a folder and returns its TFDS builder. The parent
+# of this folder is a scratch folder.
 Source = tuple[dict[str, str], Callable[[pathlib.Path], Any]]
 
 
