@@ -200,8 +200,8 @@ class Experiment:
   ) -> tuple[list[dict], list[dict], list[dict], list[str]]:
     """Returns rows, curves, rows of the tuning and the choices, for a report.
 
-    A curve comes from where its row is, a row gets its train_seconds: its steps
-    times the median in times.csv.
+    The curve of a run is read from the place that has its row. train_seconds of
+    a row are its steps times the median in times.csv.
 
     Args:
       wanted: the runs whose rows and curves are returned, if they are finished.

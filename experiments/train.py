@@ -68,7 +68,7 @@ def _train_all(left, launch, progress, deadline):
   trained, compiling, digest, compiled = 0, 0.0, None, {}
   while left:
     run = left[0]
-    if deadline and processes.by_first(time.monotonic) >= deadline:
+    if deadline and processes.by_first(lambda: time.monotonic() >= deadline):
       raise Interrupted("stopped between two runs; the same command goes on")
     finished, data = processes.by_first(run.begun, launch.runs)
     if not finished and run.config_digest != digest:

@@ -205,6 +205,17 @@ def test_a_damaged_one_is_set_aside_and_the_one_before_is_used(
     same(checkpoints.restore(abstract()).state, state(30))
 
 
+def test_a_name_for_what_is_set_aside_is_free(folder):
+  """Somebody has looked at 3.1 and removed it."""
+  taken = folder.with_name("damaged_checkpoints") / "3.2" / "state"
+  taken.mkdir(parents=True)
+  damage("without meta", folder / "3")
+  with opened(folder) as checkpoints:
+    assert checkpoints.restore(abstract()).step == 2
+  found = sorted(p.name for p in taken.parent.parent.iterdir())
+  assert found == ["3.1", "3.2"]
+
+
 def test_all_damaged_is_an_error_and_nothing_is_moved(folder):
   for step in folder.glob("[0-9]"):
     damage("other arrays", step)

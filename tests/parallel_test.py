@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moe_jax.core import registry
+from moe_jax.core import parallel, registry
 from moe_jax.moe import exchange, experts, groups, layer
 from moe_jax.moe.types import Bound, Side
 from moe_jax.training import train_step
@@ -126,6 +126,13 @@ def test_covering_set_covers():
   assert meshes == set(mesh_cases.MESHES)
   assert {c.num_experts for c in cases} >= {8, 64}
   assert {c.top_k for c in cases} == {1, 2, 8}
+
+
+def test_without_a_mesh_nothing_is_pinned_to_one_around_it():
+  x_BD = jnp.ones((8, 4))
+  pin = jax.jit(lambda x: parallel.constrain(x, ("batch", None), None))
+  with jax.set_mesh(jax.make_mesh((2,), ("theirs",))):
+    np.testing.assert_array_equal(pin(x_BD), x_BD)
 
 
 def test_parameters_start_the_same_on_a_mesh():

@@ -46,6 +46,15 @@ def test_a_folder_of_another_config(begun, config):
     assert words in str(e.value)
 
 
+def test_a_run_that_saved_checkpoints_every_word(begun, config):
+  """The value is free to change, so that nothing else has looked at it."""
+  there = json.loads((begun / "config.json").read_text())
+  there["checkpoint"]["every"] = "often"
+  (begun / "config.json").write_text(json.dumps(there))
+  with RunDirectory(begun, config) as directory:
+    directory.start_over(data="abc")
+
+
 def test_a_folder_in_which_nothing_began(tmp_path, config):
   """A folder with only the config of a refused run takes another run."""
   for seed in (1, 2):

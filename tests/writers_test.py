@@ -108,6 +108,8 @@ def test_a_missing_library_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, "wandb", None)
   with pytest.raises(ConfigError, match=r"pip install 'moe_jax\[wandb\]'"):
     writers.check(("wandb",))
+  with pytest.raises(ConfigError, match="writers.0. = 'wand' is not one of"):
+    writers.check(("wand",))
 
 
 def test_a_profile_of_some_steps(run, monkeypatch):

@@ -172,5 +172,5 @@ def not_written(path: str | os.PathLike, error: OSError) -> str:
   """The sentence for the user about a file that cannot be written."""
   return (
     f"{path} cannot be written to ({error.strerror}); free space on that disk"
-    " or choose another path, and give the same command again"
+    " and give the same command again, or choose another path"
   )

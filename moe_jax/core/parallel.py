@@ -104,6 +104,9 @@ def spec(names: tuple[str | None, ...]) -> jax.sharding.PartitionSpec:
 
 def constrain(x: Array, names, mesh: jax.sharding.Mesh | None) -> Array:
   """x with its sharding pinned; x itself without a mesh."""
+  # Without it flax would take the mesh around the caller, whatever its axes.
+  if mesh is None:
+    return x
   return nn.with_logical_constraint(x, names, RULES, mesh)
 
 

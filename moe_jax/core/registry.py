@@ -72,8 +72,10 @@ def find(kind: str, name: str, plugins: tuple[str, ...] = ()):
   """The file of a part, as a module with a function `build`.
 
   Raises:
-    ConfigError: there is none; names the nearest known one.
+    ConfigError: there is none, and the nearest known one is named; or the name
+      is no text.
   """
+  options_lib.text().check(name, f"{kind}.name")
   return _module(kind, name, tuple(plugins))
 
 

@@ -17,8 +17,8 @@ _VALIDATION_PART = 16  # Held out where a dataset has no validation split.
 _READ_AT_ONCE = 256  # Documents.
 
 # The names and versions that a dataset's content depends on, and a function
-# from a folder, in one that is removed, to the TFDS builder of the prepared
-# dataset.
+# that prepares the dataset in a folder and returns its TFDS builder. The parent
+# of this folder is a scratch folder.
 Source = tuple[dict[str, str], Callable[[pathlib.Path], Any]]
 
 
@@ -47,9 +47,16 @@ def check(name: str, builder, wanted: Features) -> None:
 
   The sizes of its splits are not known, and not checked, before it is prepared.
   """
+  import tensorflow_datasets as tfds
+
   features = dict(builder.info.features.items())
-  text = ((), object)  # Shape and dtype.
-  texts = [k for k, f in features.items() if (f.shape, f.np_dtype) == text]
+  # Shape and dtype; a nested dataset of texts has them too.
+  text = ((), object)
+  texts = [
+    k
+    for k, f in features.items()
+    if isinstance(f, tfds.features.Tensor) and (f.shape, f.np_dtype) == text
+  ]
   if wanted.text not in texts:
     kind = type(features.get(wanted.text)).__name__
     kind = f"a {kind}" if wanted.text in features else "not there"

@@ -69,7 +69,7 @@ class Map(NamedTuple):
 
   leaves: paths of parameters in a layer, such as "moe/experts/gate".
   tensor: its name in a layer, with "{e}" where each expert has its own.
-  form: how it holds them; parameters of experts, those of one expert.
+  form: how it holds them; for experts, how it holds those of one expert.
   given: parameters that the layer has to have beside.
   """
 

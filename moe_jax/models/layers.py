@@ -69,7 +69,7 @@ def _variant(model, variant, plugins):
     place = f"model.variants.{variant}"
     section(of(attend) | _OF_A_VARIANT, required=()).check(own, place)
   options = {key: model[key] for key in (*OF_ATTENTION, "norm_eps")}
-  # Another kind of attention has nothing of the model's.
+  # A variant with another kind of attention takes no options of the model's.
   options |= shared if name == shared["name"] else {}
   options |= {key: own.pop(key) for key in of(attend) if key in own}
   return attention.read(attend, options, place), own

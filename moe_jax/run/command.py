@@ -84,8 +84,8 @@ def leave(text: str, code: int) -> None:
   """
   if index is None:
     return
-  sys.stdout.flush()
   print(text, file=sys.stderr, flush=True)
+  sys.stdout.flush()
   if index == 0:
     time.sleep(_LAST_WORDS)
   os._exit(code)

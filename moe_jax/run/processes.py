@@ -58,7 +58,7 @@ def join(
 def _meet(mode, timeout):
   """Waits for the other processes."""
   given = _given(os.environ)
-  # Where these times ran out, jax would abort this process with a stack of C++.
+  # Longer than we wait: jax aborts with a stack of C++ when they are over.
   meeting = _in_thread(
     jax.distributed.initialize,
     **given,

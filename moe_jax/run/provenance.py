@@ -61,12 +61,18 @@ def of_process(workdir: str | os.PathLike, config) -> dict:
 
 
 def git_revision() -> str:
-  """Revision of the checkout the code runs from, with "+" if it was edited."""
-  command = "git describe --always --abbrev=40 --exclude=* --dirty=+"
-  options = {"cwd": _PACKAGE, "capture_output": True, "text": True}
+  """Revision of the checkout the code runs from, with "+" if it was edited.
+
+  A new file is an edit too, as parts are found by their files.
+  """
+
+  def git(*args):
+    options = {"cwd": _PACKAGE, "stderr": subprocess.DEVNULL, "text": True}
+    return subprocess.check_output(["git", *args], **options).strip()
+
   try:
-    return subprocess.run(command.split(), **options).stdout.strip()
-  except OSError:  # There is no git.
+    return git("rev-parse", "HEAD") + "+" * bool(git("status", "--porcelain"))
+  except (OSError, subprocess.CalledProcessError):
     return ""
 
 

@@ -42,8 +42,9 @@ class RunDirectory(contextlib.ExitStack):
 
     Raises:
       InUse: another run is going on in it.
-      ConfigError: it holds a run of another config or a damaged one, it cannot
-        be written to, or not all processes share it.
+      ConfigError: it holds a run of another config or a damaged one, or not all
+        processes share it.
+      RunError: it cannot be written to.
     """
     super().__init__()
     self.path, self.lines = pathlib.Path(path), 0
@@ -147,7 +148,7 @@ class RunDirectory(contextlib.ExitStack):
     # they are saved may have been changed since the run began.
     begun_with = config_lib.complete(self._read(_CONFIG, "a config"))
     every = self._config.checkpoint.every, begun_with["checkpoint"]["every"]
-    if all(every) and last > 2 * max(every):
+    if all(type(x) is int and x for x in every) and last > 2 * max(every):
       raise ConfigError(
         f"{self.path} has metrics up to step {last} and no checkpoint, which is"
         f" saved every {every[0]} steps; bring its folder checkpoints back, or"

@@ -66,7 +66,8 @@ NAMES = items(word(*KNOWN))
 
 
 def check(names) -> None:
-  """Raises ConfigError for a writer without its library."""
+  """Raises ConfigError for an unknown writer, or one without its library."""
+  NAMES.check(names, "writers")
   for name in names:
     library = KNOWN[name][1]
     try:

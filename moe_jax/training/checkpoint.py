@@ -7,6 +7,7 @@ noticed by its checksums, set aside, and the one before it is used.
 
 import contextlib
 import errno
+import itertools
 import math
 import os
 import pathlib
@@ -383,8 +384,8 @@ def _set_aside(folders):
   aside = folders[0].parent.with_name("damaged_checkpoints")
   aside.mkdir(exist_ok=True)
   for folder in folders:
-    before = len([*aside.glob(f"{folder.name}.*")])
-    folder.rename(aside / f"{folder.name}.{before + 1}")
+    names = (aside / f"{folder.name}.{n}" for n in itertools.count(1))
+    folder.rename(next(to for to in names if not to.exists()))
 
 
 def _check_space(folder, state):

@@ -42,7 +42,7 @@ class Run(NamedTuple):
 
 
 def check(config) -> None:
-  """Raises ConfigError for a hook that there is not, or its wrong options."""
+  """Raises ConfigError for an unknown hook or option, or a wrong value."""
   for label in config.train.hooks:
     _resolved(config, label, None)
 
