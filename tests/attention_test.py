@@ -356,6 +356,16 @@ def test_layers_may_have_several_kinds_of_attention():
     build(LATENT, **more)
 
 
+def test_a_kind_of_attention_that_is_none_is_named(tmp_path):
+  (tmp_path / "attention").mkdir()
+  (tmp_path / "attention" / "mine.py").write_text("build = len\n")
+  c = base.get_config().model
+  c.attention = {"name": "mine"}
+  words = "attention/mine: build is .*, not a subclass of Options; see"
+  with pytest.raises(ConfigError, match=words):
+    models.build(c, vocab_size=V, plugins=(str(tmp_path),))
+
+
 def test_variants_of_layers_are_checked():
   c = base.get_config().model
   c.variants = {"local": {"window": 4}}

@@ -131,18 +131,18 @@ def check_widths(mesh: jax.sharding.Mesh, **widths: tuple[int, str]) -> None:
 
 
 def alike(tree):
-  """All leaves varying over the mesh axes that any of them varies over.
+  """Makes all leaves vary over the mesh axes that any of them varies over.
 
-  What a loop carries has to be, and what a gradient of our own is written for:
-  where this gives one value to many devices, its transpose adds up their
-  gradients. Outside of a sharded region it does nothing.
+  The values that a loop carries must vary over the same axes, and so must the
+  arguments of a `custom_vjp`. Where a leaf is the same on several devices, the
+  transpose adds up their gradients. Outside of a sharded region nothing changes.
   """
   wanted = frozenset().union(*map(_varies_over, jax.tree.leaves(tree)))
   return jax.tree.map(lambda x: vary(x, wanted), tree)
 
 
 def vary(x, axes):
-  """x varying over these mesh axes too; its transpose adds up over them."""
+  """Makes x vary over these mesh axes, too; the transpose adds up over them."""
   missing = tuple(sorted(frozenset(axes) - _varies_over(x)))
   return jax.lax.pcast(x, missing, to="varying") if missing else x
 

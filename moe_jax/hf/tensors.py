@@ -166,6 +166,7 @@ class Tensor(NamedTuple):
     whole = np.empty(self.shape, self.dtype)
     for place, parts in zip(self.places, self.parts(whole)):
       for leaf, part in parts.items():
+        assert np.shares_memory(part, whole), "a form must give views"
         part[...] = self.leaves[leaf][place]
     return whole
 

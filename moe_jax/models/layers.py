@@ -64,7 +64,7 @@ def _variant(model, variant, plugins):
   shared = {"name": "grouped"} | dict(model["attention"])
   own = dict(model["variants"].get(variant, {}))
   name, place = own.get("name", shared["name"]), "model.attention"
-  attend = registry.find("attention", name, plugins).build
+  attend = attention.find(name, plugins)
   if variant:
     place = f"model.variants.{variant}"
     section(of(attend) | _OF_A_VARIANT, required=()).check(own, place)

@@ -65,7 +65,10 @@ def read(params, network: Mlp, dtype, mesh: Mesh | None) -> dict[str, Array]:
 
 
 def once(w):
-  """A parameter that every shard of F adds to the sum over them, in one only."""
+  """The parameter w on the first shard of F and zero on the others.
+
+  Every shard adds it to its part of a sum over F, which must count it once.
+  """
   return jnp.where(jax.lax.axis_index("tensor") == 0, w, 0)
 
 

@@ -76,7 +76,8 @@ def load(args: argparse.Namespace, dropless: bool = True) -> Trained:
   mesh = args.mesh and parallel.mesh_or_none(args.mesh)
   if args.checkpoint:
     trust, ema = args.trust_plugins, args.ema
-    return of_run(args.checkpoint, mesh, trust, dropless, ema)
+    options = {"trust_plugins": trust, "dropless": dropless, "ema": ema}
+    return of_run(args.checkpoint, mesh, **options)
   if args.ema:
     raise ConfigError("--ema is of a run: give --checkpoint, or leave it out")
   return published(args.hf, args.dtype, mesh)
@@ -85,6 +86,7 @@ def load(args: argparse.Namespace, dropless: bool = True) -> Trained:
 def of_run(
   path: str,
   mesh=None,
+  *,
   trust_plugins: bool = False,
   dropless: bool = True,
   ema: bool = False,

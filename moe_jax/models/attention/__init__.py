@@ -7,6 +7,8 @@ which keys and values of earlier calls are kept (linen collection `cache`).
 from collections.abc import Mapping
 
 from moe_jax.core import options as options_lib
+from moe_jax.core import registry
+from moe_jax.core.errors import ConfigError
 from moe_jax.models.attention import context, positions
 from moe_jax.models.attention.options import Options
 
@@ -16,11 +18,26 @@ SHARED = ("context", "heads", "options", "positions")
 OPTION = options_lib.Option("a section", lambda x: hasattr(x, "items"))
 
 
+def find(name: str, plugins: tuple[str, ...]) -> type[Options]:
+  """`build` of a kind of attention.
+
+  Raises:
+    ConfigError: there is no such file, or its `build` is no subclass of Options.
+  """
+  kind = registry.find("attention", name, plugins).build
+  if not (isinstance(kind, type) and issubclass(kind, Options)):
+    raise ConfigError(
+      f"attention/{name}: build is {options_lib.shown(kind)}, not a subclass of"
+      f" Options; see {__name__}.options"
+    )
+  return kind
+
+
 def read(kind: type[Options], section: Mapping, key: str) -> Options:
   """The options that a config describes.
 
   Args:
-    kind: `build` of a file of this folder, or of a plugin.
+    kind: from `find`.
     section: its options; rope_scaling as `positions.scaling` takes it, and
       lists, which JSON has for tuples.
     key: of the section, for errors.
@@ -36,4 +53,4 @@ def read(kind: type[Options], section: Mapping, key: str) -> Options:
   return kind(**values | {"rope_scaling": scaling})
 
 
-__all__ = ["OPTION", "Options", "context", "read"]
+__all__ = ["OPTION", "Options", "context", "find", "read"]

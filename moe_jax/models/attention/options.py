@@ -17,8 +17,8 @@ class Options:
     module: (options, mesh) -> the linen module (x_BLD, Context) -> y_BLD;
     turned: name of the width whose pairs turn with the position;
     cached_per_token: numbers that generation keeps of a token, in a layer;
-    flops_per_pair: FLOPs of one query looking at one key: its score and its
-      share of y.
+    flops_per_pair: FLOPs of one query and one key: their score, and the
+      value's share of the result.
 
   num_heads: H query heads.
   num_kv_heads: heads of keys and values; divides H (2305.13245).

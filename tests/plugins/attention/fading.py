@@ -28,7 +28,8 @@ class Fading(heads.Heads):
 class Options(options.Options):
   """The options of attention that fades.
 
-  rate: the logarithm of two neighbours' weights' quotient.
+  rate: how fast weights fall: a token's weight is exp(rate) times that of the
+    token before it.
   """
 
   rate: number(0) = 0.1
