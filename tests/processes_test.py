@@ -32,6 +32,21 @@ def test_two_processes_stopped_and_gone_on_in_one(tmp_path):
   assert facts["continued"][0]["processes"] == 1
 
 
+ROWS = """
+from moe_jax.core import parallel
+from moe_jax.run import processes
+processes.join()
+mesh = parallel.make_mesh((2, 1, 2, 1))
+print("rows", parallel.local_rows(mesh, 8).tolist())
+"""
+
+
+def test_each_process_reads_its_own_rows():
+  started = local.start([sys.executable, "-c", ROWS], 2, 2, cwd=pod.ROOT)
+  for process, rows in zip(started, ([0, 1, 2, 3], [4, 5, 6, 7])):
+    assert f"rows {rows}" in process.communicate()[0].decode()
+
+
 def refused(tmp_path, command, count=2):
   """Last lines of processes, which must all end with exit code 2."""
   started = local.start(command, count, 1, cwd=tmp_path)
