@@ -316,7 +316,7 @@ def test_stretched_frequencies():
     ({"temperature": (0.1, 0, 1)}, ["temperature[1] = 0", "from 1"]),
     ({"q_lora_rank": 4}, ['model.attention has no "q_lora_rank"']),
     ({"name": "laten"}, ['"laten" in attention', 'did you mean "latent"']),
-    ({"name": ["latent"]}, ["attention.name = ['latent'] is not a text"]),
+    ({"name": ["latent"]}, ["model.attention.name = ['latent'] is not a text"]),
     ({"name": "latent"}, ['model.attention needs "kv_lora_rank"']),
     (LATENT | {"bias": "qkv"}, ['model.attention has no "bias"']),
     (LATENT | {"rope": "none"}, ["a rope", "grouped"]),

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from configs import tiny
 from moe_jax.core import options, registry
 from moe_jax.core.errors import ConfigError
 from moe_jax.moe.types import Balancer, Dispatcher, Router
+from moe_jax.training import program
 
 PART = '''"""A part for a test."""
 
@@ -164,6 +166,10 @@ def test_sections_of_parts():
       registry.from_config("routers", section, "model.router")
   with pytest.raises(ConfigError, match="model.router.name = 3 is not a text"):
     registry.from_config("routers", {"name": 3}, "model.router")
+  c = tiny.get_config()
+  c.task = {"name": None}
+  with pytest.raises(ConfigError, match="^task.name = None is not a text"):
+    program.build_task(c)
   twice = {"name": "top_k", "top_k": 2}
   with pytest.raises(ConfigError, match="top_k is set outside of model.router"):
     registry.from_config("routers", twice, "model.router", top_k=2)

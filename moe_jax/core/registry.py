@@ -68,14 +68,18 @@ def load(kind: str, name: str, *, plugins: tuple[str, ...] = (), **options):
   return from_config(kind, section, f"{kind}/{name}", plugins=plugins)
 
 
-def find(kind: str, name: str, plugins: tuple[str, ...] = ()):
+def find(kind: str, name: str, plugins: tuple[str, ...] = (), key: str = ""):
   """The file of a part, as a module with a function `build`.
+
+  Args:
+    kind, name, plugins: as in `load`.
+    key: of the name in the config, for errors.
 
   Raises:
     ConfigError: there is none, and the nearest known one is named; or the name
       is no text.
   """
-  options_lib.text().check(name, f"{kind}.name")
+  options_lib.text().check(name, key or f"{kind}.name")
   return _module(kind, name, tuple(plugins))
 
 
@@ -104,8 +108,7 @@ def spec(kind: str, section, key: str, *, plugins=(), **more) -> Spec:
   given = {**section, **more}
   given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
   name = given.pop("name")
-  options_lib.text().check(name, f"{key}.name")
-  build = find(kind, name, plugins).build
+  build = find(kind, name, plugins, f"{key}.name").build
   options_lib.arguments(build).check(given, key)
   arguments = inspect.signature(build).parameters.values()
   defaults = {a.name: a.default for a in arguments}

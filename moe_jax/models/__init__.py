@@ -43,7 +43,7 @@ def build(
   Raises:
     ConfigError: impossible values, naming them and the remedy.
   """
-  make = registry.find("models", section["name"], plugins).build
+  make = registry.find("models", section["name"], plugins, "model.name").build
   return make(section, mesh=mesh, plugins=plugins, **given)
 
 

@@ -64,9 +64,10 @@ def _variant(model, variant, plugins):
   shared = {"name": "grouped"} | dict(model["attention"])
   own = dict(model["variants"].get(variant, {}))
   name, place = own.get("name", shared["name"]), "model.attention"
-  attend = attention.find(name, plugins)
   if variant:
     place = f"model.variants.{variant}"
+  attend = attention.find(name, plugins, f"{place}.name")
+  if variant:
     section(of(attend) | _OF_A_VARIANT, required=()).check(own, place)
   options = {key: model[key] for key in (*OF_ATTENTION, "norm_eps")}
   # A variant with another kind of attention takes no options of the model's.

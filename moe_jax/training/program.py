@@ -255,7 +255,8 @@ def build(config, **options) -> tuple:
 
 def build_task(config, mesh=None, **options):
   """The task of a config, see `tasks.Task` for the options."""
-  make = registry.find("tasks", config.task.name, config.plugins).build
+  name, plugins = config.task.name, config.plugins
+  make = registry.find("tasks", name, plugins, "task.name").build
   return make(config, mesh=mesh, **options)
 
 

@@ -18,13 +18,13 @@ SHARED = ("context", "heads", "options", "positions")
 OPTION = options_lib.Option("a section", lambda x: hasattr(x, "items"))
 
 
-def find(name: str, plugins: tuple[str, ...]) -> type[Options]:
-  """`build` of a kind of attention.
+def find(name: str, plugins: tuple[str, ...], key: str) -> type[Options]:
+  """`build` of a kind of attention, whose name stands under a key.
 
   Raises:
     ConfigError: there is no such file, or its `build` is no subclass of Options.
   """
-  kind = registry.find("attention", name, plugins).build
+  kind = registry.find("attention", name, plugins, key).build
   if not (isinstance(kind, type) and issubclass(kind, Options)):
     raise ConfigError(
       f"attention/{name}: build is {options_lib.shown(kind)}, not a subclass of"
