@@ -399,10 +399,11 @@ def of_optax(c, num_steps):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_rates_of_arguments_and_of_constants(name):
-  """They differ by no more than one rounding of the peak, at the ends too.
+  """They differ by no more than two roundings of the peak, at the ends too.
 
   Some processors round a product and a sum once, and whether the compiler uses
-  that depends on what is constant.
+  that depends on what is constant. jaxlib 0.12 also rounds the angle of the
+  cosine otherwise where it is constant.
   """
 
   @jax.jit
@@ -422,7 +423,7 @@ def test_rates_of_arguments_and_of_constants(name):
       ours(schedules.numbers(c, num_steps), steps),
       theirs(steps),
       rtol=0,
-      atol=peak * np.finfo(np.float32).eps,
+      atol=2 * peak * np.finfo(np.float32).eps,
     )
 
 

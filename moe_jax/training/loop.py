@@ -246,11 +246,10 @@ class Lines:
   def _diverged(self, step, in_a_row):
     folder = self._directory.path / "checkpoints"
     good = newest_first(folder, before=step - in_a_row + 1)
-    last = f"the last checkpoint before them is {good[0]}"
+    last = good[0] if good else "none"
     return Diverged(
       f"the loss or the gradient was not finite in {in_a_row} steps in a row,"
-      f" the last of them {step}, and none of these was applied;"
-      f" {last if good else 'there is no checkpoint before them'}. Raise"
-      " train.max_skipped_in_a_row to go on, or lower optim.learning_rate in"
-      " another --workdir"
+      f" the last of them {step}, and none of these was applied. The last"
+      f" checkpoint before them: {last}. Raise train.max_skipped_in_a_row to go"
+      " on, or lower optim.learning_rate in another --workdir"
     )
