@@ -14,7 +14,7 @@ from moe_jax import models
 from moe_jax.core.errors import ConfigError
 from moe_jax.models import attention, counts
 from moe_jax.models.attention import context, heads, positions
-from tests import mesh_cases
+from tests import mesh_cases, tiers
 
 L, V = 14, 23
 END = V - 1  # The token that ends a document.
@@ -44,6 +44,10 @@ VARIANTS = {
   | {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}},
   "of a plugin": {"name": "fading", "rate": 0.3, "chunk": 4},
 }
+# One for each place in which a position, or what a token sees, is computed.
+DIFFERENT = ["grouped", "yarn", "wavelength", "no positions", "chunk", "sinks"]
+DIFFERENT += ["norm of projections", "latent", "latent, plain query"]
+DIFFERENT += ["of a plugin"]
 
 
 def build(options, norm="rms", dtype="float64", **more):
@@ -91,7 +95,7 @@ def stepwise(model, variables, tokens_BL, mask_BL, sizes):
   return np.concatenate(found, axis=1)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", tiers.only(DIFFERENT, VARIANTS))
 def test_a_text_is_the_same_wherever_it_stands(name):
   """Alone; behind another document; behind padding; with a cache also around
   padding, as a batch of several turns has it."""

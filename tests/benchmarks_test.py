@@ -198,7 +198,7 @@ def test_routing(small, tmp_path, capsys):
 def test_scaling(small, tmp_path, monkeypatch, capsys):
   growing = {t: SMALL._replace(tokens=t) for t in (32, 64)}
   monkeypatch.setitem(scaling.CURVES, "T", scaling.Curve("tokens", growing))
-  flags = ["--curves=T", "--shapes=S3", "--processes=2", "--rounds=2"]
+  flags = ["--curves=T", "--shapes=S3", "--processes=1", "--rounds=1"]
   flags += [f"--json={tmp_path / 'it.json'}", f"--figure={tmp_path / 'it'}"]
   monkeypatch.setitem(shapes.SHAPES, "S3", SMALL)
   assert scaling.main(flags) == 0

@@ -16,7 +16,7 @@ from moe_jax.data import batches, corpora
 from moe_jax.models import decoding
 from moe_jax.models.decoding import Sampling
 from moe_jax.training import checkpoint, trained
-from tests import parity, tokenizers_test
+from tests import parity, tiers, tokenizers_test
 from tests.small import SmallCorpus
 
 LOGITS = np.log([0.4, 0.3, 0.2, 0.06, 0.04]).astype(np.float32)
@@ -136,8 +136,11 @@ def test_impossible_values(loaded, prompts, options, words):
     decoding.generate(*loaded, prompts, 4, Sampling(**options))
 
 
+ON_MESHES = [("deepseek_v3_a", (1, 2, 2, 2)), ("gpt_oss_a", (1, 1, 4, 1))]
+
+
 @pytest.mark.parametrize(
-  "name,sizes", [("deepseek_v3_a", (1, 2, 2, 2)), ("gpt_oss_a", (1, 1, 4, 1))]
+  "name,sizes", tiers.only(ON_MESHES[:1], ON_MESHES, several=True)
 )
 def test_a_mesh_changes_nothing(name, sizes):
   """Nor does it matter that three texts do not divide over the devices."""

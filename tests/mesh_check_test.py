@@ -9,7 +9,7 @@ from moe_jax import models
 from moe_jax.core.errors import RunError
 from moe_jax.moe import exchange
 from moe_jax.training import mesh_check
-from tests import mesh_cases
+from tests import mesh_cases, tiers
 
 MESH = (1, 2, 2, 2)
 ENTER = exchange.enter_tensor
@@ -49,9 +49,12 @@ RUNS = {
 }
 
 
+RIGHT = [("slots", MESH), ("dropless", (2, 1, 4, 1))]
+RIGHT += [(name, MESH) for name in RUNS if name != "slots"]
+
+
 @pytest.mark.parametrize(
-  "name,sizes",
-  [*((name, MESH) for name in RUNS), ("dropless", (2, 1, 4, 1))],
+  "name,sizes", tiers.only(RIGHT[:2], RIGHT, several=True)
 )
 def test_a_right_mesh_differs_by_rounding(name, sizes):
   found = check(RUNS[name], sizes)

@@ -9,6 +9,8 @@ import jupytext
 import nbformat
 import pytest
 
+from tests import tiers
+
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "notebooks"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
 
@@ -20,10 +22,12 @@ def test_there_are_notebooks():
   ]
 
 
+RUNS = [(script, fast) for script in SCRIPTS for fast in ("1", "")]
+
+
 @pytest.mark.parametrize(
-  "fast", ["1", pytest.param("", marks=pytest.mark.long)]
+  "script,fast", tiers.only(RUNS[:1], RUNS, several=True)
 )
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
 def test_it_runs(script, fast, tmp_path):
   """Runs a notebook as a script, from another folder."""
   env = os.environ | {"MOE_JAX_FAST": fast, "MPLBACKEND": "Agg"}

@@ -5,12 +5,13 @@ from collections.abc import Iterable
 import pytest
 
 
-def only(quick: Iterable, cases: Iterable) -> list:
+def only(quick: Iterable, cases: Iterable, several: bool = False) -> list:
   """Parameters of a test: all cases, those that are not in `quick` marked long.
 
   Args:
     quick: cases that together show each idea once.
     cases: all of them.
+    several: whether a case holds the values of several arguments.
 
   Raises:
     ValueError: a quick case is none of them.
@@ -20,6 +21,8 @@ def only(quick: Iterable, cases: Iterable) -> list:
   if unknown:
     raise ValueError(f"no cases of this test: {unknown}")
   return [
-    case if case in quick else pytest.param(case, marks=pytest.mark.long)
+    case
+    if case in quick
+    else pytest.param(*(case if several else (case,)), marks=pytest.mark.long)
     for case in cases
   ]
