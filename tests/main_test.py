@@ -165,7 +165,7 @@ def test_a_signal_ends_a_command_wherever_it_arrives(way, tmp_path):
     [sys.executable, "-c", text, tmp_path], capture_output=True, text=True
   )
   assert done.returncode == 75, done.stderr
-  assert done.stderr == "stopped by a signal; the same command goes on\n"
+  assert done.stderr == "stopped by a signal; give the same command again\n"
   assert done.stdout == "said before\n"
   assert not list(tmp_path.iterdir())
 

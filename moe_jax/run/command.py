@@ -65,7 +65,7 @@ def write_json(path: str, value) -> None:
 def _end(number, frame):
   """The handler of signals. It may interrupt a write, so it does not print."""
   del number, frame
-  os.write(2, b"stopped by a signal; the same command goes on\n")
+  os.write(2, b"stopped by a signal; give the same command again\n")
   files.remove_scratch()
   with contextlib.suppress(Exception):
     sys.stdout.flush()
