@@ -119,7 +119,7 @@ def test_a_step_does_not_depend_on_what_was_read_before(corpus):
 
 
 def test_a_row_depends_on_its_place_in_the_stream_alone(corpus):
-  """So a pod of any size, or any accumulation, reads the same rows."""
+  """A pod of any size, or any accumulation, reads the same rows."""
   assert rows(train(corpus), 96) == rows(train(corpus, batch_size=3), 96)
   whole, halves = train(corpus)[5], train(corpus, batch_size=4)
   for key, value in whole.items():
@@ -279,7 +279,7 @@ def test_several_parts_have_their_exact_shares(weights):
 
 @pytest.mark.parametrize("weights", [(1,), (1, 1), (3.0, 1.0), (1.0, 0.5, 4.0)])
 def test_the_rows_are_those_of_grain_where_it_is_exact(weights):
-  """So that runs of before go on with the rows that they had."""
+  """Runs that began with grain's rows go on with the same rows."""
   import grain
 
   sources = [

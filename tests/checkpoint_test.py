@@ -285,7 +285,7 @@ def test_one_of_another_model_is_refused(folder):
 
 
 def test_one_of_the_old_layout_is_refused(folder):
-  """So is one of a layout that is not known yet."""
+  """A checkpoint of a layout that is not known yet is refused, too."""
   path = folder / "3" / "meta" / "metadata"
   whole = path.read_bytes()
   old = {"format": 1, "digest": ["0"], "shapes": {"w": "int8[]"}, "meta": {}}

@@ -67,7 +67,7 @@ def test_no_text_is_there_twice_so_none_is_in_both_splits(documents):
 
 
 def test_a_file_is_held_out_for_its_content_alone(documents):
-  """So that it stays where it is when other files change."""
+  """A document stays in its split when other files change."""
   for split, examples in documents.items():
     for example in examples:
       if example["domain"] == 0:

@@ -140,7 +140,7 @@ def sparse(
     return registry.from_config(kind, own, key, plugins=plugins, **more)
 
   def networks(build, **more):
-    """What `build` makes of the options that it takes."""
+    """Calls `build` with those of the options that it takes."""
     return build(**{k: options[k] for k in of(build) if k in options} | more)
 
   shared = None
