@@ -195,6 +195,7 @@ def test_routing(small, tmp_path, capsys):
   assert "| combine |" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_scaling(small, tmp_path, monkeypatch, capsys):
   growing = {t: SMALL._replace(tokens=t) for t in (32, 64)}
   monkeypatch.setitem(scaling.CURVES, "T", scaling.Curve("tokens", growing))

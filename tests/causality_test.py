@@ -8,6 +8,7 @@ from flax import linen as nn
 from configs import base
 from moe_jax import models
 from moe_jax.core.errors import ConfigError
+from tests import tiers
 
 V, L, B, CUT = 16, 12, 4, 5
 # Router, dispatcher, order of slots, capacity factor, buckets of experts.
@@ -23,6 +24,7 @@ CAUSAL = {
   "random-buckets": ("random", "sorted", "token", 0.5, 2),
   "random-dropless": ("random", "sorted", "token", None, None),
 }
+QUICK = ("einsum", "gather", "sorted", "buckets", "dropless", "random-gather")
 LEAKING = {
   "choice-einsum": ({}, "einsum", "choice", 0.5, None),
   "choice-gather": ({}, "gather", "choice", 0.5, None),
@@ -33,6 +35,8 @@ LEAKING = {
   "score-sorted": ({"priority": "score"}, "sorted", "token", 0.5, None),
   "score-buckets": ({"priority": "score"}, "sorted", "token", 0.5, 2),
 }
+QUICK_LEAKING = ("choice-gather", "choice-sorted", "score-einsum")
+QUICK_LEAKING += ("score-buckets",)
 
 
 def config(router, dispatcher, order, factor, buckets):
@@ -84,7 +88,7 @@ def changes(model, seeds):
     yield np.asarray(abs(logits - changed).max(-1)), drops
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", tiers.only(QUICK, CAUSAL))
 def test_the_past_does_not_see_the_future(name):
   router, *rest = CAUSAL[name]
   model = build(config({"name": router}, *rest))
@@ -94,7 +98,7 @@ def test_the_past_does_not_see_the_future(name):
     assert (change_BL[:, CUT:] > 0).any()
 
 
-@pytest.mark.parametrize("name", LEAKING)
+@pytest.mark.parametrize("name", tiers.only(QUICK_LEAKING, LEAKING))
 def test_what_leaks_is_refused(name):
   options, *rest = LEAKING[name]
   model = config({"name": "top_k", **options}, *rest)

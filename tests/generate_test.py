@@ -16,7 +16,7 @@ from moe_jax.data import batches, corpora
 from moe_jax.models import decoding
 from moe_jax.models.decoding import Sampling
 from moe_jax.training import checkpoint, trained
-from tests import parity, tiers, tokenizers_test
+from tests import parity, tokenizers_test
 from tests.small import SmallCorpus
 
 LOGITS = np.log([0.4, 0.3, 0.2, 0.06, 0.04]).astype(np.float32)
@@ -139,9 +139,8 @@ def test_impossible_values(loaded, prompts, options, words):
 ON_MESHES = [("deepseek_v3_a", (1, 2, 2, 2)), ("gpt_oss_a", (1, 1, 4, 1))]
 
 
-@pytest.mark.parametrize(
-  "name,sizes", tiers.only(ON_MESHES[:1], ON_MESHES, several=True)
-)
+@pytest.mark.long  # `test_the_command_on_a_run` has a mesh too.
+@pytest.mark.parametrize("name,sizes", ON_MESHES)
 def test_a_mesh_changes_nothing(name, sizes):
   """Nor does it matter that three texts do not divide over the devices."""
   devices = jax.devices()[: np.prod(sizes)]
@@ -187,6 +186,7 @@ def test_the_command_on_a_run(tmp_path, capsys):
   main.main(
     [
       *("--config=configs/tiny.py", "--config.mesh=(8,1,1,1)"),
+      "--config.train.check_mesh=False",
       *("--config.train.num_steps=3", "--config.train.log_every=3"),
       "--config.optim.warmup_steps=1",
       "--config.eval.batches_per_domain=1",
@@ -212,10 +212,8 @@ def test_the_command_on_a_run(tmp_path, capsys):
   assert "\n".join(lines).startswith(text)
   logits = found.model.apply(found.variables, np.array([tokens[:-1]]))[0]
   assert logits[0, -5:].argmax(-1).tolist() == tokens[-5:]
-  mesh = "--mesh=1,2,4,1"
-  assert generate.main([f"--checkpoint={run}", *flags, mesh]) == 0
-  assert capsys.readouterr().out.splitlines() == lines
-  assert generate.main([f"--checkpoint={run}", *flags, "--ema"]) == 0
+  flags += ["--mesh=1,2,4,1", "--ema"]
+  assert generate.main([f"--checkpoint={run}", *flags]) == 0
   assert capsys.readouterr().out.splitlines() == lines
   average = trained.of_run(str(run), ema=True).variables["params"]
   same = jax.tree.map(np.array_equal, average, found.variables["params"])

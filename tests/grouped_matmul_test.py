@@ -16,6 +16,7 @@ from moe_jax import models
 from moe_jax.core.errors import ConfigError
 from moe_jax.moe import experts, kernels
 from moe_jax.moe.types import Rows
+from tests import tiers
 
 N, D, E, F = 13, 5, 4, 6
 
@@ -127,6 +128,8 @@ NETWORKS = [
   ("reference", LAYOUTS[1], "swiglu", False),
   ("reference", LAYOUTS[3], "relu", True),
 ]
+# All activations with biases, and the largest layout without.
+QUICK = [*NETWORKS[6:10], NETWORKS[4], *NETWORKS[11:]]
 
 
 def network(params, x_ND, sizes, dy_ND, activation):
@@ -201,7 +204,8 @@ def drawn_sizes(rng, rows, num_experts):
 
 
 @pytest.mark.parametrize(
-  ("backend", "layout", "activation", "use_bias"), NETWORKS
+  "backend,layout,activation,use_bias",
+  tiers.only(QUICK, NETWORKS, several=True),
 )
 def test_networks_against_numpy(backend, layout, activation, use_bias):
   """Compares 20 loads each; rows that no expert owns hold NaN."""

@@ -679,7 +679,7 @@ FAULTS = (
     "moe_jax/models/decoding.py",
     "-len(prompts) % shards",
     "0",
-    "generate_test.py::test_a_mesh_changes_nothing",
+    "generate_test.py::test_the_command_on_a_run",
   ),
   # Experiments.
   Fault(

@@ -20,8 +20,8 @@ from tests import mesh_cases, oracle, tiers
 from tests.mesh_cases import Case, L
 
 FIRST, PAIRS, HALVES, INPUT = mesh_cases.VARIATIONS
-# Every mesh, scope, variation and way to bound rows. The meshes of a line share
-# the run without a mesh; (8, 1, 1, 1) and (1, 1, 1, 1) exchange nothing.
+# Every mesh, scope, variation and way to bound rows; (8, 1, 1, 1) and
+# (1, 1, 1, 1) exchange nothing.
 COVERING = {
   "einsum": (
     Case("einsum", ("sequence", "group"), **PAIRS),
@@ -32,12 +32,12 @@ COVERING = {
     [(2, 1, 4, 1), (1, 2, 2, 2), (1, 1, 1, 1)],
   ),
   "sorted": (
-    Case("sorted", ("global_batch",), **FIRST),
+    Case("sorted", ("global_batch",), remat="none", **FIRST),
     [(1, 2, 2, 2), (1, 1, 8, 1)],
   ),
   "buckets": (
-    Case("buckets", ("sequence", "global_batch"), **PAIRS),
-    [(1, 2, 2, 2), (1, 1, 8, 1)],
+    Case("buckets", ("sequence", "global_batch"), remat="none", **PAIRS),
+    [(1, 1, 8, 1), (1, 2, 2, 2)],
   ),
   "dropless": (
     Case("dropless", ("micro_batch",), **INPUT),
@@ -70,9 +70,8 @@ COVERING = {
       z_loss=False,
       router=(("score", "sigmoid"), ("renormalize", True)),
       prefix=("moe@other",),
-      pattern=("moe", "dense", "moe@other"),
-      repeats=1,
       other="few",
+      remat="none",
     ),
     [(2, 1, 4, 1)],
   ),
@@ -83,23 +82,25 @@ COVERING = {
 }
 
 
-QUICK = ("sorted", "buckets", "dropless", "kinds")
+ONE_STEP = [(name, sizes) for name, x in COVERING.items() for sizes in x[1]]
+QUICK = [(name, COVERING[name][1][0]) for name in ("dropless", "kinds")]
 
 
-@pytest.mark.parametrize("name", tiers.only(QUICK, COVERING))
-def test_one_step_on_a_mesh(name):
+@pytest.mark.parametrize(
+  "name,sizes", tiers.only(QUICK, ONE_STEP, several=True)
+)
+def test_one_step_on_a_mesh(name, sizes):
   """Outputs, gradients, statistics, bias and parameters after the step."""
-  case, meshes = COVERING[name]
+  case, _ = COVERING[name]
   expected = mesh_cases.measure(case, None)
-  for sizes in meshes:
-    found = mesh_cases.measure(case, sizes)
-    distance, leaf = mesh_cases.check(case, found, expected)
-    assert distance <= mesh_cases.TOLERANCE[case.dtype], (sizes, leaf)
+  found = mesh_cases.measure(case, sizes)
+  distance, leaf = mesh_cases.check(case, found, expected)
+  assert distance <= mesh_cases.TOLERANCE[case.dtype], leaf
 
 
 def test_three_steps_and_each_of_them_again():
   """Each step repeats bit for bit, with a bias, a bound and accumulation."""
-  case, sizes = Case("buckets", ("global_batch",), **FIRST), (1, 2, 2, 2)
+  case, (sizes, _) = COVERING["buckets"]
   states = dict.fromkeys((None, sizes), mesh_cases.initial_state(case))
   for step in range(3):
     batch = mesh_cases.draw_batch(dataclasses.replace(case, seed=step))
@@ -167,7 +168,13 @@ def test_accumulation_is_one_large_batch():
   and the bias from all counts.
   """
   case = Case(
-    "dropless", (), z_loss=False, router=(("noise", 0.3),), tokens_per_group=4
+    "dropless",
+    (),
+    z_loss=False,
+    router=(("noise", 0.3),),
+    tokens_per_group=4,
+    repeats=1,
+    remat="none",
   )
   batch = mesh_cases.draw_batch(case)
   assert batch["mask"][0].sum() != batch["mask"][1].sum()
@@ -239,7 +246,8 @@ def scoped_loss(scope, s, so_far_E):
 
 
 def test_scanned_repeats_are_an_unrolled_pattern():
-  scanned = Case("gather", router=(("noise", 0.3),), prefix=("dense",))
+  options = {"router": (("noise", 0.3),), "remat": "none"}
+  scanned = Case("gather", prefix=("dense",), **options)
   unrolled = dataclasses.replace(scanned, pattern=("moe", "moe"), repeats=1)
 
   def unstack(tree):

@@ -205,7 +205,8 @@ def _accumulate(state, batch, model, task, sublayers):
     }
     return loss.total / weight + balance, sums
 
-  gradient = jax.grad(objective, has_aux=True)
+  # Traced for its shapes, and not again for the scan.
+  gradient = jax.jit(jax.grad(objective, has_aux=True), inline=True)
 
   def micro_step(carry, micro):
     grads, sums = carry
@@ -216,11 +217,12 @@ def _accumulate(state, batch, model, task, sublayers):
 
   # Zeros with the shapes of (gradients, sums): where the scan begins.
   none_so_far = {
-    path: jnp.zeros((len(parts.numbers), parts.recipe.num_experts), jnp.int32)
+    path: jnp.zeros((len(parts.numbers), parts.recipe.num_experts), int)
     for path, parts in sublayers.items()
   }
-  first = jax.tree.map(lambda x: x[0], batch)
-  shapes = jax.eval_shape(gradient, state.params, first, 0, none_so_far)
+  numbered = jnp.arange(accumulation), batch
+  index, first = jax.tree.map(lambda x: x[0], numbered)
+  shapes = jax.eval_shape(gradient, state.params, first, index, none_so_far)
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-  carry, _ = jax.lax.scan(micro_step, zeros, (jnp.arange(accumulation), batch))
+  carry, _ = jax.lax.scan(micro_step, zeros, numbered)
   return carry, weight
