@@ -298,6 +298,7 @@ def test_loads_of_zipf_follow_its_law():
   assert (equal_TK[:, 0] != equal_TK[:, 1]).all()
 
 
+@pytest.mark.long
 def test_the_accelerator_table(small, monkeypatch, tmp_path, capsys):
   """Here the accelerator is a CPU."""
   monkeypatch.setitem(accelerator.SHAPES, "small", SMALL)

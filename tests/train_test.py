@@ -12,7 +12,7 @@ from flax import linen as nn
 from moe_jax import models
 from moe_jax.data import mixed
 from moe_jax.training import balancing, evaluation, program, train_step
-from tests import mesh_cases, oracle, small
+from tests import mesh_cases, oracle, small, tiers
 from tests.small import ROWS, L, SmallCorpus, V, config
 
 PATH = "decoder/0/moe"  # Path of the two MoE layers.
@@ -181,7 +181,10 @@ def test_a_step_draws_from_its_own_number():
   assert not np.array_equal(counts(rng=jax.random.key(1)), first)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 2, 4, 1)])
+MESHES = [(1, 1, 1, 1), (1, 2, 4, 1)]
+
+
+@pytest.mark.parametrize("sizes", tiers.only(MESHES[:1], MESHES))
 def test_a_program_is_traced_once(sizes, monkeypatch):
   """All seeds and steps share it, and evaluation leaves balancers alone."""
   devices = jax.devices()[: np.prod(sizes)]

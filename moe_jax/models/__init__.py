@@ -4,6 +4,7 @@ A model is a linen module. `sublayers` tells where its MoE layers are, as
 {path: Sublayer}; a model without MoE layers need not have it.
 """
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -88,6 +89,7 @@ def check(model, *, length: int, batches: Mapping[str, int], mesh) -> None:
       model.arch.check_causal(length, train)
 
 
+@functools.cache
 def variables(model):
   """Shapes of a decoder's variables, boxed with their logical axes."""
   shards = parallel.token_shards(model.arch.mesh)
