@@ -13,16 +13,12 @@ def main(argv=None) -> int:
   """The command."""
   args = _arguments(argv)
 
-  from moe_jax.data import corpora
   from moe_jax.tasks import next_token
   from moe_jax.training import evaluation
 
   loaded = trained.load(args, dropless=args.dropless)
   settings = _settings(args, loaded)
-  corpus = corpora.prepare(
-    args.dataset, data_dir=args.data_dir, tokenizer=loaded.tokenizer.name
-  )
-  task, sums = next_token.on_corpus(loaded, corpus, **settings)
+  task, sums = next_token.on_corpus(loaded, _text(args, loaded), **settings)
   scored = sum(int(part["loss"].weight) for part in sums.values())
   words = [f"{name} = {value}" for name, value in settings.items()]
   words += ["dropless" if args.hf or args.dropless else "the run's capacity"]
@@ -48,7 +44,8 @@ def _arguments(argv):
   parser = config_lib.Parser(__doc__, prog="python -m moe_jax.evaluate")
   add, count = parser.add_argument, config_lib.at_least_1
   trained.add_flags(parser)
-  add("--dataset", required=True, help="as config.data.name has it")
+  words = "as config.data.name has it (default: the data of the run)"
+  add("--dataset", metavar="NAME", help=words)
   add("--data_dir", metavar="DIR", help="folder of a prepared TFDS dataset")
   add("--seq_len", type=count, help="tokens (default: the run's, or 256)")
   add("--batch_size", type=count, help="sequences (default: the run's, or 8)")
@@ -56,7 +53,25 @@ def _arguments(argv):
   add("--dropless", action="store_true", help=words)
   add("--batches_per_domain", type=count, help="default: all")
   add("--json", metavar="PATH", help="metrics, and shares of experts")
-  return parser.parse_args(argv)
+  args = parser.parse_args(argv)
+  if args.hf and args.dataset is None:
+    raise ConfigError("give the text to evaluate on with --dataset=NAME")
+  return args
+
+
+def _text(args, loaded):
+  """The corpus of the flags, or of the run."""
+  from moe_jax.data import corpora, mixed
+
+  run = loaded.config
+  if args.dataset is None:
+    return mixed.prepare(run.data, plugins=run.plugins)
+  own = {"tokenizer": loaded.tokenizer.name, "data_dir": args.data_dir}
+  if run is not None:
+    own |= {"plugins": run.plugins, "cache_dir": run.data.cache_dir}
+    if args.dataset == run.data.name:
+      own |= {k: run.data[k] for k in ("text_feature", "domain_feature")}
+  return corpora.prepare(args.dataset, **own)
 
 
 def _settings(args, loaded) -> dict:

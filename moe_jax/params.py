@@ -32,10 +32,11 @@ def main(argv=None) -> int:
   found = counts.count(model, variables)
   width = BYTES[args.bytes]
   flops = counts.train_flops_per_token(model, found, task.length)
-  cache = counts.kv_cache_per_token(model) * width
   found["train_flops_per_token"] = flops
   found[f"weights_bytes_{args.bytes}"] = found["total"] * width
-  found[f"kv_cache_bytes_per_token_{args.bytes}"] = cache
+  if hasattr(model, "arch"):  # A decoder keeps what attention needs again.
+    cache = counts.kv_cache_per_token(model) * width
+    found[f"kv_cache_bytes_per_token_{args.bytes}"] = cache
   for name, value in found.items():
     print(f"{name:36}{value:>24,}")
   if args.json:

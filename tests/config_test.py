@@ -12,7 +12,8 @@ from moe_jax.core import options, registry
 from moe_jax.core.errors import ConfigError
 from moe_jax.run import config as config_lib
 from moe_jax.run import run_directory
-from moe_jax.training import program
+from moe_jax.training import program, train_step
+from tests import small
 
 DEFAULTS = dict(
   config_lib.flat(base.get_config().to_dict(), whole=config_lib.OPEN)
@@ -179,6 +180,32 @@ def test_another_name_takes_the_options_of_the_old_part_away():
   assert loaded("data.name=x").data.seq_len == tiny.get_config().data.seq_len
 
 
+def test_a_name_that_is_no_part_s_takes_nothing_away():
+  """A variant names its kind of attention, and a mixture its datasets."""
+  texts = [
+    "model.variants.few.moe.num_experts=8",
+    "model.variants.few.window=4",
+  ]
+  texts += ["data.mixture.code.weight=3.0", "data.mixture.code.name=old"]
+  c = config_lib.overridden(base.get_config(), texts)
+  names = ["model.variants.few.name=fading", "data.mixture.code.name=new"]
+  c = config_lib.overridden(c, names).to_dict()
+  few = {"moe": {"num_experts": 8}, "window": 4, "name": "fading"}
+  assert c["model"]["variants"]["few"] == few
+  assert c["data"]["mixture"]["code"] == {"name": "new", "weight": 3.0}
+
+
+def test_a_variant_or_a_dataset_may_have_any_label():
+  """Also that of a section of balancers."""
+  c = tiny.get_config()
+  c.model.variants = {"balancers": {"window": 4}}
+  task = small.task()
+  numbers = train_step.numbers(c, program.build_model(c, task))
+  key = program._structure(c, task, numbers)
+  c.model.variants.balancers.window = 5
+  assert program._structure(c, task, numbers) != key
+
+
 def test_parts_are_added_key_by_key():
   flags = [
     "model.moe.balancers.load.coefficient=0.01",
@@ -287,6 +314,17 @@ def test_an_older_config_has_the_defaults_of_keys_that_it_lacks(tmp_path):
   c.model.moe.shared_gate = True
   with pytest.raises(ConfigError, match="shared_gate = False, and now it is T"):
     run_directory.RunDirectory(folder, c)
+
+
+def test_a_run_has_no_variants_and_may_lack_a_tuple(tmp_path):
+  values = json.loads(tiny.get_config().to_json())
+  path = tmp_path / "config.json"
+  path.write_text(json.dumps(values))
+  with pytest.raises(ConfigError, match='no variants, so it has no ":small"'):
+    config_lib.load(f"{path}:small")
+  older = json.loads(json.dumps(values))
+  del older["plugins"], older["model"]["prefix"]
+  run_directory._check_same(tmp_path, older, values)
 
 
 def test_keys_that_a_config_has_not_are_refused(tmp_path):

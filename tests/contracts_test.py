@@ -565,12 +565,14 @@ def layout_program(dispatcher, options, bound):
 
   @jax.jit
   def run(routing, tokens):
+    expert_TK = getattr(routing.choice, "expert_TK", np.zeros((1, 2)))
     repeat = Router(
       init=None,
       axes={},
       route=lambda params, x_TD, *, side, **_: side.features["routing"],
       causal=True,
-      top_k=2,
+      top_k=expert_TK.shape[-1],
+      form=type(routing.choice),
     )
     recipe = layer.Recipe(
       num_experts=E,
@@ -881,7 +883,7 @@ def observed(balancer, seed, state=None) -> Stats:
     ),
     whole,
   )
-  return stats.replace(observed={"label": spread})
+  return stats.replace(observed=spread)
 
 
 def value(balancer, stats, so_far_E=None):

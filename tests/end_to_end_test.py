@@ -17,8 +17,9 @@ from sklearn import datasets as digits
 
 import experiments
 from experiments import launch, runs
+from moe_jax import evaluate, generate, params
 from moe_jax.core import parallel
-from moe_jax.core.errors import Interrupted
+from moe_jax.core.errors import ConfigError, Interrupted
 from moe_jax.data import mixed
 from moe_jax.run import run_directory
 from moe_jax.training import checkpoint, loop, program
@@ -179,6 +180,17 @@ def test_images_through_the_same_loop(ask, tmp_path, monkeypatch, capsys):
   tokens = 40 * 32 * 16
   flops = rows["slow"]["train_flops"]
   assert flops == tokens * facts["train_flops_per_token"]
+
+  # Commands for text say that it has none; those for any run take it.
+  run = of(work, "fast")
+  trust = ["--trust_plugins"]
+  for other, more in ((generate, ["--prompt=x"]), (evaluate, [])):
+    with pytest.raises(ConfigError, match="task digits, which has no text"):
+      other.main([f"--checkpoint={run}", *trust, *more])
+  capsys.readouterr()
+  assert params.main([f"--config={run}/config.json", *trust]) == 0
+  counted = capsys.readouterr().out
+  assert "weights_bytes" in counted and "kv_cache" not in counted
 
 
 def test_two_recipes_in_one_decoder(ask, tmp_path, monkeypatch, capsys):

@@ -218,6 +218,11 @@ def test_the_command_on_a_run(tmp_path, capsys):
   average = trained.of_run(str(run), ema=True).variables["params"]
   same = jax.tree.map(np.array_equal, average, found.variables["params"])
   assert not any(jax.tree.leaves(same))
+  evaluated = ["--batch_size=8", "--batches_per_domain=1"]
+  assert evaluate.main([f"--checkpoint={run}", *evaluated]) == 0
+  assert "bits_per_byte" in capsys.readouterr().out, "of the run's own data"
+  with pytest.raises(ConfigError, match="give the text .* --dataset=NAME"):
+    evaluate.main([f"--hf={parity.FOLDER / 'mixtral_a'}"])
   with pytest.raises(ConfigError, match="--ema"):
     generate.main([f"--hf={run}", "--ema", "--prompt=x"])
   with pytest.raises(ConfigError, match="no work directory"):

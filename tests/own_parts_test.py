@@ -7,6 +7,7 @@ tokens decide; a decoder does.
 """
 
 import ast
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -19,6 +20,7 @@ from configs import tiny
 from moe_jax import models
 from moe_jax.core import parallel, registry
 from moe_jax.core.errors import ConfigError
+from moe_jax.models import decoding
 from moe_jax.moe import experts, layer
 from moe_jax.moe.types import Bound, Side
 from moe_jax.training import program, train_step
@@ -325,3 +327,109 @@ def test_a_decoder_refuses_what_sees_later_tokens(name):
     program.build_model(c, task)
   c.model.allow_noncausal = True
   program.build_model(c, task)
+
+
+def test_a_balancer_sees_its_own_sums():
+  """Two of a kind, of which each moves its own bias."""
+  c = config()
+  balancers = c.model.variants.quantile.moe.balancers
+  balancers.other = {"name": "quantile", "share": 0.5, "decay": 0.0}
+  task = program.build_task(c)
+  model = program.build_model(c, task)
+  with jax.enable_x64(False):
+    parts = train_step.parts(c, model, task)
+    numbers = train_step.numbers(c, model)
+    state = train_step.init_state(jax.random.key(0), **parts, numbers=numbers)
+    batch = task.train(0, None)[0]
+    batch = {k: jnp.asarray(batch[k]) for k in task.spec}
+    new, _ = jax.jit(functools.partial(train_step.train_step, **parts))(
+      nn.unbox(state), batch, numbers
+    )
+  (path,) = (p for p, x in model.sublayers.items() if x.recipe.balancers)
+  both = models.at(new.balance, path)
+  assert both["q"]["bias_E"].any() and both["other"]["bias_E"].any()
+  assert (both["q"]["bias_E"] != both["other"]["bias_E"]).any()
+
+
+def test_what_is_for_tokens_alone():
+  """Slots of a router's own need no dispatcher, and no token has experts."""
+  c = config()
+  own = c.model.variants.expert_choice.moe
+  own.update(capacity_factor=None, dispatcher={"name": "gather"})
+  c.model.update(name="decoder", allow_noncausal=True, prefix=())
+  c.model.pattern = ("moe@expert_choice",)
+  model = models.build(c.model, vocab_size=16, plugins=FOLDER)
+  models.check(model, length=32, batches={"rows": 1}, mesh=None)
+  with pytest.raises(ConfigError, match="leave out --experts"):
+    decoding.generate(model, {}, [[1]], 1, experts=True)
+
+
+def test_a_model_and_a_task_that_do_not_fit():
+  c = config()
+  c.task.name = "next_token"
+  with pytest.raises(ConfigError, match='"patches" is not for this task'):
+    program.build(c, prepare=False)
+  c = config()
+  c.model.update(name="decoder", pattern=("moe",))
+  with pytest.raises(ConfigError, match='"decoder" is not for this task'):
+    program.build(c, prepare=False)
+
+
+@pytest.mark.parametrize(
+  "field,shape,words",
+  [
+    (
+      "weight_TK",
+      (6, 1),
+      r"returned weight_TK of shape \(6, 1\), not \[T, K\] with T = 6",
+    ),
+    ("valid_TK", (1, K), r"returned valid_TK of shape \(1, 2\), not \[T, K\]"),
+    (
+      "prob_TE",
+      (6, 2),
+      r"returned prob_TE of shape \(6, 2\), not \[T, E\] .* E = 8",
+    ),
+    ("choice", None, "returned NoneType, and declares .* TokenChoice"),
+  ],
+)
+def test_a_router_of_other_shapes_is_refused(field, shape, words):
+  """Otherwise a broadcast would give wrong numbers, and no error."""
+  top_k = registry.load("routers", "top_k", top_k=K)
+
+  def route(*args, **options):
+    routing = top_k.route(*args, **options)
+    made = None if shape is None else jnp.ones(shape)
+    if field in vars(routing):
+      return routing.replace(**{field: made})
+    return routing.replace(choice=routing.choice.replace(**{field: made}))
+
+  recipe = layer.Recipe(
+    num_experts=E,
+    router=dataclasses.replace(top_k, route=route),
+    dispatcher=registry.load("dispatchers", "sorted"),
+    experts=experts.build(4),
+  )
+  params = {
+    "router": top_k.init(jax.random.key(0), 4, E),
+    "experts": recipe.experts.init(jax.random.key(0), E, 4),
+  }
+  x_GTD, side = jnp.ones((1, 6, 4)), Side(jnp.ones((1, 6), bool))
+  with pytest.raises(ConfigError, match=f'the router "top_k" {words}'):
+    layer.moe_ffn(recipe, params, {}, x_GTD, side)
+
+
+def test_a_balancer_without_its_state_is_named():
+  recipe = layer.Recipe(
+    num_experts=E,
+    router=registry.load("routers", "top_k", top_k=K),
+    dispatcher=registry.load("dispatchers", "sorted"),
+    experts=experts.build(4),
+    balancers=(("b", registry.load("balancers", "bias", rate=0.1)),),
+  )
+  params = {
+    "router": recipe.router.init(jax.random.key(0), 4, E),
+    "experts": recipe.experts.init(jax.random.key(0), E, 4),
+  }
+  side = Side(jnp.ones((1, 6), bool))
+  with pytest.raises(ConfigError, match='no state of the balancer "b"'):
+    layer.moe_ffn(recipe, params, {}, jnp.ones((1, 6, 4)), side)

@@ -83,7 +83,7 @@ def test_it_trains_on_a_mesh_and_appears_in_a_report(
   (recipe,) = run["recipe"].values()
   assert recipe["router"] == {"name": "cosine", "top_k": 2, "temperature": 0.2}
   drawn = sorted(path.name for path in (folder / "heat_map").iterdir())
-  assert drawn == ["00000004.png", "00000008.png"]
+  assert drawn == ["00000004-00.png", "00000008-00.png"]
   first, last = run_directory.read_metrics(folder, "train")
   assert last["loss"] < first["loss"]
   assert last["router_entropy"] > 0 and last["max_vio"] > 0

@@ -115,6 +115,27 @@ def spec(kind: str, section, key: str, *, plugins=(), **more) -> Spec:
   return Spec(kind, name, tuple(plugins), defaults | given)
 
 
+def make(kind: str, section, key: str, plugins, *args, **given):
+  """A part whose `build` takes more than options of a config; not kept.
+
+  Args:
+    kind, section, key, plugins: as in `from_config`.
+    *args, **given: what it takes beside its options.
+
+  Raises:
+    ConfigError: as `from_config`.
+  """
+  options_lib.part().check(section, key)
+  own = dict(section)
+  module = find(kind, own.pop("name"), plugins, f"{key}.name")
+  table = [*options_lib.of(module.build).items()][len(args) :]
+  table = {name: option for name, option in table if name not in given}
+  options_lib.section(table, ()).check(own, key)
+  part = module.build(*args, **given, **own)
+  _check_part(part, _package(kind).PART, module.__file__)
+  return part
+
+
 def rebuild(part, numbers: Mapping[str, Any]):
   """The part again, with other values for some of its number options.
 

@@ -5,12 +5,14 @@ A model is a linen module. `sublayers` tells where its MoE layers are, as
 """
 
 import functools
+import inspect
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.core import parallel, registry
+from moe_jax.core.errors import ConfigError
 from moe_jax.models import decoder
 from moe_jax.moe import groups
 from moe_jax.moe.types import Sublayer
@@ -44,8 +46,17 @@ def build(
   Raises:
     ConfigError: impossible values, naming them and the remedy.
   """
-  make = registry.find("models", section["name"], plugins, "model.name").build
-  return make(section, mesh=mesh, plugins=plugins, **given)
+  name = section["name"]
+  make = registry.find("models", name, plugins, "model.name").build
+  options = {"mesh": mesh, "plugins": plugins, **given}
+  try:
+    inspect.signature(make).bind(section, **options)
+  except TypeError as e:
+    raise ConfigError(
+      f'the model "{name}" is not for this task, which gives it'
+      f" {', '.join(given) or 'nothing'} ({e}); change model.name or task.name"
+    ) from None
+  return make(section, **options)
 
 
 def dropless(section: Mapping) -> dict:

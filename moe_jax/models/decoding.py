@@ -12,6 +12,7 @@ from moe_jax import models
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import arguments, integer, number, optional
+from moe_jax.moe.types import TokenChoice
 
 
 class Sampling(NamedTuple):
@@ -70,6 +71,12 @@ def generate(
     ConfigError: impossible values.
   """
   _check(prompts, num_tokens, sampling, model.arch.vocab_size)
+  for parts in model.sublayers.values() if experts else ():
+    if parts.recipe.router.form is not TokenChoice:
+      raise ConfigError(
+        "tokens do not choose experts in this model, so there are none to show;"
+        " leave out --experts"
+      )
   tokens_BL, mask_BL = _padded(prompts, parallel.token_shards(model.arch.mesh))
   batch, length = tokens_BL.shape
   inputs, cache, over_B = (tokens_BL, mask_BL), {}, np.zeros(batch, bool)

@@ -10,7 +10,7 @@ from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import either, integer, number, optional, word
 from moe_jax.moe import dispatchers, layer
-from moe_jax.moe.types import Array, Bound
+from moe_jax.moe.types import Array, Bound, TokenChoice
 
 _FACTOR = number(above=0)
 ROUNDINGS = {"floor": math.floor, "ceil": math.ceil, "round": round}
@@ -65,7 +65,8 @@ class Grouping(NamedTuple):
       sequences=max(1, tokens // length),
       groups_per_sequence=max(1, length // tokens),
     )
-    dispatchers.check_bound(recipe)
+    if recipe.router.form is TokenChoice:
+      dispatchers.check_bound(recipe)
     return tokens, recipe
 
   def _bound(self, recipe, tokens, train):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moe_jax.core import parallel
+from moe_jax.core.errors import ConfigError
 from moe_jax.moe import exchange, plans, types
 from moe_jax.moe.types import Array, Side, Stats
 
@@ -120,15 +121,55 @@ def _moe_ffn(recipe, mesh, collect, params, balance, x_GTD, side, rng_G):
 def route(recipe, params, balance, x_GTD, side, rng_G) -> types.Routing:
   """The router's decision, group by group."""
 
+  router, num_experts = recipe.router, recipe.num_experts
+
   def select(score_TE):
     for label, balancer in recipe.balancers:
+      if label not in balance:
+        raise ConfigError(
+          f'balance has no state of the balancer "{label}"; give {{"{label}":'
+          " balancer.init(num_experts)}"
+        )
       score_TE = balancer.select(balance[label], score_TE)
     return score_TE
 
-  one_group = functools.partial(
-    recipe.router.route, params, num_experts=recipe.num_experts, select=select
-  )
-  return jax.vmap(one_group)(x_GTD, side=side, rng=rng_G)
+  def of_group(x_TD, side, rng):
+    routing = router.route(
+      params, x_TD, num_experts=num_experts, select=select, side=side, rng=rng
+    )
+    _check_routing(routing, router, T=len(x_TD), E=num_experts, K=router.top_k)
+    return routing
+
+  return jax.vmap(of_group)(x_GTD, side, rng_G)
+
+
+def _check_routing(routing, router, **sizes):
+  """Raises ConfigError for arrays that do not have the shapes of their names.
+
+  Args:
+    routing: of one group.
+    router: that made it.
+    **sizes: of the axes, by their letter; another one is that of the first array.
+  """
+  part = router.spec.name if router.spec else "of this recipe"
+  choice = getattr(routing, "choice", None)
+  if not isinstance(choice, router.form):
+    raise ConfigError(
+      f'the router "{part}" returned {type(choice).__name__}, and declares that'
+      f" its choices are of the form {router.form.__name__}"
+    )
+  arrays = {"prob_TE": routing.prob_TE, "logits_TE": routing.logits_TE}
+  for name, x in {**vars(choice), **arrays}.items():
+    axes = name.rpartition("_")[2]
+    if x is None or not axes.isupper():
+      continue
+    wanted = tuple(sizes.setdefault(k, n) for k, n in zip(axes, x.shape))
+    if len(axes) != x.ndim or x.shape != wanted:
+      known = ", ".join(f"{k} = {sizes.get(k)}" for k in axes)
+      raise ConfigError(
+        f'the router "{part}" returned {name} of shape {x.shape}, not'
+        f" [{', '.join(axes)}] with {known}"
+      )
 
 
 def group_keys(rng: Array, num_groups: int, first: int | Array = 0) -> Array:

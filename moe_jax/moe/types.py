@@ -216,6 +216,7 @@ class Router:
   average_k: mean number of experts per token, if it is not top_k.
   always_draws: whether it needs a key at evaluation too; if not, it is given
     none there.
+  form: of its choices. Dispatchers and capacities are for `TokenChoice` alone.
   spec: set by the registry.
   """
 
@@ -227,6 +228,7 @@ class Router:
   fixed: bool = True
   average_k: float | None = None
   always_draws: bool = False
+  form: type = TokenChoice
   spec: Any = None
 
 
@@ -297,7 +299,8 @@ class Balancer:
   init: (num_experts) -> state, a dict of arrays.
   select: (state, score_TE) -> the scores that choose; weights do not use them.
   observe: (state, Routing, mask_T) -> {name: array of sums} of one group;
-    carried by `Stats.observed` like counts. None: it needs no more than counts.
+    carried like counts; `loss` and `update` find them in `stats.observed`.
+    None: it needs no more than counts.
   loss: (state, Stats, count_E so far in this step, router's parameters) ->
     Mean, coefficient included; None: it adds no loss.
   update: (state, Stats, step) -> state, once per optimizer step.

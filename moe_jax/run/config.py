@@ -27,6 +27,11 @@ OPEN = ("task", "data.mixture", "optim.optimizer", "model.attention")
 OPEN += ("model.variants", "model.moe.router", "model.moe.dispatcher")
 OPEN += ("model.moe.balancers", "train.hooks")
 _FOLDER_OF_A_PART = re.compile(r"data\.mixture\..+\.dir")
+# Sections of one part, whose options go when it gets another name.
+_A_PART = re.compile(
+  r"config\.(task|optim\.optimizer|model\.attention|train\.hooks\.[^.]+"
+  r"|model\.(variants\.[^.]+\.)?moe\.(router|dispatcher|balancers\.[^.]+))"
+)
 
 
 def load(spec: str, overrides=(), *, trust_plugins: bool = False):
@@ -50,6 +55,8 @@ def load(spec: str, overrides=(), *, trust_plugins: bool = False):
     remedy = did_you_mean(path, known)
     raise ConfigError(f'there is no config file "{path}"{remedy}')
   if path.endswith(".json"):
+    if variant:
+      raise ConfigError(f'{path} has no variants, so it has no ":{variant}"')
     config = _from_json(path)
     own = any(text.startswith("plugins=") for text in overrides)
     if config.plugins and not trust_plugins and not own:
@@ -141,7 +148,7 @@ def _set(section, place, names, value):
     for k, v in value.items():
       _set(old, key, [str(k)], v)
   else:
-    if name == "name" and value != old and _is_open(place):
+    if name == "name" and value != old and _A_PART.fullmatch(place):
       section.clear()
     whole = isinstance(old, float) and type(value) is int
     section[name] = float(value) if whole else value
@@ -220,7 +227,7 @@ def numbers(tree: dict):
   """(dotted key, value) of all values that a run's numbers depend on."""
   return (
     (key, value)
-    for key, value in flat(tree)
+    for key, value in flat(_with_tuples(tree))
     if not key.startswith(_FREE) and not _FOLDER_OF_A_PART.fullmatch(key)
   )
 

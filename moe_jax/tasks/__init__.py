@@ -53,3 +53,6 @@ class Task:
   name: str = ""
   fingerprint: str = ""
   sources: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+PART = Task  # `build` of each file returns one.

@@ -62,6 +62,11 @@ def _stacked(tree, parts: Sublayer):
   return jax.tree.map(lambda x: x[None], tree)
 
 
+def _own(stats, label):
+  """Statistics with the sums that one balancer observed."""
+  return stats.replace(observed=stats.observed.get(label, {}))
+
+
 def sum_groups(stats: Mapping[str, Stats]) -> dict[str, Stats]:
   """Sums over groups and sequences, kept as axes of length 1: [R, 1, 1]."""
   return jax.tree.map(lambda x: x.sum((1, 2), keepdims=True), stats)
@@ -92,7 +97,7 @@ def loss(
     for label, balancer in parts.recipe.balancers:
       if balancer.loss is not None:
         losses_R = jax.vmap(balancer.loss)(
-          states.get(label, {}), stats[path], so_far[path], router
+          states.get(label, {}), _own(stats[path], label), so_far[path], router
         )
         total += losses_R.value().sum()
   return total
@@ -117,7 +122,7 @@ def update(
       before = models.at(state, path).get(label)
       if before is not None:
         after = jax.vmap(balancer.update, (0, 0, None))(
-          _stacked(before, parts), stats[path], step
+          _stacked(before, parts), _own(stats[path], label), step
         )
         if not parts.stacked:
           after = jax.tree.map(lambda x: x[0], after)

@@ -91,7 +91,8 @@ class Program:
     writers.check(config.writers)
     self.config = config
     self.mesh, self.task, self.model = build(config, fingerprint=fingerprint)
-    self.task.train(0), self.task.validation()  # Refuses now, not later.
+    self.task.train(0, None)  # Refuses too little data now, not later.
+    self.task.validation(None)
     self._micro_batch = config.data.batch_size // config.train.accumulation
     self.mesh_check = None
     if self.mesh is not None and config.train.check_mesh:
@@ -218,18 +219,16 @@ class Program:
 def _structure(config, task, numbers) -> tuple:
   """Equal for configs whose compiled functions are the same."""
 
-  def without_numbers(section):
-    """A section of the config, its balancers without their numbers."""
-    for label, own in section.get("balancers", {}).items():
-      made = registry.spec("balancers", own, label, plugins=config.plugins)
-      numbers = registry.number_options(made)
-      options = {k: v for k, v in made.options.items() if k not in numbers}
-      section["balancers"][label] = {**options, "name": made.name}
-    return section
-
   values = config.to_dict()
   values = {k: values[k] for k in ("task", "data", "model", "mesh", "plugins")}
-  values = json.loads(json.dumps(values), object_hook=without_numbers)
+  model = values["model"]
+  for layer in (model, *model["variants"].values()):
+    balancers = layer.get("moe", {}).get("balancers", {})
+    for label, own in balancers.items():
+      made = registry.spec("balancers", own, label, plugins=config.plugins)
+      numeric = registry.number_options(made)
+      options = {k: v for k, v in made.options.items() if k not in numeric}
+      balancers[label] = {**options, "name": made.name}
   return (
     json.dumps(values, sort_keys=True),
     optimizers.load(config.optim, config.plugins).direction,
@@ -253,11 +252,17 @@ def build(config, **options) -> tuple:
   return mesh, task, build_model(config, task, mesh)
 
 
-def build_task(config, mesh=None, **options):
-  """The task of a config, see `tasks.Task` for the options."""
-  name, plugins = config.task.name, config.plugins
-  make = registry.find("tasks", name, plugins, "task.name").build
-  return make(config, mesh=mesh, **options)
+def build_task(
+  config, mesh=None, fingerprint: str | None = None, prepare: bool = True
+):
+  """The task of a config; the arguments are those of `next_token.build`.
+
+  Raises:
+    ConfigError: there is no such task, or it has other options.
+  """
+  given = {"mesh": mesh, "fingerprint": fingerprint, "prepare": prepare}
+  section, plugins = config.task, config.plugins
+  return registry.make("tasks", section, "task", plugins, config, **given)
 
 
 def build_model(config, task, mesh=None):

@@ -102,13 +102,14 @@ def of_run(
     ema: the moving average of the parameters in their place.
 
   Raises:
-    ConfigError: there is no run, no checkpoint that can be read, the model does
-      not divide over the mesh, or it has plugins that are not trusted.
+    ConfigError: there is no run, or one of a task without text, no checkpoint
+      that can be read, the model does not divide over the mesh, or it has
+      plugins that are not trusted.
   """
   import jax
 
   from moe_jax import models
-  from moe_jax.training import checkpoint
+  from moe_jax.training import checkpoint, program
 
   folder = pathlib.Path(path).absolute()
   runs = [
@@ -119,18 +120,20 @@ def of_run(
   config = config_lib.load(
     str(runs[0] / "config.json"), trust_plugins=trust_plugins
   )
+  program.check(config)
+  task = program.build_task(config, prepare=False)
+  if "vocab_size" not in task.given:
+    raise ConfigError(
+      f"{path} is a run of the task {config.task.name}, which has no text; this"
+      " command is for models of text"
+    )
   section = config.model.to_dict()
   section = models.dropless(section) if dropless else section
   tokenizer = tokenizers.load(config.data.tokenizer)
   # A run trains on text alone: it knows no special token.
   tokenizer = tokenizer._replace(prompt=tokenizer.encode, begin=())
-  model = models.build(
-    section,
-    vocab_size=tokenizer.vocab_size,
-    end_of_document=tokenizer.end if config.data.separate_documents else None,
-    mesh=mesh,
-    plugins=config.plugins,
-  )
+  plugins = config.plugins
+  model = models.build(section, mesh=mesh, plugins=plugins, **task.given)
   variables = checkpoint.load_variables(folder, ema)
   if mesh is not None:
     variables = jax.device_put(variables, models.shardings(model))

@@ -30,8 +30,7 @@ def build(decay: float = 0.9, share: float = 0.25) -> Balancer:
 
   def update(state, stats, step):
     del step
-    (observed,) = (o for o in stats.observed.values() if "scores_EB" in o)
-    count_EB = observed["scores_EB"].sum((0, 1)).astype(jnp.float32)
+    count_EB = stats.observed["scores_EB"].sum((0, 1)).astype(jnp.float32)
     total_E1 = jnp.maximum(count_EB.sum(-1, keepdims=True), 1)
     below_EB = jnp.cumsum(count_EB, axis=-1) / total_E1
     cutoff_E = (below_EB < 1 - share).sum(-1) / BINS

@@ -41,5 +41,9 @@ def build(top_k: int) -> Router:
 
   axes = {"kernel": ("embed", None)}
   return Router(
-    init, axes, route, causal=False, fixed=False, average_k=float(top_k)
+    *(init, axes, route),
+    causal=False,
+    fixed=False,
+    average_k=float(top_k),
+    form=SlotChoice,
   )
