@@ -81,7 +81,7 @@ class Sweep:
     for key in (text.partition("=")[0] for text in texts):
       if key == "seed":
         raise ConfigError(
-          "--config.seed is what the arms repeat; give --seeds=N"
+          "--config.seed differs between the runs of an arm; give --seeds=N"
         )
       for arm, own in self._own(names):
         if f"{key}.".startswith(f"{own}.") or f"{own}.".startswith(f"{key}."):

@@ -23,3 +23,7 @@ def __getattr__(name: str):
   if name not in _PLACES:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
   return getattr(importlib.import_module(_PLACES[name]), name)
+
+
+def __dir__():
+  return sorted([*globals(), *_PLACES])

@@ -35,8 +35,7 @@ def make_mesh(sizes: tuple[int, ...], devices=None) -> jax.sharding.Mesh:
     devices: what to use; None: all of them.
 
   Raises:
-    ConfigError: lengths that are none, or whose product is not the number of
-      devices.
+    ConfigError: invalid lengths, or their product is not the number of devices.
   """
   SIZES.check(tuple(sizes), "mesh")
   devices = jax.devices() if devices is None else devices

@@ -93,7 +93,7 @@ def from_config(kind: str, section, key: str, *, plugins=(), **more):
     **more: options that another section has.
 
   Raises:
-    ConfigError: as `load`; or the section is none.
+    ConfigError: as `load`; or the section is not a dict with a name.
   """
   made_of = spec(kind, section, key, plugins=plugins, **more)
   return _build(*made_of[:3], **made_of.options)

@@ -48,7 +48,7 @@ class Role:
   def matrix_axes(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """(input axes, output axes); None for a vector or a scalar.
 
-    Of more than two sides the last is the output.
+    If there are more than two sides, the last one is the output.
     """
     sides = []
     for i in range(len(self.batch_axes), len(self.axes)):

@@ -64,9 +64,8 @@ def train_batches(
     batch_size: B, rows of a step, >= 1.
     accumulation: A, micro-batches of a step, which divides B; adds a leading
       axis. None for no such axis.
-    separate_documents: where the input is the end of a document, `mask` is
-      False: a model that looks at one document at a time has nothing to say
-      about the next one's first token.
+    separate_documents: `mask` is False where the input ends a document, since
+      a model that sees one document at a time cannot predict the next one.
 
   Returns:
     Batches by step: `inputs` and `targets` int32 [B, L], `mask` bool [B, L]
@@ -103,9 +102,9 @@ def train_batches(
 def _order(corpus, seq_len, counts, seed):
   """Returns (row of the training stream) -> number of its window.
 
-  Of any first n rows the first part has its share, rounded up; of the others
-  the second part has its share, and so on: exact at any distance, where Grain's
-  `MapDataset.mix` rounds the weights first.
+  The first part has its share of any first n rows, rounded up. The second part
+  has its share of the rows that are left, and so on. The shares are exact at any
+  step, where Grain's `MapDataset.mix` rounds the weights first.
 
   Args:
     counts: windows of every domain.

@@ -58,8 +58,8 @@ def describe(arch) -> dict[str, Any]:
   """The options that decide which function of a token a model computes.
 
   They are those that `build` takes, but "layers" has the options of every layer
-  with its "kind", "dense" or "moe". Beside it they stand as the first layer has
-  them, a layer with positions if there is one.
+  with its "kind", "dense" or "moe". The options of a layer beside "layers" are
+  those of the first layer, or of the first with positions if there is one.
   """
   kinds = {kind: _layer(arch, kind) for kind in arch.layers}
   described = [kinds[kind] for kind in arch.layers]
@@ -79,7 +79,9 @@ def check_same(one: Mapping, other: Mapping) -> None:
     for key in sorted({*x, *y}):
       found, wanted = x.get(key), y.get(key)
       if found != wanted:
-        raise ConfigError(f"{key}{where} is {wanted}, and would be {found}")
+        raise ConfigError(
+          f"{key}{where} is {wanted}; saved and loaded again it would be {found}"
+        )
 
 
 def _layer(arch, kind):

@@ -42,10 +42,12 @@ def load(path: pathlib.Path) -> tuple[dict, dict]:
   name, other = path / "config.json", path / "generation_config.json"
   if not name.exists():
     raise ConfigError(f"{path} has no config.json; give the folder of a model")
-  fields = files.read_json(name, "the config of a model", "get it anew")
+  fields = files.read_json(name, "the config of a model", "download it again")
   if not other.exists():
     return fields, {}
-  return fields, files.read_json(other, "a generation config", "get it anew")
+  return fields, files.read_json(
+    other, "a generation config", "download it again"
+  )
 
 
 def read(
@@ -93,7 +95,7 @@ def read(
         reason = "is no token, nor a list of them"
         raise Fields({}, file).error("eos_token_id", tokens, reason)
       ends.append(token)
-  # Others never come up.
+  # Tokens outside of the vocabulary are never made.
   vocabulary = range(ours["vocab_size"])
   ends = tuple(token for token in dict.fromkeys(ends) if token in vocabulary)
   return family, ours, Source(kept, generation, ends)
@@ -131,7 +133,7 @@ def write(arch, model_type: str | None) -> tuple[families.Family, dict]:
     except ConfigError as e:
       reasons.append(f"{name}: {e}")
   reasons = "; ".join(reasons)
-  raise ConfigError(f"this model is none that can be saved: {reasons}")
+  raise ConfigError(f"no supported family can hold this model: {reasons}")
 
 
 def kept(family: families.Family, source: Source) -> dict[str, Any]:

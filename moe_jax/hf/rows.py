@@ -68,7 +68,7 @@ class Row(NamedTuple):
     for theirs, value in (self.values or {ours[key]: ours[key]}).items():
       if value == ours[key]:
         return {self.field: theirs}
-    raise ConfigError(f"{key} is {ours[key]!r}, and {self.field} cannot be")
+    raise ConfigError(f"{self.field} cannot express {key} = {ours[key]!r}")
 
 
 class Pair(NamedTuple):

@@ -19,7 +19,7 @@ class Form(NamedTuple):
   turned: the axes of the part are in the other order. Several axes of the
     parameter may be one axis of the part.
   axis: of the tensor, along which several parameters are joined.
-  in_turn: they take turns along it, and do not follow one after another.
+  in_turn: the parameters are interleaved along it, and not one after another.
   stacked: a tensor of several experts has an axis for them; otherwise the rows
     of an expert follow those of the one before.
   """

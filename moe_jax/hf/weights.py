@@ -140,7 +140,7 @@ class Files:
     self.files = listed or dict(there.keys())
     for name, file in self.files.items() - there.keys():
       raise ConfigError(
-        f"{path / file} lacks {name}, which {_INDEX} names; get it anew"
+        f"{path / file} lacks {name}, which {_INDEX} names; download it again"
       )
     self.slices = {x[0]: there[x] for x in self.files.items()}
 
@@ -168,7 +168,7 @@ def _listed(path):
     raise ConfigError(
       f"{path} has neither {_WHOLE} nor {_INDEX}; get the model's weights"
     )
-  found = files.read_json(index, "an index of tensors", "get it anew")
+  found = files.read_json(index, "an index of tensors", "download it again")
   found = found.get("weight_map")
   if not isinstance(found, dict):
     found = {"weight_map": found}
@@ -176,7 +176,7 @@ def _listed(path):
     if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]*", file):
       raise ConfigError(
         f"{index} says that {name} is in {file!r}, which is not a file of this"
-        " folder; get it anew"
+        " folder; download it again"
       )
   return found
 
@@ -193,5 +193,5 @@ def _open(file):
   except (SafetensorError, OSError, ValueError) as e:
     raise ConfigError(
       f"{file} is missing or no whole safetensors file ({first_line(e)});"
-      " get it anew"
+      " download it again"
     ) from None

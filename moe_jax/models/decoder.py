@@ -42,13 +42,13 @@ class Architecture:
     too, so that nothing is sent twice; "none": nothing.
   dtype: of activations; parameters are float32.
   allow_noncausal: build a decoder though its routing looks ahead.
-  end_of_document: the token that ends a document, of which a token attends to
-    its own only; None: to all that came before.
+  end_of_document: the token that ends a document; a token attends to its own
+    document only. None: to all earlier tokens.
   mesh: what to run on; None: one device.
-  d_ff: width of dense layers. It is written with the model, though it may have
-    none; no part of what the model is.
-  source: what the model was read from says beside these options, for writing it
-    again; no part of what the model is.
+  d_ff: width of dense layers, also where there are none. It is written on
+    export only, and ignored when models are compared.
+  source: other fields of the files that the model was read from. They are
+    written on export only, and ignored when models are compared.
 
   Raises:
     ConfigError: options that do not fit together, with the remedy.

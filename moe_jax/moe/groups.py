@@ -75,7 +75,7 @@ class Grouping(NamedTuple):
       factor = self.eval_capacity_factor or factor
     if factor is None and self.expert_buckets:
       raise ConfigError(
-        f"expert_buckets = {self.expert_buckets} bounds nothing without a"
+        f"expert_buckets = {self.expert_buckets} has no effect without a"
         " capacity_factor; set one, or leave out expert_buckets"
       )
     if factor in (None, "dropless"):
@@ -140,7 +140,7 @@ def capacity(
 
 
 def check(recipe, grouping, *, length: int, batch: int, key: str, mesh) -> None:
-  """Raises ConfigError for what would fail, or lie, on this mesh or batch.
+  """Raises ConfigError for a recipe that cannot run on this mesh or batch.
 
   Args:
     recipe, grouping: `layer.Recipe` and `Grouping` of a kind of layer.

@@ -19,7 +19,7 @@ from moe_jax.core.options import integer
 # Keys that a run's numbers do not depend on.
 IDLE = ("mesh", "writers", "checkpoint.", "data.cache_dir")
 IDLE += ("train.check_mesh", "train.profile_steps", "train.hooks")
-# And those that may be others when a run goes on.
+# And keys that may change when a run is resumed.
 _FREE = (*IDLE, "data.dir", "train.max_skipped_in_a_row")
 # Sections whose keys are up to the config: the options of a part, and parts or
 # data by a label.
@@ -124,7 +124,9 @@ def overridden(config: ml_collections.ConfigDict, texts):
     try:
       config = locked(values)
     except (AttributeError, ValueError) as e:
-      raise ConfigError(f"config.{text} cannot be ({first_line(e)})") from None
+      raise ConfigError(
+        f"config.{text} is not possible: {first_line(e)}"
+      ) from None
   return config
 
 

@@ -47,7 +47,7 @@ def join(
     facts: see `check_same`; flags of the command, for instance.
 
   Raises:
-    ConfigError: "on" without a cluster; values that are none; the others did
+    ConfigError: "on" without a cluster; invalid values; the others did
       not come in time, or with other facts.
   """
   if mode == "on" or (mode == "auto" and detected(os.environ)):

@@ -196,16 +196,32 @@ def max_vio_floor(tokens: int, num_experts: int, top_k: int) -> float:
   """
   if tokens == 0 or top_k == num_experts:
     return 0.0
-  near = round(2 ** (round(8 * math.log2(tokens)) / 8))
+  near = round(_near(tokens))
   floor = _simulated_floor(near, num_experts, top_k)
   return floor * math.sqrt(near / tokens)
 
 
-@functools.cache
 def independent_floor(tokens: int, num_experts: int, share: float) -> float:
-  """Mean MaxVio when each token takes each expert with this probability."""
+  """Mean MaxVio when each token takes each expert with this probability.
+
+  Simulated for a number and a share near these, as `max_vio_floor` is.
+  """
+  if tokens * share == 0:
+    return 0.0
+  near, near_share = round(_near(tokens)), min(_near(share), 1.0)
+  floor = _independent_floor(near, num_experts, near_share)
+  return floor * math.sqrt(near * near_share / (tokens * share))
+
+
+def _near(x):
+  """A power of 2^(1/8) within 5 % of x, so that few values are simulated."""
+  return 2 ** (round(8 * math.log2(x)) / 8)
+
+
+@functools.cache
+def _independent_floor(tokens, num_experts, share):
   rng = np.random.default_rng(0)
-  counts = rng.binomial(tokens, min(share, 1.0), (200, num_experts))
+  counts = rng.binomial(tokens, share, (200, num_experts))
   return float(np.mean([max_vio(count_E) for count_E in counts]))
 
 

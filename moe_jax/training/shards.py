@@ -27,7 +27,8 @@ def describe(config) -> str:
   )
   boxed = jax.eval_shape(init, jax.random.key(0))
   state = program.abstract_state(boxed, mesh)
-  rows = [("", "whole", "over", "on a device", "bytes", "of")]
+  heads = "mesh axes", "shape on a device", "bytes on a device", "bytes in all"
+  rows = [("", "shape", *heads)]
   for path, x in jax.tree_util.tree_leaves_with_path(state.params):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     own = x.sharding.shard_shape(x.shape)

@@ -32,7 +32,7 @@ class Heads(nn.Module):
     return self.project(y_BLHv, "out", x_BLD.shape[2:], axes, self.out_bias)
 
   def parameter(self, name: str, shape, axes, inputs: int = 0) -> Array:
-    """A matrix from its first axes to the others, or zeros.
+    """A weight that is initialised by its fan-in, or as zeros.
 
     Args:
       name, shape: of the parameter.

@@ -28,8 +28,9 @@ class Yarn(Plain):
 
   factor: of the context's length over the original one.
   original_length: tokens that the model was trained with before.
-  beta_fast, beta_slow: a pair is fast from so many turns over the original
-    length on, and slow up to so many; a ramp lies between them.
+  beta_fast, beta_slow: pairs that turn at least beta_fast times over the
+    original length are fast, those that turn at most beta_slow times are slow,
+    and a ramp lies between them.
   truncate: round the ends of the ramp outwards to whole pairs.
   attention_factor: of the rotated vectors; None: 0.1 ln(factor) + 1.
   mscale, mscale_all_dim: DeepSeek's way to say it instead: rotated vectors

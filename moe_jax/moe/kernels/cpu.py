@@ -1,11 +1,11 @@
 """A loop over experts and over chunks of their rows, for XLA on CPU.
 
 XLA has no grouped product there: `ragged_dot` multiplies all rows by every
-expert's matrix. Here an expert's rows are one chunk, of the smallest of a few
-static sizes that holds them, and of the largest size are as many more as it
-takes. So every product is an ordinary one, few rows are computed in vain, and
-loads may change without compiling again. What a chunk writes beyond its own
-rows, the next one writes over.
+expert's matrix. Here the rows of an expert are split into chunks of a few static
+sizes: as many of the largest size as they fill, and one of the smallest size
+that holds the rest. So every product is an ordinary one, few rows are computed
+in vain, and loads may change without compiling again. Rows that a chunk writes
+beyond its own are overwritten by the next chunk.
 """
 
 import functools
@@ -135,7 +135,7 @@ class _Chunk(NamedTuple):
 def _loop(body, carry, params, sizes_E, rows, every=False):
   """carry after body(carry, weights of the expert, chunk) of every chunk.
 
-  every: experts without rows have a chunk too, of which no row is live.
+  every: also run a chunk without live rows for experts that have no rows.
   """
   starts_E = jnp.cumsum(sizes_E) - sizes_E
   sizes = _sizes(rows, sizes_E.size)

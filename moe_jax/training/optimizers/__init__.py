@@ -66,8 +66,9 @@ def numbers(
 ) -> dict[str, Any]:
   """The numbers of a section `optim`: a tree of Python's floats and ints.
 
-  As Python's, or as weakly typed arrays, they leave a parameter its dtype. What
-  is done with them before they meet an array is done here, in double precision.
+  Python's numbers, and weakly typed arrays, do not change the dtype of a
+  parameter. All that does not need an array is computed here, in double
+  precision.
 
   Args:
     section, plugins: as in `load`.
