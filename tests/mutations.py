@@ -681,6 +681,35 @@ FAULTS = (
     "0",
     "generate_test.py::test_the_command_on_a_run",
   ),
+  # Parts that do not fit.
+  Fault(
+    "a router's arrays may have any shapes",
+    "moe_jax/moe/layer.py",
+    "if len(axes) != x.ndim or x.shape != wanted:",
+    "if False:",
+    "own_parts_test.py::test_a_router_of_other_shapes_is_refused",
+  ),
+  Fault(
+    "a balancer sees the sums of all that observed",
+    "moe_jax/training/balancing.py",
+    "stats.observed.get(label, {})",
+    "stats.observed",
+    "own_parts_test.py::test_a_balancer_sees_its_own_sums",
+  ),
+  Fault(
+    "a bound of slots is asked of a router with slots of its own",
+    "moe_jax/moe/groups.py",
+    "if recipe.router.form is TokenChoice:",
+    "if True:",
+    "own_parts_test.py::test_what_is_for_tokens_alone",
+  ),
+  Fault(
+    "the name of a variant's attention takes its other keys away",
+    "moe_jax/run/config.py",
+    "_A_PART.fullmatch(place)",
+    "_is_open(place)",
+    "config_test.py::test_a_name_that_is_no_part_s_takes_nothing_away",
+  ),
   # Experiments.
   Fault(
     "each process ends a run by its own clock",
