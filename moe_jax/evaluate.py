@@ -54,7 +54,7 @@ def _arguments(argv):
   add("--batches_per_domain", type=count, help="default: all")
   add("--json", metavar="PATH", help="metrics, and shares of experts")
   args = parser.parse_args(argv)
-  if args.hf and args.dataset is None:
+  if args.dataset is None and (args.hf or args.data_dir):
     raise ConfigError("give the text to evaluate on with --dataset=NAME")
   return args
 
@@ -71,6 +71,7 @@ def _text(args, loaded):
     own |= {"plugins": run.plugins, "cache_dir": run.data.cache_dir}
     if args.dataset == run.data.name:
       own |= {k: run.data[k] for k in ("text_feature", "domain_feature")}
+      own["data_dir"] = args.data_dir or run.data.dir
   return corpora.prepare(args.dataset, **own)
 
 

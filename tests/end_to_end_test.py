@@ -181,8 +181,11 @@ def test_images_through_the_same_loop(ask, tmp_path, monkeypatch, capsys):
   flops = rows["slow"]["train_flops"]
   assert flops == tokens * facts["train_flops_per_token"]
 
-  # Commands for text say that it has none; those for any run take it.
-  run = of(work, "fast")
+  check_commands(of(work, "fast"), capsys)
+
+
+def check_commands(run, capsys):
+  """Commands for text say that it has none; those for any run take it."""
   trust = ["--trust_plugins"]
   for other, more in ((generate, ["--prompt=x"]), (evaluate, [])):
     with pytest.raises(ConfigError, match="task digits, which has no text"):

@@ -1,5 +1,6 @@
 """Texts: sampling as it is defined, batches as each text alone, the command."""
 
+import argparse
 import collections
 import json
 import re
@@ -218,6 +219,14 @@ def test_the_command_on_a_run(tmp_path, capsys):
   average = trained.of_run(str(run), ema=True).variables["params"]
   same = jax.tree.map(np.array_equal, average, found.variables["params"])
   assert not any(jax.tree.leaves(same))
+  left = run / "config.json"
+  right = left.read_text()
+  edited = json.loads(right)
+  edited["eval"]["batch_size"] = None
+  left.write_text(json.dumps(edited))
+  with pytest.raises(ConfigError, match="eval.batch_size = None is not"):
+    trained.of_run(str(run))
+  left.write_text(right)
   evaluated = ["--batch_size=8", "--batches_per_domain=1"]
   assert evaluate.main([f"--checkpoint={run}", *evaluated]) == 0
   assert "bits_per_byte" in capsys.readouterr().out, "of the run's own data"
@@ -298,3 +307,23 @@ def test_the_command_on_published_weights(tmp_path, capsys, monkeypatch):
   library.save(str(tmp_path / "m" / "tokenizer.json"))
   with pytest.raises(ConfigError, match="has 52 tokens, and the model 43"):
     generate.main(flags)
+
+
+def test_a_run_is_evaluated_with_its_own_settings(monkeypatch):
+  """Plugins and caches always; features and folder for its own data."""
+  seen = {}
+  monkeypatch.setattr(corpora, "prepare", lambda name, **o: seen.update(o))
+  run = tiny.get_config()
+  run.plugins = ("mine",)
+  run.data.update(name="own", dir="there", text_feature="body", cache_dir="c")
+  tokenizer = argparse.Namespace(name="bytes")
+  loaded = trained.Trained(None, {}, tokenizer, (256,), run)
+  for name, own in (("own", True), ("other", False)):
+    seen.clear()
+    args = argparse.Namespace(dataset=name, data_dir=None)
+    evaluate._text(args, loaded)
+    assert (seen["plugins"], seen["cache_dir"]) == (("mine",), "c")
+    assert seen["data_dir"] == ("there" if own else None)
+    assert seen.get("text_feature") == ("body" if own else None)
+  with pytest.raises(ConfigError, match="--dataset=NAME"):
+    evaluate.main(["--checkpoint=any", "--data_dir=there"])

@@ -279,3 +279,14 @@ def test_floor_shrinks_with_tokens():
   assert few / many == pytest.approx(10, rel=0.15)
   assert metrics.max_vio_floor(100, 4, 4) == 0
   assert metrics.max_vio_floor(0, 4, 2) == 0
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.95, 0.99])
+def test_the_floor_of_independent_choices_is_scaled_from_a_near_one(share):
+  tokens, num_experts = 3000, 16
+  rng = np.random.default_rng(1)
+  counts = rng.binomial(tokens, share, (2000, num_experts))
+  want = np.mean([metrics.max_vio(count_E) for count_E in counts])
+  found = metrics.independent_floor(tokens, num_experts, share)
+  assert found == pytest.approx(want, rel=0.06)
+  assert metrics.independent_floor(tokens, num_experts, 1.0) == 0

@@ -403,33 +403,45 @@ def test_a_router_of_other_shapes_is_refused(field, shape, words):
       return routing.replace(**{field: made})
     return routing.replace(choice=routing.choice.replace(**{field: made}))
 
-  recipe = layer.Recipe(
-    num_experts=E,
-    router=dataclasses.replace(top_k, route=route),
-    dispatcher=registry.load("dispatchers", "sorted"),
-    experts=experts.build(4),
-  )
-  params = {
-    "router": top_k.init(jax.random.key(0), 4, E),
-    "experts": recipe.experts.init(jax.random.key(0), E, 4),
-  }
+  recipe, params = _recipe(dataclasses.replace(top_k, route=route))
   x_GTD, side = jnp.ones((1, 6, 4)), Side(jnp.ones((1, 6), bool))
   with pytest.raises(ConfigError, match=f'the router "top_k" {words}'):
     layer.moe_ffn(recipe, params, {}, x_GTD, side)
 
 
 def test_a_balancer_without_its_state_is_named():
-  recipe = layer.Recipe(
-    num_experts=E,
-    router=registry.load("routers", "top_k", top_k=K),
-    dispatcher=registry.load("dispatchers", "sorted"),
-    experts=experts.build(4),
-    balancers=(("b", registry.load("balancers", "bias", rate=0.1)),),
-  )
-  params = {
-    "router": recipe.router.init(jax.random.key(0), 4, E),
-    "experts": recipe.experts.init(jax.random.key(0), E, 4),
-  }
+  router = registry.load("routers", "top_k", top_k=K)
+  balancers = (("b", registry.load("balancers", "bias", rate=0.1)),)
+  recipe, params = _recipe(router, balancers)
   side = Side(jnp.ones((1, 6), bool))
   with pytest.raises(ConfigError, match='no state of the balancer "b"'):
     layer.moe_ffn(recipe, params, {}, jnp.ones((1, 6, 4)), side)
+
+
+def test_a_router_may_leave_open_how_many_experts_a_token_gets():
+  recipe, params = _recipe(_without_top_k())
+  side = Side(jnp.ones((1, 6), bool))
+  y_GTD, *_ = layer.moe_ffn(recipe, params, {}, jnp.ones((1, 6, 4)), side)
+  assert np.isfinite(y_GTD).all()
+
+
+def _without_top_k():
+  top_k = registry.load("routers", "top_k", top_k=K)
+  return dataclasses.replace(top_k, top_k=None, fixed=False)
+
+
+def _recipe(router, balancers=()):
+  """(a small dropless recipe, its parameters)."""
+  recipe = layer.Recipe(
+    num_experts=E,
+    router=router,
+    dispatcher=registry.load("dispatchers", "sorted"),
+    experts=experts.build(4),
+    balancers=balancers,
+  )
+  rng = jax.random.key(0)
+  params = {
+    "router": router.init(rng, 4, E),
+    "experts": recipe.experts.init(rng, E, 4),
+  }
+  return recipe, params

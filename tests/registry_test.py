@@ -173,6 +173,9 @@ def test_sections_of_parts():
   c.task = {"name": "next_token", "foo": 3}
   with pytest.raises(ConfigError, match='^task has no "foo"'):
     program.build_task(c)
+  c.task = {"name": "next_token", "mesh": None}
+  with pytest.raises(ConfigError, match='^task has no "mesh"'):
+    program.build_task(c)
   twice = {"name": "top_k", "top_k": 2}
   with pytest.raises(ConfigError, match="top_k is set outside of model.router"):
     registry.from_config("routers", twice, "model.router", top_k=2)

@@ -128,9 +128,10 @@ def make(kind: str, section, key: str, plugins, *args, **given):
   options_lib.part().check(section, key)
   own = dict(section)
   module = find(kind, own.pop("name"), plugins, f"{key}.name")
-  table = [*options_lib.of(module.build).items()][len(args) :]
-  table = {name: option for name, option in table if name not in given}
-  options_lib.section(table, ()).check(own, key)
+  options = options_lib.arguments(functools.partial(module.build, *args))
+  own_table = {k: x for k, x in options.table.items() if k not in given}
+  options_lib.section(own_table, ()).check(own, key)
+  options.check({**own, **given}, key)  # Nothing that it needs is missing.
   part = module.build(*args, **given, **own)
   _check_part(part, _package(kind).PART, module.__file__)
   return part

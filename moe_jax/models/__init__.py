@@ -4,7 +4,6 @@ A model is a linen module. `sublayers` tells where its MoE layers are, as
 {path: Sublayer}; a model without MoE layers need not have it.
 """
 
-import functools
 import inspect
 from collections.abc import Mapping
 
@@ -100,7 +99,6 @@ def check(model, *, length: int, batches: Mapping[str, int], mesh) -> None:
       model.arch.check_causal(length, train)
 
 
-@functools.cache
 def variables(model):
   """Shapes of a decoder's variables, boxed with their logical axes."""
   shards = parallel.token_shards(model.arch.mesh)

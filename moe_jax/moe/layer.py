@@ -137,7 +137,7 @@ def route(recipe, params, balance, x_GTD, side, rng_G) -> types.Routing:
     routing = router.route(
       params, x_TD, num_experts=num_experts, select=select, side=side, rng=rng
     )
-    _check_routing(routing, router, T=len(x_TD), E=num_experts, K=router.top_k)
+    _check_routing(routing, router, T=len(x_TD), E=num_experts)
     return routing
 
   return jax.vmap(of_group)(x_GTD, side, rng_G)
@@ -158,6 +158,8 @@ def _check_routing(routing, router, **sizes):
       f'the router "{part}" returned {type(choice).__name__}, and declares that'
       f" its choices are of the form {router.form.__name__}"
     )
+  if router.top_k is not None:
+    sizes["K"] = router.top_k
   arrays = {"prob_TE": routing.prob_TE, "logits_TE": routing.logits_TE}
   for name, x in {**vars(choice), **arrays}.items():
     axes = name.rpartition("_")[2]

@@ -206,11 +206,12 @@ def independent_floor(tokens: int, num_experts: int, share: float) -> float:
 
   Simulated for a number and a share near these, as `max_vio_floor` is.
   """
-  if tokens * share == 0:
+  if tokens == 0 or not 0 < share < 1:
     return 0.0
-  near, near_share = round(_near(tokens)), min(_near(share), 1.0)
-  floor = _independent_floor(near, num_experts, near_share)
-  return floor * math.sqrt(near * near_share / (tokens * share))
+  odds = share / (1 - share)  # The floor goes as 1 / sqrt(tokens * odds).
+  near, near_odds = round(_near(tokens)), _near(odds)
+  floor = _independent_floor(near, num_experts, near_odds / (1 + near_odds))
+  return floor * math.sqrt(near * near_odds / (tokens * odds))
 
 
 def _near(x):
