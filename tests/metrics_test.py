@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,7 +10,7 @@ from configs import tiny
 from moe_jax import models
 from moe_jax.core import registry
 from moe_jax.moe import groups, layer
-from moe_jax.moe.types import Mean, Stats, Sublayer
+from moe_jax.moe.types import Balancer, Mean, Stats, Sublayer
 from moe_jax.training import balancing, metrics
 from tests import oracle
 
@@ -49,6 +50,13 @@ def sublayer(numbers, num_experts=E, **router) -> Sublayer:
   router = dataclasses.replace(any_router, **{"top_k": K, **router})
   recipe = layer.Recipe(num_experts, router, dispatcher=None, experts=None)
   return Sublayer(recipe, groups.Grouping(), numbers)
+
+
+def balanced(numbers, **balancers) -> Sublayer:
+  """Layers of three experts with these balancers, by label."""
+  parts = sublayer(numbers, num_experts=3)
+  recipe = dataclasses.replace(parts.recipe, balancers=tuple(balancers.items()))
+  return parts._replace(recipe=recipe)
 
 
 def layers_of(stats):
@@ -212,15 +220,28 @@ def test_several_steps_are_divided_once():
 
 
 def test_bias_range():
+  """Of whatever balancer shifts the scores, by any name of its state."""
+
+  shifts = Balancer(
+    init=lambda num_experts: {"cutoff_E": jnp.zeros(num_experts)},
+    select=lambda state, score_TE: score_TE - state["cutoff_E"][None],
+  )
+  bias = registry.load("balancers", "bias", rate=0.1)
+  loss = registry.load("balancers", "switch", coefficient=0.1)
+  sublayers = {
+    "decoder/0/moe": balanced((1, 3), bias=bias, load=loss),
+    "decoder/1/moe": balanced((2,), mine=shifts)._replace(stacked=False),
+    "decoder/2/moe": balanced((4,), load=loss),
+  }
   balance = {
     "decoder": {
       "0": {"moe": {"bias": {"bias_E": np.array([[0.0, 1, 3], [0, 0, 0]])}}},
-      "1": {"moe": {"mine": {"bias_E": np.array([[1.0, -1, 0], [2, 2, 3]])}}},
+      "1": {"moe": {"mine": {"cutoff_E": np.array([1.0, -1, 0])}}},
     }
   }
-  found = metrics.divide({"bias_range": metrics.bias_range(balance)})
-  assert found["bias_range"] == (3 + 0 + 2 + 1) / 4
-  assert metrics.bias_range({}) == Mean(0.0, 1.0)
+  found = metrics.divide({"bias_range": metrics.bias_range(balance, sublayers)})
+  assert found["bias_range"] == (3 + 0 + 2) / 3
+  assert metrics.bias_range({}, {}) == Mean(0.0, 1.0)
 
 
 def simulated_floor(tokens, num_experts, top_k, trials):

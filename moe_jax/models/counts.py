@@ -30,10 +30,12 @@ def count(model, variables) -> dict[str, int]:
   for role, leaf in zip(of_params, jax.tree.leaves(shapes["params"])):
     parts[role.part] = parts.get(role.part, 0) + leaf.size
   total = sum(parts.values())
-  biases = sum(x.size for x in jax.tree.leaves(shapes.get("balance", {})))
-  active = total
-  for path, (recipe, *_) in models.sublayers(model).items():
+  active, biases = total, 0
+  for path, sublayer in models.sublayers(model).items():
+    recipe = sublayer.recipe
     active -= _idle(recipe, models.at(shapes["params"], f"{path}/experts"))
+    selecting = sum(b.select is not None for _, b in recipe.balancers)
+    biases += selecting * recipe.num_experts * len(sublayer.numbers)
   return {
     "total": total,
     "active": active,

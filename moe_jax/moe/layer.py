@@ -130,7 +130,8 @@ def route(recipe, params, balance, x_GTD, side, rng_G) -> types.Routing:
           f'balance has no state of the balancer "{label}"; give {{"{label}":'
           " balancer.init(num_experts)}"
         )
-      score_TE = balancer.select(balance[label], score_TE)
+      if balancer.select is not None:
+        score_TE = balancer.select(balance[label], score_TE)
     return score_TE
 
   def of_group(x_TD, side, rng):

@@ -298,6 +298,7 @@ class Balancer:
 
   init: (num_experts) -> state, a dict of arrays.
   select: (state, score_TE) -> the scores that choose; weights do not use them.
+    None: the scores as they are.
   observe: (state, Routing, mask_T) -> {name: array of sums} of one group;
     carried like counts; `loss` and `update` find them in `stats.observed`.
     None: it needs no more than counts.
@@ -308,7 +309,7 @@ class Balancer:
   """
 
   init: Callable[[int], dict[str, Array]] = lambda num_experts: {}
-  select: Callable[..., Array] = lambda state, score_TE: score_TE
+  select: Callable[..., Array] | None = None
   observe: Callable[..., dict[str, Array]] | None = None
   loss: Callable[..., Mean] | None = None
   update: Callable[..., dict[str, Array]] = lambda state, stats, step: state

@@ -50,12 +50,12 @@ def rebuilt(sublayers: Sublayers, numbers: Mapping) -> dict[str, Sublayer]:
 def statistics(aux: Mapping, sublayers: Sublayers) -> dict[str, Stats]:
   """{path: Stats [R, G, S]} from the `aux` that a model returns."""
   return {
-    path: _stacked(models.at(aux, path)["stats"], parts)
+    path: stacked(models.at(aux, path)["stats"], parts)
     for path, parts in sublayers.items()
   }
 
 
-def _stacked(tree, parts: Sublayer):
+def stacked(tree, parts: Sublayer):
   """Arrays with their leading axis of repeats."""
   if parts.stacked:
     return tree
@@ -91,7 +91,7 @@ def loss(
   total = jnp.zeros(())
   for path, parts in sublayers.items():
     states, router = (
-      _stacked(models.at(tree, place), parts)
+      stacked(models.at(tree, place), parts)
       for tree, place in ((state, path), (params, f"{path}/router"))
     )
     for label, balancer in parts.recipe.balancers:
@@ -122,7 +122,7 @@ def update(
       before = models.at(state, path).get(label)
       if before is not None:
         after = jax.vmap(balancer.update, (0, 0, None))(
-          _stacked(before, parts), _own(stats[path], label), step
+          stacked(before, parts), _own(stats[path], label), step
         )
         if not parts.stacked:
           after = jax.tree.map(lambda x: x[0], after)

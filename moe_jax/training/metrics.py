@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import models
 from moe_jax.moe.types import Mean, Router, Stats, Sublayer
+from moe_jax.training import balancing
 
 
 class Layer(NamedTuple):
@@ -73,7 +75,8 @@ def of_step(sums: Mapping, program) -> dict[str, Mean]:
   means["grad_norm"] = Mean(sums["grad_norm"], 1.0)
   means["aux_loss"] = Mean(sums["aux_loss"], 1.0)
   if sums["stats"]:
-    means["bias_range"] = bias_range(sums["balance"])
+    sublayers = models.sublayers(program.model)
+    means["bias_range"] = bias_range(sums["balance"], sublayers)
   # Python's floats survive JSON to the last bit.
   return {k: Mean(float(m.total), float(m.weight)) for k, m in means.items()}
 
@@ -176,15 +179,26 @@ def balance_loss(count_E, prob_E) -> float:
   return float(len(count_E) * shares.sum())
 
 
-def bias_range(balance: Mapping) -> Mean:
-  """max - min of the selection bias, averaged over layers; 0 without a bias."""
-  ranges = [
-    np.ptp(np.asarray(x).reshape(-1, x.shape[-1]), axis=-1)
-    for path, x in jax.tree.leaves_with_path(balance)
-    if getattr(path[-1], "key", None) == "bias_E"
-  ]
-  ranges = np.concatenate(ranges or [np.zeros(1)])
-  return Mean(float(ranges.sum()), float(len(ranges)))
+def bias_range(balance: Mapping, sublayers: Mapping[str, Sublayer]) -> Mean:
+  """max - min of the selection bias, averaged over layers; 0 without a bias.
+
+  A balancer's bias is what its `select` makes of scores of zero.
+
+  Args:
+    balance: state of the balancers, on the host.
+    sublayers: see `models.sublayers`.
+  """
+  ranges = []
+  for path, parts in sublayers.items():
+    zero_TE = jnp.zeros((1, parts.recipe.num_experts))
+    for label, balancer in parts.recipe.balancers:
+      if balancer.select is not None:
+        state = balancing.stacked(models.at(balance, path)[label], parts)
+        bias_RTE = jax.vmap(balancer.select, (0, None))(state, zero_TE)
+        ranges.extend(np.ptp(np.asarray(bias_RTE), axis=(1, 2)))
+  if not ranges:
+    return Mean(0.0, 1.0)
+  return Mean(float(np.array(ranges).sum()), float(len(ranges)))
 
 
 def max_vio_floor(tokens: int, num_experts: int, top_k: int) -> float:
