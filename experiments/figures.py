@@ -207,8 +207,8 @@ def save(figure, axes, folder, name: str) -> None:
 
 def band(points: list[dict], arm: str, metric: str) -> tuple[list, ...]:
   """(steps, mean, lowest, highest over seeds) of an arm's metric."""
-  found = [p for p in points if p["arm"] == arm and metric in p]
-  by_step = runs.grouped([(p["step"], p[metric]) for p in found])
+  arm_points = [p for p in points if p["arm"] == arm and metric in p]
+  by_step = runs.grouped([(p["step"], p[metric]) for p in arm_points])
   steps = sorted(by_step)
   values = [by_step[s] for s in steps]
   return (steps, *(list(map(f, values)) for f in (statistics.fmean, min, max)))

@@ -58,9 +58,9 @@ class Experiment:
   published: Mapping[tuple, dict] = dataclasses.field(default_factory=dict)
   rows: Mapping[tuple, dict] = dataclasses.field(default_factory=dict)
 
-  def knowing(self, found: Iterable[Iterable[dict]]) -> "Experiment":
+  def knowing(self, tables: Iterable[Iterable[dict]]) -> "Experiment":
     """The same experiment with the rows that `runs.finished` has returned."""
-    published, rows = ({runs.identity(r): r for r in some} for some in found)
+    published, rows = ({runs.identity(r): r for r in some} for some in tables)
     rows = rows if self.fresh else published | rows
     return dataclasses.replace(self, published=published, rows=rows)
 

@@ -51,13 +51,13 @@ def add_folder(folder: str) -> None:
   if path in experiments.__path__:
     return
   taken = {m.name for m in pkgutil.iter_modules(experiments.__path__)}
-  found = {m.name for m in pkgutil.iter_modules([path]) if m.ispkg}
-  if not found:
+  names = {m.name for m in pkgutil.iter_modules([path]) if m.ispkg}
+  if not names:
     raise ConfigError(
       f"--questions={folder} holds no question; a question is a folder with an"
       " __init__.py and a sweep.py"
     )
-  for name in taken & found:
+  for name in taken & names:
     raise ConfigError(
       f'the question "{name}" in {folder} has the name of a module in'
       " experiments; rename its folder"

@@ -48,29 +48,29 @@ class Stage:
     )
     return {value: {key: value} for value in values} if key else {}
 
-  def choose(self, arm: str, found: Mapping[float, float]) -> dict[str, float]:
+  def choose(self, arm: str, means: Mapping[float, float]) -> dict[str, float]:
     """The overrides for an arm.
 
     Args:
       arm: name.
-      found: {value: metric} of everything in `tried`. One that is not finite
+      means: {value: metric} of everything in `tried`. One that is not finite
         is no candidate.
 
     Raises:
       ConfigError: none is finite.
     """
     tried = self.tried(arm)
-    found = {v: m for v, m in found.items() if math.isfinite(m)}
-    if not found:
+    means = {v: m for v, m in means.items() if math.isfinite(m)}
+    if not means:
       raise ConfigError(
         f"all runs of the arm {arm} diverged, with"
         f" {', '.join(f'{k}={v:g}' for o in tried.values() for k, v in o.items())};"
         " try smaller values"
       )
     if self.target is None:
-      return tried[min(found, key=found.get)]
+      return tried[min(means, key=means.get)]
     (key,) = next(iter(tried.values()))
-    return {key: _where(found, self.target)}
+    return {key: _where(means, self.target)}
 
 
 def describe(stages: Iterable[Stage], arm: str, chosen: Mapping | None) -> str:
@@ -97,17 +97,17 @@ def describe(stages: Iterable[Stage], arm: str, chosen: Mapping | None) -> str:
   return "; ".join(words)
 
 
-def _where(found, target):
+def _where(means, target):
   """The value at which a metric is `target`, to two digits.
 
   The largest such value: a balancer that is weak may get there by the last
   step, and have been on its way all the time before.
   """
-  points = sorted((v, m) for v, m in found.items() if m > 0)
+  points = sorted((v, m) for v, m in means.items() if m > 0)
   for (v0, m0), (v1, m1) in reversed(list(zip(points, points[1:]))):
     if min(m0, m1) <= target <= max(m0, m1) and m0 != m1:
       part = math.log(target / m0) / math.log(m1 / m0)
       return float(f"{v0 * (v1 / v0) ** part:.2g}")
   if not points:
-    raise ConfigError(f"no value that was tried has a metric above 0: {found}")
+    raise ConfigError(f"no value that was tried has a metric above 0: {means}")
   return min(points, key=lambda p: abs(math.log(p[1] / target)))[0]

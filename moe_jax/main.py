@@ -30,9 +30,9 @@ def main(argv=None) -> int:
     if processes.is_first():
       print(shards.describe(config))
     return 0
-  found = loop.train_and_evaluate(config, args.workdir)
+  values = loop.train_and_evaluate(config, args.workdir)
   if processes.is_first():
-    for name, value in found.items():
+    for name, value in values.items():
       print(f"{name:32}{value:12.4f}")
   return 0
 

@@ -29,18 +29,18 @@ def main(argv=None) -> int:
   task = program.build_task(config, prepare=False)
   model = program.build_model(config, task)
   variables = jax.eval_shape(lambda: task.init(model, jax.random.key(0)))
-  found = counts.count(model, variables)
+  sizes = counts.count(model, variables)
   width = BYTES[args.bytes]
-  flops = counts.train_flops_per_token(model, found, task.length)
-  found["train_flops_per_token"] = flops
-  found[f"weights_bytes_{args.bytes}"] = found["total"] * width
+  flops = counts.train_flops_per_token(model, sizes, task.length)
+  sizes["train_flops_per_token"] = flops
+  sizes[f"weights_bytes_{args.bytes}"] = sizes["total"] * width
   if hasattr(model, "arch"):  # A decoder keeps what attention needs again.
     cache = counts.kv_cache_per_token(model) * width
-    found[f"kv_cache_bytes_per_token_{args.bytes}"] = cache
-  for name, value in found.items():
+    sizes[f"kv_cache_bytes_per_token_{args.bytes}"] = cache
+  for name, value in sizes.items():
     print(f"{name:36}{value:>24,}")
   if args.json:
-    command.write_json(args.json, found)
+    command.write_json(args.json, sizes)
   return 0
 
 

@@ -403,8 +403,8 @@ FAULTS = (
   Fault(
     "the check of a mesh looks at no gradient",
     "moe_jax/training/mesh_check.py",
-    'found | {"gradients": of_params}',
-    "found",
+    'outputs | {"gradients": of_params}',
+    "outputs",
     "mesh_check_test.py::test_a_wrong_gradient_alone_stops_the_run",
   ),
   Fault(
@@ -605,8 +605,8 @@ FAULTS = (
   Fault(
     "lines after the restored step stay",
     "moe_jax/training/loop.py",
-    'directory.go_on(found.step, found.meta["lines"], **facts)',
-    'directory.go_on(found.step + 9, found.meta["lines"], **facts)',
+    'directory.go_on(restored.step, restored.meta["lines"], **facts)',
+    'directory.go_on(restored.step + 9, restored.meta["lines"], **facts)',
     "loop_test.py::test_killed_it_is_the_same_run",
   ),
   Fault(

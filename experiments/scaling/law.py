@@ -48,8 +48,8 @@ class Law(NamedTuple):
     It is told by the losses where c alone is not, as a larger c with a smaller
     E_max can mean the same.
     """
-    one, many = np.log10(self.saturated(np.array([1, experts])))
-    return float(self.c * (many - one))
+    log_one, log_many = np.log10(self.saturated(np.array([1, experts])))
+    return float(self.c * (log_many - log_one))
 
 
 # The paper's, for the router S-BASE.
@@ -101,9 +101,9 @@ def _solve(bounds, points, interaction):
   terms = [log_n, log_e, np.ones_like(log_n)]
   terms += [log_n * log_e] if interaction else []
   matrix = np.stack(terms, axis=1)
-  found, *_ = np.linalg.lstsq(matrix, log_l, rcond=None)
-  a, b, d, *c = found
-  error = ((matrix @ found - log_l) ** 2).mean()
+  coefficients, *_ = np.linalg.lstsq(matrix, log_l, rcond=None)
+  a, b, d, *c = coefficients
+  error = ((matrix @ coefficients - log_l) ** 2).mean()
   return error, Law(a, b, c[0] if c else 0.0, d, start, most)
 
 

@@ -63,20 +63,20 @@ def law_lines(rows: list[dict]) -> list[str]:
   by_seed = [_fit([r for r in rows if r["seed"] == seed]) for seed in seeds]
   most = max(p.experts for p in fit.seen)
   changes = [of_seed.law.interaction(most) for of_seed in by_seed]
-  found = fit.law
+  fitted = fit.law
   lines = [
     f"The law of routed language models, fitted to the means of {len(fit.seen)}"
     f" arms, all but those of the largest size, over {len(seeds)} seeds; and to"
     " every seed alone:",
-    f"- {found.words(4)}; root mean squared error of log10 L"
-    f" {law.error(found, fit.seen):.5f}. In the paper, for S-BASE:"
+    f"- {fitted.words(4)}; root mean squared error of log10 L"
+    f" {law.error(fitted, fit.seen):.5f}. In the paper, for S-BASE:"
     f" {law.S_BASE.words(3)}.",
     f"- What {most} experts change in a, c (log E^({most}) - log E^(1)), of every"
     f" seed alone: {_verdict(changes)}. In the paper"
     f" {law.S_BASE.interaction(most):+.5f}.",
     *(_error_line(fit, by_seed, over_dense) for over_dense in (False, True)),
   ]
-  if found.most > 10 * most:
+  if fitted.most > 10 * most:
     lines.append("- E_max is far above all E here: it is not determined.")
   return lines
 

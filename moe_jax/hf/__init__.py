@@ -56,15 +56,15 @@ def load(
   path = pathlib.Path(path)
   where = str(path / "config.json")
   values, generation = config.load(path)
-  found = weights.Files(path)
-  family, ours, source = config.read(values, where, generation, found.room())
+  store = weights.Files(path)
+  family, ours, source = config.read(values, where, generation, store.room())
   model = architecture.build(ours, where, mesh, dtype)
   shapes = nn.unbox(models.variables(model))
   wanted = tensors.layout(family, model.arch.segments, shapes)
-  weights.check(wanted, found, ours.get("left_out", ()))
+  weights.check(wanted, store, ours.get("left_out", ()))
   shardings = {} if mesh is None else models.shardings(model)
   arch = dataclasses.replace(model.arch, source=source)
-  return model.clone(arch=arch), weights.read(wanted, found, dtype, shardings)
+  return model.clone(arch=arch), weights.read(wanted, store, dtype, shardings)
 
 
 def save(

@@ -70,17 +70,17 @@ def describe(arch) -> dict[str, Any]:
   return ours | {"layers": described}
 
 
-def check_same(one: Mapping, other: Mapping) -> None:
+def check_same(loaded: Mapping, given: Mapping) -> None:
   """Raises ConfigError with the first thing in which two descriptions differ."""
-  pairs = [("", *({k: x[k] for k in _OF_MODEL} for x in (one, other)))]
-  for i, (x, y) in enumerate(zip(one["layers"], other["layers"])):
+  pairs = [("", *({k: x[k] for k in _OF_MODEL} for x in (loaded, given)))]
+  for i, (x, y) in enumerate(zip(loaded["layers"], given["layers"])):
     pairs.append((f" of layer {i}", x, y))
   for where, x, y in pairs:
     for key in sorted({*x, *y}):
-      found, wanted = x.get(key), y.get(key)
-      if found != wanted:
+      value, wanted = x.get(key), y.get(key)
+      if value != wanted:
         raise ConfigError(
-          f"{key}{where} is {wanted}; saved and loaded again it would be {found}"
+          f"{key}{where} is {wanted}; saved and loaded again it would be {value}"
         )
 
 

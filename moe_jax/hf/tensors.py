@@ -82,19 +82,20 @@ class Map(NamedTuple):
 def maps(
   names: str, ours: str = "{}", theirs: str = "{}", form: Form = LINEAR
 ) -> list[Map]:
-  """Several maps.
+  """Makes one `Map` for each tensor in a list of names.
 
   Args:
-    names: of parameters and tensors, as in "query q, key k", or "query+key qk"
-      where a tensor has several parameters.
-    ours, theirs: what stands around these names, which take the place of "{}".
-    form: of all of them.
+    names: pairs of a parameter and the tensor that holds it, "query q, key k";
+      or "query+key qk" where one tensor holds several parameters.
+    ours, theirs: the paths of the parameters and the names of the tensors, with
+      "{}" where the names from the pairs are put in.
+    form: how each of the tensors holds its parameters.
   """
-  found = []
+  mappings = []
   for left, right in map(str.split, names.split(",")):
     leaves = tuple(ours.replace("{}", leaf) for leaf in left.split("+"))
-    found.append(Map(leaves, theirs.replace("{}", right), form))
-  return found
+    mappings.append(Map(leaves, theirs.replace("{}", right), form))
+  return mappings
 
 
 # The three matrices of a gated network.
@@ -184,16 +185,16 @@ def layout(family, segments, variables: Mapping) -> dict[str, Tensor]:
   """
   leaves = traverse_util.flatten_dict(dict(variables), sep="/")
   outer = (*family.outer, *OUTER)
-  found = _placed(leaves, "", {(): 0}, family.prefix, outer)
+  named = _placed(leaves, "", {(): 0}, family.prefix, outer)
   prefix, maps = family.prefix + family.layer, (*family.tensors, *LAYER)
   for segment, pattern, repeats, first in segments:
     for i in range(len(pattern)):
       layers = {(r,): first + i + r * len(pattern) for r in range(repeats)}
-      found |= _placed(leaves, f"{segment}/{i}/", layers, prefix, maps)
-  rest = leaves.keys() - {leaf for x in found.values() for leaf in x.leaves}
+      named |= _placed(leaves, f"{segment}/{i}/", layers, prefix, maps)
+  rest = leaves.keys() - {leaf for x in named.values() for leaf in x.leaves}
   if rest:
     raise ConfigError(f"the files have no place for {sorted(rest)}")
-  return found
+  return named
 
 
 def _placed(leaves, path, layers, prefix, maps):
@@ -206,7 +207,7 @@ def _placed(leaves, path, layers, prefix, maps):
     prefix: how the names of tensors begin.
     maps: of the tensors.
   """
-  here, found = {}, {}
+  here, named = {}, {}
   for full in leaves:
     collection, _, leaf = full.partition(f"/{path}")
     if collection == "balance":  # Whatever the balancer's label is.
@@ -222,5 +223,5 @@ def _placed(leaves, path, layers, prefix, maps):
     for (place, i), e in itertools.product(layers.items(), experts):
       name = (prefix + m.tensor).format(i=i, e=e)
       place = place if e is None else (*place, e)
-      found.setdefault(name, Tensor(name, m.form, own, [])).places.append(place)
-  return found
+      named.setdefault(name, Tensor(name, m.form, own, [])).places.append(place)
+  return named

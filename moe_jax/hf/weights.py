@@ -26,45 +26,45 @@ _NEEDLESS = re.compile(
 )
 
 
-def check(wanted: Mapping, found: "Files", left_out: tuple[str, ...]) -> None:
+def check(wanted: Mapping, store: "Files", left_out: tuple[str, ...]) -> None:
   """Raises ConfigError unless the files have just these tensors.
 
   Args:
     wanted: the tensors, by name.
-    found: the files.
+    store: the files.
     left_out: prefixes of tensors that belong to parts which are not here.
   """
-  names = found.slices.keys()
+  names = store.slices.keys()
   left = sorted(name for name in names if name.startswith(left_out))
   if left:
     words = "%s: %d tensors are left out, of parts that are not here: %s"
-    logging.warning(words, found.path, len(left), ", ".join(left[:3]))
-  needless = {n for n in names if _NEEDLESS.search(n) or 0 in found.shape(n)}
+    logging.warning(words, store.path, len(left), ", ".join(left[:3]))
+  needless = {n for n in names if _NEEDLESS.search(n) or 0 in store.shape(n)}
   for what, which in (
     ("lacks", wanted.keys() - names),
     ("has unknown", names - wanted.keys() - needless - {*left}),
   ):
     if which:
       raise ConfigError(
-        f"{found.path} {what} {len(which)} tensors, such as"
+        f"{store.path} {what} {len(which)} tensors, such as"
         f" {', '.join(sorted(which)[:5])}; is config.json that of these files?"
       )
   for name, tensor in wanted.items():
-    shape, dtype = found.shape(name), found.slices[name].get_dtype()
+    shape, dtype = store.shape(name), store.slices[name].get_dtype()
     if shape != tensor.shape or dtype not in _FLOATS:
       raise ConfigError(
-        f"{found.path / found.files[name]}: {name} has shape {[*shape]} and"
+        f"{store.path / store.files[name]}: {name} has shape {[*shape]} and"
         f" dtype {dtype}, not shape {[*tensor.shape]} and one of {_FLOATS};"
         " convert it, or get the config.json of these files"
       )
 
 
-def read(wanted: Mapping, found: "Files", dtype: str, shardings: Mapping):
+def read(wanted: Mapping, store: "Files", dtype: str, shardings: Mapping):
   """All parameters, on their devices.
 
   Args:
     wanted: the tensors that hold them, by name.
-    found: the files, after `check`.
+    store: the files, after `check`.
     dtype: of parameters; balancers' states are float32.
     shardings: of the variables; {}: on one device.
   """
@@ -84,7 +84,7 @@ def read(wanted: Mapping, found: "Files", dtype: str, shardings: Mapping):
     kind = dtype if leaf.startswith("params/") else "float32"
     for tensor, i in map(home.get, itertools.product(*places)):
       each = tensor.shape[0] // len(tensor.places)
-      rows = found.rows(tensor.name, slice(i * each, (i + 1) * each))
+      rows = store.rows(tensor.name, slice(i * each, (i + 1) * each))
       part = tensor.parts(rows)[0][leaf]
       parts.append(np.asarray(part[index[axes:]], kind))
     return np.stack(parts).reshape(*map(len, places), *parts[0].shape)
@@ -168,17 +168,17 @@ def _listed(path):
     raise ConfigError(
       f"{path} has neither {_WHOLE} nor {_INDEX}; get the model's weights"
     )
-  found = files.read_json(index, "an index of tensors", "download it again")
-  found = found.get("weight_map")
-  if not isinstance(found, dict):
-    found = {"weight_map": found}
-  for name, file in found.items():
+  content = files.read_json(index, "an index of tensors", "download it again")
+  weight_map = content.get("weight_map")
+  if not isinstance(weight_map, dict):
+    weight_map = {"weight_map": weight_map}
+  for name, file in weight_map.items():
     if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]*", file):
       raise ConfigError(
         f"{index} says that {name} is in {file!r}, which is not a file of this"
         " folder; download it again"
       )
-  return found
+  return weight_map
 
 
 def _open(file):

@@ -56,12 +56,12 @@ def build(
     grouped_matmul: a file of `kernels`, for ragged rows; None: the platform's.
   """
   options = activation, use_bias, init_scale
-  one = dense(d_expert, *options)
+  mlp = dense(d_expert, *options)
   expert = functools.partial(network, activation)
 
   def init(rng, num_experts, d_model):
     rngs = jax.random.split(rng, num_experts)
-    return jax.vmap(lambda rng: one.init(rng, d_model))(rngs)
+    return jax.vmap(lambda rng: mlp.init(rng, d_model))(rngs)
 
   def apply(params, rows, rng_GE):
     count_GE = rows.tokens_per_expert_GE
@@ -73,14 +73,14 @@ def build(
     # Groups and slots are one axis, so that each expert is one matrix product.
     x_EGCD = rows.x.swapaxes(0, 1)
     x_END = x_EGCD.reshape(len(x_EGCD), -1, x_EGCD.shape[-1])
-    y_END = jax.vmap(one.apply)(params, x_END)
+    y_END = jax.vmap(mlp.apply)(params, x_END)
     return Rows(y_END.reshape(x_EGCD.shape).swapaxes(0, 1))
 
   return Experts(
     init,
-    axes={k: ("expert", *v) for k, v in one.axes.items()},
+    axes={k: ("expert", *v) for k, v in mlp.axes.items()},
     apply=apply,
-    added_once=one.added_once,
+    added_once=mlp.added_once,
     checked=grouped_matmul is None or kernels.is_checked(grouped_matmul),
     width=d_expert,
     resized=lambda width: build(width, *options, grouped_matmul),

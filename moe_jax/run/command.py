@@ -1,7 +1,8 @@
 """The end of a command: exit codes, errors in one sentence, and signals.
 
 0: done. 2: something is wrong, and one sentence says what to do. 75: a signal
-stopped it, and the same command goes on. 1, with a traceback: a fault of ours.
+stopped it, and the same command goes on. 1, with a traceback: a fault of this
+project, or of a config file or plugin if the traceback ends there.
 
 It imports nothing slow, so that a signal that arrives while a command imports
 the rest is handled too.

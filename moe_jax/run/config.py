@@ -177,8 +177,8 @@ def _from_json(path):
 def _some_files(plugins):
   """The first Python files of plugin folders, in words."""
   folders = plugins if isinstance(plugins, tuple) else ()
-  found = (f for name in folders for f in pathlib.Path(str(name)).rglob("*.py"))
-  some = [str(file.absolute()) for file in itertools.islice(found, 5)]
+  paths = (f for name in folders for f in pathlib.Path(str(name)).rglob("*.py"))
+  some = [str(file.absolute()) for file in itertools.islice(paths, 5)]
   return ", ".join(some) or "no file is there"
 
 

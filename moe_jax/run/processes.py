@@ -187,8 +187,8 @@ def gather(value: Any) -> list:
   # Each size is compiled, so there are few of them.
   padded = np.zeros(1 << max(sizes).bit_length(), np.uint8)
   padded[: len(text)] = np.frombuffer(text, np.uint8)
-  found = multihost_utils.process_allgather(padded)
-  return [json.loads(row[:size].tobytes()) for row, size in zip(found, sizes)]
+  rows = multihost_utils.process_allgather(padded)
+  return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
 
 
 def by_first(function: Callable, *args, **options) -> Any:

@@ -51,9 +51,9 @@ def by_domain(step, batches, stop=lambda: False) -> dict[str, Mapping] | None:
   sums, waiting = {}, collections.deque()
 
   def take():
-    domain, found = waiting.popleft()
-    found = jax.device_get(found)
-    sums[domain] = _add([sums[domain], found] if domain in sums else [found])
+    domain, terms = waiting.popleft()
+    terms = jax.device_get(terms)
+    sums[domain] = _add([sums[domain], terms] if domain in sums else [terms])
 
   for index, (domain, batch) in enumerate(batches):
     if stop():
@@ -85,8 +85,8 @@ def table(sums: Mapping[str, Mapping], task, model) -> dict[str, float]:
     out["max_vio_global"] = out["max_vio"]
     names |= {"max_vio_global": "max_vio", "max_vio_floor": "max_vio_floor"}
   for domain, part in sums.items():
-    found = metrics.divide(metrics.of_sums(part, task, model))
-    out |= {f"{name}/{domain}": found[of] for name, of in names.items()}
+    values = metrics.divide(metrics.of_sums(part, task, model))
+    out |= {f"{name}/{domain}": values[of] for name, of in names.items()}
   return out
 
 

@@ -110,24 +110,26 @@ def run(
 def _begin(program, seed, directory, checkpoints, progress):
   """(state, step, lines) of a new run, or of its newest checkpoint."""
   processes.check_same({"the data's fingerprint": program.task.fingerprint})
-  found = checkpoints.restore(program.abstract_state)
+  restored = checkpoints.restore(program.abstract_state)
   facts = program.facts() | {"seed": seed}
-  if found is None:
+  if restored is None:
     directory.start_over(**facts)
     lines = Lines(program, directory, progress)
     return program.init(jax.random.key(seed)), 0, lines
-  known = found.meta["data"]
+  known = restored.meta["data"]
   if known != program.task.fingerprint:
     raise ConfigError(
-      f"the checkpoint {checkpoints.folder / str(found.step)} was trained on"
+      f"the checkpoint {checkpoints.folder / str(restored.step)} was trained on"
       f" data with fingerprint {known[:12]}…, but {program.task.name} now has"
       f" {program.task.fingerprint[:12]}…; bring that data back (run.json has"
       " the versions it was made from), or choose another --workdir"
     )
-  directory.go_on(found.step, found.meta["lines"], **facts)
-  progress.skip(found.step)
-  lines = Lines(program, directory, progress, found.step, found.meta["line"])
-  return found.state, found.step, lines
+  directory.go_on(restored.step, restored.meta["lines"], **facts)
+  progress.skip(restored.step)
+  lines = Lines(
+    program, directory, progress, restored.step, restored.meta["line"]
+  )
+  return restored.state, restored.step, lines
 
 
 def _evaluate(program, state, step, lines, directory, stop):
@@ -139,12 +141,12 @@ def _evaluate(program, state, step, lines, directory, stop):
   if step != last and not (step and every and step % every == 0):
     return None
   lines.write()
-  found = directory.logged(step, "validation")
-  if found is None:
-    found = program.evaluate(state, stop.asked)
-    if found is not None:
-      directory.log(step, "validation", found)
-  return found
+  values = directory.logged(step, "validation")
+  if values is None:
+    values = program.evaluate(state, stop.asked)
+    if values is not None:
+      directory.log(step, "validation", values)
+  return values
 
 
 def take_step(program, state, stream, step, lines, checkpoints, made=()):
@@ -179,10 +181,14 @@ def take_step(program, state, stream, step, lines, checkpoints, made=()):
 
 
 class Lines:
-  """The training lines of metrics.jsonl: sums of steps, divided once."""
+  """Writes the training lines of metrics.jsonl. Each has the means over the
+  steps since the line before, as the sum of all their totals over the sum of
+  all their weights, not as a mean of the means of steps."""
 
   def __init__(self, program: Program, directory, progress, step=0, begun=None):
-    """Begins after a step, with a line that had `begun` before a restart."""
+    """Starts after `step`, which is 0 in a new run. In a run that goes on from
+    a checkpoint, `begun` is what this had added up for the next line:
+    {metric: (total, weight)}."""
     self._program, self._directory = program, directory
     self._progress = progress
     self._waiting = []  # (step, sums on the devices) not added up yet.
@@ -222,12 +228,12 @@ class Lines:
       return
     self._add_up()
     now = time.monotonic()
-    found = metrics.divide(self._means)
-    found["skipped_steps"] = self._skipped
-    found["tokens_per_second"] = self._tokens / (now - self._since)
-    self._directory.log(step, "train", found)
+    values = metrics.divide(self._means)
+    values["skipped_steps"] = self._skipped
+    values["tokens_per_second"] = self._tokens / (now - self._since)
+    self._directory.log(step, "train", values)
     self._means, self._tokens, self._since = {}, 0.0, now
-    note = [f"{k} {found[k]:.3f}" for k in ("loss", "max_vio") if k in found]
+    note = [f"{k} {values[k]:.3f}" for k in ("loss", "max_vio") if k in values]
     self._progress.update(step - self._told, ", ".join(note))
     self._told = step
 

@@ -30,7 +30,7 @@ _QUICK = {
 }
 
 
-class Found(NamedTuple):
+class Difference(NamedTuple):
   """distance: the largest of all leaves, relative to their norms; leaf: its
   name."""
 
@@ -40,7 +40,7 @@ class Found(NamedTuple):
 
 def check(
   model, length: int, dtype: str, mesh: jax.sharding.Mesh
-) -> Found | None:
+) -> Difference | None:
   """Compares output, statistics and gradients; None without MoE layers.
 
   Args:
@@ -57,25 +57,25 @@ def check(
   )
   if not recipes:
     return None
-  found = max(
+  worst = max(
     _compare(recipe, grouping, length, dtype, mesh)
     for recipe, grouping in recipes
   )
   on_cpu = parallel.platform(mesh) == "cpu"
   most = _TOLERANCE[dtype] if on_cpu else _ELSEWHERE
-  if max(processes.gather(found.distance)) > most:
+  if max(processes.gather(worst.distance)) > most:
     raise RunError(
       f"on the mesh {dict(mesh.shape)} the MoE layer is not the one of a single"
-      f" device: {found.leaf} differs by {found.distance:.1e} of its norm, and"
+      f" device: {worst.leaf} differs by {worst.distance:.1e} of its norm, and"
       f" rounding by {most:.0e}; do not trust a run on it. Try another config.mesh,"
       " model.moe.grouped_matmul or dispatcher to see what is wrong, or set"
       " train.check_mesh = False to run all the same"
     )
-  return found
+  return worst
 
 
 def _compare(recipe, grouping, length, dtype, mesh):
-  """The `Found` between the layer on the mesh and on one device."""
+  """The `Difference` between the layer on the mesh and on one device."""
   width = _WIDTH * mesh.shape["tensor"]
   networks = {"experts": recipe.experts, "shared": recipe.shared}
   narrow = {
@@ -97,7 +97,7 @@ def _compare(recipe, grouping, length, dtype, mesh):
     for (path, x), want in zip(*leaves, strict=True)
   }
   leaf = max(distances, key=distances.get)
-  return Found(distances[leaf], leaf)
+  return Difference(distances[leaf], leaf)
 
 
 def _inputs(layer, shape, dtype):
@@ -139,8 +139,8 @@ def _measure(layer, inputs, mesh):
     out_shardings=everywhere,
     compiler_options=_QUICK if jax.default_backend() == "cpu" else None,
   )
-  of_params, found = gradient(*inputs)
-  return jax.device_get(found | {"gradients": of_params})
+  of_params, outputs = gradient(*inputs)
+  return jax.device_get(outputs | {"gradients": of_params})
 
 
 def _distance(x, want):

@@ -110,9 +110,9 @@ def shardings(boxed: TrainState, mesh) -> TrainState:
     boxed: shapes, from `init_state` under `jax.eval_shape`.
     mesh: from `parallel.make_mesh`.
   """
-  found = parallel.shardings(boxed, mesh)
+  state_shardings = parallel.shardings(boxed, mesh)
   params = traverse_util.flatten_dict(nn.unbox(boxed.params))
-  placed = traverse_util.flatten_dict(found.params)
+  placed = traverse_util.flatten_dict(state_shardings.params)
 
   def like_its_parameter(path, leaf):
     name = tuple(p.key for p in path if hasattr(p, "key"))
@@ -125,7 +125,7 @@ def shardings(boxed: TrainState, mesh) -> TrainState:
     return jax.NamedSharding(mesh, jax.P(*(axis for _, _, axis in shared)))
 
   like = jax.tree.map_with_path(like_its_parameter, boxed.opt_state)
-  return found.replace(opt_state=like)
+  return state_shardings.replace(opt_state=like)
 
 
 def train_step(state: TrainState, batch, numbers, *, model, task, optimizer):

@@ -50,8 +50,8 @@ class Family(NamedTuple):
 @functools.cache
 def known() -> dict[str, Family]:
   """All families, by model_type."""
-  found = []
+  all_families = []
   for module in pkgutil.iter_modules(__path__):
     values = vars(importlib.import_module(f"{__name__}.{module.name}")).values()
-    found += [value for value in values if isinstance(value, Family)]
-  return {family.model_type: family for family in found}
+    all_families += [value for value in values if isinstance(value, Family)]
+  return {family.model_type: family for family in all_families}

@@ -47,10 +47,10 @@ def _read_temperature(fields, ours):
 
 
 def _write_temperature(ours):
-  found = [layer["attention.temperature"] for layer in ours["layers"]]
-  found = [*filter(None, found)]
-  scale, length, _ = [*found, (0.1, 8192, 1)][0]
-  tempered = {"attn_temperature_tuning": bool(found)}
+  temperatures = [layer["attention.temperature"] for layer in ours["layers"]]
+  temperatures = [*filter(None, temperatures)]
+  scale, length, _ = [*temperatures, (0.1, 8192, 1)][0]
+  tempered = {"attn_temperature_tuning": bool(temperatures)}
   return {**tempered, "attn_scale": scale, "floor_scale": length}
 
 

@@ -191,11 +191,11 @@ def _read(tree, chunk):
   """The rows of a chunk, zero where they are not its own."""
   row = jnp.arange(chunk.size)
 
-  def one(x):
+  def window(x):
     x = x.at[chunk.first + row].get(mode="fill", fill_value=0)
     return jnp.where((row < chunk.live)[:, None], x, 0)
 
-  return jax.tree.map(one, tree)
+  return jax.tree.map(window, tree)
 
 
 def _write(tree, window, chunk):
@@ -208,13 +208,13 @@ def _write(tree, window, chunk):
 def _add(sums, grads, chunk):
   """Adds to the sums of an expert, or sets them with its first chunk."""
 
-  def one(total, new):
+  def added(total, new):
     new = new.astype(total.dtype)
     if not chunk.begins:
       new += total[chunk.expert]
     return lax.dynamic_update_index_in_dim(total, new, chunk.expert, 0)
 
-  return jax.tree.map(one, sums, grads)
+  return jax.tree.map(added, sums, grads)
 
 
 def _cut(x_ND, sizes_E, rows):
