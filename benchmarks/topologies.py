@@ -120,7 +120,7 @@ def lowered(mesh, shape: Shape, dispatcher: str = "gather"):
   params = {
     "router": {"kernel": shaped((shape.d_model, shape.num_experts), jax.P())},
     "experts": {
-      k: shaped(w.shape, parallel.spec(recipe.experts.axes[k]))
+      k: shaped(w.shape, parallel.spec(recipe.experts.axes[k], w.shape, mesh))
       for k, w in weights.items()
     },
   }

@@ -127,7 +127,9 @@ def layer_programs(model, dtype: str):
   def weights(part, *args):
     init = lambda rng: part.init(rng, *args)  # noqa: E731
     shapes = jax.eval_shape(init, jax.random.key(0))
-    specs = {k: parallel.spec(part.axes[k]) for k in shapes}
+    specs = {
+      k: parallel.spec(part.axes[k], v.shape, mesh) for k, v in shapes.items()
+    }
     return {k: shaped(v.shape, v.dtype, specs[k]) for k, v in shapes.items()}
 
   by_group = jax.P(parallel.TOKENS)

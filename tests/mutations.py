@@ -375,9 +375,31 @@ FAULTS = (
   Fault(
     "weights are gathered along another axis",
     "moe_jax/moe/exchange.py",
-    'jax.lax.all_gather(w, "fsdp", axis=dim, tiled=True)',
-    'jax.lax.all_gather(w, "fsdp", axis=0, tiled=True)',
+    "jax.lax.all_gather(w, axes, axis=dim, tiled=True)",
+    "jax.lax.all_gather(w, axes, axis=0, tiled=True)",
     SLOTTED,
+  ),
+  Fault(
+    "parts of a weight are gathered in another order",
+    "moe_jax/moe/exchange.py",
+    "jax.lax.all_gather(w, axes, axis=dim, tiled=True)",
+    "jax.lax.all_gather("
+    "w, axes if isinstance(axes, str) else axes[::-1], axis=dim, tiled=True)",
+    SLOTTED,
+  ),
+  Fault(
+    "groups of experts are chosen by their saturated scores",
+    "moe_jax/moe/routers/top_k.py",
+    "best = choose(*of_groups, full_TG, top_groups)",
+    "best = choose(*of_groups, None, top_groups)",
+    "layer_test.py::test_saturated_scores_choose_by_logits",
+  ),
+  Fault(
+    "a dataset's folder names code that is run",
+    "moe_jax/data/documents.py",
+    'if isinstance(name, str) and not name.startswith("tensorflow_datasets."):',
+    "if False:",
+    "corpora_test.py::test_a_folder_that_names_code_runs_none",
   ),
   Fault(
     "rows come back in the order of experts",

@@ -16,7 +16,7 @@ import pytest
 from configs import tiny
 from moe_jax import models
 from moe_jax.core import options as options_lib
-from moe_jax.core import parallel, registry
+from moe_jax.core import registry
 from moe_jax.core.errors import ConfigError
 from moe_jax.core.roles import FACTORS, Role
 from moe_jax.training import optimizers, train_step
@@ -504,7 +504,7 @@ def test_three_steps_on_a_mesh(name):
 
 
 def _check_places(state, mesh):
-  experts = jax.NamedSharding(mesh, parallel.spec(("layers", "expert")))
+  experts = jax.NamedSharding(mesh, jax.P(None, "expert"))
   moments = [
     leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)

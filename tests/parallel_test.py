@@ -290,7 +290,7 @@ def test_scanned_repeats_are_an_unrolled_pattern():
 
 # The layer by itself.
 
-G, T, S, D, E, F = 8, 6, 2, 6, 8, 4
+G, T, S, D, E, F = 8, 6, 2, 12, 8, 4
 BOUNDS = {
   "einsum": ("einsum", Bound(2, E)),
   "gather": ("gather", Bound(2, E)),

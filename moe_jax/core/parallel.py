@@ -14,17 +14,20 @@ AXES = ("data", "fsdp", "expert", "tensor")
 SIZES = items(either(integer(1), integer(-1, -1)), len(AXES))
 TOKENS = ("data", "fsdp", "expert")
 
+# Over these axes a matrix outside of the experts is split where it is stored;
+# it is gathered just in time.
+STORED = ("fsdp", "expert")
 # Logical axis of a parameter or activation -> mesh axes. One table for all.
-RULES = (
-  ("batch", TOKENS),
-  ("expert", "expert"),
-  ("embed", "fsdp"),
-  ("mlp", "tensor"),
-  ("heads", "tensor"),
-  ("kv_heads", "tensor"),
-  ("vocab", None),  # 256 bytes and a mark divide over nothing.
-  ("layers", None),
-)
+RULES = {
+  "batch": TOKENS,
+  "expert": ("expert",),
+  "embed": STORED,
+  "latent": STORED,
+  "mlp": ("tensor",),
+  "heads": ("tensor",),
+  "kv_heads": ("tensor",),
+  "vocab": ("tensor",),
+}
 
 
 def make_mesh(sizes: tuple[int, ...], devices=None) -> jax.sharding.Mesh:
@@ -96,22 +99,52 @@ def global_batch(local: np.ndarray, mesh, batch: int, axis: int = 0) -> Array:
   return jax.make_array_from_process_local_data(sharding, local, shape)
 
 
-def spec(names: tuple[str | None, ...]) -> jax.sharding.PartitionSpec:
-  """The PartitionSpec of an array with these logical axes."""
-  return nn.logical_to_mesh_axes(names, RULES)
+def spec(
+  names: tuple[str | None, ...], shape: tuple[int, ...], mesh
+) -> jax.sharding.PartitionSpec:
+  """How an array with these logical axes lies on a mesh.
+
+  Every axis is split over those mesh axes of its name in `RULES` that divide
+  what is left of it, and that no axis before it is split over.
+
+  Args:
+    names: logical name of each axis, or None.
+    shape: of the whole array.
+    mesh: from `make_mesh`.
+  """
+  free, parts = dict(mesh.shape), []
+  for name, size in zip(names, shape, strict=True):
+    axes = []
+    for axis in RULES.get(name, ()):
+      if axis in free and size % free[axis] == 0:
+        size //= free.pop(axis)
+        axes.append(axis)
+    parts.append(tuple(axes) or None)
+  return jax.P(*parts)
 
 
 def constrain(x: Array, names, mesh: jax.sharding.Mesh | None) -> Array:
   """x with its sharding pinned; x itself without a mesh."""
-  # Without it flax would take the mesh around the caller, whatever its axes.
   if mesh is None:
     return x
-  return nn.with_logical_constraint(x, names, RULES, mesh)
+  sharding = jax.NamedSharding(mesh, spec(names, x.shape, mesh))
+  return jax.lax.with_sharding_constraint(x, sharding)
 
 
 def shardings(boxed, mesh: jax.sharding.Mesh):
-  """Shardings of a tree of linen parameters with logical axis names."""
-  return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+  """Shardings of a tree of linen parameters with logical axis names.
+
+  Arrays without names lie whole on every device.
+  """
+
+  def is_box(x):
+    return isinstance(x, nn.Partitioned)
+
+  def of(x):
+    names, shape = (x.names, x.value.shape) if is_box(x) else ((), ())
+    return jax.NamedSharding(mesh, spec(names, shape, mesh))
+
+  return jax.tree.map(of, boxed, is_leaf=is_box)
 
 
 def check_widths(mesh: jax.sharding.Mesh, **widths: tuple[int, str]) -> None:

@@ -302,7 +302,9 @@ class Decoder(nn.Module):
     features = {"token_id": tokens_BL, "position": context.tokens.position_BL}
     call = dict(mask_BL=mask_BL, features=features, rng=rng, first=first)
     embedding_VD = self._matrix("embedding", ("vocab", "embed"))
-    x_BLD = context.real(embedding_VD[tokens_BL].astype(arch.dtype))
+    # All of it on every device: a gather of its parts would move all tokens.
+    table_VD = parallel.constrain(embedding_VD, (None, None), arch.mesh)
+    x_BLD = context.real(table_VD[tokens_BL].astype(arch.dtype))
     if arch.scale_embedding:
       x_BLD *= jnp.asarray(arch.d_model**0.5, x_BLD.dtype)
     x_BLD = parallel.constrain(x_BLD, ("batch", None, None), arch.mesh)
@@ -314,15 +316,14 @@ class Decoder(nn.Module):
     head_DV = embedding_VD.T
     if not arch.tie_embeddings:
       head_DV = self._matrix("head", ("embed", "vocab"))
+    head_DV = head_DV.astype(x_BLD.dtype)
+    head_DV = parallel.constrain(head_DV, (None, "vocab"), arch.mesh)
     dtype = jnp.promote_types(x_BLD.dtype, jnp.float32)
-    return kernels.product(x_BLD, head_DV.astype(x_BLD.dtype), dtype), aux
+    return kernels.product(x_BLD, head_DV, dtype), aux
 
   def _matrix(self, name, axes):
-    """A parameter, whole on every device: a gather of its parts would move all
-    tokens."""
     arch = self.arch
     sizes = {"vocab": arch.vocab_size, "embed": arch.d_model}
     init = nn.initializers.normal(arch.d_model**-0.5)
     init = roles.declared(init, axes, name)
-    w = self.param(name, init, [sizes[axis] for axis in axes])
-    return parallel.constrain(w, (None, None), arch.mesh)
+    return self.param(name, init, [sizes[axis] for axis in axes])

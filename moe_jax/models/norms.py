@@ -12,18 +12,16 @@ class Norm(nn.Module):
 
   kind: "rms" or "layer".
   eps: added to the mean square.
-  axis: logical axis of the scale.
   part: of the model that the scale is counted to.
   """
 
   kind: str
   eps: float
-  axis: str | None = "embed"
   part: str = "norm"
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    ones = roles.declared(nn.initializers.ones, (self.axis,), self.part)
+    ones = roles.declared(nn.initializers.ones, (None,), self.part)
     scale = self.param("scale", ones, x.shape[-1:])
     scale = scale.reshape((1,) * (x.ndim - 1) + scale.shape)
     y = unit(x, self.eps, centred=self.kind == "layer")

@@ -4,6 +4,8 @@ Nothing is dropped here; every bound was applied in the plan, group by group.
 Without a mesh (`mesh=None`) nothing is sent anywhere.
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -43,25 +45,35 @@ def _named(rows, name):
   return rows.replace(x=checkpoint_name(rows.x, name))
 
 
-def read(params, network: Mlp, dtype, mesh: Mesh | None) -> dict[str, Array]:
+def read(
+  params, part: str, network: Mlp, dtype, specs: Mapping | None
+) -> dict[str, Array]:
   """Weights as the experts see them: in the compute dtype, and all of D.
 
   They are gathered just in time. The transpose scatters the sum of their
-  gradients over fsdp, and only then adds up what is left over the other axes
-  that tokens are split over.
+  gradients over the devices that they come from, and only then adds up what is
+  left over the other axes that tokens are split over.
+
+  Args:
+    params: of the layer, or this device's parts of them.
+    part: of the parameters, "experts" or "shared".
+    network: that they are of.
+    dtype: of the result.
+    specs: {part: {parameter: its PartitionSpec}}; None: one device.
   """
-  params = {k: w.astype(dtype) for k, w in params.items()}
-  if mesh is None:
-    return params
+  weights = {k: w.astype(dtype) for k, w in params[part].items()}
+  if specs is None:
+    return weights
 
   def gather(name, w):
     w = parallel.vary(w, parallel.TOKENS)
-    for dim, axis in enumerate(network.axes[name]):
-      if axis == "embed":
-        w = jax.lax.all_gather(w, "fsdp", axis=dim, tiled=True)
+    for dim, logical in enumerate(network.axes[name]):
+      axes = specs[part][name][dim]
+      if axes and parallel.RULES[logical] == parallel.STORED:
+        w = jax.lax.all_gather(w, axes, axis=dim, tiled=True)
     return once(w) if name in network.added_once else w
 
-  return {k: gather(k, w) for k, w in params.items()}
+  return {k: gather(k, w) for k, w in weights.items()}
 
 
 def once(w):

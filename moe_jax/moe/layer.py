@@ -75,43 +75,48 @@ def moe_ffn(
     Stats with leading [G, S].
     What was asked for by `collect`.
   """
-  run = functools.partial(_moe_ffn, recipe, mesh, collect)
+  specs = mesh and _specs(recipe, params, mesh)
+  run = functools.partial(_moe_ffn, recipe, mesh, specs, collect)
   if mesh is not None:
     tokens, everywhere = jax.P(parallel.TOKENS), jax.P()
     run = jax.shard_map(
       run,
       mesh=mesh,
-      in_specs=(_specs(recipe), everywhere, tokens, tokens, tokens),
+      in_specs=(specs, everywhere, tokens, tokens, tokens),
       out_specs=tokens,
       check_vma=recipe.experts.checked or not recipe.dispatcher.ragged,
     )
   return run(params, balance, x_GTD, side, rng_G)
 
 
-def _specs(recipe):
+def _specs(recipe, params, mesh):
   """{part: how its parameters lie on a mesh}."""
   specs = {"router": jax.P()}
   for name, part in (("experts", recipe.experts), ("shared", recipe.shared)):
     if part is not None:
-      specs[name] = {k: parallel.spec(axes) for k, axes in part.axes.items()}
+      specs[name] = {
+        k: parallel.spec(axes, params[name][k].shape, mesh)
+        for k, axes in part.axes.items()
+      }
   return specs
 
 
-def _moe_ffn(recipe, mesh, collect, params, balance, x_GTD, side, rng_G):
+def _moe_ffn(recipe, mesh, specs, collect, params, balance, x_GTD, side, rng_G):
   """The body of `moe_ffn`, for all groups or those of a device of the mesh."""
+  read = functools.partial(exchange.read, dtype=x_GTD.dtype, specs=specs)
   x_GTD = jnp.where(side.mask_T[..., None], x_GTD, 0)
   routing = route(recipe, params["router"], balance, x_GTD, side, rng_G)
   plan = plans.make(routing.choice, recipe, num_tokens=x_GTD.shape[1])
   x_GTD = exchange.enter_tensor(x_GTD, mesh)
   rows = plan.dispatch(x_GTD)
   rows, back = exchange.exchange(rows, recipe.bound, mesh)
-  experts = exchange.read(params["experts"], recipe.experts, x_GTD.dtype, mesh)
   rng_GE = exchange.expert_keys(recipe.experts, rng_G, recipe.num_experts, mesh)
-  rows = recipe.experts.apply(experts, rows, rng_GE)
+  rows = recipe.experts.apply(
+    read(params, "experts", recipe.experts), rows, rng_GE
+  )
   y_GTD = plan.combine(back(rows))
   if recipe.shared is not None:
-    shared = exchange.read(params["shared"], recipe.shared, x_GTD.dtype, mesh)
-    y_GTD += recipe.shared.apply(shared, x_GTD)
+    y_GTD += recipe.shared.apply(read(params, "shared", recipe.shared), x_GTD)
   y_GTD = exchange.sum_tensor(y_GTD, mesh)
   stats = plans.report(recipe, routing, plan, side, balance)
   collected = {"choice": routing.choice} if collect == "routing" else {}

@@ -67,7 +67,7 @@ class Heads(nn.Module):
 
   def norm(self, x, name: str, eps: float) -> Array:
     """RMS norm of the last axis, with a scale of its own."""
-    return norms.Norm("rms", eps, None, "attention", name=name)(x)
+    return norms.Norm("rms", eps, "attention", name=name)(x)
 
   def cached(self, context: Context, **parts: Array) -> list[Array]:
     """Parts [B, L, ...] of these tokens, or [B, M, ...] of all in the cache."""

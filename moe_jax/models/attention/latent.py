@@ -25,7 +25,7 @@ class LatentAttention(heads.Heads):
     m, nope = self.options, self.options.head_dim
     q, q_turned = self._query(x_BLD, context.tokens)
     c, k_turned = self._latent(x_BLD, context.tokens)
-    shape, axes = (m.num_heads, nope + m.v_head_dim), (None, "heads", None)
+    shape, axes = (m.num_heads, nope + m.v_head_dim), ("latent", "heads", None)
     if context.keys is None:
       kv = self.project(c, "kv_up", shape, axes)
       k, v = kv[..., :nope], kv[..., nope:]
@@ -50,7 +50,7 @@ class LatentAttention(heads.Heads):
     m, first = self.options, "embed"
     if m.q_lora_rank is not None:
       x_BLD = self._down(x_BLD, "query_down", m.q_lora_rank)
-      x_BLD, first = self.norm(x_BLD, "query_norm", _EPS), None
+      x_BLD, first = self.norm(x_BLD, "query_norm", _EPS), "latent"
     shape = (m.num_heads, m.head_dim + m.rope_head_dim)
     q = self.project(x_BLD, "query", shape, (first, "heads", None))
     q, turned = q[..., : m.head_dim], q[..., m.head_dim :]
