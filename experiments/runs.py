@@ -60,7 +60,7 @@ class Run(NamedTuple):
     Args:
       validation: metrics of the validation split at the end; None: it diverged.
     """
-    facts = json.loads((self.folder / "run.json").read_text())
+    facts = _read_object(self.folder / "run.json")
     git, steps = facts["git"], self.config.train.num_steps
     tokens = steps * facts["tokens_per_step"]
     row = self.key | {
@@ -86,11 +86,9 @@ class Run(NamedTuple):
     """
     for other in others:
       if other.config.data == self.config.data:
-        try:
-          facts = json.loads((other.folder / "run.json").read_text())
+        facts = _read_object(other.folder / "run.json")
+        if isinstance(facts.get("data"), str):  # It has started.
           return self.row() is not None, facts["data"]
-        except (OSError, ValueError, KeyError):
-          continue  # It has not started.
     return self.row() is not None, None
 
   def curve(self) -> list[dict]:
@@ -152,12 +150,17 @@ def finished(
 
 def _read_row(path):
   """A row; None where there is none, or something else."""
-  try:
-    row = json.loads(path.read_text())
-    types = tuple(map(type, identity(row)))
-  except (OSError, ValueError, AttributeError):
-    return None
+  row = _read_object(path)
+  types = tuple(map(type, identity(row)))
   return row if types == (str, str, int, str) else None
+
+
+def _read_object(path):
+  """A JSON object; {} where there is none, or something else."""
+  try:
+    return files.read_json(path, "a file of a run", "", allow_nan=True)
+  except (OSError, ConfigError):
+    return {}
 
 
 def summary(lines: list[dict], validation: dict[str, float]) -> dict:

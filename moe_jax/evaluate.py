@@ -69,9 +69,11 @@ def _text(args, loaded):
   own = {"tokenizer": loaded.tokenizer.name, "data_dir": args.data_dir}
   if run is not None:
     own |= {"plugins": run.plugins, "cache_dir": run.data.cache_dir}
-    if args.dataset == run.data.name:
-      own |= {k: run.data[k] for k in ("text_feature", "domain_feature")}
-      own["data_dir"] = args.data_dir or run.data.dir
+    for part in [*run.data.mixture.values()] or [run.data]:
+      if args.dataset == part["name"]:
+        features = {"text_feature", "domain_feature"} & {*part}
+        own |= {k: part[k] for k in features}
+        own["data_dir"] = args.data_dir or part.get("dir")
   return corpora.prepare(args.dataset, **own)
 
 

@@ -424,6 +424,34 @@ def test_too_many_domains_are_refused(make_dataset, tmp_path):
     corpora.prepare("mine", data_dir=folder, cache_dir=tmp_path)
 
 
+@pytest.mark.parametrize(
+  "replaced",
+  [
+    ("tensorflow_datasets.core.features.text_feature.Text", "strange.Text"),
+    ('"pythonClassName": "tensorflow', '"python_class_name": "strange'),
+    ('"features": {', '"type": "strange.T", "content": {}, "features": {'),
+  ],
+)
+def test_a_folder_that_names_code_runs_none(
+  make_dataset, tmp_path, monkeypatch, replaced
+):
+  """TFDS would import the classes that features.json names."""
+  folder = pathlib.Path(make_dataset({"train": [{"text": "abc"}]}))
+  features = folder / "features.json"
+  text = json.dumps(json.loads(features.read_text()))
+  assert replaced[0] in text
+  features.write_text(text.replace(*replaced))
+  (tmp_path / "strange.py").write_text("raise SystemExit('it was run')")
+  monkeypatch.syspath_prepend(tmp_path)
+  with pytest.raises(ConfigError, match="strange.* is code of somebody else"):
+    corpora.prepare("mine", data_dir=folder, cache_dir=tmp_path)
+
+
+def test_a_community_dataset_is_refused(tmp_path):
+  with pytest.raises(ConfigError, match="whose code TFDS would download"):
+    corpora.prepare("somebody:texts/en", cache_dir=tmp_path)
+
+
 def test_a_damaged_dataset_is_named(make_dataset, tmp_path):
   folder = pathlib.Path(make_dataset({"train": [{"text": "abc"}]}))
   (folder / "dataset_info.json").write_text("{")
@@ -571,8 +599,8 @@ def test_a_name_for_which_tfds_needs_a_network(reviews, monkeypatch):
     raise ConnectionError("no route to host")
 
   monkeypatch.setattr(tfds, "builder", unreachable)
-  with pytest.raises(ConfigError, match='no dataset "huggingface:x", neither'):
-    reviews("huggingface:x")
+  with pytest.raises(ConfigError, match='no dataset "unheard_of", neither'):
+    reviews("unheard_of")
 
 
 @pytest.mark.parametrize(

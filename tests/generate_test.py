@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from moe_jax import evaluate, generate, hf, main
+from moe_jax import evaluate, generate, hf, main, models
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
 from moe_jax.data import batches, corpora
@@ -325,5 +325,18 @@ def test_a_run_is_evaluated_with_its_own_settings(monkeypatch):
     assert (seen["plugins"], seen["cache_dir"]) == (("mine",), "c")
     assert seen["data_dir"] == ("there" if own else None)
     assert seen.get("text_feature") == ("body" if own else None)
+  run.data.mixture = {"a": {"name": "part", "dir": "here"}}
+  args = argparse.Namespace(dataset="part", data_dir=None)
+  evaluate._text(args, loaded)
+  assert seen["data_dir"] == "here"
+  args = argparse.Namespace(
+    seq_len=None, batch_size=None, batches_per_domain=None
+  )
+  run.data.update(seq_len=48, separate_documents=False)
+  run.eval.batch_size = 3
+  loaded = loaded._replace(model=models.build(run.model, vocab_size=9))
+  settings = evaluate._settings(args, loaded)
+  assert (settings["seq_len"], settings["batch_size"]) == (48, 3)
+  assert settings["separate_documents"] is False
   with pytest.raises(ConfigError, match="--dataset=NAME"):
     evaluate.main(["--checkpoint=any", "--data_dir=there"])

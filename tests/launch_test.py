@@ -482,6 +482,10 @@ SCALES = {"demo": demo}
   assert [run.arm for run in asked.runs[::2]] == ["one", "two"]
   found = [run.begun(asked.runs)[1] for run in asked.runs[::2]]
   assert found == ["abc", None]
+  for text in ("[1]", "null", '{"data": 1}', "[" * 100_000):
+    (first.folder / "run.json").write_text(text)
+    (first.folder / "row.json").write_text(text)
+    assert first.begun(asked.runs) == (False, None)
 
 
 def test_arms_are_told_by_what_they_differ_in(small):

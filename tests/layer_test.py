@@ -522,6 +522,19 @@ def test_second_expert_is_kept_in_proportion(options):
   assert route_many(routing, x_TD, kernel_DE, None).choice.valid_TK.all()
 
 
+@pytest.mark.parametrize("group_score", ["max", "sum_top_2"])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_saturated_scores_choose_by_logits(groups, group_score):
+  """Sigmoids of 1 or 0 in float32 do not tell experts, or groups, apart."""
+  high = [40, 41, 50, 51, 90, 91, 60, 61]
+  low = [-200, -190, -180, -170, -130, -120, -160, -150]
+  routing = {"top_k": 2, "score": "sigmoid", "group_score": group_score}
+  routing |= {"num_expert_groups": groups, "top_expert_groups": 1}
+  kernel_DE = jnp.asarray([high, low], jnp.float32)
+  choice = route_many(routing, jnp.eye(2), kernel_DE, None).choice
+  assert np.sort(choice.expert_TK).tolist() == [[4, 5], [4, 5]]
+
+
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_choosing_is_no_sort_and_no_loop(score):
   """A sort of all scores takes ten times as long on a CPU, and a loop that

@@ -11,7 +11,7 @@ from moe_jax import models
 from moe_jax.core import registry
 from moe_jax.moe import groups, layer
 from moe_jax.moe.types import Balancer, Mean, Stats, Sublayer
-from moe_jax.training import balancing, metrics
+from moe_jax.training import balancing, evaluation, metrics
 from tests import oracle
 
 R, G, S, E, K = 2, 3, 2, 6, 2
@@ -242,6 +242,17 @@ def test_bias_range():
   found = metrics.divide({"bias_range": metrics.bias_range(balance, sublayers)})
   assert found["bias_range"] == (3 + 0 + 2) / 3
   assert metrics.bias_range({}, {}) == Mean(0.0, 1.0)
+
+
+def test_a_domain_without_assignments_has_no_shares():
+  stats = draw(0)
+  empty = stats.replace(count_E=np.zeros_like(stats.count_E))
+  path = "decoder/0/moe"
+  sums = {"none": {"stats": balancing.sum_groups({path: empty})}}
+  shares = evaluation.specialisation(sums, {path: sublayer((0, 1))})
+  assert [*shares] == [("00", "none"), ("01", "none")]
+  for share_E in shares.values():
+    np.testing.assert_array_equal(share_E, np.zeros(E))
 
 
 def simulated_floor(tokens, num_experts, top_k, trials):

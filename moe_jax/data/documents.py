@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import inspect
 import io
+import json
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -153,6 +154,11 @@ def _known_to_tfds(name, plugins, wanted):
   """Returns the folder of a dataset of TFDS, prepared if need be."""
   import tensorflow_datasets as tfds
 
+  if tfds.core.naming.parse_builder_name_kwargs(name)[0].namespace:
+    raise ConfigError(
+      f'"{name}" is a community dataset, whose code TFDS would download and run;'
+      " prepare it yourself and set data.dir to its folder"
+    )
   try:
     builder = tfds.builder(name, file_format="array_record")
   except Exception as e:  # Also of the network, for community datasets.
@@ -198,6 +204,7 @@ def _from_directory(data_dir):
     import tensorflow_datasets as tfds
 
     with _in_a_sentence(f"data.dir {folder} cannot be read"):
+      _refuse_code(json.loads((folder / "features.json").read_text()))
       builder = tfds.builder_from_directory(folder)
       form = builder.info.file_format.value
     if form not in ("array_record", "parquet"):
@@ -208,6 +215,20 @@ def _from_directory(data_dir):
     return builder
 
   return versions, opened
+
+
+def _refuse_code(features):
+  """Raises ValueError for a class that is not of TFDS: its file would be run."""
+  if isinstance(features, list):
+    features = dict(enumerate(features))
+  if isinstance(features, dict):
+    keys = ["pythonClassName", "python_class_name"]
+    keys += ["type"] if "content" in features else []
+    for name in map(features.get, keys):
+      if isinstance(name, str) and not name.startswith("tensorflow_datasets."):
+        raise ValueError(f"its feature {name} is code of somebody else")
+    for value in features.values():
+      _refuse_code(value)
 
 
 def _as_bytes(value):

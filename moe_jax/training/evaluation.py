@@ -99,10 +99,10 @@ def specialisation(sums: Mapping[str, Mapping], sublayers) -> dict:
 
   Returns:
     {(layer, domain): share_E}, shares of the domain's assignments, which add up
-    to 1 over experts.
+    to 1 over experts; zeros where no expert was chosen.
   """
   return {
-    (number, domain): layer.count_E / layer.count_E.sum()
+    (number, domain): layer.count_E / max(layer.count_E.sum(), 1)
     for domain, part in sums.items()
     for number, layer in metrics.by_layer(part["stats"], sublayers).items()
   }

@@ -104,12 +104,12 @@ def build(
     logits_TE = _logits(params, x_TD, rngs, jitter, noise, precision)
     score_TE = SCORES[score](logits_TE) if score_before_top_k else logits_TE
     selection_TE = jax.lax.stop_gradient(select(score_TE))
+    saturated_TE = SATURATED[score](score_TE) if score_before_top_k else None
+    scores = selection_TE, logits_TE, saturated_TE
     if top_expert_groups < num_expert_groups:
       outside = float(expert_group_mask)
-      selection_TE = _in_groups(selection_TE, *groups, group_score, outside)
-    saturated_TE = SATURATED[score](score_TE) if score_before_top_k else None
-    expert_TK = choose(selection_TE, logits_TE, saturated_TE, top_k)
-    expert_TK = checkpoint_name(expert_TK, "expert")
+      scores = _in_groups(*scores, *groups, group_score, outside)
+    expert_TK = checkpoint_name(choose(*scores, top_k), "expert")
     chosen_TK, shares_TK = _weigh(expert_TK, logits_TE, score_TE, score)
     weight_TK = shares_TK if renormalize else chosen_TK
     choice = TokenChoice(
@@ -192,14 +192,23 @@ def _logits(params, x_TD, rngs, jitter, noise, precision):
   return logits_TE
 
 
-def _in_groups(selection_TE, num_groups, top_groups, group_score, outside):
-  """The scores that choose, `outside` for experts beyond the best groups."""
-  by_group = selection_TE.reshape(len(selection_TE), num_groups, -1)
-  score_TG = GROUP_SCORES[group_score](by_group)
-  _, best = jax.lax.top_k(score_TG, top_groups)
+def _in_groups(
+  selection_TE, logits_TE, saturated_TE, num_groups, top_groups, score, outside
+):
+  """The arguments of `choose`, with the selection score `outside` for experts
+  beyond the best groups."""
+
+  def by_group(x_TE):
+    return x_TE.reshape(len(x_TE), num_groups, -1)
+
+  of_groups = [
+    GROUP_SCORES[score](by_group(x)) for x in (selection_TE, logits_TE)
+  ]
+  full_TG = None if saturated_TE is None else by_group(saturated_TE).any(-1)
+  best = choose(*of_groups, full_TG, top_groups)
   inside = jax.nn.one_hot(best, num_groups, dtype=bool).any(1)
-  by_group = jnp.where(inside[:, :, None], by_group, outside)
-  return by_group.reshape(selection_TE.shape)
+  selection_TGE = jnp.where(inside[..., None], by_group(selection_TE), outside)
+  return selection_TGE.reshape(selection_TE.shape), logits_TE, saturated_TE
 
 
 def choose(selection_TE, logits_TE, saturated_TE, top_k: int):
