@@ -196,6 +196,12 @@ def of(function: Callable) -> Mapping[str, Option]:
   return arguments(function).table
 
 
+def defaults(function: Callable) -> dict[str, Any]:
+  """{argument: its default} of the arguments that have one."""
+  parameters = inspect.signature(function).parameters.values()
+  return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
 _PLAIN = {
   int: integer(),
   float: number(),

@@ -10,18 +10,20 @@ from flax import traverse_util
 
 from moe_jax import models
 from moe_jax.core.errors import ConfigError
+from moe_jax.core.options import defaults
 from moe_jax.hf import rows
 from moe_jax.models import layers
+from moe_jax.moe import experts
 
 # Options that a family's table may leave out; d_ff is that of dense layers.
 _DEFAULTS = {
   **{"name": "decoder", "d_ff": 1, "norm": "rms", "scale_embedding": False},
   **{"remat": "none", "allow_noncausal": False, "moe.num_shared_experts": 0},
-  **{"moe.shared_gate": False, "moe.use_bias": False, "moe.init_scale": 1.0},
-  **{"moe.grouped_matmul": None, "moe.router.name": "top_k"},
+  **{"moe.shared_gate": False, "moe.router.name": "top_k"},
   # A renormalised top-1 weight is always 1, in the reference too.
   "moe.router.allow_constant_weight": True,
   **{f"moe.{key}": value for key, value in models.DROPLESS.items()},
+  **{f"moe.{key}": value for key, value in defaults(experts.build).items()},
 }
 _OF_MODEL = (
   *("vocab_size", "d_model", "num_layers", "norm", "norm_eps"),
@@ -105,7 +107,7 @@ def _layer(arch, kind):
 
 def _experts(recipe):
   """The options of a section `model.moe`."""
-  experts, shared, made_of = recipe.experts, recipe.shared, recipe.router.spec
+  routed, shared, made_of = recipe.experts, recipe.shared, recipe.router.spec
   router = {k: x for k, x in made_of.options.items() if k not in _NOT_OF_ROUTER}
   count, balancers = recipe.num_experts, dict(recipe.balancers).values()
   score = router.get("score"), router.get("score_before_top_k")
@@ -115,14 +117,14 @@ def _experts(recipe):
   if router.get("num_expert_groups") == router.get("top_expert_groups"):
     router |= {"group_score": None, "expert_group_mask": None}
   return {
-    "activation": experts.activation,
+    "activation": routed.activation,
     "moe.num_experts": count,
     "moe.top_k": recipe.router.top_k,
-    "moe.d_expert": experts.width,
-    "moe.num_shared_experts": shared.width // experts.width if shared else 0,
+    "moe.d_expert": routed.width,
+    "moe.num_shared_experts": shared.width // routed.width if shared else 0,
     "moe.shared_gate": bool(shared) and "token_gate" in shared.axes,
-    "moe.use_bias": "down_bias" in experts.axes,
-    "moe.selected by": [x.spec.name for x in balancers if x.init(count)],
+    "moe.use_bias": "down_bias" in routed.axes,
+    "moe.selected by": [x.spec.name for x in balancers if x.select],
     "moe.router.name": made_of.name,
     **{f"moe.router.{k}": x for k, x in router.items()},
   }

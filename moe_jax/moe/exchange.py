@@ -46,7 +46,7 @@ def _named(rows, name):
 
 
 def read(
-  params, part: str, network: Mlp, dtype, specs: Mapping | None
+  params, specs: Mapping | None, dtype, part: str, network: Mlp
 ) -> dict[str, Array]:
   """Weights as the experts see them: in the compute dtype, and all of D.
 
@@ -56,10 +56,10 @@ def read(
 
   Args:
     params: of the layer, or this device's parts of them.
+    specs: {part: {parameter: its PartitionSpec}}; None: one device.
+    dtype: of the result.
     part: of the parameters, "experts" or "shared".
     network: that they are of.
-    dtype: of the result.
-    specs: {part: {parameter: its PartitionSpec}}; None: one device.
   """
   weights = {k: w.astype(dtype) for k, w in params[part].items()}
   if specs is None:

@@ -103,7 +103,7 @@ def _specs(recipe, params, mesh):
 
 def _moe_ffn(recipe, mesh, specs, collect, params, balance, x_GTD, side, rng_G):
   """The body of `moe_ffn`, for all groups or those of a device of the mesh."""
-  read = functools.partial(exchange.read, dtype=x_GTD.dtype, specs=specs)
+  weights = functools.partial(exchange.read, params, specs, x_GTD.dtype)
   x_GTD = jnp.where(side.mask_T[..., None], x_GTD, 0)
   routing = route(recipe, params["router"], balance, x_GTD, side, rng_G)
   plan = plans.make(routing.choice, recipe, num_tokens=x_GTD.shape[1])
@@ -111,12 +111,10 @@ def _moe_ffn(recipe, mesh, specs, collect, params, balance, x_GTD, side, rng_G):
   rows = plan.dispatch(x_GTD)
   rows, back = exchange.exchange(rows, recipe.bound, mesh)
   rng_GE = exchange.expert_keys(recipe.experts, rng_G, recipe.num_experts, mesh)
-  rows = recipe.experts.apply(
-    read(params, "experts", recipe.experts), rows, rng_GE
-  )
+  rows = recipe.experts.apply(weights("experts", recipe.experts), rows, rng_GE)
   y_GTD = plan.combine(back(rows))
   if recipe.shared is not None:
-    y_GTD += recipe.shared.apply(read(params, "shared", recipe.shared), x_GTD)
+    y_GTD += recipe.shared.apply(weights("shared", recipe.shared), x_GTD)
   y_GTD = exchange.sum_tensor(y_GTD, mesh)
   stats = plans.report(recipe, routing, plan, side, balance)
   collected = {"choice": routing.choice} if collect == "routing" else {}
