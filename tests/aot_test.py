@@ -50,13 +50,18 @@ def test_dropless_over_experts():
   size = exchanged(2, 4 * 2 * aot.LENGTH * 2, 2)
   assert forward["ragged-all-to-all over expert"] == (2, size)
   assert gradient["ragged-all-to-all over expert"] == (4, 2 * size)
-  # Rows go to their experts only; besides, how many, and the router's gradient.
+  # Rows go to their experts only; besides, how many of them, the router's
+  # kernel, which is stored in parts, and its gradient.
   assert set(gradient) == {
     "tpu_custom_call",
     "ragged-all-to-all over expert",
     "all-to-all over expert",
+    "all-gather over expert",
     "all-reduce over expert",
   }
+  # It is gathered again in the backward pass.
+  router = 4 * aot.WIDTH * aot.NUM_EXPERTS
+  assert gradient["all-gather over expert"] == (2, 2 * router)
   assert gradient["all-to-all over expert"][1] < 1000
 
 
