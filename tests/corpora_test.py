@@ -424,27 +424,40 @@ def test_too_many_domains_are_refused(make_dataset, tmp_path):
     corpora.prepare("mine", data_dir=folder, cache_dir=tmp_path)
 
 
-@pytest.mark.parametrize(
-  "replaced",
-  [
-    ("tensorflow_datasets.core.features.text_feature.Text", "strange.Text"),
-    ('"pythonClassName": "tensorflow', '"python_class_name": "strange'),
-    ('"features": {', '"type": "strange.T", "content": {}, "features": {'),
-  ],
-)
+TEXT = "tensorflow_datasets.core.features.text_feature.Text"
+DICT = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
+STRANGE = {"a": {"type": "strange.Text", "content": {}}}
+
+
+@pytest.mark.parametrize("form", ["proto", "legacy", "text", "info"])
 def test_a_folder_that_names_code_runs_none(
-  make_dataset, tmp_path, monkeypatch, replaced
+  make_dataset, tmp_path, monkeypatch, form
 ):
   """TFDS would import the classes that features.json names."""
   folder = pathlib.Path(make_dataset({"train": [{"text": "abc"}]}))
-  features = folder / "features.json"
-  text = json.dumps(json.loads(features.read_text()))
-  assert replaced[0] in text
-  features.write_text(text.replace(*replaced))
+  file = folder / "features.json"
+  features = json.loads(file.read_text())
+  if form in ("proto", "info"):
+    features = json.loads(json.dumps(features).replace(TEXT, "strange.Text"))
+  if form == "legacy":
+    features = {"type": DICT, "content": STRANGE}
+  if form == "text":
+    own = {"json": json.dumps(STRANGE)}
+    features = {"pythonClassName": DICT, "jsonFeature": own}
+  if form == "info":
+    file = folder / "dataset_info.json"
+    features = json.loads(file.read_text()) | {"features": features}
+  file.write_text(json.dumps(features))
   (tmp_path / "strange.py").write_text("raise SystemExit('it was run')")
   monkeypatch.syspath_prepend(tmp_path)
   with pytest.raises(ConfigError, match="strange.* is code of somebody else"):
     corpora.prepare("mine", data_dir=folder, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["hello-world", "a b", "foo/", "a:b:c"])
+def test_what_is_no_name_of_a_dataset(name, tmp_path):
+  with pytest.raises(ConfigError, match="there is no dataset|community"):
+    corpora.prepare(name, cache_dir=tmp_path)
 
 
 def test_a_community_dataset_is_refused(tmp_path):

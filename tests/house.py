@@ -30,7 +30,7 @@ COMMANDS = "commands"  # The files at the top level, after all rooms.
 # What the package has, rounded up: whoever deletes code lowers it, and whoever
 # adds a feature raises it by that feature's lines, in the same commit. 7,000
 # was the aim; what is left is features and sentences for wrong input.
-MOST_CODE_LINES = 7850
+MOST_CODE_LINES = 7870
 MOST_ROOMS = 8
 MOST_FILES = 10  # Files of a room or one of its folders, without __init__.py.
 MOST_LINES = 400  # Lines of a file.

@@ -226,12 +226,18 @@ def test_bias_range():
     init=lambda num_experts: {"cutoff_E": jnp.zeros(num_experts)},
     select=lambda state, score_TE: score_TE - state["cutoff_E"][None],
   )
+
+  def prefers_the_last(state, score_TE):
+    assert not state, "it has none"
+    return score_TE + np.arange(3.0)[None]
+
   bias = registry.load("balancers", "bias", rate=0.1)
   loss = registry.load("balancers", "switch", coefficient=0.1)
   sublayers = {
     "decoder/0/moe": balanced((1, 3), bias=bias, load=loss),
     "decoder/1/moe": balanced((2,), mine=shifts)._replace(stacked=False),
     "decoder/2/moe": balanced((4,), load=loss),
+    "decoder/3/moe": balanced((5, 6), fixed=Balancer(select=prefers_the_last)),
   }
   balance = {
     "decoder": {
@@ -240,7 +246,7 @@ def test_bias_range():
     }
   }
   found = metrics.divide({"bias_range": metrics.bias_range(balance, sublayers)})
-  assert found["bias_range"] == (3 + 0 + 2) / 3
+  assert found["bias_range"] == (3 + 0 + 2 + 2 + 2) / 5
   assert metrics.bias_range({}, {}) == Mean(0.0, 1.0)
 
 

@@ -13,6 +13,7 @@ import pytest
 from flax import linen as nn
 
 from moe_jax.core import parallel, registry
+from moe_jax.core.errors import ConfigError
 from moe_jax.moe import exchange, experts, groups, layer
 from moe_jax.moe.types import Bound, Side
 from moe_jax.training import train_step
@@ -390,6 +391,20 @@ def test_layer_on_a_mesh(layout, checked):
   found = run_layer(recipe, args, r_GTD, mesh_cases.make_mesh((1, 2, 2, 2)))
   distance, leaf = mesh_cases.worst(found, expected)
   assert distance <= 1e-9, leaf
+
+
+@pytest.mark.parametrize("part", ["experts", "shared"])
+def test_widths_that_a_mesh_does_not_divide_are_refused(part):
+  """Every shard would compute the whole sum, and all of them be added up."""
+  recipe, (params, balance, x_GTD, side), _ = layer_case("gather", True)
+  build = {"experts": experts.build, "shared": experts.dense}[part]
+  network = build(6, "gelu")
+  sizes = (E, D) if part == "experts" else (D,)
+  params[part] = network.init(jax.random.key(0), *sizes)
+  recipe = dataclasses.replace(recipe, **{part: network})
+  mesh = mesh_cases.make_mesh((1, 1, 2, 4))
+  with pytest.raises(ConfigError, match=f'"mlp" of {part} = 6 .* tensor = 4'):
+    layer.moe_ffn(recipe, params, balance, x_GTD, side, mesh=mesh)
 
 
 @functools.cache

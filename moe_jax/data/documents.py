@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import inspect
 import io
-import json
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -154,7 +153,11 @@ def _known_to_tfds(name, plugins, wanted):
   """Returns the folder of a dataset of TFDS, prepared if need be."""
   import tensorflow_datasets as tfds
 
-  if tfds.core.naming.parse_builder_name_kwargs(name)[0].namespace:
+  try:
+    namespace = tfds.core.naming.parse_builder_name_kwargs(name)[0].namespace
+  except ValueError:  # There is no dataset of such a name.
+    namespace = None
+  if namespace:
     raise ConfigError(
       f'"{name}" is a community dataset, whose code TFDS would download and run;'
       " prepare it yourself and set data.dir to its folder"
@@ -203,10 +206,10 @@ def _from_directory(data_dir):
   def opened(_):
     import tensorflow_datasets as tfds
 
-    with _in_a_sentence(f"data.dir {folder} cannot be read"):
-      _refuse_code(json.loads((folder / "features.json").read_text()))
+    what = f"data.dir {folder} cannot be read"
+    with _in_a_sentence(what), _features_of_tfds_alone():
       builder = tfds.builder_from_directory(folder)
-      form = builder.info.file_format.value
+      form, _ = builder.info.file_format.value, builder.info.features
     if form not in ("array_record", "parquet"):
       raise ConfigError(
         f"data.dir {folder} is in {form} format, which only TensorFlow reads; "
@@ -217,18 +220,24 @@ def _from_directory(data_dir):
   return versions, opened
 
 
-def _refuse_code(features):
-  """Raises ValueError for a class that is not of TFDS: its file would be run."""
-  if isinstance(features, list):
-    features = dict(enumerate(features))
-  if isinstance(features, dict):
-    keys = ["pythonClassName", "python_class_name"]
-    keys += ["type"] if "content" in features else []
-    for name in map(features.get, keys):
-      if isinstance(name, str) and not name.startswith("tensorflow_datasets."):
-        raise ValueError(f"its feature {name} is code of somebody else")
-    for value in features.values():
-      _refuse_code(value)
+@contextlib.contextmanager
+def _features_of_tfds_alone():
+  """Refuses features whose class TFDS would import from somebody else's file."""
+  import tensorflow_datasets as tfds
+
+  connector = tfds.features.FeatureConnector
+  original = vars(connector)["cls_from_name"]
+
+  def checked(cls, name):
+    if not name.startswith("tensorflow_datasets."):
+      raise ValueError(f"its feature {name} is code of somebody else")
+    return original.__func__(cls, name)
+
+  connector.cls_from_name = classmethod(checked)
+  try:
+    yield
+  finally:
+    connector.cls_from_name = original
 
 
 def _as_bytes(value):

@@ -34,7 +34,8 @@ def count(model, variables) -> dict[str, int]:
   for path, sublayer in models.sublayers(model).items():
     recipe = sublayer.recipe
     active -= _idle(recipe, models.at(shapes["params"], f"{path}/experts"))
-    selecting = sum(b.select is not None for _, b in recipe.balancers)
+    balancers = [b for _, b in recipe.balancers if b.init(recipe.num_experts)]
+    selecting = sum(b.select is not None for b in balancers)
     biases += selecting * recipe.num_experts * len(sublayer.numbers)
   return {
     "total": total,

@@ -90,14 +90,25 @@ def moe_ffn(
 
 
 def _specs(recipe, params, mesh):
-  """{part: how its parameters lie on a mesh}."""
+  """{part: how its parameters lie on a mesh}.
+
+  Raises:
+    ConfigError: experts, or their hidden width, do not divide over the mesh.
+  """
   specs = {"router": jax.P()}
   for name, part in (("experts", recipe.experts), ("shared", recipe.shared)):
     if part is not None:
+      shapes = {k: params[name][k].shape for k in part.axes}
       specs[name] = {
-        k: parallel.spec(axes, params[name][k].shape, mesh)
-        for k, axes in part.axes.items()
+        k: parallel.spec(axes, shapes[k], mesh) for k, axes in part.axes.items()
       }
+      for k, axes in part.axes.items():
+        for axis, size in zip(axes, shapes[k]):
+          if axis in ("expert", "mlp"):  # Parts of the sum over devices.
+            width = {
+              f'the axis "{axis}" of {name}': (size, *parallel.RULES[axis])
+            }
+            parallel.check_widths(mesh, **width)
   return specs
 
 

@@ -182,7 +182,7 @@ def balance_loss(count_E, prob_E) -> float:
 def bias_range(balance: Mapping, sublayers: Mapping[str, Sublayer]) -> Mean:
   """max - min of the selection bias, averaged over layers; 0 without a bias.
 
-  A balancer's bias is what its `select` makes of scores of zero.
+  A balancer's bias is what its `select` adds to scores of zero.
 
   Args:
     balance: state of the balancers, on the host.
@@ -193,9 +193,11 @@ def bias_range(balance: Mapping, sublayers: Mapping[str, Sublayer]) -> Mean:
     zero_TE = jnp.zeros((1, parts.recipe.num_experts))
     for label, balancer in parts.recipe.balancers:
       if balancer.select is not None:
-        state = balancing.stacked(models.at(balance, path)[label], parts)
-        bias_RTE = jax.vmap(balancer.select, (0, None))(state, zero_TE)
-        ranges.extend(np.ptp(np.asarray(bias_RTE), axis=(1, 2)))
+        state = models.at(balance, path).get(label, {})
+        state = balancing.stacked(state, parts)
+        for r in range(len(parts.numbers)):
+          own = jax.tree.map(lambda x, r=r: x[r], state)
+          ranges.append(np.ptp(np.asarray(balancer.select(own, zero_TE))))
   if not ranges:
     return Mean(0.0, 1.0)
   return Mean(float(np.array(ranges).sum()), float(len(ranges)))
