@@ -220,7 +220,7 @@ def test_several_steps_are_divided_once():
 
 
 def test_bias_range():
-  """Of whatever balancer shifts the scores, by any name of its state."""
+  """Balancers count that shift the scores, whatever their state is called."""
 
   shifts = Balancer(
     init=lambda num_experts: {"cutoff_E": jnp.zeros(num_experts)},

@@ -102,10 +102,11 @@ def global_batch(local: np.ndarray, mesh, batch: int, axis: int = 0) -> Array:
 def spec(
   names: tuple[str | None, ...], shape: tuple[int, ...], mesh
 ) -> jax.sharding.PartitionSpec:
-  """How an array with these logical axes lies on a mesh.
+  """Returns the PartitionSpec of an array with these logical axes.
 
-  Every axis is split over those mesh axes of its name in `RULES` that divide
-  what is left of it, and that no axis before it is split over.
+  An axis is split over the mesh axes that `RULES` has for its name, in turn. A
+  mesh axis is left out where it does not divide the size, or where an earlier
+  axis of the array is split over it.
 
   Args:
     names: logical name of each axis, or None.

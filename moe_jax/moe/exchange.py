@@ -50,16 +50,16 @@ def read(
 ) -> dict[str, Array]:
   """Weights as the experts see them: in the compute dtype, and all of D.
 
-  They are gathered just in time. The transpose scatters the sum of their
-  gradients over the devices that they come from, and only then adds up what is
-  left over the other axes that tokens are split over.
+  They are gathered just in time. The transpose sums their gradients, leaves each
+  device the part of the weight that it stores, and then adds up over the other
+  axes that tokens are split over.
 
   Args:
     params: of the layer, or this device's parts of them.
     specs: {part: {parameter: its PartitionSpec}}; None: one device.
     dtype: of the result.
     part: of the parameters, "experts" or "shared".
-    network: that they are of.
+    network: the experts, or the shared experts.
   """
   weights = {k: w.astype(dtype) for k, w in params[part].items()}
   if specs is None:
