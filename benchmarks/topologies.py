@@ -66,7 +66,7 @@ def main(argv=None) -> int:
 
 def measure(sizes: tuple[int, ...], shape: Shape) -> dict:
   """{"flops", "collectives": [(kind, axes, count, bytes)]} of a device."""
-  from benchmarks import hlo
+  from moe_jax.training.planning import hlo
   from moe_jax.core import parallel
 
   mesh = parallel.make_mesh(sizes)

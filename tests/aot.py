@@ -47,7 +47,7 @@ def main(argv=None) -> int:
   )
   args = parser.parse_args(argv)
   _no_hardware()
-  from benchmarks import hlo
+  from moe_jax.training.planning import hlo
 
   sizes = tuple(int(size) for size in args.mesh.split(","))
   mesh = topology_mesh(args.topology, sizes)

@@ -1,5 +1,6 @@
 """The mesh, and how arrays lie on it: sharded, replicated, or varying."""
 
+import functools
 import math
 
 import flax.linen as nn
@@ -54,14 +55,17 @@ def make_mesh(sizes: tuple[int, ...], devices=None) -> jax.sharding.Mesh:
   return jax.sharding.Mesh(devices_DFET, AXES, axis_types=automatic)
 
 
-def mesh_or_none(sizes) -> jax.sharding.Mesh | None:
-  """`make_mesh`, or None for a single device.
+def mesh_or_none(sizes, devices=None) -> jax.sharding.Mesh | None:
+  """`make_mesh`, or None for one device of this machine.
+
+  Args:
+    sizes, devices: as in `make_mesh`.
 
   Raises:
     ConfigError: as `make_mesh`.
   """
-  mesh = make_mesh(tuple(sizes))
-  return mesh if mesh.size > 1 else None
+  mesh = make_mesh(tuple(sizes), devices)
+  return mesh if mesh.size > 1 or devices is not None else None
 
 
 def platform(mesh: jax.sharding.Mesh | None) -> str:
@@ -130,6 +134,28 @@ def constrain(x: Array, names, mesh: jax.sharding.Mesh | None) -> Array:
     return x
   sharding = jax.NamedSharding(mesh, spec(names, x.shape, mesh))
   return jax.lax.with_sharding_constraint(x, sharding)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gathered(w: Array, names, mesh: jax.sharding.Mesh | None) -> Array:
+  """A weight outside of the experts, whole over the axes of `STORED`.
+
+  All its uses share the one gather that this asks for. Its gradient is summed to
+  where the weight is stored.
+
+  Args:
+    w: the weight, in the dtype of its product.
+    names: logical name of each axis, or None.
+    mesh: from `make_mesh`; None returns w.
+  """
+  whole = (None if RULES.get(name) == STORED else name for name in names)
+  return constrain(w, tuple(whole), mesh)
+
+
+gathered.defvjp(
+  lambda w, names, mesh: (gathered(w, names, mesh), None),
+  lambda names, mesh, _, dw: (constrain(dw, names, mesh),),
+)
 
 
 def shardings(boxed, mesh: jax.sharding.Mesh):

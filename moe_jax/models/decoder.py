@@ -162,17 +162,22 @@ class Dense(nn.Module):
   """An ordinary feed-forward network."""
 
   mlp: Mlp
+  mesh: jax.sharding.Mesh | None = None
 
   @nn.compact
   def __call__(self, x_BLD):
     def init(rng, name):
       return self.mlp.init(rng, x_BLD.shape[-1])[name]
 
+    axes = self.mlp.axes
     params = {
-      name: self.param(name, roles.declared(init, axes, "dense"), name)
-      for name, axes in self.mlp.axes.items()
+      name: self.param(name, roles.declared(init, axes[name], "dense"), name)
+      for name in axes
     }
-    params = {name: w.astype(x_BLD.dtype) for name, w in params.items()}
+    params = {
+      name: parallel.gathered(w.astype(x_BLD.dtype), axes[name], self.mesh)
+      for name, w in params.items()
+    }
     return self.mlp.apply(params, x_BLD)
 
 
@@ -199,7 +204,7 @@ class Block(nn.Module):
     x_BLD = parallel.constrain(x_BLD, names, m.mesh)
     h = norms.Norm(m.norm, m.norm_eps, name="ffn_norm")(x_BLD)
     if parts.recipe is None:
-      y = Dense(parts.mlp, name="mlp")(h)
+      y = Dense(parts.mlp, m.mesh, name="mlp")(h)
     else:
       moe = linen.MoE(parts.recipe, parts.grouping, m.mesh, name="moe")
       more = {"train": self.train, "collect": self.collect}

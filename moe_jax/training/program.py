@@ -3,6 +3,7 @@
 import functools
 import json
 import time
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -170,50 +171,90 @@ class Program:
 
   def _compile(self, numbers):
     """Makes the shared (init, train_step, eval_step, abstract_state, sizes)."""
-    parts = train_step.parts(self.config, self.model, self.task)
-    init = functools.partial(train_step.init_state, **parts, numbers=numbers)
-    boxed = jax.eval_shape(init, jax.random.key(0))
-    state = abstract_state(boxed, self.mesh)
-    placed = jax.tree.map(lambda x: x.sharding, state)
-    everywhere = self._sharding()
-    init = jax.jit(lambda rng, f=init: nn.unbox(f(rng)), out_shardings=placed)
-    step = jax.jit(
-      functools.partial(train_step.train_step, **parts),
-      donate_argnums=0,
-      out_shardings=(placed, everywhere),
-    )
-    evaluate = jax.jit(
-      functools.partial(evaluation.eval_step, model=self.model, task=self.task),
-      out_shardings=everywhere,
-    )
-    micro = self.config.train.accumulation, self._micro_batch
-    batch = self._batch((self.config.eval.batch_size,), axis=0)
-    index = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-    variables = {"params": boxed.params, "balance": boxed.balance}
-    return (
-      init.lower(jax.random.key(0)).compile(),
-      step.lower(state, self._batch(micro, axis=1), numbers).compile(),
-      evaluate.lower(state.params, state.balance, batch, index).compile(),
-      state,
-      counts.count(self.model, variables),
-    )
+    made = functions(self.config, self.mesh, self.task, self.model, numbers)
+    calls = made.init, made.train_step, made.eval_step
+    lowered = [call.function.lower(*call.arguments) for call in calls]
+    return *(one.compile() for one in lowered), made.state, made.sizes
 
   def _everywhere(self, number):
     """A number of Python on all devices of all processes."""
     # device_put would compare its double precision with what others hold.
     x = np.asarray(number, jax.dtypes.canonicalize_dtype(type(number)))
-    return jax.make_array_from_callback((), self._sharding(), lambda _: x)
+    return jax.make_array_from_callback((), _sharding(self.mesh), lambda _: x)
 
-  def _batch(self, leading, axis):
-    """Shapes and shardings of a batch whose rows are this axis."""
-    sharding = self._sharding(*(None,) * axis, parallel.TOKENS)
-    return {
-      k: jax.ShapeDtypeStruct((*leading, *x.shape), x.dtype, sharding=sharding)
-      for k, x in self.task.spec.items()
-    }
 
-  def _sharding(self, *axes):
-    return jax.NamedSharding(grid(self.mesh), jax.P(*axes))
+class Call(NamedTuple):
+  """A jitted function, and the shapes and shardings of its arguments."""
+
+  function: Any
+  arguments: tuple
+
+
+class Functions(NamedTuple):
+  """The functions of a program before they are compiled.
+
+  init, train_step, eval_step: Call.
+  state: shapes and shardings of the TrainState.
+  sizes: numbers of parameters, see `counts.count`.
+  """
+
+  init: Call
+  train_step: Call
+  eval_step: Call
+  state: train_step.TrainState
+  sizes: dict
+
+
+def functions(config, mesh, task, model, numbers) -> Functions:
+  """The functions of a program, for its devices or for described ones.
+
+  Args:
+    config: see `configs/base.py`.
+    mesh, task, model: from `build`.
+    numbers: from `train_step.numbers`.
+  """
+  parts = train_step.parts(config, model, task)
+  init = functools.partial(train_step.init_state, **parts, numbers=numbers)
+  rng = jax.eval_shape(lambda: jax.random.key(0))
+  boxed = jax.eval_shape(init, rng)
+  state = abstract_state(boxed, mesh)
+  placed = jax.tree.map(lambda x: x.sharding, state)
+  everywhere = _sharding(mesh)
+  step = jax.jit(
+    functools.partial(train_step.train_step, **parts),
+    donate_argnums=0,
+    out_shardings=(placed, everywhere),
+  )
+  evaluate = jax.jit(
+    functools.partial(evaluation.eval_step, model=model, task=task),
+    out_shardings=everywhere,
+  )
+  accumulation = config.train.accumulation
+  micro = accumulation, config.data.batch_size // accumulation
+  batch = _batch(task, mesh, (config.eval.batch_size,), axis=0)
+  index = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+  variables = {"params": boxed.params, "balance": boxed.balance}
+  return Functions(
+    Call(jax.jit(lambda rng: nn.unbox(init(rng)), out_shardings=placed), (rng,)),
+    Call(step, (state, _batch(task, mesh, micro, axis=1), numbers)),
+    Call(evaluate, (state.params, state.balance, batch, index)),
+    state,
+    counts.count(model, variables),
+  )
+
+
+def _batch(task, mesh, leading, axis):
+  """Shapes and shardings of a batch whose rows are this axis."""
+  sharding = _sharding(mesh, *(None,) * axis, parallel.TOKENS)
+  return {
+    k: jax.ShapeDtypeStruct((*leading, *x.shape), x.dtype, sharding=sharding)
+    for k, x in task.spec.items()
+  }
+
+
+def _sharding(mesh, *axes):
+  return jax.NamedSharding(grid(mesh), jax.P(*axes))
+
 
 
 def _structure(config, task, numbers) -> tuple:
@@ -239,15 +280,16 @@ def _structure(config, task, numbers) -> tuple:
   )
 
 
-def build(config, **options) -> tuple:
+def build(config, devices=None, **options) -> tuple:
   """(mesh or None, task, model) of a config that is checked first.
 
   Args:
     config: see `check`.
+    devices: to build for; None: all of this machine's.
     **options: see `build_task`.
   """
   check(config)
-  mesh = parallel.mesh_or_none(config.mesh)
+  mesh = parallel.mesh_or_none(config.mesh, devices)
   task = build_task(config, mesh, **options)
   return mesh, task, build_model(config, task, mesh)
 

@@ -56,8 +56,9 @@ class Heads(nn.Module):
     """
     inputs = x.ndim - 2
     w = self.parameter(name, (*x.shape[2:], *shape), axes, inputs)
+    w = parallel.gathered(w.astype(x.dtype), axes, self.mesh)
     x = x.reshape(*x.shape[:2], -1)
-    y = kernels.product(x, w.reshape(-1, *shape).astype(x.dtype))
+    y = kernels.product(x, w.reshape(-1, *shape))
     if bias:
       b = self.parameter(f"{name}_bias", shape, axes[inputs:])
       y += b.astype(y.dtype)[None, None]

@@ -51,8 +51,8 @@ def collectives(text: str) -> list[Collective]:
     text: `jax.jit(f).lower(...).compile().as_text()`.
   """
   found = []
-  computations, times = _computations(text)
-  for name, lines in computations.items():
+  bodies, times = computations(text)
+  for name, lines in bodies.items():
     begun = {}  # An asynchronous operation has its result where it is done.
     for line in lines:
       match = _SENDS.match(line)
@@ -68,8 +68,8 @@ def collectives(text: str) -> list[Collective]:
       if max(map(len, groups)) > 1:
         label = re.search(r'op_name="([^"]*)"', rest)
         label = label[1] if label else ""
-        size = _size(result)
-        found.append(Collective(kind, size, groups, times[name], label))
+        one = kind, size_of(result), groups, times[name], label
+        found.append(Collective(*one))
   return found
 
 
@@ -100,7 +100,7 @@ def axes(groups, mesh: jax.sharding.Mesh) -> tuple[str, ...]:
   return tuple(a for a, moves in zip(mesh.axis_names, varies) if moves)
 
 
-def _computations(text):
+def computations(text):
   """({name: its lines}, {name: how often a call of the program runs it})."""
   computations, entry, lines = {}, None, None
   for line in text.splitlines():
@@ -193,7 +193,7 @@ def _tuples(array):
   return tuple(map(tuple, array.tolist()))
 
 
-def _size(result: str) -> int:
+def size_of(result: str) -> int:
   """Bytes of "bf16[8,128]{1,0}" or of a tuple of such."""
   total = 0
   for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):

@@ -1,0 +1,1 @@
+"""What a config does on devices that are not there: `python -m moe_jax.plan`."""

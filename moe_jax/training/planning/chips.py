@@ -1,0 +1,87 @@
+"""The one table of accelerators: what a device can do at most.
+
+Numbers of TPUs are those of the pages cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,
+tpu7x}; `memory` is what libtpu's compiler lets a program use. Numbers of GPUs
+are those of NVIDIA's data sheets, for products without sparsity. Chips of v4 and
+tpu7x are two devices each, which have half of a chip.
+"""
+
+from typing import NamedTuple
+
+from moe_jax.core.errors import ConfigError, did_you_mean
+
+_GIB = 2**30
+
+
+class Chip(NamedTuple):
+  """What one device has, and can do at most.
+
+  name: as in a topology, "v5p".
+  platform: "tpu", "gpu" or "cpu".
+  kind: how jax calls the device.
+  flops: floating-point operations a second, of products in bfloat16.
+  memory: bytes that a program may use.
+  memory_rate: bytes a second, read from or written to memory.
+  links: bytes a second that a device can send over all its links together.
+  axis: bytes a second that it can send along one dimension of the torus. For a
+    GPU: over the network between machines.
+  example: shapes that exist.
+  """
+
+  name: str
+  platform: str
+  kind: str
+  flops: float
+  memory: int
+  memory_rate: float
+  links: float
+  axis: float
+  example: str
+
+
+def _tpu(name, kind, tera, gib, memory_rate, links, dimensions, example):
+  gib, links = int(gib * _GIB), links * 1e9
+  rates = tera * 1e12, gib, memory_rate * 1e9, links, links / dimensions
+  return Chip(name, "tpu", kind, *rates, example)
+
+
+CHIPS = {
+  chip.name: chip
+  for chip in (
+    _tpu("v4", "TPU v4", 137.5, 15.25, 614, 75, 3, "2x2x1, 4x4x4, 8x8x8"),
+    _tpu("v5e", "TPU v5 lite", 197, 15.75, 819, 200, 2, "2x2, 4x4, 16x16"),
+    _tpu("v5p", "TPU v5", 459, 95.74, 2765, 600, 3, "2x2x1, 4x4x4, 8x8x8"),
+    _tpu("v6e", "TPU v6 lite", 918, 31.25, 1638, 400, 2, "2x2, 4x4, 16x16"),
+    _tpu("tpu7x", "TPU7x", 1153.5, 94.75, 3690, 300, 3, "2x2x1, 4x4x4"),
+    Chip(
+      *("a100", "gpu", "NVIDIA A100-SXM4-80GB", 312e12, 80 * 10**9),
+      *(2.039e12, 300e9, 25e9, "8, 4x8"),
+    ),
+    Chip(
+      *("h100", "gpu", "NVIDIA H100 80GB HBM3", 989e12, 80 * 10**9),
+      *(3.35e12, 450e9, 50e9, "8, 4x8"),
+    ),
+    Chip(
+      *("h200", "gpu", "NVIDIA H200", 989e12, 141 * 10**9),
+      *(4.8e12, 450e9, 50e9, "8, 4x8"),
+    ),
+  )
+}
+
+
+def of_device(kind: str) -> Chip | None:
+  """The chip that jax calls so, in `device.device_kind`; None: not in the table."""
+  return next((chip for chip in CHIPS.values() if chip.kind == kind), None)
+
+
+def find(name: str) -> Chip:
+  """The chip of this name.
+
+  Raises:
+    ConfigError: there is none.
+  """
+  if name not in CHIPS:
+    raise ConfigError(
+      f'--topology: there is no chip "{name}"{did_you_mean(name, CHIPS)}'
+    )
+  return CHIPS[name]

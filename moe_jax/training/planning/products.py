@@ -1,0 +1,128 @@
+"""The products of a compiled TPU program, and their FLOPs, from its HLO text."""
+
+import functools
+import math
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_jax.training.planning import hlo
+
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\w+)\[([\d,]*)\]\S* (.*)")
+_PRODUCT = re.compile(r"(dot|convolution|custom-call)\(([^)]*)\)(.*)")
+_KERNEL = 'custom_call_target="tpu_custom_call"'
+# Operands of a kernel, which the rest of its line declares.
+_OPERANDS = re.compile(r"operand_layout_constraints=\{(.*?)\}, (?=[a-z_]+=)")
+_SHAPE = re.compile(r"\w+\[([\d,]*)\]")
+
+
+class Product(NamedTuple):
+  """flops: of one time; times: how often one call of the program runs it; rows:
+  of a kernel that multiplies ragged rows, None for other products; name: what
+  jax calls the operation."""
+
+  flops: int
+  times: int
+  rows: int | None
+  name: str
+
+  @property
+  def again(self) -> bool:
+    """Whether the backward pass computes it again (`model.remat`)."""
+    return "rematted_computation" in self.name
+
+
+def products(text: str) -> list[Product]:
+  """All products of matrices in a program.
+
+  Args:
+    text: `jax.jit(f).lower(...).compile().as_text()`, for a TPU.
+  """
+  found = []
+  bodies, times = hlo.computations(text)
+  for name, lines in bodies.items():
+    shapes = {}
+    for line in lines:
+      match = _INSTRUCTION.match(line)
+      if not match:
+        continue
+      instruction, _, shape, rest = match.groups()
+      shapes[instruction] = _numbers(shape)
+      call = _PRODUCT.match(rest)
+      if call and times[name]:
+        one = _product(shapes[instruction], *call.groups(), shapes)
+        if one is not None:
+          label = re.search(r'op_name="([^"]*)"', rest)
+          found.append(Product(*one[:1], times[name], one[1], _or(label)))
+  return found
+
+
+def _or(match):
+  return match[1] if match else ""
+
+
+def _product(out, kind, operands, rest, shapes):
+  """(FLOPs, rows of a kernel or None); None for what is no product."""
+  if kind == "custom-call":
+    return _of_kernel(out, rest) if _KERNEL in rest else None
+  x, w = (shapes[name] for name in re.findall(r"%([\w.-]+)", operands))
+  if kind == "dot":
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", rest)
+    sizes = (x[i] for i in _numbers(contracted[1]))
+    return 2 * math.prod(out) * math.prod(sizes), None
+  return _of_convolution(out, x, w, rest), None
+
+
+def _of_kernel(out, rest):
+  """Rows [N, K] times matrices [E, K, F], or [E, K, F] of rows and rows.
+
+  In both, two arrays have N rows, and the third has E matrices.
+  """
+  declared = _OPERANDS.search(rest)
+  arrays = [out, *map(_numbers, _SHAPE.findall(declared[1]))]
+  matrices = [a for a in arrays if len(a) == 3]
+  of_rows = [a for a in arrays if len(a) == 2 and a[0] > 1 and a[1] > 1]
+  if len(matrices) != 1 or len(of_rows) != 2:
+    return None  # Another kernel.
+  one = math.prod(matrices[0][1:])
+  rows = math.isqrt(math.prod(map(math.prod, of_rows)) // one)
+  return 2 * rows * one, rows
+
+
+def _of_convolution(out, x, w, rest):
+  """FLOPs of a product that the compiler has written as a convolution.
+
+  Letters of a dimension: b and f of x and of the result, i and o of the weights,
+  and digits for those of the window.
+  """
+  of_x, of_w, of_out = re.search(
+    r"dim_labels=(\w+)_(\w+)->(\w+)", rest
+  ).groups()
+  flops = 2 * out[of_out.index("b")] * out[of_out.index("f")]
+  flops *= w[of_w.index("i")]
+  window = re.search(r"window=\{([^}]*)\}", rest)
+  fields = dict(re.findall(r"(\w+)=([\d_x-]+)", _or(window)))
+  digits = sorted(filter(str.isdigit, of_x), key=int)
+  for place, digit in enumerate(digits):
+    own = {k: v.split("x")[place] for k, v in fields.items()}
+    pad = tuple(map(int, own.get("pad", "0_0").split("_")))
+    flops *= _taps(
+      x[of_x.index(digit)],
+      out[of_out.index(digit)],
+      int(own.get("size", 1)),
+      pad[0],
+      *(int(own.get(k, 1)) for k in ("stride", "lhs_dilate", "rhs_dilate")),
+    )
+  return flops
+
+
+@functools.cache
+def _taps(size, out, window, before, stride, spread, apart):
+  """How many pairs of a place of the result and of the window meet an input."""
+  place = stride * np.arange(out)[:, None] + apart * np.arange(window) - before
+  return int(((place % spread == 0) & (0 <= place) & (place // spread < size)).sum())
+
+
+def _numbers(text):
+  return [int(x) for x in text.split(",")] if text else []
