@@ -15,21 +15,15 @@ def main(argv=None) -> int:
   about = "Trains one model and evaluates it."
   parser = config_lib.parser(about, multihost=True)
   parser.add_argument("--workdir", metavar="DIR", help="the run's folder")
-  words = "print what each device holds, and run nothing"
-  parser.add_argument("--show-sharding", action="store_true", help=words)
   args, config = config_lib.parse(parser, argv)
-  if not args.workdir and not args.show_sharding:
+  if not args.workdir:
     raise ConfigError("--workdir=DIR is missing: the folder of the run")
 
   from moe_jax.run import processes
-  from moe_jax.training import loop, program, shards
+  from moe_jax.training import loop, program
 
   program.check(config)
   processes.join(args.multihost, args.multihost_timeout)
-  if args.show_sharding:
-    if processes.is_first():
-      print(shards.describe(config))
-    return 0
   values = loop.train_and_evaluate(config, args.workdir)
   if processes.is_first():
     for name, value in values.items():

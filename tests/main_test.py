@@ -255,7 +255,7 @@ def test_code_that_the_config_of_a_run_names(tmp_path):
   path.write_text(json.dumps(values))
   refused = "plugins = .*routers/top_k.py.*give --trust_plugins"
   for command_line in (
-    lambda: main.main([f"--config={path}", "--show-sharding"]),
+    lambda: main.main([f"--config={path}", f"--workdir={folder}"]),
     lambda: params.main([f"--config={path}"]),
     lambda: trained.of_run(str(tmp_path)),
   ):
@@ -329,27 +329,3 @@ def _documented_metrics():
   with open("docs/metrics.md") as f:
     rows = [line.split("|")[1].strip() for line in f if line.startswith("| `")]
   return {row.strip("`").split("/")[0] for row in rows}
-
-
-def test_show_sharding(capsys, tmp_path):
-  """Shows the axes and the local shape of arrays; nothing runs."""
-  flags = [*ON_THE_MESH, "--config.mesh=(1,2,2,2)", "--show-sharding"]
-  flags += ["--config.model.num_kv_heads=2", f"--workdir={tmp_path / 'run'}"]
-  assert main.main(flags) == 0
-  lines = capsys.readouterr().out.splitlines()
-  assert lines[0].startswith("mesh: data 1, fsdp 2, expert 2, tensor 2; 8 dev")
-  cells = {line.split()[0]: line.split()[1:] for line in lines[3:]}
-  gate = cells["decoder/0/moe/experts/gate"]
-  assert gate[:4] == ["2x4x32x32", "expert", "fsdp", "tensor"]
-  assert gate[4:] == ["2x2x16x16", "4,096", "32,768"]
-  assert cells["decoder/0/moe/router/kernel"][1] == "fsdp"
-  own, whole = (int(x.replace(",", "")) for x in cells["parameters"])
-  held = [int(c[-2].replace(",", "")) for n, c in cells.items() if "/" in n]
-  assert sum(held) < own < whole
-  # AdamW has two numbers for every parameter, and counts its steps.
-  moments = int(cells["optimizer"][0].replace(",", ""))
-  assert 0 <= moments - 2 * own <= 16
-  assert 0 <= moments - 2 * own <= 16
-  assert not (tmp_path / "run").exists()
-  with pytest.raises(ConfigError, match="train.accumulation = 3 does"):
-    main.main([*flags, "--config.train.accumulation=3"])

@@ -128,6 +128,11 @@ def spec(
   return jax.P(*parts)
 
 
+def names(part) -> tuple[str, ...]:
+  """The mesh axes of an entry of a PartitionSpec: a name, several, or None."""
+  return (part,) if isinstance(part, str) else part or ()
+
+
 def constrain(x: Array, names, mesh: jax.sharding.Mesh | None) -> Array:
   """x with its sharding pinned; x itself without a mesh."""
   if mesh is None:

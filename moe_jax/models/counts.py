@@ -66,15 +66,26 @@ def train_flops_per_token(model, sizes: dict, length: int) -> int:
     sizes: from `count`.
     length: L.
   """
+  return 3 * flops_per_token(model, sizes, length)
+
+
+def flops_per_token(model, sizes: dict, length: int) -> int:
+  """Floating-point operations of a forward pass for one token.
+
+  Args:
+    model: from `models.build`.
+    sizes: from `count`.
+    length: tokens that it looks at.
+  """
   weights = sizes["active"] - sizes.get("norm", 0)
   arch = getattr(model, "arch", None)
   if arch is None:  # A model of somebody else's.
-    return 6 * weights
+    return 2 * weights
   if not arch.tie_embeddings:  # Looked up; tied, it is the output layer.
     weights -= sizes["embedding"]
   layers = map(arch.layer, arch.layers)
   attention = sum(layer.attention.flops_per_pair for layer in layers)
-  return 3 * (2 * weights + attention * length)
+  return 2 * weights + attention * length
 
 
 def kv_cache_per_token(model) -> int:

@@ -82,7 +82,7 @@ def generate(
   inputs, cache, over_B = (tokens_BL, mask_BL), {}, np.zeros(batch, bool)
   made, routed = [], []
   for rng in jax.random.split(jax.random.key(sampling.seed), num_tokens):
-    cache, logits_BV, chosen = _step(
+    cache, logits_BV, chosen = step(
       model, length + num_tokens, experts, variables, cache, *inputs
     )
     token_B = sample(logits_BV, rng, sampling._replace(seed=0))
@@ -108,8 +108,20 @@ def _padded(prompts, shards):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def _step(model, length, experts, variables, cache, tokens_BL, mask_BL):
-  """A step over prompts, or over one more token, whose cache it takes."""
+def step(model, length, experts, variables, cache, tokens_BL, mask_BL):
+  """A step over prompts, or over one more token of each, whose cache it takes.
+
+  Args:
+    model: a decoder.
+    length: tokens that the cache has room for.
+    experts: whether to return which experts were chosen.
+    variables: of the model.
+    cache: {"cache": ...} that the last step returned; {} for prompts.
+    tokens_BL, mask_BL: as in `Decoder.__call__`.
+
+  Returns:
+    The cache; logits [B, V] of each row's next token; {path: experts}.
+  """
   (logits_BLV, aux), changed = model.apply(
     {**variables, **cache},
     tokens_BL,

@@ -235,7 +235,9 @@ def functions(config, mesh, task, model, numbers) -> Functions:
   index = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
   variables = {"params": boxed.params, "balance": boxed.balance}
   return Functions(
-    Call(jax.jit(lambda rng: nn.unbox(init(rng)), out_shardings=placed), (rng,)),
+    Call(
+      jax.jit(lambda rng: nn.unbox(init(rng)), out_shardings=placed), (rng,)
+    ),
     Call(step, (state, _batch(task, mesh, micro, axis=1), numbers)),
     Call(evaluate, (state.params, state.balance, batch, index)),
     state,
@@ -254,7 +256,6 @@ def _batch(task, mesh, leading, axis):
 
 def _sharding(mesh, *axes):
   return jax.NamedSharding(grid(mesh), jax.P(*axes))
-
 
 
 def _structure(config, task, numbers) -> tuple:

@@ -3,7 +3,8 @@
 Numbers of TPUs are those of the pages cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,
 tpu7x}; `memory` is what libtpu's compiler lets a program use. Numbers of GPUs
 are those of NVIDIA's data sheets, for products without sparsity. Chips of v4 and
-tpu7x are two devices each, which have half of a chip.
+tpu7x are two devices each, which have half of a chip. "cpu" stands for virtual
+devices on this machine.
 """
 
 from typing import NamedTuple
@@ -20,7 +21,8 @@ class Chip(NamedTuple):
   platform: "tpu", "gpu" or "cpu".
   kind: how jax calls the device.
   flops: floating-point operations a second, of products in bfloat16.
-  memory: bytes that a program may use.
+  memory: bytes that a program may use; None: unknown, and then so are the
+    rates, which are 0.
   memory_rate: bytes a second, read from or written to memory.
   links: bytes a second that a device can send over all its links together.
   axis: bytes a second that it can send along one dimension of the torus. For a
@@ -32,7 +34,7 @@ class Chip(NamedTuple):
   platform: str
   kind: str
   flops: float
-  memory: int
+  memory: int | None
   memory_rate: float
   links: float
   axis: float
@@ -54,10 +56,6 @@ CHIPS = {
     _tpu("v6e", "TPU v6 lite", 918, 31.25, 1638, 400, 2, "2x2, 4x4, 16x16"),
     _tpu("tpu7x", "TPU7x", 1153.5, 94.75, 3690, 300, 3, "2x2x1, 4x4x4"),
     Chip(
-      *("a100", "gpu", "NVIDIA A100-SXM4-80GB", 312e12, 80 * 10**9),
-      *(2.039e12, 300e9, 25e9, "8, 4x8"),
-    ),
-    Chip(
       *("h100", "gpu", "NVIDIA H100 80GB HBM3", 989e12, 80 * 10**9),
       *(3.35e12, 450e9, 50e9, "8, 4x8"),
     ),
@@ -65,6 +63,7 @@ CHIPS = {
       *("h200", "gpu", "NVIDIA H200", 989e12, 141 * 10**9),
       *(4.8e12, 450e9, 50e9, "8, 4x8"),
     ),
+    Chip("cpu", "cpu", "cpu", 0, None, 0, 0, 0, "4, 8"),
   )
 }
 

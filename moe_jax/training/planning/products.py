@@ -9,7 +9,9 @@ import numpy as np
 
 from moe_jax.training.planning import hlo
 
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\w+)\[([\d,]*)\]\S* (.*)")
+_INSTRUCTION = re.compile(
+  r"^\s*(?:ROOT )?%?([\w.-]+) = (\w+)\[([\d,]*)\]\S* (.*)"
+)
 _PRODUCT = re.compile(r"(dot|convolution|custom-call)\(([^)]*)\)(.*)")
 _KERNEL = 'custom_call_target="tpu_custom_call"'
 # Operands of a kernel, which the rest of its line declares.
@@ -121,7 +123,9 @@ def _of_convolution(out, x, w, rest):
 def _taps(size, out, window, before, stride, spread, apart):
   """How many pairs of a place of the result and of the window meet an input."""
   place = stride * np.arange(out)[:, None] + apart * np.arange(window) - before
-  return int(((place % spread == 0) & (0 <= place) & (place // spread < size)).sum())
+  return int(
+    ((place % spread == 0) & (place >= 0) & (place // spread < size)).sum()
+  )
 
 
 def _numbers(text):

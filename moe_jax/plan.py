@@ -1,0 +1,94 @@
+"""Plans a run on devices that are not there.
+
+python -m moe_jax.plan --config=configs/tiny.py --topology=v5p:2x2x1 \\
+  --mesh=fsdp:2,expert:2
+
+Compiles the run's own training step (or a step of decoding) for a TPU or GPU
+topology, and says what each device holds, computes and sends, whether that fits,
+and how long a step takes at least. It needs neither the devices nor the data.
+"""
+
+from moe_jax.core.errors import ConfigError
+from moe_jax.run import command
+
+
+def main(argv=None) -> int:
+  """The command: a page on stdout, JSON to a file."""
+  from moe_jax.run import config as config_lib
+  from moe_jax.training.planning import topologies
+
+  args, config = config_lib.parse(_parser(config_lib), argv)
+  chip, shape = topologies.parse(args.topology)
+  topologies.prepare(chip, shape)
+
+  from moe_jax.core import parallel
+  from moe_jax.training.planning import loads, page, plan, search
+
+  devices = topologies.devices(chip, shape)
+  given = chip, devices, args.topology
+  if args.mesh:
+    config.mesh = topologies.sizes(args.mesh, parallel.AXES, len(devices))
+  if args.search:
+    return _search(args, config, *given)
+  make = plan.of_decoding if args.decode else plan.of_train_step
+  made = make(config, *given)
+  values = page.values(made)
+  print(page.text(made))
+  if args.parameters:
+    print(page.parameters(made))
+  if args.load:
+    found = loads.of_plan(args.load, made)
+    print(loads.text(found))
+    values["load"] = found._asdict()
+  if args.json:
+    command.write_json(args.json, values)
+  if not made.fits:
+    raise ConfigError(search.remedy(made, config, devices))
+  return 0
+
+
+def _search(args, config, chip, devices, topology):
+  """Plans the best candidates, and prints how near the closed form was."""
+  from moe_jax.training.planning import page, search, topologies
+
+  found = search.ranked(config, chip, devices, topologies.ring(topology))
+  print(page.candidates(found, chip))
+  rows = []
+  for one in found[: args.compile]:
+    made = search.compiled(one, config, chip, devices, topology)
+    print(page.compared(one, made), flush=True)
+    rows.append(page.values(made) | {"candidate": one._asdict()})
+  if args.json:
+    command.write_json(args.json, {"compiled": rows, "candidates": len(found)})
+  return 0
+
+
+def _parser(config_lib):
+  parser = config_lib.parser("Plans a run on devices that are not there.")
+  add = parser.add_argument
+  add(
+    "--topology",
+    required=True,
+    metavar="CHIP:SHAPE",
+    help="such as v5p:8x8x8, v6e:16x16 or h100:4x8",
+  )
+  words = "such as data:1,fsdp:8,expert:64; default: the mesh of the config"
+  add("--mesh", metavar="AXIS:LENGTH,...", help=words)
+  words = "plan a step that makes one token, not a training step"
+  add("--decode", action="store_true", help=words)
+  words = "print every parameter and how it lies on the mesh"
+  add("--parameters", action="store_true", help=words)
+  words = "rank meshes, remat and micro-batches, and compile the best"
+  add("--search", action="store_true", help=words)
+  words = "how many of the best (default: %(default)s)"
+  add(
+    "--compile", type=config_lib.at_least_1, default=3, metavar="N", help=words
+  )
+  words = "loads of a run with the hook `loads`"
+  add("--load", metavar="METRICS.JSONL", help=words)
+  add("--json", metavar="PATH", help="also write JSON there")
+  return parser
+
+
+if __name__ == "__main__":
+  command.run(main)

@@ -1,0 +1,116 @@
+"""A program compiled for a topology: its memory, products and collectives."""
+
+import math
+import re
+import time
+from typing import NamedTuple
+
+import jax
+
+from moe_jax.core.errors import ConfigError, first_line
+from moe_jax.training.planning import hlo, products
+
+# In the compiler's refusals: what it needs, and what there is.
+_NEEDED = (
+  re.compile(r"Used ([\d.]+)([KMGT]) of"),
+  re.compile(r"temporaries \(([\d.]+)([KMGT])\)"),
+)
+_UNITS = {unit: 1024**i for i, unit in enumerate("KMGT", start=1)}
+
+
+class Moved(NamedTuple):
+  """The collectives of one kind over the same mesh axes, in one call.
+
+  count: how many.
+  results: bytes of their results on a device.
+  arrays: bytes of the whole arrays that they gather, scatter or sum, which is
+    the same for any way of doing so; of an all-to-all, the results.
+  """
+
+  count: int
+  results: int
+  arrays: int
+
+
+class Compiled(NamedTuple):
+  """memory: {kind: bytes on a device}; fits: whether the compiler took it;
+  products: of a TPU, else None; moved: {(kind, axes): Moved}; seconds: that
+  compiling took. Without `fits` the last three are None."""
+
+  memory: dict[str, int]
+  fits: bool
+  products: list[products.Product] | None
+  moved: dict | None
+  seconds: float
+
+
+def compile(lowered, arguments: dict, mesh, limit: int | None) -> Compiled:
+  """Compiles a program, or finds by how much its memory is too large.
+
+  Args:
+    lowered: a lowered function.
+    arguments: {kind: bytes on a device} of what it is called with.
+    mesh: that it is lowered for.
+    limit: bytes that a device has; None: unknown.
+  """
+  started = time.monotonic()
+  try:
+    program = lowered.compile()
+  except jax.errors.JaxRuntimeError as e:
+    memory = arguments | {"temporaries": _needed(e, sum(arguments.values()))}
+    seconds = time.monotonic() - started
+    return Compiled(memory, False, None, None, seconds)
+  seconds = time.monotonic() - started
+  memory = arguments | _memory(program, arguments)
+  fits = limit is None or sum(memory.values()) <= limit
+  text = program.as_text()
+  of_tpu = mesh.devices.flat[0].platform == "tpu"
+  found = products.products(text) if of_tpu else None
+  return Compiled(memory, fits, found, moved(text, mesh), seconds)
+
+
+def bytes_on_a_device(tree) -> int:
+  """Those of arrays, by their shapes and shardings."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
+
+
+def moved(text: str, mesh) -> dict[tuple[str, tuple[str, ...]], Moved]:
+  """The collectives of a program by kind and mesh axes."""
+  sums = {}
+  for one in hlo.collectives(text):
+    group = len(one.groups[0]) if one.kind == "reduce-scatter" else 1
+    key = one.kind, hlo.axes(one.groups, mesh)
+    size = one.times * one.size
+    old = sums.get(key, Moved(0, 0, 0))
+    new = one.times, size, size * group
+    sums[key] = Moved(*(x + y for x, y in zip(old, new)))
+  return dict(sorted(sums.items()))
+
+
+def _memory(program, arguments):
+  """{kind: bytes} besides the arguments, most of which the results overwrite."""
+  found = program.memory_analysis()
+  results = found.output_size_in_bytes - found.alias_size_in_bytes
+  padding = found.argument_size_in_bytes - sum(arguments.values())
+  return {
+    "temporaries": found.temp_size_in_bytes + max(0, results) + max(0, padding),
+    "code": found.generated_code_size_in_bytes,
+  }
+
+
+def _needed(error, given):
+  """Bytes of temporaries that a compiler was refused.
+
+  Raises:
+    ConfigError: it refused for another reason.
+  """
+  text = str(error)
+  for place, pattern in enumerate(_NEEDED):
+    match = pattern.search(text)
+    if match:
+      needed = int(float(match[1]) * _UNITS[match[2]])
+      return needed if place else max(0, needed - given)
+  raise ConfigError(f"the compiler refuses this program: {first_line(error)}")

@@ -1,0 +1,404 @@
+"""What a step computes, reads and sends on each device, in closed form.
+
+All of it follows from the shapes of the parameters, their declared roles, and
+the config. A product of N rows with a matrix costs 2 N FLOPs a weight, and its
+backward pass twice as much; `model.remat` runs the forward pass of a block once
+more. Loads of experts are taken as equal.
+"""
+
+import math
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_jax.core import parallel, roles
+
+_FLOAT = 4  # Bytes of a parameter, a moment and a score.
+# Bytes of each score that softmax and its neighbours read and write, unfused.
+_OF_A_SCORE = 3 * _FLOAT
+# Arrays of a parameter's shape that AdamW reads and writes.
+_OF_THE_OPTIMIZER = 7
+# How many arrays of a size are there at the same time, as measured.
+_ARRAYS = {"scores": 1.85, "hidden": 6.0, "rows": 2.0, "logits": 2.0}
+_OUTSIDE = ("embedding", "head")  # Parts outside of the blocks.
+
+
+class Step(NamedTuple):
+  """What the costs of a step depend on, besides the model.
+
+  tokens: of a device in a micro-batch; micro_batches: of a step.
+  sequence: tokens of a sequence; length: keys that a token sees.
+  forward: how often a block's forward pass runs, 1 or 2.
+  backward: whether there is a backward pass.
+  exchanges: how often rows go to their experts and back, gradients included.
+  width: bytes of an activation.
+  mesh: {axis: its length}.
+  """
+
+  tokens: int
+  micro_batches: int
+  sequence: int
+  length: int
+  forward: int
+  backward: bool
+  exchanges: int
+  width: int
+  mesh: dict[str, int]
+
+  def over(self, axes) -> int:
+    """The number of devices along some axes."""
+    return math.prod(self.mesh[axis] for axis in axes)
+
+
+class Sent(NamedTuple):
+  """What a stage sends over mesh axes in a step.
+
+  what: in words; kind: of `hlo.KINDS`.
+  arrays: bytes of the whole arrays that are gathered, scattered or summed; of
+    an all-to-all those of its results, as they are allocated.
+  wire: bytes that a device receives, with equal loads.
+  """
+
+  what: str
+  kind: str
+  axes: tuple[str, ...]
+  arrays: float
+  wire: float
+
+
+class Stage(NamedTuple):
+  """A part of a step on one device; numbers are of the whole step.
+
+  flops: that the mathematics asks for; again: that remat adds to them; memory:
+  bytes read and written; sent: its collectives.
+  """
+
+  name: str
+  flops: float = 0
+  again: float = 0
+  memory: float = 0
+  sent: tuple[Sent, ...] = ()
+
+
+class Matrix(NamedTuple):
+  """A parameter that is a matrix, or one for each layer and expert.
+
+  part: of the model, see `roles`.
+  numbers: that a device uses, once they are gathered.
+  active: of them those that a token passes, with equal loads.
+  sides: input and output width of all layers together, for rows of one token.
+  stored: mesh axes that it is gathered over.
+  """
+
+  part: str
+  numbers: float
+  active: float
+  sides: float
+  stored: tuple[str, ...]
+
+
+def of_train_step(config, task, mesh) -> Step:
+  """The sizes of the training step of a config.
+
+  Args:
+    config: see `configs/base.py`.
+    task: `tasks.Task`.
+    mesh: that it runs on.
+  """
+  remat, micro_batches = config.model.remat, config.train.accumulation
+  sequences = config.data.batch_size // micro_batches
+  tokens = sequences * task.tokens_per_example
+  return Step(
+    tokens=tokens // parallel.token_shards(mesh),
+    micro_batches=micro_batches,
+    sequence=task.length,
+    length=task.length,
+    forward=1 if remat == "none" else 2,
+    backward=True,
+    exchanges=3 if remat == "block" else 2,
+    width=jnp.dtype(config.model.dtype).itemsize,
+    mesh=dict(mesh.shape),
+  )
+
+
+def of_decoding(config, mesh) -> Step:
+  """The sizes of a step that makes one token for each sequence."""
+  return Step(
+    tokens=config.eval.batch_size // parallel.token_shards(mesh),
+    micro_batches=1,
+    sequence=1,
+    length=config.data.seq_len,
+    forward=1,
+    backward=False,
+    exchanges=1,
+    width=jnp.dtype(config.model.dtype).itemsize,
+    mesh=dict(mesh.shape),
+  )
+
+
+def matrices(model, boxed, mesh) -> list[Matrix]:
+  """The matrices of a model.
+
+  Args:
+    model: a decoder.
+    boxed: shapes of its parameters, boxed with their roles.
+    mesh: that they lie on.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(boxed))
+  of_leaves = jax.tree.leaves(roles.of(boxed))
+  return [
+    _matrix(model, jax.tree_util.keystr(path, simple=True, separator="/"), *x)
+    for (path, leaf), role in zip(leaves, of_leaves)
+    if role.matrix_axes
+    for x in [
+      (role, leaf.shape, parallel.spec(role.axes, leaf.shape, mesh), mesh)
+    ]
+  ]
+
+
+def _matrix(model, path, role, shape, spec, mesh):
+  stored, sizes = (), list(shape)
+  for i, (name, axes) in enumerate(zip(role.axes, spec)):
+    axes = parallel.names(axes)
+    if parallel.RULES.get(name) == parallel.STORED:
+      stored += axes
+    else:
+      sizes[i] //= math.prod(mesh.shape[axis] for axis in axes)
+  numbers, taken = math.prod(sizes), 1.0
+  layers = math.prod(
+    size for size, name in zip(sizes, role.axes) if name == "layers"
+  )
+  if role.part == "experts":
+    own = next(s for k, s in model.sublayers.items() if path.startswith(k))
+    taken = rows_of_a_token(own.recipe)
+    active = numbers * taken * mesh.shape["expert"] / own.recipe.num_experts
+  else:
+    active = numbers
+  sides = (math.prod(sizes[i] for i in side) for side in role.matrix_axes)
+  used = tuple(axis for axis in stored if mesh.shape[axis] > 1)
+  return Matrix(role.part, numbers, active, layers * taken * sum(sides), used)
+
+
+def rows_of_a_token(recipe) -> float:
+  """The mean number of routed experts that a token passes."""
+  router = recipe.router
+  return router.average_k or router.top_k or recipe.num_experts
+
+
+def stages(step: Step, model, found: list[Matrix]) -> list[Stage]:
+  """The stages of a step, in the order of the parts of the model.
+
+  Args:
+    step: its sizes.
+    model: a decoder.
+    found: its matrices.
+  """
+  by_part = {
+    part: _products(step, model, part, found) for part in _parts(found)
+  }
+  mixing = _mixing(step, model)
+  by_part["attention"] = _sum(by_part["attention"], mixing)
+  exchanges = tuple(_exchanges(step, model))
+  rest = [Stage("exchange", sent=exchanges)] if exchanges else []
+  if step.mesh["tensor"] > 1:
+    rest.append(Stage("sums over tensor", sent=(_over_tensor(step, model),)))
+  if step.backward:
+    size = _OF_THE_OPTIMIZER * _FLOAT * held(step, found)
+    rest.append(Stage("optimizer", memory=size))
+  return [*by_part.values(), *rest]
+
+
+def _parts(found):
+  return dict.fromkeys(m.part for m in found)
+
+
+def _sum(one, other):
+  numbers = (a + b for a, b in zip(one[1:], other[1:]))
+  return Stage(one.name, *numbers)
+
+
+def _products(step, model, part, found):
+  """The stage of all matrices of a part."""
+  own = [m for m in found if m.part == part]
+  repeats = 1 if part in _OUTSIDE else step.forward
+  once = 2 * step.tokens * step.micro_batches * sum(m.active for m in own)
+  if part == "embedding" and not model.arch.tie_embeddings:
+    once = 0  # Looked up.
+  backward = 2 * step.backward
+  touched = sum(m.numbers + step.tokens * m.sides for m in own)
+  touched *= step.micro_batches * step.width * (repeats + backward)
+  sent = [s for m in own for s in _weights_sent(step, m, repeats)]
+  return Stage(
+    part,
+    flops=once * (1 + backward),
+    again=once * (repeats - 1),
+    memory=touched,
+    sent=_merged(sent),
+  )
+
+
+def _weights_sent(step, matrix, repeats):
+  """The gathers of a matrix, and the sums of its gradient."""
+  part, stored = matrix.part, matrix.stored
+  size = matrix.numbers * step.micro_batches
+  weights = repeats * size * (_FLOAT if part == "router" else step.width)
+  # The gradient of a lookup is a sum of rows in float32.
+  wide = part in ("router", "embedding")
+  gradient = size * (_FLOAT if wide else step.width)
+  if stored:
+    yield _gathered(step, f"weights of {part}", "all-gather", stored, weights)
+  if not step.backward:
+    return
+  # The others hold copies of the weight, or, of the router's, all of it.
+  whole = part == "router"
+  others = tuple(
+    axis
+    for axis in parallel.TOKENS
+    if step.mesh[axis] > 1
+    and (whole or axis not in stored)
+    and not (part == "experts" and axis == "expert")
+  )
+  what = f"gradients of {part}"
+  if stored and not whole:
+    yield _gathered(step, what, "reduce-scatter", stored, gradient)
+    gradient /= step.over(stored)
+  if others:
+    away = 2 * gradient * (1 - 1 / step.over(others))
+    yield Sent(what, "all-reduce", others, gradient, away)
+
+
+def _gathered(step, what, kind, axes, size):
+  return Sent(what, kind, axes, size, size * (1 - 1 / step.over(axes)))
+
+
+def _merged(sent):
+  """One for each purpose, kind and axes."""
+  sums = {}
+  for one in sent:
+    old = sums.get(one[:3], (0, 0))
+    sums[one[:3]] = old[0] + one.arrays, old[1] + one.wire
+  return tuple(Sent(*key, *size) for key, size in sums.items())
+
+
+def _mixing(step, model):
+  """Scores and their sums of values, of all layers."""
+  layers = [model.arch.layer(kind) for kind in model.arch.layers]
+  tensor = step.mesh["tensor"]
+  pairs = step.tokens * step.micro_batches * step.length / tensor
+  once = pairs * sum(layer.attention.flops_per_pair for layer in layers)
+  scores = pairs * sum(layer.attention.num_heads for layer in layers)
+  backward = 2 * step.backward
+  return Stage(
+    "attention",
+    flops=once * (1 + backward),
+    again=once * (step.forward - 1),
+    memory=scores * _OF_A_SCORE * (step.forward + backward),
+  )
+
+
+def held(step: Step, found: list[Matrix]) -> float:
+  """The numbers of all matrices that a device stores."""
+  return sum(m.numbers / step.over(m.stored) for m in found)
+
+
+def temporaries(step: Step, model, found: list[Matrix], remat: str) -> float:
+  """Bytes that a training step needs besides its arguments; an estimate.
+
+  They are gradients in float32 and weights in the compute dtype, as a device
+  stores them; what the forward pass keeps for the backward pass; and what the
+  backward pass of one block, or the output layer, needs meanwhile. `_ARRAYS`
+  counts arrays that are there at the same time, in compiled programs.
+
+  Args:
+    step: its sizes.
+    model: a decoder.
+    found: its matrices.
+    remat: `model.remat`.
+  """
+  arch, tensor = model.arch, step.mesh["tensor"]
+  gradients = _FLOAT * (1 if step.micro_batches == 1 else 2)
+  stored = held(step, found) * (gradients + step.width)
+  kinds = [arch.layer(kind) for kind in arch.layers]
+  vectors = step.tokens * arch.d_model * step.width
+  heads = max(layer.attention.num_heads for layer in kinds)
+  scores = step.tokens * step.length * heads / tensor * _FLOAT
+  experts = [_of_experts(step, model, *each) for each in buffers(step, model)]
+  largest = max((each.inside for each in experts), default=0.0)
+  kept = len(kinds) * vectors
+  if remat != "block":
+    kept += sum(each.sent for each in experts)
+  if remat == "none":
+    kept += len(kinds) * (_ARRAYS["scores"] * scores + 4 * vectors)
+    kept += sum(each.hidden for each in experts)
+  inside = max(_ARRAYS["scores"] * scores, scores + largest)
+  logits = _ARRAYS["logits"] * step.tokens * arch.vocab_size / tensor * _FLOAT
+  vocabulary = arch.vocab_size * arch.d_model * (2 * step.width + _FLOAT)
+  return stored + kept + max(inside, logits) + vocabulary
+
+
+class _OfExperts(NamedTuple):
+  """Bytes of the layers of a sublayer: inside: that one layer's backward pass
+  needs; sent, hidden: of what all layers keep."""
+
+  inside: float
+  sent: float
+  hidden: float
+
+
+def _of_experts(step, model, sublayer, home, room):
+  row = model.arch.d_model * step.width
+  hidden = room * sublayer.recipe.experts.width * step.width
+  hidden /= step.mesh["tensor"]
+  layers = len(sublayer.numbers)
+  return _OfExperts(
+    _ARRAYS["hidden"] * hidden + _ARRAYS["rows"] * room * row,
+    layers * (home + room) * row,
+    layers * _ARRAYS["hidden"] / 2 * hidden,
+  )
+
+
+def buffers(step: Step, model, train: bool = True):
+  """Yields (Sublayer, rows that a device sends, rows that it makes room for).
+
+  The rows of one layer and micro-batch, as they are allocated.
+  """
+  for sublayer in model.sublayers.values():
+    tokens, recipe = sublayer.grouping.resolve(
+      sublayer.recipe, step.sequence, train
+    )
+    home = step.tokens * rows_of_a_token(recipe)
+    number = max(1, step.tokens // tokens)
+    bound, devices = recipe.bound, step.mesh["expert"]
+    if bound is not None:
+      slots = number * bound.expert_buckets * bound.slots
+      ragged = recipe.dispatcher.ragged
+      home = min(home, slots) if ragged else slots
+      room = min(devices * home, slots) if ragged else slots
+    else:
+      room = devices * home
+    yield sublayer, home, room
+
+
+def _exchanges(step, model):
+  devices = step.mesh["expert"]
+  if devices == 1:
+    return
+  for sublayer, home, room in buffers(step, model, step.backward):
+    ragged = sublayer.recipe.dispatcher.ragged
+    kind = "ragged-all-to-all" if ragged else "all-to-all"
+    times = step.exchanges * step.micro_batches * len(sublayer.numbers)
+    row = model.arch.d_model * step.width * times
+    wire = 2 * home * row * (devices - 1) / devices
+    yield Sent("rows", kind, ("expert",), (home + room) * row, wire)
+
+
+def _over_tensor(step, model):
+  """The sums of attention's and of the networks' results, and of gradients."""
+  n = step.mesh["tensor"]
+  times = 2 * (step.forward + step.backward) * step.micro_batches
+  size = times * len(model.arch.layers) * step.tokens * model.arch.d_model
+  size *= step.width
+  away = 2 * size * (n - 1) / n
+  return Sent("activations", "all-reduce", ("tensor",), size, away)

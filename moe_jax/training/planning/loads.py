@@ -1,0 +1,136 @@
+"""What the loads of a real run would be on the devices of a plan.
+
+A run with the hook `loads` keeps the assignments that every expert got, by layer
+and step, beside its metrics.jsonl. Devices hold contiguous experts.
+"""
+
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_jax.core import files
+from moe_jax.core.errors import ConfigError
+
+_REMEDY = (
+  "give the metrics.jsonl of a run with --config.train.hooks.loads.name=loads"
+)
+
+
+class Loads(NamedTuple):
+  """Loads over devices, of all steps and layers that a run has kept.
+
+  samples: steps times layers.
+  slowest: (median, 99th percentile) of the largest load of a device over the
+    mean load: a layer waits for this device, and it receives as many times the
+    bytes of equal loads.
+  nodes: groups of experts, each on one node.
+  reached: of them that a token would be sent to, if its choices were
+    independent draws by these loads.
+  limited: at most so many with node-limited routing; None: no limit.
+  """
+
+  samples: int
+  slowest: tuple[float, float]
+  nodes: int
+  reached: float
+  limited: int | None
+
+
+def read(path: str) -> np.ndarray:
+  """Loads [N, E] of all kept steps and layers of a run.
+
+  Args:
+    path: of its metrics.jsonl, or its folder.
+
+  Raises:
+    ConfigError: there are none.
+  """
+  folder = pathlib.Path(path)
+  folder = folder if folder.is_dir() else folder.parent
+  what = "loads that the hook `loads` has written"
+  found = sorted((folder / "loads").glob("*.json"))
+  if not found:
+    raise ConfigError(f"--load: {folder} has no {what}; {_REMEDY}")
+  rows = [
+    row
+    for file in found
+    for row in files.read_json(file, what, _REMEDY).values()
+  ]
+  try:
+    return np.array(rows, float)
+  except ValueError:
+    raise ConfigError(
+      f"--load: the layers of {folder} have different numbers of experts; plan"
+      " for a model whose layers have the same"
+    ) from None
+
+
+def over_devices(
+  count_NE: np.ndarray,
+  devices: int,
+  top_k: int,
+  nodes: int,
+  limited: int | None,
+) -> Loads:
+  """The loads of devices, which hold the experts in order.
+
+  Args:
+    count_NE: from `read`.
+    devices: along the mesh axis expert.
+    top_k: K.
+    nodes, limited: see `Loads`; of node-limited routing (2412.19437, 2.1.2).
+
+  Raises:
+    ConfigError: E does not divide over devices or nodes.
+  """
+  num_experts = count_NE.shape[1]
+  for name, number in (("mesh axis expert", devices), ("nodes", nodes)):
+    if num_experts % number:
+      raise ConfigError(
+        f"--load: the run's {num_experts} experts do not divide over {name} ="
+        f" {number}; give a run with the experts of this config"
+      )
+  share_NE = count_NE / count_NE.sum(1, keepdims=True)
+
+  def parts(number):
+    return share_NE.reshape(len(share_NE), number, -1).sum(2)
+
+  slowest_N = parts(devices).max(1) * devices
+  half, late = np.percentile(slowest_N, (50, 99)).tolist()
+  reached = (1 - (1 - parts(nodes)) ** top_k).sum(1).mean()
+  return Loads(len(share_NE), (half, late), nodes, float(reached), limited)
+
+
+def of_plan(path: str, made) -> Loads:
+  """The loads of a run on the devices of a plan.
+
+  Args:
+    path: see `read`.
+    made: `plan.Plan`.
+  """
+  router = dict(made.config.model.moe.router)
+  devices = made.mesh["expert"]
+  nodes = router.get("num_expert_groups") or devices
+  limited = router.get("top_expert_groups")
+  top_k = made.config.model.moe.top_k
+  return over_devices(read(path), devices, top_k, nodes, limited)
+
+
+def text(loads: Loads) -> str:
+  """The loads for people."""
+  half, late = loads.slowest
+  lines = [
+    f"loads of the run, {loads.samples} steps and layers: the slowest device has"
+    f" {half:.2f} times the mean load (median), {late:.2f} (99th percentile);"
+    " its experts and its exchange take as many times longer",
+    f"a token would be sent to {loads.reached:.2f} of {loads.nodes} nodes, if its"
+    " choices were independent",
+  ]
+  if loads.limited:
+    saved = 1 - min(1.0, loads.limited / loads.reached)
+    lines.append(
+      f"routing limited to {loads.limited} nodes saves at least {saved:.0%} of"
+      " what one copy a node would send"
+    )
+  return "\n".join(lines)

@@ -1,0 +1,315 @@
+"""A plan: a config's program compiled for a topology, and its costs."""
+
+import functools
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_jax import models
+from moe_jax.core import parallel
+from moe_jax.models import counts, decoding
+from moe_jax.training import program, train_step
+from moe_jax.training.planning import chips, compiled, costs, topologies
+
+
+class Cost(NamedTuple):
+  """A stage with its bounds: seconds if all overlaps, and if nothing does."""
+
+  stage: costs.Stage
+  low: float
+  high: float
+
+
+class Plan(NamedTuple):
+  """What a step of a program does on each device of a topology.
+
+  program: "training step" or "decoding step"; topology: its name.
+  mesh: {axis: length}.
+  memory: {kind: bytes}; limit: bytes that there are; even: {kind: bytes}, what
+    a device would hold of the state if it were split over all devices.
+  fits: whether memory is within the limit.
+  flops: see `_flops`; None where the compiler did not take the program.
+  moved: see `compiled.Compiled`.
+  stages: in closed form.
+  tokens: of a step, of all devices.
+  compile_seconds: 0 if nothing was compiled.
+  params: shapes and shardings of the parameters.
+  config, chip, model, step: what it was made of.
+  """
+
+  program: str
+  topology: str
+  mesh: dict[str, int]
+  memory: dict[str, int]
+  limit: int | None
+  even: dict[str, float]
+  fits: bool
+  flops: dict[str, float] | None
+  moved: dict | None
+  stages: list[Cost]
+  tokens: int
+  compile_seconds: float
+  params: dict
+  config: object
+  chip: chips.Chip
+  model: object
+  step: costs.Step
+
+  @property
+  def seconds(self) -> tuple[float, float]:
+    """The least time of a step: if all overlaps, and if nothing does."""
+    return sum(c.low for c in self.stages), sum(c.high for c in self.stages)
+
+
+def of_train_step(config, chip, devices, topology: str) -> Plan:
+  """The plan of the training step of a config.
+
+  Args:
+    config: its mesh is of the topology.
+    chip: of the topology.
+    devices: of the topology.
+    topology: its name.
+
+  Raises:
+    ConfigError: impossible values, or the compiler refuses the program.
+  """
+  mesh, task, model = program.build(config, devices, prepare=False)
+  numbers = train_step.numbers(config, model)
+  made = program.functions(config, mesh, task, model, numbers)
+  state, batch = made.train_step.arguments[:2]
+  trees = {
+    "parameters": state.params,
+    "moving average": state.ema,
+    "optimizer": state.opt_state,
+    "balancers": state.balance,
+    "batch": batch,
+  }
+  per_token = counts.train_flops_per_token(model, made.sizes, task.length)
+  return _plan(
+    "training step",
+    made.train_step,
+    trees,
+    step=costs.of_train_step(config, task, mesh),
+    boxed=parameters(task, model),
+    flops_per_token=per_token,
+    config=config,
+    chip=chip,
+    mesh=mesh,
+    model=model,
+    topology=topology,
+  )
+
+
+def of_decoding(config, chip, devices, topology: str) -> Plan:
+  """The plan of a step that makes one token for each of many sequences.
+
+  As many as `eval.batch_size`, with a cache of `data.seq_len` tokens, weights
+  and cache in `model.dtype`, and without capacities.
+
+  Args:
+    config, chip, devices, topology: as in `of_train_step`.
+
+  Raises:
+    ConfigError: as `of_train_step`.
+  """
+  config = config.copy_and_resolve_references()
+  config.model = models.dropless(config.model.to_dict())
+  mesh, task, model = program.build(config, devices, prepare=False)
+  batch, length = config.eval.batch_size, config.data.seq_len
+  call = _one_token(model, mesh, batch, length)
+  weights, cache, *tokens = call.arguments
+  trees = {"parameters": weights, "cache": cache, "batch": tokens}
+  variables = models.variables(model)
+  sizes = counts.count(model, variables)
+  return _plan(
+    "decoding step",
+    call,
+    trees,
+    step=costs.of_decoding(config, mesh),
+    boxed=variables["params"],
+    flops_per_token=counts.flops_per_token(model, sizes, length),
+    config=config,
+    chip=chip,
+    mesh=mesh,
+    model=model,
+    topology=topology,
+  )
+
+
+def _one_token(model, mesh, batch, length):
+  """The Call that makes one token for each of so many sequences."""
+  rows = jax.NamedSharding(mesh, jax.P(parallel.TOKENS))
+
+  def over_rows(path, x):
+    """The cache of repeated layers has an axis of them before the batch."""
+    names = [key.key for key in path]
+    before = (None,) * (names[1] in {name for name, *_ in model.arch.segments})
+    spec = jax.P(*before, parallel.TOKENS) if x.ndim > len(before) else jax.P()
+    sharding = jax.NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  variables = jax.tree.map(
+    lambda x, placed: jax.ShapeDtypeStruct(
+      x.shape, _narrow(x, model), sharding=placed
+    ),
+    nn.unbox(models.variables(model)),
+    models.shardings(model),
+  )
+  tokens_B1 = jax.ShapeDtypeStruct((batch, 1), jnp.int32, sharding=rows)
+  mask_B1 = jax.ShapeDtypeStruct((batch, 1), bool, sharding=rows)
+  step = functools.partial(decoding.step, model, length, False)
+  cache, *_ = jax.eval_shape(step, variables, {}, tokens_B1, mask_B1)
+  cache = jax.tree_util.tree_map_with_path(over_rows, cache)
+  static = model, length, False
+  return program.Call(
+    jax.jit(lambda *args: decoding.step(*static, *args), donate_argnums=1),
+    (variables, cache, tokens_B1, mask_B1),
+  )
+
+
+def _narrow(x, model):
+  return model.arch.dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
+
+
+def state_bytes_per_parameter(config, task, model) -> float:
+  """Bytes of parameters, moving average and optimizer, for each parameter."""
+  numbers = train_step.numbers(config, model)
+  parts = train_step.parts(config, model, task)
+  init = functools.partial(train_step.init_state, **parts, numbers=numbers)
+  state = nn.unbox(jax.eval_shape(init, jax.random.key(0)))
+  whole = _bytes((state.params, state.ema, state.opt_state))
+  return whole / sum(x.size for x in jax.tree.leaves(state.params))
+
+
+def parameters(task, model):
+  """Shapes of a model's parameters, boxed with their roles."""
+  init = lambda: task.init(model, jax.random.key(0))  # noqa: E731
+  return jax.eval_shape(init)["params"]
+
+
+def _plan(name, call, trees, *, step, boxed, flops_per_token, mesh, **given):
+  """The Plan of a call, whose arguments are these trees."""
+  model, chip = given["model"], given["chip"]
+  arguments = {k: compiled.bytes_on_a_device(x) for k, x in trees.items()}
+  kinds = ("parameters", "optimizer", "cache")
+  even = {k: _bytes(x) / mesh.size for k, x in trees.items() if k in kinds}
+  stages = costs.stages(step, model, costs.matrices(model, boxed, mesh))
+  found = _compile(call, arguments, step, mesh, chip)
+  tokens = step.tokens * step.micro_batches * parallel.token_shards(mesh)
+  ring = topologies.ring(given["topology"])
+  wanted = flops_per_token * tokens / mesh.size
+  return Plan(
+    program=name,
+    mesh=dict(mesh.shape),
+    memory=found.memory,
+    limit=chip.memory,
+    even=even,
+    fits=found.fits,
+    flops=flops(found.products, step, model, stages, wanted),
+    moved=found.moved,
+    stages=[bounds(stage, step, chip, ring) for stage in stages],
+    tokens=tokens,
+    compile_seconds=found.seconds,
+    params=trees["parameters"],
+    step=step,
+    **given,
+  )
+
+
+def _compile(call, arguments, step, mesh, chip):
+  """The call compiled, unless what it is given leaves no room already."""
+  if step.backward:  # A gradient is as large as its parameter.
+    gradients = arguments["parameters"]
+    if chip.memory and sum(arguments.values()) + gradients > chip.memory:
+      memory = arguments | {"gradients": gradients}
+      return compiled.Compiled(memory, False, None, None, 0.0)
+  with jax.set_mesh(mesh):
+    lowered = call.function.lower(*call.arguments)
+  return compiled.compile(lowered, arguments, mesh, chip.memory)
+
+
+def _bytes(tree):
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def flops(found, step, model, stages, wanted) -> dict[str, float]:
+  """FLOPs of a step on a device, in several ways of counting.
+
+  Returns:
+    model: `counts.train_flops_per_token`.
+    useful: those of the program, but for recomputation, for empty rows of
+      buffers, and for rows that are computed in vain.
+    recomputed: what `model.remat` adds to the useful ones.
+    padded: useful, with the rows of tiles that kernels compute in vain.
+    static: padded, with all rows of the buffers.
+    compiled: whether useful, recomputed and static were counted in the compiled
+      program; if not, all but model are in closed form.
+  """
+  used, room = _rows(step, model)
+  if found is None:
+    useful = sum(stage.flops for stage in stages)
+    again = sum(stage.again for stage in stages)
+    own = next((s for s in stages if s.name == "experts"), None)
+    in_vain = own.flops * (room / used - 1) if own else 0
+    return {
+      "model": wanted,
+      "useful": useful,
+      "recomputed": again,
+      "padded": useful,
+      "static": useful + in_vain,
+      "compiled": False,
+    }
+  sums = dict.fromkeys(("once", "again", "static"), 0.0)
+  for one in found:
+    size = one.flops * one.times
+    of_experts = one.rows or "/experts/" in one.name
+    real = size * used / (one.rows or room) if of_experts else size
+    sums["again" if one.again else "once"] += real
+    sums["static"] += 0 if one.again else size
+  return {
+    "model": wanted,
+    "useful": sums["once"],
+    "recomputed": sums["again"],
+    "padded": sums["once"],
+    "static": sums["static"],
+    "compiled": True,
+  }
+
+
+def _rows(step, model):
+  """(rows that experts compute for, rows of their buffers), of all layers."""
+  used = room = 0.0
+  for sublayer, home, most in costs.buffers(step, model, step.backward):
+    number = len(sublayer.numbers)
+    tokens = step.tokens * costs.rows_of_a_token(sublayer.recipe)
+    used += number * min(home, tokens)
+    room += number * most
+  number = sum(len(s.numbers) for s in model.sublayers.values()) or 1
+  return used / number or 1.0, room / number or 1.0
+
+
+def bounds(stage, step, chip, ring):
+  """The stage with the least seconds that it can take.
+
+  Args:
+    stage, step, chip: what it is of.
+    ring: devices along the longest dimension of the topology.
+  """
+  if not chip.flops:
+    return Cost(stage, 0.0, 0.0)
+  compute = (stage.flops + stage.again) / chip.flops
+  memory = stage.memory / chip.memory_rate
+  links = sum(sent.wire for sent in stage.sent) / chip.links
+  along = sum(_along_a_ring(sent, step, chip, ring) for sent in stage.sent)
+  return Cost(stage, max(compute, memory, links), compute + memory + along)
+
+
+def _along_a_ring(sent, step, chip, ring):
+  """Seconds over one dimension of a torus, or over the network of GPUs."""
+  seconds = sent.wire / chip.axis
+  if chip.platform == "tpu" and "all-to-all" in sent.kind:
+    # On the way to its device a row passes a quarter of a ring.
+    seconds *= max(1.0, min(ring, step.over(sent.axes)) / 4)
+  return seconds

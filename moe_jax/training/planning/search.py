@@ -1,0 +1,146 @@
+"""Meshes, remat and micro-batches for some devices, ranked in closed form."""
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from moe_jax.core import parallel
+from moe_jax.core.errors import ConfigError
+from moe_jax.models import decoder
+from moe_jax.training import program
+from moe_jax.training.planning import chips, costs, plan, topologies
+
+# Of a device's memory; the estimate of what a step needs is no better.
+_ROOM = 0.95
+# More shards of F and of heads make narrow products, and sum too often.
+_MOST_TENSOR = 8
+_MOST_MICRO_BATCHES = 8
+
+
+class Candidate(NamedTuple):
+  """A way to run a config, and what the closed form says of it.
+
+  settings: {key of the config: value}.
+  memory: bytes on a device.
+  low, high: seconds of a step, if all overlaps and if nothing does.
+  """
+
+  settings: dict[str, object]
+  memory: float
+  low: float
+  high: float
+
+  @property
+  def flags(self) -> str:
+    """The settings as flags of the command."""
+    mesh = zip(parallel.AXES, self.settings["mesh"])
+    mesh = ",".join(f"{axis}:{n}" for axis, n in mesh if n > 1)
+    rest = ((k, v) for k, v in self.settings.items() if k != "mesh")
+    return " ".join([f"--mesh={mesh}", *(f"--config.{k}={v}" for k, v in rest)])
+
+  def fits(self, chip: chips.Chip) -> bool:
+    """Whether it probably does."""
+    return self.memory <= _ROOM * chip.memory
+
+
+def ranked(config, chip: chips.Chip, devices, ring: int) -> list[Candidate]:
+  """All candidates: those that fit before the others, fast ones first.
+
+  Args:
+    config: whose mesh, remat and micro-batches are replaced.
+    chip: of the devices.
+    devices: of a topology.
+    ring: devices along its longest dimension.
+  """
+  task = program.build_task(config, prepare=False)
+  model = program.build_model(config, task)
+  boxed = plan.parameters(task, model)
+  per_parameter = plan.state_bytes_per_parameter(config, task, model)
+  found = []
+  for one, mesh, model in _possible(config, task, devices):
+    matrices = costs.matrices(model, boxed, mesh)
+    for remat in decoder.REMAT:
+      one.model.remat = remat
+      step = costs.of_train_step(one, task, mesh)
+      bounds = [
+        plan.bounds(stage, step, chip, ring)
+        for stage in costs.stages(step, model, matrices)
+      ]
+      memory = per_parameter * costs.held(step, matrices)
+      memory += costs.temporaries(step, model, matrices, remat)
+      settings = {
+        "mesh": one.mesh,
+        "model.remat": remat,
+        "train.accumulation": one.train.accumulation,
+      }
+      seconds = (sum(b.low for b in bounds), sum(b.high for b in bounds))
+      found.append(Candidate(settings, memory, *seconds))
+  return sorted(found, key=lambda one: (not one.fits(chip), one.high))
+
+
+def compiled(one: Candidate, config, chip, devices, topology: str) -> plan.Plan:
+  """The plan of a candidate.
+
+  Args:
+    one: the candidate.
+    config, chip, devices: as in `ranked`.
+    topology: its name.
+  """
+  settled = with_settings(config, one.settings)
+  return plan.of_train_step(settled, chip, devices, topology)
+
+
+def remedy(made: plan.Plan, config, devices) -> str:
+  """A sentence: by how much a training step does not fit, and what would.
+
+  Args:
+    made: its plan.
+    config, devices: what it was made of.
+  """
+  needed, count = sum(made.memory.values()), len(devices)
+  text = (
+    f"the {made.program} needs {needed / 1e9:.1f} GB on each of {count} devices of"
+    f" {made.topology}, {(needed - made.limit) / 1e9:.1f} GB more than the"
+    f" {made.limit / 1e9:.1f} GB that there are; "
+  )
+  found = ranked(config, made.chip, devices, topologies.ring(made.topology))
+  if found and found[0].fits(made.chip):
+    return f"{text}by the closed form this would fit: {found[0].flags}"
+  whole = sum(made.even.values()) * count
+  whole += made.even["parameters"] * count
+  least = -(-whole // (_ROOM * made.limit))
+  return (
+    f"{text}no mesh, remat or number of micro-batches would: parameters,"
+    f" gradients and optimizer alone are {whole / 1e9:,.0f} GB, those of"
+    f" {least:.0f} such devices; take more of them"
+  )
+
+
+def with_settings(config, settings: dict):
+  """A copy of a config with other values."""
+  config = config.copy_and_resolve_references()
+  config.update_from_flattened_dict(settings)
+  return config
+
+
+def _possible(config, task, devices) -> Iterator[tuple]:
+  """Yields (config, mesh, model) of all meshes and micro-batches that work."""
+  numbers = range(1, _MOST_MICRO_BATCHES + 1)
+  for sizes, number in itertools.product(_meshes(len(devices)), numbers):
+    if config.data.batch_size % number:
+      continue
+    one = with_settings(config, {"mesh": sizes, "train.accumulation": number})
+    mesh = parallel.make_mesh(sizes, devices)
+    try:
+      yield one, mesh, program.build_model(one, task, mesh)
+    except ConfigError:
+      continue
+
+
+def _meshes(count: int) -> Iterator[tuple[int, ...]]:
+  """Yields all lengths (data, fsdp, expert, tensor) whose product is count."""
+  divisors = [n for n in range(1, count + 1) if count % n == 0]
+  for fsdp, expert, tensor in itertools.product(divisors, repeat=3):
+    known = fsdp * expert * tensor
+    if count % known == 0 and tensor <= _MOST_TENSOR:
+      yield count // known, fsdp, expert, tensor

@@ -1,0 +1,163 @@
+"""Devices that are not there, described by a topology such as "v5p:8x8x8"."""
+
+import importlib.util
+import math
+import os
+import re
+
+from moe_jax.core.errors import ConfigError, first_line
+from moe_jax.training.planning import chips
+
+# What a CUDA compiler wants to know of an NVIDIA GPU (compute capability 9.0).
+_HOPPER = """
+gpu_device_info {{
+  cuda_compute_capability {{ major: 9 minor: 0 }}
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  memory_bandwidth: {rate}
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: {memory}
+}}
+platform_name: "CUDA"
+"""
+
+
+def parse(text: str) -> tuple[chips.Chip, tuple[int, ...]]:
+  """(chip, its shape) of CHIP:SHAPE.
+
+  Raises:
+    ConfigError: it is not of this form, or there is no such chip.
+  """
+  name, _, shape = text.partition(":")
+  chip = chips.find(name)
+  if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+    raise ConfigError(
+      f'--topology="{text}" has no shape after {name}:; there are'
+      f" {', '.join(f'{name}:{x}' for x in chip.example.split(', '))}, ..."
+    )
+  return chip, tuple(map(int, shape.split("x")))
+
+
+def ring(topology: str) -> int:
+  """Devices along the longest dimension of CHIP:SHAPE."""
+  return max(parse(topology)[1])
+
+
+def prepare(chip: chips.Chip, shape: tuple[int, ...]) -> None:
+  """Sets up this process to compile for a topology, before jax is imported.
+
+  Raises:
+    ConfigError: its compiler is not installed.
+  """
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  if chip.platform == "cpu":
+    flags = f"--xla_force_host_platform_device_count={math.prod(shape)}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+    return
+  if chip.platform == "tpu":
+    # libtpu then looks for no TPU, and takes no lock from a run that uses one.
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    os.environ["TPU_ACCELERATOR_TYPE"] = (
+      "v5p-8"  # Any, so that it asks no more.
+    )
+    os.environ.setdefault("TPU_LOG_DIR", "disabled")
+  module, extra = {
+    "tpu": ("libtpu", "aot"),
+    "gpu": ("jax_plugins.xla_cuda12", "cuda12"),
+  }[chip.platform]
+  try:
+    found = importlib.util.find_spec(module)
+  except ImportError:
+    found = None
+  if found is None:
+    raise ConfigError(
+      f"to compile for {chip.name} its compiler, {module}, is needed; install it"
+      f" with pip install 'moe_jax[{extra}]' (Linux x86-64 only)"
+    )
+
+
+def devices(chip: chips.Chip, shape: tuple[int, ...]) -> list:
+  """The devices of a topology.
+
+  Raises:
+    ConfigError: there is no such topology.
+  """
+  import jax
+  from jax.experimental import topologies
+
+  name = f"{chip.name}:{'x'.join(map(str, shape))}"
+  try:
+    if chip.platform == "cpu":
+      return jax.devices()[: math.prod(shape)]
+    if chip.platform == "tpu":
+      found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    else:
+      found = _gpus(chip, shape)
+  except Exception as e:  # jax raises what its plugins raise.
+    raise ConfigError(
+      f'there is no topology "{name}" ({first_line(e)}); there are'
+      f" {', '.join(f'{chip.name}:{x}' for x in chip.example.split(', '))}, ..."
+    ) from None
+  return found.devices
+
+
+def _gpus(chip, shape):
+  from jax.experimental import topologies
+
+  if len(shape) > 2:
+    raise ValueError("for GPUs it is HOSTSxGPUS, or GPUS of one host")
+  hosts, gpus = (1, *shape)[-2:]
+  config = _HOPPER.format(rate=int(chip.memory_rate), memory=chip.memory)
+  return topologies.get_topology_desc(
+    platform="cuda",
+    topology_name="",
+    target_config=config,
+    topology=f"1x{hosts}x{gpus}",
+  )
+
+
+def sizes(text: str, axes: tuple[str, ...], count: int) -> tuple[int, ...]:
+  """The lengths of a mesh, from "data:8,expert:8"; an axis left out has 1.
+
+  Args:
+    text: AXIS:LENGTH, separated by commas; one length may be -1: what is left.
+    axes: of a mesh.
+    count: devices.
+
+  Raises:
+    ConfigError: another form, or a mesh that is not of so many devices.
+  """
+  lengths = dict.fromkeys(axes, 1)
+  for part in text.split(","):
+    name, _, length = part.partition(":")
+    if name not in lengths or not re.fullmatch(r"-1|[1-9]\d*", length):
+      raise ConfigError(
+        f'--mesh: "{part}" is not AXIS:LENGTH with one of {", ".join(axes)};'
+        " give a mesh such as data:1,fsdp:8,expert:8,tensor:1"
+      )
+    lengths[name] = int(length)
+  known = math.prod(n for n in lengths.values() if n > 0)
+  unknown = [name for name, n in lengths.items() if n < 0]
+  if len(unknown) == 1:
+    lengths[unknown[0]] = count // known
+    known *= count // known
+  if len(unknown) > 1 or known != count:
+    raise ConfigError(
+      f"--mesh={text} is of {known} devices, and the topology has {count};"
+      " change one of them, or give -1 as the length of one axis"
+    )
+  return tuple(lengths.values())
