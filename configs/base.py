@@ -82,6 +82,9 @@ def get_config() -> ConfigDict:
   moe.capacity_rounding = "floor"  # of slots: floor, ceil, round
   moe.capacity_multiple = 1  # slots are rounded up to a multiple of it
   moe.min_capacity = 0  # and raised to this if they are fewer
+  # On a mesh: "all_to_all" sends rows to the devices of their experts,
+  # "all_gather" sends all tokens to all devices of the expert axis.
+  moe.exchange = "all_to_all"
   # Kernel for ragged rows: reference, cpu, gpu, tpu. None: the platform's.
   moe.grouped_matmul = None
   # A file of moe_jax/moe/routers and its options.

@@ -120,6 +120,7 @@ def test_elements_are_checked(key):
     ("model.moe.eval_capacity_factor=droples", ['mean "dropless"']),
     ("model.moe.tokens_per_group=seqence", ["seqence", "sequence"]),
     ("model.moe.grouped_matmul=refrence", ["refrence", "reference"]),
+    ("model.moe.exchange=all_gahter", ["all_gahter", "all_gather"]),
     ("model.attention={'clip': -1.0}", ["model.attention.clip = -1.0"]),
     ("model.attention={'clop': 1.0}", ["model.attention", 'mean "clip"']),
     ("model.attention={'temperature': (1, 2)}", ["temperature = (1, 2)"]),
