@@ -168,6 +168,10 @@ def expected(
     all-reduce over tensor     g T (2 D + K): the output; tokens' and weights'
                                gradients
 
+  A step does all of it in every layer and micro-batch. With
+  `train.reduce_experts_once` the gradients over fsdp and data are sent once a step
+  for every layer, and then reduce-scatter gives float32.
+
   Args:
     sizes: of the mesh.
     shape: of the layer.

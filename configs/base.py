@@ -116,6 +116,9 @@ def get_config() -> ConfigDict:
   # them; None: none.
   c.train.ema = None
   c.train.accumulation = 1  # micro-batches in a step; divides data.batch_size
+  # On a mesh, add gradients of experts up over data and fsdp once a step and not
+  # in every micro-batch: less is sent, and more memory needed.
+  c.train.reduce_experts_once = False
   c.train.log_every = 10  # steps between lines of metrics.jsonl
   # On a mesh, compare a layer with that of one device before the first step.
   c.train.check_mesh = True

@@ -159,7 +159,7 @@ def layer_programs(model, dtype: str):
     yield "gradient", jax.jit(jax.grad(scalar, (0, 1))).lower(*args)
 
 
-def step(model, seq_len: int = LENGTH):
+def step(model, seq_len: int = LENGTH, once: bool = False):
   """(name, lowered) of `train_step.train_step` with two micro-batches."""
 
   import jax
@@ -174,9 +174,9 @@ def step(model, seq_len: int = LENGTH):
   mesh = model.arch.mesh
   bytes_V = np.ones(model.arch.vocab_size, np.int32)
   config = base.get_config()
-  config.train.num_steps = 100
+  config.train.update(num_steps=100, accumulation=2, reduce_experts_once=once)
   task = small.task(bytes_V, seq_len, mesh)
-  init, run = small.training(config, model, task)
+  init, run = small.training(config, model, task, mesh)
   boxed = jax.eval_shape(init, jax.random.key(0))
   state = jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(

@@ -114,7 +114,7 @@ def elements(shape):
   return total
 
 
-def step_text(sizes, exchange="all_to_all"):
+def step_text(sizes, exchange="all_to_all", once=False):
   """(mesh, HLO) of a training step: two layers, two micro-batches."""
   mesh = mesh_cases.make_mesh(sizes)
   c = base.get_config().model
@@ -123,7 +123,7 @@ def step_text(sizes, exchange="all_to_all"):
   c.moe.exchange = exchange
   c.moe.balancers = {"bias": {"name": "bias", "rate": 1e-3}}
   model = models.build(c, vocab_size=32, mesh=mesh)
-  [(_, lowered)] = aot.step(model, seq_len=LENGTH)
+  [(_, lowered)] = aot.step(model, seq_len=LENGTH, once=once)
   return mesh, compiled(lowered)
 
 
@@ -195,7 +195,7 @@ def test_a_whole_step(sizes, exchange):
 
 
 def test_gradients_of_experts_are_summed_in_every_micro_batch():
-  """Known, and in docs/parallel.md: once a micro-batch, not once a step."""
+  """By default, as docs/parallel.md says: not once a step."""
   mesh, text = step_text((2, 1, 4, 1))
   over_data = [
     one
@@ -208,6 +208,26 @@ def test_gradients_of_experts_are_summed_in_every_micro_batch():
     4 * 16 * 16 // 4
   )  # XLA sums its four gradients together with them.
   assert size == 2 * 2 * 4 * (3 * (16 // 4) * 16 * 8 + attention)
+
+
+def test_gradients_of_experts_are_summed_once_a_step():
+  """In float32, scattered over fsdp and then added over data."""
+  mesh, text = step_text((2, 2, 2, 1), once=True)
+  summed = [
+    one
+    for one in hlo.collectives(text)
+    if one.name.startswith("jit(train_step)/shard_map/")
+  ]
+  weights = 2 * (16 // 2) * 16 * 8  # Layers, experts of a device, D, F.
+  assert hlo.by_axes(summed, mesh) == {
+    ("reduce-scatter", ("fsdp",)): (3, 3 * 4 * weights // 2),
+    ("all-reduce", ("data",)): (1, 3 * 4 * weights // 2),
+  }
+  # In the micro-batches, none but those of a router, of attention and of norms.
+  of_layers = [one for one in hlo.collectives(text) if "moe/" in one.name]
+  assert not [one for one in of_layers if one.kind == "reduce-scatter"]
+  reduced = [one for one in of_layers if one.kind == "all-reduce"]
+  assert max(one.size for one in reduced) < 2 * 4 * 16 * 16
 
 
 def test_hlo_is_read():

@@ -100,6 +100,7 @@ def test_elements_are_checked(key):
     ("train.num_steps=ten", ["train.num_steps", "ten", "whole number"]),
     ("train.num_steps=0", ["train.num_steps = 0"]),
     ("train.accumulation=0", ["train.accumulation = 0"]),
+    ("train.reduce_experts_once=3", ["reduce_experts_once = 3", "True or"]),
     ("eval.every=-1", ["eval.every = -1"]),
     ("checkpoint.every=-1", ["checkpoint.every = -1"]),
     ("checkpoint.keep_last=0", ["keep_last = 0"]),

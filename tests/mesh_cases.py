@@ -61,6 +61,7 @@ class Case:
   other: key of OTHERS, of layers "moe@other".
   remat: "none" or "block".
   exchange: of `exchange.KINDS`.
+  once: whether the gradients of experts are added up once a step.
   shared: number of shared experts.
   use_bias: a bias after each matrix of the experts.
   rule: of the selection bias, which starts away from zero.
@@ -83,6 +84,7 @@ class Case:
   other: str | None = None
   remat: str = "block"
   exchange: str = "all_to_all"
+  once: bool = False
   activation: str = "swiglu"
   shared: int = 0
   use_bias: bool = False
@@ -392,7 +394,8 @@ def _program(case, sizes):
   numbers = numbers_of(parts["model"])
   init = functools.partial(train_step.init_state, **parts, numbers=numbers)
   boxed = jax.eval_shape(init, jax.random.key(0))
-  step = jax.jit(functools.partial(_everything, parts))
+  once = mesh if case.once else None
+  step = jax.jit(functools.partial(_everything, parts, once))
   compiled = {}
 
   def run(state, batch):
@@ -415,10 +418,11 @@ def make_mesh(sizes):
   return parallel.make_mesh(sizes, jax.devices()[: np.prod(sizes)])
 
 
-def _everything(parts, state, batch):
+def _everything(parts, once, state, batch):
   model = parts["model"]
   numbers = numbers_of(model)
-  new, sums = train_step.train_step(state, batch, numbers, **parts)
+  step = functools.partial(train_step.train_step, **parts, once=once)
+  new, sums = step(state, batch, numbers)
   # The first micro-batch once more, now with its outputs.
   logits, aux = model.apply(
     {"params": state.params, "balance": state.balance},

@@ -451,6 +451,27 @@ FAULTS = (
     "remat_test.py::test_no_rows_are_sent_twice",
   ),
   Fault(
+    "gradients of experts are always added up in every micro-batch",
+    "moe_jax/training/train_step.py",
+    "return mesh if wanted else None",
+    "return None",
+    "collectives_test.py::test_gradients_of_experts_are_summed_once_a_step",
+  ),
+  Fault(
+    "gradients that are added up later are whole on every device of fsdp",
+    "moe_jax/moe/reduction.py",
+    'tuple(a for a in parallel.RULES["shards"] if a not in split)',
+    'parallel.RULES["shards"]',
+    "parallel_test.py::test_gradients_that_are_added_up_later",
+  ),
+  Fault(
+    "configs that add gradients up at other times share a program",
+    "moe_jax/training/program.py",
+    "    config.train.reduce_experts_once,\n",
+    "",
+    "programs_test.py::test_what_devices_send_makes_another_program",
+  ),
+  Fault(
     "the check of a mesh looks at no gradient",
     "moe_jax/training/mesh_check.py",
     'outputs | {"gradients": of_params}',

@@ -93,12 +93,13 @@ def trained(sizes, kind="all_to_all"):
   """(model, the state after some steps, the sums of the last) in float64."""
   c = config()
   c.model.moe.exchange = kind
+  c.train.reduce_experts_once = kind == "all_gather"
   mesh = None if sizes is None else mesh_cases.make_mesh(sizes)
   boxed, state = start()
   with jax.enable_x64(True):
     task = program.build_task(c, mesh)
     model = program.build_model(c, task, mesh)
-    _, step = small.training(c, model, task)
+    _, step = small.training(c, model, task, mesh)
     batches, numbers = task.train(0), train_step.numbers(c, model)
     if mesh is not None:
       state = jax.device_put(state, train_step.shardings(boxed, mesh))
@@ -166,7 +167,10 @@ def test_they_train_on_a_mesh_as_without_one(name):
 
 @pytest.mark.parametrize("kind", exchange.KINDS)
 def test_the_whole_step_is_the_same_on_a_mesh(kind):
-  """However the tokens that experts choose, or mix, get to them."""
+  """However the tokens that experts choose, or mix, get to them.
+
+  With "all_gather", the gradients of experts are added up once a step, too.
+  """
   _, alone, sums = trained(None)
   _, on_mesh, sums_on_mesh = trained(MESH, kind)
   for found, expected in (

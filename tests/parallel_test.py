@@ -14,8 +14,8 @@ from flax import linen as nn
 
 from moe_jax.core import parallel, registry
 from moe_jax.core.errors import ConfigError
-from moe_jax.moe import exchange, experts, groups, layer
-from moe_jax.moe.types import Bound, Side
+from moe_jax.moe import exchange, experts, groups, layer, reduction
+from moe_jax.moe.types import Bound, Side, Sublayer
 from moe_jax.training import train_step
 from tests import mesh_cases, oracle, tiers
 from tests.mesh_cases import Case, L
@@ -84,11 +84,19 @@ COVERING = {
     Case("buckets", remat="dispatch", exchange="all_gather", **HALVES),
     [(1, 1, 8, 1), (2, 1, 4, 1), (1, 2, 2, 2)],
   ),
+  "once": (
+    Case("gather", ("global_batch",), once=True, **FIRST),
+    [(1, 2, 2, 2), (2, 1, 4, 1)],
+  ),
+  "once_dropless": (
+    Case("dropless", remat="none", once=True, exchange="all_gather", **HALVES),
+    [(1, 2, 2, 2), (1, 1, 8, 1)],
+  ),
 }
 
 
 ONE_STEP = [(name, sizes) for name, x in COVERING.items() for sizes in x[1]]
-QUICK = [("kinds", (2, 1, 4, 1))]
+QUICK = [("kinds", (2, 1, 4, 1)), ("once", (1, 2, 2, 2))]
 
 
 @pytest.mark.parametrize(
@@ -395,6 +403,59 @@ def test_layer_on_a_mesh(layout, checked):
   found = run_layer(recipe, args, r_GTD, mesh_cases.make_mesh((1, 2, 2, 2)))
   distance, leaf = mesh_cases.worst(found, expected)
   assert distance <= 1e-9, leaf
+
+
+@pytest.mark.parametrize("layout", ["einsum", "dropless"])
+@pytest.mark.parametrize("sizes", [(2, 2, 2, 1), (2, 1, 2, 2), (1, 8, 1, 1)])
+def test_gradients_that_are_added_up_later(sizes, layout):
+  """A slot has those of each device; they add up to those of one device.
+
+  Neither 8 nor anything else splits D = 12 over fsdp = 8.
+  """
+  recipe, (params, balance, *tokens), r_GTD = layer_case(layout, True)
+  mesh = mesh_cases.make_mesh(sizes)
+  sublayers = {"a/moe": Sublayer(recipe, None, (0,), False)}
+
+  def gradients(mesh):
+    tree = {"a": {"moe": params}, "b": {}}
+    learnt, weights = reduction.split(tree, sublayers, mesh)
+
+    def scalar(learnt):
+      own = reduction.join(learnt, weights)["a"]["moe"]
+      run = functools.partial(layer.moe_ffn, recipe, mesh=mesh)
+      return (run(own, balance, *tokens)[0] * r_GTD).sum()
+
+    found = jax.grad(scalar)(learnt)
+    for slot in found["a"]["moe"].get("unreduced", {}).values():
+      assert len(slot) == sizes[0] * sizes[1]
+    return reduction.reduced(found, weights, sublayers, mesh)
+
+  with jax.enable_x64(True):
+    expected = jax.jit(functools.partial(gradients, None))()
+    found = jax.device_get(jax.jit(functools.partial(gradients, mesh))())
+  distance, leaf = mesh_cases.worst(found, jax.device_get(expected))
+  assert distance <= 1e-9, leaf
+
+
+def test_gradients_that_are_added_up_later_are_float32():
+  """Though the experts compute in bfloat16."""
+  recipe, (params, balance, x_GTD, side), _ = layer_case("gather", True)
+  recipe = dataclasses.replace(recipe, balancers=(), shared=None)
+  params = jax.tree.map(jnp.float32, params)
+  del params["shared"]
+  mesh = mesh_cases.make_mesh((2, 1, 2, 2))
+  sublayers = {"moe": Sublayer(recipe, None, (0,), False)}
+  learnt, weights = reduction.split({"moe": params}, sublayers, mesh)
+
+  def scalar(learnt):
+    own = reduction.join(learnt, weights)["moe"]
+    x = jnp.bfloat16(x_GTD)
+    return layer.moe_ffn(recipe, own, {}, x, side, mesh=mesh)[0].sum()
+
+  found = jax.eval_shape(jax.grad(scalar), learnt)["moe"]
+  assert {x.dtype for x in found["unreduced"].values()} == {
+    jnp.dtype("float32")
+  }
 
 
 EXCHANGED = [(1, 1, 8, 1), (2, 1, 4, 1), (1, 2, 2, 2)]

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from moe_jax.core import parallel
-from moe_jax.moe import dispatchers, plans
+from moe_jax.moe import dispatchers, plans, reduction
 from moe_jax.moe.types import Array, Mlp, Plan, Rows, TokenChoice
 
 # How tokens get to their experts. "all_to_all": each device sends rows to the
@@ -152,6 +152,7 @@ def read(
   weights = {k: w.astype(dtype) for k, w in params[part].items()}
   if specs is None:
     return weights
+  slots = params.get(reduction.NAME) if part == "experts" else None
 
   def gather(name, w):
     w = parallel.vary(w, parallel.TOKENS)
@@ -159,6 +160,8 @@ def read(
       axes = specs[part][name][dim]
       if axes and parallel.RULES[logical] == parallel.STORED:
         w = jax.lax.all_gather(w, axes, axis=dim, tiled=True)
+    if slots is not None:
+      w = reduction.to_slot(w, slots[name])
     return once(w) if name in network.added_once else w
 
   return {k: gather(k, w) for k, w in weights.items()}

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
-from moe_jax.moe import exchange, plans, types
+from moe_jax.moe import exchange, plans, reduction, types
 from moe_jax.moe.types import Array, Side, Stats
 
 
@@ -61,7 +61,8 @@ def moe_ffn(
 
   Args:
     recipe: the parts.
-    params: {"router": ..., "experts": ..., "shared": ...}.
+    params: {"router": ..., "experts": ..., "shared": ...}; and "unreduced" where
+      the gradients of experts are added up later, see `reduction`.
     balance: {balancer label: its state}; only read.
     x_GTD: tokens in groups.
     side: mask and per-token features, [G, T].
@@ -115,6 +116,12 @@ def _specs(recipe, params, mesh):
               f'the axis "{axis}" of {name}': (size, *parallel.RULES[axis])
             }
             parallel.check_widths(mesh, **width)
+  if reduction.NAME in params:
+    axes = {k: reduction.axes_of(v) for k, v in recipe.experts.axes.items()}
+    slots = params[reduction.NAME]
+    specs[reduction.NAME] = {
+      k: parallel.spec(axes[k], slots[k].shape, mesh) for k in axes
+    }
   return specs
 
 

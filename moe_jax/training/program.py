@@ -43,6 +43,7 @@ OPTIONS = {
       "accumulation": integer(1),
       "log_every": integer(1),
       "check_mesh": bool,
+      "reduce_experts_once": bool,
       "hooks": hooks.OPTIONS,
       "profile_steps": items(integer(0)),
       "max_skipped_in_a_row": integer(1),
@@ -178,7 +179,11 @@ class Program:
     everywhere = self._sharding()
     init = jax.jit(lambda rng, f=init: nn.unbox(f(rng)), out_shardings=placed)
     step = jax.jit(
-      functools.partial(train_step.train_step, **parts),
+      functools.partial(
+        train_step.train_step,
+        **parts,
+        once=train_step.once(self.config, self.mesh),
+      ),
       donate_argnums=0,
       out_shardings=(placed, everywhere),
     )
@@ -233,6 +238,7 @@ def _structure(config, task, numbers) -> tuple:
     json.dumps(values, sort_keys=True),
     optimizers.load(config.optim, config.plugins).direction,
     config.train.accumulation,
+    config.train.reduce_experts_once,
     config.eval.batch_size,
     task.fingerprint,
     str(jax.tree.map(lambda x: str(jax.typeof(x)), numbers)),
