@@ -31,6 +31,7 @@ class Shape(NamedTuple):
   """A layer: D, F, E, K, C, tokens T of a group, and groups on a device.
 
   slots: C; None: no bound, which the dispatcher "sorted" alone does.
+  exchange: see `exchange.KINDS` of moe_jax/moe.
   """
 
   d_model: int = 64
@@ -40,21 +41,23 @@ class Shape(NamedTuple):
   slots: int | None = 20
   tokens: int = 512
   groups: int = 1
+  exchange: str = "all_to_all"
 
 
 def main(argv=None) -> int:
   """The command."""
   args = _arguments(argv)
   if args.child:
-    print(json.dumps(measure(MESHES[args.devices[0]], Shape())))
+    sizes, shape = MESHES[args.devices[0]], Shape(exchange=args.exchange)
+    print(json.dumps(measure(sizes, shape)))
     return 0
   rows = []
   for devices in args.devices:
     flags = f"--xla_force_host_platform_device_count={devices}"
     os.environ["XLA_FLAGS"] = flags  # The child process reads it.
-    child = ["--child", f"--devices={devices}"]
+    child = ["--child", f"--devices={devices}", f"--exchange={args.exchange}"]
     [found] = timing.processes("benchmarks.topologies", child, 1)
-    rows += summarize(devices, found)
+    rows += summarize(devices, found, Shape(exchange=args.exchange))
   os.environ.pop("XLA_FLAGS", None)
   print(table(rows))
   if args.json:
@@ -105,6 +108,7 @@ def lowered(mesh, shape: Shape, dispatcher: str = "gather"):
     dispatcher=registry.load("dispatchers", dispatcher),
     experts=experts.build(shape.d_expert),
     bound=bound,
+    exchange=shape.exchange,
   )
   run = functools.partial(layer.moe_ffn, recipe, mesh=mesh)
   tokens = jax.P(parallel.TOKENS)
@@ -147,15 +151,26 @@ def expected(
 ) -> dict[tuple[str, tuple[str, ...]], int]:
   """{(kind, axes): bytes of results} that forward and backward ask for.
 
-  With g groups on a device, and D, F and E over fsdp, tensor and expert:
+  With g groups on a device, n devices along expert, and D, F and E over fsdp,
+  tensor and expert:
 
     all-to-all over expert     4 g E C D: there and back, and both gradients
+    or, for the exchange "all_gather",
+    all-gather over expert     n g T (2 D + 2 K), and n g T K bytes: tokens,
+                               gradients of results; the choice
+    reduce-scatter over expert g T (2 D + K): results; gradients of tokens and
+                               weights
+    and for both
     all-gather over fsdp       3 e D f: gate, up, down
     reduce-scatter over fsdp   3 e d f: their gradients
     all-reduce over data       3 e d f: the same, d of D
     all-reduce over tokens     D E: the router's gradient
     all-reduce over tensor     g T (2 D + K): the output; tokens' and weights'
                                gradients
+
+  A step does all of it in every layer and micro-batch. With
+  `train.reduce_experts_once` the gradients over fsdp and data are sent once a step
+  for every layer, and then reduce-scatter gives float32.
 
   Args:
     sizes: of the mesh.
@@ -166,10 +181,9 @@ def expected(
   weights = 3 * shape.num_experts // size["expert"]
   weights *= shape.d_expert // size["tensor"]
   rows = shape.groups * shape.tokens
-  slots = shape.groups * shape.num_experts * shape.slots
   tokens = tuple(axis for axis in AXES[:3] if size[axis] > 1)
   numbers = {
-    ("all-to-all", ("expert",)): 4 * slots * shape.d_model,
+    **exchanged(rows, size["expert"], shape),
     ("all-gather", ("fsdp",)): weights * shape.d_model,
     ("reduce-scatter", ("fsdp",)): weights * width,
     ("all-reduce", ("data",)): weights * width,
@@ -180,12 +194,31 @@ def expected(
   if tokens:
     key = "all-reduce", tokens
     found[key] = found.get(key, 0) + router
-  return {key: _FLOAT * number for key, number in sorted(found.items())}
+  return {key: round(_FLOAT * n) for key, n in sorted(found.items())}
 
 
-def summarize(devices: int, found: dict) -> list[dict]:
+def exchanged(rows: int, devices: int, shape: Shape) -> dict:
+  """The part of `expected` over the expert axis, in numbers of four bytes.
+
+  Args:
+    rows: tokens of a device.
+    devices: along the expert axis.
+    shape: of the layer.
+  """
+  if shape.exchange == "all_to_all":
+    slots = shape.groups * shape.num_experts * shape.slots
+    return {("all-to-all", ("expert",)): 4 * slots * shape.d_model}
+  # Tokens and gradients; experts, their weights, and whether they are valid.
+  gathered = 2 * shape.d_model + (2 + 1 / _FLOAT) * shape.top_k
+  return {
+    ("all-gather", ("expert",)): devices * rows * gathered,
+    ("reduce-scatter", ("expert",)): rows * (2 * shape.d_model + shape.top_k),
+  }
+
+
+def summarize(devices: int, found: dict, shape: Shape) -> list[dict]:
   """A row per collective, and one without for a single device."""
-  wanted = expected(MESHES[devices], Shape())
+  wanted = expected(MESHES[devices], shape)
   common = {
     "devices": devices,
     "mesh": ",".join(map(str, MESHES[devices])),
@@ -268,6 +301,8 @@ def draw(rows: list[dict], path) -> None:
 
 
 def _arguments(argv):
+  from moe_jax.moe import exchange
+
   parser = timing.parser("topologies", __doc__)
   add = parser.add_argument
   add(
@@ -276,6 +311,7 @@ def _arguments(argv):
     default=list(MESHES),
     help="of " + ", ".join(map(str, MESHES)),
   )
+  add("--exchange", choices=exchange.KINDS, default=Shape().exchange)
   add("--figure", type=timing.path, metavar="PATH", help="PATH.png, PATH.pdf")
   args = parser.parse_args(argv)
   if set(args.devices) - set(MESHES):

@@ -82,6 +82,9 @@ def get_config() -> ConfigDict:
   moe.capacity_rounding = "floor"  # of slots: floor, ceil, round
   moe.capacity_multiple = 1  # slots are rounded up to a multiple of it
   moe.min_capacity = 0  # and raised to this if they are fewer
+  # On a mesh: "all_to_all" sends rows to the devices of their experts,
+  # "all_gather" sends all tokens to all devices of the expert axis.
+  moe.exchange = "all_to_all"
   # Kernel for ragged rows: reference, cpu, gpu, tpu. None: the platform's.
   moe.grouped_matmul = None
   # A file of moe_jax/moe/routers and its options.
@@ -113,6 +116,9 @@ def get_config() -> ConfigDict:
   # them; None: none.
   c.train.ema = None
   c.train.accumulation = 1  # micro-batches in a step; divides data.batch_size
+  # On a mesh, add gradients of experts up over data and fsdp once a step and not
+  # in every micro-batch: less is sent, and more memory needed.
+  c.train.reduce_experts_once = False
   c.train.log_every = 10  # steps between lines of metrics.jsonl
   # On a mesh, compare a layer with that of one device before the first step.
   c.train.check_mesh = True

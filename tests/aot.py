@@ -38,6 +38,9 @@ def main(argv=None) -> int:
   )
   parser.add_argument("--layout", choices=LAYOUTS, default="dropless")
   parser.add_argument(
+    "--exchange", choices=("all_to_all", "all_gather"), default="all_to_all"
+  )
+  parser.add_argument(
     "--dtype", choices=("bfloat16", "float32"), default="bfloat16"
   )
   parser.add_argument(
@@ -51,15 +54,15 @@ def main(argv=None) -> int:
 
   sizes = tuple(int(size) for size in args.mesh.split(","))
   mesh = topology_mesh(args.topology, sizes)
-  model = build(mesh, args.layout, args.dtype)
+  model = build(mesh, args.layout, args.dtype, args.exchange)
   programs = step(model) if args.step else layer_programs(model, args.dtype)
   for name, lowered in programs:
     started = time.monotonic()
     text = lowered.compile().as_text()
     seconds = time.monotonic() - started
     print(
-      f"{name}: {args.topology} mesh={sizes} {args.layout} {args.dtype},"
-      f" compiled in {seconds:.0f} s"
+      f"{name}: {args.topology} mesh={sizes} {args.layout} {args.exchange}"
+      f" {args.dtype}, compiled in {seconds:.0f} s"
     )
     print(f"  tpu_custom_call: {kernels(text)}")
     found = hlo.by_axes(hlo.collectives(text), mesh)
@@ -88,7 +91,7 @@ def topology_mesh(topology: str, sizes):
   return parallel.make_mesh(sizes, described.devices)
 
 
-def build(mesh, layout: str, dtype: str):
+def build(mesh, layout: str, dtype: str, exchange: str):
   """A decoder for the mesh, from a config like any other."""
   from configs import base
   from moe_jax import models
@@ -98,6 +101,7 @@ def build(mesh, layout: str, dtype: str):
     d_model=WIDTH, num_layers=2, num_heads=2, num_kv_heads=2, dtype=dtype
   )
   c.moe.update(num_experts=NUM_EXPERTS, d_expert=WIDTH, **LAYOUTS[layout])
+  c.moe.update(exchange=exchange)
   c.moe.dispatcher = {"name": "sorted"}
   c.moe.balancers = {"bias": {"name": "bias", "rate": 1e-3}}
   model = models.build(c, vocab_size=256, mesh=mesh)
@@ -155,7 +159,7 @@ def layer_programs(model, dtype: str):
     yield "gradient", jax.jit(jax.grad(scalar, (0, 1))).lower(*args)
 
 
-def step(model, seq_len: int = LENGTH):
+def step(model, seq_len: int = LENGTH, once: bool = False):
   """(name, lowered) of `train_step.train_step` with two micro-batches."""
 
   import jax
@@ -170,9 +174,9 @@ def step(model, seq_len: int = LENGTH):
   mesh = model.arch.mesh
   bytes_V = np.ones(model.arch.vocab_size, np.int32)
   config = base.get_config()
-  config.train.num_steps = 100
+  config.train.update(num_steps=100, accumulation=2, reduce_experts_once=once)
   task = small.task(bytes_V, seq_len, mesh)
-  init, run = small.training(config, model, task)
+  init, run = small.training(config, model, task, mesh)
   boxed = jax.eval_shape(init, jax.random.key(0))
   state = jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(

@@ -46,7 +46,8 @@ def test_dropless_over_experts():
   # gate, up, down; and the gradients of rows and weights of each.
   assert forward["tpu_custom_call"] == (3, 0)
   assert gradient["tpu_custom_call"] == (9, 0)
-  # There and back, and again for the gradients. All rows may come.
+  # There and back, and again for the gradients. All rows may come: a device has
+  # two experts, as many as K.
   size = exchanged(2, 4 * 2 * aot.LENGTH * 2, 2)
   assert forward["ragged-all-to-all over expert"] == (2, size)
   assert gradient["ragged-all-to-all over expert"] == (4, 2 * size)
@@ -63,6 +64,27 @@ def test_dropless_over_experts():
   router = 4 * aot.WIDTH * aot.NUM_EXPERTS
   assert gradient["all-gather over expert"] == (2, 2 * router)
   assert gradient["all-to-all over expert"][1] < 1000
+
+
+@pytest.mark.long
+def test_tokens_gathered_over_experts():
+  programs = compiled("--mesh=1,1,4,1", "--exchange=all_gather")
+  forward, gradient = programs["forward"], programs["gradient"]
+  assert forward["tpu_custom_call"] == (3, 0)
+  assert gradient["tpu_custom_call"] == (9, 0)
+  tokens = 2 * aot.LENGTH  # Of a device.
+  size = tokens * aot.WIDTH * 2
+  # Results; and the gradient of tokens.
+  assert forward["reduce-scatter over expert"] == (1, size)
+  assert gradient["reduce-scatter over expert"] == (2, 2 * size)
+  # Experts and weights, and a byte for each token that is no padding. Besides,
+  # the router's kernel, which is gathered again in the backward pass.
+  choice = tokens * (2 * (4 + 4) + 1)
+  router = 4 * aot.WIDTH * aot.NUM_EXPERTS
+  assert forward["all-gather over expert"] == (5, 4 * (size + choice) + router)
+  size = 4 * (2 * size + choice) + 2 * router
+  assert gradient["all-gather over expert"] == (7, size)
+  assert not [key for key in gradient if "all-to-all" in key]
 
 
 @pytest.mark.long

@@ -25,24 +25,42 @@ LENGTH = 1024  # Tokens of a sequence: activations outweigh weights.
 MESHES = [(1, 1, 8, 1), (2, 1, 4, 1), (1, 2, 2, 2), (2, 2, 2, 1), (8, 1, 1, 1)]
 
 
+# There and back, and both gradients; or tokens, experts, weights, whether they
+# are valid and gradients of results, and results and gradients of two of these.
+SENT = {
+  "all_to_all": {"all-to-all": 4},
+  "all_gather": {"all-gather": 5, "reduce-scatter": 3},
+}
+
+
 def compiled(lowered):
   return lowered.compile().as_text()
 
 
 @pytest.mark.parametrize("sizes", MESHES)
-@pytest.mark.parametrize("dispatcher", ["gather", "einsum"])
-def test_slots_are_sent_by_formula(dispatcher, sizes):
+@pytest.mark.parametrize(
+  "dispatcher,exchange",
+  [
+    ("gather", "all_to_all"),
+    ("einsum", "all_to_all"),
+    ("gather", "all_gather"),
+    ("sorted", "all_gather"),
+  ],
+)
+def test_tokens_are_sent_by_formula(dispatcher, exchange, sizes):
   mesh = mesh_cases.make_mesh(sizes)
-  _, gradient = topologies.lowered(mesh, SHAPE, dispatcher)
+  shape = SHAPE._replace(exchange=exchange)
+  _, gradient = topologies.lowered(mesh, shape, dispatcher)
   found = hlo.by_axes(hlo.collectives(compiled(gradient)), mesh)
   sizes_of = {key: size for key, (_, size) in found.items()}
-  # The weights of einsum are [T, E, C], not [T, K].
-  weights = {"gather": SHAPE.top_k, "einsum": SHAPE.num_experts * SHAPE.slots}
-  shape = SHAPE._replace(top_k=weights[dispatcher])
+  if dispatcher == "einsum":  # Its weights are [T, E, C], not [T, K].
+    shape = shape._replace(top_k=SHAPE.num_experts * SHAPE.slots)
   assert sizes_of == topologies.expected(sizes, shape)
   count = {key: count for key, (count, _) in found.items()}
-  if sizes[2] > 1:  # There and back, and both gradients.
-    assert count["all-to-all", ("expert",)] == 4
+  over_experts = {k: n for (k, axes), n in count.items() if axes == ("expert",)}
+  over_experts.pop("all-reduce", None)  # Of the router's gradient.
+  if sizes[2] > 1:
+    assert over_experts == SENT[exchange]
   if sizes[1] > 1:  # gate, up and down.
     assert count["all-gather", ("fsdp",)] == 3
     assert count["reduce-scatter", ("fsdp",)] == 3
@@ -97,30 +115,40 @@ def elements(shape):
   return total
 
 
-def step_text(sizes, dispatcher="gather", capacity=1.25):
+def step_text(sizes, exchange="all_to_all", once=False):
   """(mesh, HLO) of a training step: two layers, two micro-batches."""
   mesh = mesh_cases.make_mesh(sizes)
   c = base.get_config().model
   c.update(d_model=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8)
-  c.moe.update(num_experts=16, d_expert=8, capacity_factor=capacity)
-  c.moe.dispatcher = {"name": dispatcher}
+  c.moe.update(num_experts=16, d_expert=8, capacity_factor=1.25)
+  c.moe.exchange = exchange
   c.moe.balancers = {"bias": {"name": "bias", "rate": 1e-3}}
   model = models.build(c, vocab_size=32, mesh=mesh)
-  [(_, lowered)] = aot.step(model, seq_len=LENGTH)
+  [(_, lowered)] = aot.step(model, seq_len=LENGTH, once=once)
   return mesh, compiled(lowered)
 
 
 @pytest.mark.parametrize(
-  "sizes", tiers.only([(1, 2, 2, 2)], [(1, 2, 2, 2), (2, 1, 4, 1)])
+  "sizes,exchange",
+  tiers.only(
+    [((1, 2, 2, 2), "all_to_all")],
+    [
+      ((1, 2, 2, 2), "all_to_all"),
+      ((2, 1, 4, 1), "all_to_all"),
+      ((1, 2, 2, 2), "all_gather"),
+    ],
+    several=True,
+  ),
 )
-def test_a_whole_step(sizes):
+def test_a_whole_step(sizes, exchange):
   """The layers' part by formula; of the rest only weights and gradients."""
-  mesh, text = step_text(sizes)
+  mesh, text = step_text(sizes, exchange)
   found = hlo.collectives(text)
   layers = [one for one in found if "/moe/shard_map/" in one.name]
   groups = 8 // parallel.token_shards(mesh)
   # C = 1.25 * T K / E.
   shape = SHAPE._replace(groups=groups, tokens=LENGTH, slots=LENGTH * 10 // 64)
+  shape = shape._replace(exchange=exchange)
   wanted = topologies.expected(sizes, shape)
   router = (
     "all-reduce",
@@ -131,11 +159,17 @@ def test_a_whole_step(sizes):
   runs = 2 * 2  # Layers, micro-batches.
   of_layers = hlo.by_axes(layers, mesh)
   sizes_of = {key: size for key, (_, size) in of_layers.items()}
-  assert sizes_of == {key: runs * size for key, size in wanted.items()}
-  counts = {"all-to-all": 4, "all-gather": 3, "reduce-scatter": 3}
-  for (kind, axes), (count, _) in of_layers.items():
-    if kind in counts:
-      assert count == runs * counts[kind], (kind, axes)
+  wanted = {key: runs * size for key, size in wanted.items()}
+  if exchange == "all_gather":  # Which choices are valid: once for both layers.
+    wanted["all-gather", ("expert",)] -= 2 * sizes[2] * groups * LENGTH * 2
+  assert sizes_of == wanted
+  counts = {(kind, ("expert",)): n for kind, n in SENT[exchange].items()}
+  counts |= {(kind, ("fsdp",)): 3 for kind in ("all-gather", "reduce-scatter")}
+  counts = {key: runs * count for key, count in counts.items()}
+  if exchange == "all_gather":
+    counts["all-gather", ("expert",)] -= 2
+  for key, (count, _) in of_layers.items():
+    assert count == counts.get(key, count), key
   rest = hlo.by_axes([one for one in found if one not in layers], mesh)
   for kind, axes in rest:
     assert kind in ("all-gather", "all-reduce", "reduce-scatter"), kind
@@ -163,7 +197,7 @@ def test_a_whole_step(sizes):
 
 
 def test_gradients_of_experts_are_summed_in_every_micro_batch():
-  """Known, and in docs/parallel.md: once a micro-batch, not once a step."""
+  """By default, as docs/parallel.md says: not once a step."""
   mesh, text = step_text((2, 1, 4, 1))
   over_data = [
     one
@@ -176,6 +210,26 @@ def test_gradients_of_experts_are_summed_in_every_micro_batch():
     4 * 16 * 16 // 4
   )  # XLA sums its four gradients together with them.
   assert size == 2 * 2 * 4 * (3 * (16 // 4) * 16 * 8 + attention)
+
+
+def test_gradients_of_experts_are_summed_once_a_step():
+  """In float32, scattered over fsdp and then added over data."""
+  mesh, text = step_text((2, 2, 2, 1), once=True)
+  summed = [
+    one
+    for one in hlo.collectives(text)
+    if one.name.startswith("jit(train_step)/shard_map/")
+  ]
+  weights = 2 * (16 // 2) * 16 * 8  # Layers, experts of a device, D, F.
+  assert hlo.by_axes(summed, mesh) == {
+    ("reduce-scatter", ("fsdp",)): (3, 3 * 4 * weights // 2),
+    ("all-reduce", ("data",)): (1, 3 * 4 * weights // 2),
+  }
+  # In the micro-batches, none but those of a router, of attention and of norms.
+  of_layers = [one for one in hlo.collectives(text) if "moe/" in one.name]
+  assert not [one for one in of_layers if one.kind == "reduce-scatter"]
+  reduced = [one for one in of_layers if one.kind == "all-reduce"]
+  assert max(one.size for one in reduced) < 2 * 4 * 16 * 16
 
 
 def test_hlo_is_read():

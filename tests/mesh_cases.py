@@ -15,6 +15,7 @@ from flax import linen as nn
 from configs import base
 from moe_jax import models
 from moe_jax.core import parallel
+from moe_jax.moe import exchange
 from moe_jax.moe.types import Router
 from moe_jax.training import balancing, train_step
 from tests import small
@@ -59,6 +60,8 @@ class Case:
   prefix, pattern, repeats: kinds of the layers.
   other: key of OTHERS, of layers "moe@other".
   remat: "none" or "block".
+  exchange: of `exchange.KINDS`.
+  once: whether the gradients of experts are added up once a step.
   shared: number of shared experts.
   use_bias: a bias after each matrix of the experts.
   rule: of the selection bias, which starts away from zero.
@@ -80,6 +83,8 @@ class Case:
   repeats: int = 2
   other: str | None = None
   remat: str = "block"
+  exchange: str = "all_to_all"
+  once: bool = False
   activation: str = "swiglu"
   shared: int = 0
   use_bias: bool = False
@@ -97,7 +102,7 @@ class Case:
     return (
       f"{self.dtype} {self.layout} {','.join(self.scopes)}"
       f" E={self.num_experts} K={self.top_k} group={group}"
-      f" {layers} remat={self.remat} shared={self.shared}"
+      f" {layers} remat={self.remat} {self.exchange} shared={self.shared}"
       f" bias={self.use_bias} {options}"
     )
 
@@ -158,6 +163,7 @@ def product(dtypes=("float64", "float32")):
       settings = VARIATIONS[(i + j) % len(VARIATIONS)] | {
         "num_experts": num_experts,
         "top_k": top_k,
+        "exchange": exchange.KINDS[(i + j // 2) % 2],
       }
       if top_k == 1:  # A renormalised top-1 weight is always 1.
         settings["router"] = tuple(
@@ -219,6 +225,7 @@ def config(case: Case):
     capacity_factor=factor,
     expert_buckets=buckets,
     tokens_per_group=case.tokens_per_group,
+    exchange=case.exchange,
   )
   m.router = {"name": "top_k", **dict(case.router)}
   m.dispatcher = {"name": dispatcher, "order": order}
@@ -387,7 +394,8 @@ def _program(case, sizes):
   numbers = numbers_of(parts["model"])
   init = functools.partial(train_step.init_state, **parts, numbers=numbers)
   boxed = jax.eval_shape(init, jax.random.key(0))
-  step = jax.jit(functools.partial(_everything, parts))
+  once = mesh if case.once else None
+  step = jax.jit(functools.partial(_everything, parts, once))
   compiled = {}
 
   def run(state, batch):
@@ -410,10 +418,11 @@ def make_mesh(sizes):
   return parallel.make_mesh(sizes, jax.devices()[: np.prod(sizes)])
 
 
-def _everything(parts, state, batch):
+def _everything(parts, once, state, batch):
   model = parts["model"]
   numbers = numbers_of(model)
-  new, sums = train_step.train_step(state, batch, numbers, **parts)
+  step = functools.partial(train_step.train_step, **parts, once=once)
+  new, sums = step(state, batch, numbers)
   # The first micro-batch once more, now with its outputs.
   logits, aux = model.apply(
     {"params": state.params, "balance": state.balance},

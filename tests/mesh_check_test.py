@@ -36,6 +36,7 @@ def check(c, sizes=MESH):
 RUNS = {
   "slots": config(num_shared_experts=1, use_bias=True),
   "einsum": config("einsum", tokens_per_group=16),
+  "gathered": config("sorted", exchange="all_gather"),
   "dropless": config("sorted", None, router={"name": "top_k", "noise": 0.3}),
   "buckets": config(
     "sorted",

@@ -21,7 +21,7 @@ from moe_jax import models
 from moe_jax.core import parallel, registry
 from moe_jax.core.errors import ConfigError
 from moe_jax.models import decoding
-from moe_jax.moe import experts, layer
+from moe_jax.moe import exchange, experts, layer
 from moe_jax.moe.types import Bound, Side
 from moe_jax.training import program, train_step
 from tests import contracts_test, house, mesh_cases, oracle, small
@@ -89,15 +89,17 @@ def start():
 
 
 @functools.cache
-def trained(sizes):
+def trained(sizes, kind="all_to_all"):
   """(model, the state after some steps, the sums of the last) in float64."""
   c = config()
+  c.model.moe.exchange = kind
+  c.train.reduce_experts_once = kind == "all_gather"
   mesh = None if sizes is None else mesh_cases.make_mesh(sizes)
   boxed, state = start()
   with jax.enable_x64(True):
     task = program.build_task(c, mesh)
     model = program.build_model(c, task, mesh)
-    _, step = small.training(c, model, task)
+    _, step = small.training(c, model, task, mesh)
     batches, numbers = task.train(0), train_step.numbers(c, model)
     if mesh is not None:
       state = jax.device_put(state, train_step.shardings(boxed, mesh))
@@ -139,7 +141,10 @@ def test_the_contract_tests_run_on_them():
 def test_they_train_on_a_mesh_as_without_one(name):
   """Two steps of SGD with two micro-batches each; and every part has learnt."""
   _, before = start()
-  (model, alone, sums), (_, on_mesh, sums_on_mesh) = map(trained, (None, MESH))
+  (model, alone, sums), (_, on_mesh, sums_on_mesh) = (
+    trained(None),
+    trained(MESH, "all_to_all"),
+  )
   path = f"{layer_of(name)}/moe"
   found, expected = (
     {
@@ -160,8 +165,14 @@ def test_they_train_on_a_mesh_as_without_one(name):
   assert set(moe) == {"router", "experts"} and path in model.sublayers
 
 
-def test_the_whole_step_is_the_same_on_a_mesh():
-  (_, alone, sums), (_, on_mesh, sums_on_mesh) = map(trained, (None, MESH))
+@pytest.mark.parametrize("kind", exchange.KINDS)
+def test_the_whole_step_is_the_same_on_a_mesh(kind):
+  """However the tokens that experts choose, or mix, get to them.
+
+  With "all_gather", the gradients of experts are added up once a step, too.
+  """
+  _, alone, sums = trained(None)
+  _, on_mesh, sums_on_mesh = trained(MESH, kind)
   for found, expected in (
     (on_mesh.params, alone.params),
     (on_mesh.balance, alone.balance),

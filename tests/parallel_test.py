@@ -14,8 +14,8 @@ from flax import linen as nn
 
 from moe_jax.core import parallel, registry
 from moe_jax.core.errors import ConfigError
-from moe_jax.moe import exchange, experts, groups, layer
-from moe_jax.moe.types import Bound, Side
+from moe_jax.moe import exchange, experts, groups, layer, reduction
+from moe_jax.moe.types import Bound, Side, Sublayer
 from moe_jax.training import train_step
 from tests import mesh_cases, oracle, tiers
 from tests.mesh_cases import Case, L
@@ -80,11 +80,23 @@ COVERING = {
     Case("buckets", num_experts=64, top_k=8, skew=3.0, shared=1),
     [(1, 2, 2, 2)],
   ),
+  "all_gather": (
+    Case("buckets", remat="dispatch", exchange="all_gather", **HALVES),
+    [(1, 1, 8, 1), (2, 1, 4, 1), (1, 2, 2, 2)],
+  ),
+  "once": (
+    Case("gather", ("global_batch",), once=True, **FIRST),
+    [(1, 2, 2, 2), (2, 1, 4, 1)],
+  ),
+  "once_dropless": (
+    Case("dropless", remat="none", once=True, exchange="all_gather", **HALVES),
+    [(1, 2, 2, 2), (1, 1, 8, 1)],
+  ),
 }
 
 
 ONE_STEP = [(name, sizes) for name, x in COVERING.items() for sizes in x[1]]
-QUICK = [("kinds", (2, 1, 4, 1))]
+QUICK = [("kinds", (2, 1, 4, 1)), ("once", (1, 2, 2, 2))]
 
 
 @pytest.mark.parametrize(
@@ -391,6 +403,153 @@ def test_layer_on_a_mesh(layout, checked):
   found = run_layer(recipe, args, r_GTD, mesh_cases.make_mesh((1, 2, 2, 2)))
   distance, leaf = mesh_cases.worst(found, expected)
   assert distance <= 1e-9, leaf
+
+
+@pytest.mark.parametrize("layout", ["einsum", "dropless"])
+@pytest.mark.parametrize("sizes", [(2, 2, 2, 1), (2, 1, 2, 2), (1, 8, 1, 1)])
+def test_gradients_that_are_added_up_later(sizes, layout):
+  """A slot has those of each device; they add up to those of one device.
+
+  Neither 8 nor anything else splits D = 12 over fsdp = 8.
+  """
+  recipe, (params, balance, *tokens), r_GTD = layer_case(layout, True)
+  mesh = mesh_cases.make_mesh(sizes)
+  sublayers = {"a/moe": Sublayer(recipe, None, (0,), False)}
+
+  def gradients(mesh):
+    tree = {"a": {"moe": params}, "b": {}}
+    learnt, weights = reduction.split(tree, sublayers, mesh)
+
+    def scalar(learnt):
+      own = reduction.join(learnt, weights)["a"]["moe"]
+      run = functools.partial(layer.moe_ffn, recipe, mesh=mesh)
+      return (run(own, balance, *tokens)[0] * r_GTD).sum()
+
+    found = jax.grad(scalar)(learnt)
+    for slot in found["a"]["moe"].get("unreduced", {}).values():
+      assert len(slot) == sizes[0] * sizes[1]
+    return reduction.reduced(found, weights, sublayers, mesh)
+
+  with jax.enable_x64(True):
+    expected = jax.jit(functools.partial(gradients, None))()
+    found = jax.device_get(jax.jit(functools.partial(gradients, mesh))())
+  distance, leaf = mesh_cases.worst(found, jax.device_get(expected))
+  assert distance <= 1e-9, leaf
+
+
+def test_gradients_that_are_added_up_later_are_float32():
+  """Though the experts compute in bfloat16."""
+  recipe, (params, balance, x_GTD, side), _ = layer_case("gather", True)
+  recipe = dataclasses.replace(recipe, balancers=(), shared=None)
+  params = jax.tree.map(jnp.float32, params)
+  del params["shared"]
+  mesh = mesh_cases.make_mesh((2, 1, 2, 2))
+  sublayers = {"moe": Sublayer(recipe, None, (0,), False)}
+  learnt, weights = reduction.split({"moe": params}, sublayers, mesh)
+
+  def scalar(learnt):
+    own = reduction.join(learnt, weights)["moe"]
+    x = jnp.bfloat16(x_GTD)
+    return layer.moe_ffn(recipe, own, {}, x, side, mesh=mesh)[0].sum()
+
+  found = jax.eval_shape(jax.grad(scalar), learnt)["moe"]
+  assert {x.dtype for x in found["unreduced"].values()} == {
+    jnp.dtype("float32")
+  }
+
+
+EXCHANGED = [(1, 1, 8, 1), (2, 1, 4, 1), (1, 2, 2, 2)]
+GATHERED = [(layout, sizes) for layout in BOUNDS for sizes in EXCHANGED]
+
+
+@pytest.mark.parametrize(
+  "layout,sizes",
+  tiers.only(
+    [(layout, EXCHANGED[i % 3]) for i, layout in enumerate(BOUNDS)],
+    GATHERED,
+    several=True,
+  ),
+)
+def test_layer_whose_tokens_are_gathered(layout, sizes):
+  """The same numbers; and the same assignments drop, by cause."""
+  recipe, args, r_GTD = layer_case(layout, layout != "buckets")
+  if sizes[2] == 8:  # Each device has its own bucket.
+    bound = recipe.bound and Bound(2, E)
+    recipe = dataclasses.replace(recipe, bound=bound)
+  expected = run_layer(recipe, args, r_GTD, None)
+  recipe = dataclasses.replace(recipe, exchange="all_gather")
+  found = run_layer(recipe, args, r_GTD, mesh_cases.make_mesh(sizes))
+  distance, leaf = mesh_cases.worst(found, expected)
+  assert distance <= 1e-9, leaf
+
+
+@pytest.mark.parametrize("kind", exchange.KINDS)
+@pytest.mark.parametrize("sizes", [(1, 1, 4, 2), (2, 1, 4, 1), (1, 2, 2, 2)])
+def test_a_bounded_buffer_drops_the_same_on_every_mesh(sizes, kind):
+  """Shared by two experts of a bucket, whose drops are of the cause "buffer"."""
+  recipe, (params, balance, *tokens), _ = layer_case("buckets", True)
+  recipe = dataclasses.replace(recipe, exchange=kind)
+
+  def dropped(mesh):
+    run = functools.partial(layer.moe_ffn, recipe, mesh=mesh)
+    stats = jax.jit(lambda *args: run(*args)[1])(params, balance, *tokens)
+    return jax.device_get((stats.dropped, stats.kept_E))
+
+  expected = dropped(None)
+  assert expected[0]["buffer"].sum() > 0 == expected[0]["capacity"].sum()
+  found = dropped(mesh_cases.make_mesh(sizes))
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("kind", exchange.KINDS)
+@pytest.mark.parametrize("layout", BOUNDS)
+@pytest.mark.parametrize("sizes", [(1, 1, 4, 1), (1, 2, 2, 2)])
+def test_rows_of_a_buffer(sizes, layout, kind):
+  """What `buffer_rows` says is what the experts of a device are given."""
+  recipe, args, _ = layer_case(layout, True)
+  seen = set()
+
+  def apply(params, rows, rng_GE):
+    seen.add(rows.x.size // D)
+    return recipe.experts.apply(params, rows, rng_GE)
+
+  watched = dataclasses.replace(recipe.experts, apply=apply)
+  changed = dataclasses.replace(recipe, experts=watched, exchange=kind)
+  mesh = mesh_cases.make_mesh(sizes)
+  jax.eval_shape(functools.partial(layer.moe_ffn, changed, mesh=mesh), *args)
+  devices, groups = sizes[2], G // (sizes[0] * sizes[1] * sizes[2])
+  # Of all groups of the expert axis, for E / n experts or 4 / n buckets.
+  rows = {
+    "buckets": min(2 * T, 3 * 4 // devices),
+    "dropless": min(2, E // devices) * T,
+  }.get(layout, 2 * E // devices)
+  assert exchange.buffer_rows(recipe, T, groups, devices) == sum(seen)
+  assert sum(seen) == devices * groups * rows
+
+
+@pytest.mark.parametrize("kind", exchange.KINDS)
+def test_all_tokens_on_one_device(kind):
+  """They fill its buffer, which holds a row a token though K is 2."""
+  recipe, (params, *args), r_GTD = layer_case("dropless", True)
+  towards = np.where(np.arange(E) == 3, 50.0, 0.0)
+  args[0] = {"bias": {"bias_E": towards}}
+  args[2] = Side(np.ones((G, T), bool))
+  expected = run_layer(recipe, (params, *args), r_GTD, None)
+  stats = expected[0][1][1]
+  assert (stats.count_E[..., 3] == T // S).all()
+  assert exchange.buffer_rows(recipe, T, 1, 8) == G * T
+  recipe = dataclasses.replace(recipe, exchange=kind)
+  mesh = mesh_cases.make_mesh((1, 1, 8, 1))
+  found = run_layer(recipe, (params, *args), r_GTD, mesh)
+  distance, leaf = mesh_cases.worst(found, expected)
+  assert distance <= 1e-9, leaf
+
+
+def test_buckets_that_a_mesh_does_not_divide_are_refused():
+  recipe, args, _ = layer_case("buckets", True)
+  mesh = mesh_cases.make_mesh((1, 1, 8, 1))
+  with pytest.raises(ConfigError, match="expert_buckets = 4 .* expert = 8"):
+    layer.moe_ffn(recipe, *args, mesh=mesh)
 
 
 @pytest.mark.parametrize("part", ["experts", "shared"])

@@ -84,6 +84,20 @@ def check_shared(taken):
   assert found == sorted(map(sorted, STRUCTURES))
 
 
+@pytest.mark.parametrize(
+  "option",
+  ["model.moe.exchange='all_gather'", "train.reduce_experts_once=True"],
+)
+def test_what_devices_send_makes_another_program(experiment, option):
+  keys = set()
+  for overrides in ((), (option,)):
+    c = experiment(*overrides).sweep.configs()["bias"]
+    task = program.build_task(c)
+    numbers = train_step.numbers(c, program.build_model(c, task))
+    keys.add(program._structure(c, task, numbers))
+  assert len(keys) == 2
+
+
 SMALLER = (
   "data.seq_len=16",
   "model.d_model=16",

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from moe_jax import models
 from moe_jax.models import decoder
-from moe_jax.moe import dispatchers
+from moe_jax.moe import dispatchers, exchange
 from moe_jax.tasks import next_token
 from moe_jax.training import balancing
 from tests import mesh_cases, tiers
@@ -200,13 +200,19 @@ def test_every_saved_name_is_needed(forgotten, monkeypatch):
   assert (recomputed["top_k"] > 0) == (forgotten == "expert")
 
 
+@pytest.mark.parametrize("kind", exchange.KINDS)
 @pytest.mark.parametrize("name", ["gather", "buckets", "dropless"])
-def test_no_rows_are_sent_twice(name):
+def test_no_rows_are_sent_twice(name, kind):
   """ "dispatch" multiplies again, but sends no more than "none"."""
   found = {}
   for remat in ("none", "dispatch", "block"):
     case = dataclasses.replace(
-      CASES[name], pattern=("moe",), prefix=(), dtype="float32", remat=remat
+      CASES[name],
+      pattern=("moe",),
+      prefix=(),
+      dtype="float32",
+      remat=remat,
+      exchange=kind,
     )
     found[remat] = count(gradient_jaxpr(build(case, (1, 2, 2, 2)), case))
   sent = {remat: counts["rows sent"] for remat, counts in found.items()}

@@ -60,12 +60,13 @@ def task(num_bytes_V=BYTES, length=L, mesh=None):
   return next_token.of_corpus(c, corpus, mesh)
 
 
-def training(c, model, task):
+def training(c, model, task, mesh=None):
   """(init, step) of a config: rng -> boxed state, and
-  (state, batch, numbers) -> (state, sums)."""
+  (state, batch, numbers) -> (state, sums). `mesh` is for `train_step.once`."""
   parts, numbers = (
     train_step.parts(c, model, task),
     train_step.numbers(c, model),
   )
   init = functools.partial(train_step.init_state, **parts, numbers=numbers)
-  return init, functools.partial(train_step.train_step, **parts)
+  once = train_step.once(c, mesh)
+  return init, functools.partial(train_step.train_step, **parts, once=once)

@@ -21,6 +21,7 @@ STORED = ("fsdp", "expert")
 # Logical axis of a parameter or activation -> mesh axes. One table for all.
 RULES = {
   "batch": TOKENS,
+  "shards": ("data", "fsdp"),
   "expert": ("expert",),
   "embed": STORED,
   "latent": STORED,

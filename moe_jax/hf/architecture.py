@@ -14,12 +14,14 @@ from moe_jax.core.options import defaults
 from moe_jax.hf import rows
 from moe_jax.models import layers
 from moe_jax.moe import experts
+from moe_jax.moe.layer import Recipe
 
 # Options that a family's table may leave out; d_ff is that of dense layers.
 _DEFAULTS = {
   **{"name": "decoder", "d_ff": 1, "norm": "rms", "scale_embedding": False},
   **{"remat": "none", "allow_noncausal": False, "moe.num_shared_experts": 0},
   **{"moe.shared_gate": False, "moe.router.name": "top_k"},
+  "moe.exchange": Recipe.exchange,
   # A renormalised top-1 weight is always 1, in the reference too.
   "moe.router.allow_constant_weight": True,
   **{f"moe.{key}": value for key, value in models.DROPLESS.items()},

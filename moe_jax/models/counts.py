@@ -104,6 +104,7 @@ def describe(model) -> dict:
       "num_experts": recipe.num_experts,
       "router": _part_options(recipe.router),
       "dispatcher": _part_options(recipe.dispatcher),
+      "exchange": recipe.exchange,
       "balancers": {k: _part_options(b) for k, b in recipe.balancers},
       "d_expert": recipe.experts.width,
       "activation": recipe.experts.activation,

@@ -7,7 +7,7 @@ from moe_jax.core import parallel, registry
 from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import integer, labelled, of, part, section, word
 from moe_jax.models import attention
-from moe_jax.moe import experts, groups, kernels, layer
+from moe_jax.moe import exchange, experts, groups, kernels, layer
 from moe_jax.moe.types import Mlp
 
 _MOE = of(experts.build) | of(groups.Grouping)
@@ -19,6 +19,7 @@ _MOE |= {
   "router": part(),
   "dispatcher": part(),
   "balancers": labelled(part()),
+  "exchange": word(*exchange.KINDS),
 }
 _DENSE = {"d_ff": integer(1), "activation": word(*experts.ACTIVATIONS)}
 # Keys of attention that stand beside the section `attention`.
@@ -162,5 +163,6 @@ def sparse(
       for label, own in sorted(dict(options["balancers"]).items())
     ),
     shared=shared,
+    exchange=options["exchange"],
   )
   return recipe, groups.Grouping(*map(options.get, groups.Grouping._fields))

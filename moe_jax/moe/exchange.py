@@ -1,9 +1,10 @@
-"""Rows to the devices of their experts and back: every collective of a layer.
+"""Tokens to the devices of their experts and back: every collective of a layer.
 
 Nothing is dropped here; every bound was applied in the plan, group by group.
 Without a mesh (`mesh=None`) nothing is sent anywhere.
 """
 
+import dataclasses
 from collections.abc import Mapping
 
 import jax
@@ -12,37 +13,124 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from moe_jax.core import parallel
-from moe_jax.moe.types import Array, Bound, Mlp, Rows
+from moe_jax.moe import dispatchers, plans, reduction
+from moe_jax.moe.types import Array, Mlp, Plan, Rows, TokenChoice
 
+# How tokens get to their experts. "all_to_all": each device sends rows to the
+# devices of their experts, which send results back. "all_gather": each device
+# gets all tokens of the expert axis, and all add up what their experts gave.
+KINDS = ("all_to_all", "all_gather")
 _EXPERTS = 0x45  # Folded into the keys of a group for its experts.
-# Names that a remat policy keeps so that no rows are sent twice.
-SAVED = ("rows_at_experts", "rows_back", "sizes")
+# Names that a remat policy keeps so that nothing is sent twice.
+SAVED = ("sent", "rows_back", "sizes")
 
 
-def exchange(rows: Rows, bound: Bound | None, mesh: Mesh | None):
-  """Sends rows to their experts' devices.
+def exchange(recipe, choice, plan: Plan, x_GTD: Array, mesh: Mesh | None):
+  """Lays tokens out in rows, on the devices of their experts.
 
   Args:
-    rows: slots [g, E, C, D] or ragged rows [n, D] of this device's groups.
-    bound: the plan's bound; it sizes the buffer that receives ragged rows.
+    recipe: `layer.Recipe`.
+    choice: of this device's groups, in a form of `types.Routing`.
+    plan: of this choice.
+    x_GTD: tokens of this device's groups.
     mesh: see `layer.moe_ffn`.
 
   Returns:
     Rows of all groups of the expert axis for this device's experts, and the
-    function that brings such rows back.
+    function from the results of such rows to y_GTD of this device's groups.
   """
-  if mesh is None:
-    there, back = rows, lambda result: result
-  elif rows.tokens_per_expert_GE is None:
-    there, back = _fixed(rows)
-  else:
-    there, back = _ragged(rows, bound, mesh)
-  at_experts, at_home, _ = SAVED
-  return _named(there, at_experts), lambda result: _named(back(result), at_home)
+  alone = mesh is None or mesh.shape["expert"] == 1
+  if not alone and recipe.exchange == "all_gather":
+    return _all_gather(recipe, choice, x_GTD, mesh)
+  rows, back = plan.dispatch(x_GTD), lambda result: result
+  if not alone:
+    rows, back = _all_to_all(rows, recipe, x_GTD.shape, mesh)
+  rows = rows.replace(x=checkpoint_name(rows.x, "sent"))
+  return rows, lambda result: plan.combine(_back(back(result)))
 
 
-def _named(rows, name):
-  return rows.replace(x=checkpoint_name(rows.x, name))
+def _back(rows):
+  return rows.replace(x=checkpoint_name(rows.x, "rows_back"))
+
+
+def buffer_rows(recipe, tokens: int, groups: int, devices: int) -> int:
+  """Rows that a device has room for, the same with both exchanges.
+
+  No device can get more, so nothing is dropped for want of them. With n
+  devices along the expert axis, g groups on each, e of E experts and b of all
+  buckets on a device, they are
+
+    n g e slots                   with the dispatchers einsum and gather,
+    n g T min(K, e)               with sorted, dropless,
+    n g min(T min(K, e), b slots) with sorted, bounded.
+
+  Args:
+    recipe: `layer.Recipe` with its bound, whose router makes `TokenChoice`s.
+    tokens: T, of a group.
+    groups: g, of one device.
+    devices: n, which divides the experts and the buckets.
+  """
+  share = _share(recipe, devices)
+  if not recipe.dispatcher.ragged:
+    return devices * groups * share.num_experts * share.bound.slots
+  top_k = recipe.router.top_k or recipe.num_experts
+  most = dispatchers.most_rows(tokens, top_k, share.num_experts, share.bound)
+  return devices * groups * most
+
+
+def _share(recipe, devices):
+  """The recipe of one device's experts."""
+  bound = recipe.bound
+  if bound is not None:
+    bound = bound._replace(expert_buckets=bound.expert_buckets // devices)
+  num_experts = recipe.num_experts // devices
+  return dataclasses.replace(recipe, num_experts=num_experts, bound=bound)
+
+
+def _all_gather(recipe, choice, x_GTD, mesh):
+  """`exchange` that sends tokens and their choices to all devices."""
+  recipe = _share(recipe, mesh.shape["expert"])
+  choice = _at_experts(choice, recipe.num_experts)
+  plan = plans.make(choice, recipe, num_tokens=x_GTD.shape[1])
+  x_GTD = jax.lax.all_gather(x_GTD, "expert", axis=0, tiled=True)
+  rows = plan.dispatch(checkpoint_name(x_GTD, "sent"))
+
+  def back(result):
+    y_GTD = plan.combine(_back(result))
+    return jax.lax.psum_scatter(y_GTD, "expert", tiled=True)
+
+  return rows, back
+
+
+def _at_experts(choice, num_experts):
+  """The choice of all groups of the expert axis among this device's experts.
+
+  Args:
+    choice: of this device's groups, among all experts.
+    num_experts: of this device.
+  """
+
+  def bring(name, x):
+    axes = name.rpartition("_")[2]
+    # The sum of gradients over the shards of F is taken before they are sent.
+    x = parallel.vary(x, ("tensor",))
+    if "E" in axes:
+      split = 1 + axes.index("E")
+      x = jax.lax.all_to_all(x, "expert", split, 0, tiled=True)
+    else:
+      x = jax.lax.all_gather(x, "expert", axis=0, tiled=True)
+    return checkpoint_name(x, "sizes")
+
+  arrays = {k: x for k, x in vars(choice).items() if isinstance(x, Array)}
+  choice = choice.replace(**{k: bring(k, x) for k, x in arrays.items()})
+  if not isinstance(choice, TokenChoice):
+    return choice
+  expert_TK = choice.expert_TK - jax.lax.axis_index("expert") * num_experts
+  here_TK = (expert_TK >= 0) & (expert_TK < num_experts)
+  return choice.replace(
+    expert_TK=jnp.where(here_TK, expert_TK, 0),
+    valid_TK=choice.valid_TK & here_TK,
+  )
 
 
 def read(
@@ -64,6 +152,7 @@ def read(
   weights = {k: w.astype(dtype) for k, w in params[part].items()}
   if specs is None:
     return weights
+  slots = params.get(reduction.NAME) if part == "experts" else None
 
   def gather(name, w):
     w = parallel.vary(w, parallel.TOKENS)
@@ -71,6 +160,8 @@ def read(
       axes = specs[part][name][dim]
       if axes and parallel.RULES[logical] == parallel.STORED:
         w = jax.lax.all_gather(w, axes, axis=dim, tiled=True)
+    if slots is not None:
+      w = reduction.to_slot(w, slots[name])
     return once(w) if name in network.added_once else w
 
   return {k: gather(k, w) for k, w in weights.items()}
@@ -116,6 +207,15 @@ def sum_tensor(y, mesh: Mesh | None):
   return y if mesh is None else jax.lax.psum(y, "tensor")
 
 
+def _all_to_all(rows, recipe, shape_GTD, mesh):
+  """Rows at their experts' devices, and the function that brings them back."""
+  if rows.tokens_per_expert_GE is None:
+    return _fixed(rows)
+  groups, tokens, _ = shape_GTD
+  buffer = buffer_rows(recipe, tokens, groups, mesh.shape["expert"])
+  return _ragged(rows, buffer, mesh)
+
+
 def _fixed(rows):
   def move(rows, split, concat):
     x = jax.lax.all_to_all(rows.x, "expert", split, concat, tiled=True)
@@ -124,7 +224,7 @@ def _fixed(rows):
   return move(rows, 1, 0), lambda result: move(result, 0, 1)
 
 
-def _ragged(rows, bound, mesh):
+def _ragged(rows, buffer, mesh):
   x_ND, count_gE = rows.x, rows.tokens_per_expert_GE
   devices = mesh.shape["expert"]
   groups = count_gE.shape[0]
@@ -143,10 +243,6 @@ def _ragged(rows, bound, mesh):
   send = count_gE.reshape(groups, devices, -1).sum((0, 2))
   receive = count_ieg.sum((1, 2))
   send_start, receive_start = _starts(send), _starts(receive)
-  buffer = devices * x_ND.shape[0]
-  if bound is not None:
-    buffer = min(buffer, groups * bound.expert_buckets * bound.slots)
-
   x_MD = move(x_ND, buffer, send_start, send, receive_start, receive)
   count_ie = count_ieg.sum(2)
   by_sender = _transposed(count_ie, buffer)

@@ -90,7 +90,7 @@ class Grouping(NamedTuple):
     rounding = self.capacity_rounding, self.capacity_multiple, self.min_capacity
     bound = capacity(factor, tokens, top_k, buckets, *rounding)
     # No more than a group can send to a bucket.
-    most = tokens * min(top_k, num_experts // buckets)
+    most = dispatchers.most_rows(tokens, top_k, num_experts // buckets, None)
     return bound._replace(slots=min(bound.slots, most))
 
   def keys(self, rng: Array, batch: int, length: int, first=0) -> Array:

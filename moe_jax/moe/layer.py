@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
-from moe_jax.moe import exchange, plans, types
+from moe_jax.moe import exchange, plans, reduction, types
 from moe_jax.moe.types import Array, Side, Stats
 
 
@@ -25,6 +25,7 @@ class Recipe:
   balancers: (label, Balancer) pairs; their selections are applied in turn.
   shared: a dense network every token passes, added to the sum; None: no
     shared experts.
+  exchange: how tokens get to experts on other devices, see `exchange.KINDS`.
   """
 
   num_experts: int
@@ -36,6 +37,7 @@ class Recipe:
   groups_per_sequence: int = 1
   balancers: tuple[tuple[str, types.Balancer], ...] = ()
   shared: types.Mlp | None = None
+  exchange: str = "all_to_all"
 
   @property
   def causal(self) -> bool:
@@ -59,7 +61,8 @@ def moe_ffn(
 
   Args:
     recipe: the parts.
-    params: {"router": ..., "experts": ..., "shared": ...}.
+    params: {"router": ..., "experts": ..., "shared": ...}; and "unreduced" where
+      the gradients of experts are added up later, see `reduction`.
     balance: {balancer label: its state}; only read.
     x_GTD: tokens in groups.
     side: mask and per-token features, [G, T].
@@ -93,8 +96,12 @@ def _specs(recipe, params, mesh):
   """{part: how its parameters lie on a mesh}.
 
   Raises:
-    ConfigError: experts, or their hidden width, do not divide over the mesh.
+    ConfigError: experts, their buckets or their hidden width do not divide over
+      the mesh.
   """
+  if recipe.bound is not None:
+    buckets = recipe.bound.expert_buckets
+    parallel.check_widths(mesh, expert_buckets=(buckets, "expert"))
   specs = {"router": jax.P()}
   for name, part in (("experts", recipe.experts), ("shared", recipe.shared)):
     if part is not None:
@@ -109,6 +116,12 @@ def _specs(recipe, params, mesh):
               f'the axis "{axis}" of {name}': (size, *parallel.RULES[axis])
             }
             parallel.check_widths(mesh, **width)
+  if reduction.NAME in params:
+    axes = {k: reduction.axes_of(v) for k, v in recipe.experts.axes.items()}
+    slots = params[reduction.NAME]
+    specs[reduction.NAME] = {
+      k: parallel.spec(axes[k], slots[k].shape, mesh) for k in axes
+    }
   return specs
 
 
@@ -119,11 +132,10 @@ def _moe_ffn(recipe, mesh, specs, collect, params, balance, x_GTD, side, rng_G):
   routing = route(recipe, params["router"], balance, x_GTD, side, rng_G)
   plan = plans.make(routing.choice, recipe, num_tokens=x_GTD.shape[1])
   x_GTD = exchange.enter_tensor(x_GTD, mesh)
-  rows = plan.dispatch(x_GTD)
-  rows, back = exchange.exchange(rows, recipe.bound, mesh)
+  rows, back = exchange.exchange(recipe, routing.choice, plan, x_GTD, mesh)
   rng_GE = exchange.expert_keys(recipe.experts, rng_G, recipe.num_experts, mesh)
   rows = recipe.experts.apply(weights("experts", recipe.experts), rows, rng_GE)
-  y_GTD = plan.combine(back(rows))
+  y_GTD = back(rows)
   if recipe.shared is not None:
     y_GTD += recipe.shared.apply(weights("shared", recipe.shared), x_GTD)
   y_GTD = exchange.sum_tensor(y_GTD, mesh)

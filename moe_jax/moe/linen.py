@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.core import roles
-from moe_jax.moe import groups, layer
+from moe_jax.moe import groups, layer, reduction
 from moe_jax.moe.types import Array, Side, Stats
 
 
@@ -91,6 +91,9 @@ class MoE(nn.Module):
     }
     if recipe.shared is not None:
       params["shared"] = declared("shared", recipe.shared, d_model)
+    if self.has_variable("params", reduction.NAME):
+      slots = self.get_variable("params", reduction.NAME)
+      params[reduction.NAME] = slots
     return params
 
   def _balance(self):

@@ -71,7 +71,7 @@ class Side(flax.struct.PyTreeNode):
 class TokenChoice(flax.struct.PyTreeNode):
   """Every token names its experts. Laid out by the config's dispatcher.
 
-  expert_TK: int32 in [0, E), a token's experts, best first.
+  expert_TK: int32 in [0, E), a token's experts, all different, best first.
   weight_TK: at least float32, the factor of each chosen expert.
   valid_TK: bool, False for padding and for a choice that was not made.
   priority_TK: float, larger takes its slot earlier; None: in token order.

@@ -44,6 +44,7 @@ OPTIONS = {
       "accumulation": integer(1),
       "log_every": integer(1),
       "check_mesh": bool,
+      "reduce_experts_once": bool,
       "hooks": hooks.OPTIONS,
       "profile_steps": items(integer(0)),
       "max_skipped_in_a_row": integer(1),
@@ -220,8 +221,9 @@ def functions(config, mesh, task, model, numbers) -> Functions:
   state = abstract_state(boxed, mesh)
   placed = jax.tree.map(lambda x: x.sharding, state)
   everywhere = _sharding(mesh)
+  once = train_step.once(config, mesh)
   step = jax.jit(
-    functools.partial(train_step.train_step, **parts),
+    functools.partial(train_step.train_step, **parts, once=once),
     donate_argnums=0,
     out_shardings=(placed, everywhere),
   )
@@ -275,6 +277,7 @@ def _structure(config, task, numbers) -> tuple:
     json.dumps(values, sort_keys=True),
     optimizers.load(config.optim, config.plugins).direction,
     config.train.accumulation,
+    config.train.reduce_experts_once,
     config.eval.batch_size,
     task.fingerprint,
     str(jax.tree.map(lambda x: str(jax.typeof(x)), numbers)),

@@ -12,6 +12,7 @@ from flax import traverse_util
 
 from moe_jax import models
 from moe_jax.core import parallel, roles
+from moe_jax.moe import reduction
 from moe_jax.moe.types import Array
 from moe_jax.training import balancing, optimizers
 
@@ -128,7 +129,20 @@ def shardings(boxed: TrainState, mesh) -> TrainState:
   return state_shardings.replace(opt_state=like)
 
 
-def train_step(state: TrainState, batch, numbers, *, model, task, optimizer):
+def once(config, mesh):
+  """The mesh over which a step adds gradients of experts up once, or None.
+
+  Args:
+    config: see `configs/base.py`.
+    mesh: of the model.
+  """
+  wanted = config.train.reduce_experts_once and config.train.accumulation > 1
+  return mesh if wanted else None
+
+
+def train_step(
+  state: TrainState, batch, numbers, *, model, task, optimizer, once=None
+):
   """One optimizer step over all micro-batches.
 
   The loss is the sum over micro-batches divided once by the step's weight;
@@ -141,6 +155,7 @@ def train_step(state: TrainState, batch, numbers, *, model, task, optimizer):
     batch: arrays [A, B/A, ...], A micro-batches.
     numbers: from `numbers`; none of them is compiled into the step.
     model, task, optimizer: from `parts`.
+    once: from `once`.
 
   Returns:
     The new state, and {"loss": Mean, "task": the task's sums, "stats",
@@ -148,7 +163,8 @@ def train_step(state: TrainState, batch, numbers, *, model, task, optimizer):
     over the step.
   """
   sublayers = balancing.rebuilt(models.sublayers(model), numbers["balancers"])
-  (grads, sums), weight = _accumulate(state, batch, model, task, sublayers)
+  accumulated = _accumulate(state, batch, model, task, sublayers, once)
+  (grads, sums), weight = accumulated
   updates, opt_state = optimizer(numbers["optim"]).update(
     grads, state.opt_state, state.params
   )
@@ -183,13 +199,15 @@ def train_step(state: TrainState, batch, numbers, *, model, task, optimizer):
   return state, sums
 
 
-def _accumulate(state, batch, model, task, sublayers):
+def _accumulate(state, batch, model, task, sublayers, once):
   """((gradients, sums), weight) of all micro-batches."""
   accumulation, batch_size = jax.tree.leaves(batch)[0].shape[:2]
   weight = task.weight(batch)
   rng = jax.random.fold_in(state.rng, state.step)
+  learnt, weights = reduction.split(state.params, sublayers, once)
 
-  def objective(params, micro, index, so_far):
+  def objective(learnt, micro, index, so_far):
+    params = reduction.join(learnt, weights)
     variables = {"params": params, "balance": state.balance}
     loss, task_sums, aux = task.loss(
       model, variables, micro, rng, index * batch_size, train=True
@@ -212,7 +230,7 @@ def _accumulate(state, batch, model, task, sublayers):
     grads, sums = carry
     index, micro = micro
     so_far = {k: s.count_E.sum((1, 2)) for k, s in sums["stats"].items()}
-    new_grads, new_sums = gradient(state.params, micro, index, so_far)
+    new_grads, new_sums = gradient(learnt, micro, index, so_far)
     return jax.tree.map(jnp.add, (grads, sums), (new_grads, new_sums)), None
 
   # Zeros with the shapes of (gradients, sums): where the scan begins.
@@ -222,7 +240,8 @@ def _accumulate(state, batch, model, task, sublayers):
   }
   numbered = jnp.arange(accumulation), batch
   index, first = jax.tree.map(lambda x: x[0], numbered)
-  shapes = jax.eval_shape(gradient, state.params, first, index, none_so_far)
+  shapes = jax.eval_shape(gradient, learnt, first, index, none_so_far)
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-  carry, _ = jax.lax.scan(micro_step, zeros, numbered)
-  return carry, weight
+  (grads, sums), _ = jax.lax.scan(micro_step, zeros, numbered)
+  grads = reduction.reduced(grads, weights, sublayers, once)
+  return (grads, sums), weight

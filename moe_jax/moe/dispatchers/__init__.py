@@ -130,6 +130,23 @@ def shares_slots(num_experts: int, bound: Bound | None) -> bool:
   return bound is not None and bound.expert_buckets < num_experts
 
 
+def most_rows(
+  tokens: int, top_k: int, num_experts: int, bound: Bound | None
+) -> int:
+  """The most rows of one group that these experts can get.
+
+  Args:
+    tokens: T.
+    top_k: K, experts per token, which differ.
+    num_experts: E, of all experts or of a part of them.
+    bound: of the same experts; None: dropless.
+  """
+  rows = tokens * min(top_k, num_experts)
+  return (
+    rows if bound is None else min(rows, bound.slots * bound.expert_buckets)
+  )
+
+
 class TokenPlan(flax.struct.PyTreeNode):
   """A `TokenChoice` whose rows a dispatcher lays out.
 

@@ -19,10 +19,7 @@ def build(order: word(*dispatchers.ORDERS) = "token") -> Dispatcher:
 def _lay_out(plan, slot_GTK):
   expert_GTK, num_experts = plan.choice.expert_TK, plan.num_experts
   groups, tokens, top_k = expert_GTK.shape
-  rows = tokens * top_k
-  if plan.bound is not None:
-    rows = min(rows, plan.bound.slots * plan.bound.expert_buckets)
-
+  rows = dispatchers.most_rows(tokens, top_k, num_experts, plan.bound)
   group_G11 = jnp.arange(groups)[:, None, None]
   count_GE = jnp.zeros((groups, num_experts), jnp.int32)
   kept_GTK = plan.kept_GTK.astype(jnp.int32)
