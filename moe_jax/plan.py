@@ -51,6 +51,11 @@ def _search(args, config, chip, devices, topology):
   """Plans the best candidates, and prints how near the closed form was."""
   from moe_jax.training.planning import page, search, topologies
 
+  if not chip.flops:
+    raise ConfigError(
+      f"--search needs a chip whose rates are known, which {chip.name} is not;"
+      " give a topology of TPUs or GPUs"
+    )
   found = search.ranked(config, chip, devices, topologies.ring(topology))
   print(page.candidates(found, chip))
   rows = []

@@ -89,7 +89,7 @@ def ask(tmp_path, monkeypatch):
   Equal programs compile once, and use one of the devices.
   """
   monkeypatch.setattr(experiments, "__path__", list(experiments.__path__))
-  monkeypatch.setattr(parallel, "mesh_or_none", lambda sizes: None)
+  monkeypatch.setattr(parallel, "mesh_or_none", lambda *_: None)
   compiled, make, named = {}, program.Program, []
   monkeypatch.setattr(
     program,

@@ -57,7 +57,7 @@ def go(folder):
   """(path, stop_at, **hooks) -> None; all runs share one program."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(mixed, "prepare", lambda *a, **k: small.SmallCorpus())
-    patch.setattr(program.parallel, "mesh_or_none", lambda sizes: None)
+    patch.setattr(program.parallel, "mesh_or_none", lambda *_: None)
     made = program.Program(settings(folder))
 
   def go(path, stop_at=None, **hooks):

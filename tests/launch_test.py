@@ -84,7 +84,7 @@ def programs(monkeypatch):
 
   monkeypatch.setattr(program, "Program", counted)
   # A program for a single device compiles faster.
-  monkeypatch.setattr(parallel, "mesh_or_none", lambda sizes: None)
+  monkeypatch.setattr(parallel, "mesh_or_none", lambda *_: None)
   return made
 
 

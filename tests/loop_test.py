@@ -36,7 +36,7 @@ def program_of(sizes=None):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(mixed, "prepare", lambda *a, **k: SmallCorpus())
     if sizes is None:
-      patch.setattr(program.parallel, "mesh_or_none", lambda sizes: None)
+      patch.setattr(program.parallel, "mesh_or_none", lambda *_: None)
     return program.Program(c)
 
 

@@ -25,7 +25,7 @@ STRUCTURES = (
 def experiment(monkeypatch, tmp_path):
   """The question load_balancing at scale cpu, without its text."""
   monkeypatch.setattr(mixed, "prepare", lambda *a, **k: small.SmallCorpus())
-  monkeypatch.setattr(parallel, "mesh_or_none", lambda sizes: None)
+  monkeypatch.setattr(parallel, "mesh_or_none", lambda *_: None)
 
   def make(*overrides):
     question = questions.load("load_balancing")

@@ -27,7 +27,7 @@ def made():
   """A program of `settings`."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(mixed, "prepare", lambda *a, **k: SmallCorpus())
-    patch.setattr(program.parallel, "mesh_or_none", lambda sizes: None)
+    patch.setattr(program.parallel, "mesh_or_none", lambda *_: None)
     return program.Program(settings())
 
 

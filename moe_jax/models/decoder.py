@@ -218,18 +218,21 @@ class Repeat(nn.Module):
 
   pattern: kinds of its layers.
   arch, train, collect: as in `Block`.
+  alone: whether it is the only repeat. XLA then makes no loop of the scan, and
+    would take the forward pass for what the backward pass computes again.
   """
 
   pattern: tuple[str, ...]
   arch: Architecture
   train: bool
   collect: str | None
+  alone: bool
 
   @nn.compact
   def __call__(self, x_BLD, layer_index, context, call):
     block, policy, aux = Block, REMAT[self.arch.remat], {}
     if policy is not None:
-      block = nn.remat(Block, policy=policy, prevent_cse=False)
+      block = nn.remat(Block, policy=policy, prevent_cse=self.alone)
     for i, kind in enumerate(self.pattern):
       layer = block(kind, self.arch, self.train, self.collect, name=str(i))
       x_BLD, aux[str(i)] = layer(x_BLD, layer_index + i, context, call)
@@ -314,7 +317,8 @@ class Decoder(nn.Module):
       x_BLD *= jnp.asarray(arch.d_model**0.5, x_BLD.dtype)
     x_BLD = parallel.constrain(x_BLD, ("batch", None, None), arch.mesh)
     for name, pattern, repeats, start in arch.segments:
-      segment = Segment(pattern, arch, train, collect, name=name)
+      options = pattern, arch, train, collect, repeats == 1
+      segment = Segment(*options, name=name)
       index_R = start + len(pattern) * jnp.arange(repeats)
       x_BLD, aux[name] = segment(x_BLD, index_R, context, call)
     x_BLD = norms.Norm(arch.norm, arch.norm_eps, name="final_norm")(x_BLD)

@@ -7,13 +7,16 @@ more. Loads of experts are taken as equal.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from moe_jax.core import parallel, roles
+from moe_jax.moe import exchange
+from moe_jax.moe.types import TokenChoice
+from moe_jax.training import train_step
 
 _FLOAT = 4  # Bytes of a parameter, a moment and a score.
 # Bytes of each score that softmax and its neighbours read and write, unfused.
@@ -33,8 +36,9 @@ class Step(NamedTuple):
   forward: how often a block's forward pass runs, 1 or 2.
   backward: whether there is a backward pass.
   exchanges: how often rows go to their experts and back, gradients included.
+  once: whether gradients of experts are summed once a step.
   width: bytes of an activation.
-  mesh: {axis: its length}.
+  mesh: that it runs on; only its shape is read.
   """
 
   tokens: int
@@ -44,12 +48,13 @@ class Step(NamedTuple):
   forward: int
   backward: bool
   exchanges: int
+  once: bool
   width: int
-  mesh: dict[str, int]
+  mesh: Any
 
   def over(self, axes) -> int:
     """The number of devices along some axes."""
-    return math.prod(self.mesh[axis] for axis in axes)
+    return math.prod(self.mesh.shape[axis] for axis in axes)
 
 
 class Sent(NamedTuple):
@@ -118,8 +123,9 @@ def of_train_step(config, task, mesh) -> Step:
     forward=1 if remat == "none" else 2,
     backward=True,
     exchanges=3 if remat == "block" else 2,
+    once=train_step.once(config, mesh) is not None,
     width=jnp.dtype(config.model.dtype).itemsize,
-    mesh=dict(mesh.shape),
+    mesh=mesh,
   )
 
 
@@ -133,8 +139,9 @@ def of_decoding(config, mesh) -> Step:
     forward=1,
     backward=False,
     exchanges=1,
+    once=False,
     width=jnp.dtype(config.model.dtype).itemsize,
-    mesh=dict(mesh.shape),
+    mesh=mesh,
   )
 
 
@@ -202,10 +209,10 @@ def stages(step: Step, model, found: list[Matrix]) -> list[Stage]:
   by_part["attention"] = _sum(by_part["attention"], mixing)
   exchanges = tuple(_exchanges(step, model))
   rest = [Stage("exchange", sent=exchanges)] if exchanges else []
-  if step.mesh["tensor"] > 1:
+  if step.mesh.shape["tensor"] > 1:
     rest.append(Stage("sums over tensor", sent=(_over_tensor(step, model),)))
   if step.backward:
-    size = _OF_THE_OPTIMIZER * _FLOAT * held(step, found)
+    size = _OF_THE_OPTIMIZER * _FLOAT * held(step.mesh, found)
     rest.append(Stage("optimizer", memory=size))
   return [*by_part.values(), *rest]
 
@@ -247,6 +254,8 @@ def _weights_sent(step, matrix, repeats):
   # The gradient of a lookup is a sum of rows in float32.
   wide = part in ("router", "embedding")
   gradient = size * (_FLOAT if wide else step.width)
+  if part == "experts" and step.once:
+    gradient = matrix.numbers * _FLOAT
   if stored:
     yield _gathered(step, f"weights of {part}", "all-gather", stored, weights)
   if not step.backward:
@@ -256,7 +265,7 @@ def _weights_sent(step, matrix, repeats):
   others = tuple(
     axis
     for axis in parallel.TOKENS
-    if step.mesh[axis] > 1
+    if step.mesh.shape[axis] > 1
     and (whole or axis not in stored)
     and not (part == "experts" and axis == "expert")
   )
@@ -285,7 +294,7 @@ def _merged(sent):
 def _mixing(step, model):
   """Scores and their sums of values, of all layers."""
   layers = [model.arch.layer(kind) for kind in model.arch.layers]
-  tensor = step.mesh["tensor"]
+  tensor = step.mesh.shape["tensor"]
   pairs = step.tokens * step.micro_batches * step.length / tensor
   once = pairs * sum(layer.attention.flops_per_pair for layer in layers)
   scores = pairs * sum(layer.attention.num_heads for layer in layers)
@@ -298,9 +307,11 @@ def _mixing(step, model):
   )
 
 
-def held(step: Step, found: list[Matrix]) -> float:
-  """The numbers of all matrices that a device stores."""
-  return sum(m.numbers / step.over(m.stored) for m in found)
+def held(mesh, found: list[Matrix]) -> float:
+  """The numbers of all matrices that a device of a mesh stores."""
+  return sum(
+    m.numbers / math.prod(mesh.shape[axis] for axis in m.stored) for m in found
+  )
 
 
 def temporaries(step: Step, model, found: list[Matrix], remat: str) -> float:
@@ -317,9 +328,11 @@ def temporaries(step: Step, model, found: list[Matrix], remat: str) -> float:
     found: its matrices.
     remat: `model.remat`.
   """
-  arch, tensor = model.arch, step.mesh["tensor"]
+  arch, tensor = model.arch, step.mesh.shape["tensor"]
   gradients = _FLOAT * (1 if step.micro_batches == 1 else 2)
-  stored = held(step, found) * (gradients + step.width)
+  stored = held(step.mesh, found) * (gradients + step.width)
+  if step.once:
+    stored += _FLOAT * sum(m.numbers for m in found if m.part == "experts")
   kinds = [arch.layer(kind) for kind in arch.layers]
   vectors = step.tokens * arch.d_model * step.width
   heads = max(layer.attention.num_heads for layer in kinds)
@@ -350,7 +363,7 @@ class _OfExperts(NamedTuple):
 def _of_experts(step, model, sublayer, home, room):
   row = model.arch.d_model * step.width
   hidden = room * sublayer.recipe.experts.width * step.width
-  hidden /= step.mesh["tensor"]
+  hidden /= step.mesh.shape["tensor"]
   layers = len(sublayer.numbers)
   return _OfExperts(
     _ARRAYS["hidden"] * hidden + _ARRAYS["rows"] * room * row,
@@ -359,44 +372,56 @@ def _of_experts(step, model, sublayer, home, room):
   )
 
 
-def buffers(step: Step, model, train: bool = True):
-  """Yields (Sublayer, rows that a device sends, rows that it makes room for).
+def buffers(step: Step, model):
+  """Yields (Sublayer, rows of a device's tokens, rows that it has room for).
 
-  The rows of one layer and micro-batch, as they are allocated.
+  Of one layer and micro-batch, as they are allocated.
   """
+  devices = step.mesh.shape["expert"]
   for sublayer in model.sublayers.values():
     tokens, recipe = sublayer.grouping.resolve(
-      sublayer.recipe, step.sequence, train
+      sublayer.recipe, step.sequence, step.backward
     )
-    home = step.tokens * rows_of_a_token(recipe)
-    number = max(1, step.tokens // tokens)
-    bound, devices = recipe.bound, step.mesh["expert"]
-    if bound is not None:
-      slots = number * bound.expert_buckets * bound.slots
-      ragged = recipe.dispatcher.ragged
-      home = min(home, slots) if ragged else slots
-      room = min(devices * home, slots) if ragged else slots
-    else:
-      room = devices * home
-    yield sublayer, home, room
+    if recipe.router.form is not TokenChoice:  # Its rows are its own.
+      rows = round(step.tokens * rows_of_a_token(recipe))
+      yield sublayer, rows, rows
+      continue
+    count = max(1, step.tokens // tokens)
+    home, room = (
+      exchange.buffer_rows(recipe, tokens, count * (devices // n), n)
+      for n in (1, devices)
+    )
+    yield sublayer, home // devices, room
 
 
 def _exchanges(step, model):
-  devices = step.mesh["expert"]
-  if devices == 1:
-    return
-  for sublayer, home, room in buffers(step, model, step.backward):
+  """The exchanges of all layers, there and back."""
+  n = step.mesh.shape["expert"]
+  for sublayer, home, room in buffers(step, model) if n > 1 else ():
+    row = model.arch.d_model * step.width * step.micro_batches
+    row *= len(sublayer.numbers)
+    if sublayer.recipe.exchange == "all_gather":
+      size = n * step.tokens * row
+      # A sum over devices need not be computed again.
+      times = {
+        "all-gather": step.exchanges,
+        "reduce-scatter": 1 + step.backward,
+      }
+      for kind, number in times.items():
+        yield _gathered(step, "tokens", kind, ("expert",), number * size)
+      continue
+    row *= step.exchanges
     ragged = sublayer.recipe.dispatcher.ragged
     kind = "ragged-all-to-all" if ragged else "all-to-all"
-    times = step.exchanges * step.micro_batches * len(sublayer.numbers)
-    row = model.arch.d_model * step.width * times
-    wire = 2 * home * row * (devices - 1) / devices
+    # Ragged rows are sent as they are, slots with those that stay empty.
+    real = min(home, step.tokens * rows_of_a_token(sublayer.recipe))
+    wire = 2 * (real if ragged else home) * row * (1 - 1 / n)
     yield Sent("rows", kind, ("expert",), (home + room) * row, wire)
 
 
 def _over_tensor(step, model):
   """The sums of attention's and of the networks' results, and of gradients."""
-  n = step.mesh["tensor"]
+  n = step.mesh.shape["tensor"]
   times = 2 * (step.forward + step.backward) * step.micro_batches
   size = times * len(model.arch.layers) * step.tokens * model.arch.d_model
   size *= step.width

@@ -128,7 +128,14 @@ def compared(one, plan: Plan) -> str:
 
 def quantity(number: float, unit: str) -> str:
   """A number with a prefix, such as 2.92 GB or 31.4 ms."""
-  for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k"), (0, "")):
+  for power, prefix in (
+    (15, "P"),
+    (12, "T"),
+    (9, "G"),
+    (6, "M"),
+    (3, "k"),
+    (0, ""),
+  ):
     if abs(number) >= 10**power:
       return f"{number / 10**power:.3g} {prefix}{unit}"
   for power, prefix in ((-3, "m"), (-6, "µ"), (-9, "n")):

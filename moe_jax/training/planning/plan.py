@@ -281,7 +281,7 @@ def flops(found, step, model, stages, wanted) -> dict[str, float]:
 def _rows(step, model):
   """(rows that experts compute for, rows of their buffers), of all layers."""
   used = room = 0.0
-  for sublayer, home, most in costs.buffers(step, model, step.backward):
+  for sublayer, home, most in costs.buffers(step, model):
     number = len(sublayer.numbers)
     tokens = step.tokens * costs.rows_of_a_token(sublayer.recipe)
     used += number * min(home, tokens)

@@ -1,5 +1,6 @@
 """Meshes, remat and micro-batches for some devices, ranked in closed form."""
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
 from moe_jax.models import decoder
+from moe_jax.moe import exchange
 from moe_jax.training import program
 from moe_jax.training.planning import chips, costs, plan, topologies
 
@@ -47,7 +49,7 @@ def ranked(config, chip: chips.Chip, devices, ring: int) -> list[Candidate]:
   """All candidates: those that fit before the others, fast ones first.
 
   Args:
-    config: whose mesh, remat and micro-batches are replaced.
+    config: whose mesh, exchange, remat and micro-batches are replaced.
     chip: of the devices.
     devices: of a topology.
     ring: devices along its longest dimension.
@@ -57,8 +59,9 @@ def ranked(config, chip: chips.Chip, devices, ring: int) -> list[Candidate]:
   boxed = plan.parameters(task, model)
   per_parameter = plan.state_bytes_per_parameter(config, task, model)
   found = []
-  for one, mesh, model in _possible(config, task, devices):
+  for settings, one, mesh, model in _possible(config, task, devices):
     matrices = costs.matrices(model, boxed, mesh)
+    state = per_parameter * costs.held(mesh, matrices)
     for remat in decoder.REMAT:
       one.model.remat = remat
       step = costs.of_train_step(one, task, mesh)
@@ -66,14 +69,9 @@ def ranked(config, chip: chips.Chip, devices, ring: int) -> list[Candidate]:
         plan.bounds(stage, step, chip, ring)
         for stage in costs.stages(step, model, matrices)
       ]
-      memory = per_parameter * costs.held(step, matrices)
-      memory += costs.temporaries(step, model, matrices, remat)
-      settings = {
-        "mesh": one.mesh,
-        "model.remat": remat,
-        "train.accumulation": one.train.accumulation,
-      }
       seconds = (sum(b.low for b in bounds), sum(b.high for b in bounds))
+      memory = state + costs.temporaries(step, model, matrices, remat)
+      settings = settings | {"model.remat": remat}
       found.append(Candidate(settings, memory, *seconds))
   return sorted(found, key=lambda one: (not one.fits(chip), one.high))
 
@@ -124,17 +122,26 @@ def with_settings(config, settings: dict):
 
 
 def _possible(config, task, devices) -> Iterator[tuple]:
-  """Yields (config, mesh, model) of all meshes and micro-batches that work."""
-  numbers = range(1, _MOST_MICRO_BATCHES + 1)
-  for sizes, number in itertools.product(_meshes(len(devices)), numbers):
-    if config.data.batch_size % number:
+  """Yields (settings, config, mesh, model) of all that a run would accept."""
+  for sizes, kind, number, once in itertools.product(
+    _meshes(len(devices)),
+    exchange.KINDS,
+    range(1, _MOST_MICRO_BATCHES + 1),
+    (False, True),
+  ):
+    alone = sizes[2] == 1 and kind != exchange.KINDS[0]
+    if alone or (once and number == 1) or config.data.batch_size % number:
       continue
-    one = with_settings(config, {"mesh": sizes, "train.accumulation": number})
+    settings = {
+      "mesh": sizes,
+      "model.moe.exchange": kind,
+      "train.accumulation": number,
+      "train.reduce_experts_once": once,
+    }
+    one = with_settings(config, settings)
     mesh = parallel.make_mesh(sizes, devices)
-    try:
-      yield one, mesh, program.build_model(one, task, mesh)
-    except ConfigError:
-      continue
+    with contextlib.suppress(ConfigError):
+      yield settings, one, mesh, program.build_model(one, task, mesh)
 
 
 def _meshes(count: int) -> Iterator[tuple[int, ...]]:

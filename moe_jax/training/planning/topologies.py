@@ -96,13 +96,12 @@ def devices(chip: chips.Chip, shape: tuple[int, ...]) -> list:
   Raises:
     ConfigError: there is no such topology.
   """
-  import jax
   from jax.experimental import topologies
 
   name = f"{chip.name}:{'x'.join(map(str, shape))}"
   try:
     if chip.platform == "cpu":
-      return jax.devices()[: math.prod(shape)]
+      return _virtual(math.prod(shape))
     if chip.platform == "tpu":
       found = topologies.get_topology_desc(platform="tpu", topology_name=name)
     else:
@@ -113,6 +112,15 @@ def devices(chip: chips.Chip, shape: tuple[int, ...]) -> list:
       f" {', '.join(f'{chip.name}:{x}' for x in chip.example.split(', '))}, ..."
     ) from None
   return found.devices
+
+
+def _virtual(count):
+  import jax
+
+  found = jax.devices("cpu")
+  if len(found) < count:
+    raise ValueError(f"there are {len(found)} such devices in this process")
+  return found[:count]
 
 
 def _gpus(chip, shape):

@@ -1,0 +1,355 @@
+"""`python -m moe_jax.plan`: devices that are not there, and what is said of them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from moe_jax import plan as command
+from moe_jax.core import parallel
+from moe_jax.core.errors import ConfigError
+from moe_jax.run import config as config_lib
+from moe_jax.training.planning import (
+  chips,
+  costs,
+  loads,
+  page,
+  plan,
+  products,
+  search,
+  topologies,
+)
+
+CPU = chips.CHIPS["cpu"]
+
+
+def small(**changes):
+  """A config whose products are large enough to count."""
+  c = base.get_config()
+  c.model.update(d_model=32, d_ff=64, head_dim=8, num_layers=3)
+  c.model.prefix = ("dense",)
+  c.model.moe.update(num_experts=8, d_expert=16, capacity_factor=1.0)
+  c.data.update(seq_len=64, batch_size=16)
+  c.model.remat = "block"
+  return config_lib.overridden(c, [f"{k}={v!r}" for k, v in changes.items()])
+
+
+def on_cpu(sizes, **changes):
+  config = small(**changes)
+  config.mesh = sizes
+  return plan.of_train_step(config, CPU, jax.devices(), "cpu:8")
+
+
+def test_products_of_a_program():
+  """Plain, batched and transposed products, and those of kernels, in loops."""
+  text = """HloModule jit_f
+
+%body (p: (s32[])) -> (s32[]) {
+  %x = bf16[128,64]{1,0} parameter(0)
+  %w = bf16[64,32]{1,0} parameter(1)
+  %y = bf16[128,32]{1,0} convolution(%x, %w), dim_labels=bf_io->bf, metadata={op_name="jit(f)/a"}
+  %q = bf16[8,16,64]{2,1,0} parameter(2)
+  %k = bf16[8,16,64]{2,1,0} parameter(3)
+  %s = f32[8,16,16]{2,1,0} convolution(%q, %k), window={size=8 stride=7 lhs_dilate=8}, dim_labels=0bf_0oi->0bf, metadata={op_name="jit(f)/checkpoint/rematted_computation/b"}
+  %v = bf16[4096,512,1]{1,0,2} parameter(4)
+  %u = bf16[32,128,512]{2,1,0} parameter(5)
+  %h = bf16[4096,32,128]{0,2,1} convolution(%v, %u), window={size=32 pad=31_31 rhs_reversal=1}, dim_labels=bf0_0oi->b0f, metadata={op_name="jit(f)/c"}
+}
+
+%cond (p: (s32[])) -> pred[] {
+  %limit = s32[] constant(5)
+}
+
+ENTRY %main (p: s32[]) -> s32[] {
+  %loop = (s32[]) while(%t), condition=%cond, body=%body
+  %a = f32[3,7]{1,0} parameter(0)
+  %b = f32[7,5]{1,0} parameter(1)
+  %d = f32[3,5]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %g = bf16[512,256]{1,0} custom-call(%r, %m), custom_call_target="tpu_custom_call", operand_layout_constraints={s32[], s32[2]{0}, bf16[512,128]{1,0}, bf16[4,128,256]{2,1,0}}, frontend_attributes={}, metadata={op_name="jit(f)/jit(gmm)"}
+  %t = bf16[4,128,256]{2,1,0} custom-call(%r, %m), custom_call_target="tpu_custom_call", operand_layout_constraints={s32[2]{0}, bf16[128,512]{1,0}, bf16[512,256]{1,0}}, metadata={op_name="jit(f)/jit(tgmm)"}
+  %o = bf16[4]{0} custom-call(%r), custom_call_target="Sharding"
+}
+"""
+  found = products.products(text)
+  assert [(one.flops, one.times, one.rows, one.again) for one in found] == [
+    (2 * 128 * 64 * 32, 5, None, False),
+    (2 * 8 * 16 * 16 * 64, 5, None, True),
+    (2 * 4096 * 512 * 32 * 128, 5, None, False),
+    (2 * 3 * 7 * 5, 1, None, False),
+    (2 * 512 * 128 * 256, 1, 512, False),
+    (2 * 512 * 128 * 256, 1, 512, False),
+  ]
+
+
+@pytest.mark.parametrize("kind", ["all_to_all", "all_gather"])
+def test_a_step_on_a_mesh(kind):
+  """Memory, FLOPs and what is sent over experts, beside their closed form."""
+  made = on_cpu((1, 2, 4, 1), **{"model.moe.exchange": kind})
+  values = page.values(made)
+  assert values["fits"] and values["hbm_limit_bytes"] is None
+  memory = values["memory_bytes_per_device"]
+  parts = sum(size for name, size in memory.items() if name != "total")
+  assert memory["total"] == parts
+  held = sum(
+    np.prod(x.sharding.shard_shape(x.shape)) * 4
+    for x in jax.tree.leaves(made.params)
+  )
+  assert memory["parameters"] == held
+  even = values["even_bytes_per_device"]["parameters"]
+  assert even <= held < 1.1 * even  # Scales of norms lie whole everywhere.
+  assert 2 * held <= memory["optimizer"] <= 2 * held + 16
+  flops = values["flops"]
+  assert flops["useful"] == pytest.approx(flops["model"], rel=0.02)
+  assert not flops["compiled"]
+  # Capacity 1: as many rows as loads that are equal need.
+  assert flops["static"] == pytest.approx(flops["useful"])
+  [(sent, formula)] = {
+    (one["axis_bytes"], one["formula_bytes"])
+    for one in values["collectives"]
+    if one["axis"] == "expert"
+  }
+  # The ring sends choices, too.
+  most = 1.0001 if kind == "all_to_all" else 1.2
+  assert formula <= sent < most * formula
+  assert values["roofline_seconds"] is None
+  text = page.text(made)
+  assert "fsdp 2, expert 4" in text and "MFU" not in text
+  assert json.dumps(values)
+
+
+def test_a_table_of_parameters():
+  text = page.parameters(on_cpu((1, 2, 2, 2)))
+  cells = {line.split()[0]: line.split()[1:] for line in text.splitlines()[2:]}
+  gate = cells["decoder/0/moe/experts/gate"]
+  assert gate[:4] == ["2x8x32x16", "expert", "fsdp", "tensor"]
+  assert gate[4:] == ["2x4x16x8", "4.1", "kB", "32.8", "kB"]
+
+
+def test_decoding():
+  config = small(**{"eval.batch_size": 16})
+  config.mesh = (2, 1, 4, 1)
+  made = plan.of_decoding(config, CPU, jax.devices(), "cpu:8")
+  assert made.tokens == 16
+  # Keys and values of 64 places, for two sequences on each device.
+  heads = config.model.num_kv_heads * config.model.head_dim
+  cache = 2 * config.model.num_layers * 64 * 2 * heads * 4
+  assert cache < made.memory["cache"] < 1.05 * cache
+  # Nothing is dropped, so that a device has room for all 16 tokens.
+  used, _, room = next(costs.buffers(made.step, made.model))
+  assert room == 8 / 2 * 2 * made.step.tokens * 1
+
+
+def refused(*flags):
+  with pytest.raises(ConfigError) as caught:
+    command.main(["--config=configs/tiny.py", *flags])
+  return str(caught.value)
+
+
+def test_bad_input_is_refused_before_anything_is_compiled(monkeypatch):
+  assert len(jax.devices()) == 8  # They are there before the command asks.
+  monkeypatch.setattr(os, "environ", dict(os.environ))
+  assert 'no chip "v5"; did you mean "v5' in refused("--topology=v5:2x2x1")
+  assert "there are v5p:2x2x1" in refused("--topology=v5p")
+  assert "there are cpu:4" in refused("--topology=cpu:2x")
+  text = refused("--topology=cpu:64")
+  assert 'no topology "cpu:64" (there are 8 such devices' in text
+  text = refused("--topology=cpu:8", "--mesh=fsdp:3")
+  assert "--mesh=fsdp:3 is of 3 devices, and the topology has 8" in text
+  assert '"x:8" is not AXIS' in refused("--topology=cpu:8", "--mesh=x:8")
+  flags = "--topology=cpu:8", "--mesh=data:8", "--config.data.batch_size=4"
+  assert "does not divide into 8 token shards" in refused(*flags)
+  text = refused("--topology=cpu:8", "--search")
+  assert "--search needs a chip whose rates are known" in text
+  text = refused("--topology=cpu:8", "--load=nothing/metrics.jsonl")
+  assert "hook `loads`" in text and "hooks.loads.name=loads" in text
+  monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda _: None)
+  for name, extra in (("v6e:2x2", "aot"), ("h100:8", "cuda12")):
+    assert f"moe_jax[{extra}]" in refused(f"--topology={name}")
+
+
+def test_lengths_of_a_mesh():
+  axes = parallel.AXES
+  assert topologies.sizes("expert:4,data:2", axes, 8) == (2, 1, 4, 1)
+  assert topologies.sizes("fsdp:-1,tensor:2", axes, 8) == (1, 4, 1, 2)
+  for text in ("fsdp:-1,data:-1", "fsdp:-1,data:3", "data:0", "data", ""):
+    with pytest.raises(ConfigError, match="--mesh"):
+      topologies.sizes(text, axes, 8)
+
+
+def test_the_table_of_chips():
+  for chip in chips.CHIPS.values():
+    assert chips.of_device(chip.kind) is chip
+    for shape in chip.example.split(", "):
+      assert topologies.parse(f"{chip.name}:{shape}")[0] is chip
+    if chip.platform != "cpu":
+      # No chip has a link as fast as its memory, nor computes a FLOP a byte.
+      assert chip.axis < chip.links < chip.memory_rate < chip.flops / 50
+  assert chips.of_device("TPU v99") is None
+
+
+def test_bounds_of_a_stage():
+  """The slowest of three if all overlaps; their sum along a ring if nothing."""
+  chip = chips.CHIPS["v5p"]
+  sent = costs.Sent("rows", "all-to-all", ("expert",), 0, 1.2e9)
+  gathered = costs.Sent("weights", "all-gather", ("fsdp",), 0, 6e8)
+  stage = costs.Stage("experts", 4.59e12, 4.59e12, 2.765e9, (sent, gathered))
+  mesh = parallel.make_mesh((1, 1, 8, 1))
+  step = costs.of_decoding(small(), mesh)
+  low, high = plan.bounds(stage, step, chip, ring=8)[1:]
+  assert low == pytest.approx(0.02)
+  # A row passes two of eight devices: 2 * 1.2e9 over one axis, 200 GB/s.
+  assert high == pytest.approx(0.02 + 0.001 + 2 * 0.006 + 0.003)
+
+
+def test_candidates_of_a_search():
+  """Those that fit come first; each is a mesh that a run would accept."""
+  config = small(**{"data.batch_size": 32, "eval.batch_size": 32})
+  chip = chips.CHIPS["v5p"]
+  found = search.ranked(config, chip, jax.devices(), ring=2)
+  assert all(one.fits(chip) for one in found)
+  assert [one.high for one in found] == sorted(one.high for one in found)
+  settings = [one.settings for one in found]
+  assert {s["mesh"] for s in settings} >= {(8, 1, 1, 1), (1, 2, 4, 1)}
+  assert all(np.prod(s["mesh"]) == 8 for s in settings)
+  assert {s["model.remat"] for s in settings} == {"none", "dispatch", "block"}
+  assert {s["model.moe.exchange"] for s in settings} == {
+    "all_to_all",
+    "all_gather",
+  }
+  # 32 sequences are 8 micro-batches of 4 where tokens are split 4 ways.
+  for one in settings:
+    shards = np.prod(one["mesh"][:3])
+    assert 32 % (shards * one["train.accumulation"]) == 0
+  memory = {}
+  for one in found:
+    mesh, remat, number = (
+      one.settings[k] for k in ("mesh", "model.remat", "train.accumulation")
+    )
+    memory.setdefault((mesh, number), {}).setdefault(remat, one.memory)
+  for sizes in memory.values():
+    assert sizes["block"] < sizes["dispatch"] < sizes["none"]
+  # Only 16 bytes a device: what does not fit is said to be behind.
+  poor = chip._replace(memory=16)
+  assert not any(
+    one.fits(poor) for one in search.ranked(config, poor, jax.devices(), 2)
+  )
+
+
+def test_what_would_fit():
+  config = small()
+  config.mesh = (8, 1, 1, 1)
+  needed = 10**6
+  chip = chips.CHIPS["v5p"]._replace(memory=needed)
+  made = plan.of_train_step(config, chip, jax.devices(), "v5p:2x2x2")
+  assert not made.fits
+  assert made.moved is None or sum(made.memory.values()) > needed
+  text = search.remedy(made, config, jax.devices())
+  assert "GB more than the" in text
+  assert "would fit: --mesh=" in text or "take more of them" in text
+  # Not even the state.
+  poor = chip._replace(memory=1000)
+  made = plan.of_train_step(config, poor, jax.devices(), "v5p:2x2x2")
+  assert not made.fits and made.compile_seconds == 0
+  assert "gradients" in made.memory
+  assert "take more of them" in search.remedy(made, config, jax.devices())
+
+
+def test_loads_of_a_run(tmp_path):
+  (tmp_path / "loads").mkdir()
+  for step, loads_E in enumerate(([4, 0, 2, 2], [1, 1, 1, 5])):
+    text = json.dumps({"00": loads_E, "01": [2, 2, 2, 2]})
+    (tmp_path / "loads" / f"{step:08d}.json").write_text(text)
+  count_NE = loads.read(str(tmp_path / "metrics.jsonl"))
+  assert count_NE.tolist() == [[4, 0, 2, 2], [2] * 4, [1, 1, 1, 5], [2] * 4]
+  found = loads.over_devices(count_NE, 2, top_k=2, nodes=2, limited=1)
+  # Devices have 4 and 4, 4 and 4, 2 and 6, 4 and 4 of 8.
+  assert found.samples == 4
+  assert found.slowest[0] == 1.0
+  assert 1.0 < found.slowest[1] < 1.5
+  # A pair of independent draws reaches 2 - p^2 - (1 - p)^2 devices.
+  assert found.reached == pytest.approx(np.mean([1.5, 1.5, 1.375, 1.5]))
+  assert "saves at least 32%" in loads.text(found)
+  with pytest.raises(ConfigError, match="4 experts do not divide over mesh"):
+    loads.over_devices(count_NE, 3, top_k=2, nodes=2, limited=None)
+  (tmp_path / "loads" / "9.json").write_text('{"00": [1, 2]}')
+  with pytest.raises(ConfigError, match="different numbers of experts"):
+    loads.read(str(tmp_path))
+
+
+def run(*flags):
+  """The JSON of the command in a process of its own, and its exit code."""
+  env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  done = subprocess.run(
+    [sys.executable, "-m", "moe_jax.plan", *flags],
+    capture_output=True,
+    text=True,
+    env=env,
+  )
+  return done
+
+
+@pytest.mark.aot
+def test_a_step_on_tpus(tmp_path):
+  """Counted in the compiled program: FLOPs, and all that is sent."""
+  path = tmp_path / "plan.json"
+  flags = ["--config=configs/mixtral.py:tiny", "--topology=v5p:2x2x1"]
+  flags += ["--mesh=fsdp:2,expert:2", f"--json={path}"]
+  sizes = {"d_model": 256, "head_dim": 64, "moe.d_expert": 128}
+  flags += [f"--config.model.{k}={v}" for k, v in sizes.items()]
+  flags += ["--config.data.seq_len=256", "--config.model.num_layers=2"]
+  done = run(*flags, "--config.model.dtype=bfloat16")
+  assert done.returncode == 0, done.stderr
+  assert "training step on v5p:2x2x1" in done.stdout
+  values = json.loads(path.read_text())
+  assert (
+    values["fits"] and values["hbm_limit_bytes"] == chips.CHIPS["v5p"].memory
+  )
+  flops = values["flops"]
+  assert flops["compiled"]
+  assert flops["useful"] == pytest.approx(flops["model"], rel=0.02)
+  assert flops["recomputed"] > 0.2 * flops["useful"]
+  assert flops["static"] > flops["useful"]
+  sizes = {
+    one["axis"]: (one["axis_bytes"], one["formula_bytes"])
+    for one in values["collectives"]
+  }
+  for axis in ("fsdp", "expert", "fsdp,expert"):
+    sent, formula = sizes[axis]
+    assert sent == pytest.approx(formula, rel=0.05), axis
+  low, high = values["roofline_seconds"]
+  assert 0 < low < high
+
+
+@pytest.mark.aot
+def test_what_fits_nowhere_is_said_at_once(tmp_path):
+  path = tmp_path / "plan.json"
+  flags = ["--config=configs/deepseek_v3.py", "--topology=v5p:2x2x1"]
+  done = run(*flags, "--mesh=expert:4", f"--json={path}")
+  assert done.returncode == 2
+  [sentence] = done.stderr.strip().splitlines()
+  assert "GB more than the 102.8 GB" in sentence
+  assert "take more of them" in sentence
+  values = json.loads(path.read_text())
+  assert not values["fits"] and values["compile_seconds"] == 0
+
+
+@pytest.mark.long
+@pytest.mark.aot
+def test_all_arms_for_a_pod():
+  arm = "load_balancing/1b-bias"
+  done = subprocess.run(
+    [sys.executable, "-m", "tests.pod_programs", arm],
+    capture_output=True,
+    text=True,
+    env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+  )
+  assert done.returncode == 0, done.stderr
+  lines = done.stdout.splitlines()
+  assert f"{arm}: compiled, fits True" in lines
+  assert len(lines) > 20
+  assert all(line.endswith(("lowered", "True")) for line in lines)
