@@ -453,7 +453,7 @@ FAULTS = (
   Fault(
     "gradients of experts are always added up in every micro-batch",
     "moe_jax/training/train_step.py",
-    "return mesh if wanted else None",
+    "return parallel.of_automatic_axes(mesh) if wanted else None",
     "return None",
     "collectives_test.py::test_gradients_of_experts_are_summed_once_a_step",
   ),
@@ -470,6 +470,20 @@ FAULTS = (
     "    config.train.reduce_experts_once,\n",
     "",
     "programs_test.py::test_what_devices_send_makes_another_program",
+  ),
+  Fault(
+    "arguments on explicit axes are taken as they lie",
+    "moe_jax/core/parallel.py",
+    "  if not mesh.explicit_axes:\n    return run\n",
+    "  return run\n",
+    "explicit_axes_test.py::test_layer",
+  ),
+  Fault(
+    "a step puts its state on every device of explicit axes",
+    "moe_jax/training/train_step.py",
+    "parallel.automatic(step, (as_before, jax.P()))",
+    "parallel.automatic(step, (jax.P(), jax.P()))",
+    "explicit_axes_test.py::test_train_step",
   ),
   Fault(
     "the check of a mesh looks at no gradient",

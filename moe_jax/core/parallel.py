@@ -52,8 +52,30 @@ def make_mesh(sizes: tuple[int, ...], devices=None) -> jax.sharding.Mesh:
       f" devices ({e}); change the mesh, or on CPU set"
       " XLA_FLAGS=--xla_force_host_platform_device_count=N"
     ) from None
+  return of_automatic_axes(jax.sharding.Mesh(devices_DFET, AXES))
+
+
+def check_axes(mesh: jax.sharding.Mesh) -> None:
+  """Raises ConfigError for a mesh of other axes than ours."""
+  if mesh.axis_names != AXES:
+    raise ConfigError(
+      f"the mesh has the axes {mesh.axis_names}, and must have {AXES}; make it"
+      " with parallel.make_mesh, or jax.make_mesh, with length 1 for axes that"
+      " are not used"
+    )
+
+
+def of_automatic_axes(mesh: jax.sharding.Mesh | None):
+  """The same mesh, whose axes may have been explicit; None for None.
+
+  Raises:
+    ConfigError: it has other axes than ours.
+  """
+  if mesh is None:
+    return None
+  check_axes(mesh)
   automatic = (jax.sharding.AxisType.Auto,) * len(AXES)
-  return jax.sharding.Mesh(devices_DFET, AXES, axis_types=automatic)
+  return mesh.update(axis_types=automatic)
 
 
 def mesh_or_none(sizes, devices=None) -> jax.sharding.Mesh | None:
@@ -178,6 +200,47 @@ def shardings(boxed, mesh: jax.sharding.Mesh):
     return jax.NamedSharding(mesh, spec(names, shape, mesh))
 
   return jax.tree.map(of, boxed, is_leaf=is_box)
+
+
+def shard_map(f, mesh: jax.sharding.Mesh, in_specs, out_specs, **options):
+  """`jax.shard_map`, whose arguments may lie in any way on explicit axes."""
+  mesh = _here(mesh)
+  run = jax.shard_map(
+    f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, **options
+  )
+  if not mesh.explicit_axes:
+    return run
+  placed = jax.tree.map(functools.partial(jax.NamedSharding, mesh), in_specs)
+  return lambda *args: run(*jax.reshard(args, placed))
+
+
+def automatic(f, out_specs):
+  """f, in which the axes of all arrays are automatic.
+
+  Args:
+    f: a function of arrays, whose axes may be explicit.
+    out_specs: how its results lie if they are, a prefix of their tree.
+  """
+
+  def run(*args):
+    mesh = jax.sharding.get_abstract_mesh()
+    for x in jax.tree.leaves(args):
+      mesh = jax.typeof(x).sharding.mesh if mesh.empty else mesh
+    if not mesh.explicit_axes:
+      return f(*args)
+    place = functools.partial(jax.NamedSharding, mesh)
+    out = jax.tree.map(place, out_specs)
+    return jax.sharding.auto_axes(f, out_sharding=out)(*args)
+
+  return run
+
+
+def _here(mesh):
+  """The mesh with the types that its axes have where this is called."""
+  context = jax.sharding.get_abstract_mesh()
+  if context.empty or context.axis_names != mesh.axis_names:
+    return mesh
+  return mesh.update(axis_types=context.axis_types)
 
 
 def check_widths(mesh: jax.sharding.Mesh, **widths: tuple[int, str]) -> None:

@@ -35,7 +35,8 @@ def build(
 
   Args:
     section: `config.model`, see `configs/base.py`.
-    mesh: from `parallel.make_mesh`; None: one device.
+    mesh: from `parallel.make_mesh`; None: one device. Its axes may be explicit:
+      the model works on the same automatic ones, see `parallel.automatic`.
     plugins: folders with models, routers, balancers, ... of the user.
     **given: what the task tells the model, such as the vocabulary's size.
 
@@ -47,6 +48,7 @@ def build(
   """
   name = section["name"]
   make = registry.find("models", name, plugins, "model.name").build
+  mesh = parallel.of_automatic_axes(mesh)
   options = {"mesh": mesh, "plugins": plugins, **given}
   try:
     inspect.signature(make).bind(section, **options)

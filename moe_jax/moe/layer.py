@@ -67,8 +67,9 @@ def moe_ffn(
     x_GTD: tokens in groups.
     side: mask and per-token features, [G, T].
     rng_G: one key per group, for noise in router and experts; None: no noise.
-    mesh: from `parallel.make_mesh`; G divides over its axes of tokens, and the
-      numbers are those of a single device. None: one device.
+    mesh: from `parallel.make_mesh`, or the same with explicit axes; G divides
+      over its axes of tokens, and the numbers are those of a single device.
+      None: one device.
     collect: "routing" also returns the router's choice, with a leading G.
 
   Returns:
@@ -82,9 +83,9 @@ def moe_ffn(
   run = functools.partial(_moe_ffn, recipe, mesh, specs, collect)
   if mesh is not None:
     tokens, everywhere = jax.P(parallel.TOKENS), jax.P()
-    run = jax.shard_map(
+    run = parallel.shard_map(
       run,
-      mesh=mesh,
+      mesh,
       in_specs=(specs, everywhere, tokens, tokens, tokens),
       out_specs=tokens,
       check_vma=recipe.experts.checked or not recipe.dispatcher.ragged,
@@ -96,9 +97,10 @@ def _specs(recipe, params, mesh):
   """{part: how its parameters lie on a mesh}.
 
   Raises:
-    ConfigError: experts, their buckets or their hidden width do not divide over
-      the mesh.
+    ConfigError: the mesh has other axes than ours; experts, their buckets or
+      their hidden width do not divide over it.
   """
+  parallel.check_axes(mesh)
   if recipe.bound is not None:
     buckets = recipe.bound.expert_buckets
     parallel.check_widths(mesh, expert_buckets=(buckets, "expert"))

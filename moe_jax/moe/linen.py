@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.core import roles
+from moe_jax.core import parallel, roles
 from moe_jax.moe import groups, layer, reduction
 from moe_jax.moe.types import Array, Side, Stats
 
@@ -65,14 +65,21 @@ class MoE(nn.Module):
       rng_G = self.grouping.keys(rng, batch, length, first)
       rng_G = jax.vmap(jax.random.fold_in, (0, None))(rng_G, layer_index)
 
-    def in_groups(feature_BL):
-      return feature_BL.reshape(-1, tokens, *feature_BL.shape[2:])
-
-    x_GTD = in_groups(x_BLD)
-    side = jax.tree.map(in_groups, Side(mask_BL, dict(features or {})))
+    inputs = x_BLD, Side(mask_BL, dict(features or {}))
+    x_GTD, side = self._with_leading(inputs, -1, tokens)
     args = recipe, params, balance, x_GTD, side, rng_G
     y_GTD, stats, kept = layer.moe_ffn(*args, mesh=self.mesh, collect=collect)
-    return y_GTD.reshape(x_BLD.shape), stats, kept
+    return self._with_leading(y_GTD, batch, length), stats, kept
+
+  def _with_leading(self, tree, *sizes):
+    """Arrays of tokens whose first two axes have these sizes."""
+
+    def reshape(tree):
+      return jax.tree.map(lambda x: x.reshape(*sizes, *x.shape[2:]), tree)
+
+    if self.mesh is not None:
+      reshape = parallel.automatic(reshape, jax.P(parallel.TOKENS))
+    return reshape(tree)
 
   def _params(self, d_model):
     """{part: its parameters}, which know that they are of that part."""

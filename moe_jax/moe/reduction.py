@@ -143,4 +143,4 @@ def _reduced(slot, shape, axes, mesh):
         x = jax.lax.psum_scatter(x, stored, scatter_dimension=dim, tiled=True)
     return jax.lax.psum(x, rest)
 
-  return jax.shard_map(add, mesh=mesh, in_specs=start, out_specs=end)(slot)
+  return parallel.shard_map(add, mesh, (start,), end)(slot)

@@ -87,7 +87,8 @@ def init_state(rng: Array, *, model, task, optimizer, numbers) -> TrainState:
     numbers: from `numbers`.
   """
   init_rng, rng = jax.random.split(rng)
-  variables = task.init(model, init_rng)
+  init = parallel.automatic(functools.partial(task.init, model), jax.P())
+  variables = init(init_rng)
   params = variables["params"]
   return TrainState(
     step=jnp.zeros((), jnp.int32),
@@ -137,7 +138,7 @@ def once(config, mesh):
     mesh: of the model.
   """
   wanted = config.train.reduce_experts_once and config.train.accumulation > 1
-  return mesh if wanted else None
+  return parallel.of_automatic_axes(mesh) if wanted else None
 
 
 def train_step(
@@ -157,11 +158,22 @@ def train_step(
     model, task, optimizer: from `parts`.
     once: from `once`.
 
+  The axes of a mesh may be explicit (`jax.make_mesh` makes such ones).
+
   Returns:
     The new state, and {"loss": Mean, "task": the task's sums, "stats",
     "balance", "aux_loss", "grad_norm", "skipped", "skipped_in_a_row"}, sums
     over the step.
   """
+  parts = {"model": model, "task": task, "optimizer": optimizer, "once": once}
+  as_before = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, state)
+  step = functools.partial(_train_step, **parts)
+  step = parallel.automatic(step, (as_before, jax.P()))
+  return step(state, batch, numbers)
+
+
+def _train_step(state, batch, numbers, model, task, optimizer, once):
+  """`train_step` on automatic axes."""
   sublayers = balancing.rebuilt(models.sublayers(model), numbers["balancers"])
   accumulated = _accumulate(state, batch, model, task, sublayers, once)
   (grads, sums), weight = accumulated
