@@ -15,6 +15,7 @@ from configs import tiny
 from moe_jax import models
 from moe_jax.core.errors import ConfigError
 from moe_jax.moe import experts, kernels
+from moe_jax.moe.kernels import tpu
 from moe_jax.moe.types import Rows
 from tests import tiers
 
@@ -310,13 +311,137 @@ def test_default_backends():
   assert checked == {"cpu": True, "tpu": False}
 
 
-@pytest.mark.parametrize(
-  "sizes", [(100, 28, 0, 60), (0, 0, 0, 0), (0, 188, 0, 0)]
-)
-def test_tpu_kernel_in_the_interpreter(sizes):
-  """The kernel that ships with jax, run without a TPU: rows not in tiles."""
+# (rows of experts, (rows, D, E, F), bytes of VMEM): odd widths and rows, in one
+# tile or in many with a rest of each axis, rows of nobody, all rows on one expert.
+ON_A_TPU = [
+  ((100, 28, 0, 60), (188, 128, 4, 256), 2**24),
+  ((0, 188, 0, 0), (188, 128, 4, 256), 2**24),
+  ((0, 0, 0, 0), (188, 128, 4, 256), 2**24),
+  ((3, 0, 41, 5), (77, 5, 4, 6), 2**24),
+  ((130, 0, 200, 40), (400, 200, 4, 300), 2**20),
+  ((256, 256), (512, 384, 2, 256), 2**20),
+]
+
+
+@pytest.mark.parametrize("sizes,shape,vmem", ON_A_TPU)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_tpu_kernel_in_the_interpreter(sizes, shape, vmem, dtype, monkeypatch):
+  """Without a TPU, in memory that holds NaN where nothing was written."""
+  monkeypatch.setattr(tpu, "chip", lambda: tpu.Chip(vmem))
+  value_and_gradient.cache_clear()
+  tolerance = {jnp.float32: 1e-4, jnp.bfloat16: 2e-2}[dtype]
   with pltpu.force_tpu_interpret_mode():
-    check("tpu", sizes, jnp.float32, 1e-4, shape=(188, 128, 4, 256))
+    check("tpu", sizes, dtype, tolerance, shape=shape)
+
+
+@pytest.mark.parametrize("activation,use_bias", [("swiglu", True)])
+def test_network_with_the_tpu_kernel(activation, use_bias):
+  both, params = drawn_network("tpu", (150, 3, 24, 40), activation, use_bias)
+  rng = np.random.default_rng(0)
+  x_ND, dy_ND = rng.normal(size=(2, 150, 24)).astype(np.float32)
+  sizes_E = np.array([70, 0, 61], np.int32)
+  with pltpu.force_tpu_interpret_mode():
+    found = jax.device_get(both(params, x_ND, sizes_E, dy_ND))
+  x_ND[131:] = dy_ND[131:] = 0
+  wanted = network(
+    jax.tree.map(np.float64, params), x_ND, sizes_E, dy_ND, activation
+  )
+  for mine, theirs in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+    distance = np.linalg.norm(mine - theirs)
+    assert distance <= 1e-5 * np.linalg.norm(theirs)
+
+
+def test_no_rows_on_a_tpu():
+  with pltpu.force_tpu_interpret_mode():
+    check("tpu", (0, 0), jnp.float32, 0.0, shape=(0, 8, 2, 4))
+
+
+def test_other_floats_on_a_tpu_are_said_once(caplog):
+  tpu._say_once.cache_clear()
+  for seed in range(2):
+    check("tpu", SIZES[0], np.float16, 2e-2, seed=seed)
+  assert [r.getMessage() for r in caplog.records] == [
+    "The TPU kernel for grouped products takes bfloat16 and float32, not"
+    ' float16: the slower grouped_matmul = "reference" is used instead'
+  ]
+
+
+@pytest.mark.parametrize("chip", [tpu.Chip(), tpu.Chip(2**25, 1, 256)])
+@pytest.mark.parametrize("per_expert", [512, 640, 1024, 8192])
+@pytest.mark.parametrize(
+  "e,d,f",
+  [(8, 4096, 14_336), (4, 7168, 2048), (64, 2048, 768), (16, 2880, 2880)],
+)
+def test_tiles_of_published_shapes(chip, per_expert, e, d, f, monkeypatch):
+  """They fit, leave no rest where lanes do not, and no padding at equal loads."""
+  monkeypatch.setattr(tpu, "chip", lambda: chip)
+  sizes = [per_expert] * e
+  for dtype in (jnp.bfloat16, jnp.float32):
+    for widths in ((d, f), (f, d)):
+      works = kernels.estimate(sizes, sum(sizes), widths, dtype, backend="tpu")
+      for work in works.values():
+        assert work.vmem <= chip.vmem and work.rows == sum(sizes)
+        least = (sum(sizes) * sum(widths) + e * d * f) * dtype.dtype.itemsize
+        assert work.traffic >= least
+      for work, (k, n) in zip(works.values(), (widths, widths[::-1], widths)):
+        for tile, width in zip(work.tiles[1:], (k, n)):
+          assert tile == width or tile % 128 == 0
+          assert d == 2880 or width % tile == 0
+
+
+def test_rows_that_a_tpu_visits():
+  """A tile counts for each expert that has rows in it."""
+  assert tpu.visited(128, [128, 256]) == 384
+  assert tpu.visited(128, [100, 28, 0, 60]) == 3 * 128
+  assert tpu.visited(128, [130, 0, 126]) == 3 * 128
+  assert tpu.visited(128, [0, 0]) == 0
+  rng = np.random.default_rng(0)
+  for _ in range(20):
+    sizes = rng.integers(0, 50, 5)
+    expert_N = np.repeat(np.arange(5), sizes)
+    tiles = {(n // 16, e) for n, e in enumerate(expert_N)}
+    assert tpu.visited(16, sizes) == 16 * len(tiles)
+
+
+def test_vmem_by_hand():
+  """Two buffers of each block; sums, results and operands in float32."""
+  product = tpu.Product(512, 1024, 512, 4, 2)
+  t = tpu.Tiles(256, 512, 128)
+  blocks = 2 * 2 * (256 * 512 + 512 * 128 + 256 * 128)
+  flight = 8 * 256 * 128 + 256 * 512
+  assert tpu.vmem(product, t) == blocks + flight + 2**17
+  flight = 4 * 512 * 128 + 2 * (256 * 512 + 256 * 128)
+  over_rows = product._replace(over_rows=True)
+  assert tpu.vmem(over_rows, t) == blocks + flight + 2**17
+
+
+def test_traffic_by_hand():
+  """A block that a step needs again is not read again."""
+  product = tpu.Product(512, 256, 384, 1, 2)
+  # One tile for the contraction: each matrix once, the rows for each column tile.
+  once = 2 * (3 * 512 * 256 + 256 * 384 + 512 * 384)
+  assert tpu.traffic(product, tpu.Tiles(128, 256, 128)) == once
+  # Two: matrices for each of the four row tiles.
+  often = 2 * (3 * 512 * 256 + 4 * 256 * 384 + 512 * 384)
+  assert tpu.traffic(product, tpu.Tiles(128, 128, 128)) == often
+  over_rows = product._replace(over_rows=True)
+  gradient = 2 * (3 * 512 * 256 + 2 * 512 * 384 + 256 * 384)
+  assert tpu.traffic(over_rows, tpu.Tiles(128, 128, 128)) == gradient
+
+
+def test_work_of_other_backends():
+  """Chunks on CPU; a backend that says nothing computes the rows that there are."""
+  estimate = functools.partial(
+    kernels.estimate, widths=(4, 6), dtype=jnp.float32
+  )
+  sizes, rows = (64, 0, 60, 4), 256  # Chunks of 16, 32, 48, 64, ...
+  works = estimate(sizes, rows, backend="cpu")
+  assert {w.rows for w in works.values()} == {64 + 64 + 16}
+  (work,) = set(estimate((1200, 0), 2400, backend="cpu").values())
+  assert 1200 <= work.rows <= 1.05 * 1200
+  assert set(estimate(sizes, rows, backend="reference").values()) == {
+    kernels.Work(128)
+  }
 
 
 @pytest.fixture
@@ -359,12 +484,3 @@ def test_gpu_without_its_kernels(tokamax):
   c.moe.update(dispatcher={"name": "sorted"}, capacity_factor=None)
   with pytest.raises(ConfigError, match="needs tokamax"):
     build()
-
-
-def test_tpu_needs_whole_lanes():
-  with pytest.raises(ConfigError, match="divisible by 128, got 5"):
-    grouped_matmul(
-      *random_inputs(0, np.float32)[:2],
-      np.array(SIZES[0], np.int32),
-      backend="tpu",
-    )

@@ -336,6 +336,35 @@ FAULTS = (
     "lax.dynamic_update_slice_in_dim(x_ND, nothing, rows, 0)",
     LOADS,
   ),
+  # The kernel for TPUs.
+  Fault(
+    "weights receive the gradient of another expert",
+    "moe_jax/moe/kernels/tpu.py",
+    "megablox.tgmm(x_MD.T, dy_MF, sizes_E,",
+    "megablox.tgmm(x_MD.T, dy_MF, sizes_E[::-1],",
+    "grouped_matmul_test.py::test_network_with_the_tpu_kernel",
+  ),
+  Fault(
+    "tiles may take twice the VMEM that there is",
+    "moe_jax/moe/kernels/tpu.py",
+    "if vmem(product, t) <= chip.vmem",
+    "if vmem(product, t) <= 2 * chip.vmem",
+    "grouped_matmul_test.py::test_tiles_of_published_shapes",
+  ),
+  Fault(
+    "a tile with rows of two experts counts once",
+    "moe_jax/moe/kernels/tpu.py",
+    "_up(end, row_tile) - begin // row_tile",
+    "_up(size, row_tile)",
+    "grouped_matmul_test.py::test_rows_that_a_tpu_visits",
+  ),
+  Fault(
+    "the rest of an expert's rows is not in a chunk",
+    "moe_jax/moe/kernels/cpu.py",
+    "(rest and min(s for s in sizes if s >= rest))",
+    "rest",
+    "grouped_matmul_test.py::test_work_of_other_backends",
+  ),
   Fault(
     "combining does not weigh in the backward pass",
     "moe_jax/moe/dispatchers/gather.py",

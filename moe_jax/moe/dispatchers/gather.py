@@ -38,14 +38,14 @@ class RowPlan(dispatchers.TokenPlan):
     return Rows(x_ND.reshape(shape))
 
   def combine(self, rows: Rows) -> Array:
-    """sum_k weight * row, in the weights' dtype, returned in that of the rows."""
+    """sum_k weight * row, in the rows' dtype."""
     groups, tokens, _ = self.row_GTK.shape
     weight_GTK = self.choice.weight_TK
     if self.choice.weight_input:
       weight_GTK = jnp.ones_like(weight_GTK)
     args = parallel.alike((_flat(rows.x), _flat(weight_GTK)))
     y_TD = combine(*args, _flat(self.row_GTK), self.owner_N)
-    return y_TD.astype(rows.x.dtype).reshape(groups, tokens, -1)
+    return y_TD.reshape(groups, tokens, -1)
 
 
 @jax.custom_vjp
@@ -79,9 +79,10 @@ take.defvjp(lambda *args: (take(*args), args[2]), _take_backward)
 
 @jax.custom_vjp
 def combine(x_ND, weight_TK, row_TK, owner_N) -> Array:
-  """y_t = sum over k of weight_tk * x[row_tk], in the weights' dtype.
+  """y_t = sum over k of weight_tk * x[row_tk], summed in the weights' dtype.
 
   Gathers both ways, one for each k, as nothing of size T * K * D is made.
+  Returned in the rows' dtype, so that gradients are gathered in it too.
 
   Args:
     x_ND: rows.
@@ -90,10 +91,11 @@ def combine(x_ND, weight_TK, row_TK, owner_N) -> Array:
     owner_N: the inverse of row_TK: t * K + k, out of range for none.
   """
   del owner_N
-  return sum(
+  y_TD = sum(
     weight_TK[:, k, None] * _take(x_ND, row_TK[:, k])
     for k in range(row_TK.shape[1])
   )
+  return y_TD.astype(x_ND.dtype)
 
 
 def _combine_backward(kept, dy_TD):
@@ -101,6 +103,7 @@ def _combine_backward(kept, dy_TD):
   top_k = row_TK.shape[1]
   weight_N = _take(weight_TK.reshape(-1), owner_N)
   dx_ND = weight_N[:, None] * _take(dy_TD, owner_N // top_k)
+  dy_TD = dy_TD.astype(weight_TK.dtype)
   dweight_TK = jnp.stack(
     [(dy_TD * _take(x_ND, row_TK[:, k])).sum(-1) for k in range(top_k)], axis=1
   )

@@ -2,11 +2,14 @@
 
 Rows are sorted by expert. Several backends, one file each:
 `matmul(x, w, sizes)`, where y[n] is x[n] times the matrix of row n's expert, or
-`network`, which is `grouped_network` itself.
+`network`, which is `grouped_network` itself. A backend that computes more rows
+than experts have says how many by `work`, see `estimate`.
 """
 
 import importlib
 import pkgutil
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +28,49 @@ def backend_for(platform: str, wanted: str | None = None) -> str:
 def is_checked(backend: str) -> bool:
   """Whether a backend declares over which mesh axes its result varies."""
   return getattr(_load(backend), "CHECKED", True)
+
+
+class Work(NamedTuple):
+  """What one grouped product costs a device.
+
+  rows: multiplied by a matrix, with those that fill up tiles or chunks.
+  tiles: (rows, contraction, columns) of a tile; None: the kernel does not say.
+  vmem: bytes of a TPU's vector memory, an upper bound; 0 elsewhere.
+  traffic: bytes of memory read and written; 0: the kernel does not say.
+  """
+
+  rows: int
+  tiles: tuple[int, int, int] | None = None
+  vmem: int = 0
+  traffic: float = 0
+
+
+def estimate(
+  tokens_per_expert: Sequence[int],
+  rows: int,
+  widths: tuple[int, int],
+  dtype,
+  *,
+  backend: str,
+) -> dict[str, Work]:
+  """The work of a product of rows and weights, and of the gradients of either.
+
+  Args:
+    tokens_per_expert: rows of each of the device's experts.
+    rows: N, of the buffer that holds them.
+    widths: (D, F) of the weights.
+    dtype: of rows and weights.
+    backend: a file of this folder. A TPU is that of `jax.set_mesh`.
+
+  Returns:
+    {"forward", "rows", "weights"}. A backend that says nothing of it computes the
+    rows of the experts and no others.
+  """
+  module = _load(backend)
+  if hasattr(module, "work"):
+    return module.work(tokens_per_expert, rows, widths, dtype)
+  least = Work(sum(map(int, tokens_per_expert)))
+  return dict.fromkeys(("forward", "rows", "weights"), least)
 
 
 def grouped_network(

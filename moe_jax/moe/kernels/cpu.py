@@ -34,6 +34,18 @@ def network(expert, params, x_ND: Array, sizes_E: Array) -> Array:
   return _network(expert, params, x_ND, sizes_E)
 
 
+def work(tokens_per_expert, rows, widths, dtype):
+  """See `kernels.estimate`: whole chunks."""
+  del widths, dtype
+  sizes = _sizes(rows, len(tokens_per_expert))
+  most, total = sizes[-1], 0
+  for live in map(int, tokens_per_expert):
+    more = max(live - 1, 0) // most
+    rest = live - more * most
+    total += more * most + (rest and min(s for s in sizes if s >= rest))
+  return dict.fromkeys(("forward", "rows", "weights"), kernels.Work(total))
+
+
 def _products(expert, params, x, known=None):
   """(the network's result, the products of x that it asked for, in order).
 
