@@ -136,7 +136,9 @@ def _moe_ffn(recipe, mesh, specs, collect, params, balance, x_GTD, side, rng_G):
   x_GTD = exchange.enter_tensor(x_GTD, mesh)
   rows, back = exchange.exchange(recipe, routing.choice, plan, x_GTD, mesh)
   rng_GE = exchange.expert_keys(recipe.experts, rng_G, recipe.num_experts, mesh)
-  rows = recipe.experts.apply(weights("experts", recipe.experts), rows, rng_GE)
+  with jax.named_scope("experts"):
+    own = weights("experts", recipe.experts)
+    rows = recipe.experts.apply(own, rows, rng_GE)
   y_GTD = back(rows)
   if recipe.shared is not None:
     y_GTD += recipe.shared.apply(weights("shared", recipe.shared), x_GTD)

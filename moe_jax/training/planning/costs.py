@@ -18,13 +18,11 @@ from moe_jax.moe import exchange
 from moe_jax.moe.types import TokenChoice
 from moe_jax.training import train_step
 
-_FLOAT = 4  # Bytes of a parameter, a moment and a score.
+FLOAT = 4  # Bytes of a parameter, a moment and a score.
 # Bytes of each score that softmax and its neighbours read and write, unfused.
-_OF_A_SCORE = 3 * _FLOAT
+_OF_A_SCORE = 3 * FLOAT
 # Arrays of a parameter's shape that AdamW reads and writes.
 _OF_THE_OPTIMIZER = 7
-# How many arrays of a size are there at the same time, as measured.
-_ARRAYS = {"scores": 1.85, "hidden": 6.0, "rows": 2.0, "logits": 2.0}
 _OUTSIDE = ("embedding", "head")  # Parts outside of the blocks.
 
 
@@ -154,18 +152,17 @@ def matrices(model, boxed, mesh) -> list[Matrix]:
     mesh: that they lie on.
   """
   leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(boxed))
-  of_leaves = jax.tree.leaves(roles.of(boxed))
-  return [
-    _matrix(model, jax.tree_util.keystr(path, simple=True, separator="/"), *x)
-    for (path, leaf), role in zip(leaves, of_leaves)
-    if role.matrix_axes
-    for x in [
-      (role, leaf.shape, parallel.spec(role.axes, leaf.shape, mesh), mesh)
-    ]
-  ]
+  found = []
+  for (path, leaf), role in zip(leaves, jax.tree.leaves(roles.of(boxed))):
+    if role.matrix_axes:
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      found.append(_matrix(model, name, role, leaf.shape, mesh))
+  return found
 
 
-def _matrix(model, path, role, shape, spec, mesh):
+def _matrix(model, path, role, shape, mesh):
+  """The Matrix of the parameter at a path."""
+  spec = parallel.spec(role.axes, shape, mesh)
   stored, sizes = (), list(shape)
   for i, (name, axes) in enumerate(zip(role.axes, spec)):
     axes = parallel.names(axes)
@@ -212,7 +209,7 @@ def stages(step: Step, model, found: list[Matrix]) -> list[Stage]:
   if step.mesh.shape["tensor"] > 1:
     rest.append(Stage("sums over tensor", sent=(_over_tensor(step, model),)))
   if step.backward:
-    size = _OF_THE_OPTIMIZER * _FLOAT * held(step.mesh, found)
+    size = _OF_THE_OPTIMIZER * FLOAT * held(step.mesh, found)
     rest.append(Stage("optimizer", memory=size))
   return [*by_part.values(), *rest]
 
@@ -250,12 +247,12 @@ def _weights_sent(step, matrix, repeats):
   """The gathers of a matrix, and the sums of its gradient."""
   part, stored = matrix.part, matrix.stored
   size = matrix.numbers * step.micro_batches
-  weights = repeats * size * (_FLOAT if part == "router" else step.width)
+  weights = repeats * size * (FLOAT if part == "router" else step.width)
   # The gradient of a lookup is a sum of rows in float32.
   wide = part in ("router", "embedding")
-  gradient = size * (_FLOAT if wide else step.width)
+  gradient = size * (FLOAT if wide else step.width)
   if part == "experts" and step.once:
-    gradient = matrix.numbers * _FLOAT
+    gradient = matrix.numbers * FLOAT
   if stored:
     yield _gathered(step, f"weights of {part}", "all-gather", stored, weights)
   if not step.backward:
@@ -311,64 +308,6 @@ def held(mesh, found: list[Matrix]) -> float:
   """The numbers of all matrices that a device of a mesh stores."""
   return sum(
     m.numbers / math.prod(mesh.shape[axis] for axis in m.stored) for m in found
-  )
-
-
-def temporaries(step: Step, model, found: list[Matrix], remat: str) -> float:
-  """Bytes that a training step needs besides its arguments; an estimate.
-
-  They are gradients in float32 and weights in the compute dtype, as a device
-  stores them; what the forward pass keeps for the backward pass; and what the
-  backward pass of one block, or the output layer, needs meanwhile. `_ARRAYS`
-  counts arrays that are there at the same time, in compiled programs.
-
-  Args:
-    step: its sizes.
-    model: a decoder.
-    found: its matrices.
-    remat: `model.remat`.
-  """
-  arch, tensor = model.arch, step.mesh.shape["tensor"]
-  gradients = _FLOAT * (1 if step.micro_batches == 1 else 2)
-  stored = held(step.mesh, found) * (gradients + step.width)
-  if step.once:
-    stored += _FLOAT * sum(m.numbers for m in found if m.part == "experts")
-  kinds = [arch.layer(kind) for kind in arch.layers]
-  vectors = step.tokens * arch.d_model * step.width
-  heads = max(layer.attention.num_heads for layer in kinds)
-  scores = step.tokens * step.length * heads / tensor * _FLOAT
-  experts = [_of_experts(step, model, *each) for each in buffers(step, model)]
-  largest = max((each.inside for each in experts), default=0.0)
-  kept = len(kinds) * vectors
-  if remat != "block":
-    kept += sum(each.sent for each in experts)
-  if remat == "none":
-    kept += len(kinds) * (_ARRAYS["scores"] * scores + 4 * vectors)
-    kept += sum(each.hidden for each in experts)
-  inside = max(_ARRAYS["scores"] * scores, scores + largest)
-  logits = _ARRAYS["logits"] * step.tokens * arch.vocab_size / tensor * _FLOAT
-  vocabulary = arch.vocab_size * arch.d_model * (2 * step.width + _FLOAT)
-  return stored + kept + max(inside, logits) + vocabulary
-
-
-class _OfExperts(NamedTuple):
-  """Bytes of the layers of a sublayer: inside: that one layer's backward pass
-  needs; sent, hidden: of what all layers keep."""
-
-  inside: float
-  sent: float
-  hidden: float
-
-
-def _of_experts(step, model, sublayer, home, room):
-  row = model.arch.d_model * step.width
-  hidden = room * sublayer.recipe.experts.width * step.width
-  hidden /= step.mesh.shape["tensor"]
-  layers = len(sublayer.numbers)
-  return _OfExperts(
-    _ARRAYS["hidden"] * hidden + _ARRAYS["rows"] * room * row,
-    layers * (home + room) * row,
-    layers * _ARRAYS["hidden"] / 2 * hidden,
   )
 
 

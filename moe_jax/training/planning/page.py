@@ -74,8 +74,9 @@ def collectives(plan: Plan) -> list[dict]:
 def text(plan: Plan) -> str:
   """The plan for people."""
   parts = [_head(plan), _memory(plan)]
-  if plan.flops:
-    parts += [_flops(plan), _sent(plan)]
+  parts.append(_flops(plan))
+  if plan.moved:
+    parts.append(_sent(plan))
   if plan.chip.flops:
     parts.append(_stages(plan))
   return "\n\n".join(parts)

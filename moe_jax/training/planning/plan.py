@@ -11,7 +11,13 @@ from moe_jax import models
 from moe_jax.core import parallel
 from moe_jax.models import counts, decoding
 from moe_jax.training import program, train_step
-from moe_jax.training.planning import chips, compiled, costs, topologies
+from moe_jax.training.planning import (
+  chips,
+  compiled,
+  costs,
+  products,
+  topologies,
+)
 
 
 class Cost(NamedTuple):
@@ -30,7 +36,7 @@ class Plan(NamedTuple):
   memory: {kind: bytes}; limit: bytes that there are; even: {kind: bytes}, what
     a device would hold of the state if it were split over all devices.
   fits: whether memory is within the limit.
-  flops: see `_flops`; None where the compiler did not take the program.
+  flops: see `products.count`.
   moved: see `compiled.Compiled`.
   stages: in closed form.
   tokens: of a step, of all devices.
@@ -46,7 +52,7 @@ class Plan(NamedTuple):
   limit: int | None
   even: dict[str, float]
   fits: bool
-  flops: dict[str, float] | None
+  flops: dict[str, float]
   moved: dict | None
   stages: list[Cost]
   tokens: int
@@ -207,7 +213,7 @@ def _plan(name, call, trees, *, step, boxed, flops_per_token, mesh, **given):
     limit=chip.memory,
     even=even,
     fits=found.fits,
-    flops=flops(found.products, step, model, stages, wanted),
+    flops=_flops(mesh, found.products, step, model, stages, wanted),
     moved=found.moved,
     stages=[bounds(stage, step, chip, ring) for stage in stages],
     tokens=tokens,
@@ -216,6 +222,11 @@ def _plan(name, call, trees, *, step, boxed, flops_per_token, mesh, **given):
     step=step,
     **given,
   )
+
+
+def _flops(mesh, *args):
+  with jax.set_mesh(mesh):  # Tiles are those of its chip.
+    return products.count(*args)
 
 
 def _compile(call, arguments, step, mesh, chip):
@@ -232,62 +243,6 @@ def _compile(call, arguments, step, mesh, chip):
 
 def _bytes(tree):
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def flops(found, step, model, stages, wanted) -> dict[str, float]:
-  """FLOPs of a step on a device, in several ways of counting.
-
-  Returns:
-    model: `counts.train_flops_per_token`.
-    useful: those of the program, but for recomputation, for empty rows of
-      buffers, and for rows that are computed in vain.
-    recomputed: what `model.remat` adds to the useful ones.
-    padded: useful, with the rows of tiles that kernels compute in vain.
-    static: padded, with all rows of the buffers.
-    compiled: whether useful, recomputed and static were counted in the compiled
-      program; if not, all but model are in closed form.
-  """
-  used, room = _rows(step, model)
-  if found is None:
-    useful = sum(stage.flops for stage in stages)
-    again = sum(stage.again for stage in stages)
-    own = next((s for s in stages if s.name == "experts"), None)
-    in_vain = own.flops * (room / used - 1) if own else 0
-    return {
-      "model": wanted,
-      "useful": useful,
-      "recomputed": again,
-      "padded": useful,
-      "static": useful + in_vain,
-      "compiled": False,
-    }
-  sums = dict.fromkeys(("once", "again", "static"), 0.0)
-  for one in found:
-    size = one.flops * one.times
-    of_experts = one.rows or "/experts/" in one.name
-    real = size * used / (one.rows or room) if of_experts else size
-    sums["again" if one.again else "once"] += real
-    sums["static"] += 0 if one.again else size
-  return {
-    "model": wanted,
-    "useful": sums["once"],
-    "recomputed": sums["again"],
-    "padded": sums["once"],
-    "static": sums["static"],
-    "compiled": True,
-  }
-
-
-def _rows(step, model):
-  """(rows that experts compute for, rows of their buffers), of all layers."""
-  used = room = 0.0
-  for sublayer, home, most in costs.buffers(step, model):
-    number = len(sublayer.numbers)
-    tokens = step.tokens * costs.rows_of_a_token(sublayer.recipe)
-    used += number * min(home, tokens)
-    room += number * most
-  number = sum(len(s.numbers) for s in model.sublayers.values()) or 1
-  return used / number or 1.0, room / number or 1.0
 
 
 def bounds(stage, step, chip, ring):

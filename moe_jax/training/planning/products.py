@@ -1,4 +1,4 @@
-"""The products of a compiled TPU program, and their FLOPs, from its HLO text."""
+"""The FLOPs of a step: of the products in a compiled program, or in closed form."""
 
 import functools
 import math
@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_jax.training.planning import hlo
+from moe_jax.core import parallel
+from moe_jax.moe import kernels
+from moe_jax.training.planning import costs, hlo
 
 _INSTRUCTION = re.compile(
   r"^\s*(?:ROOT )?%?([\w.-]+) = (\w+)\[([\d,]*)\]\S* (.*)"
@@ -16,6 +18,8 @@ _PRODUCT = re.compile(r"(dot|convolution|custom-call)\(([^)]*)\)(.*)")
 _KERNEL = 'custom_call_target="tpu_custom_call"'
 # Operands of a kernel, which the rest of its line declares.
 _OPERANDS = re.compile(r"operand_layout_constraints=\{(.*?)\}, (?=[a-z_]+=)")
+# What jax calls the operations of the experts' networks, see `layer.moe_ffn`.
+_SCOPE = "/experts/"
 _SHAPE = re.compile(r"\w+\[([\d,]*)\]")
 
 
@@ -130,3 +134,91 @@ def _taps(size, out, window, before, stride, spread, apart):
 
 def _numbers(text):
   return [int(x) for x in text.split(",")] if text else []
+
+
+def count(found, step, model, stages, wanted: float) -> dict[str, float]:
+  """Counts FLOPs in a compiled program, or else in closed form.
+
+  Args:
+    found: `products` of the program; None: there is none to count in.
+    step, model, stages: see `costs.stages`.
+    wanted: by `counts.flops_per_token`.
+
+  Returns:
+    model: what is wanted.
+    useful: those of the program, but for recomputation, for empty rows of
+      buffers, and for rows that are computed in vain.
+    recomputed: what `model.remat` adds to the useful ones.
+    padded: useful, with the rows that tiles of kernels hold in vain, when loads
+      are equal.
+    static: useful, with all rows of the buffers.
+    compiled: whether useful, recomputed and static are counted in the program.
+  """
+  used, room = rows(step, model)
+  of_experts = sum(s.flops for s in stages if s.name == "experts")
+  if found is None:
+    useful = sum(stage.flops for stage in stages)
+    again = sum(stage.again for stage in stages)
+    static = useful + of_experts * (room / used - 1)
+  else:
+    useful, again, static = _of_program(found, used, room)
+  padded = useful + of_experts * (_visited(step, model) - 1)
+  return {
+    "model": wanted,
+    "useful": useful,
+    "recomputed": again,
+    "padded": padded,
+    "static": static,
+    "compiled": found is not None,
+  }
+
+
+def rows(step: costs.Step, model) -> tuple[float, float]:
+  """(rows that experts compute for, rows of their buffers), means over layers."""
+  used = room = layers = 0
+  for sublayer, home, most in costs.buffers(step, model):
+    number = len(sublayer.numbers)
+    wanted = step.tokens * costs.rows_of_a_token(sublayer.recipe)
+    used += number * min(home, wanted)
+    room += number * most
+    layers += number
+  return (used / layers, room / layers) if layers else (1.0, 1.0)
+
+
+def _of_program(found, used, room):
+  """(useful, recomputed, static), whose experts compute for `used` rows."""
+  useful = again = static = 0.0
+  for one in found:
+    size = one.flops * one.times
+    of_experts = one.rows or _SCOPE in one.name
+    real = size * used / (one.rows or room) if of_experts else size
+    if one.again:
+      again += real
+    else:
+      useful, static = useful + real, static + size
+  return useful, again, static
+
+
+def _visited(step, model) -> float:
+  """Rows that kernels compute over those of the experts, when loads are equal."""
+  used, seen = 0.0, 0.0
+  platform = parallel.platform(step.mesh)
+  for sublayer, home, room in costs.buffers(step, model):
+    recipe = sublayer.recipe
+    here = recipe.num_experts // step.mesh.shape["expert"]
+    wanted = min(home, step.tokens * costs.rows_of_a_token(recipe))
+    each = math.ceil(wanted / here)
+    width = recipe.experts.width // step.mesh.shape["tensor"]
+    seen_here = each * here
+    if recipe.dispatcher.ragged:
+      work = kernels.estimate(
+        [each] * here,
+        room,
+        (model.arch.d_model, width),
+        model.arch.dtype,
+        backend=kernels.backend_for(platform),
+      )
+      seen_here = sum(w.rows for w in work.values()) / len(work)
+    used += len(sublayer.numbers) * each * here
+    seen += len(sublayer.numbers) * seen_here
+  return seen / used if used else 1.0

@@ -10,7 +10,7 @@ from moe_jax.core.errors import ConfigError
 from moe_jax.models import decoder
 from moe_jax.moe import exchange
 from moe_jax.training import program
-from moe_jax.training.planning import chips, costs, plan, topologies
+from moe_jax.training.planning import chips, costs, memory, plan, topologies
 
 # Of a device's memory; the estimate of what a step needs is no better.
 _ROOM = 0.95
@@ -70,9 +70,9 @@ def ranked(config, chip: chips.Chip, devices, ring: int) -> list[Candidate]:
         for stage in costs.stages(step, model, matrices)
       ]
       seconds = (sum(b.low for b in bounds), sum(b.high for b in bounds))
-      memory = state + costs.temporaries(step, model, matrices, remat)
+      needed = state + memory.temporaries(step, model, matrices, remat)
       settings = settings | {"model.remat": remat}
-      found.append(Candidate(settings, memory, *seconds))
+      found.append(Candidate(settings, needed, *seconds))
   return sorted(found, key=lambda one: (not one.fits(chip), one.high))
 
 
