@@ -101,6 +101,7 @@ def test_a_run_is_described_by_layers():
   assert few["router"]["score"] == "sigmoid" and few["router"]["top_k"] == 1
   assert few["router"]["renormalize"] is False, "no hidden default"
   assert few["balancers"]["b"]["rate"] == 1e-2
+  assert few["exchange"] == "all_to_all"
   assert few["tokens_per_group"] == 4 and found["1, 4"]["capacity_factor"] == 2
 
 
