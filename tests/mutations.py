@@ -1011,6 +1011,56 @@ FAULTS = (
     "",
     "hooks_test.py::test_a_wrong_hook_is_refused_before_anything_compiles",
   ),
+  # Plans.
+  Fault(
+    "a segment of one repeat keeps all that its forward pass computes",
+    "moe_jax/models/decoder.py",
+    "prevent_cse=self.alone",
+    "prevent_cse=False",
+    "remat_test.py::test_a_segment_of_one_repeat_is_computed_again",
+  ),
+  Fault(
+    "each use of a weight gathers it",
+    "moe_jax/core/parallel.py",
+    "  return constrain(w, tuple(whole), mesh)\n\n\ngathered.",
+    "  return w\n\n\ngathered.",
+    "collectives_test.py::test_a_whole_step[sizes1-all_to_all]",
+  ),
+  Fault(
+    "what is computed again counts as useful",
+    "moe_jax/training/planning/products.py",
+    '"rematted_computation" in self.name',
+    '"rematted" == self.name',
+    "plan_test.py::test_products_of_a_program",
+  ),
+  Fault(
+    "zeros between the inputs of a convolution are multiplied",
+    "moe_jax/training/planning/products.py",
+    "(place % spread == 0)",
+    "(place % spread < spread)",
+    "plan_test.py::test_products_of_a_program",
+  ),
+  Fault(
+    "a plan forgets the gradients of what it sends",
+    "moe_jax/training/planning/costs.py",
+    'exchanges=3 if remat == "block" else 2',
+    "exchanges=1",
+    "plan_test.py::test_a_step_on_a_mesh",
+  ),
+  Fault(
+    "candidates that do not fit come first",
+    "moe_jax/training/planning/search.py",
+    "(not one.fits(chip), one.high)",
+    "(one.fits(chip), one.high)",
+    "plan_test.py::test_candidates_of_a_search",
+  ),
+  Fault(
+    "the load of a device is that of its largest expert",
+    "moe_jax/training/planning/loads.py",
+    "parts(devices).max(1) * devices",
+    "share_NE.max(1) * devices",
+    "plan_test.py::test_loads_of_a_run",
+  ),
 )
 
 

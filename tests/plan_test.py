@@ -233,11 +233,13 @@ def test_candidates_of_a_search():
     memory.setdefault((mesh, number), {}).setdefault(remat, one.memory)
   for sizes in memory.values():
     assert sizes["block"] < sizes["dispatch"] < sizes["none"]
-  # Only 16 bytes a device: what does not fit is said to be behind.
-  poor = chip._replace(memory=16)
-  assert not any(
-    one.fits(poor) for one in search.ranked(config, poor, jax.devices(), 2)
-  )
+  # Half of them fit a smaller device, and come first.
+  half = sorted(one.memory for one in found)[len(found) // 2]
+  small_chip = chip._replace(memory=half / 0.95)
+  again = search.ranked(config, small_chip, jax.devices(), ring=2)
+  fits = [one.fits(small_chip) for one in again]
+  assert fits == sorted(fits, reverse=True)
+  assert 0.3 < np.mean(fits) < 0.7
 
 
 def test_what_would_fit():
