@@ -4,21 +4,49 @@ Forward and gradient of the dispatcher `sorted`, with the megablox kernel and
 the real `ragged_all_to_all`, as `models.build` sets them up for such a mesh.
 Prints kind, mesh axes, count and bytes (of the results on one device) of all
 collectives, those in loops as often as they run.
+
+With --share it compiles what one device of a published model computes, as a layer
+of its local experts, forward and backward, and prints operations, memory, and the
+tiles of the products; see `tests.aot_share`.
 """
 
 import argparse
 import functools
+import math
 import os
 import sys
 import time
+from typing import NamedTuple
 
 # Each mesh is (data, fsdp, expert, tensor) of the four devices.
 LAYOUTS = {
   "dropless": dict(capacity_factor=None),
   "bounded": dict(capacity_factor=1.25),
   "buckets": dict(capacity_factor=1.25, expert_buckets=4),
+  "slots": dict(capacity_factor=1.0, dispatcher={"name": "gather"}),
 }
 LENGTH, ROWS, WIDTH, NUM_EXPERTS = 256, 8, 256, 8
+
+
+class Share(NamedTuple):
+  """What a device has of a layer: E experts, of which each token takes K."""
+
+  num_experts: int
+  top_k: int
+  d_model: int
+  d_expert: int
+  length: int  # Of ROWS sequences.
+
+
+SMALL = Share(NUM_EXPERTS, 2, WIDTH, WIDTH, LENGTH)
+SHARES = {
+  "small": Share(4, 2, 256, 512, 256),
+  "mixtral": Share(8, 2, 4096, 14_336, 512),
+  # One of 64 devices with 4096 tokens each: 8 rows a token, on average.
+  "deepseek_v3": Share(4, 2, 7168, 2048, 2048),
+  # One of 2 devices: 512 rows for each of its experts.
+  "qwen3_30b_a3b": Share(64, 8, 2048, 768, 512),
+}
 
 
 def main(argv=None) -> int:
@@ -48,13 +76,23 @@ def main(argv=None) -> int:
     action="store_true",
     help="a whole training step of a decoder instead of the layer",
   )
+  parser.add_argument("--share", choices=SHARES)
+  parser.add_argument(
+    "--kernel", default="tpu", help="of --share: a file of moe_jax/moe/kernels"
+  )
   args = parser.parse_args(argv)
   _no_hardware()
   from moe_jax.training.planning import hlo
 
+  if args.share:
+    from tests import aot_share
+
+    mesh = topology_mesh(args.topology, (1, 1, 1, 1))
+    print(aot_share.report(mesh, SHARES[args.share], args.dtype, args.kernel))
+    return 0
   sizes = tuple(int(size) for size in args.mesh.split(","))
   mesh = topology_mesh(args.topology, sizes)
-  model = build(mesh, args.layout, args.dtype, args.exchange)
+  model = build(mesh, args.layout, args.dtype, exchange=args.exchange)
   programs = step(model) if args.step else layer_programs(model, args.dtype)
   for name, lowered in programs:
     started = time.monotonic()
@@ -88,30 +126,42 @@ def topology_mesh(topology: str, sizes):
   described = topologies.get_topology_desc(
     platform="tpu", topology_name=topology
   )
-  return parallel.make_mesh(sizes, described.devices)
+  devices = described.devices
+  return parallel.make_mesh(sizes, devices[: math.prod(sizes)])
 
 
-def build(mesh, layout: str, dtype: str, exchange: str):
+def build(mesh, layout: str, dtype: str, share: Share = SMALL, **moe):
   """A decoder for the mesh, from a config like any other."""
   from configs import base
   from moe_jax import models
 
   c = base.get_config().model
   c.update(
-    d_model=WIDTH, num_layers=2, num_heads=2, num_kv_heads=2, dtype=dtype
+    d_model=share.d_model,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=2,
+    dtype=dtype,
   )
-  c.moe.update(num_experts=NUM_EXPERTS, d_expert=WIDTH, **LAYOUTS[layout])
-  c.moe.update(exchange=exchange)
   c.moe.dispatcher = {"name": "sorted"}
+  c.moe.update(
+    num_experts=share.num_experts,
+    top_k=share.top_k,
+    d_expert=share.d_expert,
+    **LAYOUTS[layout],
+    **moe,
+  )
   c.moe.balancers = {"bias": {"name": "bias", "rate": 1e-3}}
-  model = models.build(c, vocab_size=256, mesh=mesh)
-  experts = model.arch.layer("moe").recipe.experts
-  assert experts.checked is False, "the kernel declares no axes"
-  return model
+  return models.build(c, vocab_size=256, mesh=mesh)
 
 
-def layer_programs(model, dtype: str):
-  """(name, lowered) of the layer's forward pass and of its gradient."""
+def layer_programs(model, dtype: str, share: Share = SMALL, weights_in=None):
+  """(name, lowered) of the layer's forward pass and of its gradient.
+
+  Args:
+    model, dtype, share: see `build`.
+    weights_in: the experts' dtype; None: that in which they are stored.
+  """
   import jax
   import jax.numpy as jnp
 
@@ -121,29 +171,34 @@ def layer_programs(model, dtype: str):
 
   mesh, parts = model.arch.mesh, model.arch.layer("moe")
   groups = ROWS
-  tokens, recipe = parts.grouping.resolve(parts.recipe, LENGTH, train=True)
+  width, num_experts = share.d_model, share.num_experts
+  tokens, recipe = parts.grouping.resolve(
+    parts.recipe, share.length, train=True
+  )
   run = functools.partial(layer.moe_ffn, recipe, mesh=mesh)
 
   def shaped(shape, dtype, spec):
     sharding = jax.NamedSharding(mesh, spec)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-  def weights(part, *args):
+  def weights(part, dtype, *args):
     init = lambda rng: part.init(rng, *args)  # noqa: E731
     shapes = jax.eval_shape(init, jax.random.key(0))
     specs = {
       k: parallel.spec(part.axes[k], v.shape, mesh) for k, v in shapes.items()
     }
-    return {k: shaped(v.shape, v.dtype, specs[k]) for k, v in shapes.items()}
+    return {
+      k: shaped(v.shape, dtype or v.dtype, specs[k]) for k, v in shapes.items()
+    }
 
   by_group = jax.P(parallel.TOKENS)
   args = (
     {
-      "router": weights(recipe.router, WIDTH, NUM_EXPERTS),
-      "experts": weights(recipe.experts, NUM_EXPERTS, WIDTH),
+      "router": weights(recipe.router, None, width, num_experts),
+      "experts": weights(recipe.experts, weights_in, num_experts, width),
     },
-    shaped((groups, tokens, WIDTH), dtype, by_group),
-    {"bias": {"bias_E": shaped((NUM_EXPERTS,), jnp.float32, jax.P())}},
+    shaped((groups, tokens, width), dtype, by_group),
+    {"bias": {"bias_E": shaped((num_experts,), jnp.float32, jax.P())}},
     Side(shaped((groups, tokens), bool, by_group)),
   )
 

@@ -12,8 +12,8 @@ from tests import aot
 pytestmark = pytest.mark.aot
 
 
-def compiled(*flags):
-  """{program: {kernel or collective: (how many, bytes)}} that is printed."""
+def printed(*flags):
+  """The lines of `python -m tests.aot`."""
   # A TPU program holds nothing of the eight virtual CPU devices.
   env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
   done = subprocess.run(
@@ -23,8 +23,13 @@ def compiled(*flags):
     env=env,
   )
   assert done.returncode == 0, done.stderr
+  return done.stdout.splitlines()
+
+
+def compiled(*flags):
+  """{program: {kernel or collective: (how many, bytes)}} that is printed."""
   programs = {}
-  for line in done.stdout.splitlines():
+  for line in printed(*flags):
     head = re.match(r"(\w[\w ]*): v5p", line)
     if head:
       found = programs[head[1]] = {}
@@ -64,6 +69,42 @@ def test_dropless_over_experts():
   router = 4 * aot.WIDTH * aot.NUM_EXPERTS
   assert gradient["all-gather over expert"] == (2, 2 * router)
   assert gradient["all-to-all over expert"][1] < 1000
+
+
+def share(*flags):
+  """({what: number}, paddings of the six products at equal loads)."""
+  lines = printed(*flags)[1:]
+  paddings = re.findall(r"padding ([\d.]+)", "\n".join(lines))
+  numbers = (re.fullmatch(r"  ([^:]+): ([\d.]+)", line) for line in lines)
+  return {m[1]: float(m[2]) for m in numbers if m}, list(map(float, paddings))
+
+
+def check_products(found, paddings):
+  """Only kernels multiply rows by matrices, and each row by its expert's."""
+  slots = found["operations of slots over ideal"]
+  assert 0.995 < found["operations over ideal"] / slots < 1.005
+  assert found["tpu_custom_call"] == 9 and found["ragged-dot"] == 0
+  assert 0 < found["VMEM used in MiB"] <= found["VMEM limit in MiB"]
+  assert len(paddings) == 6 and max(paddings) <= 0.05
+
+
+def test_no_dense_product_of_all_experts():
+  found, paddings = share("--share=small")
+  check_products(found, paddings)
+  # XLA's own `ragged_dot` has the gradient of all weights for all rows.
+  dense, none = share("--share=small", "--kernel=reference")
+  assert dense["operations over ideal"] > 1.9 and dense["ragged-dot"] > 0
+  assert not none
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("name", [n for n in aot.SHARES if n != "small"])
+def test_share_of_a_published_model(name, topology):
+  found, paddings = share(f"--share={name}", f"--topology={topology}")
+  check_products(found, paddings)
+  assert 0.999 <= found["operations over ideal"] < 1.01
+  assert found["temporary over that of slots"] <= 1.2
 
 
 @pytest.mark.long

@@ -169,10 +169,10 @@ def _splits(size):
 
 
 def vmem(product: Product, t: Tiles) -> int:
-  """Bytes of VMEM of a product with these tiles, at most 9 % too many.
+  """Bytes of VMEM of a product with these tiles: enough, by up to a third.
 
   Both operands and the result have two buffers each, sums are float32, and so
-  are the values in flight, whose share is measured (`python -m tests.aot`).
+  are the values in flight, whose share is that which the compiler reports.
   """
   if product.over_rows:
     left, right, out = t.m * t.k, t.m * t.n, t.k * t.n
