@@ -6,6 +6,7 @@ from moe_jax.training.planning import costs
 
 # How many arrays of a size are there at the same time, in compiled programs.
 _ARRAYS = {"scores": 2.0, "hidden": 6.0, "rows": 2.0, "logits": 2.0}
+_ARRAYS |= {"vectors": 3.0}
 
 
 def temporaries(
@@ -33,6 +34,9 @@ def temporaries(
   vectors = step.tokens * arch.d_model * step.width
   heads = max(layer.attention.num_heads for layer in kinds)
   scores = step.tokens * step.length * heads / tensor * costs.FLOAT
+  outside = (*costs.OUTSIDE, "experts")
+  sides = sum(m.sides for m in found if m.part not in outside)
+  of_a_block = step.tokens * sides / len(kinds) * step.width
   experts = [
     _of_experts(step, model, *each) for each in costs.buffers(step, model)
   ]
@@ -41,9 +45,10 @@ def temporaries(
   if remat != "block":
     kept += sum(each.sent for each in experts)
   if remat == "none":
-    kept += len(kinds) * (_ARRAYS["scores"] * scores + 4 * vectors)
+    kept += len(kinds) * (_ARRAYS["scores"] * scores + of_a_block)
     kept += sum(each.hidden for each in experts)
   inside = max(_ARRAYS["scores"] * scores, scores + largest)
+  inside += _ARRAYS["vectors"] * of_a_block
   logits = (
     _ARRAYS["logits"] * step.tokens * arch.vocab_size / tensor * costs.FLOAT
   )
