@@ -82,7 +82,8 @@ def get_config() -> ConfigDict:
   moe.capacity_rounding = "floor"  # of slots: floor, ceil, round
   moe.capacity_multiple = 1  # slots are rounded up to a multiple of it
   moe.min_capacity = 0  # and raised to this if they are fewer
-  # Kernel for ragged rows: reference, cpu, gpu, tpu. None: the platform's.
+  # Kernel for ragged rows: reference, cpu, gpu, tpu, or one candidate of gpu
+  # alone, such as "gpu:triton". None: the platform's.
   moe.grouped_matmul = None
   # A file of moe_jax/moe/routers and its options.
   moe.router = ConfigDict({"name": "top_k"})

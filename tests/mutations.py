@@ -44,6 +44,7 @@ RAGGED = "parallel_test.py::test_layer_on_a_mesh[sorted-True]"
 NOISE = "train_test.py::test_noise_differs_by_layer_group_and_step"
 RESUME = "loop_test.py::test_stopped_anywhere_it_is_the_same_run"
 LOADS = "grouped_matmul_test.py"
+GPU = "gpu_kernels_test.py"
 REMAT = "remat_test.py::test_a_recompute_does_not_choose[gather-None]"
 
 FAULTS = (
@@ -335,6 +336,28 @@ FAULTS = (
     "lax.dynamic_update_slice_in_dim(x_ND, nothing, sizes_E.sum(), 0)",
     "lax.dynamic_update_slice_in_dim(x_ND, nothing, rows, 0)",
     LOADS,
+  ),
+  # Kernels for GPUs.
+  Fault(
+    "the slowest kernel that was measured is taken",
+    "moe_jax/moe/kernels/gpu/__init__.py",
+    '(round(far(e), 6), e["milliseconds"])',
+    '(round(far(e), 6), -e["milliseconds"])',
+    GPU,
+  ),
+  Fault(
+    "the gradient of weights gets rows that are no whole tiles",
+    "moe_jax/moe/kernels/gpu/mosaic.py",
+    'b = gpu.whole_tiles(b) if kind == "dw" else b',
+    "b = b",
+    GPU,
+  ),
+  Fault(
+    "a notice is said again and again",
+    "moe_jax/moe/kernels/gpu/__init__.py",
+    "and reasons not in _said:",
+    "and _said is not None:",
+    GPU,
   ),
   Fault(
     "combining does not weigh in the backward pass",
