@@ -50,7 +50,7 @@ ORDER = {
 HALVES = ("bfloat16", "float16")
 # Its times stand for all devices of compute capability 9 that were not measured.
 _HOPPER = "NVIDIA H100 80GB HBM3"
-_TABLE = pathlib.Path(__file__).parent / "tiles.json"
+TABLE = pathlib.Path(__file__).parent / "tiles.json"
 
 
 class Product(NamedTuple):
@@ -214,7 +214,7 @@ def _kind(device):
 @functools.cache
 def table() -> dict[str, list[dict]]:
   """tiles.json; entries that a benchmark adds hold for its process."""
-  return json.loads(_TABLE.read_text())
+  return json.loads(TABLE.read_text())
 
 
 def learn(kind: str, entries: list[dict]) -> None:
