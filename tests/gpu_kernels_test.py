@@ -5,6 +5,7 @@ The kernels run in Pallas' interpreter, on a stand-in for a device.
 
 import importlib.util
 import json
+import os
 import sys
 import types
 
@@ -130,7 +131,7 @@ def test_what_a_kernel_cannot_do_goes_to_the_next_one(on, caplog):
     assert gpu.choose(p).candidate == wanted
   said = [r.getMessage() for r in caplog.records]
   assert len(said) == 1, "said once, and only where all experts multiply"
-  assert "float64 rows and 128 matrices of 2048 x 768 (y)" in said[0]
+  assert "y of 128 matrices 2048 x 768 in float64" in said[0]
   assert "mosaic: it does not multiply float64" in said[0]
 
 
@@ -251,7 +252,7 @@ class StandIn:
 
 @pytest.fixture
 def tokamax(monkeypatch):
-  """A stand-in for tokamax; the list of what its operations were given."""
+  """A stand-in for tokamax and Triton; the list of what its operations were given."""
   given, root = [], "tokamax._src.ops.ragged_dot"
 
   def module(name, **members):
@@ -280,7 +281,42 @@ def tokamax(monkeypatch):
   for name in ("tokamax", "tokamax._src", "tokamax._src.ops"):
     module(name)
   module(root, **parts)
-  return given
+  knobs = types.SimpleNamespace(NvidiaTool=Assembler)
+  module("triton", knobs=knobs)
+  gpu.load("triton")._match_assembler.cache_clear()
+  yield given
+  gpu.load("triton")._match_assembler.cache_clear()
+
+
+class Assembler:
+  """As Triton sees ptxas: its path and the version of CUDA that it is of."""
+
+  def __init__(self, path, version):
+    self.path, self.version = path, version
+
+  @classmethod
+  def from_path(cls, path):
+    known = {"/usr/bin/ptxas": "13.10", "/wheel/bin/ptxas": "13.9"}
+    return cls(path, known[path]) if path in known else None
+
+
+def test_triton_writes_for_the_assembler_that_is_there(tokamax, monkeypatch):
+  """XLA takes one of these two, so that the older one reads it too."""
+  triton = gpu.load("triton")
+  ampere, newer = triton._ASSEMBLERS
+  monkeypatch.setattr(triton.shutil, "which", lambda name: f"/usr/bin/{name}")
+  monkeypatch.setattr("jax._src.lib.cuda_path", "/wheel")
+  monkeypatch.setenv(ampere, "mine")
+  monkeypatch.setenv(newer, "")
+  monkeypatch.delenv(newer)
+  triton._match_assembler()
+  assert (os.environ[ampere], os.environ[newer]) == ("mine", "/wheel/bin/ptxas")
+  monkeypatch.delenv(newer)
+  monkeypatch.setattr("jax._src.lib.cuda_path", None)
+  monkeypatch.setattr(triton.shutil, "which", lambda name: None)
+  triton._match_assembler.cache_clear()
+  triton._match_assembler()
+  assert newer not in os.environ
 
 
 def test_three_products_by_two_kernels(on, tokamax):
@@ -303,9 +339,10 @@ def test_three_products_by_two_kernels(on, tokamax):
       else:
         assert shape[0] == 77 and tiles == choice.tiles
   chosen = kernels.chosen("gpu")
-  assert chosen["dw, 77 rows, 4 x 128 x 64, bfloat16"].startswith(
-    "triton block"
-  )
+  dw = chosen["dw of 4 matrices 128 x 64 in bfloat16, 77 rows"]
+  assert dw.startswith("triton block_m=")
+  only = kernels.chosen("gpu:mosaic")
+  assert len(only) == 3 and all("mosaic" in text for text in only.values())
   assert not kernels.is_checked("gpu") and kernels.chosen("cpu") == {}
 
 
@@ -332,7 +369,7 @@ def test_a_run_says_what_it_multiplies_with(on):
   chosen = facts["grouped_matmul_chosen"]
   rows = c.data.batch_size * c.data.seq_len * c.model.moe.top_k
   rows //= jax.device_count()  # The batch is split over all.
-  assert chosen[f"dw, {rows} rows, 4 x 32 x 32, float32"] == "xla"
+  assert chosen[f"dw of 4 matrices 32 x 32 in float32, {rows} rows"] == "xla"
   with pytest.raises(ConfigError, match="'gpu:tritn'.*mean \"gpu:triton\""):
     c.model.moe.grouped_matmul = "gpu:tritn"
     models.build(c.model, vocab_size=9)

@@ -353,6 +353,13 @@ FAULTS = (
     GPU,
   ),
   Fault(
+    "Triton writes for the newest assembler, which XLA may not have",
+    "moe_jax/moe/kernels/gpu/triton.py",
+    "oldest := min(filter",
+    "oldest := max(filter",
+    GPU,
+  ),
+  Fault(
     "a notice is said again and again",
     "moe_jax/moe/kernels/gpu/__init__.py",
     "and reasons not in _said:",

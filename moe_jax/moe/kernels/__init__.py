@@ -34,7 +34,8 @@ def is_checked(backend: str) -> bool:
 
 def chosen(backend: str) -> dict[str, str]:
   """What a backend with candidates multiplied with so far, by product."""
-  return gpu.chosen() if backend.partition(":")[0] == "gpu" else {}
+  name, _, candidate = backend.partition(":")
+  return gpu.chosen(candidate or None) if name == "gpu" else {}
 
 
 def grouped_network(

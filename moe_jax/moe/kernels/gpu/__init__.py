@@ -126,13 +126,18 @@ def only(candidate: str) -> types.SimpleNamespace:
   )
 
 
-def chosen() -> dict[str, str]:
-  """What this process multiplied with: {product: candidate and tiles}."""
+def chosen(only: str | None = None) -> dict[str, str]:
+  """What this process multiplied with, {product: candidate and tiles}.
+
+  Args:
+    only: as in `matmul`.
+  """
+  found = {p: c for (p, name), c in _chosen.items() if name == only}
   return {
-    f"{p.kind}, {p.rows} rows, {p.num_experts} x {p.d} x {p.f}, {p.dtype}": " ".join(
-      (choice.candidate, *(f"{k}={v}" for k, v in choice.tiles.items()))
+    f"{_shape(p)}, {p.rows} rows": " ".join(
+      (c.candidate, *(f"{k}={v}" for k, v in c.tiles.items()))
     )
-    for (p, _), choice in _chosen.items()
+    for p, c in found.items()
   }
 
 
@@ -152,15 +157,15 @@ def _choose(product, only):
   )
   if not ready:
     raise ConfigError(
-      f'model.moe.grouped_matmul = "gpu:{only}" cannot multiply'
-      f" {_words(product)}: {reasons}; set it to None"
+      f'model.moe.grouped_matmul = "gpu:{only}" cannot compute'
+      f" {_shape(product)}: {reasons}; set it to None"
     )
   if ready == ["xla"] and reasons and reasons not in _said:
     _said.add(reasons)
     logging.warning(
-      "No kernel for GPUs multiplies %s (%s): XLA's ragged_dot is used instead,"
+      "No kernel for GPUs computes %s (%s): XLA's ragged_dot is used instead,"
       " which multiplies all rows by every expert's matrix",
-      _words(product),
+      _shape(product),
       reasons,
     )
   known = nearest(product, device(), ready)
@@ -168,11 +173,9 @@ def _choose(product, only):
   return known or Choice(ready[0], tilings[0])
 
 
-def _words(product):
-  return (
-    f"{product.dtype} rows and {product.num_experts} matrices of"
-    f" {product.d} x {product.f} ({product.kind})"
-  )
+def _shape(product):
+  kind, _, num_experts, d, f, dtype = product
+  return f"{kind} of {num_experts} matrices {d} x {f} in {dtype}"
 
 
 def nearest(product: Product, device, ready: list[str]) -> Choice | None:
