@@ -82,7 +82,7 @@ def within(task: Task, started, seconds, measurement) -> list[dict]:
     rows = task.run()
   except Exception as e:  # One kernel that fails must not end all the rest.
     if task.part == "right":
-      measurement.wrong.add(task.what)
+      measurement.wrong.add(task.what.partition(",")[0])
     rows = [_left_out(task.what, _reason(e)) | {"passed": _is_full(e)}]
   took = time.monotonic() - now
   longest = measurement.longest.get(task.part, 0)
@@ -118,12 +118,13 @@ class Measurement:
     """All of them, the most important ones first."""
     from benchmarks import right, tuning, whole_model
 
-    for backend in self.backends():
-      yield Task("right", backend, functools.partial(self._products, backend))
-    best = self.backends()[0]
+    best, *others = self.backends()
+    yield Task("right", best, functools.partial(self._products, best))
     for dispatcher, on_mesh in right.PLACES[:: 3 if self.toy else 1]:
       run = functools.partial(self._layer, best, dispatcher, on_mesh)
       yield Task("right", f"{best}, layer", run)
+    for backend in others:
+      yield Task("right", backend, functools.partial(self._products, backend))
     if self.device.platform in ("cpu", "gpu"):
       for name, shape in self.shapes.items():
         for product in tuning.products(shape):
@@ -148,7 +149,7 @@ class Measurement:
   def _products(self, backend):
     from benchmarks import right
 
-    rows = [*right.products(backend, 2 if self.toy else _CASES)]
+    rows = right.products(backend, 2 if self.toy else _CASES)
     self._note(backend, rows)
     refused = [row for row in rows if row["stage"] == "left out"]
     if len(refused) == len(rows):

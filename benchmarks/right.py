@@ -7,8 +7,8 @@ to 2e-2 of an array's norm, in float32 up to 2e-3, as accelerators round float32
 products too.
 """
 
+import concurrent.futures
 import functools
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from moe_jax.moe import experts, kernels, layer, types
 
 NEAR = {"bfloat16": 2e-2, "float32": 2e-3}
 WIDTHS = ((64, 64), (128, 192), (320, 64), (96, 72))
+_THREADS = 8
 PLACES = [
   (dispatcher, on_mesh)
   for dispatcher in ("sorted", "gather")
@@ -27,22 +28,24 @@ PLACES = [
 ]
 
 
-def products(backend: str, cases: int) -> Iterator[dict]:
+def products(backend: str, cases: int) -> list[dict]:
   """Rows of the result for drawn dtypes, widths and loads.
 
   Args:
     backend: of kernels.BACKENDS. Cases that it refuses are left out.
-    cases: how many are drawn; eight have each dtype with each width.
+    cases: how many are drawn; eight have each dtype with each width. Several are
+      compiled at a time.
   """
-  for seed in range(cases):
+
+  def case(seed):
     try:
-      yield verdict(f"{backend}: ", *product(backend, seed))
+      return verdict(f"{backend}: ", *product(backend, seed))
     except ConfigError as e:
-      yield {
-        "stage": "left out",
-        "what": f"{backend}, case {seed}",
-        "why": str(e),
-      }
+      what = f"{backend}, case {seed}"
+      return {"stage": "left out", "what": what, "why": str(e)}
+
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    return [*pool.map(case, range(cases))]
 
 
 def whole_layer(backend: str, dispatcher: str, on_mesh: bool) -> dict:

@@ -21,7 +21,6 @@ from moe_jax import models
 from moe_jax.core.errors import ConfigError
 from moe_jax.moe import kernels
 from moe_jax.moe.kernels import gpu
-from moe_jax.training.program import Program
 from tests import grouped_matmul_test
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -178,6 +177,11 @@ def test_what_is_learned_holds_for_this_process(on, monkeypatch):
   entry |= {"candidate": "xla", "tiles": {}, "milliseconds": 1.0}
   gpu.learn("NVIDIA B200", [entry])
   assert gpu.choose(product("dw")).candidate == "xla"
+  # On an H200, what was measured on an H100 holds where nothing is nearer.
+  on(device("NVIDIA H200"))
+  gpu.learn("NVIDIA H200", [entry])
+  assert gpu.choose(product("dw")).candidate == "triton"
+  assert gpu.choose(product("dw", 8, 1, 64, 64)).candidate == "xla"
 
 
 @pytest.mark.parametrize("candidate,kind", INTERPRETED)
@@ -187,7 +191,7 @@ def test_kernels_in_the_interpreter(on, monkeypatch, candidate, kind):
   interpretable(monkeypatch, candidate)
   dtypes = (jnp.bfloat16, jnp.float16)
   for n, sizes in enumerate(LOADS):
-    rows, d, f = (128 if sum(sizes) == 128 else 85), 128, 64
+    rows, d, f = (128 if sum(sizes) == 128 else 85), 128, (64, 192)[n % 2]
     x, w, dy = grouped_matmul_test.random_inputs(
       n, dtypes[n % 2], (rows, d, len(sizes), f)
     )
@@ -205,6 +209,15 @@ def test_kernels_in_the_interpreter(on, monkeypatch, candidate, kind):
     np.testing.assert_allclose(
       np.float64(got)[kept], wanted[kept], rtol=2e-2, atol=2e-2
     )
+
+
+def test_tiles_of_another_shape_are_cut_to_fit():
+  pallas = gpu.load("pallas")
+  tiles = {"block_m": 128, "block_n": 192, "block_k": 64}
+  assert pallas.dividing(tiles, block_m=320, block_n=384) == {
+    **{"block_m": 64, "block_n": 192, "block_k": 64}
+  }
+  assert pallas.dividing(tiles, block_n=256) == tiles | {"block_n": 64}
 
 
 def interpretable(monkeypatch, candidate):
@@ -358,18 +371,12 @@ def test_without_any_kernel(on, dtype, caplog):
   grouped_matmul_test.test_no_rows_at_all("gpu")
 
 
-def test_a_run_says_what_it_multiplies_with(on):
-  on(device("cpu", "0.0", "cpu"))
+def test_a_config_names_a_candidate():
   c = tiny.get_config()
-  c.model.moe.update(
-    dispatcher={"name": "sorted"}, capacity_factor=None, grouped_matmul="gpu"
-  )
-  facts = Program(c).facts()
-  assert facts["grouped_matmul"] == "gpu"
-  chosen = facts["grouped_matmul_chosen"]
-  rows = c.data.batch_size * c.data.seq_len * c.model.moe.top_k
-  rows //= jax.device_count()  # The batch is split over all.
-  assert chosen[f"dw of 4 matrices 32 x 32 in float32, {rows} rows"] == "xla"
+  c.model.moe.update(dispatcher={"name": "sorted"}, capacity_factor=None)
+  for name in gpu.CANDIDATES:
+    c.model.moe.grouped_matmul = f"gpu:{name}"
+    models.build(c.model, vocab_size=9)
+  c.model.moe.grouped_matmul = "gpu:tritn"
   with pytest.raises(ConfigError, match="'gpu:tritn'.*mean \"gpu:triton\""):
-    c.model.moe.grouped_matmul = "gpu:tritn"
     models.build(c.model, vocab_size=9)

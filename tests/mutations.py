@@ -360,6 +360,27 @@ FAULTS = (
     GPU,
   ),
   Fault(
+    "tiles of another shape are taken as they are",
+    "moe_jax/moe/kernels/gpu/pallas.py",
+    "if width % tiles[k] == 0 else 64",
+    "if width else 64",
+    GPU,
+  ),
+  Fault(
+    "a kernel that is wrong on this accelerator is timed all the same",
+    "benchmarks/on_accelerator.py",
+    "self.wrong.add(backend)",
+    "self.wrong.add(None)",
+    "on_accelerator_test.py::test_a_wrong_kernel_is_caught",
+  ),
+  Fault(
+    "a part takes the time of the next ones",
+    "benchmarks/on_accelerator.py",
+    "now + expected > started + share * seconds",
+    "now + expected > started + seconds",
+    "on_accelerator_test.py::test_a_part_takes_no_time_from_the_next_ones",
+  ),
+  Fault(
     "a notice is said again and again",
     "moe_jax/moe/kernels/gpu/__init__.py",
     "and reasons not in _said:",

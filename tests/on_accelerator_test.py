@@ -3,6 +3,7 @@
 import functools
 import json
 import time
+import types
 
 import jax
 import numpy as np
@@ -180,6 +181,48 @@ def test_products_of_a_shape():
   shape = shapes.ACCELERATOR["DeepSeek-V3, 1 of 64"]
   of_y = [p.flops for p in tuning.products(shape) if p.kind == "y"]
   assert 2 * of_y[0] + of_y[1] == shape.flops
+
+
+def test_the_order_on_a_gpu():
+  """Right first, and of that what is used; the whole model last."""
+  found = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100")
+  measurement = on_accelerator.Measurement(found)
+  tasks = [*measurement.tasks()]
+  assert [t.what for t in tasks[:8]] == [
+    *("gpu", *["gpu, layer"] * 4),
+    *("gpu:mosaic", "gpu:triton", "gpu:pallas"),
+  ]
+  parts = [t.part for t in tasks]
+  assert parts == sorted(parts, key=list(on_accelerator._PARTS).index)
+  count = len(shapes.ACCELERATOR)
+  assert parts.count("tiles") == 6 * count and parts.count("layer") == count
+  assert tasks[-1].what == "training step"
+  on_tpu = on_accelerator.Measurement(
+    types.SimpleNamespace(platform="tpu", device_kind="TPU v5")
+  )
+  assert on_tpu.backends()[0] == "tpu"
+  assert "tiles" not in {t.part for t in on_tpu.tasks()}
+
+
+def test_wrong_kernels_are_not_tuned(monkeypatch):
+  product = tuning.products(shapes.ACCELERATOR["A1"])[2]
+  assert tuning.candidates(product) == ["xla"]  # On this device.
+  for name in ("mosaic", "triton", "pallas"):
+    monkeypatch.setattr(gpu.load(name), "refusal", lambda product, device: None)
+  assert tuning.candidates(product, wrong=["triton"]) == ["mosaic", "pallas"]
+
+
+def test_tiles_that_do_not_compile_are_left_out(capsys):
+  def unfit(x):
+    raise ValueError("exceeds shared memory")
+
+  x = np.ones(3)
+  ready = tuning.compiled(
+    {"good": (jax.numpy.negative, (x,)), "bad": (unfit, (x,))}
+  )
+  assert [*ready] == ["good"] and "exceeds" in capsys.readouterr().err
+  seconds = tuning.interleaved(ready, rounds=3)
+  assert len(seconds["good"]) == 3 and min(seconds["good"]) > 0
 
 
 def test_both_models_have_the_same_active_flops():

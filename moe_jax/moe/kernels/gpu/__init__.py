@@ -48,7 +48,7 @@ ORDER = {
   "dw": ("triton", "pallas", "mosaic", "xla"),
 }
 HALVES = ("bfloat16", "float16")
-# Its times stand for all devices of compute capability 9 that were not measured.
+# Its times hold for all devices of compute capability 9, as far as is known.
 _HOPPER = "NVIDIA H100 80GB HBM3"
 TABLE = pathlib.Path(__file__).parent / "tiles.json"
 
@@ -183,12 +183,12 @@ def nearest(product: Product, device, ready: list[str]) -> Choice | None:
 
   Args:
     product: what is to be computed.
-    device: on which; None is returned unless one of its kind was measured.
+    device: on which; None is returned where nothing is known of its kind.
     ready: names of candidates that can compute it.
   """
   known = [
     entry
-    for entry in table().get(_kind(device), ())
+    for entry in _measured(device)
     if entry["product"] == product.kind and entry["candidate"] in ready
   ]
   if product.dtype not in HALVES or not known:
@@ -206,12 +206,12 @@ def nearest(product: Product, device, ready: list[str]) -> Choice | None:
   return Choice(best["candidate"], best["tiles"])
 
 
-def _kind(device):
-  """The kind of device whose times hold for this one too."""
-  measured = device.device_kind in table()
-  return (
-    _HOPPER if generation(device) == 9 and not measured else device.device_kind
-  )
+def _measured(device):
+  """The entries of its kind of device, and those that hold for it too."""
+  kinds = {device.device_kind: None}
+  if generation(device) == 9:
+    kinds[_HOPPER] = None
+  return [entry for kind in kinds for entry in table().get(kind, ())]
 
 
 @functools.cache

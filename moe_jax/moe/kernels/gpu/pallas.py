@@ -17,13 +17,9 @@ def refusal(product, device):
 
 
 def tilings(product, device):
-  columns = {"y": product.f, "dx": product.d, "dw": product.f}[product.kind]
-  wide = 128 if columns % 128 == 0 else 64
-  tall = 128 if product.kind != "dw" or product.d % 128 == 0 else 64
   names = ("block_m", "block_n", "block_k", "max_concurrent_steps")
-  tried = ((tall, wide, 64, 4), (tall, wide, 64, 6), (64, wide, 64, 4))
-  tiles = [dict(zip(names, values)) for values in tried]
-  return [t | {"grid_block_n": 4} for t in tiles]
+  tried = ((128, 128, 64, 4), (128, 128, 64, 6), (64, 128, 64, 4))
+  return [dict(zip(names, t)) | {"grid_block_n": 4} for t in tried]
 
 
 def run(kind, a, b, sizes_E, tiles):
@@ -36,10 +32,20 @@ def run(kind, a, b, sizes_E, tiles):
   a = gpu.whole_tiles(a)
   if kind == "dw":
     b = gpu.whole_tiles(b)
+    tiles = dividing(tiles, block_m=a.shape[1], block_n=b.shape[1])
     return transposed_ragged_dot_mgpu.transposed_ragged_dot(
       a, b, group_sizes=sizes_E, **tiles
     )
+  tiles = dividing(tiles, block_n=b.shape[2 if kind == "y" else 1])
   y = ragged_dot_mgpu.ragged_dot(
     a, b, group_sizes=sizes_E, transpose_rhs=kind == "dx", **tiles
   )
   return y[:rows]
+
+
+def dividing(tiles, **widths):
+  """The tiles, cut to 64 where they do not divide the width that they tile."""
+  cut = {
+    k: tiles[k] if width % tiles[k] == 0 else 64 for k, width in widths.items()
+  }
+  return tiles | cut
