@@ -106,7 +106,8 @@ class Measurement:
   """What is measured on a device, and what is known so far.
 
   device: of jax; toy: whether it is a CPU; wrong: backends of which a result was
-  wrong, which are not timed; longest: seconds of the longest task of each part.
+  wrong, or which refused all, so that they are not timed; longest: seconds of the
+  longest task of each part.
   """
 
   def __init__(self, device):
@@ -153,6 +154,7 @@ class Measurement:
     self._note(backend, rows)
     refused = [row for row in rows if row["stage"] == "left out"]
     if len(refused) == len(rows):
+      self.wrong.add(backend)
       return [_left_out(backend, refused[0]["why"])]
     return [row for row in rows if row not in refused]
 

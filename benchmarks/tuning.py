@@ -107,14 +107,15 @@ def compiled(jobs: Mapping[object, tuple]) -> dict[object, Callable]:
   """{key: a call without arguments} of {key: (function, arguments)}.
 
   Compiles several at a time. What cannot be compiled, because it needs more
-  memory than there is or its tiles do not fit, is not in the result.
+  memory than there is for instance, or its tiles do not fit, is said and is not
+  in the result.
   """
 
   def make(key):
     function, args = jobs[key]
     try:
       return jax.jit(function).lower(*args).compile()
-    except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as e:
+    except Exception as e:  # Of XLA, Pallas, Triton, or a candidate's refusal.
       print(f"{key}: {str(e)[:200]}", file=sys.stderr)
       return None
 
@@ -133,7 +134,7 @@ def interleaved(
   """Seconds of a call, round by round; all have their turn in each.
 
   A timing has as many calls, one after the other, as make it long enough. What
-  does not run for lack of memory is not in the result.
+  does not run, for lack of memory for instance, is said and is not in the result.
   """
   calls, seconds = {}, {}
   for key, call in ready.items():
@@ -141,8 +142,7 @@ def interleaved(
       _seconds(call, 1)  # The first call is cold.
       once = _seconds(call, 1)
     except jax.errors.JaxRuntimeError as e:
-      if "RESOURCE_EXHAUSTED" not in str(e):
-        raise
+      print(f"{key}: {str(e)[:200]}", file=sys.stderr)
       continue
     calls[key] = min(_MOST_CALLS, 1 + int(_LEAST_SECONDS / once))
     seconds[key] = []

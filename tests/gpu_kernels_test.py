@@ -211,6 +211,23 @@ def test_kernels_in_the_interpreter(on, monkeypatch, candidate, kind):
     )
 
 
+def check_network_in_the_interpreter(on, monkeypatch):
+  """Forward and all gradients, NaN in the rows that belong to nobody."""
+  on(device())
+  interpretable(monkeypatch, "pallas")
+  grouped_matmul_test.value_and_gradient.cache_clear()
+  with interpreter.force_gpu_interpret_mode():
+    for sizes in LOADS[:3]:
+      grouped_matmul_test.check(
+        "gpu:pallas", sizes, jnp.bfloat16, 2e-2, shape=(85, 128, 4, 64)
+      )
+  grouped_matmul_test.value_and_gradient.cache_clear()
+
+
+if ("pallas", "dw") in INTERPRETED:
+  test_network_in_the_interpreter = check_network_in_the_interpreter
+
+
 def test_tiles_of_another_shape_are_cut_to_fit():
   pallas = gpu.load("pallas")
   tiles = {"block_m": 128, "block_n": 192, "block_k": 64}
