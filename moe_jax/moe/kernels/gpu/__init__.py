@@ -63,10 +63,6 @@ class Product(NamedTuple):
   f: int
   dtype: str
 
-  @property
-  def flops(self) -> int:
-    return 2 * self.rows * self.d * self.f
-
 
 class Choice(NamedTuple):
   """The candidate that computes a product, and its tiles."""
