@@ -16,6 +16,7 @@ def implementations(
   shape: Shape,
   tokens_per_group: int = 256,
   backends: tuple[str, ...] = ("cpu", "reference"),
+  dtype=jnp.float32,
 ) -> dict:
   """{name: (f(params, x_TD) -> y_TD, params, x_TD)}.
 
@@ -23,8 +24,9 @@ def implementations(
     shape: of the layer.
     tokens_per_group: of the one-hot dispatcher, whose cost grows with it.
     backends: of grouped_matmul, for the dispatcher sorted.
+    dtype: of tokens and of all weights but the router's.
   """
-  sparse, wide, x_TD = inputs(shape)
+  sparse, wide, x_TD = inputs(shape, dtype)
   one = {k: w[None] for k, w in wide.items()}
   ours = functools.partial(_ours, shape)
   found = {
@@ -50,7 +52,7 @@ def implementations(
   return {name: (f, params, x_TD) for name, (f, params) in found.items()}
 
 
-def inputs(shape: Shape) -> tuple[dict, dict, types.Array]:
+def inputs(shape: Shape, dtype=jnp.float32) -> tuple[dict, dict, types.Array]:
   """Parameters of the layer, those of the dense one, and tokens."""
   rngs = jax.random.split(jax.random.key(0), 3)
   router = registry.load("routers", "top_k", top_k=shape.top_k)
@@ -61,6 +63,9 @@ def inputs(shape: Shape) -> tuple[dict, dict, types.Array]:
   }
   wide = _dense(shape).init(rngs[1], shape.d_model)
   x_TD = jax.random.normal(rngs[0], (shape.tokens, shape.d_model))
+  sparse["experts"], wide, x_TD = jax.tree.map(
+    lambda x: x.astype(dtype), (sparse["experts"], wide, x_TD)
+  )
   return sparse, wide, x_TD
 
 

@@ -33,6 +33,17 @@ SHAPES = {
   "S4": Shape(512, 1024, 64, 2),
   "S5": Shape(256, 512, 256, 8),
 }
+# What benchmarks.on_accelerator times: two of our own, one layer of two models,
+# and one device's share of a third one's layer with 64 devices along `expert`,
+# at 4096 tokens on each: 4 of 256 experts, and 32768 rows.
+ACCELERATOR = {
+  "A1": Shape(1024, 2048, 16, 2, 8192),
+  "A2": Shape(1024, 512, 128, 8, 8192),
+  "Mixtral 8x7B": Shape(4096, 14336, 8, 2, 8192),
+  "Qwen3-30B-A3B": Shape(2048, 768, 128, 8, 8192),
+  "DeepSeek-V3, 1 of 64": Shape(7168, 2048, 4, 1, 32768),
+}
+TOY = {"toy": Shape(32, 48, 4, 2, 96)}
 DENSE = ("dense", "dense/cpu")
 DROPLESS = ("sorted/cpu", "sorted/reference", "ragged_dot", "all experts")
 DROPPING = (

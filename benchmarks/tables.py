@@ -12,8 +12,8 @@ import re
 import sys
 
 from benchmarks import (
-  accelerator,
   moe_layer,
+  on_accelerator,
   profile,
   routing,
   scaling,
@@ -25,7 +25,7 @@ from benchmarks import (
 RESULTS = pathlib.Path(__file__).parent / "results"
 DOCUMENT = RESULTS.parents[1] / "docs" / "performance.md"
 BENCHMARKS = (
-  *(accelerator, moe_layer, profile, routing, scaling, topologies),
+  *(moe_layer, on_accelerator, profile, routing, scaling, topologies),
   *(traffic, train_step),
 )
 _PLACE = re.compile(r"(<!-- (\w+\.json) -->\n).*?(<!-- end -->\n)", re.DOTALL)
@@ -56,8 +56,9 @@ def filled(document: str) -> str:
 def describe(path: pathlib.Path) -> str:
   """The tables of a result, and the machine that it is of."""
   found = json.loads(path.read_text())
+  name = _short(path.stem)
   benchmark = next(
-    b for b in BENCHMARKS if path.stem.startswith(b.__name__.split(".")[-1])
+    b for b in BENCHMARKS if name.startswith(_short(b.__name__.split(".")[-1]))
   )
   machine = found["machine"]
   environment = (f"`{k}={v}`" for k, v in machine["environment"].items())
@@ -71,6 +72,11 @@ def describe(path: pathlib.Path) -> str:
     machine["date"],
   )
   return f"{', '.join(words)}:\n\n{benchmark.table(found['rows'])}"
+
+
+def _short(name):
+  """on_accelerator replaced accelerator, whose results have the same form."""
+  return name.removeprefix("on_")
 
 
 if __name__ == "__main__":

@@ -178,9 +178,9 @@ def grid(
   return "\n".join(lines) + "\n"
 
 
-def write(path: pathlib.Path, rows: list[dict]) -> None:
-  """The rows as JSON, with the machine that they are of."""
-  found = {"machine": machine(), "rows": rows}
+def write(path: pathlib.Path, rows: list[dict], **more) -> None:
+  """The rows as JSON, with the machine that they are of and more facts of it."""
+  found = {"machine": machine() | more, "rows": rows}
   path.write_text(json.dumps(found, indent=2) + "\n")
 
 

@@ -69,8 +69,8 @@ def main(argv=None) -> int:
 
 def measure(sizes: tuple[int, ...], shape: Shape) -> dict:
   """{"flops", "collectives": [(kind, axes, count, bytes)]} of a device."""
-  from moe_jax.training.planning import hlo
   from moe_jax.core import parallel
+  from moe_jax.training.planning import hlo
 
   mesh = parallel.make_mesh(sizes)
   forward, gradient = lowered(mesh, shape)

@@ -85,7 +85,8 @@ def get_config() -> ConfigDict:
   # On a mesh: "all_to_all" sends rows to the devices of their experts,
   # "all_gather" sends all tokens to all devices of the expert axis.
   moe.exchange = "all_to_all"
-  # Kernel for ragged rows: reference, cpu, gpu, tpu. None: the platform's.
+  # Kernel for ragged rows: reference, cpu, gpu, tpu, or one candidate of gpu
+  # alone, such as "gpu:triton". None: the platform's.
   moe.grouped_matmul = None
   # A file of moe_jax/moe/routers and its options.
   moe.router = ConfigDict({"name": "top_k"})

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from benchmarks import (
-  accelerator,
   layers,
   moe_layer,
   profile,
@@ -36,7 +35,7 @@ SKEW = 0.5  # Added to tokens, some experts are full.
 MODULES = {
   f"benchmarks.{m.__name__.split('.')[-1]}": m
   for m in (
-    *(accelerator, moe_layer, profile, routing, scaling, topologies),
+    *(moe_layer, profile, routing, scaling, topologies),
     train_step,
   )
 }
@@ -296,30 +295,6 @@ def test_loads_of_zipf_follow_its_law():
   equal_TK = scaling.assignments(shapes.SHAPES["S1"], "equal")
   assert set(np.bincount(equal_TK.reshape(-1))) == {512}
   assert (equal_TK[:, 0] != equal_TK[:, 1]).all()
-
-
-@pytest.mark.long
-def test_the_accelerator_table(small, monkeypatch, tmp_path, capsys):
-  """Here the accelerator is a CPU."""
-  monkeypatch.setitem(accelerator.SHAPES, "small", SMALL)
-  path = tmp_path / "it.json"
-  flags = ["--shapes=small", "--rounds=1", "--processes=1", f"--json={path}"]
-  assert accelerator.main(flags) == 0
-  rows = json.loads(path.read_text())["rows"]
-  assert {row["implementation"] for row in rows} >= {"dense", "sorted/cpu"}
-  assert rows[0]["forward_ratio"] == rows[0]["forward_backward_ratio"] == 1.0
-  for row in rows:
-    rate = SMALL.flops / row["forward_seconds"]
-    assert row["forward_flops_per_second"] == rate
-  # An implementation may need more memory than there is.
-  runs = [{"seconds": {}, "bytes": {}} for _ in range(2)]
-  for run in runs:
-    run["seconds"] = {"dense": {"forward": [2.0, 2.0]}, "huge": {}}
-    run["bytes"] = {"dense": {"forward": 8}, "huge": {}}
-  rows = accelerator.summarize("small", SMALL, runs)
-  dense, huge = accelerator.table(rows).split("\n\n")[0].splitlines()[2:]
-  assert dense == "| dense | 1.00 / not enough memory |"
-  assert huge == "| huge | not enough memory / not enough memory |"
 
 
 def test_a_profile(small, tmp_path, capsys):

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from configs import tiny
-from moe_jax import models
 from moe_jax.core.errors import ConfigError
 from moe_jax.moe import experts, kernels
 from moe_jax.moe.kernels import tpu
@@ -442,45 +440,3 @@ def test_work_of_other_backends():
   assert set(estimate(sizes, rows, backend="reference").values()) == {
     kernels.Work(128)
   }
-
-
-@pytest.fixture
-def tokamax(monkeypatch):
-  """Sets what `import tokamax` finds; None: nothing."""
-  name = f"{kernels.__name__}.gpu"
-  sys.modules.pop(name, None)
-  yield lambda found: monkeypatch.setitem(sys.modules, "tokamax", found)
-  sys.modules.pop(name, None)
-
-
-def test_gpu_kernel_gets_whole_tiles(tokamax):
-  """tokamax, of which a stand-in notes what it is given, and what goes by it."""
-  given = []
-
-  def ragged_dot(x_ND, w_EDF, sizes_E, *, preferred_element_type):
-    given.append(x_ND.shape)
-    return jax.lax.ragged_dot(
-      x_ND, w_EDF, sizes_E, preferred_element_type=preferred_element_type
-    )
-
-  tokamax(types.SimpleNamespace(ragged_dot=ragged_dot))
-  sizes = (30, 0, 41, 5)
-  check("gpu", sizes, jnp.bfloat16, 2e-2, shape=(77, 128, 4, 64))
-  assert given and set(given) == {(128, 128)}
-  given.clear()
-  for dtype, widths in ((jnp.float32, (128, 64)), (jnp.bfloat16, (128, 72))):
-    check("gpu", sizes, dtype, 2e-2, shape=(77, widths[0], 4, widths[1]))
-  assert not given and not kernels.is_checked("gpu")
-
-
-def test_gpu_without_its_kernels(tokamax):
-  tokamax(None)
-  with pytest.raises(ConfigError, match="needs tokamax.*cuda12 and cuda13"):
-    check("gpu", (1, 2), jnp.float32, 0.0, shape=(3, 4, 2, 4))
-  c = tiny.get_config().model
-  c.moe.grouped_matmul = "gpu"
-  build = functools.partial(models.build, c, vocab_size=9)
-  assert build().arch.layer("moe").recipe.experts.checked  # Slots do without.
-  c.moe.update(dispatcher={"name": "sorted"}, capacity_factor=None)
-  with pytest.raises(ConfigError, match="needs tokamax"):
-    build()

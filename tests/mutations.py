@@ -44,6 +44,7 @@ RAGGED = "parallel_test.py::test_layer_on_a_mesh[sorted-True]"
 NOISE = "train_test.py::test_noise_differs_by_layer_group_and_step"
 RESUME = "loop_test.py::test_stopped_anywhere_it_is_the_same_run"
 LOADS = "grouped_matmul_test.py"
+GPU = "gpu_kernels_test.py"
 REMAT = "remat_test.py::test_a_recompute_does_not_choose[gather-None]"
 
 FAULTS = (
@@ -364,6 +365,56 @@ FAULTS = (
     "(rest and min(s for s in sizes if s >= rest))",
     "rest",
     "grouped_matmul_test.py::test_work_of_other_backends",
+  ),
+  # Kernels for GPUs.
+  Fault(
+    "the slowest kernel that was measured is taken",
+    "moe_jax/moe/kernels/gpu/__init__.py",
+    '(round(far(e), 6), e["milliseconds"])',
+    '(round(far(e), 6), -e["milliseconds"])',
+    GPU,
+  ),
+  Fault(
+    "the gradient of weights gets rows that are no whole tiles",
+    "moe_jax/moe/kernels/gpu/mosaic.py",
+    'b = gpu.whole_tiles(b) if kind == "dw" else b',
+    "b = b",
+    GPU,
+  ),
+  Fault(
+    "Triton writes for the newest assembler, which XLA may not have",
+    "moe_jax/moe/kernels/gpu/triton.py",
+    "oldest := min(filter",
+    "oldest := max(filter",
+    GPU,
+  ),
+  Fault(
+    "tiles of another shape are taken as they are",
+    "moe_jax/moe/kernels/gpu/pallas.py",
+    "if width % tiles[k] == 0 else 64",
+    "if width else 64",
+    GPU,
+  ),
+  Fault(
+    "a kernel that is wrong on this accelerator is timed all the same",
+    "benchmarks/on_accelerator.py",
+    'if not all(row.get("passed", True) for row in rows):',
+    "if not rows:",
+    "on_accelerator_test.py::test_a_wrong_kernel_is_caught",
+  ),
+  Fault(
+    "a part takes the time of the next ones",
+    "benchmarks/on_accelerator.py",
+    "now + expected > started + share * seconds",
+    "now + expected > started + seconds",
+    "on_accelerator_test.py::test_a_part_takes_no_time_from_the_next_ones",
+  ),
+  Fault(
+    "a notice is said again and again",
+    "moe_jax/moe/kernels/gpu/__init__.py",
+    "and reasons not in _said:",
+    "and _said is not None:",
+    GPU,
   ),
   Fault(
     "combining does not weigh in the backward pass",

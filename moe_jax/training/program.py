@@ -116,14 +116,16 @@ class Program:
     """The facts about it for run.json."""
     task, config, model = self.task, self.config, self.model
     platform = parallel.platform(self.mesh)
-    backend = config.model.moe.grouped_matmul
+    wanted = config.model.moe.grouped_matmul
+    backend = kernels.backend_for(platform, wanted)
     flops = counts.train_flops_per_token(model, self.sizes, task.length)
     return {
       "data": task.fingerprint,
       "data_sources": task.sources,
       "mesh": dict(grid(self.mesh).shape),
       "mesh_check": self.mesh_check and self.mesh_check._asdict(),
-      "grouped_matmul": kernels.backend_for(platform, backend),
+      "grouped_matmul": backend,
+      "grouped_matmul_chosen": kernels.chosen(backend),
       "recipe": counts.describe(model),
       "parameters": self.sizes,
       "train_flops_per_token": flops,

@@ -1,6 +1,6 @@
 """Products with weights: dense ones, and rows times those of their expert.
 
-Rows are sorted by expert. Several backends, one file each:
+Rows are sorted by expert. Several backends, one file or folder each:
 `matmul(x, w, sizes)`, where y[n] is x[n] times the matrix of row n's expert, or
 `network`, which is `grouped_network` itself. A backend that computes more rows
 than experts have says how many by `work`, see `estimate`.
@@ -15,9 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.core.options import word
+from moe_jax.moe.kernels import gpu
 from moe_jax.moe.types import Array
 
-BACKENDS = tuple(m.name for m in pkgutil.iter_modules(__path__))
+# The backend gpu has candidates, of which "gpu:NAME" is one alone.
+BACKENDS = (
+  *(m.name for m in pkgutil.iter_modules(__path__)),
+  *(f"gpu:{name}" for name in gpu.CANDIDATES),
+)
 
 
 def backend_for(platform: str, wanted: str | None = None) -> str:
@@ -73,6 +78,12 @@ def estimate(
   return dict.fromkeys(("forward", "rows", "weights"), least)
 
 
+def chosen(backend: str) -> dict[str, str]:
+  """What a backend with candidates multiplied with so far, by product."""
+  name, _, candidate = backend.partition(":")
+  return gpu.chosen(candidate or None) if name == "gpu" else {}
+
+
 def grouped_network(
   expert, params, x_ND: Array, tokens_per_expert_E: Array, *, backend=None
 ) -> Array:
@@ -86,7 +97,7 @@ def grouped_network(
     params: {name: [E, ...]}.
     x_ND: rows sorted by expert.
     tokens_per_expert_E: int32 >= 0, whose sum is at most N.
-    backend: a file of this folder; None: the default of jax's backend.
+    backend: one of BACKENDS; None: the default of jax's backend.
 
   Returns:
     Results in x's dtype. Rows beyond the sum give exactly zero output and
@@ -149,4 +160,6 @@ def product(x: Array, w: Array, dtype=None) -> Array:
 
 def _load(backend):
   word(*BACKENDS).check(backend, "grouped_matmul")
-  return importlib.import_module(f"{__name__}.{backend}")
+  name, _, candidate = backend.partition(":")
+  module = importlib.import_module(f"{__name__}.{name}")
+  return module.only(candidate) if candidate else module

@@ -1,61 +1,68 @@
-"""Is it right on an accelerator? On a machine that has one:
+"""Is what an accelerator computes right? Against float64 on the host.
 
-  python -m tests.accelerator
-
-Grouped products and their gradients against numpy in float64; the whole layer,
-without a mesh and on one of one device, with all that is sent, against the same
-layer on the CPU. In bfloat16 distances are up to 2e-2 of an array's norm, in
-float32 up to 2e-3, as accelerators round float32 products too. The last line
-is "N passed, M failed".
+Products of rows with their expert's matrix and both gradients, by each backend,
+against numpy; and the whole layer, without a mesh and on one of one device, with
+all that is sent, against the same layer on the CPU. In bfloat16 distances are up
+to 2e-2 of an array's norm, in float32 up to 2e-3, as accelerators round float32
+products too.
 """
 
-import argparse
+import concurrent.futures
 import functools
-import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.run import command, config
+from moe_jax.core import parallel, registry
+from moe_jax.core.errors import ConfigError
+from moe_jax.moe import experts, kernels, layer, types
 
 NEAR = {"bfloat16": 2e-2, "float32": 2e-3}
 WIDTHS = ((64, 64), (128, 192), (320, 64), (96, 72))
+_THREADS = 8
+PLACES = [
+  (dispatcher, on_mesh)
+  for dispatcher in ("sorted", "gather")
+  for on_mesh in (False, True)
+]
 
 
-def main(argv=None) -> int:
-  """The command."""
-  parser = argparse.ArgumentParser(
-    prog="python -m tests.accelerator",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  parser.add_argument(
-    "--cases", type=config.at_least_1, default=24, help="default: %(default)s"
-  )
-  args = parser.parse_args(argv)
-  import jax
+def products(backend: str, cases: int) -> list[dict]:
+  """Rows of the result for drawn dtypes, widths and loads.
 
-  from moe_jax.moe import kernels
+  Args:
+    backend: of kernels.BACKENDS. Cases that it refuses are left out.
+    cases: how many are drawn; eight have each dtype with each width. Several are
+      compiled at a time.
+  """
 
-  device = jax.devices()[0]
-  backend = kernels.backend_for(device.platform)
-  print(f"{device.device_kind}, jax {jax.__version__}, {backend}")
-  found = []
-  for seed in range(args.cases):
-    found.append(tell(*product(backend, seed)))
-  for dispatcher in ("sorted", "gather"):
-    for on_mesh in (False, True):
-      found.append(tell(*whole_layer(dispatcher, backend, on_mesh)))
-  print(f"{sum(found)} passed, {len(found) - sum(found)} failed")
-  return 0 if all(found) else 1
+  def case(seed):
+    try:
+      return verdict(f"{backend}: ", *product(backend, seed))
+    except ConfigError as e:
+      what = f"{backend}, case {seed}"
+      return {"stage": "left out", "what": what, "why": str(e)}
+
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    return [*pool.map(case, range(cases))]
 
 
-def tell(what, distances, most):
-  """Prints a line; whether all are near."""
-  distances = [*distances]
-  good = all(d <= most for d in distances)
-  text = ", ".join(f"{d:.1e}" for d in distances)
-  print(f"{'passed' if good else 'FAILED'}: {what}: {text}", flush=True)
-  return good
+def whole_layer(backend: str, dispatcher: str, on_mesh: bool) -> dict:
+  """A row of the result: outputs and gradients of the layer in bfloat16."""
+  return verdict(f"{backend}: ", *compared_layer(dispatcher, backend, on_mesh))
+
+
+def verdict(prefix, what, found, most) -> dict:
+  """Whether all distances are near, as a row of the result."""
+  found = [*found]
+  return {
+    "stage": "right",
+    "what": prefix + what,
+    "distance": max(found),
+    "most": most,
+    "passed": all(d <= most for d in found),  # Not of NaN.
+  }
 
 
 def one_product(linear, params, x):
@@ -65,11 +72,6 @@ def one_product(linear, params, x):
 
 def product(backend, seed):
   """y, dx and dw of a drawn case; what is beyond the sum is 0 exactly."""
-  import jax
-  import jax.numpy as jnp
-
-  from moe_jax.moe import kernels
-
   rng = np.random.default_rng(seed)
   dtype = list(NEAR)[seed % 2]
   d, f = WIDTHS[seed // 2 % len(WIDTHS)]
@@ -105,14 +107,8 @@ def product(backend, seed):
   return what, found, NEAR[dtype]
 
 
-def whole_layer(dispatcher, backend, on_mesh):
-  """Outputs and gradients in bfloat16, against the CPU in float32."""
-  import jax
-  import jax.numpy as jnp
-
-  from moe_jax.core import parallel, registry
-  from moe_jax.moe import experts, layer, types
-
+def compared_layer(dispatcher, backend, on_mesh):
+  """Outputs and gradients in bfloat16, against float64 on the host's CPU."""
   groups, tokens, d, num_experts = 4, 128, 128, 16
   keys = jax.random.split(jax.random.key(0), 4)
 
@@ -151,14 +147,14 @@ def whole_layer(dispatcher, backend, on_mesh):
 
   run = functools.partial(layer.moe_ffn, made)
   if on_mesh:
-    run = functools.partial(run, mesh=parallel.make_mesh((1, 1, 1, 1)))
+    mesh = parallel.make_mesh((1, 1, 1, 1), jax.devices()[:1])
+    run = functools.partial(run, mesh=mesh)
   got = jax.device_get(measure(run, params, x_GTD.astype(jnp.bfloat16)))
-  with jax.default_device(jax.devices("cpu")[0]):
-    exact = jax.tree.map(
-      lambda w: jnp.asarray(np.asarray(w, np.float32)), (params, x_GTD)
-    )
-    side, r_GTD = jax.device_get((side, r_GTD))
-    want = measure(functools.partial(layer.moe_ffn, recipe("cpu")), *exact)
+  side, r_GTD, params, x_GTD = jax.device_get((side, r_GTD, params, x_GTD))
+  with jax.default_device(jax.devices("cpu")[0]), jax.enable_x64(True):
+    exact = jax.tree.map(lambda w: jnp.asarray(np.float64(w)), (params, x_GTD))
+    on_host = functools.partial(layer.moe_ffn, recipe("reference"))
+    want = jax.device_get(measure(on_host, *exact))
   what = f"layer, {dispatcher}, {'a mesh of one' if on_mesh else 'no mesh'}"
   found = distances(*map(jax.tree.leaves, (got, want)))
   return what, found, NEAR["bfloat16"]
@@ -170,7 +166,3 @@ def distances(got, want):
     one, other = np.float64(one), np.float64(other)
     norm = np.linalg.norm(other)
     yield float(np.linalg.norm(one - other) / (norm or 1.0))
-
-
-if __name__ == "__main__":
-  command.run(lambda: main(sys.argv[1:]))

@@ -1,0 +1,74 @@
+"""tokamax's Pallas kernels for tensor cores, which the extra of CUDA installs.
+
+From Ampere on; the gradient of weights on Hopper only. tokamax's own gradient of
+rows copies all weights transposed, and that of weights copies the rows
+transposed: this is in its kernels, and calling them one by one does not avoid it.
+"""
+
+import functools
+import importlib
+
+import jax
+
+from moe_jax.moe.kernels import gpu
+
+
+def refusal(product, device):
+  generations = range(9, 10) if product.kind == "dw" else range(8, 100)
+  return gpu.needs(product, device, generations) or missing("pallas_mosaic_gpu")
+
+
+def tilings(product, device):
+  if gpu.generation(device) != 9:
+    return [{}]  # Whatever tokamax takes there.
+  names = ("block_m", "num_stages", "persistent")
+  names += ("grid_minor_dim", "grid_tile_width")
+  tried = (
+    *((128, 4, True, 1, 8), (128, 4, True, 0, 1), (128, 2, False, 0, 1)),
+    (64, 4, True, 1, 8),
+  )
+  fixed = {"block_n": 64, "block_k": 128}
+  return [fixed | dict(zip(names, values)) for values in tried]
+
+
+def run(kind, a, b, sizes_E, tiles):
+  from tokamax._src.ops.ragged_dot import pallas_mosaic_gpu as kernel
+
+  rows = len(a)
+  a = gpu.whole_tiles(a)
+  b = gpu.whole_tiles(b) if kind == "dw" else b
+  config = kernel.Config(split_k=1, **tiles) if tiles else None
+  op = kernel.PallasMosaicGpuRaggedDot(config=config)
+  y = ragged_dot(op, kind, a, b, sizes_E)
+  return y if kind == "dw" else y[:rows]
+
+
+def ragged_dot(op, kind, a, b, sizes_E):
+  """A product by an operation of tokamax, in a's dtype."""
+  from tokamax._src.ops.ragged_dot import base
+
+  numbers = {
+    "y": base.DEFAULT_RAGGED_DOT_DIM_NUMS,
+    "dx": base.TRANS_RHS_RAGGED_DOT_DIM_NUMS,
+    "dw": base.RAGGED_CONTRACTING_DOT_DIM_NUMS,
+  }
+  # The device was looked at already, in `refusal`.
+  return op.replace(bypass_device_check=True)(
+    a,
+    b,
+    group_sizes=sizes_E,
+    ragged_dot_dimension_numbers=numbers[kind],
+    precision=jax.lax.Precision.DEFAULT,
+    preferred_element_type=a.dtype,
+  )
+
+
+@functools.cache
+def missing(module):
+  """Why tokamax's kernels of a module are not there; None if they are."""
+  try:
+    importlib.import_module(f"tokamax._src.ops.ragged_dot.{module}")
+  except (ImportError, AttributeError) as e:
+    return (
+      f"{e}; the extras cuda12 and cuda13 install it on Python 3.12 or later"
+    )
