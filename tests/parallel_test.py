@@ -96,7 +96,7 @@ COVERING = {
 
 
 ONE_STEP = [(name, sizes) for name, x in COVERING.items() for sizes in x[1]]
-QUICK = [("kinds", (2, 1, 4, 1)), ("once", (1, 2, 2, 2))]
+QUICK = [("kinds", (2, 1, 4, 1))]
 
 
 @pytest.mark.parametrize(
