@@ -9,8 +9,9 @@ import statistics
 
 import jax
 
-from benchmarks import peaks, timing, tuning
+from benchmarks import timing, tuning
 from configs import base, tiny
+from moe_jax.training.planning import chips
 from moe_jax.training.program import Program
 
 ARMS = ("dense", "sorted", "gather, capacity 1.25")
@@ -71,7 +72,8 @@ def _step(program):
 def _row(arm, program, step, seconds, dense):
   facts, plan = program.facts(), step.memory_analysis()
   rate = facts["tokens_per_step"] / statistics.median(seconds)
-  peak = peaks.flops_per_second(jax.devices()[0].device_kind)
+  chip = chips.of_device(jax.devices()[0].device_kind)
+  peak = chip and chip.flops
   used = rate * facts["train_flops_per_token"] / jax.device_count()
   sizes = ("argument", "output", "temp")
   planned = sum(getattr(plan, f"{k}_size_in_bytes") for k in sizes)

@@ -10,8 +10,11 @@ from moe_jax.core.errors import ConfigError
 from moe_jax.models import decoder
 from moe_jax.moe import exchange
 from moe_jax.training import program
-from moe_jax.training.planning import chips, costs, memory, plan, topologies
+from moe_jax.training.planning import chips, costs, plan, topologies
 
+# How many arrays of a size are there at the same time, in compiled programs.
+_ARRAYS = {"scores": 2.0, "hidden": 6.0, "rows": 2.0, "logits": 2.0}
+_ARRAYS |= {"vectors": 3.0}
 # Of a device's memory; the estimate of what a step needs is no better.
 _ROOM = 0.95
 # More shards of F and of heads make narrow products, and sum too often.
@@ -70,9 +73,9 @@ def ranked(config, chip: chips.Chip, devices, ring: int) -> list[Candidate]:
         for stage in costs.stages(step, model, matrices)
       ]
       seconds = (sum(b.low for b in bounds), sum(b.high for b in bounds))
-      needed = state + memory.temporaries(step, model, matrices, remat)
+      memory = state + temporaries(step, model, matrices, remat)
       settings = settings | {"model.remat": remat}
-      found.append(Candidate(settings, needed, *seconds))
+      found.append(Candidate(settings, memory, *seconds))
   return sorted(found, key=lambda one: (not one.fits(chip), one.high))
 
 
@@ -111,6 +114,74 @@ def remedy(made: plan.Plan, config, devices) -> str:
     f"{text}no mesh, remat or number of micro-batches would: parameters,"
     f" gradients and optimizer alone are {whole / 1e9:,.0f} GB, those of"
     f" {least:.0f} such devices; take more of them"
+  )
+
+
+def temporaries(
+  step: costs.Step, model, found: list[costs.Matrix], remat: str
+) -> float:
+  """Bytes that a training step needs besides its arguments; an estimate.
+
+  They are gradients in float32 and weights in the compute dtype, as a device
+  stores them; what the forward pass keeps for the backward pass; and what the
+  backward pass of one block, or the output layer, needs meanwhile. `_ARRAYS`
+  counts arrays that are there at the same time, in compiled programs.
+
+  Args:
+    step: its sizes.
+    model: a decoder.
+    found: its matrices.
+    remat: `model.remat`.
+  """
+  arch, tensor = model.arch, step.mesh.shape["tensor"]
+  gradients = costs.FLOAT * (1 if step.micro_batches == 1 else 2)
+  stored = costs.held(step.mesh, found) * (gradients + step.width)
+  if step.once:
+    stored += costs.FLOAT * sum(m.numbers for m in found if m.part == "experts")
+  kinds = [arch.layer(kind) for kind in arch.layers]
+  vectors = step.tokens * arch.d_model * step.width
+  heads = max(layer.attention.num_heads for layer in kinds)
+  scores = step.tokens * step.length * heads / tensor * costs.FLOAT
+  outside = (*costs.OUTSIDE, "experts")
+  sides = sum(m.sides for m in found if m.part not in outside)
+  of_a_block = step.tokens * sides / len(kinds) * step.width
+  experts = [
+    _of_experts(step, model, *each) for each in costs.buffers(step, model)
+  ]
+  largest = max((each.inside for each in experts), default=0.0)
+  kept = len(kinds) * vectors
+  if remat != "block":
+    kept += sum(each.sent for each in experts)
+  if remat == "none":
+    kept += len(kinds) * (_ARRAYS["scores"] * scores + of_a_block)
+    kept += sum(each.hidden for each in experts)
+  inside = max(_ARRAYS["scores"] * scores, scores + largest)
+  inside += _ARRAYS["vectors"] * of_a_block
+  logits = (
+    _ARRAYS["logits"] * step.tokens * arch.vocab_size / tensor * costs.FLOAT
+  )
+  vocabulary = arch.vocab_size * arch.d_model * (2 * step.width + costs.FLOAT)
+  return stored + kept + max(inside, logits) + vocabulary
+
+
+class _OfExperts(NamedTuple):
+  """Bytes of the layers of a sublayer: inside: that one layer's backward pass
+  needs; sent, hidden: of what all layers keep."""
+
+  inside: float
+  sent: float
+  hidden: float
+
+
+def _of_experts(step, model, sublayer, home, room):
+  row = model.arch.d_model * step.width
+  hidden = room * sublayer.recipe.experts.width * step.width
+  hidden /= step.mesh.shape["tensor"]
+  layers = len(sublayer.numbers)
+  return _OfExperts(
+    _ARRAYS["hidden"] * hidden + _ARRAYS["rows"] * room * row,
+    layers * (home + room) * row,
+    layers * _ARRAYS["hidden"] / 2 * hidden,
   )
 
 
