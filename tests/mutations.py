@@ -574,7 +574,7 @@ FAULTS = (
   ),
   Fault(
     "collectives of a loop count once",
-    "benchmarks/hlo.py",
+    "moe_jax/training/planning/hlo.py",
     "count + one.times, size + one.times * one.size",
     "count + 1, size + one.size",
     "collectives_test.py::test_hlo_is_read",

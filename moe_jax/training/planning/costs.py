@@ -23,7 +23,7 @@ FLOAT = 4  # Bytes of a parameter, a moment and a score.
 _OF_A_SCORE = 3 * FLOAT
 # Arrays of a parameter's shape that AdamW reads and writes.
 _OF_THE_OPTIMIZER = 7
-_OUTSIDE = ("embedding", "head")  # Parts outside of the blocks.
+OUTSIDE = ("embedding", "head")  # Parts outside of the blocks.
 
 
 class Step(NamedTuple):
@@ -226,7 +226,7 @@ def _sum(one, other):
 def _products(step, model, part, found):
   """The stage of all matrices of a part."""
   own = [m for m in found if m.part == part]
-  repeats = 1 if part in _OUTSIDE else step.forward
+  repeats = 1 if part in OUTSIDE else step.forward
   once = 2 * step.tokens * step.micro_batches * sum(m.active for m in own)
   if part == "embedding" and not model.arch.tie_embeddings:
     once = 0  # Looked up.
