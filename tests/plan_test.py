@@ -117,6 +117,11 @@ def test_a_step_on_a_mesh(kind):
   most = 1.0001 if kind == "all_to_all" else 1.2
   assert formula <= sent < most * formula
   assert values["roofline_seconds"] is None
+  # Two sequences, of 64 tokens with two experts each; capacity 1 is room for
+  # them, from all devices, on each.
+  [buffer] = values["buffers"]
+  assert buffer["balanced_rows"] == buffer["rows"] == 2 * 64 * 2
+  assert buffer["bytes"] == buffer["rows"] * 32 * 4
   text = page.text(made)
   assert "fsdp 2, expert 4" in text and "MFU" not in text
   assert json.dumps(values)

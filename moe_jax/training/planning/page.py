@@ -5,6 +5,7 @@ import math
 import jax
 
 from moe_jax.core import parallel
+from moe_jax.training.planning import costs
 from moe_jax.training.planning.plan import Plan
 
 
@@ -22,6 +23,7 @@ def values(plan: Plan) -> dict:
     "even_bytes_per_device": plan.even,
     "hbm_limit_bytes": plan.limit,
     "flops": plan.flops,
+    "buffers": buffers(plan),
     "collectives": collectives(plan),
     "stages": [
       {
@@ -42,6 +44,21 @@ def utilization(plan: Plan) -> float | None:
   if not plan.chip.flops:
     return None
   return plan.flops["model"] / (plan.seconds[0] * plan.chip.flops)
+
+
+def buffers(plan: Plan) -> list[dict]:
+  """The rows that experts of a device have room for, by kind of layer."""
+  width = plan.model.arch.d_model * plan.step.width
+  return [
+    {
+      "layers": sublayer.numbers,
+      "balanced_rows": plan.step.tokens
+      * costs.rows_of_a_token(sublayer.recipe),
+      "rows": room,
+      "bytes": room * width,
+    }
+    for sublayer, _, room in costs.buffers(plan.step, plan.model)
+  ]
 
 
 def collectives(plan: Plan) -> list[dict]:
@@ -169,6 +186,12 @@ def _memory(plan):
       continue
     even = quantity(plan.even[kind], "B") if kind in plan.even else ""
     rows.append(f"  {kind:22}{quantity(size, 'B'):>12}{even:>16}")
+  for one in buffers(plan):
+    rows.append(
+      f"    of the temporaries, the buffer of a layer's experts:"
+      f" {quantity(one['bytes'], 'B')}, {one['rows']:,} rows where equal loads"
+      f" have {one['balanced_rows']:,.0f}"
+    )
   total = quantity(sum(plan.memory.values()), "B")
   limit = "unknown" if plan.limit is None else quantity(plan.limit, "B")
   return "\n".join([*rows, f"  {'total':22}{total:>12}   of {limit}"])
