@@ -59,8 +59,14 @@ def _search(args, config, chip, devices, topology):
   found = search.ranked(config, chip, devices, topologies.ring(topology))
   print(page.candidates(found, chip))
   rows = []
-  for one in found[: args.compile]:
-    made = search.compiled(one, config, chip, devices, topology)
+  for one in found[: 2 * args.compile]:
+    if len(rows) == args.compile:
+      break
+    try:
+      made = search.compiled(one, config, chip, devices, topology)
+    except ConfigError as e:  # A fault of the compiler; others may pass.
+      print(f"not compiled {one.flags}: {e}", flush=True)
+      continue
     print(page.compared(one, made), flush=True)
     rows.append(page.values(made) | {"candidate": one._asdict()})
   if args.json:
