@@ -88,6 +88,7 @@ def check_products(found, paddings):
   assert len(paddings) == 6 and max(paddings) <= 0.05
 
 
+@pytest.mark.long
 def test_no_dense_product_of_all_experts():
   found, paddings = share("--share=small")
   check_products(found, paddings)

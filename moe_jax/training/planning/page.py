@@ -182,19 +182,19 @@ def _head(plan):
 def _memory(plan):
   rows = [f"{'memory of a device':24}{'bytes':>12}{'split evenly':>16}"]
   for kind, size in plan.memory.items():
-    if not size:
-      continue
-    even = quantity(plan.even[kind], "B") if kind in plan.even else ""
-    rows.append(f"  {kind:22}{quantity(size, 'B'):>12}{even:>16}")
-  for one in buffers(plan):
-    rows.append(
-      f"    of the temporaries, the buffer of a layer's experts:"
-      f" {quantity(one['bytes'], 'B')}, {one['rows']:,} rows where equal loads"
-      f" have {one['balanced_rows']:,.0f}"
-    )
+    if size:
+      even = quantity(plan.even[kind], "B") if kind in plan.even else ""
+      rows.append(f"  {kind:22}{quantity(size, 'B'):>12}{even:>16}")
   total = quantity(sum(plan.memory.values()), "B")
   limit = "unknown" if plan.limit is None else quantity(plan.limit, "B")
-  return "\n".join([*rows, f"  {'total':22}{total:>12}   of {limit}"])
+  rows.append(f"  {'total':22}{total:>12}   of {limit}")
+  for one in buffers(plan):
+    rows.append(
+      f"buffer of the experts of one layer: {quantity(one['bytes'], 'B')},"
+      f" {one['rows']:,} rows, where equal loads have"
+      f" {one['balanced_rows']:,.0f}"
+    )
+  return "\n".join(rows)
 
 
 def _flops(plan):
