@@ -18,12 +18,15 @@ def main(argv=None) -> int:
   from moe_jax.training.planning import topologies
 
   args, config = config_lib.parse(_parser(config_lib), argv)
+  if args.json:
+    command.check_writable(args.json)  # Not after minutes.
   chip, shape = topologies.parse(args.topology)
   topologies.prepare(chip, shape)
 
   from moe_jax.core import parallel
   from moe_jax.training.planning import loads, page, plan, search
 
+  count_NE = args.load and loads.read(args.load)
   devices = topologies.devices(chip, shape)
   given = chip, devices, args.topology
   if args.mesh:
@@ -36,8 +39,8 @@ def main(argv=None) -> int:
   print(page.text(made))
   if args.parameters:
     print(page.parameters(made))
-  if args.load:
-    found = loads.of_plan(args.load, made)
+  if args.load is not None:
+    found = loads.of_plan(count_NE, made)
     print(loads.text(found))
     values["load"] = found._asdict()
   if args.json:

@@ -12,7 +12,7 @@ import pytest
 from configs import base
 from moe_jax import plan as command
 from moe_jax.core import parallel
-from moe_jax.core.errors import ConfigError
+from moe_jax.core.errors import ConfigError, RunError
 from moe_jax.run import config as config_lib
 from moe_jax.training.planning import (
   chips,
@@ -144,6 +144,8 @@ def test_decoding():
   heads = config.model.num_kv_heads * config.model.head_dim
   cache = 2 * config.model.num_layers * 64 * 2 * heads * 4
   assert cache < made.memory["cache"] < 1.05 * cache
+  [mixing] = [c.stage for c in made.stages if c.stage.name == "attention"]
+  assert mixing.memory > cache  # It is read, beside the weights.
   # Nothing is dropped, so that a device has room for all 16 tokens.
   used, _, room = next(costs.buffers(made.step, made.model))
   assert room == 8 / 2 * 2 * made.step.tokens * 1
@@ -168,6 +170,10 @@ def test_bad_input_is_refused_before_anything_is_compiled(monkeypatch):
   assert '"x:8" is not AXIS' in refused("--topology=cpu:8", "--mesh=x:8")
   flags = "--topology=cpu:8", "--mesh=data:8", "--config.data.batch_size=4"
   assert "does not divide into 8 token shards" in refused(*flags)
+  with pytest.raises(RunError, match="/nothing/a.json"):
+    command.main(
+      ["--config=configs/tiny.py", "--topology=cpu:8", "--json=/nothing/a.json"]
+    )
   text = refused("--topology=cpu:8", "--search")
   assert "--search needs a chip whose rates are known" in text
   text = refused("--topology=cpu:8", "--load=nothing/metrics.jsonl")
@@ -194,6 +200,7 @@ def test_the_table_of_chips():
     if chip.platform != "cpu":
       # No chip has a link as fast as its memory, nor computes a FLOP a byte.
       assert chip.axis < chip.links < chip.memory_rate < chip.flops / 50
+  assert chips.of_device("TPU v5p") is chips.CHIPS["v5p"]
   assert chips.of_device("TPU v99") is None
 
 
@@ -202,13 +209,18 @@ def test_bounds_of_a_stage():
   chip = chips.CHIPS["v5p"]
   sent = costs.Sent("rows", "all-to-all", ("expert",), 0, 1.2e9)
   gathered = costs.Sent("weights", "all-gather", ("fsdp",), 0, 6e8)
-  stage = costs.Stage("experts", 4.59e12, 4.59e12, 2.765e9, (sent, gathered))
+  stage = costs.Stage("experts", 4.59e12, 4.59e12, 2.765e9, 0, (sent, gathered))
   mesh = parallel.make_mesh((1, 1, 8, 1))
   step = costs.of_decoding(small(), mesh)
-  low, high = plan.bounds(stage, step, chip, ring=8)[1:]
+  cost = plan.bounds(stage, step, chip, ring=8)
+  low, high = plan.seconds([cost])
   assert low == pytest.approx(0.02)
   # A row passes two of eight devices: 2 * 1.2e9 over one axis, 200 GB/s.
   assert high == pytest.approx(0.02 + 0.001 + 2 * 0.006 + 0.003)
+  # What takes 20 ms of memory alone overlaps with all of that.
+  other = plan.bounds(costs.Stage("x", memory=20 * 2.765e9), step, chip, ring=8)
+  low, _ = plan.seconds([cost, other])
+  assert low == pytest.approx(0.021)
 
 
 def test_candidates_of_a_search():
@@ -283,8 +295,11 @@ def test_loads_of_a_run(tmp_path):
   assert "saves at least 32%" in loads.text(found)
   with pytest.raises(ConfigError, match="4 experts do not divide over mesh"):
     loads.over_devices(count_NE, 3, top_k=2, nodes=2, limited=None)
-  (tmp_path / "loads" / "9.json").write_text('{"00": [1, 2]}')
-  with pytest.raises(ConfigError, match="different numbers of experts"):
+  for text in ('{"00": [1, 2]}', '{"00": 3}', '{"00": [0, 0, 0, 0]}'):
+    (tmp_path / "loads" / "9.json").write_text(text)
+    with pytest.raises(ConfigError, match="as many experts in each layer"):
+      loads.read(str(tmp_path))
+  with pytest.raises(ConfigError, match="as many experts in each layer"):
     loads.read(str(tmp_path))
 
 

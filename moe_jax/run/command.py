@@ -63,6 +63,12 @@ def write_json(path: str, value) -> None:
     json.dump(value, file, indent=2)
 
 
+def check_writable(path: str) -> None:
+  """Refuses a path that `write_json` could not write; changes no file there."""
+  with files.writing(path), open(path, "a"):
+    pass
+
+
 def _end(number, frame):
   """The handler of signals. It may interrupt a write, so it does not print."""
   del number, frame

@@ -2,8 +2,8 @@
 
 Numbers of TPUs are those of the pages cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,
 tpu7x}; `memory` is what libtpu's compiler lets a program use. Numbers of GPUs
-are those of NVIDIA's data sheets, for products without sparsity. Chips of v4 and
-tpu7x are two devices each, which have half of a chip. "cpu" stands for virtual
+are those of NVIDIA's data sheets, for products without sparsity. A chip of
+tpu7x is two devices, which have half of it each. "cpu" stands for virtual
 devices on this machine.
 """
 
@@ -50,7 +50,7 @@ def _tpu(name, kind, tera, gib, memory_rate, links, dimensions, example):
 CHIPS = {
   chip.name: chip
   for chip in (
-    _tpu("v4", "TPU v4", 137.5, 15.25, 614, 75, 3, "2x2x1, 4x4x4, 8x8x8"),
+    _tpu("v4", "TPU v4", 275, 30.75, 1228, 300, 3, "2x2x1, 4x4x4, 8x8x8"),
     _tpu("v5e", "TPU v5 lite", 197, 15.75, 819, 200, 2, "2x2, 4x4, 16x16"),
     _tpu("v5p", "TPU v5", 459, 95.74, 2765, 600, 3, "2x2x1, 4x4x4, 8x8x8"),
     _tpu("v6e", "TPU v6 lite", 918, 31.25, 1638, 400, 2, "2x2, 4x4, 16x16"),
@@ -68,8 +68,17 @@ CHIPS = {
 }
 
 
+# Other names that jax has for some kinds of devices.
+_ALSO = {
+  "TPU v5p": "TPU v5",
+  "TPU v5e": "TPU v5 lite",
+  "TPU v6e": "TPU v6 lite",
+}
+
+
 def of_device(kind: str) -> Chip | None:
   """The chip that jax calls so, in `device.device_kind`; None: not in the table."""
+  kind = _ALSO.get(kind, kind)
   return next((chip for chip in CHIPS.values() if chip.kind == kind), None)
 
 

@@ -12,8 +12,8 @@ from moe_jax.training.planning import hlo, products
 
 # In the compiler's refusals: what it needs, and what there is.
 _NEEDED = (
-  re.compile(r"Used ([\d.]+)([KMGT]) of"),
-  re.compile(r"temporaries \(([\d.]+)([KMGT])\)"),
+  re.compile(r"memory space hbm. Used ([\d.]+)([KMGT]) of"),
+  re.compile(r"on HBM, .* temporaries \(([\d.]+)([KMGT])\)"),
 )
 _UNITS = {unit: 1024**i for i, unit in enumerate("KMGT", start=1)}
 

@@ -75,13 +75,15 @@ class Stage(NamedTuple):
   """A part of a step on one device; numbers are of the whole step.
 
   flops: that the mathematics asks for; again: that remat adds to them; memory:
-  bytes read and written; sent: its collectives.
+  bytes read and written; spilled: the same of scores, which a fused kernel does
+  not write; sent: its collectives.
   """
 
   name: str
   flops: float = 0
   again: float = 0
   memory: float = 0
+  spilled: float = 0
   sent: tuple[Sent, ...] = ()
 
 
@@ -296,11 +298,16 @@ def _mixing(step, model):
   once = pairs * sum(layer.attention.flops_per_pair for layer in layers)
   scores = pairs * sum(layer.attention.num_heads for layer in layers)
   backward = 2 * step.backward
+  cache = 0.0
+  if not step.backward:  # Keys and values of all places are read.
+    cached = sum(layer.attention.cached_per_token for layer in layers)
+    cache = step.tokens * step.length * cached * step.width / tensor
   return Stage(
     "attention",
     flops=once * (1 + backward),
     again=once * (step.forward - 1),
-    memory=scores * _OF_A_SCORE * (step.forward + backward),
+    memory=cache,
+    spilled=scores * _OF_A_SCORE * (step.forward + backward),
   )
 
 

@@ -58,12 +58,17 @@ def read(path: str) -> np.ndarray:
     for row in files.read_json(file, what, _REMEDY).values()
   ]
   try:
-    return np.array(rows, float)
-  except ValueError:
+    count_NE = np.array(rows, float)
+    valid = count_NE.ndim == 2 and np.isfinite(count_NE).all()
+    valid = valid and (count_NE >= 0).all() and count_NE.sum(1).all()
+  except (ValueError, TypeError):
+    valid = False
+  if not valid:
     raise ConfigError(
-      f"--load: the layers of {folder} have different numbers of experts; plan"
-      " for a model whose layers have the same"
-    ) from None
+      f"--load: {folder} has no {what}, with as many experts in each layer and"
+      f" at least one assignment; {_REMEDY}"
+    )
+  return count_NE
 
 
 def over_devices(
@@ -102,11 +107,11 @@ def over_devices(
   return Loads(len(share_NE), (half, late), nodes, float(reached), limited)
 
 
-def of_plan(path: str, made) -> Loads:
+def of_plan(count_NE: np.ndarray, made) -> Loads:
   """The loads of a run on the devices of a plan.
 
   Args:
-    path: see `read`.
+    count_NE: from `read`.
     made: `plan.Plan`.
   """
   router = dict(made.config.model.moe.router)
@@ -114,7 +119,7 @@ def of_plan(path: str, made) -> Loads:
   nodes = router.get("num_expert_groups") or devices
   limited = router.get("top_expert_groups")
   top_k = made.config.model.moe.top_k
-  return over_devices(read(path), devices, top_k, nodes, limited)
+  return over_devices(count_NE, devices, top_k, nodes, limited)
 
 
 def text(loads: Loads) -> str:

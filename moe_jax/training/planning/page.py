@@ -6,12 +6,12 @@ import jax
 
 from moe_jax.core import parallel
 from moe_jax.training.planning import costs
-from moe_jax.training.planning.plan import Plan
+from moe_jax.training.planning.plan import Plan, seconds
 
 
 def values(plan: Plan) -> dict:
   """The plan for `--json`; bytes, FLOPs and seconds of one device."""
-  low, high = plan.seconds
+  low, high = seconds(plan.stages)
   return {
     "program": plan.program,
     "topology": plan.topology,
@@ -29,7 +29,7 @@ def values(plan: Plan) -> dict:
       {
         **cost.stage._asdict(),
         "sent": [sent._asdict() for sent in cost.stage.sent],
-        "roofline_seconds": [cost.low, cost.high],
+        "roofline_seconds": seconds([cost]),
       }
       for cost in plan.stages
     ],
@@ -43,7 +43,7 @@ def utilization(plan: Plan) -> float | None:
   """Model FLOPs over what the chip can do in the least time of a step."""
   if not plan.chip.flops:
     return None
-  return plan.flops["model"] / (plan.seconds[0] * plan.chip.flops)
+  return plan.flops["model"] / (seconds(plan.stages)[0] * plan.chip.flops)
 
 
 def buffers(plan: Plan) -> list[dict]:
@@ -128,7 +128,8 @@ def candidates(found: list, chip, most: int = 10) -> str:
   ]
   for one in found[:most]:
     rows.append(
-      f"  {one.high:8.3f} s without overlap, {one.low:8.3f} s with all,"
+      f"  {quantity(one.high, 's')} without overlap, {quantity(one.low, 's')} with"
+      " all,"
       f" {quantity(one.memory, 'B')}: {one.flags}"
     )
   return "\n".join(rows)
@@ -171,7 +172,7 @@ def _head(plan):
     f" {quantity(plan.compile_seconds, 's')}",
   ]
   if plan.chip.flops:
-    low, high = (quantity(x, "s") for x in plan.seconds)
+    low, high = (quantity(x, "s") for x in seconds(plan.stages))
     lines.append(
       f"at least {low} a step if everything overlaps, {high} if nothing does; so at"
       f" most {utilization(plan):.0%} of the peak (MFU)"
@@ -232,10 +233,11 @@ def _stages(plan):
   heads = "FLOP", "again", "read, written", "received", "at least", "no overlap"
   line = "{:24}{:>12}{:>12}{:>15}{:>12}{:>12}{:>12}"
   rows = [line.format("stages, in closed form", *heads)]
-  for stage, low, high in plan.stages:
+  for cost in plan.stages:
+    stage, (low, high) = cost.stage, seconds([cost])
     sent = sum(one.wire for one in stage.sent)
     cells = [quantity(x, "") for x in (stage.flops, stage.again)]
-    cells += [quantity(x, "B") for x in (stage.memory, sent)]
+    cells += [quantity(x, "B") for x in (stage.memory + stage.spilled, sent)]
     cells += [quantity(x, "s") for x in (low, high)]
     rows.append(line.format(f"  {stage.name}", *cells))
   return "\n".join(rows)

@@ -21,11 +21,25 @@ from moe_jax.training.planning import (
 
 
 class Cost(NamedTuple):
-  """A stage with its bounds: seconds if all overlaps, and if nothing does."""
+  """A stage, and the least seconds for what it does: compute, read and write
+  memory, and receive over all links; spill: scores of attention to memory, which
+  a kernel may spare; along: receive over one dimension of the torus instead."""
 
   stage: costs.Stage
-  low: float
-  high: float
+  compute: float = 0.0
+  memory: float = 0.0
+  links: float = 0.0
+  spill: float = 0.0
+  along: float = 0.0
+
+
+def seconds(parts: list[Cost]) -> tuple[float, float]:
+  """The least time of some stages: if all overlaps, and if nothing does."""
+  low = max(sum(part[i] for part in parts) for i in (1, 2, 3))
+  high = (
+    part.compute + part.memory + part.spill + part.along for part in parts
+  )
+  return low, sum(high)
 
 
 class Plan(NamedTuple):
@@ -62,11 +76,6 @@ class Plan(NamedTuple):
   chip: chips.Chip
   model: object
   step: costs.Step
-
-  @property
-  def seconds(self) -> tuple[float, float]:
-    """The least time of a step: if all overlaps, and if nothing does."""
-    return sum(c.low for c in self.stages), sum(c.high for c in self.stages)
 
 
 def of_train_step(config, chip, devices, topology: str) -> Plan:
@@ -253,12 +262,15 @@ def bounds(stage, step, chip, ring):
     ring: devices along the longest dimension of the topology.
   """
   if not chip.flops:
-    return Cost(stage, 0.0, 0.0)
-  compute = (stage.flops + stage.again) / chip.flops
-  memory = stage.memory / chip.memory_rate
-  links = sum(sent.wire for sent in stage.sent) / chip.links
-  along = sum(_along_a_ring(sent, step, chip, ring) for sent in stage.sent)
-  return Cost(stage, max(compute, memory, links), compute + memory + along)
+    return Cost(stage)
+  return Cost(
+    stage,
+    compute=(stage.flops + stage.again) / chip.flops,
+    memory=stage.memory / chip.memory_rate,
+    links=sum(sent.wire for sent in stage.sent) / chip.links,
+    spill=stage.spilled / chip.memory_rate,
+    along=sum(_along_a_ring(sent, step, chip, ring) for sent in stage.sent),
+  )
 
 
 def _along_a_ring(sent, step, chip, ring):

@@ -72,7 +72,7 @@ def ranked(config, chip: chips.Chip, devices, ring: int) -> list[Candidate]:
         plan.bounds(stage, step, chip, ring)
         for stage in costs.stages(step, model, matrices)
       ]
-      seconds = (sum(b.low for b in bounds), sum(b.high for b in bounds))
+      seconds = plan.seconds(bounds)
       memory = state + temporaries(step, model, matrices, remat)
       settings = settings | {"model.remat": remat}
       found.append(Candidate(settings, memory, *seconds))

@@ -103,7 +103,11 @@ def devices(chip: chips.Chip, shape: tuple[int, ...]) -> list:
     if chip.platform == "cpu":
       return _virtual(math.prod(shape))
     if chip.platform == "tpu":
-      found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+      # A run on v4 has one device a chip.
+      cores = {"chip_config_name": "megacore"} if chip.name == "v4" else {}
+      found = topologies.get_topology_desc(
+        platform="tpu", topology_name=name, **cores
+      )
     else:
       found = _gpus(chip, shape)
   except Exception as e:  # jax raises what its plugins raise.

@@ -234,7 +234,8 @@ def device() -> jax.Device:
 
 def generation(device) -> int:
   """The major compute capability: 9 of an H100, 0 of what is no NVIDIA GPU."""
-  return int(float(getattr(device, "compute_capability", 0)))
+  major, _, _ = str(getattr(device, "compute_capability", 0)).partition(".")
+  return int(major) if major.isdecimal() else 0  # AMD's are names.
 
 
 def needs(
