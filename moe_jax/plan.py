@@ -29,7 +29,7 @@ def main(argv=None) -> int:
   count_NE = args.load and loads.read(args.load)
   devices = topologies.devices(chip, shape)
   given = chip, devices, args.topology
-  if args.mesh:
+  if args.mesh is not None:
     config.mesh = topologies.sizes(args.mesh, parallel.AXES, len(devices))
   if args.search:
     return _search(args, config, *given)
@@ -54,12 +54,21 @@ def _search(args, config, chip, devices, topology):
   """Plans the best candidates, and prints how near the closed form was."""
   from moe_jax.training.planning import page, search, topologies
 
+  if args.decode or args.parameters or args.load:
+    raise ConfigError(
+      "--search ranks ways to train; leave out --decode, --parameters and --load"
+    )
   if not chip.flops:
     raise ConfigError(
       f"--search needs a chip whose rates are known, which {chip.name} is not;"
       " give a topology of TPUs or GPUs"
     )
   found = search.ranked(config, chip, devices, topologies.ring(topology))
+  if not found:
+    raise ConfigError(
+      "--search: a run would accept no mesh of these devices; make"
+      " data.batch_size and eval.batch_size multiples of their number"
+    )
   print(page.candidates(found, chip))
   rows = []
   for one in found[: 2 * args.compile]:

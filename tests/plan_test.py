@@ -174,6 +174,11 @@ def test_bad_input_is_refused_before_anything_is_compiled(monkeypatch):
     command.main(
       ["--config=configs/tiny.py", "--topology=cpu:8", "--json=/nothing/a.json"]
     )
+  flags = "--topology=cpu:8", "--mesh=data:8", "--config.data.batch_size=4"
+  text = refused(*flags, "--config.model.pattern=('dense',)")
+  assert "4 examples does not divide into 8 token shards" in text
+  text = refused("--topology=cpu:8", "--search", "--decode")
+  assert "leave out --decode" in text
   text = refused("--topology=cpu:8", "--search")
   assert "--search needs a chip whose rates are known" in text
   text = refused("--topology=cpu:8", "--load=nothing/metrics.jsonl")
@@ -187,7 +192,14 @@ def test_lengths_of_a_mesh():
   axes = parallel.AXES
   assert topologies.sizes("expert:4,data:2", axes, 8) == (2, 1, 4, 1)
   assert topologies.sizes("fsdp:-1,tensor:2", axes, 8) == (1, 4, 1, 2)
-  for text in ("fsdp:-1,data:-1", "fsdp:-1,data:3", "data:0", "data", ""):
+  for text in (
+    "fsdp:-1,data:-1",
+    "fsdp:-1,data:3",
+    "data:0",
+    "data",
+    "",
+    "fsdp:8,fsdp:1",
+  ):
     with pytest.raises(ConfigError, match="--mesh"):
       topologies.sizes(text, axes, 8)
 
@@ -267,9 +279,22 @@ def test_what_would_fit():
   made = plan.of_train_step(config, chip, jax.devices(), "v5p:2x2x2")
   assert not made.fits
   assert made.moved is None or sum(made.memory.values()) > needed
-  text = search.remedy(made, config, jax.devices())
-  assert "GB more than the" in text
-  assert "would fit: --mesh=" in text or "take more of them" in text
+  assert "GB more than the" in search.remedy(made, config, jax.devices())
+  # Room for the state, and for little else.
+  state = 2 * made.even["parameters"] + made.even["optimizer"]
+  tight = made._replace(
+    chip=chip._replace(memory=1.2 * state), limit=1.2 * state
+  )
+  text = search.remedy(tight, config, jax.devices())
+  assert "lower data.batch_size or data.seq_len" in text
+  # On a chip with room there are other ways than the one that was refused.
+  rich = made._replace(chip=chips.CHIPS["v5p"])
+  text = search.remedy(rich, config, jax.devices())
+  assert "would fit: --mesh=" in text and "--mesh=data:8 " not in text
+  # Decoding has a remedy of its own.
+  step = made.step._replace(backward=False)
+  text = search.remedy(made._replace(step=step), config, jax.devices())
+  assert "lower eval.batch_size or data.seq_len" in text
   # Not even the state.
   poor = chip._replace(memory=1000)
   made = plan.of_train_step(config, poor, jax.devices(), "v5p:2x2x2")

@@ -96,6 +96,13 @@ def check(model, *, length: int, batches: Mapping[str, int], mesh) -> None:
       groups.check(
         recipe, grouping, length=length, batch=batch, key=key, mesh=mesh
       )
+  shards = parallel.token_shards(mesh)
+  for key, batch in batches.items():
+    if batch % shards:
+      raise ConfigError(
+        f"a batch of {batch} examples does not divide into {shards} token shards;"
+        f" make {key} a multiple of {shards}"
+      )
   if hasattr(model, "arch"):
     for train in (True, False):
       model.arch.check_causal(length, train)

@@ -92,7 +92,7 @@ def compiled(one: Candidate, config, chip, devices, topology: str) -> plan.Plan:
 
 
 def remedy(made: plan.Plan, config, devices) -> str:
-  """A sentence: by how much a training step does not fit, and what would.
+  """A sentence: by how much a step does not fit, and what would.
 
   Args:
     made: its plan.
@@ -104,15 +104,25 @@ def remedy(made: plan.Plan, config, devices) -> str:
     f" {made.topology}, {(needed - made.limit) / 1e9:.1f} GB more than the"
     f" {made.limit / 1e9:.1f} GB that there are; "
   )
+  if not made.step.backward:
+    return f"{text}lower eval.batch_size or data.seq_len, or take more devices"
   found = ranked(config, made.chip, devices, topologies.ring(made.topology))
-  if found and found[0].fits(made.chip):
-    return f"{text}by the closed form this would fit: {found[0].flags}"
-  whole = sum(made.even.values()) * count
-  whole += made.even["parameters"] * count
-  least = -(-whole // (_ROOM * made.limit))
+  # What the compiler has refused is no remedy.
+  own = (config.mesh, config.model.remat, config.train.accumulation)
+  keys = ("mesh", "model.remat", "train.accumulation")
+  for one in found:
+    if one.fits(made.chip) and own != tuple(one.settings[k] for k in keys):
+      return f"{text}by the closed form this would fit: {one.flags}"
+  state = (made.even["parameters"] * 2 + made.even["optimizer"]) * count
+  least = -(-state // (_ROOM * made.limit))
+  if least <= count:
+    return (
+      f"{text}by the closed form no mesh, remat or number of micro-batches would;"
+      " lower data.batch_size or data.seq_len, or take more devices"
+    )
   return (
     f"{text}no mesh, remat or number of micro-batches would: parameters,"
-    f" gradients and optimizer alone are {whole / 1e9:,.0f} GB, those of"
+    f" gradients and optimizer alone are {state / 1e9:,.0f} GB, those of"
     f" {least:.0f} such devices; take more of them"
   )
 

@@ -153,12 +153,15 @@ def sizes(text: str, axes: tuple[str, ...], count: int) -> tuple[int, ...]:
   Raises:
     ConfigError: another form, or a mesh that is not of so many devices.
   """
-  lengths = dict.fromkeys(axes, 1)
+  lengths, given = dict.fromkeys(axes, 1), set()
   for part in text.split(","):
     name, _, length = part.partition(":")
-    if name not in lengths or not re.fullmatch(r"-1|[1-9]\d*", length):
+    known = name in lengths and name not in given
+    given.add(name)
+    if not known or not re.fullmatch(r"-1|[1-9]\d*", length):
       raise ConfigError(
-        f'--mesh: "{part}" is not AXIS:LENGTH with one of {", ".join(axes)};'
+        f'--mesh: "{part}" is not AXIS:LENGTH with one of {", ".join(axes)},'
+        " each at most once;"
         " give a mesh such as data:1,fsdp:8,expert:8,tensor:1"
       )
     lengths[name] = int(length)
