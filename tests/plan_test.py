@@ -348,7 +348,8 @@ def test_a_step_on_tpus(tmp_path):
   flags += ["--mesh=fsdp:2,expert:2", f"--json={path}"]
   sizes = {"d_model": 256, "head_dim": 64, "moe.d_expert": 128}
   flags += [f"--config.model.{k}={v}" for k, v in sizes.items()]
-  flags += ["--config.data.seq_len=256", "--config.model.num_layers=2"]
+  flags += ["--config.data.seq_len=256", "--config.model.num_layers=3"]
+  flags += ["--config.model.prefix=('dense',)", "--config.model.d_ff=512"]
   done = run(*flags, "--config.model.dtype=bfloat16")
   assert done.returncode == 0, done.stderr
   assert "training step on v5p:2x2x1" in done.stdout
@@ -359,7 +360,10 @@ def test_a_step_on_tpus(tmp_path):
   flops = values["flops"]
   assert flops["compiled"]
   assert flops["useful"] == pytest.approx(flops["model"], rel=0.02)
-  assert flops["recomputed"] > 0.2 * flops["useful"]
+  # XLA makes no loop of the dense layer, and still computes it again, but for its
+  # last product, which no gradient needs.
+  again = sum(stage["again"] for stage in values["stages"])
+  assert 0.9 * again < flops["recomputed"] <= again
   assert flops["static"] > flops["useful"]
   sizes = {
     one["axis"]: (one["axis_bytes"], one["formula_bytes"])

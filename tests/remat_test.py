@@ -239,18 +239,3 @@ def test_remat_changes_no_gradient(layout):
     found, _ = mesh_cases.measure(found, None)
     distance, leaf = mesh_cases.worst(found, none)
     assert distance <= 1e-12, (remat, leaf)
-
-
-def test_a_segment_of_one_repeat_is_computed_again():
-  """XLA makes no loop of it, and must not keep what forward has computed."""
-  case = dataclasses.replace(CASES["gather"], remat="block")
-  model = build(case, None)
-  [tokens_BL] = mesh_cases.draw_batch(case)["inputs"][:1]
-  params = jax.eval_shape(model.init, jax.random.key(0), tokens_BL)
-  objective = lambda *args: (model.apply(*args)[0] ** 2).sum()  # noqa: E731
-  gradient = jax.jit(jax.grad(objective))
-  text = gradient.lower(nn.unbox(params), tokens_BL).compile().as_text()
-  again = [line for line in text.splitlines() if "rematted_computation" in line]
-  for segment in ("prefix", "decoder"):
-    products = [x for x in again if f"/{segment}/" in x and " dot(" in x]
-    assert len(products) >= 4, segment
