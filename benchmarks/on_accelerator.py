@@ -1,4 +1,4 @@
-"""What this machine's accelerator computes, and how fast, in one command.
+"""Checks, tunes and times the accelerator of this machine, in one command.
 
   python -m benchmarks.on_accelerator --minutes=8 --json=on_accelerator.json
 
@@ -103,7 +103,7 @@ def _reason(error):
 
 
 class Measurement:
-  """What is measured on a device, and what is known so far.
+  """The measurements of a device, and their results so far.
 
   device: of jax; toy: whether it is a CPU; wrong: backends of which a result was
   wrong, or which refused all, so that they are not timed; longest: seconds of the
@@ -138,7 +138,7 @@ class Measurement:
     yield Task("step", "training step", run)
 
   def backends(self) -> list[str]:
-    """Of grouped_matmul on this platform, the one that is chosen first."""
+    """The grouped_matmul that this platform chooses first."""
     from moe_jax.moe import kernels
 
     platform = self.device.platform

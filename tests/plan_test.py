@@ -329,7 +329,7 @@ def test_loads_of_a_run(tmp_path):
 
 
 def run(*flags):
-  """The JSON of the command in a process of its own, and its exit code."""
+  """The command, run in a process of its own."""
   env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
   done = subprocess.run(
     [sys.executable, "-m", "moe_jax.plan", *flags],

@@ -23,7 +23,7 @@ NAME = "unreduced"
 def split(
   params: Mapping, sublayers: Mapping[str, Sublayer], mesh: Mesh | None
 ) -> tuple[Mapping, dict]:
-  """What gradients are taken of, and what they are not taken of.
+  """Parts parameters into those that gradients are taken of, and the others.
 
   Args:
     params: of a model.

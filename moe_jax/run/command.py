@@ -64,9 +64,12 @@ def write_json(path: str, value) -> None:
 
 
 def check_writable(path: str) -> None:
-  """Refuses a path that `write_json` could not write; changes no file there."""
+  """Raises RunError for a path that `write_json` could not write to."""
+  is_new = not os.path.exists(path)
   with files.writing(path), open(path, "a"):
     pass
+  if is_new:
+    os.remove(path)
 
 
 def _end(number, frame):

@@ -36,7 +36,7 @@ def is_checked(backend: str) -> bool:
 
 
 class Work(NamedTuple):
-  """What one grouped product costs a device.
+  """The cost of one grouped product on a device.
 
   rows: multiplied by a matrix, with those that fill up tiles or chunks.
   tiles: (rows, contraction, columns) of a tile; None: the kernel does not say.
@@ -79,7 +79,7 @@ def estimate(
 
 
 def chosen(backend: str) -> dict[str, str]:
-  """What a backend with candidates multiplied with so far, by product."""
+  """The candidates that a backend has used so far, by product."""
   name, _, candidate = backend.partition(":")
   return gpu.chosen(candidate or None) if name == "gpu" else {}
 

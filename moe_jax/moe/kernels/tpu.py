@@ -136,7 +136,7 @@ def chip() -> Chip:
   """The chip of `jax.set_mesh`, else of jax's first device; v5p if it is none."""
   try:
     info = pltpu.get_tpu_info()
-  except ValueError:  # Of another platform, as in the interpreter.
+  except ValueError:  # Another platform, as in the interpreter.
     return Chip()
   vmem = (32 if info.generation >= 6 else 16) * _MIB
   return Chip(vmem, info.num_cores, info.mxu_column_size)

@@ -1,4 +1,4 @@
-"""The one table of accelerators: what a device can do at most.
+"""The one table of accelerators: rates and memory of a device.
 
 Numbers of TPUs are those of the pages cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,
 tpu7x}; `memory` is what libtpu's compiler lets a program use. Numbers of GPUs
@@ -15,7 +15,7 @@ _GIB = 2**30
 
 
 class Chip(NamedTuple):
-  """What one device has, and can do at most.
+  """The memory and the highest rates of one device.
 
   name: as in a topology, "v5p".
   platform: "tpu", "gpu" or "cpu".

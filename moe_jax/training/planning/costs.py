@@ -1,4 +1,4 @@
-"""What a step computes, reads and sends on each device, in closed form.
+"""Costs of a step on each device, in closed form: FLOPs, memory, collectives.
 
 All of it follows from the shapes of the parameters, their declared roles, and
 the config. A product of N rows with a matrix costs 2 N FLOPs a weight, and its
@@ -22,12 +22,12 @@ FLOAT = 4  # Bytes of a parameter, a moment and a score.
 # Bytes of each score that softmax and its neighbours read and write, unfused.
 _OF_A_SCORE = 3 * FLOAT
 # Arrays of a parameter's shape that AdamW reads and writes.
-_OF_THE_OPTIMIZER = 7
+_OF_THE_OPTIMIZER = 7  # The others are taken for as many.
 OUTSIDE = ("embedding", "head")  # Parts outside of the blocks.
 
 
 class Step(NamedTuple):
-  """What the costs of a step depend on, besides the model.
+  """The sizes of a step that its costs depend on, besides the model.
 
   tokens: of a device in a micro-batch; micro_batches: of a step.
   sequence: tokens of a sequence; length: keys that a token sees.
@@ -56,7 +56,7 @@ class Step(NamedTuple):
 
 
 class Sent(NamedTuple):
-  """What a stage sends over mesh axes in a step.
+  """A collective of a stage, all of its uses in a step together.
 
   what: in words; kind: of `hlo.KINDS`.
   arrays: bytes of the whole arrays that are gathered, scattered or summed; of

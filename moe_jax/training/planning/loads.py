@@ -1,4 +1,4 @@
-"""What the loads of a real run would be on the devices of a plan.
+"""Loads of a real run, laid over the devices of a plan.
 
 A run with the hook `loads` keeps the assignments that every expert got, by layer
 and step, beside its metrics.jsonl. Devices hold contiguous experts.

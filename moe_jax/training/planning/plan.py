@@ -43,7 +43,7 @@ def seconds(parts: list[Cost]) -> tuple[float, float]:
 
 
 class Plan(NamedTuple):
-  """What a step of a program does on each device of a topology.
+  """The plan of a step of a program, on each device of a topology.
 
   program: "training step" or "decoding step"; topology: its name.
   mesh: {axis: length}.

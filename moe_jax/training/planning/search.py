@@ -15,7 +15,7 @@ from moe_jax.training.planning import chips, costs, plan, topologies
 # How many arrays of a size are there at the same time, in compiled programs.
 _ARRAYS = {"scores": 2.0, "hidden": 6.0, "rows": 2.0, "logits": 2.0}
 _ARRAYS |= {"vectors": 3.0}
-# Of a device's memory; the estimate of what a step needs is no better.
+# The share of memory that a candidate may take by an estimate that is no better.
 _ROOM = 0.95
 # More shards of F and of heads make narrow products, and sum too often.
 _MOST_TENSOR = 8

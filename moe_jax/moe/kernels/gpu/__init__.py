@@ -123,7 +123,7 @@ def only(candidate: str) -> types.SimpleNamespace:
 
 
 def chosen(only: str | None = None) -> dict[str, str]:
-  """What this process multiplied with, {product: candidate and tiles}.
+  """The candidates that this process has used, {product: candidate and tiles}.
 
   Args:
     only: as in `matmul`.
