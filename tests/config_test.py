@@ -244,8 +244,13 @@ def test_the_router_of_switch_needs_no_other_options():
 def test_values_are_python_or_bare_words():
   for text, value in (
     ("optim.learning_rate=1", 1.0),
-    ("data.name=none", None),
+    ("data.name=None", None),
     ("data.name='none'", "none"),
+    ("train.check_mesh=false", False),
+    # A word where the option takes words, and else Python's None.
+    ("model.remat=none", "none"),
+    ("model.attention.rope=none", "none"),
+    ("train.ema=none", None),
     ("data.dir=a/b=c", "a/b=c"),
     ("model.pattern=('dense', 'moe')", ("dense", "moe")),
     ("data.name=" + "(" * 9000, "(" * 9000),

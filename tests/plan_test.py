@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from moe_jax import plan as command
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError, RunError
 from moe_jax.run import config as config_lib
+from moe_jax.training import program
 from moe_jax.training.planning import (
   chips,
   costs,
@@ -84,6 +86,54 @@ ENTRY %main (p: s32[]) -> s32[] {
     (2 * 512 * 128 * 256, 1, 512, False),
     (2 * 512 * 128 * 256, 1, 512, False),
   ]
+
+
+def test_flops_of_unlike_layers():
+  """Each product of experts is scaled by the rows of its own layer."""
+  config = small(**{"model.pattern": ("moe", "moe@few"), "model.num_layers": 5})
+  few = {"num_experts": 4, "top_k": 1, "d_expert": 48, "capacity_factor": 4.0}
+  config.model.variants = {"few": {"moe": few}}
+  config.mesh = (1, 2, 4, 1)
+  mesh, task, model = program.build(config, jax.devices(), prepare=False)
+  step = costs.of_train_step(config, task, mesh)
+  matrices = costs.matrices(model, plan.parameters(task, model), mesh)
+  stages = costs.stages(step, model, matrices)
+  # On a device are two sequences of 64 tokens, and two layers of each kind.
+  tokens, d_model, layers = 2 * 64, 32, 2
+  both = (
+    # (path, used rows, rows of the buffer, width)
+    ("decoder/0/moe", 2 * tokens, 2 * tokens, 16),
+    ("decoder/1/moe", tokens, 4 * tokens, 48),
+  )
+  names = [
+    "jit(f)/jvp(Decoder)/while/body/{}/shard_map/experts/dot",
+    "jit(f)/transpose(jvp(Decoder))/{}/shard_map/experts/dot",
+    "jit(f)/{}/shard_map/experts/jit(gmm)",
+    "jit(f)/decoder/checkpoint/rematted_computation/{}/experts/dot",
+  ]
+  found = [
+    products.Product(
+      2 * room * d_model * width,
+      3 * layers,
+      room if "gmm" in name else None,
+      name.format(path).replace("computation/decoder", "computation"),
+    )
+    for path, _, room, width in both
+    for name in names
+  ]
+  flops = products.count(found, step, model, matrices, stages, 0.0)
+  useful, static = (
+    sum(2 * layer[i] * d_model * layer[3] * 3 * layers for layer in both)
+    for i in (1, 2)
+  )
+  assert flops["useful"] == pytest.approx(3 * useful)
+  assert flops["recomputed"] == pytest.approx(useful)
+  assert flops["static"] == pytest.approx(3 * static)
+  # In closed form, too.
+  closed = products.count(None, step, model, matrices, stages, 0.0)
+  assert closed["static"] - closed["useful"] == pytest.approx(
+    3 * (static - useful)
+  )
 
 
 @pytest.mark.parametrize("kind", ["all_to_all", "all_gather"])
@@ -165,6 +215,11 @@ def test_bad_input_is_refused_before_anything_is_compiled(monkeypatch):
   assert "there are cpu:4" in refused("--topology=cpu:2x")
   text = refused("--topology=cpu:64")
   assert 'no topology "cpu:64" (there are 8 such devices' in text
+  text = refused("--topology=v5p:4x4")
+  assert "a shape of v5p has 3 dimensions, not 2); there are v5p:2x2x1" in text
+  text = refused("--topology=h100:2x2x2")
+  assert "a shape of h100 has 1 or 2 dimensions, not 3" in text
+  assert "the largest has 256 chips" in refused("--topology=v6e:32x32")
   text = refused("--topology=cpu:8", "--mesh=fsdp:3")
   assert "--mesh=fsdp:3 is of 3 devices, and the topology has 8" in text
   assert '"x:8" is not AXIS' in refused("--topology=cpu:8", "--mesh=x:8")
@@ -235,6 +290,35 @@ def test_bounds_of_a_stage():
   assert low == pytest.approx(0.021)
 
 
+def test_what_gpus_send_within_a_host():
+  chip = chips.CHIPS["h100"]
+  mesh = parallel.make_mesh((1, 2, 4, 1))
+  step = costs.of_decoding(small(), mesh)
+
+  def along(axes, host):
+    sent = costs.Sent("", "all-gather", axes, 0, 9e9)
+    return plan.bounds(costs.Stage("x", sent=(sent,)), step, chip, host).along
+
+  assert along(("expert",), 4) == 9e9 / chip.links
+  assert along(("fsdp",), 4) == 9e9 / chip.axis
+  assert along(("fsdp", "expert"), 4) == 9e9 / chip.axis
+  assert along(("expert", "fsdp"), 8) == 9e9 / chip.links
+  assert topologies.ring("h100:16x8") == 8 and topologies.ring("h200:4") == 4
+  assert topologies.ring("v5p:4x2x8") == 8
+
+
+def test_only_decoders_are_planned():
+  config = small()
+  config.plugins = (str(pathlib.Path(__file__).parent / "plugins"),)
+  config.task.name, config.model.name = "digits", "patches"
+  config.model.update(pattern=("moe",), prefix=())
+  for make in (plan.of_train_step, plan.of_decoding):
+    with pytest.raises(ConfigError, match="a plan is of decoders, and Patches"):
+      make(config, CPU, jax.devices()[:1], "cpu:1")
+  with pytest.raises(ConfigError, match="change model.name to decoder"):
+    search.ranked(config, chips.CHIPS["v5p"], jax.devices(), ring=2)
+
+
 def test_candidates_of_a_search():
   """Those that fit come first; each is a mesh that a run would accept."""
   config = small(**{"data.batch_size": 32, "eval.batch_size": 32})
@@ -269,6 +353,42 @@ def test_candidates_of_a_search():
   fits = [one.fits(small_chip) for one in again]
   assert fits == sorted(fits, reverse=True)
   assert 0.3 < np.mean(fits) < 0.7
+
+
+def test_the_page_of_a_search():
+  made = on_cpu((1, 2, 4, 1))
+  real = sum(made.memory.values())
+  settings = {"mesh": (1, 2, 4, 1), "model.remat": "block"}
+  one = search.Candidate(settings, 1.25 * real, 0.001, 0.002)
+  assert one.flags == "--mesh=fsdp:2,expert:4 --config.model.remat=block"
+  text = page.compared(one, made)
+  assert text.startswith(f"compiled {one.flags}: fits, ")
+  assert text.endswith("(+25.0%)")
+  chip = chips.CHIPS["v5p"]
+  large = one._replace(memory=2.0 * chip.memory, high=0.001)
+  text = page.candidates([one, large] + 30 * [one], chip)
+  lines = text.splitlines()
+  assert lines[0].startswith("32 candidates, of which 31 fit")
+  assert len(lines) == 11 and one.flags in lines[1]
+
+
+@pytest.mark.long
+@pytest.mark.aot
+def test_the_memory_that_a_search_estimates(tmp_path):
+  """The best three for DeepSeek-V3 on 512 chips, beside the compiler's."""
+  path = tmp_path / "search.json"
+  flags = ["--config=configs/deepseek_v3.py", "--topology=v5p:8x8x8"]
+  flags += ["--search", f"--json={path}", "--config.eval.batch_size=512"]
+  flags += ["--config.data.batch_size=512"]
+  flags += ["--config.model.moe.capacity_factor=1.25"]
+  done = run(*flags, "--config.model.moe.expert_buckets=64")
+  assert done.returncode == 0, done.stderr
+  rows = json.loads(path.read_text())["compiled"]
+  assert len(rows) == 3
+  for row in rows:
+    real = row["memory_bytes_per_device"]["total"]
+    assert row["fits"]
+    assert row["candidate"]["memory"] == pytest.approx(real, rel=0.1)
 
 
 def test_what_would_fit():
@@ -320,6 +440,13 @@ def test_loads_of_a_run(tmp_path):
   assert "saves at least 32%" in loads.text(found)
   with pytest.raises(ConfigError, match="4 experts do not divide over mesh"):
     loads.over_devices(count_NE, 3, top_k=2, nodes=2, limited=None)
+  config = small(**{"model.moe.router.num_expert_groups": 4})
+  config.model.moe.router.top_expert_groups = 2
+  config.mesh = (4, 1, 2, 1)
+  made = plan.of_train_step(config, CPU, jax.devices(), "cpu:8")
+  eight_NE = np.tile(count_NE, 2)
+  found = loads.of_plan(eight_NE, made)
+  assert found == loads.over_devices(eight_NE, 2, top_k=2, nodes=4, limited=2)
   for text in ('{"00": [1, 2]}', '{"00": 3}', '{"00": [0, 0, 0, 0]}'):
     (tmp_path / "loads" / "9.json").write_text(text)
     with pytest.raises(ConfigError, match="as many experts in each layer"):

@@ -152,6 +152,8 @@ def _set(section, place, names, value):
   else:
     if name == "name" and value != old and _A_PART.fullmatch(place):
       section.clear()
+    if value == "none" and name in section and not isinstance(old, str):
+      value = None  # Elsewhere it is a word, as in model.remat=none.
     whole = isinstance(old, float) and type(value) is int
     section[name] = float(value) if whole else value
 
@@ -348,7 +350,7 @@ def _get_config(path):
 
 
 def _parse(text):
-  is_name = text.lower() in ("true", "false", "none")
+  is_name = text in ("true", "TRUE", "false", "FALSE")
   try:
     return ast.literal_eval(text.capitalize() if is_name else text)
   except (ValueError, SyntaxError, MemoryError, RecursionError):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from moe_jax.core.errors import ConfigError, did_you_mean
 
 _GIB = 2**30
+_SQUARES, _CUBES = "2x2, 4x4, 16x16", "2x2x1, 4x4x4, 8x8x8"
 
 
 class Chip(NamedTuple):
@@ -27,6 +28,8 @@ class Chip(NamedTuple):
   links: bytes a second that a device can send over all its links together.
   axis: bytes a second that it can send along one dimension of the torus. For a
     GPU: over the network between machines.
+  dimensions: of a topology's shape; a GPU's are hosts and GPUs of a host.
+  most: chips of the largest topology; None: unknown.
   example: shapes that exist.
   """
 
@@ -38,32 +41,34 @@ class Chip(NamedTuple):
   memory_rate: float
   links: float
   axis: float
+  dimensions: int
+  most: int | None
   example: str
 
 
-def _tpu(name, kind, tera, gib, memory_rate, links, dimensions, example):
+def _tpu(name, kind, tera, gib, memory_rate, links, dimensions, most, example):
   gib, links = int(gib * _GIB), links * 1e9
   rates = tera * 1e12, gib, memory_rate * 1e9, links, links / dimensions
-  return Chip(name, "tpu", kind, *rates, example)
+  return Chip(name, "tpu", kind, *rates, dimensions, most, example)
 
 
 CHIPS = {
   chip.name: chip
   for chip in (
-    _tpu("v4", "TPU v4", 275, 30.75, 1228, 300, 3, "2x2x1, 4x4x4, 8x8x8"),
-    _tpu("v5e", "TPU v5 lite", 197, 15.75, 819, 200, 2, "2x2, 4x4, 16x16"),
-    _tpu("v5p", "TPU v5", 459, 95.74, 2765, 600, 3, "2x2x1, 4x4x4, 8x8x8"),
-    _tpu("v6e", "TPU v6 lite", 918, 31.25, 1638, 400, 2, "2x2, 4x4, 16x16"),
-    _tpu("tpu7x", "TPU7x", 1153.5, 94.75, 3690, 300, 3, "2x2x1, 4x4x4"),
+    _tpu("v4", "TPU v4", 275, 30.75, 1228, 300, 3, 4096, _CUBES),
+    _tpu("v5e", "TPU v5 lite", 197, 15.75, 819, 200, 2, 256, _SQUARES),
+    _tpu("v5p", "TPU v5", 459, 95.74, 2765, 600, 3, 8960, _CUBES),
+    _tpu("v6e", "TPU v6 lite", 918, 31.25, 1638, 400, 2, 256, _SQUARES),
+    _tpu("tpu7x", "TPU7x", 1153.5, 94.75, 3690, 300, 3, 9216, _CUBES),
     Chip(
       *("h100", "gpu", "NVIDIA H100 80GB HBM3", 989e12, 80 * 10**9),
-      *(3.35e12, 450e9, 50e9, "8, 4x8"),
+      *(3.35e12, 450e9, 50e9, 2, None, "8, 4x8"),
     ),
     Chip(
       *("h200", "gpu", "NVIDIA H200", 989e12, 141 * 10**9),
-      *(4.8e12, 450e9, 50e9, "8, 4x8"),
+      *(4.8e12, 450e9, 50e9, 2, None, "8, 4x8"),
     ),
-    Chip("cpu", "cpu", "cpu", 0, None, 0, 0, 0, "4, 8"),
+    Chip("cpu", "cpu", "cpu", 0, None, 0, 0, 0, 1, None, "4, 8"),
   )
 }
 

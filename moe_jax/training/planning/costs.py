@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.core import parallel, roles
+from moe_jax.core.errors import ConfigError
+from moe_jax.models import decoder
 from moe_jax.moe import exchange
 from moe_jax.moe.types import TokenChoice
 from moe_jax.training import train_step
@@ -95,6 +97,8 @@ class Matrix(NamedTuple):
   active: of them those that a token passes, with equal loads.
   sides: input and output width of all layers together, for rows of one token.
   stored: mesh axes that it is gathered over.
+  sublayer: path of the MoE layer whose routed experts it is of; else "".
+  lanes: the length of the last dimension, as a device stores it.
   """
 
   part: str
@@ -102,6 +106,17 @@ class Matrix(NamedTuple):
   active: float
   sides: float
   stored: tuple[str, ...]
+  sublayer: str
+  lanes: int
+
+
+def check(model) -> None:
+  """Raises ConfigError for a model whose costs have no closed form here."""
+  if not isinstance(model, decoder.Decoder):
+    raise ConfigError(
+      f"a plan is of decoders, and {type(model).__name__} is none; change"
+      " model.name to decoder"
+    )
 
 
 def of_train_step(config, task, mesh) -> Step:
@@ -165,26 +180,29 @@ def matrices(model, boxed, mesh) -> list[Matrix]:
 def _matrix(model, path, role, shape, mesh):
   """The Matrix of the parameter at a path."""
   spec = parallel.spec(role.axes, shape, mesh)
-  stored, sizes = (), list(shape)
+  stored, sizes, lanes = (), list(shape), shape[-1]
   for i, (name, axes) in enumerate(zip(role.axes, spec)):
     axes = parallel.names(axes)
+    lanes = shape[i] // math.prod(mesh.shape[axis] for axis in axes)
     if parallel.RULES.get(name) == parallel.STORED:
       stored += axes
     else:
       sizes[i] //= math.prod(mesh.shape[axis] for axis in axes)
-  numbers, taken = math.prod(sizes), 1.0
+  numbers, taken, sublayer = math.prod(sizes), 1.0, ""
   layers = math.prod(
     size for size, name in zip(sizes, role.axes) if name == "layers"
   )
   if role.part == "experts":
-    own = next(s for k, s in model.sublayers.items() if path.startswith(k))
-    taken = rows_of_a_token(own.recipe)
-    active = numbers * taken * mesh.shape["expert"] / own.recipe.num_experts
+    sublayer = next(k for k in model.sublayers if path.startswith(f"{k}/"))
+    recipe = model.sublayers[sublayer].recipe
+    taken = rows_of_a_token(recipe)
+    active = numbers * taken * mesh.shape["expert"] / recipe.num_experts
   else:
     active = numbers
   sides = (math.prod(sizes[i] for i in side) for side in role.matrix_axes)
   used = tuple(axis for axis in stored if mesh.shape[axis] > 1)
-  return Matrix(role.part, numbers, active, layers * taken * sum(sides), used)
+  sides = layers * taken * sum(sides)
+  return Matrix(role.part, numbers, active, sides, used, sublayer, lanes)
 
 
 def rows_of_a_token(recipe) -> float:

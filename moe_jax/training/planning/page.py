@@ -36,7 +36,20 @@ def values(plan: Plan) -> dict:
     "roofline_seconds": [low, high] if plan.chip.flops else None,
     "model_flops_utilization_at_most": utilization(plan),
     "compile_seconds": plan.compile_seconds,
+    "notes": notes(plan),
   }
+
+
+def notes(plan: Plan) -> list[str]:
+  """What is to be kept in mind about a plan, in sentences."""
+  sublayers = plan.model.sublayers.values()
+  ragged = any(each.recipe.dispatcher.ragged for each in sublayers)
+  if plan.chip.platform == "gpu" and ragged:
+    return [
+      "Temporary memory is that of XLA's ragged_dot, which the kernels of a run"
+      " replace; so whether the step fits is not certain."
+    ]
+  return []
 
 
 def utilization(plan: Plan) -> float | None:
@@ -96,7 +109,7 @@ def text(plan: Plan) -> str:
     parts.append(_sent(plan))
   if plan.chip.flops:
     parts.append(_stages(plan))
-  return "\n\n".join(parts)
+  return "\n\n".join([*parts, *notes(plan)])
 
 
 def parameters(plan: Plan) -> str:
@@ -191,9 +204,9 @@ def _memory(plan):
   rows.append(f"  {'total':22}{total:>12}   of {limit}")
   for one in buffers(plan):
     rows.append(
-      f"buffer of the experts of one layer: {quantity(one['bytes'], 'B')},"
-      f" {one['rows']:,} rows, where equal loads have"
-      f" {one['balanced_rows']:,.0f}"
+      f"buffer of the experts of each of {len(one['layers'])} layers:"
+      f" {quantity(one['bytes'], 'B')}, {one['rows']:,} rows, where equal loads"
+      f" have {one['balanced_rows']:,.0f}"
     )
   return "\n".join(rows)
 

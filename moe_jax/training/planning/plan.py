@@ -1,11 +1,13 @@
 """A plan: a config's program compiled for a topology, and its costs."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax import models
 from moe_jax.core import parallel
@@ -91,6 +93,7 @@ def of_train_step(config, chip, devices, topology: str) -> Plan:
     ConfigError: impossible values, or the compiler refuses the program.
   """
   mesh, task, model = program.build(config, devices, prepare=False)
+  costs.check(model)
   numbers = train_step.numbers(config, model)
   made = program.functions(config, mesh, task, model, numbers)
   state, batch = made.train_step.arguments[:2]
@@ -132,6 +135,7 @@ def of_decoding(config, chip, devices, topology: str) -> Plan:
   config = config.copy_and_resolve_references()
   config.model = models.dropless(config.model.to_dict())
   mesh, task, model = program.build(config, devices, prepare=False)
+  costs.check(model)
   batch, length = config.eval.batch_size, config.data.seq_len
   call = _one_token(model, mesh, batch, length)
   weights, cache, *tokens = call.arguments
@@ -210,7 +214,8 @@ def _plan(name, call, trees, *, step, boxed, flops_per_token, mesh, **given):
   arguments = {k: compiled.bytes_on_a_device(x) for k, x in trees.items()}
   kinds = ("parameters", "optimizer", "cache")
   even = {k: _bytes(x) / mesh.size for k, x in trees.items() if k in kinds}
-  stages = costs.stages(step, model, costs.matrices(model, boxed, mesh))
+  matrices = costs.matrices(model, boxed, mesh)
+  stages = costs.stages(step, model, matrices)
   found = _compile(call, arguments, step, mesh, chip)
   tokens = step.tokens * step.micro_batches * parallel.token_shards(mesh)
   ring = topologies.ring(given["topology"])
@@ -222,7 +227,7 @@ def _plan(name, call, trees, *, step, boxed, flops_per_token, mesh, **given):
     limit=chip.memory,
     even=even,
     fits=found.fits,
-    flops=_flops(mesh, found.products, step, model, stages, wanted),
+    flops=_flops(mesh, found.products, step, model, matrices, stages, wanted),
     moved=found.moved,
     stages=[bounds(stage, step, chip, ring) for stage in stages],
     tokens=tokens,
@@ -259,7 +264,7 @@ def bounds(stage, step, chip, ring):
 
   Args:
     stage, step, chip: what it is of.
-    ring: devices along the longest dimension of the topology.
+    ring: devices along the longest dimension of the topology, or GPUs of a host.
   """
   if not chip.flops:
     return Cost(stage)
@@ -275,8 +280,20 @@ def bounds(stage, step, chip, ring):
 
 def _along_a_ring(sent, step, chip, ring):
   """Seconds over one dimension of a torus, or over the network of GPUs."""
+  if chip.platform == "gpu" and _within_hosts(sent.axes, step.mesh, ring):
+    return sent.wire / chip.links
   seconds = sent.wire / chip.axis
   if chip.platform == "tpu" and "all-to-all" in sent.kind:
     # On the way to its device a row passes a quarter of a ring.
     seconds *= max(1.0, min(ring, step.over(sent.axes)) / 4)
   return seconds
+
+
+def _within_hosts(axes, mesh, each):
+  """Whether devices along some axes of a mesh share a host, `each` of which."""
+  host = np.arange(mesh.size).reshape(tuple(mesh.shape.values())) // each
+  moved = np.moveaxis(
+    host, [mesh.axis_names.index(a) for a in axes], range(len(axes))
+  )
+  rows = moved.reshape(-1, mesh.size // math.prod(mesh.shape[a] for a in axes))
+  return bool((rows == rows[0]).all())

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moe_jax import models
 from moe_jax.core import parallel
 from moe_jax.moe import kernels
 from moe_jax.training.planning import costs, hlo
@@ -18,8 +19,10 @@ _PRODUCT = re.compile(r"(dot|convolution|custom-call)\(([^)]*)\)(.*)")
 _KERNEL = 'custom_call_target="tpu_custom_call"'
 # Operands of a kernel, which the rest of its line declares.
 _OPERANDS = re.compile(r"operand_layout_constraints=\{(.*?)\}, (?=[a-z_]+=)")
-# What jax calls the operations of the experts' networks, see `layer.moe_ffn`.
+# What jax calls the operations of the experts' networks, see `layer.moe_ffn`:
+# the path of their layer, then this. What stands between the names of modules.
 _SCOPE = "/experts/"
+_AROUND = re.compile(r"/(?:(?:checkpoint|rematted_computation|shard_map)/)+")
 _SHAPE = re.compile(r"\w+\[([\d,]*)\]")
 
 
@@ -136,12 +139,28 @@ def _numbers(text):
   return [int(x) for x in text.split(",")] if text else []
 
 
-def count(found, step, model, stages, wanted: float) -> dict[str, float]:
+class Rows(NamedTuple):
+  """Rows of the experts of one kind of layer, on a device in a micro-batch.
+
+  flops: of these layers in a step, if loads are equal, without recomputation.
+  used: rows that they compute for.
+  room: rows of their buffer.
+  tiles: rows over those that kernels compute, because of the size of their tiles,
+    if loads are equal.
+  """
+
+  flops: float
+  used: float
+  room: int
+  tiles: float
+
+
+def count(found, step, model, matrices, stages, wanted) -> dict[str, float]:
   """Counts FLOPs in a compiled program, or else in closed form.
 
   Args:
     found: `products` of the program; None: there is none to count in.
-    step, model, stages: see `costs.stages`.
+    step, model, matrices, stages: see `costs.stages`.
     wanted: by `counts.flops_per_token`.
 
   Returns:
@@ -154,44 +173,55 @@ def count(found, step, model, stages, wanted: float) -> dict[str, float]:
     static: useful, with all rows of the buffers.
     compiled: whether useful, recomputed and static are counted in the program.
   """
-  used, room = rows(step, model)
-  of_experts = sum(s.flops for s in stages if s.name == "experts")
+  experts = rows(step, model, matrices)
   if found is None:
     useful = sum(stage.flops for stage in stages)
     again = sum(stage.again for stage in stages)
-    static = useful + of_experts * (room / used - 1)
+    empty = (each.room / each.used - 1 for each in experts.values())
+    static = useful + _weighed(experts, empty)
   else:
-    useful, again, static = _of_program(found, used, room)
-  padded = useful + of_experts * (_visited(step, model) - 1)
+    useful, again, static = _of_program(found, experts)
+  in_vain = (each.tiles - 1 for each in experts.values())
   return {
     "model": wanted,
     "useful": useful,
     "recomputed": again,
-    "padded": padded,
+    "padded": useful + _weighed(experts, in_vain),
     "static": static,
     "compiled": found is not None,
   }
 
 
-def rows(step: costs.Step, model) -> tuple[float, float]:
-  """(rows that experts compute for, rows of their buffers), means over layers."""
-  used = room = layers = 0
-  for sublayer, home, most in costs.buffers(step, model):
-    number = len(sublayer.numbers)
-    wanted = step.tokens * costs.rows_of_a_token(sublayer.recipe)
-    used += number * min(home, wanted)
-    room += number * most
-    layers += number
-  return (used / layers, room / layers) if layers else (1.0, 1.0)
+def _weighed(experts, ratios):
+  """The FLOPs of experts times a ratio for each kind of layer."""
+  return sum(e.flops * ratio for e, ratio in zip(experts.values(), ratios))
 
 
-def _of_program(found, used, room):
-  """(useful, recomputed, static), whose experts compute for `used` rows."""
+def rows(step: costs.Step, model, matrices) -> dict[str, Rows]:
+  """The rows of experts, by the path of their layer.
+
+  Args:
+    step, model, matrices: see `costs.stages`.
+  """
+  found = {}
+  for path, (sublayer, home, room) in zip(
+    models.sublayers(model), costs.buffers(step, model)
+  ):
+    used = min(home, step.tokens * costs.rows_of_a_token(sublayer.recipe))
+    own = sum(m.active for m in matrices if m.sublayer == path)
+    flops = 2 * step.tokens * step.micro_batches * own * (1 + 2 * step.backward)
+    tiles = _in_tiles(step, model, sublayer.recipe, used, room)
+    found[path] = Rows(flops, used, room, tiles)
+  return found
+
+
+def _of_program(found, experts):
+  """(useful, recomputed, static) FLOPs of the products in a program."""
   useful = again = static = 0.0
   for one in found:
     size = one.flops * one.times
-    of_experts = one.rows or _SCOPE in one.name
-    real = size * used / (one.rows or room) if of_experts else size
+    own = _layer_of(one, experts)
+    real = size * own.used / (one.rows or own.room) if own else size
     if one.again:
       again += real
     else:
@@ -199,26 +229,24 @@ def _of_program(found, used, room):
   return useful, again, static
 
 
-def _visited(step, model) -> float:
-  """Rows that kernels compute over those of the experts, when loads are equal."""
-  used, seen = 0.0, 0.0
-  platform = parallel.platform(step.mesh)
-  for sublayer, home, room in costs.buffers(step, model):
-    recipe = sublayer.recipe
-    here = recipe.num_experts // step.mesh.shape["expert"]
-    wanted = min(home, step.tokens * costs.rows_of_a_token(recipe))
-    each = math.ceil(wanted / here)
-    width = recipe.experts.width // step.mesh.shape["tensor"]
-    seen_here = each * here
-    if recipe.dispatcher.ragged:
-      work = kernels.estimate(
-        [each] * here,
-        room,
-        (model.arch.d_model, width),
-        model.arch.dtype,
-        backend=kernels.backend_for(platform),
-      )
-      seen_here = sum(w.rows for w in work.values()) / len(work)
-    used += len(sublayer.numbers) * each * here
-    seen += len(sublayer.numbers) * seen_here
-  return seen / used if used else 1.0
+def _layer_of(product, experts):
+  """The Rows of the experts that a product is of; None: of none."""
+  name = _AROUND.sub("/", product.name)
+  return next((e for path, e in experts.items() if path + _SCOPE in name), None)
+
+
+def _in_tiles(step, model, recipe, used, room) -> float:
+  """Rows that kernels compute over those that experts have, for equal loads."""
+  if not recipe.dispatcher.ragged:
+    return 1.0
+  here = recipe.num_experts // step.mesh.shape["expert"]
+  each = math.ceil(used / here)
+  width = recipe.experts.width // step.mesh.shape["tensor"]
+  work = kernels.estimate(
+    [each] * here,
+    room,
+    (model.arch.d_model, width),
+    model.arch.dtype,
+    backend=kernels.backend_for(parallel.platform(step.mesh)),
+  )
+  return sum(w.rows for w in work.values()) / (len(work) * each * here)

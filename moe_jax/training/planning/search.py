@@ -14,7 +14,9 @@ from moe_jax.training.planning import chips, costs, plan, topologies
 
 # How many arrays of a size are there at the same time, in compiled programs.
 _ARRAYS = {"scores": 2.0, "hidden": 6.0, "rows": 2.0, "logits": 2.0}
-_ARRAYS |= {"vectors": 3.0}
+_ARRAYS |= {"vectors": 3.0, "weights": 2.0}
+# The last dimension of an array on a TPU is stored in multiples of this.
+_LANES = 128
 # The share of memory that a candidate may take by an estimate that is no better.
 _ROOM = 0.95
 # More shards of F and of heads make narrow products, and sum too often.
@@ -55,10 +57,11 @@ def ranked(config, chip: chips.Chip, devices, ring: int) -> list[Candidate]:
     config: whose mesh, exchange, remat and micro-batches are replaced.
     chip: of the devices.
     devices: of a topology.
-    ring: devices along its longest dimension.
+    ring: see `plan.bounds`.
   """
   task = program.build_task(config, prepare=False)
   model = program.build_model(config, task)
+  costs.check(model)
   boxed = plan.parameters(task, model)
   per_parameter = plan.state_bytes_per_parameter(config, task, model)
   found = []
@@ -146,6 +149,7 @@ def temporaries(
   arch, tensor = model.arch, step.mesh.shape["tensor"]
   gradients = costs.FLOAT * (1 if step.micro_batches == 1 else 2)
   stored = costs.held(step.mesh, found) * (gradients + step.width)
+  stored += _rearranged(step, found)
   if step.once:
     stored += costs.FLOAT * sum(m.numbers for m in found if m.part == "experts")
   kinds = [arch.layer(kind) for kind in arch.layers]
@@ -167,11 +171,21 @@ def temporaries(
     kept += sum(each.hidden for each in experts)
   inside = max(_ARRAYS["scores"] * scores, scores + largest)
   inside += _ARRAYS["vectors"] * of_a_block
+  weights = sum(m.numbers for m in found if m.part not in costs.OUTSIDE)
+  inside += _ARRAYS["weights"] * weights / len(kinds) * step.width
   logits = (
     _ARRAYS["logits"] * step.tokens * arch.vocab_size / tensor * costs.FLOAT
   )
   vocabulary = arch.vocab_size * arch.d_model * (2 * step.width + costs.FLOAT)
   return stored + kept + max(inside, logits) + vocabulary
+
+
+def _rearranged(step, found):
+  """Bytes of copies with other dimensions last, which fill whole lanes."""
+  if parallel.platform(step.mesh) != "tpu":
+    return 0.0
+  odd = [m for m in found if m.part == "experts" and m.lanes % _LANES]
+  return costs.held(step.mesh, odd) * (costs.FLOAT + step.width)
 
 
 class _OfExperts(NamedTuple):

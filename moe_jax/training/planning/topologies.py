@@ -33,26 +33,47 @@ gpu_device_info {{
 platform_name: "CUDA"
 """
 
+# {platform: (modules, any of which has its compiler; an extra that has one)}.
+_COMPILERS = {
+  "tpu": (("libtpu",), "aot"),
+  "gpu": (("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13"), "cuda12"),
+}
+
 
 def parse(text: str) -> tuple[chips.Chip, tuple[int, ...]]:
   """(chip, its shape) of CHIP:SHAPE.
 
   Raises:
-    ConfigError: it is not of this form, or there is no such chip.
+    ConfigError: it is not of this form, or there is no such chip or shape.
   """
   name, _, shape = text.partition(":")
   chip = chips.find(name)
   if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
-    raise ConfigError(
-      f'--topology="{text}" has no shape after {name}:; there are'
-      f" {', '.join(f'{name}:{x}' for x in chip.example.split(', '))}, ..."
-    )
-  return chip, tuple(map(int, shape.split("x")))
+    raise _no_topology(chip, text, f"it has no shape after {name}:")
+  lengths = tuple(map(int, shape.split("x")))
+  most, least = chip.dimensions, chip.dimensions
+  if chip.platform == "gpu":
+    least = 1  # The GPUs of one host.
+  if not least <= len(lengths) <= most:
+    number = f"{most}" if least == most else f"{least} or {most}"
+    why = f"a shape of {name} has {number} dimensions, not {len(lengths)}"
+    raise _no_topology(chip, text, why)
+  if chip.most and math.prod(lengths) > chip.most:
+    raise _no_topology(chip, text, f"the largest has {chip.most} chips")
+  return chip, lengths
+
+
+def _no_topology(chip, text, why):
+  examples = ", ".join(f"{chip.name}:{x}" for x in chip.example.split(", "))
+  return ConfigError(
+    f'--topology: there is no topology "{text}" ({why}); there are {examples}, ...'
+  )
 
 
 def ring(topology: str) -> int:
-  """Devices along the longest dimension of CHIP:SHAPE."""
-  return max(parse(topology)[1])
+  """Devices along the longest dimension of CHIP:SHAPE, or GPUs of a host."""
+  chip, shape = parse(topology)
+  return shape[-1] if chip.platform == "gpu" else max(shape)
 
 
 def prepare(chip: chips.Chip, shape: tuple[int, ...]) -> None:
@@ -75,19 +96,19 @@ def prepare(chip: chips.Chip, shape: tuple[int, ...]) -> None:
       "v5p-8"  # Any, so that it asks no more.
     )
     os.environ.setdefault("TPU_LOG_DIR", "disabled")
-  module, extra = {
-    "tpu": ("libtpu", "aot"),
-    "gpu": ("jax_plugins.xla_cuda12", "cuda12"),
-  }[chip.platform]
-  try:
-    found = importlib.util.find_spec(module)
-  except ImportError:
-    found = None
-  if found is None:
+  modules, extra = _COMPILERS[chip.platform]
+  if not any(map(_installed, modules)):
     raise ConfigError(
-      f"to compile for {chip.name} its compiler, {module}, is needed; install it"
-      f" with pip install 'moe_jax[{extra}]' (Linux x86-64 only)"
+      f"to compile for {chip.name} its compiler, {modules[0]}, is needed; install"
+      f" it with pip install 'moe_jax[{extra}]' (Linux x86-64 only)"
     )
+
+
+def _installed(module: str) -> bool:
+  try:
+    return importlib.util.find_spec(module) is not None
+  except ImportError:
+    return False
 
 
 def devices(chip: chips.Chip, shape: tuple[int, ...]) -> list:
@@ -111,10 +132,7 @@ def devices(chip: chips.Chip, shape: tuple[int, ...]) -> list:
     else:
       found = _gpus(chip, shape)
   except Exception as e:  # jax raises what its plugins raise.
-    raise ConfigError(
-      f'there is no topology "{name}" ({first_line(e)}); there are'
-      f" {', '.join(f'{chip.name}:{x}' for x in chip.example.split(', '))}, ..."
-    ) from None
+    raise _no_topology(chip, name, first_line(e)) from None
   return found.devices
 
 
@@ -130,8 +148,6 @@ def _virtual(count):
 def _gpus(chip, shape):
   from jax.experimental import topologies
 
-  if len(shape) > 2:
-    raise ValueError("for GPUs it is HOSTSxGPUS, or GPUS of one host")
   hosts, gpus = (1, *shape)[-2:]
   config = _HOPPER.format(rate=int(chip.memory_rate), memory=chip.memory)
   return topologies.get_topology_desc(
