@@ -177,6 +177,30 @@ def test_a_step_on_a_mesh(kind):
   assert json.dumps(values)
 
 
+@pytest.mark.parametrize(
+  "sizes, accumulation", [((2, 2, 2, 1), 1), ((1, 2, 4, 1), 2)]
+)
+def test_what_is_sent(sizes, accumulation):
+  """Over all axes as much as the closed form has, but for norms and counts."""
+  made = on_cpu(
+    sizes,
+    **{
+      "model.tie_embeddings": False,
+      "train.accumulation": accumulation,
+      "train.reduce_experts_once": accumulation > 1,
+    },
+  )
+  sizes = {
+    one["axis"]: (one["axis_bytes"], one["formula_bytes"])
+    for one in page.values(made)["collectives"]
+  }
+  assert {"fsdp", "expert", "fsdp,expert"} <= set(sizes)
+  # Out of the loop over micro-batches comes the dense layer's forward pass, too.
+  most = 0.03 if accumulation == 1 else 0.07
+  for axis, (sent, formula) in sizes.items():
+    assert sent == pytest.approx(formula, rel=most), axis
+
+
 def test_a_table_of_parameters():
   text = page.parameters(on_cpu((1, 2, 2, 2)))
   cells = {line.split()[0]: line.split()[1:] for line in text.splitlines()[2:]}

@@ -268,6 +268,8 @@ def _weights_sent(step, matrix, repeats):
   part, stored = matrix.part, matrix.stored
   size = matrix.numbers * step.micro_batches
   weights = repeats * size * (FLOAT if part == "router" else step.width)
+  if part in OUTSIDE:  # Gathered before the loop over micro-batches.
+    weights /= step.micro_batches
   # The gradient of a lookup is a sum of rows in float32.
   wide = part in ("router", "embedding")
   gradient = size * (FLOAT if wide else step.width)
@@ -277,8 +279,9 @@ def _weights_sent(step, matrix, repeats):
     yield _gathered(step, f"weights of {part}", "all-gather", stored, weights)
   if not step.backward:
     return
-  # The others hold copies of the weight, or, of the router's, all of it.
-  whole = part == "router"
+  # The others hold copies of the weight. Some gradients are summed as wholes, of
+  # which each device then takes its part.
+  whole = part == "router" or part in OUTSIDE
   others = tuple(
     axis
     for axis in parallel.TOKENS
@@ -386,8 +389,14 @@ def _exchanges(step, model):
 def _over_tensor(step, model):
   """The sums of attention's and of the networks' results, and of gradients."""
   n = step.mesh.shape["tensor"]
-  times = 2 * (step.forward + step.backward) * step.micro_batches
-  size = times * len(model.arch.layers) * step.tokens * model.arch.d_model
-  size *= step.width
+  # What the network of a block gives is not needed again, what attention gives is.
+  again = step.forward - 1
+  times = (2 + again + 2 * step.backward) * len(model.arch.layers)
+  if (
+    model.arch.vocab_size % n == 0
+  ):  # Rows that are looked up, and of the head.
+    times += 1 + step.backward
+  size = times * step.tokens * model.arch.d_model
+  size *= step.micro_batches * step.width
   away = 2 * size * (n - 1) / n
   return Sent("activations", "all-reduce", ("tensor",), size, away)

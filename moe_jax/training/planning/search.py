@@ -14,7 +14,7 @@ from moe_jax.training.planning import chips, costs, plan, topologies
 
 # How many arrays of a size are there at the same time, in compiled programs.
 _ARRAYS = {"scores": 2.0, "hidden": 6.0, "rows": 2.0, "logits": 2.0}
-_ARRAYS |= {"vectors": 3.0, "weights": 2.0}
+_ARRAYS |= {"vectors": 3.0, "weights": 2.0, "tokens": 2.0}
 # The last dimension of an array on a TPU is stored in multiples of this.
 _LANES = 128
 # The share of memory that a candidate may take by an estimate that is no better.
@@ -169,7 +169,9 @@ def temporaries(
   if remat == "none":
     kept += len(kinds) * (_ARRAYS["scores"] * scores + of_a_block)
     kept += sum(each.hidden for each in experts)
-  inside = max(_ARRAYS["scores"] * scores, scores + largest)
+  # While the experts' gradients are computed, scores wait in two precisions.
+  waiting = (1 + step.width / costs.FLOAT) * scores
+  inside = max(_ARRAYS["scores"] * scores, waiting + largest)
   inside += _ARRAYS["vectors"] * of_a_block
   weights = sum(m.numbers for m in found if m.part not in costs.OUTSIDE)
   inside += _ARRAYS["weights"] * weights / len(kinds) * step.width
@@ -202,8 +204,13 @@ def _of_experts(step, model, sublayer, home, room):
   hidden = room * sublayer.recipe.experts.width * step.width
   hidden /= step.mesh.shape["tensor"]
   layers = len(sublayer.numbers)
+  # Results are gathered to their tokens, of which a ring has all devices'.
+  ring = sublayer.recipe.exchange == "all_gather"
+  tokens = step.tokens * (step.mesh.shape["expert"] if ring else 1)
+  gathered = (sublayer.recipe.router.top_k or 0) + _ARRAYS["tokens"]
+  inside = _ARRAYS["hidden"] * hidden + _ARRAYS["rows"] * room * row
   return _OfExperts(
-    _ARRAYS["hidden"] * hidden + _ARRAYS["rows"] * room * row,
+    inside + gathered * tokens * row,
     layers * (home + room) * row,
     layers * _ARRAYS["hidden"] / 2 * hidden,
   )
