@@ -2,7 +2,8 @@
 
   python -m benchmarks.on_accelerator --minutes=8 --json=on_accelerator.json
 
-In this order, each part until its share of the minutes is over:
+In this order, each part until its share of the minutes is over, when the task
+that runs is ended (a compiler that runs is waited for):
 
 1. Is it right? Products, their gradients and the whole layer by every kernel
    for this device, against float64 on the host.
@@ -21,18 +22,21 @@ what failed, is named in it and at the end. The exit code is 1 if something was
 wrong or failed. On a CPU it runs at toy sizes, to try it out.
 """
 
+import contextlib
 import functools
 import importlib.metadata
+import signal
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from benchmarks import shapes, timing
+from benchmarks import accelerator_tables, shapes, timing
 from moe_jax.run import command
 
 _CASES = 8  # Of products: each dtype with each width; on a CPU a few of them.
+table = accelerator_tables.table  # See `benchmarks.tables`.
 _PACKAGES = ("jaxlib", "tokamax", "jax-triton", "triton", "libtpu")
 # The share of all minutes at which a part ends, and the seconds that its first
 # task may take; later ones are expected to take as long as the longest before.
@@ -75,11 +79,14 @@ def within(task: Task, started, seconds, measurement) -> list[dict]:
   if measurement.toy:  # There all parts are short.
     share, first = 1.0, 0.1 * first
   expected = measurement.longest.get(task.part, first)
-  now = time.monotonic()
-  if now + expected > started + share * seconds:
+  now, end = time.monotonic(), started + share * seconds
+  if now + expected > end:
     return [_left_out(task.what, "no time")]
   try:
-    rows = task.run()
+    with _until(end - now):
+      rows = task.run()
+  except _OutOfTime:
+    rows = [_left_out(task.what, "no time")]
   except Exception as e:  # One kernel that fails must not end all the rest.
     if task.part == "right":
       measurement.wrong.add(task.what.partition(",")[0])
@@ -88,6 +95,26 @@ def within(task: Task, started, seconds, measurement) -> list[dict]:
   longest = measurement.longest.get(task.part, 0)
   measurement.longest[task.part] = max(took, longest)
   return rows
+
+
+class _OutOfTime(BaseException):
+  """A task takes longer than its part may; nothing on the way catches this."""
+
+
+@contextlib.contextmanager
+def _until(seconds):
+  """Ends what runs inside after so many seconds, when no compiler runs."""
+
+  def stop(number, frame):
+    raise _OutOfTime
+
+  before = signal.signal(signal.SIGALRM, stop)
+  signal.setitimer(signal.ITIMER_REAL, seconds)
+  try:
+    yield
+  finally:
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def _is_full(error):
@@ -252,83 +279,6 @@ def _left_out(what, why):
 def _told(rows, task):
   left = rows and rows[-1]["stage"] == "left out"
   return f"{task.what}: {rows[-1]['why'] if left else 'done'}"
-
-
-def table(rows: list[dict]) -> str:
-  """The results as markdown, a table for each part that ran."""
-  parts = {"right": _right, "layer": _layers, "tiles": _tiles, "step": _steps}
-  found = []
-  for part, text in parts.items():
-    own = [row for row in rows if row.get("stage", "layer") == part]
-    found += [text(own)] if own else []
-  left = [row for row in rows if row.get("stage") == "left out"]
-  if left:
-    words = "; ".join(f"{row['what']} ({row['why']})" for row in left)
-    found.append(f"Left out: {words}.\n")
-  return "\n".join(found)
-
-
-def _right(rows):
-  wrong = [row for row in rows if not row["passed"]]
-  lines = [f"{len(rows) - len(wrong)} passed, {len(wrong)} failed.\n"]
-  for row in wrong:
-    lines.append(f"FAILED: {row['what']}: {row['distance']:.1e}\n")
-  return "\n".join(lines)
-
-
-def _layers(rows):
-  lines = {"down": "implementation", "across": "shape"}
-  ran = [row for row in rows if "forward_seconds" in row]
-  return "\n".join(
-    (
-      timing.grid(rows, **lines, text=_ratios, title="f / f+b, ÷ dense"),
-      timing.grid(ran, **lines, text=_rate, title="forward, TFLOP/s"),
-    )
-  )
-
-
-def _ratios(row):
-  return " / ".join(
-    timing.cell(row, f"{d}_ratio") if f"{d}_ratio" in row else "did not run"
-    for d in shapes.DIRECTIONS
-  )
-
-
-def _rate(row):
-  return f"{row['forward_flops_per_second'] / 1e12:.0f}"
-
-
-def _tiles(rows):
-  def shown(row):
-    return row | {
-      "of": f"{row['product']}, {row['rows']} rows,"
-      f" {row['num_experts']} x {row['d']} x {row['f']}"
-    }
-
-  def rate(row):
-    flops = 2 * row["rows"] * row["d"] * row["f"]
-    return f"{flops / row['milliseconds'] / 1e9:.0f}"
-
-  rows = [shown(row) for row in rows]
-  return timing.grid(
-    rows, down="of", across="candidate", text=rate, title="product, TFLOP/s"
-  )
-
-
-def _steps(rows):
-  lines = [
-    "| step | tokens/s | speed ÷ dense | TFLOP/s | MFU | memory planned, GB |",
-    "|---|---|---|---|---|---|",
-  ]
-  for row in rows:
-    mfu = f"{row['mfu']:.2f}" if row["mfu"] else "–"
-    lines.append(
-      f"| {row['arm']} | {row['tokens_per_second']:.0f}"
-      f" | {timing.cell(row, 'relative_speed')}"
-      f" | {row['flops_per_second'] / 1e12:.1f} | {mfu}"
-      f" | {row['planned_bytes'] / 1e9:.1f} |"
-    )
-  return "\n".join(lines) + "\n"
 
 
 def _arguments(argv):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import signal
 import time
 import types
 
@@ -116,6 +117,20 @@ def test_a_part_takes_no_time_from_the_next_ones(monkeypatch):
   assert run("tiles", 1) == "left out"
   assert clock[0] == 51
   assert run("layer", 5) == "tiles" and clock[0] == 56  # What `work` says.
+
+
+def test_a_task_that_takes_too_long_is_ended():
+  measurement = on_accelerator.Measurement(jax.devices()[0])
+  before = signal.getsignal(signal.SIGALRM)
+  task = on_accelerator.Task("step", "it", lambda: time.sleep(60))
+  measurement.longest["step"] = 0.0
+  started = time.monotonic()
+  [row] = on_accelerator.within(task, started, 0.2, measurement)
+  assert time.monotonic() - started < 5
+  assert row == {"stage": "left out", "what": "it", "why": "no time"}
+  assert measurement.longest["step"] >= 0.2
+  assert signal.getsignal(signal.SIGALRM) is before
+  assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
 @pytest.mark.parametrize(
