@@ -3,7 +3,8 @@
 All of it follows from the shapes of the parameters, their declared roles, and
 the config. A product of N rows with a matrix costs 2 N FLOPs a weight, and its
 backward pass twice as much; `model.remat` runs the forward pass of a block once
-more. Loads of experts are taken as equal.
+more. Loads of experts are taken as equal. The file is long because a stage's FLOPs,
+memory and collectives are all read off the same `Step` and `Matrix`.
 """
 
 import math
@@ -219,11 +220,10 @@ def stages(step: Step, model, found: list[Matrix]) -> list[Stage]:
     model: a decoder.
     found: its matrices.
   """
-  by_part = {
-    part: _products(step, model, part, found) for part in _parts(found)
-  }
-  mixing = _mixing(step, model)
-  by_part["attention"] = _sum(by_part["attention"], mixing)
+  parts = dict.fromkeys(m.part for m in found)
+  by_part = {part: _products(step, model, part, found) for part in parts}
+  pairs = zip(by_part["attention"][1:], _mixing(step, model)[1:])
+  by_part["attention"] = Stage("attention", *(a + b for a, b in pairs))
   exchanges = tuple(_exchanges(step, model))
   rest = [Stage("exchange", sent=exchanges)] if exchanges else []
   if step.mesh.shape["tensor"] > 1:
@@ -232,15 +232,6 @@ def stages(step: Step, model, found: list[Matrix]) -> list[Stage]:
     size = _OF_THE_OPTIMIZER * FLOAT * held(step.mesh, found)
     rest.append(Stage("optimizer", memory=size))
   return [*by_part.values(), *rest]
-
-
-def _parts(found):
-  return dict.fromkeys(m.part for m in found)
-
-
-def _sum(one, other):
-  numbers = (a + b for a, b in zip(one[1:], other[1:]))
-  return Stage(one.name, *numbers)
 
 
 def _products(step, model, part, found):
