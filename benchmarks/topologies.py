@@ -81,7 +81,8 @@ def measure(sizes: tuple[int, ...], shape: Shape) -> dict:
   return {
     "flops": cost["flops"],
     "collectives": [
-      (kind, axes, *sums) for (kind, axes), sums in found.items()
+      (kind, axes, sent.count, sent.results)
+      for (kind, axes), sent in found.items()
     ],
   }
 

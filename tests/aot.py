@@ -104,8 +104,10 @@ def main(argv=None) -> int:
     )
     print(f"  tpu_custom_call: {kernels(text)}")
     found = hlo.by_axes(hlo.collectives(text), mesh)
-    for (kind, axes), (count, size) in found.items():
-      print(f"  {kind} over {' '.join(axes)}: {count}, {size} bytes")
+    for (kind, axes), sent in found.items():
+      print(
+        f"  {kind} over {' '.join(axes)}: {sent.count}, {sent.results} bytes"
+      )
   return 0
 
 

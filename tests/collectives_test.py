@@ -52,11 +52,11 @@ def test_tokens_are_sent_by_formula(dispatcher, exchange, sizes):
   shape = SHAPE._replace(exchange=exchange)
   _, gradient = topologies.lowered(mesh, shape, dispatcher)
   found = hlo.by_axes(hlo.collectives(compiled(gradient)), mesh)
-  sizes_of = {key: size for key, (_, size) in found.items()}
+  sizes_of = {key: sent.results for key, sent in found.items()}
   if dispatcher == "einsum":  # Its weights are [T, E, C], not [T, K].
     shape = shape._replace(top_k=SHAPE.num_experts * SHAPE.slots)
   assert sizes_of == topologies.expected(sizes, shape)
-  count = {key: count for key, (count, _) in found.items()}
+  count = {key: sent.count for key, sent in found.items()}
   over_experts = {k: n for (k, axes), n in count.items() if axes == ("expert",)}
   over_experts.pop("all-reduce", None)  # Of the router's gradient.
   if sizes[2] > 1:
@@ -158,7 +158,7 @@ def test_a_whole_step(sizes, exchange):
   of_experts = wanted.pop(("all-reduce", ("data",)), 0)
   runs = 2 * 2  # Layers, micro-batches.
   of_layers = hlo.by_axes(layers, mesh)
-  sizes_of = {key: size for key, (_, size) in of_layers.items()}
+  sizes_of = {key: sent.results for key, sent in of_layers.items()}
   wanted = {key: runs * size for key, size in wanted.items()}
   if exchange == "all_gather":  # Which choices are valid: once for both layers.
     wanted["all-gather", ("expert",)] -= 2 * sizes[2] * groups * LENGTH * 2
@@ -168,8 +168,8 @@ def test_a_whole_step(sizes, exchange):
   counts = {key: runs * count for key, count in counts.items()}
   if exchange == "all_gather":
     counts["all-gather", ("expert",)] -= 2
-  for key, (count, _) in of_layers.items():
-    assert count == counts.get(key, count), key
+  for key, sent in of_layers.items():
+    assert sent.count == counts.get(key, sent.count), key
   rest = hlo.by_axes([one for one in found if one not in layers], mesh)
   for kind, axes in rest:
     assert kind in ("all-gather", "all-reduce", "reduce-scatter"), kind
@@ -181,12 +181,12 @@ def test_a_whole_step(sizes, exchange):
     # once.
     matrix, embedding = 4 * 16 * 16, 4 * 32 * 16
     gathered = runs * 5 * matrix + embedding
-    assert rest["all-gather", ("expert",)][1] == gathered
+    assert rest["all-gather", ("expert",)].results == gathered
     # Their gradients: first over the devices that store a part, then over data.
     attention = 4 * matrix
-    assert rest["all-reduce", ("expert",)][1] - runs * attention < 100
+    assert rest["all-reduce", ("expert",)].results - runs * attention < 100
     over_data = runs * (attention // 4 + of_experts)
-    assert rest["all-reduce", ("data",)][1] == over_data
+    assert rest["all-reduce", ("data",)].results == over_data
   # No activations but those that attention sums over its heads.
   largest = max(
     one.size
@@ -222,8 +222,8 @@ def test_gradients_of_experts_are_summed_once_a_step():
   ]
   weights = 2 * (16 // 2) * 16 * 8  # Layers, experts of a device, D, F.
   assert hlo.by_axes(summed, mesh) == {
-    ("reduce-scatter", ("fsdp",)): (3, 3 * 4 * weights // 2),
-    ("all-reduce", ("data",)): (1, 3 * 4 * weights // 2),
+    ("reduce-scatter", ("fsdp",)): (3, 3 * 4 * weights // 2, 3 * 4 * weights),
+    ("all-reduce", ("data",)): (1, *2 * (3 * 4 * weights // 2,)),
   }
   # In the micro-batches, none but those of a router, of attention and of norms.
   of_layers = [one for one in hlo.collectives(text) if "moe/" in one.name]
@@ -274,9 +274,9 @@ ENTRY %main (p: s32[]) -> s32[] {
   assert found[0].name == "jit(f)/moe/a"
   mesh = Mesh(jax.numpy.arange(4).reshape(2, 2), ("data", "expert"))
   assert hlo.by_axes(found, mesh) == {
-    ("all-gather", ("data",)): (3, 192),
-    ("all-reduce", ("data",)): (1, 12),
-    ("collective-permute", ("data",)): (1, 4),
-    ("ragged-all-to-all", ("expert",)): (3, 3 * 2048),
-    ("reduce-scatter", ("expert",)): (5, 5 * 24),
+    ("all-gather", ("data",)): (3, 192, 192),
+    ("all-reduce", ("data",)): (1, 12, 12),
+    ("collective-permute", ("data",)): (1, 4, 4),
+    ("ragged-all-to-all", ("expert",)): (3, 3 * 2048, 3 * 2048),
+    ("reduce-scatter", ("expert",)): (5, 5 * 24, 2 * 5 * 24),
   }

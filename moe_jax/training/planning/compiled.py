@@ -18,23 +18,9 @@ _NEEDED = (
 _UNITS = {unit: 1024**i for i, unit in enumerate("KMGT", start=1)}
 
 
-class Moved(NamedTuple):
-  """The collectives of one kind over the same mesh axes, in one call.
-
-  count: how many.
-  results: bytes of their results on a device.
-  arrays: bytes of the whole arrays that they gather, scatter or sum, which is
-    the same for any way of doing so; of an all-to-all, the results.
-  """
-
-  count: int
-  results: int
-  arrays: int
-
-
 class Compiled(NamedTuple):
   """memory: {kind: bytes on a device}; fits: whether the compiler took it;
-  products: of a TPU, else None; moved: {(kind, axes): Moved}; seconds: that
+  products: of a TPU, else None; moved: see `hlo.by_axes`; seconds: that
   compiling took. Without `fits` the last three are None."""
 
   memory: dict[str, int]
@@ -66,7 +52,8 @@ def compile(lowered, arguments: dict, mesh, limit: int | None) -> Compiled:
   text = program.as_text()
   of_tpu = mesh.devices.flat[0].platform == "tpu"
   found = products.products(text) if of_tpu else None
-  return Compiled(memory, fits, found, moved(text, mesh), seconds)
+  sent = hlo.by_axes(hlo.collectives(text), mesh)
+  return Compiled(memory, fits, found, sent, seconds)
 
 
 def bytes_on_a_device(tree) -> int:
@@ -75,19 +62,6 @@ def bytes_on_a_device(tree) -> int:
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
     for x in jax.tree.leaves(tree)
   )
-
-
-def moved(text: str, mesh) -> dict[tuple[str, tuple[str, ...]], Moved]:
-  """The collectives of a program by kind and mesh axes."""
-  sums = {}
-  for one in hlo.collectives(text):
-    group = len(one.groups[0]) if one.kind == "reduce-scatter" else 1
-    key = one.kind, hlo.axes(one.groups, mesh)
-    size = one.times * one.size
-    old = sums.get(key, Moved(0, 0, 0))
-    new = one.times, size, size * group
-    sums[key] = Moved(*(x + y for x, y in zip(old, new)))
-  return dict(sorted(sums.items()))
 
 
 def _memory(program, arguments):

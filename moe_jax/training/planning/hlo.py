@@ -44,6 +44,20 @@ class Collective(NamedTuple):
   name: str
 
 
+class Moved(NamedTuple):
+  """The collectives of one kind over the same mesh axes, in one call.
+
+  count: how many.
+  results: bytes of their results on a device.
+  arrays: bytes of the whole arrays that they gather, scatter or sum, which is
+    the same for any way of doing so; of an all-to-all, the results.
+  """
+
+  count: int
+  results: int
+  arrays: int
+
+
 def collectives(text: str) -> list[Collective]:
   """All collectives of a program, except those of a device with itself.
 
@@ -75,13 +89,15 @@ def collectives(text: str) -> list[Collective]:
 
 def by_axes(
   found: list[Collective], mesh: jax.sharding.Mesh
-) -> dict[tuple[str, tuple[str, ...]], tuple[int, int]]:
-  """{(kind, mesh axes): (how many a call, bytes of their results)}."""
-  sums = collections.defaultdict(lambda: (0, 0))
+) -> dict[tuple[str, tuple[str, ...]], Moved]:
+  """The collectives of a program by kind and mesh axes."""
+  sums = {}
   for one in found:
-    key = one.kind, axes(one.groups, mesh)
-    count, size = sums[key]
-    sums[key] = count + one.times, size + one.times * one.size
+    group = len(one.groups[0]) if one.kind == "reduce-scatter" else 1
+    key, size = (one.kind, axes(one.groups, mesh)), one.times * one.size
+    old = sums.get(key, Moved(0, 0, 0))
+    new = Moved(one.times, size, size * group)
+    sums[key] = Moved(*(x + y for x, y in zip(old, new)))
   return dict(sorted(sums.items()))
 
 

@@ -53,7 +53,7 @@ class Plan(NamedTuple):
     a device would hold of the state if it were split over all devices.
   fits: whether memory is within the limit.
   flops: see `products.count`.
-  moved: see `compiled.Compiled`.
+  moved: see `hlo.by_axes`.
   stages: in closed form.
   tokens: of a step, of all devices.
   compile_seconds: 0 if nothing was compiled.
