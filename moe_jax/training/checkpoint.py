@@ -223,7 +223,7 @@ def load_variables(path: str | os.PathLike, ema: bool = False) -> dict:
 
 
 def _read_arrays(folder, names):
-  """Those parts of the state that are there, as numpy arrays."""
+  """The parts of the state that are there, as numpy arrays."""
   import orbax.checkpoint as ocp
 
   handler = ocp.PyTreeCheckpointHandler()

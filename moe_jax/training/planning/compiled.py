@@ -57,7 +57,7 @@ def compile(lowered, arguments: dict, mesh, limit: int | None) -> Compiled:
 
 
 def bytes_on_a_device(tree) -> int:
-  """Those of arrays, by their shapes and shardings."""
+  """The bytes of some arrays on a device, by their shapes and shardings."""
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
     for x in jax.tree.leaves(tree)

@@ -61,9 +61,9 @@ class Step(NamedTuple):
 class Sent(NamedTuple):
   """A collective of a stage, all of its uses in a step together.
 
-  what: in words; kind: of `hlo.KINDS`.
-  arrays: bytes of the whole arrays that are gathered, scattered or summed; of
-    an all-to-all those of its results, as they are allocated.
+  what: its purpose, in words; kind: an entry of `hlo.KINDS`.
+  arrays: bytes of the whole arrays that are gathered, scattered or summed. For
+    an all-to-all: bytes of its results, as they are allocated.
   wire: bytes that a device receives, with equal loads.
   """
 
@@ -77,9 +77,9 @@ class Sent(NamedTuple):
 class Stage(NamedTuple):
   """A part of a step on one device; numbers are of the whole step.
 
-  flops: that the mathematics asks for; again: that remat adds to them; memory:
-  bytes read and written; spilled: the same of scores, which a fused kernel does
-  not write; sent: its collectives.
+  flops: FLOPs that the mathematics asks for; again: FLOPs that remat adds;
+  memory: bytes read and written, without the scores of attention; spilled: bytes
+  of those scores, which a fused kernel does not write; sent: its collectives.
   """
 
   name: str
@@ -294,7 +294,7 @@ def _gathered(step, what, kind, axes, size):
 
 
 def _merged(sent):
-  """One for each purpose, kind and axes."""
+  """The collectives with the same purpose, kind and axes, added up."""
   sums = {}
   for one in sent:
     old = sums.get(one[:3], (0, 0))
@@ -380,7 +380,7 @@ def _exchanges(step, model):
 def _over_tensor(step, model):
   """The sums of attention's and of the networks' results, and of gradients."""
   n = step.mesh.shape["tensor"]
-  # What the network of a block gives is not needed again, what attention gives is.
+  # The backward pass needs the results of attention again, but not the network's.
   again = step.forward - 1
   times = (2 + again + 2 * step.backward) * len(model.arch.layers)
   if (

@@ -41,7 +41,7 @@ def values(plan: Plan) -> dict:
 
 
 def notes(plan: Plan) -> list[str]:
-  """What is to be kept in mind about a plan, in sentences."""
+  """Sentences that a reader of the plan should know."""
   sublayers = plan.model.sublayers.values()
   ragged = any(each.recipe.dispatcher.ragged for each in sublayers)
   if plan.chip.platform == "gpu" and ragged:

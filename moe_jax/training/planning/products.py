@@ -19,8 +19,8 @@ _PRODUCT = re.compile(r"(dot|convolution|custom-call)\(([^)]*)\)(.*)")
 _KERNEL = 'custom_call_target="tpu_custom_call"'
 # Operands of a kernel, which the rest of its line declares.
 _OPERANDS = re.compile(r"operand_layout_constraints=\{(.*?)\}, (?=[a-z_]+=)")
-# What jax calls the operations of the experts' networks, see `layer.moe_ffn`:
-# the path of their layer, then this. What stands between the names of modules.
+# jax's name of an operation of the experts' networks (see `layer.moe_ffn`) has the
+# path of their layer and then _SCOPE; _AROUND may stand between names of modules.
 _SCOPE = "/experts/"
 _AROUND = re.compile(r"/(?:(?:checkpoint|rematted_computation|shard_map)/)+")
 _SHAPE = re.compile(r"\w+\[([\d,]*)\]")

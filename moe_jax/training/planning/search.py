@@ -110,7 +110,7 @@ def remedy(made: plan.Plan, config, devices) -> str:
   if not made.step.backward:
     return f"{text}lower eval.batch_size or data.seq_len, or take more devices"
   found = ranked(config, made.chip, devices, topologies.ring(made.topology))
-  # What the compiler has refused is no remedy.
+  # The compiler has refused these settings, so they are no remedy.
   own = (config.mesh, config.model.remat, config.train.accumulation)
   keys = ("mesh", "model.remat", "train.accumulation")
   for one in found:

@@ -8,7 +8,7 @@ import re
 from moe_jax.core.errors import ConfigError, first_line
 from moe_jax.training.planning import chips
 
-# What a CUDA compiler wants to know of an NVIDIA GPU (compute capability 9.0).
+# A description of an NVIDIA GPU (compute capability 9.0) for the CUDA compiler.
 _HOPPER = """
 gpu_device_info {{
   cuda_compute_capability {{ major: 9 minor: 0 }}
@@ -93,7 +93,7 @@ def prepare(chip: chips.Chip, shape: tuple[int, ...]) -> None:
     os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     os.environ["TPU_ACCELERATOR_TYPE"] = (
-      "v5p-8"  # Any, so that it asks no more.
+      "v5p-8"  # libtpu asks for some value, and does not use it.
     )
     os.environ.setdefault("TPU_LOG_DIR", "disabled")
   modules, extra = _COMPILERS[chip.platform]
