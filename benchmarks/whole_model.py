@@ -29,7 +29,7 @@ def config(arm: str, toy: bool):
     c.model.head_dim = 64
     c.model.moe.update(num_experts=16, d_expert=1536)
     c.model.dtype = "bfloat16"
-  c.train.check_mesh = False  # What is right was looked at before.
+  c.train.check_mesh = False  # The part `right` has checked it already.
   c.model.d_ff = c.model.moe.top_k * c.model.moe.d_expert
   c.model.moe.balancers = {"bias": {"name": "bias", "rate": 1e-3}}
   if arm == "dense":
