@@ -171,7 +171,7 @@ class Measurement:
     platform = self.device.platform
     own = [b for b in kernels.BACKENDS if b.split(":")[0] == platform]
     if self.toy:  # The loops of the backend cpu compile slowly.
-      return ["gpu", "reference"]
+      return ["gpu"]
     return [b for b in own if b != "gpu:xla"]
 
   def _products(self, backend):

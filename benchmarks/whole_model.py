@@ -6,13 +6,18 @@ same active FLOPs.
 """
 
 import statistics
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 
 from benchmarks import timing, tuning
 from configs import base, tiny
+from moe_jax.core import parallel
+from moe_jax.models import counts
+from moe_jax.moe import kernels
+from moe_jax.training import program, train_step
 from moe_jax.training.planning import chips
-from moe_jax.training.program import Program
 
 ARMS = ("dense", "sorted", "gather, capacity 1.25")
 
@@ -29,7 +34,6 @@ def config(arm: str, toy: bool):
     c.model.head_dim = 64
     c.model.moe.update(num_experts=16, d_expert=1536)
     c.model.dtype = "bfloat16"
-  c.train.check_mesh = False  # The part `right` has checked it already.
   c.model.d_ff = c.model.moe.top_k * c.model.moe.d_expert
   c.model.moe.balancers = {"bias": {"name": "bias", "rate": 1e-3}}
   if arm == "dense":
@@ -41,54 +45,74 @@ def config(arm: str, toy: bool):
   return c
 
 
+class Arm(NamedTuple):
+  """config, task, model: of the run; sizes: numbers of parameters; step: the
+  compiled training step; run: takes a step from where the last one ended."""
+
+  config: Any
+  task: Any
+  model: Any
+  sizes: dict
+  step: Any
+  run: Callable
+
+
 def measure(toy: bool, rounds: int = 5) -> list[dict]:
   """A row of the result for each arm; their steps are timed in turn."""
-  programs, steps, ready = {}, {}, {}
-  for arm in ARMS[:2] if toy else ARMS:
-    made = {}
-    programs[arm] = program = Program(config(arm, toy), compiled=made)
-    ((_, steps[arm], *_),) = made.values()
-    ready[arm] = _step(program)
-  seconds = tuning.interleaved(ready, rounds)
+  arms = {arm: prepare(config(arm, toy)) for arm in ARMS[: 2 if toy else 3]}
+  runs = {name: arm.run for name, arm in arms.items()}
+  seconds = tuning.interleaved(runs, rounds)
   return [
-    _row(arm, programs[arm], steps[arm], seconds[arm], seconds["dense"])
-    for arm in programs
-    if {arm, "dense"} <= set(seconds)
+    _row(name, arm, seconds[name], seconds["dense"])
+    for name, arm in arms.items()
+    if {name, "dense"} <= set(seconds)
   ]
 
 
-def _step(program):
-  """A call that takes a step from where the last one ended."""
-  state = [program.init(jax.random.key(0))]
-  batch = program.put(program.batches(0)[0])
+def prepare(config) -> Arm:
+  """The compiled training step of a config, and its first state and batch."""
+  mesh, task, model = program.build(config)
+  numbers = train_step.numbers(config, model)
+  functions = program.functions(config, mesh, task, model, numbers)
+  state = [functions.init.function(jax.random.key(0))]
+  made = functions.train_step
+  step = made.function.lower(*made.arguments).compile()
+  batch = task.train(0, None)[0]
+  batch = {k: jax.numpy.asarray(batch[k]) for k in task.spec}
 
-  def step():
-    state[0], sums = program.train_step(state[0], batch)
+  def run():
+    state[0], sums = step(state[0], batch, numbers)
     return state[0], sums
 
-  return step
+  return Arm(config, task, model, functions.sizes, step, run)
 
 
-def _row(arm, program, step, seconds, dense):
-  facts, plan = program.facts(), step.memory_analysis()
-  rate = facts["tokens_per_step"] / statistics.median(seconds)
+def _row(name, arm, seconds, dense):
+  plan, tokens = arm.step.memory_analysis(), arm.config.data.batch_size
+  tokens *= arm.task.tokens_per_example
+  rate = tokens / statistics.median(seconds)
   chip = chips.of_device(jax.devices()[0].device_kind)
   peak = chip and chip.flops
-  used = rate * facts["train_flops_per_token"] / jax.device_count()
-  sizes = ("argument", "output", "temp")
-  planned = sum(getattr(plan, f"{k}_size_in_bytes") for k in sizes)
+  flops = counts.train_flops_per_token(arm.model, arm.sizes, arm.task.length)
+  used = rate * flops
+  planned = sum(
+    getattr(plan, f"{k}_size_in_bytes") for k in ("argument", "output", "temp")
+  )
+  backend = kernels.backend_for(
+    parallel.platform(None), arm.config.model.moe.grouped_matmul
+  )
   speeds = [other / one for one, other in zip(seconds, dense)]
   return {
     "stage": "step",
-    "arm": arm,
-    "active_parameters": facts["parameters"]["active"],
-    "tokens_per_step": facts["tokens_per_step"],
+    "arm": name,
+    "active_parameters": arm.sizes["active"],
+    "tokens_per_step": tokens,
     "seconds_per_step": statistics.median(seconds),
     "tokens_per_second": rate,
     "flops_per_second": used,
     "mfu": used / peak if peak else None,
     # The state is given back in the memory that it came in.
     "planned_bytes": planned - plan.alias_size_in_bytes,
-    "chosen": facts["grouped_matmul_chosen"],
+    "chosen": kernels.chosen(backend),
     **timing.summary("relative_speed", speeds),
   }

@@ -46,12 +46,10 @@ def test_all_of_it(tmp_path, capsys):
   for row in found["rows"]:
     by_part[row["stage"]].append(row)  # Nothing is left out.
   assert all(row["distance"] <= row["most"] for row in by_part["right"])
-  assert {row["what"].partition(":")[0] for row in by_part["right"]} == {
-    *("gpu", "reference")
-  }
+  assert {row["what"].partition(":")[0] for row in by_part["right"]} == {"gpu"}
   ran = {row["implementation"]: row for row in by_part["layer"]}
   assert set(ran) == {
-    *("dense", "sorted/gpu", "sorted/reference", "gather, capacity 1.25"),
+    *("dense", "sorted/gpu", "gather, capacity 1.25"),
     *shapes.NOT_ROUTED,
   }
   for row in ran.values():
@@ -178,7 +176,7 @@ def test_a_wrong_kernel_is_caught(monkeypatch, capsys, kind):
     lambda name, shape, backends: timed.append(backends),
   )
   measurement._times("toy", shapes.TOY["toy"])
-  assert timed == [["reference"]]
+  assert timed == [[]]
 
 
 def test_nan_is_wrong():
