@@ -45,6 +45,7 @@ def exchanged(groups, buffer_rows, itemsize):
   return (buffer_rows + rows) * aot.WIDTH * itemsize
 
 
+@pytest.mark.long
 def test_dropless_over_experts():
   programs = compiled("--mesh=1,1,4,1", "--layout=dropless")
   forward, gradient = programs["forward"], programs["gradient"]

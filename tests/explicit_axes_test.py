@@ -109,9 +109,8 @@ STEPS = [(*way, SIZES) for way in WAYS]
 STEPS += [(AxisType.Explicit, is_set, (2, 1, 4, 1)) for is_set in (True, False)]
 
 
-@pytest.mark.parametrize(
-  "kind,is_set,sizes", tiers.only(STEPS[1:2], STEPS, several=True)
-)
+@pytest.mark.long
+@pytest.mark.parametrize("kind,is_set,sizes", STEPS)
 def test_train_step(kind, is_set, sizes):
   """From the first state to the next, which lies as the state before did."""
   case = Case("gather", ("global_batch",), once=True, **FIRST)

@@ -1,5 +1,6 @@
 """`python -m moe_jax.plan`: devices that are not there, and what is said of them."""
 
+import functools
 import json
 import os
 import pathlib
@@ -41,6 +42,7 @@ def small(**changes):
   return config_lib.overridden(c, [f"{k}={v!r}" for k, v in changes.items()])
 
 
+@functools.cache
 def on_cpu(sizes, **changes):
   config = small(**changes)
   config.mesh = sizes
