@@ -109,28 +109,54 @@ STEPS = [(*way, SIZES) for way in WAYS]
 STEPS += [(AxisType.Explicit, is_set, (2, 1, 4, 1)) for is_set in (True, False)]
 
 
+def step_on(mesh, case):
+  """A training step, and its state, shapes alone, as it lies on a mesh."""
+  parts = mesh_cases.build(case, mesh)
+  numbers = mesh_cases.numbers_of(parts["model"])
+  init = functools.partial(train_step.init_state, **parts, numbers=numbers)
+  boxed = jax.eval_shape(init, jax.random.key(0))
+  placed = train_step.shardings(boxed, mesh)
+  once = parallel.of_automatic_axes(mesh)
+  step = functools.partial(train_step.train_step, **parts, once=once)
+  start = jax.jit(lambda rng: nn.unbox(init(rng)), out_shardings=placed)
+  return jax.jit(step), start, numbers, boxed, placed
+
+
+ONCE = Case("gather", ("global_batch",), once=True, **FIRST)
+ROWS = jax.P(None, parallel.TOKENS)
+
+
+def test_a_step_leaves_the_state_where_it_lies():
+  """By the types of the results alone, which say how they lie."""
+  with mesh_of(AxisType.Explicit, True) as mesh, jax.enable_x64(True):
+    step, _, numbers, boxed, placed = step_on(mesh, ONCE)
+
+    def typed(x, sharding):
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    state = jax.tree.map(typed, nn.unbox(boxed), placed)
+    batch = jax.tree.map(
+      lambda x: typed(x, jax.NamedSharding(mesh, ROWS)),
+      mesh_cases.draw_batch(ONCE),
+    )
+    new, _ = jax.eval_shape(step, state, batch, numbers)
+    assert len({x.sharding.spec for x in jax.tree.leaves(new.params)}) > 2
+    jax.tree.map(lie_alike, new.params, state.params)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kind,is_set,sizes", STEPS)
 def test_train_step(kind, is_set, sizes):
   """From the first state to the next, which lies as the state before did."""
-  case = Case("gather", ("global_batch",), once=True, **FIRST)
-  expected, ties = mesh_cases.measure(case, None)
+  expected, ties = mesh_cases.measure(ONCE, None)
   with mesh_of(kind, is_set, sizes) as mesh, jax.enable_x64(True):
-    parts = mesh_cases.build(case, mesh)
-    numbers = mesh_cases.numbers_of(parts["model"])
-    init = functools.partial(train_step.init_state, **parts, numbers=numbers)
-    boxed = jax.eval_shape(init, jax.random.key(0))
-    placed = train_step.shardings(boxed, mesh)
-    start = jax.jit(lambda rng: nn.unbox(init(rng)), out_shardings=placed)
+    step, start, numbers, boxed, placed = step_on(mesh, ONCE)
     jax.block_until_ready(start(jax.random.key(0)))
-    state = jax.device_put(mesh_cases.draw_state(case, boxed), placed)
-    rows = jax.P(None, parallel.TOKENS)
-    batch = put(mesh_cases.draw_batch(case), mesh, rows)
-    once = parallel.of_automatic_axes(mesh)
-    step = functools.partial(train_step.train_step, **parts, once=once)
-    new, sums = jax.jit(step)(state, batch, numbers)
+    state = jax.device_put(mesh_cases.draw_state(ONCE, boxed), placed)
+    batch = put(mesh_cases.draw_batch(ONCE), mesh, ROWS)
+    new, sums = step(state, batch, numbers)
     if kind == AxisType.Explicit:
-      jax.tree.map(lie_alike, new.params, state.params)
+      jax.tree.map(lie_alike, *map(types_of, (new.params, state.params)))
     new, sums = jax.device_get((new, sums))
   for stats in sums["stats"].values():
     ties += stats.extra.pop("ties").sum()
@@ -140,8 +166,14 @@ def test_train_step(kind, is_set, sizes):
   assert distance <= 1e-9 and not ties, leaf
 
 
+def types_of(tree):
+  return jax.tree.map(jax.typeof, tree)
+
+
 def lie_alike(x, like):
-  assert jax.typeof(x).sharding == jax.typeof(like).sharding
+  specs = [[*each.sharding.spec] for each in (x, like)]
+  specs = [spec + [None] * (x.ndim - len(spec)) for spec in specs]
+  assert specs[0] == specs[1]
 
 
 def test_model_on_automatic_axes():
