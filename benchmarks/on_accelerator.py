@@ -22,6 +22,7 @@ what failed, is named in it and at the end. The exit code is 1 if something was
 wrong or failed. On a CPU it runs at toy sizes, to try it out.
 """
 
+import argparse
 import contextlib
 import functools
 import importlib.metadata
@@ -33,6 +34,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from benchmarks import accelerator_tables, shapes, timing
+from moe_jax.moe.kernels import gpu
 from moe_jax.run import command
 
 _CASES = 8  # Of products: each dtype with each width; on a CPU a few of them.
@@ -144,7 +146,7 @@ class Measurement:
 
   def tasks(self) -> Iterator[Task]:
     """All of them, the most important ones first."""
-    from benchmarks import right, tuning, whole_model
+    from benchmarks import right, tuning
 
     best, *others = self.backends()
     yield Task("right", best, functools.partial(self._products, best))
@@ -161,8 +163,7 @@ class Measurement:
     for name, shape in self.shapes.items():
       run = functools.partial(self._times, name, shape)
       yield Task("layer", f"layer, {name}", run)
-    run = functools.partial(whole_model.measure, self.toy)
-    yield Task("step", "training step", run)
+    yield Task("step", "training step", functools.partial(self._step, best))
 
   def backends(self) -> list[str]:
     """The grouped_matmul that this platform chooses first."""
@@ -195,15 +196,24 @@ class Measurement:
   def _note(self, backend, rows):
     if not all(row.get("passed", True) for row in rows):
       self.wrong.add(backend)
+      name, _, candidate = backend.partition(":")
+      if name == "gpu" and candidate:
+        gpu.leave_out(candidate)
 
   def _tiles(self, product):
     from benchmarks import tuning
-    from moe_jax.moe.kernels import gpu
 
     wrong = [b.partition(":")[2] for b in self.wrong]
     found = tuning.entries(product, wrong)
     gpu.learn(self.device.device_kind, found)
     return [{"stage": "tiles", **entry} for entry in found]
+
+  def _step(self, best):
+    from benchmarks import whole_model
+
+    if best in self.wrong:
+      return [_left_out("training step", f"{best} is wrong")]
+    return whole_model.measure(self.toy)
 
   def _times(self, name, shape):
     return times(
@@ -290,9 +300,12 @@ def _arguments(argv):
 
 
 def _minutes(text):
-  minutes = float(text)
+  try:
+    minutes = float(text)
+  except ValueError:
+    minutes = 0.0
   if not 0 < minutes < 1e6:
-    raise ValueError
+    raise argparse.ArgumentTypeError(f"{text} is no number of minutes above 0")
   return minutes
 
 

@@ -11,6 +11,8 @@ and how long a step takes at least. It needs neither the devices nor the data.
 from moe_jax.core.errors import ConfigError
 from moe_jax.run import command
 
+_MOST_RANKED = 100  # Candidates of a search that --json has.
+
 
 def main(argv=None) -> int:
   """The command: a page on stdout, JSON to a file."""
@@ -18,7 +20,7 @@ def main(argv=None) -> int:
   from moe_jax.training.planning import topologies
 
   args, config = config_lib.parse(_parser(config_lib), argv)
-  if args.json:
+  if args.json is not None:
     command.check_writable(args.json)  # Not after minutes.
   chip, shape = topologies.parse(args.topology)
   topologies.prepare(chip, shape)
@@ -26,13 +28,16 @@ def main(argv=None) -> int:
   from moe_jax.core import parallel
   from moe_jax.training.planning import loads, page, plan, search
 
-  count_NE = args.load and loads.read(args.load)
+  count_NE = None if args.load is None else loads.read(args.load)
   devices = topologies.devices(chip, shape)
   given = chip, devices, args.topology
   if args.mesh is not None:
     config.mesh = topologies.sizes(args.mesh, parallel.AXES, len(devices))
   if args.search:
     return _search(args, config, *given)
+  if args.load is not None:
+    mesh, _, model = plan.build(config, chip, devices)
+    found = loads.of_model(count_NE, model, mesh)
   make = plan.of_decoding if args.decode else plan.of_train_step
   made = make(config, *given)
   values = page.values(made)
@@ -40,10 +45,9 @@ def main(argv=None) -> int:
   if args.parameters:
     print(page.parameters(made))
   if args.load is not None:
-    found = loads.of_plan(count_NE, made)
     print(loads.text(found))
     values["load"] = found._asdict()
-  if args.json:
+  if args.json is not None:
     command.write_json(args.json, values)
   if not made.fits:
     raise ConfigError(search.remedy(made, config, devices))
@@ -54,9 +58,11 @@ def _search(args, config, chip, devices, topology):
   """Plans the best candidates, and prints how near the closed form was."""
   from moe_jax.training.planning import page, search, topologies
 
-  if args.decode or args.parameters or args.load:
+  others = args.decode, args.parameters, args.load, args.mesh
+  if any(each not in (False, None) for each in others):
     raise ConfigError(
-      "--search ranks ways to train; leave out --decode, --parameters and --load"
+      "--search ranks meshes and ways to train; leave out --mesh, --decode,"
+      " --parameters and --load"
     )
   if not chip.flops:
     raise ConfigError(
@@ -70,19 +76,26 @@ def _search(args, config, chip, devices, topology):
       " data.batch_size and eval.batch_size multiples of their number"
     )
   print(page.candidates(found, chip))
-  rows = []
-  for one in found[: 2 * args.compile]:
-    if len(rows) == args.compile:
+  rows, made = [], None
+  for one in found[: 3 * args.compile]:
+    if sum(row.get("fits", False) for row in rows) == args.compile:
       break
+    row = {"candidate": one._asdict()}
     try:
       made = search.compiled(one, config, chip, devices, topology)
     except ConfigError as e:  # A fault of the compiler; others may pass.
       print(f"not compiled {one.flags}: {e}", flush=True)
+      rows.append(row | {"error": str(e)})
       continue
     print(page.compared(one, made), flush=True)
-    rows.append(page.values(made) | {"candidate": one._asdict()})
-  if args.json:
-    command.write_json(args.json, {"compiled": rows, "candidates": len(found)})
+    rows.append(row | page.values(made))
+  if args.json is not None:
+    ranked = [one._asdict() for one in found[:_MOST_RANKED]]
+    values = {"compiled": rows, "candidates": len(found), "ranked": ranked}
+    command.write_json(args.json, values)
+  if not any(row.get("fits") for row in rows):
+    why = search.remedy(made, made.config, devices) if made else "none compiles"
+    raise ConfigError(f"--search: none of {len(rows)} candidates fits: {why}")
   return 0
 
 

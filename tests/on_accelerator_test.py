@@ -177,6 +177,20 @@ def test_a_wrong_kernel_is_caught(monkeypatch, capsys, kind):
   )
   measurement._times("toy", shapes.TOY["toy"])
   assert timed == [[]]
+  assert measurement._step("gpu")[0]["why"] == "gpu is wrong"
+
+
+def test_a_wrong_candidate_is_not_chosen(monkeypatch):
+  monkeypatch.setattr(gpu, "_wrong", set())
+  product = tuning.products(shapes.ACCELERATOR["A1"])[0]
+  for name in ("mosaic", "triton"):
+    monkeypatch.setattr(gpu.load(name), "refusal", lambda product, device: None)
+    monkeypatch.setattr(gpu.load(name), "tilings", lambda *args: [{}])
+  assert gpu.choose(product).candidate == "mosaic"
+  measurement = on_accelerator.Measurement(jax.devices()[0])
+  measurement._note("gpu:mosaic", [{"passed": False}])
+  assert gpu.choose(product).candidate == "triton"
+  assert gpu.choose(product, "mosaic").candidate == "mosaic"
 
 
 def test_nan_is_wrong():

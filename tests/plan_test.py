@@ -248,6 +248,8 @@ def test_bad_input_is_refused_before_anything_is_compiled(monkeypatch):
   assert "the largest has 256 chips" in refused("--topology=v6e:32x32")
   text = refused("--topology=cpu:8", "--mesh=fsdp:3")
   assert "--mesh=fsdp:3 is of 3 devices, and the topology has 8" in text
+  assert '"2x" is no shape' in refused("--topology=cpu:2x")
+  assert "no shape stands after v5p:" in refused("--topology=v5p:")
   assert '"x:8" is not AXIS' in refused("--topology=cpu:8", "--mesh=x:8")
   flags = "--topology=cpu:8", "--mesh=data:8", "--config.data.batch_size=4"
   assert "does not divide into 8 token shards" in refused(*flags)
@@ -259,11 +261,18 @@ def test_bad_input_is_refused_before_anything_is_compiled(monkeypatch):
   text = refused(*flags, "--config.model.pattern=('dense',)")
   assert "4 examples does not divide into 8 token shards" in text
   text = refused("--topology=cpu:8", "--search", "--decode")
-  assert "leave out --decode" in text
+  assert "leave out --mesh, --decode" in text
+  assert "leave out --mesh" in refused(
+    "--topology=cpu:8", "--search", "--mesh=data:8"
+  )
   text = refused("--topology=cpu:8", "--search")
   assert "--search needs a chip whose rates are known" in text
-  text = refused("--topology=cpu:8", "--load=nothing/metrics.jsonl")
-  assert "hook `loads`" in text and "hooks.loads.name=loads" in text
+  for path in ("nothing/metrics.jsonl", ""):
+    text = refused("--topology=cpu:8", f"--load={path}")
+    assert f'no file "{path}"' in text and "hooks.loads.name=loads" in text
+  wanted = "--config.model.moe.grouped_matmul=tpu"
+  text = refused("--topology=cpu:8", "--mesh=data:8", wanted)
+  assert 'grouped_matmul = "tpu" is not of cpu' in text
   monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda _: None)
   for name, extra in (("v6e:2x2", "aot"), ("h100:8", "cuda12")):
     assert f"moe_jax[{extra}]" in refused(f"--topology={name}")
@@ -280,6 +289,7 @@ def test_lengths_of_a_mesh():
     "data",
     "",
     "fsdp:8,fsdp:1",
+    "fsdp:-1,expert:3",
   ):
     with pytest.raises(ConfigError, match="--mesh"):
       topologies.sizes(text, axes, 8)
@@ -381,6 +391,27 @@ def test_candidates_of_a_search():
   assert 0.3 < np.mean(fits) < 0.7
 
 
+def test_a_search_that_finds_nothing(monkeypatch, capsys):
+  """It goes on after candidates that do not fit, and says so in the end."""
+  monkeypatch.setattr(os, "environ", dict(os.environ))
+  tiny = chips.CHIPS["v5p"]._replace(name="v5p", platform="cpu", memory=10**6)
+  monkeypatch.setattr(topologies, "parse", lambda text: (tiny, (8,)))
+  text = refused(
+    *("--topology=v5p:2x2x2", "--search", "--compile=1"),
+    *("--config.data.batch_size=16", "--config.eval.batch_size=16"),
+    "--config.model.d_model=128",
+  )
+  assert "--search: none of 3 candidates fits: the training step needs" in text
+  said = capsys.readouterr().out
+  assert said.count("does NOT fit") == 3
+
+
+def test_quantities():
+  assert page.quantity(999.7e9, "B") == "1 TB"
+  assert page.quantity(123.4e-12, "s") == "123 ps"
+  assert page.quantity(0, "s") == "0 s"
+
+
 def test_the_page_of_a_search():
   made = on_cpu((1, 2, 4, 1))
   real = sum(made.memory.values())
@@ -390,6 +421,8 @@ def test_the_page_of_a_search():
   text = page.compared(one, made)
   assert text.startswith(f"compiled {one.flags}: fits, ")
   assert text.endswith("(+25.0%)")
+  text = page.compared(one, made._replace(compile_seconds=0, fits=False))
+  assert "does NOT fit, by its state alone" in text and "%" not in text
   chip = chips.CHIPS["v5p"]
   large = one._replace(memory=2.0 * chip.memory, high=0.001)
   text = page.candidates([one, large] + 30 * [one], chip)
@@ -424,7 +457,7 @@ def test_what_would_fit():
   chip = chips.CHIPS["v5p"]._replace(memory=needed)
   made = plan.of_train_step(config, chip, jax.devices(), "v5p:2x2x2")
   assert not made.fits
-  assert made.moved is None or sum(made.memory.values()) > needed
+  assert sum(made.memory.values()) > needed
   assert "GB more than the" in search.remedy(made, config, jax.devices())
   # Room for the state, and for little else.
   state = 2 * made.even["parameters"] + made.even["optimizer"]
@@ -437,10 +470,27 @@ def test_what_would_fit():
   rich = made._replace(chip=chips.CHIPS["v5p"])
   text = search.remedy(rich, config, jax.devices())
   assert "would fit: --mesh=" in text and "--mesh=data:8 " not in text
+  # The closed form would name the very settings that were refused.
+  best = search.ranked(config, rich.chip, jax.devices(), ring=2)
+  refused = search.with_settings(config, best[0].settings)
+  named = best[0].settings["mesh"]
+  refused.mesh = tuple(-1 if n > 1 else 1 for n in named)
+  assert sum(n < 0 for n in refused.mesh) == 1
+  own = rich._replace(config=refused, mesh=dict(zip(parallel.AXES, named)))
+  text = search.remedy(own, refused, jax.devices())
+  assert f"would fit: {best[1].flags}" in text
   # Decoding has a remedy of its own.
   step = made.step._replace(backward=False)
   text = search.remedy(made._replace(step=step), config, jax.devices())
   assert "lower eval.batch_size or data.seq_len" in text
+  # With a moving average there is more to hold.
+  even = made.even | {"moving average": made.even["parameters"]}
+  averaged = tight._replace(even=even, limit=0.5 * state)
+  text = search.remedy(averaged, config, jax.devices())
+  assert "moving average" in text and "and gradients alone are" in text
+  nowhere = made._replace(step=step, limit=0.5 * made.even["parameters"])
+  text = search.remedy(nowhere, config, jax.devices())
+  assert "no mesh would: parameters alone are" in text
   # Not even the state.
   poor = chip._replace(memory=1000)
   made = plan.of_train_step(config, poor, jax.devices(), "v5p:2x2x2")
@@ -451,6 +501,7 @@ def test_what_would_fit():
 
 def test_loads_of_a_run(tmp_path):
   (tmp_path / "loads").mkdir()
+  (tmp_path / "metrics.jsonl").touch()
   for step, loads_E in enumerate(([4, 0, 2, 2], [1, 1, 1, 5])):
     text = json.dumps({"00": loads_E, "01": [2, 2, 2, 2]})
     (tmp_path / "loads" / f"{step:08d}.json").write_text(text)
@@ -469,10 +520,32 @@ def test_loads_of_a_run(tmp_path):
   config = small(**{"model.moe.router.num_expert_groups": 4})
   config.model.moe.router.top_expert_groups = 2
   config.mesh = (4, 1, 2, 1)
-  made = plan.of_train_step(config, CPU, jax.devices(), "cpu:8")
+
+  def of_config(count_NE, **changes):
+    config.update_from_flattened_dict(changes)
+    mesh, _, model = plan.build(config, CPU, jax.devices())
+    return loads.of_model(count_NE, model, mesh)
+
   eight_NE = np.tile(count_NE, 2)
-  found = loads.of_plan(eight_NE, made)
-  assert found == loads.over_devices(eight_NE, 2, top_k=2, nodes=4, limited=2)
+  found = of_config(eight_NE)
+  same = loads.over_devices(eight_NE, 2, top_k=2, nodes=4, limited=2)
+  # The dispatcher gather computes all slots.
+  assert found == same and "its time is the same" in loads.text(found)
+  ragged = {"model.moe.dispatcher.name": "sorted"}
+  found = of_config(eight_NE, **ragged)
+  assert found == same._replace(waits=("experts", "exchange"))
+  assert "its experts and its exchange take as many" in loads.text(found)
+  found = of_config(eight_NE, **{"model.moe.exchange": "all_gather"})
+  assert found.waits == ("experts",)
+  with pytest.raises(ConfigError, match="4 experts, and those of this config"):
+    of_config(count_NE)
+  config.model.update(pattern=("moe", "moe@other"))
+  config.model.variants = {"other": {"moe": {"top_k": 1}}}
+  with pytest.raises(ConfigError, match="one router and one exchange"):
+    of_config(eight_NE)
+  config.model.pattern = ("dense",)
+  with pytest.raises(ConfigError, match="have no; give a run"):
+    of_config(eight_NE)
   for text in ('{"00": [1, 2]}', '{"00": 3}', '{"00": [0, 0, 0, 0]}'):
     (tmp_path / "loads" / "9.json").write_text(text)
     with pytest.raises(ConfigError, match="as many experts in each layer"):

@@ -1,6 +1,7 @@
 """Files on disk: JSON that is not trusted, and text written as a whole."""
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -170,7 +171,9 @@ def writing(path: str | os.PathLike):
 
 def not_written(path: str | os.PathLike, error: OSError) -> str:
   """The sentence for the user about a file that cannot be written."""
+  full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+  remedy = "free space on that disk and give the same command again, or "
   return (
-    f"{path} cannot be written to ({error.strerror}); free space on that disk"
-    " and give the same command again, or choose another path"
+    f"{path} cannot be written to ({error.strerror}); {remedy if full else ''}"
+    "choose another path"
   )

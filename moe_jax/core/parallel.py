@@ -43,14 +43,17 @@ def make_mesh(sizes: tuple[int, ...], devices=None) -> jax.sharding.Mesh:
     ConfigError: invalid lengths, or their product is not the number of devices.
   """
   SIZES.check(tuple(sizes), "mesh")
-  devices = jax.devices() if devices is None else devices
+  more = ", or on CPU set XLA_FLAGS=--xla_force_host_platform_device_count=N"
+  if devices is None:
+    devices = jax.devices()
+  else:
+    more = ""  # These are of a topology.
   try:
     devices_DFET = np.reshape(devices, sizes)
-  except ValueError as e:
+  except ValueError:
     raise ConfigError(
       f"mesh = {tuple(sizes)} over {AXES} is not possible with {len(devices)}"
-      f" devices ({e}); change the mesh, or on CPU set"
-      " XLA_FLAGS=--xla_force_host_platform_device_count=N"
+      f" devices; change the mesh{more}"
     ) from None
   return of_automatic_axes(jax.sharding.Mesh(devices_DFET, AXES))
 

@@ -100,6 +100,7 @@ class Matrix(NamedTuple):
   stored: mesh axes that it is gathered over.
   sublayer: path of the MoE layer whose routed experts it is of; else "".
   lanes: the length of the last dimension, as a device stores it.
+  last: whether it gives the output of its network.
   """
 
   part: str
@@ -109,6 +110,7 @@ class Matrix(NamedTuple):
   stored: tuple[str, ...]
   sublayer: str
   lanes: int
+  last: bool
 
 
 def check(model) -> None:
@@ -203,7 +205,8 @@ def _matrix(model, path, role, shape, mesh):
   sides = (math.prod(sizes[i] for i in side) for side in role.matrix_axes)
   used = tuple(axis for axis in stored if mesh.shape[axis] > 1)
   sides = layers * taken * sum(sides)
-  return Matrix(role.part, numbers, active, sides, used, sublayer, lanes)
+  last = role.axes[role.matrix_axes[1][-1]] == "embed"
+  return Matrix(role.part, numbers, active, sides, used, sublayer, lanes, last)
 
 
 def rows_of_a_token(recipe) -> float:
@@ -245,10 +248,14 @@ def _products(step, model, part, found):
   touched = sum(m.numbers + step.tokens * m.sides for m in own)
   touched *= step.micro_batches * step.width * (repeats + backward)
   sent = [s for m in own for s in _weights_sent(step, m, repeats)]
+  kept = 0.0
+  if part == "experts" and step.exchanges < 3:  # Their results are kept.
+    kept = 2 * step.tokens * step.micro_batches
+    kept *= sum(m.active for m in own if m.last)
   return Stage(
     part,
     flops=once * (1 + backward),
-    again=once * (repeats - 1),
+    again=(once - kept) * (repeats - 1),
     memory=touched,
     sent=_merged(sent),
   )

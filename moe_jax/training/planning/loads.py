@@ -28,6 +28,7 @@ class Loads(NamedTuple):
   reached: of them that a token would be sent to, if its choices were
     independent draws by these loads.
   limited: at most so many with node-limited routing; None: no limit.
+  waits: what takes as many times longer as the slowest device has more load.
   """
 
   samples: int
@@ -35,6 +36,7 @@ class Loads(NamedTuple):
   nodes: int
   reached: float
   limited: int | None
+  waits: tuple[str, ...] = ()
 
 
 def read(path: str) -> np.ndarray:
@@ -47,11 +49,13 @@ def read(path: str) -> np.ndarray:
     ConfigError: there are none.
   """
   folder = pathlib.Path(path)
-  folder = folder if folder.is_dir() else folder.parent
   what = "loads that the hook `loads` has written"
+  if not path or not folder.exists():
+    raise ConfigError(f'--load: there is no file "{path}"; {_REMEDY}')
+  folder = folder if folder.is_dir() else folder.parent
   found = sorted((folder / "loads").glob("*.json"))
   if not found:
-    raise ConfigError(f"--load: {folder} has no {what}; {_REMEDY}")
+    raise ConfigError(f"--load: beside {path} there are no {what}; {_REMEDY}")
   rows = [
     row
     for file in found
@@ -107,33 +111,67 @@ def over_devices(
   return Loads(len(share_NE), (half, late), nodes, float(reached), limited)
 
 
-def of_plan(count_NE: np.ndarray, made) -> Loads:
-  """The loads of a run on the devices of a plan.
+def of_model(count_NE: np.ndarray, model, mesh) -> Loads:
+  """The loads of a run on the devices that hold a model.
 
   Args:
     count_NE: from `read`.
-    made: `plan.Plan`.
+    model: whose MoE layers have as many experts, and one recipe.
+    mesh: that it lies on.
+
+  Raises:
+    ConfigError: it has other experts, unlike layers, or none.
   """
-  router = dict(made.config.model.moe.router)
-  devices = made.mesh["expert"]
-  nodes = router.get("num_expert_groups") or devices
-  limited = router.get("top_expert_groups")
-  top_k = made.config.model.moe.top_k
-  return over_devices(count_NE, devices, top_k, nodes, limited)
+  recipes = [each.recipe for each in model.sublayers.values()]
+  numbers = sorted({recipe.num_experts for recipe in recipes})
+  if numbers != [count_NE.shape[1]]:
+    has = ", ".join(map(str, numbers)) or "no"
+    raise ConfigError(
+      f"--load: the layers of the run have {count_NE.shape[1]} experts, and those of"
+      f" this config have {has}; give a run of this config"
+    )
+  if len({_settings(recipe) for recipe in recipes}) > 1:
+    raise ConfigError(
+      "--load is for models whose MoE layers have one router and one exchange;"
+      " leave it out"
+    )
+  devices = mesh.shape["expert"]
+  top_k, groups, limited, waits = _settings(recipes[0])
+  nodes = groups if groups > 1 else devices
+  found = over_devices(count_NE, devices, top_k, nodes, limited)
+  return found._replace(waits=waits)
+
+
+def _settings(recipe):
+  """(K, groups of experts, of which a token has as many, what waits)."""
+  options = recipe.router.spec.options
+  groups = options.get("num_expert_groups", 1)
+  limited = options.get("top_expert_groups") if groups > 1 else None
+  waits = ("experts",) if recipe.dispatcher.ragged else ()
+  if waits and recipe.exchange == "all_to_all":
+    waits += ("exchange",)
+  top_k = recipe.router.top_k or recipe.num_experts
+  return top_k, groups, limited, waits
 
 
 def text(loads: Loads) -> str:
   """The loads for people."""
   half, late = loads.slowest
+  if loads.waits:
+    waits = f"its {' and its '.join(loads.waits)} take as many times longer"
+  else:
+    waits = "its time is the same, as it computes all slots whatever they hold"
   lines = [
     f"loads of the run, {loads.samples} steps and layers: the slowest device has"
-    f" {half:.2f} times the mean load (median), {late:.2f} (99th percentile);"
-    " its experts and its exchange take as many times longer",
-    f"a token would be sent to {loads.reached:.2f} of {loads.nodes} nodes, if its"
-    " choices were independent",
+    f" {half:.2f} times the mean load (median), {late:.2f} (99th percentile); {waits}"
   ]
-  if loads.limited:
-    saved = 1 - min(1.0, loads.limited / loads.reached)
+  if loads.nodes > 1:
+    lines.append(
+      f"a token would be sent to {loads.reached:.2f} of {loads.nodes} nodes, if its"
+      " choices were independent"
+    )
+  if loads.limited and loads.limited < loads.reached:
+    saved = 1 - loads.limited / loads.reached
     lines.append(
       f"routing limited to {loads.limited} nodes saves at least {saved:.0%} of"
       " what one copy a node would send"

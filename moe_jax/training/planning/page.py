@@ -42,14 +42,19 @@ def values(plan: Plan) -> dict:
 
 def notes(plan: Plan) -> list[str]:
   """Sentences that a reader of the plan should know."""
+  if plan.chip.platform != "gpu":
+    return []
+  found = [
+    "jax gives a run 75% of the memory of a GPU, unless the environment variable"
+    " XLA_PYTHON_CLIENT_MEM_FRACTION says more."
+  ]
   sublayers = plan.model.sublayers.values()
-  ragged = any(each.recipe.dispatcher.ragged for each in sublayers)
-  if plan.chip.platform == "gpu" and ragged:
-    return [
+  if any(each.recipe.dispatcher.ragged for each in sublayers):
+    found.append(
       "Temporary memory is that of XLA's ragged_dot, which the kernels of a run"
       " replace; so whether the step fits is not certain."
-    ]
-  return []
+    )
+  return found
 
 
 def utilization(plan: Plan) -> float | None:
@@ -151,6 +156,10 @@ def candidates(found: list, chip, most: int = 10) -> str:
 def compared(one, plan: Plan) -> str:
   """A candidate beside its compiled program."""
   real = sum(plan.memory.values())
+  if not plan.compile_seconds:
+    return (
+      f"{one.flags}: does NOT fit, by its state alone: {quantity(real, 'B')}"
+    )
   verdict = "fits" if plan.fits else "does NOT fit"
   return (
     f"compiled {one.flags}: {verdict}, {quantity(real, 'B')}; the closed form"
@@ -160,6 +169,7 @@ def compared(one, plan: Plan) -> str:
 
 def quantity(number: float, unit: str) -> str:
   """A number with a prefix, such as 2.92 GB or 31.4 ms."""
+  number = float(f"{number:.3g}")  # 999.7 GB is 1 TB.
   for power, prefix in (
     (15, "P"),
     (12, "T"),
@@ -170,7 +180,7 @@ def quantity(number: float, unit: str) -> str:
   ):
     if abs(number) >= 10**power:
       return f"{number / 10**power:.3g} {prefix}{unit}"
-  for power, prefix in ((-3, "m"), (-6, "µ"), (-9, "n")):
+  for power, prefix in ((-3, "m"), (-6, "µ"), (-9, "n"), (-12, "p")):
     if abs(number) >= 10**power:
       return f"{number / 10**power:.3g} {prefix}{unit}"
   return f"0 {unit}"
@@ -181,8 +191,7 @@ def _head(plan):
   verdict = "fits" if plan.fits else "does NOT fit"
   lines = [
     f"{plan.program} on {plan.topology}, mesh {axes}: {verdict}",
-    f"{plan.tokens:,} tokens a step; compiled in"
-    f" {quantity(plan.compile_seconds, 's')}",
+    f"{plan.tokens:,} tokens a step; {_compiled_in(plan)}",
   ]
   if plan.chip.flops:
     low, high = (quantity(x, "s") for x in seconds(plan.stages))
@@ -191,6 +200,12 @@ def _head(plan):
       f" most {utilization(plan):.0%} of the peak (MFU)"
     )
   return "\n".join(lines)
+
+
+def _compiled_in(plan):
+  if not plan.compile_seconds:
+    return "not compiled, as its state alone does not fit"
+  return f"compiled in {quantity(plan.compile_seconds, 's')}"
 
 
 def _memory(plan):
@@ -224,7 +239,9 @@ def _flops(plan):
   }
   rows = [f"FLOPs of a device in a step, {where}"]
   for key, word in words.items():
-    rows.append(f"  {key:12}{quantity(plan.flops[key], 'FLOP'):>14}  {word}")
+    number = plan.flops[key]
+    text = "unknown" if number is None else quantity(number, "FLOP")
+    rows.append(f"  {key:12}{text:>14}  {word}")
   return "\n".join(rows)
 
 

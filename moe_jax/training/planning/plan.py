@@ -1,4 +1,7 @@
-"""A plan: a config's program compiled for a topology, and its costs."""
+"""A plan: a config's program compiled for a topology, and its costs.
+
+Long, as training and decoding are both here and share how a plan is made.
+"""
 
 import functools
 import math
@@ -11,6 +14,7 @@ import numpy as np
 
 from moe_jax import models
 from moe_jax.core import parallel
+from moe_jax.core.errors import ConfigError
 from moe_jax.models import counts, decoding
 from moe_jax.training import program, train_step
 from moe_jax.training.planning import (
@@ -37,7 +41,8 @@ class Cost(NamedTuple):
 
 def seconds(parts: list[Cost]) -> tuple[float, float]:
   """The least time of some stages: if all overlaps, and if nothing does."""
-  low = max(sum(part[i] for part in parts) for i in (1, 2, 3))
+  sums = zip(*((part.compute, part.memory, part.links) for part in parts))
+  low = max(map(sum, sums), default=0.0)
   high = (
     part.compute + part.memory + part.spill + part.along for part in parts
   )
@@ -80,6 +85,29 @@ class Plan(NamedTuple):
   step: costs.Step
 
 
+def build(config, chip, devices) -> tuple:
+  """(mesh, task, model) of a config on devices that are not there.
+
+  Raises:
+    ConfigError: impossible values, a model that is no decoder, or a backend of
+      grouped products that this chip does not have.
+  """
+  sections = [config.model, *config.model.variants.values()]
+  for moe in (section.get("moe") or {} for section in sections):
+    wanted = moe.get("grouped_matmul")
+    if wanted and wanted.partition(":")[0] != chip.platform:
+      raise ConfigError(
+        f'grouped_matmul = "{wanted}" is not of {chip.name}; a plan is of the'
+        " platform's own, so set it to None"
+      )
+  if chip.platform == "gpu":  # The others want a GPU before they compile.
+    config = config.copy_and_resolve_references()
+    config.model.moe.grouped_matmul = "gpu:xla"
+  mesh, task, model = program.build(config, devices, prepare=False)
+  costs.check(model)
+  return mesh, task, model
+
+
 def of_train_step(config, chip, devices, topology: str) -> Plan:
   """The plan of the training step of a config.
 
@@ -92,8 +120,7 @@ def of_train_step(config, chip, devices, topology: str) -> Plan:
   Raises:
     ConfigError: impossible values, or the compiler refuses the program.
   """
-  mesh, task, model = program.build(config, devices, prepare=False)
-  costs.check(model)
+  mesh, task, model = build(config, chip, devices)
   numbers = train_step.numbers(config, model)
   made = program.functions(config, mesh, task, model, numbers)
   state, batch = made.train_step.arguments[:2]
@@ -134,8 +161,7 @@ def of_decoding(config, chip, devices, topology: str) -> Plan:
   """
   config = config.copy_and_resolve_references()
   config.model = models.dropless(config.model.to_dict())
-  mesh, task, model = program.build(config, devices, prepare=False)
-  costs.check(model)
+  mesh, task, model = build(config, chip, devices)
   batch, length = config.eval.batch_size, config.data.seq_len
   call = _one_token(model, mesh, batch, length)
   weights, cache, *tokens = call.arguments
@@ -212,7 +238,7 @@ def _plan(name, call, trees, *, step, boxed, flops_per_token, mesh, **given):
   """The Plan of a call, whose arguments are these trees."""
   model, chip = given["model"], given["chip"]
   arguments = {k: compiled.bytes_on_a_device(x) for k, x in trees.items()}
-  kinds = ("parameters", "optimizer", "cache")
+  kinds = ("parameters", "moving average", "optimizer", "cache")
   even = {k: _bytes(x) / mesh.size for k, x in trees.items() if k in kinds}
   matrices = costs.matrices(model, boxed, mesh)
   stages = costs.stages(step, model, matrices)
@@ -245,11 +271,11 @@ def _flops(mesh, *args):
 
 def _compile(call, arguments, step, mesh, chip):
   """The call compiled, unless what it is given leaves no room already."""
+  least = dict(arguments)
   if step.backward:  # A gradient is as large as its parameter.
-    gradients = arguments["parameters"]
-    if chip.memory and sum(arguments.values()) + gradients > chip.memory:
-      memory = arguments | {"gradients": gradients}
-      return compiled.Compiled(memory, False, None, None, 0.0)
+    least["gradients"] = arguments["parameters"]
+  if chip.memory and sum(least.values()) > chip.memory:
+    return compiled.Compiled(least, False, None, None, 0.0)
   with jax.set_mesh(mesh):
     lowered = call.function.lower(*call.arguments)
   return compiled.compile(lowered, arguments, mesh, chip.memory)

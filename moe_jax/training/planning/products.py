@@ -145,14 +145,14 @@ class Rows(NamedTuple):
   flops: of these layers in a step, if loads are equal, without recomputation.
   used: rows that they compute for.
   room: rows of their buffer.
-  tiles: rows over those that kernels compute, because of the size of their tiles,
-    if loads are equal.
+  tiles: rows that kernels compute, because of the size of their tiles, over those
+    of the experts, if loads are equal; None: unknown, as on a GPU.
   """
 
   flops: float
   used: float
   room: int
-  tiles: float
+  tiles: float | None
 
 
 def count(found, step, model, matrices, stages, wanted) -> dict[str, float]:
@@ -169,7 +169,7 @@ def count(found, step, model, matrices, stages, wanted) -> dict[str, float]:
       buffers, and for rows that are computed in vain.
     recomputed: what `model.remat` adds to the useful ones.
     padded: useful, with the rows that tiles of kernels hold in vain, when loads
-      are equal.
+      are equal; None: unknown.
     static: useful, with all rows of the buffers.
     compiled: whether useful, recomputed and static are counted in the program.
   """
@@ -181,12 +181,12 @@ def count(found, step, model, matrices, stages, wanted) -> dict[str, float]:
     static = useful + _weighed(experts, empty)
   else:
     useful, again, static = _of_program(found, experts)
-  in_vain = (each.tiles - 1 for each in experts.values())
+  in_vain = [each.tiles and each.tiles - 1 for each in experts.values()]
   return {
     "model": wanted,
     "useful": useful,
     "recomputed": again,
-    "padded": useful + _weighed(experts, in_vain),
+    "padded": None if None in in_vain else useful + _weighed(experts, in_vain),
     "static": static,
     "compiled": found is not None,
   }
@@ -235,10 +235,13 @@ def _layer_of(product, experts):
   return next((e for path, e in experts.items() if path + _SCOPE in name), None)
 
 
-def _in_tiles(step, model, recipe, used, room) -> float:
+def _in_tiles(step, model, recipe, used, room) -> float | None:
   """Rows that kernels compute over those that experts have, for equal loads."""
+  platform = parallel.platform(step.mesh)
   if not recipe.dispatcher.ragged:
     return 1.0
+  if platform == "gpu":  # The kernels of a run are chosen there.
+    return None
   here = recipe.num_experts // step.mesh.shape["expert"]
   each = math.ceil(used / here)
   width = recipe.experts.width // step.mesh.shape["tensor"]
@@ -247,6 +250,6 @@ def _in_tiles(step, model, recipe, used, room) -> float:
     room,
     (model.arch.d_model, width),
     model.arch.dtype,
-    backend=kernels.backend_for(parallel.platform(step.mesh)),
+    backend=kernels.backend_for(platform),
   )
   return sum(w.rows for w in work.values()) / (len(work) * each * here)

@@ -1,6 +1,7 @@
 """Meshes, remat and micro-batches for some devices, ranked in closed form."""
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -14,7 +15,15 @@ from moe_jax.training.planning import chips, costs, plan, topologies
 
 # How many arrays of a size are there at the same time, in compiled programs.
 _ARRAYS = {"scores": 2.0, "hidden": 6.0, "rows": 2.0, "logits": 2.0}
-_ARRAYS |= {"vectors": 3.0, "weights": 2.0, "tokens": 2.0}
+_ARRAYS |= {
+  "vectors": 3.0,
+  "weights": 2.0,
+  "tokens": 2.0,
+  "floats": 7.0,
+  "masks": 0.5,
+}
+# What is kept for the backward pass over what it would take without gaps.
+_PACKING = 1.1
 # The last dimension of an array on a TPU is stored in multiples of this.
 _LANES = 128
 # The share of memory that a candidate may take by an estimate that is no better.
@@ -22,6 +31,11 @@ _ROOM = 0.95
 # More shards of F and of heads make narrow products, and sum too often.
 _MOST_TENSOR = 8
 _MOST_MICRO_BATCHES = 8
+
+
+# The keys of a config that a search sets.
+_KEYS = ("mesh", "model.moe.exchange", "train.accumulation")
+_KEYS += ("train.reduce_experts_once", "model.remat")
 
 
 class Candidate(NamedTuple):
@@ -51,7 +65,7 @@ class Candidate(NamedTuple):
 
 
 def ranked(config, chip: chips.Chip, devices, ring: int) -> list[Candidate]:
-  """All candidates: those that fit before the others, fast ones first.
+  """All candidates: those that fit, fast ones first; then others, small ones first.
 
   Args:
     config: whose mesh, exchange, remat and micro-batches are replaced.
@@ -65,7 +79,8 @@ def ranked(config, chip: chips.Chip, devices, ring: int) -> list[Candidate]:
   boxed = plan.parameters(task, model)
   per_parameter = plan.state_bytes_per_parameter(config, task, model)
   found = []
-  for settings, one, mesh, model in _possible(config, task, devices):
+  sparse = bool(model.sublayers)
+  for settings, one, mesh, model in _possible(config, task, devices, sparse):
     matrices = costs.matrices(model, boxed, mesh)
     state = per_parameter * costs.held(mesh, matrices)
     for remat in decoder.REMAT:
@@ -77,9 +92,11 @@ def ranked(config, chip: chips.Chip, devices, ring: int) -> list[Candidate]:
       ]
       seconds = plan.seconds(bounds)
       memory = state + temporaries(step, model, matrices, remat)
-      settings = settings | {"model.remat": remat}
+      settings = settings | {_KEYS[-1]: remat}
       found.append(Candidate(settings, memory, *seconds))
-  return sorted(found, key=lambda one: (not one.fits(chip), one.high))
+  return sorted(
+    found, key=lambda c: (0, c.high) if c.fits(chip) else (1, c.memory)
+  )
 
 
 def compiled(one: Candidate, config, chip, devices, topology: str) -> plan.Plan:
@@ -107,27 +124,39 @@ def remedy(made: plan.Plan, config, devices) -> str:
     f" {made.topology}, {(needed - made.limit) / 1e9:.1f} GB more than the"
     f" {made.limit / 1e9:.1f} GB that there are; "
   )
-  if not made.step.backward:
-    return f"{text}lower eval.batch_size or data.seq_len, or take more devices"
-  found = ranked(config, made.chip, devices, topologies.ring(made.topology))
+  training = made.step.backward
   # The compiler has refused these settings, so they are no remedy.
-  own = (config.mesh, config.model.remat, config.train.accumulation)
-  keys = ("mesh", "model.remat", "train.accumulation")
-  for one in found:
-    if one.fits(made.chip) and own != tuple(one.settings[k] for k in keys):
+  own = {key: _value(made, key) for key in _KEYS}
+  ring = topologies.ring(made.topology)
+  for one in ranked(config, made.chip, devices, ring) if training else ():
+    if one.fits(made.chip) and one.settings != own:
       return f"{text}by the closed form this would fit: {one.flags}"
-  state = (made.even["parameters"] * 2 + made.even["optimizer"]) * count
+  parts = {k: x for k, x in made.even.items() if training or k == "parameters"}
+  if training:
+    parts["gradients"] = parts["parameters"]
+  state = sum(parts.values()) * count
   least = -(-state // (_ROOM * made.limit))
+  if least <= count and not training:
+    return f"{text}lower eval.batch_size or data.seq_len, or take more devices"
   if least <= count:
     return (
       f"{text}by the closed form no mesh, remat or number of micro-batches would;"
       " lower data.batch_size or data.seq_len, or take more devices"
     )
+  which = "no mesh, remat or number of micro-batches" if training else "no mesh"
+  *most, last = parts
+  words = f"{', '.join(most)} and {last}" if most else last
   return (
-    f"{text}no mesh, remat or number of micro-batches would: parameters,"
-    f" gradients and optimizer alone are {state / 1e9:,.0f} GB, those of"
-    f" {least:.0f} such devices; take more of them"
+    f"{text}{which} would: {words} alone are"
+    f" {state / 1e9:,.0f} GB, those of {least:.0f} such devices; take more of them"
   )
+
+
+def _value(made, key):
+  """The value of a key of a plan's config, a mesh without -1."""
+  if key == "mesh":
+    return tuple(made.mesh.values())
+  return functools.reduce(getattr, key.split("."), made.config)
 
 
 def temporaries(
@@ -163,14 +192,15 @@ def temporaries(
     _of_experts(step, model, *each) for each in costs.buffers(step, model)
   ]
   largest = max((each.inside for each in experts), default=0.0)
+  # While the experts' gradients are computed, scores wait in two precisions.
+  waiting = (1 + step.width / costs.FLOAT) * scores
   kept = len(kinds) * vectors
   if remat != "block":
     kept += sum(each.sent for each in experts)
   if remat == "none":
-    kept += len(kinds) * (_ARRAYS["scores"] * scores + of_a_block)
+    of_floats = _ARRAYS["floats"] * vectors / step.width * costs.FLOAT
+    kept += len(kinds) * (waiting + of_a_block + of_floats)
     kept += sum(each.hidden for each in experts)
-  # While the experts' gradients are computed, scores wait in two precisions.
-  waiting = (1 + step.width / costs.FLOAT) * scores
   inside = max(_ARRAYS["scores"] * scores, waiting + largest)
   inside += _ARRAYS["vectors"] * of_a_block
   weights = sum(m.numbers for m in found if m.part not in costs.OUTSIDE)
@@ -179,7 +209,7 @@ def temporaries(
     _ARRAYS["logits"] * step.tokens * arch.vocab_size / tensor * costs.FLOAT
   )
   vocabulary = arch.vocab_size * arch.d_model * (2 * step.width + costs.FLOAT)
-  return stored + kept + max(inside, logits) + vocabulary
+  return stored + _PACKING * kept + max(inside, logits) + vocabulary
 
 
 def _rearranged(step, found):
@@ -212,7 +242,11 @@ def _of_experts(step, model, sublayer, home, room):
   return _OfExperts(
     inside + gathered * tokens * row,
     layers * (home + room) * row,
-    layers * _ARRAYS["hidden"] / 2 * hidden,
+    layers
+    * (
+      _ARRAYS["hidden"] * hidden
+      + _ARRAYS["masks"] * room * (row + 2 * hidden / room)
+    ),
   )
 
 
@@ -223,7 +257,7 @@ def with_settings(config, settings: dict):
   return config
 
 
-def _possible(config, task, devices) -> Iterator[tuple]:
+def _possible(config, task, devices, sparse: bool) -> Iterator[tuple]:
   """Yields (settings, config, mesh, model) of all that a run would accept."""
   for sizes, kind, number, once in itertools.product(
     _meshes(len(devices)),
@@ -231,15 +265,12 @@ def _possible(config, task, devices) -> Iterator[tuple]:
     range(1, _MOST_MICRO_BATCHES + 1),
     (False, True),
   ):
-    alone = sizes[2] == 1 and kind != exchange.KINDS[0]
-    if alone or (once and number == 1) or config.data.batch_size % number:
+    alone = sizes[2] == 1 or not sparse
+    if (alone and kind != exchange.KINDS[0]) or config.data.batch_size % number:
       continue
-    settings = {
-      "mesh": sizes,
-      "model.moe.exchange": kind,
-      "train.accumulation": number,
-      "train.reduce_experts_once": once,
-    }
+    if once and (number == 1 or not sparse):
+      continue
+    settings = dict(zip(_KEYS, (sizes, kind, number, once)))
     one = with_settings(config, settings)
     mesh = parallel.make_mesh(sizes, devices)
     with contextlib.suppress(ConfigError):

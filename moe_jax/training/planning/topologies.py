@@ -49,7 +49,10 @@ def parse(text: str) -> tuple[chips.Chip, tuple[int, ...]]:
   name, _, shape = text.partition(":")
   chip = chips.find(name)
   if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
-    raise _no_topology(chip, text, f"it has no shape after {name}:")
+    why = (
+      f'"{shape}" is no shape' if shape else f"no shape stands after {name}:"
+    )
+    raise _no_topology(chip, text, why)
   lengths = tuple(map(int, shape.split("x")))
   most, least = chip.dimensions, chip.dimensions
   if chip.platform == "gpu":
@@ -181,12 +184,17 @@ def sizes(text: str, axes: tuple[str, ...], count: int) -> tuple[int, ...]:
         " give a mesh such as data:1,fsdp:8,expert:8,tensor:1"
       )
     lengths[name] = int(length)
+  if list(lengths.values()).count(-1) > 1:
+    raise ConfigError(f"--mesh={text}: only one length may be -1")
   known = math.prod(n for n in lengths.values() if n > 0)
   unknown = [name for name, n in lengths.items() if n < 0]
-  if len(unknown) == 1:
+  if unknown and count % known:
+    raise ConfigError(
+      f"--mesh={text}: the {count} devices of the topology do not divide by {known}"
+    )
+  if unknown:
     lengths[unknown[0]] = count // known
-    known *= count // known
-  if len(unknown) > 1 or known != count:
+  elif known != count:
     raise ConfigError(
       f"--mesh={text} is of {known} devices, and the topology has {count};"
       " change one of them, or give -1 as the length of one axis"

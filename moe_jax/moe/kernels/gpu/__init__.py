@@ -72,6 +72,7 @@ class Choice(NamedTuple):
 
 
 _chosen: dict[tuple[Product, str | None], Choice] = {}
+_wrong: set[str] = set()  # Candidates, see `leave_out`.
 _said: set[str] = set()
 
 
@@ -147,6 +148,8 @@ def choose(product: Product, only: str | None = None) -> Choice:
 def _choose(product, only):
   names = (only,) if only else ORDER[product.kind]
   refusals = {name: load(name).refusal(product, device()) for name in names}
+  if not only:
+    refusals |= dict.fromkeys(_wrong & {*names}, "it was wrong on this device")
   ready = [name for name in names if refusals[name] is None]
   reasons = "; ".join(
     f"{name}: {refusals[name]}" for name in CANDIDATES if refusals.get(name)
@@ -219,6 +222,12 @@ def table() -> dict[str, list[dict]]:
 def learn(kind: str, entries: list[dict]) -> None:
   """Adds measurements of a kind of device to this process's table."""
   table().setdefault(kind, []).extend(entries)
+  _chosen.clear()
+
+
+def leave_out(candidate: str) -> None:
+  """Takes a candidate, which has given wrong results, from this process's choice."""
+  _wrong.add(candidate)
   _chosen.clear()
 
 
