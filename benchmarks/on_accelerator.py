@@ -34,7 +34,6 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from benchmarks import accelerator_tables, shapes, timing
-from moe_jax.moe.kernels import gpu
 from moe_jax.run import command
 
 _CASES = 8  # Of products: each dtype with each width; on a CPU a few of them.
@@ -196,12 +195,15 @@ class Measurement:
   def _note(self, backend, rows):
     if not all(row.get("passed", True) for row in rows):
       self.wrong.add(backend)
+      from moe_jax.moe.kernels import gpu
+
       name, _, candidate = backend.partition(":")
       if name == "gpu" and candidate:
         gpu.leave_out(candidate)
 
   def _tiles(self, product):
     from benchmarks import tuning
+    from moe_jax.moe.kernels import gpu
 
     wrong = [b.partition(":")[2] for b in self.wrong]
     found = tuning.entries(product, wrong)

@@ -1101,9 +1101,23 @@ FAULTS = (
   Fault(
     "candidates that do not fit come first",
     "moe_jax/training/planning/search.py",
-    "(not one.fits(chip), one.high)",
-    "(one.fits(chip), one.high)",
+    "(0, c.high) if c.fits(chip) else (1, c.memory)",
+    "(1, c.high) if c.fits(chip) else (0, c.memory)",
     "plan_test.py::test_candidates_of_a_search",
+  ),
+  Fault(
+    "a remedy names the settings that were refused",
+    "moe_jax/training/planning/search.py",
+    "tuple(made.mesh.values())",
+    "tuple(made.config.mesh)",
+    "plan_test.py::test_what_would_fit",
+  ),
+  Fault(
+    "a search ends at what does not fit",
+    "moe_jax/plan.py",
+    'sum(row.get("fits", False) for row in rows)',
+    "len(rows)",
+    "plan_test.py::test_a_search_that_finds_nothing",
   ),
   Fault(
     "the products of all experts are scaled by the rows of one kind of layer",
