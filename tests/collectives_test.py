@@ -232,6 +232,17 @@ def test_gradients_of_experts_are_summed_once_a_step():
   assert max(one.size for one in reduced) < 2 * 4 * 16 * 16
 
 
+def test_sizes_of_results():
+  for text, size in (
+    ("bf16[8,128]{1,0}", 2048),
+    ("(s4[3], u4[8], pred[3])", 2 + 4 + 3),
+    ("c64[2]", 16),
+    ("f8e4m3fn[5]", 5),
+    ("(f32[], token[])", 4),
+  ):
+    assert hlo.size_of(text) == size, text
+
+
 def test_hlo_is_read():
   """The ways in which groups of devices are written; loops; async pairs."""
   text = """HloModule jit_f

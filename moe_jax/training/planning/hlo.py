@@ -15,12 +15,8 @@ KINDS = (
   "reduce-scatter",
   "collective-permute",
 )
-# Bytes of an element, by its name in HLO.
-_BYTES = {"token": 0, "pred": 1, "bf16": 2} | {
-  f"{kind}{bits}": bits // 8
-  for kind in ("s", "u", "f")
-  for bits in (8, 16, 32, 64)
-}
+# Bits of an element, by its name in HLO; of others the name has them, as f8e4m3.
+_BITS = {"token": 0, "pred": 8}
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _CALL = re.compile(r"(calls|to_apply)=%?([\w.-]+)")
 _LOOP = re.compile(r"condition=%?([\w.-]+), body=%?([\w.-]+)")
@@ -214,6 +210,8 @@ def size_of(result: str) -> int:
   total = 0
   for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
     lengths = _numbers(shape) if shape else []
-    size = 1 if dtype.startswith("f8") else _BYTES[dtype]
-    total += size * int(np.prod(lengths, dtype=np.int64))
+    bits = _BITS.get(dtype)
+    if bits is None:
+      bits = int(re.match(r"[a-z]+(\d+)", dtype)[1])
+    total += -(-bits * int(np.prod(lengths, dtype=np.int64)) // 8)
   return total
