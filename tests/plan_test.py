@@ -443,6 +443,8 @@ def test_the_memory_that_a_search_estimates(tmp_path):
   done = run(*flags, "--config.model.moe.expert_buckets=64")
   assert done.returncode == 0, done.stderr
   rows = json.loads(path.read_text())["compiled"]
+  # The compiler fails at some meshes with data; the search goes on after these.
+  rows = [row for row in rows if "error" not in row]
   assert len(rows) == 3
   for row in rows:
     real = row["memory_bytes_per_device"]["total"]
