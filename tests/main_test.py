@@ -41,7 +41,7 @@ ON_THE_MESH = ["--config=configs/tiny.py", "--config.mesh=(8,1,1,1)"]
     (["mesh=(2,1,1,1)"], ["(2, 1, 1, 1)", "8 devices"]),
     (["mesh=(1,1,1,8)"], ["num_heads = 2", "tensor = 8"]),
     (["mesh=(-1,3,1,1)"], ["3, 1, 1)", "8"]),
-    (["mesh=(-1,-1,1,1)"], ["(-1, -1, 1, 1)", "one unknown dimension"]),
+    (["mesh=(-1,-1,1,1)"], ["(-1, -1, 1, 1)", "one length may be -1"]),
     (["train={'num_stepz': 3}"], ["num_stepz", "num_steps"]),
     (["eval.batch_size=3"], ["eval.batch_size", "batch of 3"]),
     (["plugins=('no_such_folder',)"], ["no_such_folder"]),

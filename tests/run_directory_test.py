@@ -176,7 +176,7 @@ def test_a_folder_that_can_no_longer_be_written_to(begun, config, monkeypatch):
       lambda: directory.go_on(15, 3),
       lambda: directory.describe(15, data="abc"),
     ):
-      with pytest.raises(RunError, match=r"\(Permission denied\); free space"):
+      with pytest.raises(RunError, match=r"\(Permission denied\); mend this"):
         write()
 
 

@@ -172,8 +172,8 @@ def writing(path: str | os.PathLike):
 def not_written(path: str | os.PathLike, error: OSError) -> str:
   """The sentence for the user about a file that cannot be written."""
   full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-  remedy = "free space on that disk and give the same command again, or "
+  remedy = "free space on that disk" if full else "mend this"
   return (
-    f"{path} cannot be written to ({error.strerror}); {remedy if full else ''}"
-    "choose another path"
+    f"{path} cannot be written to ({error.strerror}); {remedy} and give the same"
+    " command again, or choose another path"
   )

@@ -53,7 +53,7 @@ def make_mesh(sizes: tuple[int, ...], devices=None) -> jax.sharding.Mesh:
   except ValueError:
     raise ConfigError(
       f"mesh = {tuple(sizes)} over {AXES} is not possible with {len(devices)}"
-      f" devices; change the mesh{more}"
+      f" devices; change the mesh, of which one length may be -1{more}"
     ) from None
   return of_automatic_axes(jax.sharding.Mesh(devices_DFET, AXES))
 
