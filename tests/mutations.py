@@ -59,8 +59,8 @@ FAULTS = (
   Fault(
     "the bias enters the weights",
     "moe_jax/moe/routers/top_k.py",
-    "= _weigh(expert_TK, logits_TE, score_TE, score)",
-    "= _weigh(expert_TK, logits_TE, select(score_TE), score)",
+    "= weigh(expert_TK, logits_TE, score_TE, score)",
+    "= weigh(expert_TK, logits_TE, select(score_TE), score)",
     "layer_test.py::test_bias_chooses_and_does_not_weigh",
   ),
   Fault(

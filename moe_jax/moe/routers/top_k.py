@@ -110,7 +110,7 @@ def build(
       outside = float(expert_group_mask)
       scores = _in_groups(*scores, *groups, group_score, outside)
     expert_TK = checkpoint_name(choose(*scores, top_k), "expert")
-    chosen_TK, shares_TK = _weigh(expert_TK, logits_TE, score_TE, score)
+    chosen_TK, shares_TK = weigh(expert_TK, logits_TE, score_TE, score)
     weight_TK = shares_TK if renormalize else chosen_TK
     choice = TokenChoice(
       expert_TK,
@@ -241,7 +241,7 @@ def choose(selection_TE, logits_TE, saturated_TE, top_k: int):
   return jnp.where(unclear_T1 & ~above_TK, tied_TK, expert_TK)
 
 
-def _weigh(expert_TK, logits_TE, score_TE, score):
+def weigh(expert_TK, logits_TE, score_TE, score):
   """(the scores of the chosen experts, these over their sum).
 
   Where the scores that chose are the logits, the chosen ones are scored here.

@@ -1,0 +1,146 @@
+"""Hash routing: a fixed table of token ids chooses (Roller et al., 2106.04426).
+
+The experts of a token are table[id], which nothing trains, so that they depend on the
+token itself and on no other one, and loads follow the frequencies of ids. With
+
+  weights = "score"  w = score(x W)[table[id]], over their sum if `renormalize`: the
+                     first layers of DeepSeek-V4 (2606.19348) choose so;
+  weights = "equal"  w = 1 / K and no parameters, as in the first paper.
+
+A table is drawn, or made from how often ids are seen: the paper's balanced table, in
+which each id, the frequent ones first, gets the K experts that have least so far.
+
+It is a strong baseline where experts are to differ by what a word is, and a way to have
+a layer without any balancer. It cannot specialise by context, and in other data than
+those that were counted loads are uneven.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from moe_jax.core.errors import ConfigError, first_line
+from moe_jax.core.options import integer, number, optional, text, word
+from moe_jax.moe.routers import top_k as scores
+from moe_jax.moe.types import Router, Routing, TokenChoice
+
+CONTRACT_OPTIONS = {"top_k": 2, "vocab_size": 1000}
+CONTRACT_EXCEPTIONS = {"expert_symmetry": "the table has numbers of experts"}
+
+
+def build(
+  top_k: integer(1),
+  vocab_size: integer(1),
+  weights: word("score", "equal") = "score",
+  score: word(*scores.SCORES) = "softmax",
+  renormalize: bool = False,
+  scale: number(above=0) = 1.0,
+  seed: integer(0) = 0,
+  counts: optional(text()) = None,
+) -> Router:
+  """Args:
+  top_k: K, different experts per token.
+  vocab_size: V, the number of token ids.
+  weights: "score" or "equal", see the head of this file.
+  score, renormalize, scale: of the weights, as in the router `top_k`.
+  seed: of the table.
+  counts: path of a .npy file with how often each id is seen; None: drawn.
+  """
+  learnt = weights == "score"
+  if learnt and renormalize and top_k == 1:
+    raise ConfigError(
+      "with top_k = 1 a weight over the sum of a token's weights is always 1, so"
+      ' the router would learn nothing; set renormalize = False, or weights = "equal"'
+    )
+  count_V = None if counts is None else read_counts(counts, vocab_size)
+
+  @functools.cache
+  def table(num_experts):
+    if count_V is None:
+      return drawn(vocab_size, num_experts, top_k, seed)
+    return balanced(count_V, num_experts, top_k, seed)
+
+  def init(rng, d_model, num_experts):
+    if not learnt:
+      return {}
+    initializer = jax.nn.initializers.lecun_normal()
+    return {"kernel": initializer(rng, (d_model, num_experts))}
+
+  def route(params, x_TD, *, num_experts, select, side, rng):
+    del select, rng  # Nothing is left to choose.
+    dtype = jnp.promote_types(x_TD.dtype, jnp.float32)
+    table_VK = jnp.asarray(table(num_experts))
+    expert_TK = table_VK[_token_ids(side) % vocab_size]
+    expert_TK = checkpoint_name(expert_TK, "expert")
+    valid_TK = jnp.broadcast_to(side.mask_T[:, None], expert_TK.shape)
+    if not learnt:
+      weight_TK = jnp.full(expert_TK.shape, scale / top_k, dtype)
+      prob_TE = jax.nn.one_hot(expert_TK, num_experts, dtype=dtype).mean(1)
+      return Routing(TokenChoice(expert_TK, weight_TK, valid_TK), prob_TE)
+    kernel_DE = params["kernel"].astype(dtype)
+    logits_TE = jnp.dot(x_TD.astype(dtype), kernel_DE, precision="highest")
+    score_TE = scores.SCORES[score](logits_TE)
+    weights_TK = scores.weigh(expert_TK, logits_TE, score_TE, score)
+    choice = TokenChoice(expert_TK, weights_TK[renormalize] * scale, valid_TK)
+    prob_TE = jax.nn.softmax(scores.LOG_SCORES[score](logits_TE))
+    return Routing(choice, prob_TE, logits_TE)
+
+  axes = {"kernel": ("embed", None)} if learnt else {}
+  return Router(init, axes, route, causal=True, top_k=top_k)
+
+
+def _token_ids(side):
+  """Raises ConfigError where a model does not say which tokens they are."""
+  if "token_id" not in side.features:
+    raise ConfigError(
+      "the router hash needs side.features['token_id'], which this model does not"
+      " give; use it in a decoder"
+    )
+  return side.features["token_id"]
+
+
+def drawn(vocab_size: int, num_experts: int, top_k: int, seed: int):
+  """table_VK of K different experts for each id, drawn uniformly."""
+  rng = np.random.default_rng(seed)
+  order_VE = np.argsort(rng.random((vocab_size, num_experts)), axis=1)
+  return order_VE[:, :top_k].astype(np.int32)
+
+
+def balanced(count_V: np.ndarray, num_experts: int, top_k: int, seed: int):
+  """table_VK in which ids, frequent ones first, get the least loaded experts.
+
+  Experts with equal loads are taken in a drawn order.
+  """
+  rng = np.random.default_rng(seed)
+  load_E = np.zeros(num_experts)
+  table_VK = np.zeros((len(count_V), top_k), np.int32)
+  for token in np.argsort(-count_V, kind="stable"):
+    expert_K = np.lexsort((rng.random(num_experts), load_E))[:top_k]
+    load_E[expert_K] += count_V[token]
+    table_VK[token] = expert_K
+  return table_VK
+
+
+def read_counts(path: str, vocab_size: int) -> np.ndarray:
+  """How often each id is seen, from a .npy file.
+
+  Raises:
+    ConfigError: it cannot be read, or is not V numbers of 0 or more.
+  """
+  try:
+    count_V = np.load(path, allow_pickle=False)
+  except (OSError, ValueError) as e:
+    raise ConfigError(
+      f"counts = {path} of the router hash cannot be read ({first_line(e)}); give a"
+      " .npy file, such as numpy.save writes"
+    ) from None
+  right = count_V.shape == (vocab_size,) and count_V.dtype.kind in "iuf"
+  if not right or not np.isfinite(count_V).all() or (count_V < 0).any():
+    raise ConfigError(
+      f"counts = {path} of the router hash is not {vocab_size} numbers of 0 or"
+      f" more, one for each token id; it has shape {count_V.shape}"
+    )
+  return count_V.astype(float)
