@@ -20,7 +20,7 @@ def build(top_k=1, color="red"):
 '''
 RIGHT = "return Balancer(select=lambda *a: '{0}', update=lambda *a: color)"
 KINDS = ("routers", "balancers", "dispatchers")
-NEEDED = {"top_k": 2, "coefficient": 1.0, "rate": 1e-3}
+NEEDED = {"top_k": 2, "coefficient": 1.0, "rate": 1e-3, "vocab_size": 1000}
 # Values that no option of any part takes.
 NEVER = (float("nan"), float("inf"), 1e39, 10**39, [], {}, object(), (None,))
 
@@ -55,7 +55,7 @@ def needed(kind, name):
 
 
 def test_names_are_sorted():
-  assert registry.names("routers") == ["random", "top_k"]
+  assert registry.names("routers") == ["hash", "random", "top_k"]
   assert registry.names("models") == ["decoder"]
   for kind in ("balancers", "dispatchers"):
     names = registry.names(kind)
