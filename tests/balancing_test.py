@@ -69,7 +69,7 @@ def loads(balancer, router, skew_E, rng):
       params,
       x_TD + skew_E[None],
       num_experts=E,
-      select=functools.partial(balancer.select, state),
+      select=lambda score_TE: balancer.select(state, score_TE, mask_T),
       side=Side(mask_T),
       rng=None,
     )

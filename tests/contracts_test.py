@@ -84,6 +84,8 @@ VARIANTS = {
     {"top_k": 2, "score_before_top_k": False, "apply_to": "input"},
     {"top_k": 2, "priority": "score", "renormalize": True},
     {"top_k": 2, "second_expert": "random", "jitter": 0.1, "noise": 0.1},
+    {"top_k": 2, "cosine": True, "expert_scale": True, "use_bias": True},
+    {"top_k": 2, "dtype": "bfloat16"},
   )
 }
 # More settings for what depends on the pair of router and dispatcher.
@@ -315,6 +317,30 @@ def check_shapes(choice, top_k):
     name, axes = field.split("_")
     assert value.shape == (G, *(sizes[a] for a in axes)), field
     assert value.dtype == dtypes.get(name, np.float32), field
+
+
+@pytest.mark.parametrize("name,options", parts("routers", "shapes", VARIANTS))
+def test_router_scores(name, options):
+  """A router returns the scores that it gives to balancers."""
+  router, seen = load("routers", name, options), []
+  these = jax.tree.map(lambda a: a[0], tokens(0))
+
+  def select(score_TE):
+    seen.append(np.asarray(score_TE, np.float32))
+    return score_TE
+
+  routing = router.route(
+    *(router_program(name, options)[0], jnp.asarray(these["x"])),
+    num_experts=E,
+    select=select,
+    side=jax.tree.map(jnp.asarray, side_of(these)),
+    rng=None,
+  )
+  assert bool(seen) == ("selection" in router.gives)
+  if seen and name not in _plugin_names("routers"):
+    np.testing.assert_array_equal(routing.score_TE, seen[0])
+    if "score_range" in router.gives:
+      assert seen[0].min() >= 0 and seen[0].max() <= 1
 
 
 def check_decision(routing, mask_GT):
@@ -866,7 +892,13 @@ def observed(balancer, seed, state=None) -> Stats:
   for _ in range(G):
     prob_TE = rng.dirichlet(np.ones(E), T).astype(np.float32)
     choice = jax.tree.map(lambda a: a[0], any_choice(seed, groups=1))
-    routing = Routing(choice, prob_TE=prob_TE, logits_TE=np.log(prob_TE))
+    routing = Routing(
+      choice,
+      prob_TE=prob_TE,
+      logits_TE=np.log(prob_TE),
+      chance_TE=rng.random((T, E)).astype(np.float32),
+      score_TE=rng.random((T, E)).astype(np.float32),
+    )
     mask_T = rng.random(T) < 0.8
     sums.append(
       balancer.observe(state or balancer.init(E), routing, jnp.asarray(mask_T))
@@ -932,7 +964,7 @@ def test_balancer_select(name, options):
   before = jax.tree.map(np.array, state)
   for dtype in (np.float32, jnp.bfloat16):
     score_TE = jnp.asarray(tokens(0)["x"][0][:, :E], dtype)
-    selection_TE = balancer.select(state, score_TE)
+    selection_TE = balancer.select(state, score_TE, jnp.ones(T, bool))
     assert selection_TE.shape == score_TE.shape
     assert selection_TE.dtype == score_TE.dtype
     assert jnp.isfinite(selection_TE).all()

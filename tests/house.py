@@ -30,9 +30,11 @@ COMMANDS = "commands"  # The files at the top level, after all rooms.
 # The code lines that the package has, rounded up. A commit that deletes code
 # lowers this number, and one that adds a feature raises it by that feature. The
 # aim was 7,000: to reach it, features or messages about wrong input would go.
-MOST_CODE_LINES = 10_300
+MOST_CODE_LINES = 11_360
 MOST_ROOMS = 8
-MOST_FILES = 10  # Files of a room or one of its folders, without __init__.py.
+# Files of a room or one of its folders, without __init__.py. Folders of parts, which
+# the registry finds by name, may have any number.
+MOST_FILES = 10
 MOST_LINES = 400  # Lines of a file.
 MOST_LINES_OF_A_FUNCTION = 60
 MOST_LINES_OF_THE_MEDIAN = 10
@@ -196,9 +198,11 @@ def problems() -> list[str]:
 
 
 def files_by_folder() -> dict[str, int]:
-  """{folder: its files, without __init__.py}."""
+  """{folder: its files, without __init__.py}, but for folders of parts."""
   counts = {}
   for module in modules().values():
+    if "\nPART = " in (module.path.parent / "__init__.py").read_text():
+      continue
     counted = module.path.name != "__init__.py"
     counts[module.folder] = counts.get(module.folder, 0) + counted
   return counts

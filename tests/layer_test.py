@@ -598,8 +598,13 @@ def test_noise_needs_a_key(option):
   jax.tree.map(np.testing.assert_array_equal, quiet, plain)
   keys = jax.random.split(jax.random.key(0), 2)
   noisy = route_many(routing, x_TD, kernel_DE, keys)
-  assert not np.allclose(noisy.logits_TE[0], plain.logits_TE)
-  assert not np.allclose(noisy.logits_TE[0], noisy.logits_TE[1])
+  weight_TK = noisy.choice.weight_TK
+  assert not np.allclose(weight_TK[0], plain.choice.weight_TK)
+  assert not np.allclose(weight_TK[0], weight_TK[1])
+  if option == "noise":  # Losses do not see it.
+    for found_TE in noisy.logits_TE:
+      np.testing.assert_array_equal(found_TE, plain.logits_TE)
+    return
   # The weights follow the logits that chose.
   prob_TE = jax.nn.softmax(noisy.logits_TE[0])
   want = np.take_along_axis(prob_TE, noisy.choice.expert_TK[0], axis=-1)
@@ -623,9 +628,14 @@ def test_jitter_scales_the_input_uniformly():
 def test_noise_is_normal_with_its_deviation():
   kernel_DE = jnp.zeros((1, 3), jnp.float32)
   keys = jax.random.split(jax.random.key(2), 1000)
-  logits = route_many(
-    {"top_k": K, "noise": 0.25}, jnp.ones((T, 1)), kernel_DE, keys
-  ).logits_TE
+  choice = route_many(
+    {"top_k": 3, "noise": 0.25, "score": "sigmoid"},
+    *(jnp.ones((T, 1)), kernel_DE, keys),
+  ).choice
+  # Of all experts, from their weights.
+  by_number = np.argsort(choice.expert_TK, axis=-1)
+  weight = np.take_along_axis(np.float64(choice.weight_TK), by_number, -1)
+  logits = np.log(weight / (1 - weight))
   assert abs(logits.mean()) < 0.005
   assert abs(logits.std() - 0.25) < 0.005
   across = np.corrcoef(np.asarray(logits).reshape(-1, 3).T)
@@ -644,7 +654,8 @@ def test_every_group_has_its_own_key():
   inputs = draw(0, {"top_k": K}, "relu")
   x_GTD = np.stack([inputs.x_GTD[0]] * G)
   routed = route(recipe, inputs, layer.group_keys(rng, G), x_GTD=x_GTD)
-  assert not np.allclose(routed.logits_TE[0], routed.logits_TE[1])
+  weight_GTK = routed.choice.weight_TK
+  assert not np.allclose(weight_GTK[0], weight_GTK[1])
 
 
 # Gradients.

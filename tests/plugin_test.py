@@ -89,7 +89,7 @@ def test_it_trains_on_a_mesh_and_appears_in_a_report(
   assert last["router_entropy"] > 0 and last["max_vio"] > 0
 
 
-@pytest.mark.long  # `own_parts_test` has three such parts.
+@pytest.mark.long  # `parts_test` has three such parts.
 def test_they_keep_the_contracts(folder):
   done = _contracts(folder, "cosine or importance or heaviest_first or lion")
   assert done.returncode == 0, done.stdout

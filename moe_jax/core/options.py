@@ -112,12 +112,13 @@ def either(*options) -> Option:
   )
 
 
-def items(option, length: int | None = None) -> Option:
+def items(option, length: int | None = None, shortest: int = 0) -> Option:
   """A tuple of any length, or of this one.
 
   Args:
     option: of every value; or a tuple with one for each of them.
     length: how many values; None: any number.
+    shortest: how many there are at least, if their number is free.
   """
   length = len(option) if isinstance(option, tuple) else length
 
@@ -127,7 +128,12 @@ def items(option, length: int | None = None) -> Option:
       _described(annotation).check(value, f"{key}[{i}]")
 
   words = "a tuple" if length is None else f"a tuple of {length} values"
-  fits = lambda x: _is(x, tuple | list) and length in (None, len(x))  # noqa: E731
+  words += f" with {shortest} or more values" if shortest else ""
+
+  def fits(x):
+    right = _is(x, tuple | list) and length in (None, len(x))
+    return right and len(x) >= shortest
+
   return Option(words, fits, inside)
 
 

@@ -165,4 +165,5 @@ def sparse(
     shared=shared,
     exchange=options["exchange"],
   )
+  recipe.check(place)
   return recipe, groups.Grouping(*map(options.get, groups.Grouping._fields))

@@ -42,8 +42,56 @@ class Recipe:
   @property
   def causal(self) -> bool:
     """Whether a token's output is independent of the tokens after it."""
-    top_k = self.router.top_k
-    return self.router.causal and self.dispatcher.causal(top_k, self.bound)
+    router, balancers = self.router, [b for _, b in self.balancers]
+    causal = router.causal and all(b.causal for b in balancers)
+    return causal and self.dispatcher.causal(router.top_k, self.bound)
+
+  def check(self, place: str = "moe") -> None:
+    """Raises ConfigError for a router and balancers that do not fit together.
+
+    Args:
+      place: key of the config's section, for the message.
+    """
+    router, balancers = self.router, dict(self.balancers)
+    name = router.spec.name if router.spec else "router"
+    for label, balancer in balancers.items():
+      needs = set(balancer.needs) | (
+        {"selection"} if balancer.select else set()
+      )
+      for fact in sorted(needs - router.gives):
+        raise ConfigError(
+          f"{place}.balancers.{label} needs {types.FACTS[fact]}, which the router"
+          f' "{name}" with these options does not have; leave it out, or change'
+          f" {place}.router"
+        )
+      _check_targets(
+        balancer.targets,
+        self.num_experts,
+        router.top_k,
+        f"{place}.balancers.{label}.targets",
+      )
+    given = frozenset().union(*(b.gives for b in balancers.values()))
+    for fact in sorted(router.needs - given):
+      raise ConfigError(
+        f'{place}.router "{name}" needs {types.FACTS[fact]} from a balancer; add'
+        f" one that gives it to {place}.balancers, see docs/routing.md"
+      )
+
+
+def _check_targets(targets, num_experts, top_k, key):
+  """Raises ConfigError for shares that experts cannot have."""
+  if targets is None:
+    return
+  if len(targets) != num_experts:
+    raise ConfigError(
+      f"{key} has {len(targets)} shares for num_experts = {num_experts}; give one"
+      " for each expert"
+    )
+  if top_k is not None and max(targets) * top_k > 1 + 1e-6:
+    raise ConfigError(
+      f"{key} has the share {max(targets):g}, which no expert can have: a token"
+      f" that chooses {top_k} different experts gives each at most {1 / top_k:g}"
+    )
 
 
 def moe_ffn(
@@ -153,18 +201,8 @@ def route(recipe, params, balance, x_GTD, side, rng_G) -> types.Routing:
 
   router, num_experts = recipe.router, recipe.num_experts
 
-  def select(score_TE):
-    for label, balancer in recipe.balancers:
-      if label not in balance:
-        raise ConfigError(
-          f'balance has no state of the balancer "{label}"; give {{"{label}":'
-          " balancer.init(num_experts)}"
-        )
-      if balancer.select is not None:
-        score_TE = balancer.select(balance[label], score_TE)
-    return score_TE
-
   def of_group(x_TD, side, rng):
+    select = functools.partial(_selection, recipe, balance, side.mask_T)
     routing = router.route(
       params, x_TD, num_experts=num_experts, select=select, side=side, rng=rng
     )
@@ -172,6 +210,19 @@ def route(recipe, params, balance, x_GTD, side, rng_G) -> types.Routing:
     return routing
 
   return jax.vmap(of_group)(x_GTD, side, rng_G)
+
+
+def _selection(recipe, balance, mask_T, score_TE):
+  """The scores that choose: shifted by one balancer after the other."""
+  for label, balancer in recipe.balancers:
+    if label not in balance:
+      raise ConfigError(
+        f'balance has no state of the balancer "{label}"; give {{"{label}":'
+        " balancer.init(num_experts)}"
+      )
+    if balancer.select is not None:
+      score_TE = balancer.select(balance[label], score_TE, mask_T)
+  return score_TE
 
 
 def _check_routing(routing, router, **sizes):
@@ -191,7 +242,7 @@ def _check_routing(routing, router, **sizes):
     )
   if router.top_k is not None:
     sizes["K"] = router.top_k
-  arrays = {"prob_TE": routing.prob_TE, "logits_TE": routing.logits_TE}
+  arrays = {k: x for k, x in vars(routing).items() if k.endswith("_TE")}
   for name, x in {**vars(choice), **arrays}.items():
     axes = name.rpartition("_")[2]
     if x is None or not axes.isupper():

@@ -118,6 +118,10 @@ class Routing(flax.struct.PyTreeNode):
   prob_TE: rows sum to 1, the distribution that losses and entropy are
     computed from; None where a router has none.
   logits_TE: the router's raw scores, for the z-loss; None where there are none.
+  chance_TE: the chance that a token would choose an expert if the router's noise
+    were drawn again, for a loss of smooth loads; None where there is no noise.
+  score_TE: the scores that the router gave to `select`, for balancers that
+    observe them; None where it gave none.
   extra: per-token arrays [T] that the router wants logged: extra/NAME is their
     mean over unpadded tokens.
   """
@@ -125,6 +129,8 @@ class Routing(flax.struct.PyTreeNode):
   choice: TokenChoice | SlotChoice | Mixture
   prob_TE: Array | None = None
   logits_TE: Array | None = None
+  chance_TE: Array | None = None
+  score_TE: Array | None = None
   extra: Mapping[str, Array] = flax.struct.field(default_factory=dict)
 
 
@@ -201,6 +207,25 @@ class Stats(Loads):
   groups_per_sequence: int = flax.struct.field(pytree_node=False, default=1)
 
 
+# What a router and its balancers may need of each other, in words.
+FACTS = {
+  "selection": "scores that a balancer can shift before experts are chosen",
+  "score_range": "such scores between 0 and 1",
+  "token_choice": "tokens that choose their experts",
+  "prob_TE": "probabilities that a loss can change",
+  "logits_TE": "logits",
+  "kernel": "a matrix with a column for each expert",
+  "chance_TE": "noise, from which smooth loads are computed",
+  "weights": "weights that say by themselves which experts are chosen",
+  "thresholds": "a threshold for each expert",
+}
+
+
+GIVEN = frozenset(
+  {"selection", "token_choice", "prob_TE", "logits_TE", "kernel"}
+)
+
+
 @_part
 class Router:
   """Scores tokens and chooses their experts. Knows no mesh.
@@ -217,6 +242,8 @@ class Router:
   always_draws: whether it needs a key at evaluation too; if not, it is given
     none there.
   form: of its choices. Dispatchers and capacities are for `TokenChoice` alone.
+  gives: keys of `FACTS`: what balancers can rely on.
+  needs: keys of `FACTS` that a balancer has to give.
   spec: set by the registry.
   """
 
@@ -229,6 +256,8 @@ class Router:
   average_k: float | None = None
   always_draws: bool = False
   form: type = TokenChoice
+  gives: frozenset[str] = GIVEN
+  needs: frozenset[str] = frozenset()
   spec: Any = None
 
 
@@ -297,14 +326,18 @@ class Balancer:
   """A way to keep experts equally loaded. Every field has a default.
 
   init: (num_experts) -> state, a dict of arrays.
-  select: (state, score_TE) -> the scores that choose; weights do not use them.
-    None: the scores as they are.
+  select: (state, score_TE, mask_T) -> the scores that choose, of one group;
+    weights do not use them. None: the scores as they are.
   observe: (state, Routing, mask_T) -> {name: array of sums} of one group;
     carried like counts; `loss` and `update` find them in `stats.observed`.
     None: it needs no more than counts.
   loss: (state, Stats, count_E so far in this step, router's parameters) ->
     Mean, coefficient included; None: it adds no loss.
   update: (state, Stats, step) -> state, once per optimizer step.
+  causal: whether `select` looks at each token by itself.
+  needs: keys of `FACTS` that the router has to give.
+  gives: keys of `FACTS` that a router may need.
+  targets: the share of assignments that it moves each expert to; None: equal.
   spec: set by the registry.
   """
 
@@ -313,6 +346,10 @@ class Balancer:
   observe: Callable[..., dict[str, Array]] | None = None
   loss: Callable[..., Mean] | None = None
   update: Callable[..., dict[str, Array]] = lambda state, stats, step: state
+  causal: bool = True
+  needs: frozenset[str] = frozenset()
+  gives: frozenset[str] = frozenset()
+  targets: tuple[float, ...] | None = None
   spec: Any = None
 
 

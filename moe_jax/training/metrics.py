@@ -182,7 +182,8 @@ def balance_loss(count_E, prob_E) -> float:
 def bias_range(balance: Mapping, sublayers: Mapping[str, Sublayer]) -> Mean:
   """max - min of the selection bias, averaged over layers; 0 without a bias.
 
-  A balancer's bias is what its `select` adds to scores of zero.
+  A balancer's bias is what its `select` makes of equal scores: of zeros, or of
+  ones where it multiplies them.
 
   Args:
     balance: state of the balancers, on the host.
@@ -190,14 +191,18 @@ def bias_range(balance: Mapping, sublayers: Mapping[str, Sublayer]) -> Mean:
   """
   ranges = []
   for path, parts in sublayers.items():
-    zero_TE = jnp.zeros((1, parts.recipe.num_experts))
+    shape, one_T = (1, parts.recipe.num_experts), jnp.ones(1, bool)
     for label, balancer in parts.recipe.balancers:
       if balancer.select is not None:
         state = models.at(balance, path).get(label, {})
         state = balancing.stacked(state, parts)
         for r in range(len(parts.numbers)):
           own = jax.tree.map(lambda x, r=r: x[r], state)
-          ranges.append(np.ptp(np.asarray(balancer.select(own, zero_TE))))
+          made = (
+            np.ptp(np.asarray(balancer.select(own, make(shape), one_T)))
+            for make in (jnp.zeros, jnp.ones)
+          )
+          ranges.append(next(filter(None, made), 0.0))
   if not ranges:
     return Mean(0.0, 1.0)
   return Mean(float(np.array(ranges).sum()), float(len(ranges)))

@@ -1,50 +1,114 @@
-"""Auxiliary-loss-free balancing (Wang et al., 2408.15664, Algorithm 1).
+"""A bias for each expert that moves against its load error, and no loss.
 
-A number per expert is added to the scores for choosing only. After every
-step it moves against the load error: up where an expert got too little.
+Auxiliary-loss-free balancing (Wang et al., 2408.15664, Algorithm 1): a number b for
+each expert is added to the scores for choosing only. After every step it moves
+against the load error e = (target - load) / mean load:
+
+  rule = "sign"          b += rate sign(e), the rule of the paper and DeepSeek-V3
+  rule = "proportional"  b += rate e (the paper's Table 3; LongCat-Flash, 2509.01322)
+  rule = "pid"           b = rate * (sum of e) + gain e + damping * (change of e),
+                         a controller of which "proportional" is the first term
+
+With form = "multiply" b begins at 1 and multiplies the scores (the paper's Table 4).
+A load is an expert's assignments in one step; its target is the mean load, or its
+share in `targets`.
+
+It needs some hundred steps to settle (about the spread of the scores over the rate)
+and is less apt for softmax scores of many experts, which are small and differ much.
 """
 
+import jax
 import jax.numpy as jnp
 
-from moe_jax.core.options import integer, number, optional, word
+from moe_jax.core.errors import ConfigError
+from moe_jax.core.options import integer, items, number, optional, word
 from moe_jax.moe.types import Balancer
+
+FORMS = {"add": jnp.add, "multiply": jnp.multiply}
 
 
 def build(
   rate: number(0),
-  rule: word("sign", "proportional") = "sign",
+  rule: word("sign", "proportional", "pid") = "sign",
+  form: word(*FORMS) = "add",
+  gain: number(0) = 0.0,
+  damping: number(0) = 0.0,
+  targets: optional(items(number(0), shortest=1)) = None,
   centered: bool = False,
   freeze_after: optional(integer(0)) = None,
 ) -> Balancer:
   """Args:
-  rate: u, the size of a step; 1e-3 in the paper for 40,000 steps.
-  rule: "sign": b += u sign(e), or "proportional": b += u e / mean load,
-    with e = mean load - load.
-  centered: subtract the mean of b afterwards; choices are unchanged.
+  rate: the size of a step; 1e-3 in the paper for 40,000 steps.
+  rule, form: see the head of this file.
+  gain, damping: of the rule "pid".
+  targets: the share of the assignments that each expert is to get, with a sum of
+    1, none above 1 / K; None: equal shares.
+  centered: subtract the mean of b afterwards, which changes no choice of "add".
   freeze_after: no update from this step on (DeepSeek-V3's last tokens).
   """
+  _check(rule, gain, damping, targets)
+  start = 0.0 if form == "add" else 1.0
+
+  def init(num_experts):
+    state = {"bias_E": jnp.full(num_experts, start)}
+    if rule == "pid":
+      zero_E = jnp.zeros(num_experts)
+      state |= {"sum_E": zero_E, "error_E": zero_E}
+    return state
 
   def update(state, stats, step):
-    count_E = stats.count_E.sum((0, 1))
-    if rule == "sign":
-      move_E = below_mean(count_E)
-    else:
-      load_E = count_E.astype(state["bias_E"].dtype)
-      move_E = (load_E.mean() - load_E) / jnp.maximum(load_E.mean(), 1)
-    bias_E = state["bias_E"] + rate * move_E
+    new = _moved(state, stats.count_E.sum((0, 1)))
     if centered:
-      bias_E -= bias_E.mean()
-    if freeze_after is not None:
-      bias_E = jnp.where(step < freeze_after, bias_E, state["bias_E"])
-    return {"bias_E": bias_E}
+      new["bias_E"] += start - new["bias_E"].mean()
+    if freeze_after is None:
+      return new
+    frozen = step >= freeze_after
+    return {k: jnp.where(frozen, state[k], x) for k, x in new.items()}
 
-  return Balancer(
-    init=lambda num_experts: {"bias_E": jnp.zeros(num_experts)},
-    select=lambda state, score_TE: (
-      score_TE + state["bias_E"].astype(score_TE.dtype)[None, :]
-    ),
-    update=update,
-  )
+  def _moved(state, count_E):
+    bias_E = state["bias_E"]
+    if rule == "sign" and targets is None:
+      return {"bias_E": bias_E + rate * below_mean(count_E)}
+    error_E = _error(count_E, targets, bias_E.dtype)
+    if rule == "sign":
+      return {"bias_E": bias_E + rate * jnp.sign(error_E)}
+    if rule == "proportional":
+      return {"bias_E": bias_E + rate * error_E}
+    sum_E = state["sum_E"] + error_E
+    change_E = error_E - state["error_E"]
+    bias_E = start + rate * sum_E + gain * error_E + damping * change_E
+    return {"bias_E": bias_E, "sum_E": sum_E, "error_E": error_E}
+
+  def select(state, score_TE, mask_T):
+    del mask_T
+    bias_1E = state["bias_E"].astype(score_TE.dtype)[None, :]
+    return FORMS[form](score_TE, bias_1E)
+
+  return Balancer(init=init, select=select, update=update, targets=targets)
+
+
+def _check(rule, gain, damping, targets):
+  """Raises ConfigError for options that do not fit together."""
+  used = [x for x in (gain, damping) if not isinstance(x, jax.Array) and x]
+  if used and rule != "pid":
+    raise ConfigError(
+      f'balancers/bias: gain and damping are of rule = "pid", not "{rule}"; set'
+      " both to 0"
+    )
+  if targets is not None and abs(sum(targets) - 1) > 1e-6:
+    raise ConfigError(
+      f"balancers/bias: the shares in targets add up to {sum(targets):g}, not 1"
+    )
+
+
+def _error(count_E, targets, dtype):
+  """(target - load) / mean load; 0 without any load."""
+  load_E = count_E.astype(dtype)
+  mean = load_E.mean()
+  goal_E = mean
+  if targets is not None:
+    goal_E = jnp.asarray(targets, dtype) * load_E.sum()
+  return (goal_E - load_E) / jnp.maximum(mean, 1)
 
 
 def below_mean(count_E):

@@ -55,15 +55,15 @@ def build(
     )
     if scope == "global_batch":
       count_E = count_E + so_far_E
-    loss = _load_loss(count_E, prob_E)
+    loss = load_loss(count_E, prob_E)
     # Each sequence or group counts by its unpadded tokens.
     weight = tokens.astype(loss.dtype)
     return Mean(coefficient * (loss * weight).sum(), weight.sum())
 
-  return Balancer(loss=loss)
+  return Balancer(loss=loss, needs=frozenset({"prob_TE"}))
 
 
-def _load_loss(count_E, prob_E):
+def load_loss(count_E, prob_E):
   """E * sum_i f_i P_i over the last axis; 0 where there are no tokens."""
   f_E = count_E / jnp.maximum(count_E.sum(-1, keepdims=True), 1)
   total = prob_E.sum(-1, keepdims=True)

@@ -17,4 +17,4 @@ def build(coefficient: number(0)) -> Balancer:
     total = coefficient * stats.z.sum()
     return Mean(total, stats.tokens.sum().astype(total.dtype))
 
-  return Balancer(loss=loss)
+  return Balancer(loss=loss, needs=frozenset({"logits_TE"}))

@@ -24,8 +24,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.core.errors import ConfigError, first_line
 from moe_jax.core.options import integer, number, optional, text, word
-from moe_jax.moe.routers import top_k as scores
-from moe_jax.moe.types import Router, Routing, TokenChoice
+from moe_jax.moe import scores
+from moe_jax.moe.types import GIVEN, Router, Routing, TokenChoice
 
 CONTRACT_OPTIONS = {"top_k": 2, "vocab_size": 1000}
 CONTRACT_EXCEPTIONS = {"expert_symmetry": "the table has numbers of experts"}
@@ -63,33 +63,30 @@ def build(
       return drawn(vocab_size, num_experts, top_k, seed)
     return balanced(count_V, num_experts, top_k, seed)
 
-  def init(rng, d_model, num_experts):
-    if not learnt:
-      return {}
-    initializer = jax.nn.initializers.lecun_normal()
-    return {"kernel": initializer(rng, (d_model, num_experts))}
+  def init(*sizes):
+    return scores.linear(*sizes) if learnt else {}
 
   def route(params, x_TD, *, num_experts, select, side, rng):
     del select, rng  # Nothing is left to choose.
-    dtype = jnp.promote_types(x_TD.dtype, jnp.float32)
     table_VK = jnp.asarray(table(num_experts))
     expert_TK = table_VK[_token_ids(side) % vocab_size]
     expert_TK = checkpoint_name(expert_TK, "expert")
     valid_TK = jnp.broadcast_to(side.mask_T[:, None], expert_TK.shape)
     if not learnt:
+      dtype = jnp.promote_types(x_TD.dtype, jnp.float32)
       weight_TK = jnp.full(expert_TK.shape, scale / top_k, dtype)
       prob_TE = jax.nn.one_hot(expert_TK, num_experts, dtype=dtype).mean(1)
       return Routing(TokenChoice(expert_TK, weight_TK, valid_TK), prob_TE)
-    kernel_DE = params["kernel"].astype(dtype)
-    logits_TE = jnp.dot(x_TD.astype(dtype), kernel_DE, precision="highest")
+    logits_TE = scores.logits(params, x_TD)
     score_TE = scores.SCORES[score](logits_TE)
     weights_TK = scores.weigh(expert_TK, logits_TE, score_TE, score)
     choice = TokenChoice(expert_TK, weights_TK[renormalize] * scale, valid_TK)
-    prob_TE = jax.nn.softmax(scores.LOG_SCORES[score](logits_TE))
+    prob_TE = scores.probabilities(logits_TE, score)
     return Routing(choice, prob_TE, logits_TE)
 
-  axes = {"kernel": ("embed", None)} if learnt else {}
-  return Router(init, axes, route, causal=True, top_k=top_k)
+  axes = scores.LINEAR_AXES if learnt else {}
+  gives = GIVEN - {"selection"} if learnt else frozenset({"token_choice"})
+  return Router(init, axes, route, causal=True, top_k=top_k, gives=gives)
 
 
 def _token_ids(side):

@@ -36,4 +36,12 @@ def build(top_k: integer(1)) -> Router:
     return Routing(choice, prob_TE=jnp.full(shape, 1 / num_experts, dtype))
 
   init = lambda rng, d_model, num_experts: {}  # noqa: E731
-  return Router(init, {}, route, causal=True, top_k=top_k, always_draws=True)
+  return Router(
+    init,
+    {},
+    route,
+    causal=True,
+    top_k=top_k,
+    always_draws=True,
+    gives=frozenset({"token_choice"}),
+  )

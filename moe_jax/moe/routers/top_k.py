@@ -18,7 +18,11 @@ The options of `build`:
   expert_group_mask: score of the experts outside, "-inf" or "0". Published
     codes differ, and so does the choice when biased scores are negative.
   jitter: multiply the router's input by U[1 - jitter, 1 + jitter] (Switch).
-  noise: add N(0, noise^2) to the logits (V-MoE takes 1/E).
+  cosine: logits = cos(x, w_e) / temperature, with a temperature that is learnt
+    (X-MoE, 2204.09179, 3.2, there on a projection of x).
+  noise: add N(0, noise^2) to the logits in training (V-MoE, 2106.05974, takes
+    1/E). It changes choices and weights; the losses see the logits without it,
+    and the chance of each expert that `cv_squared` asks for.
   second_expert: "all" or "random": use the second expert with probability
     min(1, 2 w_2) (GShard, 2006.16668 Algorithm 1); needs top_k = 2.
   apply_to: weights multiply the expert's "output", or its "input" (Llama 4).
@@ -27,6 +31,9 @@ The options of `build`:
   use_bias: logits = x W + b (gpt-oss, 2508.10925).
   precision: of the router's matmul on accelerators: "highest" is float32;
     "high" and "default" round the inputs, and flip choices.
+  dtype: of the router, from its input to its weights: "float32", or "bfloat16",
+    which is the ablation of Switch (2101.03961, Table 2).
+  expert_scale: weights times a learnt number for each expert (Gemma 4).
   init_scale: W is truncated normal with variance init_scale / D.
   allow_constant_weight: build a router whose one weight is always 1, as some
     published models have; it would learn nothing from the task.
@@ -38,29 +45,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import integer, number, word
-from moe_jax.moe.types import Router, Routing, TokenChoice
+from moe_jax.moe import scores
+from moe_jax.moe.scores import SATURATED, SCORES
+from moe_jax.moe.types import GIVEN, Router, Routing, TokenChoice
 
-
-def _log_softplus(logits):
-  """log(log(1 + e^x)), which is x itself long before e^x underflows."""
-  small = logits < -20
-  safe = jnp.where(small, 0, logits)
-  return jnp.where(small, logits, jnp.log(jax.nn.softplus(safe)))
-
-
-SCORES = {
-  "softmax": jax.nn.softmax,
-  "sigmoid": jax.nn.sigmoid,
-  "sqrt_softplus": lambda logits: jnp.exp(_log_softplus(logits) / 2),
-}
-LOG_SCORES = {
-  "softmax": lambda logits: logits,
-  "sigmoid": jax.nn.log_sigmoid,
-  "sqrt_softplus": lambda logits: _log_softplus(logits) / 2,
-}
-# Tests whether rounding has stopped a score from growing with its logit.
-SATURATED = dict.fromkeys(SCORES, lambda score_TE: score_TE <= 0)
-SATURATED["sigmoid"] = lambda score_TE: (score_TE <= 0) | (score_TE >= 1)
 GROUP_SCORES = {
   "max": lambda score_TGE: score_TGE.max(-1),
   "sum_top_2": lambda score_TGE: jnp.sort(score_TGE)[..., -2:].sum(-1),
@@ -69,7 +57,7 @@ GROUP_SCORES = {
 
 def build(
   top_k: integer(1),
-  score: word(*SCORES) = "softmax",
+  score: word(*scores.SCORES) = "softmax",
   score_before_top_k: bool = True,
   renormalize: bool = False,
   scale: number(above=0) = 1.0,
@@ -84,49 +72,87 @@ def build(
   priority: word("none", "score") = "none",
   use_bias: bool = False,
   precision: word("default", "high", "highest") = "highest",
+  cosine: bool = False,
+  dtype: word("float32", "bfloat16") = "float32",
+  expert_scale: bool = False,
   init_scale: number(above=0) = 1.0,
   allow_constant_weight: bool = False,
 ) -> Router:
-  """s = score(x W); chosen = top-k(select(s)); w = scale * s[chosen] / norm.
-
-  The head of this file describes the options.
-  """
+  """w = scale * s[chosen] / norm; the head of this file has the options."""
   constant = renormalize or (score == "softmax" and not score_before_top_k)
   groups = num_expert_groups, top_expert_groups
   _check(top_k, constant and not allow_constant_weight, second_expert, *groups)
 
   def init(rng, d_model, num_experts):
     _check_groups(num_experts, top_k, *groups)
-    return _init(rng, d_model, num_experts, use_bias, init_scale)
+    vectors = _vectors(num_experts, use_bias, cosine, expert_scale)
+    return vectors | scores.linear(rng, d_model, num_experts, init_scale)
 
   def route(params, x_TD, *, num_experts, select, side, rng):
     rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
-    logits_TE = _logits(params, x_TD, rngs, jitter, noise, precision)
-    score_TE = SCORES[score](logits_TE) if score_before_top_k else logits_TE
-    selection_TE = jax.lax.stop_gradient(select(score_TE))
-    saturated_TE = SATURATED[score](score_TE) if score_before_top_k else None
-    scores = selection_TE, logits_TE, saturated_TE
-    if top_expert_groups < num_expert_groups:
-      outside = float(expert_group_mask)
-      scores = _in_groups(*scores, *groups, group_score, outside)
-    expert_TK = checkpoint_name(choose(*scores, top_k), "expert")
-    chosen_TK, shares_TK = weigh(expert_TK, logits_TE, score_TE, score)
-    weight_TK = shares_TK if renormalize else chosen_TK
+    x_TD = _jittered(x_TD, rngs[0], jitter)
+    clean_TE = _logits(params, x_TD, precision, cosine, dtype)
+    logits_TE = _noisy(clean_TE, rngs[1], noise)
+    score_TE, saturated_TE = _scored(logits_TE, score_before_top_k and score)
+    judged = jax.lax.stop_gradient(select(score_TE)), logits_TE, saturated_TE
+    judged = _in_groups(*judged, *groups, group_score, expert_group_mask)
+    expert_TK = checkpoint_name(scores.choose(*judged, top_k), "expert")
+    chosen_TK, shares_TK = scores.weigh(expert_TK, logits_TE, score_TE, score)
+    weight_TK = (shares_TK if renormalize else chosen_TK) * scale
     choice = TokenChoice(
       expert_TK,
-      weight_TK * scale,
+      scores.wide(_times_own(weight_TK, expert_TK, params)),
       _valid(side.mask_T, shares_TK, second_expert, rngs[2]),
       _best_first(chosen_TK) if priority == "score" else None,
       weight_input=apply_to == "input",
     )
-    # Again scores over their sum (2412.19437, 2.1.2).
-    prob_TE = jax.nn.softmax(LOG_SCORES[score](logits_TE))
-    return Routing(choice, prob_TE=prob_TE, logits_TE=logits_TE)
+    routing = _routing(choice, clean_TE, score_TE, score)
+    return _with_chances(routing, logits_TE, noise if rng is not None else 0)
 
-  axes = {"kernel": ("embed", None)}
-  if use_bias:
-    axes["kernel_bias"] = (None,)
-  return Router(init, axes, route, causal=priority == "none", top_k=top_k)
+  axes = dict.fromkeys(_vectors(1, use_bias, cosine, expert_scale), (None,))
+  axes |= scores.LINEAR_AXES
+  gives = _gives(noise, score_before_top_k and score)
+  return Router(init, axes, route, priority == "none", top_k, gives=gives)
+
+
+def _vectors(num_experts, use_bias, cosine, expert_scale):
+  """The parameters beside the kernel, at the start."""
+  values = {
+    "kernel_bias": (use_bias, num_experts, 0.0),
+    "temperature": (cosine, 1, 0.07),
+    "expert_scale": (expert_scale, num_experts, 1.0),
+  }
+  return {k: jnp.full(*rest) for k, (wanted, *rest) in values.items() if wanted}
+
+
+def _scored(logits_TE, score):
+  """(scores that choose, where they are saturated); of no score the logits."""
+  if not score:
+    return logits_TE, None
+  score_TE = SCORES[score](logits_TE)
+  return score_TE, SATURATED[score](score_TE)
+
+
+def _routing(choice, logits_TE, score_TE, score):
+  """The decision with what losses and balancers see, without noise."""
+  logits_TE, score_TE = scores.wide(logits_TE), scores.wide(score_TE)
+  prob_TE = scores.probabilities(logits_TE, score)
+  return Routing(choice, prob_TE, logits_TE, score_TE=score_TE)
+
+
+def _with_chances(routing, noisy_TE, noise):
+  """The decision with the chances of experts, where there is noise."""
+  if not noise:
+    return routing
+  args = routing.logits_TE, noisy_TE, routing.choice.expert_TK
+  return routing.replace(chance_TE=chances(*args, noise))
+
+
+def _gives(noise, score):
+  """What balancers can rely on; the score is the one that chooses, if any."""
+  chance = {"chance_TE"} if noise else set()
+  in_range = {"score_range"} if score in ("softmax", "sigmoid") else set()
+  return GIVEN | chance | in_range
 
 
 def _check(top_k, constant, second_expert, num_groups, top_groups):
@@ -165,31 +191,51 @@ def _check_groups(num_experts, top_k, num_groups, top_groups):
     )
 
 
-def _init(rng, d_model, num_experts, use_bias, init_scale):
-  """The parameters."""
-  initializer = jax.nn.initializers.variance_scaling(
-    init_scale, "fan_in", "truncated_normal"
+def _jittered(x_TD, rng, jitter):
+  """The router's input, times U[1 - jitter, 1 + jitter] if there is a key."""
+  x_TD = scores.wide(x_TD)
+  if not jitter or rng is None:
+    return x_TD
+  low, high = 1 - jitter, 1 + jitter
+  return x_TD * jax.random.uniform(rng, x_TD.shape, x_TD.dtype, low, high)
+
+
+def _logits(params, x_TD, precision, cosine, dtype):
+  """The raw scores, without noise, in the dtype of the router."""
+  if cosine:
+    x_TD, kernel_DE = scores.unit(x_TD, -1), scores.unit(params["kernel"], 0)
+    logits_TE = scores.logits({"kernel": kernel_DE}, x_TD, precision)
+    logits_TE /= params["temperature"].astype(logits_TE.dtype)[None, :]
+    if "kernel_bias" in params:
+      logits_TE += params["kernel_bias"].astype(logits_TE.dtype)[None, :]
+  else:
+    if dtype == "bfloat16":
+      x_TD, params = jax.tree.map(_rounded, (x_TD, params))
+    logits_TE = scores.logits(params, x_TD, precision)
+  return logits_TE.astype(jnp.bfloat16) if dtype == "bfloat16" else logits_TE
+
+
+def _rounded(x):
+  """x with the values of bfloat16."""
+  return x.astype(jnp.bfloat16).astype(x.dtype)
+
+
+def _noisy(logits_TE, rng, noise):
+  """The logits plus N(0, noise^2), if there is a key."""
+  if not noise or rng is None:
+    return logits_TE
+  return logits_TE + noise * jax.random.normal(
+    rng, logits_TE.shape, logits_TE.dtype
   )
-  params = {"kernel": initializer(rng, (d_model, num_experts))}
-  if use_bias:
-    params["kernel_bias"] = jnp.zeros(num_experts)
-  return params
 
 
-def _logits(params, x_TD, rngs, jitter, noise, precision):
-  """x W + b; rngs are keys for jitter and noise, or None for neither."""
-  dtype = jnp.promote_types(x_TD.dtype, jnp.float32)
-  x_TD = x_TD.astype(dtype)
-  if jitter and rngs[0] is not None:
-    low, high = 1 - jitter, 1 + jitter
-    x_TD *= jax.random.uniform(rngs[0], x_TD.shape, dtype, low, high)
-  kernel_DE = params["kernel"].astype(dtype)
-  logits_TE = jnp.dot(x_TD, kernel_DE, precision=precision)
-  if "kernel_bias" in params:
-    logits_TE += params["kernel_bias"].astype(dtype)[None, :]
-  if noise and rngs[1] is not None:
-    logits_TE += noise * jax.random.normal(rngs[1], logits_TE.shape, dtype)
-  return logits_TE
+def chances(logits_TE, noisy_TE, expert_TK, noise):
+  """The chance that an expert, with fresh noise, reaches the K-th score."""
+  last_T1 = jnp.take_along_axis(noisy_TE, expert_TK, axis=-1).min(
+    -1, keepdims=True
+  )
+  far_TE = (scores.wide(logits_TE) - scores.wide(last_T1)) / noise
+  return jax.scipy.stats.norm.cdf(far_TE)
 
 
 def _in_groups(
@@ -197,6 +243,8 @@ def _in_groups(
 ):
   """The arguments of `choose`, with the selection score `outside` for experts
   beyond the best groups."""
+  if top_groups == num_groups:
+    return selection_TE, logits_TE, saturated_TE
 
   def by_group(x_TE):
     return x_TE.reshape(len(x_TE), num_groups, -1)
@@ -205,54 +253,19 @@ def _in_groups(
     GROUP_SCORES[score](by_group(x)) for x in (selection_TE, logits_TE)
   ]
   full_TG = None if saturated_TE is None else by_group(saturated_TE).any(-1)
-  best = choose(*of_groups, full_TG, top_groups)
+  best = scores.choose(*of_groups, full_TG, top_groups)
   inside = jax.nn.one_hot(best, num_groups, dtype=bool).any(1)
-  selection_TGE = jnp.where(inside[..., None], by_group(selection_TE), outside)
+  selection_TGE = by_group(selection_TE)
+  selection_TGE = jnp.where(inside[..., None], selection_TGE, float(outside))
   return selection_TGE.reshape(selection_TE.shape), logits_TE, saturated_TE
 
 
-def choose(selection_TE, logits_TE, saturated_TE, top_k: int):
-  """The K experts with the largest selection scores, best first: expert_TK.
-
-  A score that has saturated, at 0 or 1, no longer tells experts apart: of such
-  experts with the same selection score those with larger logits are chosen.
-
-  Args:
-    selection_TE: scores that choose.
-    logits_TE: the router's raw scores.
-    saturated_TE: bool; None: no score can saturate.
-    top_k: K.
-  """
-  if saturated_TE is None or top_k == selection_TE.shape[1]:
-    return jax.lax.top_k(selection_TE, top_k)[1]
-  # No slice of these: XLA on CPU would sort all scores for that.
-  best_TK, expert_TK = jax.lax.top_k(selection_TE, top_k)
-  last_T1 = best_TK.min(-1, keepdims=True)
-  tied_TE = selection_TE == last_T1
-  more_T1 = (selection_TE >= last_T1).sum(-1, keepdims=True) > top_k
-  unclear_T1 = more_T1 & (tied_TE & saturated_TE).any(-1, keepdims=True)
-  tied_TE = jnp.where(tied_TE, logits_TE, -jnp.inf)
-  _, tied_TK = jax.lax.top_k(tied_TE, top_k)
-  # The j-th of the tied stands behind those above them.
-  above_TK = best_TK > last_T1
-  place_TK = jnp.maximum(jnp.cumsum(~above_TK, axis=1) - 1, 0)
-  tied_TK = jnp.take_along_axis(tied_TK, place_TK, axis=1)
-  # Computed for every token: to ask whether any needs it stops an accelerator.
-  return jnp.where(unclear_T1 & ~above_TK, tied_TK, expert_TK)
-
-
-def weigh(expert_TK, logits_TE, score_TE, score):
-  """(the scores of the chosen experts, these over their sum).
-
-  Where the scores that chose are the logits, the chosen ones are scored here.
-  """
-  # Not top_k's values: a recompute must read what this pass chose.
-  chosen_TK = jnp.take_along_axis(logits_TE, expert_TK, axis=-1)
-  # Scores over their sum, also where they all underflow.
-  shares_TK = jax.nn.softmax(LOG_SCORES[score](chosen_TK))
-  if score_TE is logits_TE:
-    return SCORES[score](chosen_TK), shares_TK
-  return jnp.take_along_axis(score_TE, expert_TK, axis=-1), shares_TK
+def _times_own(weight_TK, expert_TK, params):
+  """The weights times the experts' own scales, if they have any."""
+  if "expert_scale" not in params:
+    return weight_TK
+  own_E = jnp.asarray(params["expert_scale"], weight_TK.dtype)
+  return weight_TK * own_E[expert_TK]
 
 
 def _valid(mask_T, shares_TK, second_expert, rng):

@@ -67,7 +67,14 @@ class Block(nn.Module):
   def __call__(self, x_BLD, rng, first, index, train):
     h_BLD = nn.LayerNorm(name="norm")(x_BLD)
     moe = MoE(self.kind.recipe, self.kind.grouping, self.mesh, name="moe")
+    batch, length, _ = h_BLD.shape
+    position_BL = jnp.tile(jnp.arange(length)[None], (batch, 1))
     y_BLD, stats, _ = moe(
-      h_BLD, rng=rng, first=first, layer_index=index, train=train
+      h_BLD,
+      features={"position": position_BL},
+      rng=rng,
+      first=first,
+      layer_index=index,
+      train=train,
     )
     return x_BLD + y_BLD, {"moe": {"stats": stats}}

@@ -1,32 +1,31 @@
 """Expert choice: every expert takes its C best tokens (2202.09368, 3.2).
 
-S = softmax(x W) over experts; expert e takes the C = T K / E tokens with the
-largest S_te and weighs them by it. Loads are equal by construction, a token
-gets any number of experts, and later tokens decide about earlier ones, so it is
-not for decoders.
+S = softmax(x W) over experts; expert e takes the C = T K / E tokens with the largest
+S_te and weighs them by it. Loads are equal by construction and nothing is dropped; a
+token gets any number of experts, also none.
+
+Later tokens decide about earlier ones. In a decoder's training that leaks what comes
+next, so decoders refuse it unless model.allow_noncausal is set; `expert_threshold` is
+its causal relative.
 """
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.moe.types import Router, Routing, SlotChoice
+from moe_jax.core.options import integer
+from moe_jax.moe import scores
+from moe_jax.moe.types import GIVEN, Router, Routing, SlotChoice
 
 CONTRACT_OPTIONS = {"top_k": 2}
 
 
-def build(top_k: int) -> Router:
+def build(top_k: integer(1)) -> Router:
   """Args: top_k: K, experts of a token on average."""
-
-  def init(rng, d_model, num_experts):
-    initializer = jax.nn.initializers.lecun_normal()
-    return {"kernel": initializer(rng, (d_model, num_experts))}
 
   def route(params, x_TD, *, num_experts, select, side, rng):
     del rng
-    dtype = jnp.promote_types(x_TD.dtype, jnp.float32)
-    kernel_DE = params["kernel"].astype(dtype)
-    logits_TE = jnp.dot(x_TD.astype(dtype), kernel_DE, precision="highest")
+    logits_TE = scores.logits(params, x_TD)
     prob_TE = jax.nn.softmax(logits_TE)
     slots = max(1, x_TD.shape[0] * top_k // num_experts)
     wanted_TE = jnp.where(side.mask_T[:, None], select(prob_TE), -jnp.inf)
@@ -37,13 +36,13 @@ def build(top_k: int) -> Router:
       weight_EC=jnp.take_along_axis(prob_TE.T, token_EC, axis=1),
       valid_EC=side.mask_T[token_EC],
     )
-    return Routing(choice, prob_TE=prob_TE, logits_TE=logits_TE)
+    return Routing(choice, prob_TE, logits_TE, score_TE=prob_TE)
 
-  axes = {"kernel": ("embed", None)}
   return Router(
-    *(init, axes, route),
+    *(scores.linear, scores.LINEAR_AXES, route),
     causal=False,
     fixed=False,
     average_k=float(top_k),
     form=SlotChoice,
+    gives=(GIVEN - {"token_choice"}) | {"score_range"},
   )

@@ -1,0 +1,64 @@
+"""BIP-based balancing: biases of a batch, found inside of the batch (2502.15451).
+
+The balanced assignment of n tokens to E experts, K each, is a linear programme. Its
+dual has a price p_t for every token and q_e for every expert, which some sweeps find
+before the tokens choose by s_te - q_e:
+
+  p_t = max(0, the (K+1)-th largest of s_te - q_e over experts)
+  q_e = max(0, the (n K/E + 1)-th largest of s_te - p_t over tokens)
+
+At that q a score ties with another one, by construction, and rounding would decide.
+Any q up to the (n K/E)-th largest is as good, and the middle is taken here.
+
+Loads are even from the first step on. Prices see all tokens of a group, so that a
+token's experts depend on later tokens: for decoders it is an upper bound, and needs
+model.allow_noncausal. `quantile` is the same dual with the prices of the step before.
+
+We had the paper's abstract and its discussion. That a step starts with the prices
+of the one before is not built: sweeps start at q = 0.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.core.options import integer
+from moe_jax.moe.types import Balancer
+
+CONTRACT_OPTIONS = {"top_k": 2}
+
+
+def build(top_k: integer(1), sweeps: integer(1) = 4) -> Balancer:
+  """Args:
+  top_k: K.
+  sweeps: over p and q; 2 to 14 in the paper.
+  """
+
+  def select(state, score_TE, mask_T):
+    del state
+    score_TE = jax.lax.stop_gradient(score_TE)
+    price_E = prices(score_TE, mask_T, top_k, sweeps)
+    return score_TE - price_E[None, :]
+
+  return Balancer(select=select, causal=False)
+
+
+def prices(score_TE, mask_T, top_k: int, sweeps: int):
+  """The prices q of the experts for one group: q_E, 0 or more."""
+  tokens, num_experts = score_TE.shape
+  full_T = (mask_T.sum() * top_k) // num_experts  # Tokens of a full expert.
+  last = min(top_k + 1, num_experts)
+
+  def sweep(_, price_E):
+    net_TE = score_TE - price_E[None, :]
+    price_T = jnp.maximum(jax.lax.top_k(net_TE, last)[0][:, -1], 0)
+    left_TE = score_TE - price_T[:, None]
+    left_TE = jnp.where(mask_T[:, None], left_TE, -jnp.inf)
+    down_TE = -jnp.sort(-left_TE, axis=0)
+    # Without a token beyond the full experts nothing has a price.
+    next_E = down_TE[jnp.minimum(full_T, tokens - 1)]
+    last_E = down_TE[jnp.maximum(full_T - 1, 0)]
+    middle_E = (jnp.maximum(next_E, 0) + jnp.maximum(last_E, 0)) / 2
+    return jnp.where((mask_T.sum() > full_T) & (next_E > 0), middle_E, 0)
+
+  zero_E = jnp.zeros_like(score_TE[0])
+  return jax.lax.fori_loop(0, sweeps, sweep, zero_E)

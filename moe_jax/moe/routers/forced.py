@@ -1,0 +1,78 @@
+"""Forced loads: experts by number, whatever the tokens are, for benchmarks.
+
+Expert e gets a share of the assignments proportional to (e + 1)^-exponent: all the
+same with 0, and the more uneven the larger the exponent is. No expert can have more
+than every token. Token t takes the experts at the points u_t, u_t + 1, ... of the
+running sum of the shares times K, with u_t = t * golden ratio mod 1: different experts
+for a token, and loads that are right for any number of tokens, not only on average.
+
+Weights are softmax scores, so that the whole layer is computed as in training. With it
+one measures what imbalance costs, and nothing else (Megatron-Core has the like).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from moe_jax.core.options import integer, number
+from moe_jax.moe import scores
+from moe_jax.moe.types import GIVEN, Router, Routing, TokenChoice
+
+CONTRACT_EXCEPTIONS = {
+  "expert_symmetry": "chooses by number of expert",
+  "token_symmetry": "chooses by place",
+  "causality": "neither choices nor slots depend on any token",
+}
+_GOLDEN = (5**0.5 - 1) / 2
+
+
+def build(top_k: integer(1), exponent: number(0) = 0.0) -> Router:
+  """Args:
+  top_k: K.
+  exponent: of the loads, see the head of this file; 0: balanced.
+  """
+
+  def route(params, x_TD, *, num_experts, select, side, rng):
+    del select, rng
+    logits_TE = scores.logits(params, x_TD)
+    prob_TE = jax.nn.softmax(logits_TE)
+    expert_TK = jnp.asarray(table(len(x_TD), num_experts, top_k, exponent))
+    expert_TK = checkpoint_name(expert_TK, "expert")
+    choice = TokenChoice(
+      expert_TK,
+      jnp.take_along_axis(prob_TE, expert_TK, axis=-1),
+      jnp.broadcast_to(side.mask_T[:, None], expert_TK.shape),
+    )
+    return Routing(choice, prob_TE, logits_TE)
+
+  return Router(
+    *(scores.linear, scores.LINEAR_AXES, route),
+    causal=True,
+    top_k=top_k,
+    gives=GIVEN - {"selection"},
+  )
+
+
+def shares(num_experts: int, top_k: int, exponent: float) -> np.ndarray:
+  """Experts' chances to be among a token's K: they add up to K, none above 1."""
+  wanted_E = np.arange(1, num_experts + 1) ** -float(exponent)
+  full = 0  # The first experts have every token.
+  while True:
+    rest_E = wanted_E[full:] / wanted_E[full:].sum() * (top_k - full)
+    more = int((rest_E > 1).sum())
+    if not more:
+      return np.concatenate([np.ones(full), rest_E])
+    full += more
+
+
+@functools.lru_cache(maxsize=32)
+def table(tokens: int, num_experts: int, top_k: int, exponent: float):
+  """expert_TK of a group."""
+  ends_E = np.cumsum(shares(num_experts, top_k, exponent))
+  start_T = np.arange(tokens) * _GOLDEN % 1
+  points_TK = start_T[:, None] + np.arange(top_k)
+  expert_TK = np.searchsorted(ends_E, points_TK, side="right")
+  return np.minimum(expert_TK, num_experts - 1).astype(np.int32)

@@ -1,0 +1,85 @@
+"""Sinkhorn routing: choices by a balanced plan of the whole group.
+
+The plan is exp(x W) with rows and columns scaled in turn, until every token has the
+same total and every expert too:
+
+  chosen = top-k of the plan;  w = softmax or sigmoid of the logits of the chosen
+
+(S-BASE of Clark et al., 2202.01169, 3; Megatron-Core.) Weights know nothing of the
+plan, which has no gradient. Outside of training (without a key) logits choose.
+
+Loads are nearly even from the first step without any loss. The plan depends on all
+tokens of the group, so it is not for decoders: they refuse it unless
+model.allow_noncausal is set.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from moe_jax.core.errors import ConfigError
+from moe_jax.core.options import integer, word
+from moe_jax.moe import scores
+from moe_jax.moe.types import GIVEN, Router, Routing, TokenChoice
+
+CONTRACT_OPTIONS = {"top_k": 2, "at_evaluation": True}
+
+
+def build(
+  top_k: integer(1),
+  sweeps: integer(1) = 8,
+  score: word("softmax", "sigmoid") = "sigmoid",
+  at_evaluation: bool = False,
+) -> Router:
+  """Args:
+  top_k: K.
+  sweeps: of scaling rows and columns.
+  score: of the weights: "sigmoid", or "softmax" over the chosen ones.
+  at_evaluation: whether the plan chooses without a key too.
+  """
+  if top_k == 1 and score == "softmax":
+    raise ConfigError(
+      "with top_k = 1 a softmax over the chosen expert is always 1, so the router"
+      ' would learn nothing from the task; set score = "sigmoid"'
+    )
+
+  def route(params, x_TD, *, num_experts, select, side, rng):
+    del num_experts, select  # The plan is the selection.
+    logits_TE = scores.logits(params, x_TD)
+    selection_TE = jax.lax.stop_gradient(logits_TE)
+    if at_evaluation or rng is not None:
+      selection_TE = log_plan(selection_TE, side.mask_T, sweeps)
+    _, expert_TK = jax.lax.top_k(selection_TE, top_k)
+    expert_TK = checkpoint_name(expert_TK, "expert")
+    weights_TK = scores.weigh(
+      expert_TK, logits_TE, scores.SCORES[score](logits_TE), score
+    )
+    choice = TokenChoice(
+      expert_TK,
+      weights_TK[score == "softmax"],
+      jnp.broadcast_to(side.mask_T[:, None], expert_TK.shape),
+    )
+    return Routing(choice, jax.nn.softmax(logits_TE), logits_TE)
+
+  return Router(
+    *(scores.linear, scores.LINEAR_AXES, route),
+    causal=False,
+    top_k=top_k,
+    gives=GIVEN - {"selection"},
+  )
+
+
+def log_plan(logits_TE, mask_T, sweeps: int):
+  """The logarithm of the plan, up to a number for each token."""
+  masked_TE = jnp.where(mask_T[:, None], logits_TE, -jnp.inf)
+
+  def sweep(_, column_E):
+    row_T1 = jax.nn.logsumexp(
+      masked_TE - column_E[None, :], axis=1, keepdims=True
+    )
+    row_T1 = jnp.where(mask_T[:, None], row_T1, 0)
+    column_E = jax.nn.logsumexp(masked_TE - row_T1, axis=0)
+    return jnp.where(mask_T.any(), column_E, 0)
+
+  column_E = jax.lax.fori_loop(0, sweeps, sweep, jnp.zeros_like(logits_TE[0]))
+  return logits_TE - column_E[None, :]
