@@ -1,5 +1,7 @@
 """Routers beside `top_k`, each against plain loops from its paper."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,97 +11,555 @@ from configs import tiny
 from moe_jax.core import registry
 from moe_jax.core.errors import ConfigError
 from moe_jax.moe import layer
+from moe_jax.moe.routers import forced, sinkhorn
 from moe_jax.moe.routers import hash as hash_router
-from moe_jax.moe.types import Side
+from moe_jax.moe.types import Side, SlotChoice
 from moe_jax.tasks import next_token
 from moe_jax.training import program
 from tests import oracle
 
-T, D, E, V = 6, 5, 8, 40
+T, D, E, V = 12, 5, 8, 40
 
 
-def routed(router, kernel_DE, x_TD, side):
+def routed(router, params, x_TD, side, rng=None, balance=None, balancers=()):
   """The decision of a router for one group, in float64."""
   with jax.enable_x64(True):
-    recipe = layer.Recipe(E, router, None, None)
+    recipe = layer.Recipe(E, router, None, None, balancers=balancers)
     routing = layer.route(
       recipe,
-      {"kernel": jnp.asarray(kernel_DE)} if router.axes else {},
-      {},
+      jax.tree.map(jnp.asarray, params),
+      balance or {},
       jnp.asarray(x_TD)[None],
       jax.tree.map(lambda x: jnp.asarray(x)[None], side),
-      None,
+      None if rng is None else rng[None],
     )
     return jax.tree.map(lambda x: np.asarray(x)[0], routing)
 
 
 def drawn(seed):
   rng = np.random.default_rng(seed)
-  kernel_DE, x_TD = rng.normal(size=(D, E)), rng.normal(size=(T, D))
-  token_T = rng.integers(0, V, T)
-  return kernel_DE, x_TD, Side(np.arange(T) != 2, {"token_id": token_T})
+  params = {
+    "kernel": rng.normal(size=(D, E)),
+    "groups": rng.normal(size=(D, 4)),
+    "noise_kernel": rng.normal(size=(D, E)),
+  }
+  features = {
+    "token_id": rng.integers(0, V, T),
+    "timestep": rng.random(T),
+  }
+  return params, rng.normal(size=(T, D)), Side(np.arange(T) != 2, features)
 
 
-def scores_by_hand(x_D, kernel_DE, score):
-  """The scores of all experts for one token."""
-  logits = [sum(x * w for x, w in zip(x_D, column)) for column in kernel_DE.T]
-  if score == "sigmoid":
-    return [1 / (1 + np.exp(-z)) for z in logits]
-  whole = sum(np.exp(z) for z in logits)
-  return [np.exp(z) / whole for z in logits]
+def of_router(router, params):
+  return {k: params[k] for k in router.axes}
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("renormalize", [False, True])
-def test_hash_weighs_the_experts_of_its_table(score, renormalize):
-  options = {"score": score, "renormalize": renormalize, "scale": 2.5}
-  router = registry.load("routers", "hash", top_k=3, vocab_size=V, **options)
+def logits_by_hand(x_D, kernel_DE):
+  return [sum(x * w for x, w in zip(x_D, column)) for column in kernel_DE.T]
+
+
+def softmax_by_hand(logits):
+  whole = sum(np.exp(z - max(logits)) for z in logits)
+  return [np.exp(z - max(logits)) / whole for z in logits]
+
+
+def sigmoid_by_hand(logits):
+  return [1 / (1 + np.exp(-z)) for z in logits]
+
+
+SCORES = {"softmax": softmax_by_hand, "sigmoid": sigmoid_by_hand}
+
+
+def best_by_hand(values, count):
+  """The indices of the largest values, the largest first."""
+  return sorted(range(len(values)), key=lambda i: -values[i])[:count]
+
+
+# By-hand routers: (params, x_TD, side) -> weights w_TE of all experts, with 0 for
+# those that are not chosen.
+
+
+def hash_by_hand(score, renormalize):
   table_VK = hash_router.drawn(V, E, 3, seed=0)
-  assert all(len({*row}) == 3 for row in table_VK.tolist())
 
-  def weights_by_hand(kernel_DE, x_TD, side):
-    rows = []
-    for x_D, token in zip(x_TD, side.features["token_id"]):
-      scores = scores_by_hand(x_D, kernel_DE, score)
-      chosen = [scores[e] for e in table_VK[token]]
-      whole = sum(chosen) if renormalize else 1
-      rows.append([2.5 * w / whole for w in chosen])
-    return np.array(rows)
+  def weights(params, x_TD, side):
+    w_TE = np.zeros((T, E))
+    for t, token in enumerate(side.features["token_id"]):
+      scores = SCORES[score](logits_by_hand(x_TD[t], params["kernel"]))
+      whole = sum(scores[e] for e in table_VK[token]) if renormalize else 1
+      for e in table_VK[token]:
+        w_TE[t, e] = 2.5 * scores[e] / whole
+    return w_TE
 
-  kernel_DE, x_TD, side = drawn(1)
-  choice = routed(router, kernel_DE, x_TD, side).choice
-  tokens_T = side.features["token_id"]
-  np.testing.assert_array_equal(choice.expert_TK, table_VK[tokens_T])
-  np.testing.assert_array_equal(
-    choice.valid_TK, side.mask_T[:, None] & [True] * 3
+  return weights
+
+
+def expert_choice_by_hand(params, x_TD, side):
+  """2202.09368, 3.2: every expert takes its best tokens."""
+  score_TE = np.array(
+    [softmax_by_hand(logits_by_hand(x, params["kernel"])) for x in x_TD]
   )
-  expected_TK = weights_by_hand(kernel_DE, x_TD, side)
-  np.testing.assert_allclose(choice.weight_TK, expected_TK, rtol=1e-9)
+  w_TE, real = np.zeros((T, E)), np.flatnonzero(side.mask_T)
+  for e in range(E):
+    for t in sorted(real, key=lambda t: -score_TE[t, e])[: T * 2 // E]:
+      w_TE[t, e] = score_TE[t, e]
+  return w_TE
 
-  # The gradient of the kernel, along a drawn direction.
+
+def sinkhorn_by_hand(score):
+  def weights(params, x_TD, side):
+    """Rows and columns of the plan scaled in turn, of real tokens alone."""
+    logits_TE = np.array([logits_by_hand(x, params["kernel"]) for x in x_TD])
+    real = np.flatnonzero(side.mask_T)
+    plan = np.exp(logits_TE[real])
+    for _ in range(8):
+      plan = plan / plan.sum(1, keepdims=True)
+      plan = plan / plan.sum(0, keepdims=True)
+    w_TE = np.zeros((T, E))
+    for row, t in enumerate(real):
+      chosen = best_by_hand(plan[row], 2)
+      own = [logits_TE[t, e] for e in chosen]
+      for e, w in zip(chosen, SCORES[score](own)):
+        w_TE[t, e] = w
+    return w_TE
+
+  return weights
+
+
+def relu_by_hand(params, x_TD, side):
+  """2412.14711, eq. 3, with at most 3 experts."""
+  w_TE = np.zeros((T, E))
+  for t, x_D in enumerate(x_TD):
+    logits = logits_by_hand(x_D, params["kernel"])
+    for e in best_by_hand(logits, 3):
+      w_TE[t, e] = max(logits[e], 0)
+  return w_TE
+
+
+def top_p_by_hand(renormalize):
+  def weights(params, x_TD, side):
+    w_TE = np.zeros((T, E))
+    for t, x_D in enumerate(x_TD):
+      probs = softmax_by_hand(logits_by_hand(x_D, params["kernel"]))
+      chosen, reached = [], 0
+      for e in best_by_hand(probs, 4):
+        if reached < 0.7:
+          chosen.append(e)
+          reached += probs[e]
+      for e in chosen:
+        w_TE[t, e] = probs[e] / (reached if renormalize else 1)
+    return w_TE
+
+  return weights
+
+
+def threshold_by_hand(params, x_TD, side):
+  w_TE = np.zeros((T, E))
+  for t, x_D in enumerate(x_TD):
+    scores = sigmoid_by_hand(logits_by_hand(x_D, params["kernel"]))
+    above = [s - b for s, b in zip(scores, THRESHOLD_E)]
+    for e in best_by_hand(above, 3):
+      if above[e] > 0:
+        w_TE[t, e] = scores[e]
+  return w_TE
+
+
+THRESHOLD_E = np.linspace(0.2, 0.9, E)
+
+
+def hierarchical_by_hand(renormalize):
+  def weights(params, x_TD, side):
+    """1701.06538, appendix B: p_g of the group times q_ge inside of it."""
+    w_TE = np.zeros((T, E))
+    for t, x_D in enumerate(x_TD):
+      p = softmax_by_hand(logits_by_hand(x_D, params["groups"]))
+      logits = logits_by_hand(x_D, params["kernel"])
+      for g in best_by_hand(p, 2):
+        q = softmax_by_hand(logits[2 * g : 2 * g + 2])
+        (best,) = best_by_hand(q, 1)
+        w_TE[t, 2 * g + best] = p[g] * q[best]
+      if renormalize:
+        w_TE[t] /= w_TE[t].sum()
+    return w_TE
+
+  return weights
+
+
+def by_feature_by_hand(params, x_TD, side):
+  w_TE = np.zeros((T, E))
+  for t, step in enumerate(side.features["timestep"]):
+    block = (step >= 0.5) * 4
+    logits = logits_by_hand(x_TD[t], params["kernel"])
+    probs = softmax_by_hand(logits[block : block + 4])
+    for e in best_by_hand(probs, 2):
+      w_TE[t, block + e] = probs[e]
+  return w_TE
+
+
+def forced_by_hand(params, x_TD, side):
+  """Loads as 1 / (e + 1): the running sum of shares times K, at points."""
+  share = [1 / (e + 1) for e in range(E)]
+  share = [2 * s / sum(share) for s in share]
+  w_TE = np.zeros((T, E))
+  for t, x_D in enumerate(x_TD):
+    probs = softmax_by_hand(logits_by_hand(x_D, params["kernel"]))
+    for k in range(2):
+      point, e = t * (5**0.5 - 1) / 2 % 1 + k, 0
+      while sum(share[: e + 1]) <= point:
+        e += 1
+      w_TE[t, e] = probs[e]
+  return w_TE
+
+
+def rounded_by_hand(renormalize):
+  def weights(params, x_TD, side):
+    """Loads to multiples of 2: the worst leave, or the best spare come in."""
+    prob_TE = [
+      softmax_by_hand(logits_by_hand(x, params["kernel"])) for x in x_TD
+    ]
+    own, spare = {}, {}
+    for t in np.flatnonzero(side.mask_T):
+      ranked = best_by_hand(prob_TE[t], 4)
+      for e in ranked[:2]:
+        own.setdefault(e, []).append(t)
+      for e in ranked[2:]:
+        spare.setdefault(e, []).append(t)
+    w_TE = np.zeros((T, E))
+    for e in range(E):
+      queue = [
+        t
+        for some in (own, spare)
+        for t in sorted(some.get(e, []), key=lambda t: -prob_TE[t][e])
+      ]
+      count = (len(own.get(e, [])) + 1) // 2 * 2
+      for t in queue[:count]:
+        w_TE[t, e] = prob_TE[t][e]
+    if renormalize:
+      w_TE /= np.where(w_TE.sum(1) > 0, w_TE.sum(1), 1)[:, None]
+    return w_TE
+
+  return weights
+
+
+def top_k_by_hand(params, x_TD, side):
+  """Cosines over a temperature, and a scale of each expert's own."""
+  w_TE = np.zeros((T, E))
+  for t, x_D in enumerate(x_TD):
+    cosines = []
+    for column in params["kernel"].T:
+      length = np.sqrt(sum(column**2)) * np.sqrt(sum(x_D**2))
+      cosines.append(sum(x_D * column) / length / params["temperature"][0])
+    probs = softmax_by_hand(cosines)
+    for e in best_by_hand(probs, 2):
+      w_TE[t, e] = probs[e] * params["expert_scale"][e]
+  return w_TE
+
+
+MORE = {
+  "temperature": np.array([0.4]),
+  "expert_scale": np.linspace(0.5, 2, E),
+}
+TABLE = {"top_k": 3, "vocab_size": V, "scale": 2.5}
+FEATURE = {"feature": "timestep", "num_values": 2, "boundaries": (0.5,)}
+# (router, options, by hand)
+CASES = [
+  *(
+    (
+      "hash",
+      TABLE | {"score": score, "renormalize": renormalize},
+      hash_by_hand(score, renormalize),
+    )
+    for score in SCORES
+    for renormalize in (False, True)
+  ),
+  ("expert_choice", {"top_k": 2}, expert_choice_by_hand),
+  *(
+    (
+      "sinkhorn",
+      {"top_k": 2, "at_evaluation": True, "score": score},
+      sinkhorn_by_hand(score),
+    )
+    for score in SCORES
+  ),
+  ("relu", {"top_k": 3}, relu_by_hand),
+  *(
+    (
+      "top_p",
+      {"top_k": 4, "threshold": 0.7, "renormalize": renormalize},
+      top_p_by_hand(renormalize),
+    )
+    for renormalize in (False, True)
+  ),
+  ("expert_threshold", {"top_k": 3}, threshold_by_hand),
+  *(
+    (
+      "hierarchical",
+      {
+        **{"top_k": 2, "num_groups": 4, "top_groups": 2},
+        "renormalize": renormalize,
+      },
+      hierarchical_by_hand(renormalize),
+    )
+    for renormalize in (False, True)
+  ),
+  ("by_feature", {"top_k": 2} | FEATURE, by_feature_by_hand),
+  ("forced", {"top_k": 2, "exponent": 1.0}, forced_by_hand),
+  *(
+    (
+      "tile_rounded",
+      {"top_k": 2, "tile": 2, "renormalize": renormalize},
+      rounded_by_hand(renormalize),
+    )
+    for renormalize in (False, True)
+  ),
+  ("top_k", {"top_k": 2, "cosine": True, "expert_scale": True}, top_k_by_hand),
+]
+
+
+def dense(choice):
+  """The weights of all experts, w_TE, that a choice makes."""
+  if isinstance(choice, SlotChoice):
+    w_TE = jnp.zeros((T, E), choice.weight_EC.dtype)
+    weight_EC = jnp.where(choice.valid_EC, choice.weight_EC, 0)
+    return w_TE.at[choice.token_EC, jnp.arange(E)[:, None]].add(weight_EC)
+  w_TE = jnp.zeros((T, E), choice.weight_TK.dtype)
+  weight_TK = jnp.where(choice.valid_TK, choice.weight_TK, 0)
+  return w_TE.at[jnp.arange(T)[:, None], choice.expert_TK].add(weight_TK)
+
+
+@pytest.mark.parametrize(
+  "name,options,by_hand",
+  CASES,
+  ids=["-".join(map(str, (c[0], *c[1].values()))) for c in CASES],
+)
+def test_weights_and_their_gradients(name, options, by_hand):
+  """Against plain loops: w of every token and expert, and d w by parameter."""
+  router = registry.load("routers", name, **options)
+  params, x_TD, side = drawn(1)
+  params = of_router(router, params | MORE)
+  above = lambda score_TE: score_TE - THRESHOLD_E[None]  # noqa: E731
+  select = above if name == "expert_threshold" else lambda score_TE: score_TE
+
+  def weights(params):
+    routing = router.route(
+      *(params, jnp.asarray(x_TD)),
+      num_experts=E,
+      select=select,
+      side=jax.tree.map(jnp.asarray, side),
+      rng=None,
+    )
+    return dense(routing.choice), routing
+
+  expected_TE = by_hand(params, x_TD, side) * side.mask_T[:, None]
   rng = np.random.default_rng(2)
-  r_TK, towards_DE = rng.normal(size=(T, 3)), rng.normal(size=(D, E))
-  towards_DE /= np.linalg.norm(towards_DE)
-  numeric = oracle.gradient_along(
-    lambda leaves: (r_TK * weights_by_hand(leaves[0], x_TD, side)).sum(),
-    [kernel_DE],
-    [towards_DE],
-  )
+  factor_TE = rng.normal(size=(T, E)) * side.mask_T[:, None]
   with jax.enable_x64(True):
+    found_TE, routing = weights(jax.tree.map(jnp.asarray, params))
+    np.testing.assert_allclose(found_TE, expected_TE, rtol=1e-9, atol=1e-12)
+    if routing.prob_TE is not None:
+      np.testing.assert_allclose(routing.prob_TE.sum(-1), 1, rtol=1e-9)
+    projected = lambda params: (weights(params)[0] * factor_TE).sum()  # noqa: E731
+    gradients = jax.grad(projected)(jax.tree.map(jnp.asarray, params))
+  for leaf, gradient in gradients.items():
+    towards = rng.normal(size=gradient.shape)
+    towards /= np.linalg.norm(towards)
+    numeric = oracle.gradient_along(
+      lambda leaves, leaf=leaf: (
+        factor_TE * by_hand(params | {leaf: leaves[0]}, x_TD, side)
+      ).sum(),
+      [params[leaf]],
+      [towards],
+      eps=1e-5,
+    )
+    exact = float((np.asarray(gradient) * towards).sum())
+    assert exact == pytest.approx(numeric, rel=1e-6, abs=1e-9), leaf
 
-    def projected(kernel_DE):
-      choice = router.route(
-        {"kernel": kernel_DE},
-        jnp.asarray(x_TD),
-        num_experts=E,
-        select=None,
-        side=jax.tree.map(jnp.asarray, side),
-        rng=None,
-      ).choice
-      return (r_TK * choice.weight_TK).sum()
 
-    exact = (jax.grad(projected)(jnp.asarray(kernel_DE)) * towards_DE).sum()
-  assert float(exact) == pytest.approx(numeric, rel=1e-6)
+def test_noisy_top_k():
+  """1701.06538, eq. 3 to 5 and 9: weights, and chances by their definition."""
+  router = registry.load("routers", "noisy_top_k", top_k=2)
+  params, x_TD, side = drawn(3)
+  params = of_router(router, params)
+  key = jax.random.key(5)
+  routing = routed(router, params, x_TD, side, rng=key)
+  with jax.enable_x64(True):
+    # The same draw as the router's: what is under test is what it is used for.
+    draw_TE = np.asarray(jax.random.normal(key, (T, E), jnp.float64))
+  for t, x_D in enumerate(x_TD):
+    clean = logits_by_hand(x_D, params["kernel"])
+    size = [
+      np.log1p(np.exp(z)) for z in logits_by_hand(x_D, params["noise_kernel"])
+    ]
+    noisy = [z + n * s for z, n, s in zip(clean, draw_TE[t], size)]
+    chosen = best_by_hand(noisy, 2)
+    assert routing.choice.expert_TK[t].tolist() == chosen
+    weights = softmax_by_hand([noisy[e] for e in chosen])
+    np.testing.assert_allclose(routing.choice.weight_TK[t], weights, rtol=1e-9)
+    np.testing.assert_allclose(
+      routing.prob_TE[t], softmax_by_hand(clean), rtol=1e-9
+    )
+    for e in range(E):
+      others = sorted((noisy[i] for i in range(E) if i != e), reverse=True)
+      far = (clean[e] - others[1]) / size[e]
+      chance = (1 + math.erf(far / math.sqrt(2))) / 2
+      assert routing.chance_TE[t, e] == pytest.approx(chance, rel=1e-9)
+  # Without a key there is no noise.
+  quiet = routed(router, params, x_TD, side)
+  assert quiet.chance_TE is None
+  assert (quiet.choice.expert_TK[:, 0] == quiet.logits_TE.argmax(1)).all()
+
+
+def test_noise_kernel_learns_in_training():
+  """From the weights, and from the loss of smooth loads."""
+  router = registry.load("routers", "noisy_top_k", top_k=2)
+  params, x_TD, side = drawn(4)
+  params = jax.tree.map(jnp.asarray, of_router(router, params))
+
+  def value(params, part):
+    routing = router.route(
+      *(params, jnp.asarray(x_TD)),
+      num_experts=E,
+      select=lambda score_TE: score_TE,
+      side=jax.tree.map(jnp.asarray, side),
+      rng=jax.random.key(0),
+    )
+    weight = routing.choice.weight_TK if part == "weight" else routing.chance_TE
+    return (weight**2).sum()
+
+  for part in ("weight", "chance"):
+    gradients = jax.grad(value)(params, part)
+    assert all(abs(g).max() > 1e-3 for g in gradients.values())
+
+
+def test_sinkhorn_balances_a_group():
+  rng = np.random.default_rng(0)
+  logits_TE = rng.normal(size=(400, E)) + np.linspace(0, 3, E)
+  mask_T = np.arange(400) < 360
+  plan_TE = sinkhorn.log_plan(
+    jnp.asarray(logits_TE), jnp.asarray(mask_T), sweeps=30
+  )
+  vios = []
+  for scores_TE in (logits_TE, np.asarray(plan_TE)):
+    chosen_TK = np.argsort(-scores_TE, axis=1)[mask_T, :2]
+    vios.append(oracle.max_vio(np.bincount(chosen_TK.ravel(), minlength=E)))
+  # The plan is soft, and its largest entries are not quite as even.
+  assert vios[0] > 1.5 and vios[1] < 0.25
+  # Outside of training logits choose, unless it is told otherwise.
+  router = registry.load("routers", "sinkhorn", top_k=2)
+  params, x_TD, side = drawn(5)
+  params = of_router(router, params)
+  routing = routed(router, params, x_TD, side)
+  best_T = routing.logits_TE.argmax(1)
+  np.testing.assert_array_equal(routing.choice.expert_TK[:, 0], best_T)
+
+
+def test_loads_are_forced():
+  """As wanted to a token, and no expert above all tokens."""
+  for exponent in (0.0, 0.5, 1.0, 3.0):
+    share_E = forced.shares(16, 4, exponent)
+    assert share_E.max() <= 1 and share_E.sum() == pytest.approx(4)
+    table_TK = forced.table(1000, 16, 4, exponent)
+    assert all(len({*row}) == 4 for row in table_TK.tolist())
+    count_E = np.bincount(table_TK.ravel(), minlength=16)
+    assert abs(count_E - 1000 * share_E).max() <= 3
+    if exponent == 0:
+      assert np.ptp(count_E) <= 5
+  assert (forced.shares(16, 4, 3.0)[:2] == 1).all()
+
+
+def test_tiles():
+  """Loads are multiples of the tile, and near those of top-k."""
+  rng = np.random.default_rng(1)
+  x_TD, kernel_DE = rng.normal(size=(300, D)), rng.normal(size=(D, E))
+  router = registry.load("routers", "tile_rounded", top_k=2, tile=16)
+  side = Side(np.arange(300) < 280)
+  choice = routed(router, {"kernel": kernel_DE}, x_TD, side).choice
+  counts = []
+  for some in (slice(None), slice(0, 2)):
+    valid_TK = choice.valid_TK if some == slice(None) else side.mask_T[:, None]
+    expert_TK = choice.expert_TK[:, some]
+    valid_TK = np.broadcast_to(valid_TK, expert_TK.shape)
+    counts.append(np.bincount(expert_TK[valid_TK], minlength=E))
+  rounded_E, plain_E = counts
+  assert (rounded_E % 16 == 0).all() and (rounded_E > 0).any()
+  assert abs(rounded_E - plain_E).max() <= 8
+  assert (plain_E % 16 != 0).any()
+
+
+def test_a_threshold_for_each_expert():
+  """With the balancer's state experts get their share of tokens like these."""
+  rng = np.random.default_rng(2)
+  tokens, share = 4000, 2 / E
+  kernel_DE = rng.normal(size=(D, E))
+  router = registry.load("routers", "expert_threshold", top_k=E)
+  balancer = registry.load("balancers", "threshold", share=share, decay=0.5)
+  state, recipe = balancer.init(E), None
+  recipe = layer.Recipe(E, router, None, None, balancers=(("t", balancer),))
+  loads = []
+  for _ in range(4):
+    x_TD = jnp.asarray(rng.normal(size=(tokens, D)), jnp.float32)
+    routing = layer.route(
+      *(recipe, {"kernel": jnp.asarray(kernel_DE, jnp.float32)}, {"t": state}),
+      *(x_TD[None], Side(jnp.ones((1, tokens), bool)), None),
+    )
+    routing = jax.tree.map(lambda x: x[0], routing)
+    loads.append(dense_counts(routing.choice))
+    observed = balancer.observe(state, routing, jnp.ones(tokens, bool))
+    observed = jax.tree.map(lambda x: x[None, None], observed)
+    stats = type("", (), {"observed": observed})
+    state = balancer.update(state, stats, 0)
+  assert (loads[0] == tokens).all(), "there are no thresholds yet"
+  np.testing.assert_allclose(loads[-1] / tokens, share, rtol=0.15)
+
+
+def dense_counts(choice):
+  expert_TK = np.asarray(choice.expert_TK)
+  return np.bincount(expert_TK[np.asarray(choice.valid_TK)], minlength=E)
+
+
+@pytest.mark.parametrize(
+  "name,options,words",
+  [
+    ("noisy_top_k", {"top_k": E}, "needs top_k = 8 below num_experts = 8"),
+    ("sinkhorn", {"top_k": 1, "score": "softmax"}, "would learn nothing"),
+    (
+      "hierarchical",
+      {"top_k": 3, "num_groups": 4, "top_groups": 2},
+      "top_groups = 2 to divide top_k = 3",
+    ),
+    ("hierarchical", {"top_k": 2, "num_groups": 3}, "num_groups = 3 groups"),
+    ("hierarchical", {"top_k": 4, "num_groups": 4}, "4 experts in each"),
+    (
+      "hierarchical",
+      {"top_k": 1, "num_groups": 4, "renormalize": True},
+      "would learn nothing",
+    ),
+    ("tile_rounded", {"top_k": 5, "tile": 8}, "looks at 2 top_k = 10"),
+    ("by_feature", {"top_k": 5} | FEATURE, "2 equal blocks of top_k = 5"),
+    (
+      "by_feature",
+      {"top_k": 1} | FEATURE | {"boundaries": (0.1, 0.2)},
+      "not 1 rising numbers",
+    ),
+    (
+      "by_feature",
+      {"top_k": 1, "feature": "x", "num_values": 3, "boundaries": (2.0, 1.0)},
+      "not 2 rising numbers",
+    ),
+  ],
+)
+def test_options_that_do_not_fit(name, options, words):
+  with pytest.raises(ConfigError, match=words):
+    router = registry.load("routers", name, **options)
+    router.init(jax.random.key(0), D, E)
+
+
+def test_a_feature_that_is_missing():
+  router = registry.load("routers", "by_feature", top_k=1, **FEATURE)
+  params, x_TD, side = drawn(0)
+  side = side.replace(features={"position": np.arange(T)})
+  with pytest.raises(ConfigError, match='"timestep".*it gives: position'):
+    routed(router, of_router(router, params), x_TD, side)
 
 
 def test_hash_with_equal_weights_has_nothing_to_learn():
@@ -107,7 +567,8 @@ def test_hash_with_equal_weights_has_nothing_to_learn():
     "routers", "hash", top_k=2, vocab_size=V, weights="equal", seed=3
   )
   assert router.init(jax.random.key(0), D, E) == {}
-  routing = routed(router, *drawn(0))
+  params, x_TD, side = drawn(0)
+  routing = routed(router, {}, x_TD, side)
   assert (routing.choice.weight_TK == 0.5).all()
   assert routing.logits_TE is None
   expected_TE = np.zeros((T, E))
@@ -163,9 +624,9 @@ def test_what_hash_refuses(tmp_path):
   assert "cannot be read" in refused(counts=str(tmp_path / "text.npy"))
   assert "would learn nothing" in refused(top_k=1, renormalize=True)
   router = registry.load("routers", "hash", top_k=2, vocab_size=V)
-  kernel_DE, x_TD, side = drawn(0)
+  params, x_TD, side = drawn(0)
   with pytest.raises(ConfigError, match="needs side.features"):
-    routed(router, kernel_DE, x_TD, side.replace(features={}))
+    routed(router, of_router(router, params), x_TD, side.replace(features={}))
 
 
 def test_a_decoder_chooses_by_token():
