@@ -17,6 +17,7 @@ KEYS = ("scale", "arm", "seed", "config_digest")
 ORIGIN = ("data", "revision")
 COST = ("steps", "active_parameters", "total_parameters", "train_flops")
 DIVERGED = "diverged"  # Column of runs that diverged, and have no metrics.
+WHOLE = ("max_vio", "beyond_capacity/1.25")  # Metrics averaged over all steps.
 _POINTS = 100  # Maximum of training points in a curve.
 _LAST = 0.25  # The part of training that `summary` averages over.
 
@@ -171,14 +172,19 @@ def summary(lines: list[dict], validation: dict[str, float]) -> dict:
     validation: metrics of the validation split at the end.
 
   Returns:
-    The validation metrics, and train/NAME: the training metrics' mean over the
-    last quarter of the steps.
+    The validation metrics; train/NAME: the training metrics' mean over the last
+    quarter of the steps; and whole/NAME: the mean of some over all steps.
   """
+  whole = grouped((k, line[k]) for line in lines for k in WHOLE if k in line)
   late = [x for x in lines if x["step"] > (1 - _LAST) * lines[-1]["step"]]
   # A line of steps that were all skipped has no metrics.
   values = grouped(item for line in late for item in line.items())
   means = {k: v for k, v in values.items() if k not in ("step", "split")}
-  return validation | {f"train/{k}": sum(v) / len(v) for k, v in means.items()}
+  return validation | {
+    f"{part}/{k}": sum(v) / len(v)
+    for part, some in (("train", means), ("whole", whole))
+    for k, v in some.items()
+  }
 
 
 def write_csv(path: pathlib.Path, rows: list[dict]) -> None:

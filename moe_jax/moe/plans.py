@@ -15,6 +15,8 @@ from moe_jax.core import parallel
 from moe_jax.moe import dispatchers, types
 from moe_jax.moe.types import Array, Loads, Rows
 
+FACTORS = (1.0, 1.25)  # Capacity factors at which drops are counted.
+
 
 class Tokens(NamedTuple):
   """Facts about the tokens that loads are counted of.
@@ -173,8 +175,20 @@ def report(
     entropy=by_sequence(jax.scipy.special.entr(prob_GTE).sum(-1)),
     extra={k: by_sequence(v) for k, v in routing.extra.items()},
     observed=_observe(recipe, routing, mask_GT, balance),
+    beyond=_beyond(loads.count_E.sum(1).astype(dtype)),
     groups_per_sequence=recipe.groups_per_sequence,
   )
+
+
+def _beyond(count_GE):
+  """{capacity factor: what experts would have no slot for}, [G, 1] each."""
+  mean_G1 = count_GE.mean(-1, keepdims=True)
+  return {
+    str(factor): jnp.maximum(count_GE - factor * mean_G1, 0).sum(
+      -1, keepdims=True
+    )
+    for factor in FACTORS
+  }
 
 
 def _observe(recipe, routing, mask_GT, balance):

@@ -194,6 +194,8 @@ class Stats(Loads):
   entropy: sum of the entropy of prob_TE, in nats.
   extra: sums of what the router reported for each token.
   observed: {balancer label: sums of its `observe`}, of whole groups, S = 1.
+  beyond: {capacity factor: assignments beyond that factor times the mean load of
+    their group}, of whole groups, S = 1.
   groups_per_sequence: above 1 where groups are fractions of a sequence, whose
     entries then lie one after the other along G.
   """
@@ -204,6 +206,7 @@ class Stats(Loads):
   entropy: Array
   extra: Mapping[str, Array] = flax.struct.field(default_factory=dict)
   observed: Mapping[str, Mapping] = flax.struct.field(default_factory=dict)
+  beyond: Mapping[str, Array] = flax.struct.field(default_factory=dict)
   groups_per_sequence: int = flax.struct.field(pytree_node=False, default=1)
 
 

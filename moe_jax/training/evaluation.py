@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import statistics
 from collections.abc import Mapping
 
 import jax
@@ -76,8 +77,8 @@ def table(sums: Mapping[str, Mapping], task, model) -> dict[str, float]:
 
   Returns:
     The task's metrics, the routing metrics from the counts of the whole split,
-    `max_vio_global` with its floor, and by domain `max_vio_global/<domain>`
-    with its floor and the task's metrics of domains.
+    `max_vio_global` with its floor, by domain `max_vio_global/<domain>` with its
+    floor and the task's metrics of domains, and `max_vio_domains`, their mean.
   """
   names = {name: name for name in task.by_domain}
   out = metrics.divide(metrics.of_sums(_add([*sums.values()]), task, model))
@@ -87,6 +88,9 @@ def table(sums: Mapping[str, Mapping], task, model) -> dict[str, float]:
   for domain, part in sums.items():
     values = metrics.divide(metrics.of_sums(part, task, model))
     out |= {f"{name}/{domain}": values[of] for name, of in names.items()}
+  if models.sublayers(model):
+    vios = [out[f"max_vio_global/{domain}"] for domain in sums]
+    out["max_vio_domains"] = statistics.fmean(vios)
   return out
 
 

@@ -141,6 +141,8 @@ def routing(layers: Mapping[str, Layer]) -> dict[str, Mean]:
     add("dropped", sum(dropped.values()), wanted)
     for cause, n in dropped.items():
       add(f"dropped/{cause}", n, wanted)
+    for factor, n in s.beyond.items():
+      add(f"beyond_capacity/{factor}", n.sum(), count_E.sum())
     for name, value in s.extra.items():
       add(f"extra/{name}", value.sum(), tokens)
   return out

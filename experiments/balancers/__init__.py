@@ -1,0 +1,1 @@
+"""Which way to balance experts gives the better model at equal operations?"""

@@ -1,0 +1,130 @@
+"""The arms: losses of four scopes, biases of four rules, quantiles and others.
+
+All arms have one router, sigmoid scores over their sum, and drop nothing, so that
+they spend the same operations. A step has four micro-batches of two groups of two
+sequences: the four scopes of a loss see 128, 256, 512 and 2048 tokens.
+"""
+
+from experiments import small, sweeps, tuning
+
+BALANCERS = "model.moe.balancers"
+SCOPES = ("sequence", "group", "micro_batch", "global_batch")
+# The arms whose differences are the answer.
+HEADLINE = (
+  *("none", "micro_batch_1e-2", "global_batch_1e-2"),
+  *("sign", "sign_sequence", "quantile"),
+)
+
+
+def demo() -> sweeps.Sweep:
+  """Minutes on two CPU cores: the arms of the headline, three seeds."""
+  arms = {name: _arms()[name] for name in HEADLINE}
+  return sweeps.Sweep(_dropless(small.demo_config(), group=128), arms, seeds=3)
+
+
+def cpu() -> sweeps.Sweep:
+  """The committed scale: about four hours on two CPU cores, a run on each.
+
+  The learning rate is tuned for one arm of each kind, then the rates of the biases,
+  for the lowest MaxVio over all of training.
+  """
+  alike = {
+    **dict.fromkeys(_losses(), "micro_batch_1e-2"),
+    **dict.fromkeys(("z_loss", "importance", "adaptive"), "micro_batch_1e-2"),
+    **dict.fromkeys(_RATES, "sign"),
+    "sign_sequence": "sign",
+    "simbal_1e-2": "simbal_1e-1",
+  }
+  alike = {arm: like for arm, like in alike.items() if arm != like}
+  learning = tuning.Stage("optim.learning_rate", (3e-3, 1e-2, 3e-2), like=alike)
+  rates = tuning.Stage(
+    key={arm: f"{BALANCERS}.bias.rate" for arm in _RATES},
+    values=_RATES,
+    metric="whole/max_vio",
+    like={"sign_sequence": "sign"},
+  )
+  return sweeps.Sweep(
+    _dropless(small.cpu_config(), group=256),
+    _arms(),
+    seeds=4,
+    stages=(learning, rates),
+    seeds_of=dict.fromkeys(HEADLINE, 8),
+  )
+
+
+SCALES = {"demo": demo, "cpu": cpu}
+
+_RATES = {
+  "sign": (3e-3, 1e-2, 3e-2),
+  "proportional": (1e-2, 3e-2, 1e-1),
+  "multiplicative": (1e-2, 3e-2, 1e-1),
+  "pid": (1e-2, 3e-2, 1e-1),
+}
+
+
+def _dropless(config, group):
+  c = config
+  c.model.moe.tokens_per_group = group
+  c.model.moe.capacity_factor = None
+  c.model.moe.dispatcher = {"name": "sorted"}
+  c.train.accumulation = 4
+  return c
+
+
+def _losses():
+  """{arm: the balancers} of a switch loss in each scope, at two coefficients."""
+  return {
+    f"{scope}_{coefficient}": {
+      "loss": {
+        "name": "switch",
+        "scope": scope,
+        "coefficient": float(coefficient),
+      }
+    }
+    for scope in SCOPES
+    for coefficient in ("1e-2", "1e-3")
+  }
+
+
+def _biases():
+  """{arm: the balancers} of a bias by each rule; the rates are tuned."""
+  rules = {
+    "sign": {"rule": "sign"},
+    "proportional": {"rule": "proportional"},
+    "multiplicative": {"rule": "sign", "form": "multiply"},
+    "pid": {"rule": "pid", "gain": 0.02, "damping": 0.02},
+  }
+  return {
+    arm: {"bias": {"name": "bias", "rate": 1e-2, **rule}}
+    for arm, rule in rules.items()
+  }
+
+
+def _arms() -> sweeps.Arms:
+  losses, biases = _losses(), _biases()
+  sequence = {"name": "switch", "scope": "sequence", "coefficient": 1e-4}
+  z_loss = {"name": "z_loss", "coefficient": 1e-3}
+  importance = {"name": "cv_squared", "scope": "micro_batch"}
+  by_arm = {
+    "none": {},
+    **losses,
+    "z_loss": losses["micro_batch_1e-2"] | {"z_loss": z_loss},
+    "importance": {"importance": importance | {"coefficient": 1e-2}},
+    "adaptive": {"loss": {"name": "adaptive", "target": 0.3}},
+    **biases,
+    "sign_sequence": biases["sign"] | {"sequence": sequence},
+    "quantile": {"quantile": {"name": "quantile", "bins": 256}},
+    "quantile_ema": {
+      "quantile": {"name": "quantile", "bins": 256, "decay": 0.9}
+    },
+    "bip": {"bip": {"name": "bip", "top_k": 4}},
+    **{
+      f"simbal_{c}": {
+        "apart": {"name": "orthogonality", "coefficient": float(c)}
+      }
+      for c in ("1e-1", "1e-2")
+    },
+  }
+  arms = sweeps.over(BALANCERS, by_arm)
+  arms["bip"]["model.allow_noncausal"] = True
+  return arms
