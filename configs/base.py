@@ -71,6 +71,13 @@ def get_config() -> ConfigDict:
   moe.d_expert = 128  # F, hidden width of one expert
   moe.num_shared_experts = 0  # experts that every token passes, as one wide one
   moe.shared_gate = False  # the shared experts times sigmoid(x w) (Qwen2-MoE)
+  # Experts that cost next to nothing, behind the others (MoE++, LongCat-Flash):
+  moe.num_zero_experts = 0  # of output 0
+  moe.num_copy_experts = 0  # of output x
+  moe.num_constant_experts = 0  # of a learnt mean of x and a vector
+  moe.real_experts = None  # networks of a token on average; a bias moves there
+  # Width of the experts' rows, with projections there and back; None: d_model.
+  moe.d_latent = None
   moe.activation = "swiglu"  # of experts: relu, gelu, swiglu, geglu
   moe.use_bias = False  # biases in experts
   moe.init_scale = 1.0  # variance of expert weights times fan-in (Switch: 0.1)

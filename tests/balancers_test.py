@@ -9,6 +9,7 @@ import pytest
 
 from moe_jax.core import registry
 from moe_jax.core.errors import ConfigError
+from moe_jax.moe import balancers as balancers_lib
 from moe_jax.moe import layer
 from moe_jax.moe.balancers import bip, cv_squared
 from moe_jax.moe.routers import top_k as top_k_router
@@ -367,8 +368,11 @@ def bias_by_hand(counts, *, rule, rate, gain, damping, targets):
 def test_bias_toward_targets(rule):
   targets = (0.3, 0.2, 0.2, 0.1, 0.1, 0.1)
   options = {"rule": rule, "rate": 0.01, "targets": targets}
+  blocks = ((1, 0.3), (2, 0.4), (3, 0.3))
   more = {"gain": 0.2, "damping": 0.3}
-  balancer = load("bias", **options, **(more if rule == "pid" else {}))
+  balancer = load(
+    *("bias",), **options | {"targets": blocks}, **more if rule == "pid" else {}
+  )
   with jax.enable_x64(True):
     state, counts = balancer.init(E), []
     for step in range(5):
@@ -559,9 +563,9 @@ def test_bip_balances_from_the_first_step():
 @pytest.mark.parametrize(
   "options,words",
   [
-    ({"targets": (0.5, 0.5)}, "add up|2 shares for num_experts = 6"),
-    ({"targets": (0.7, 0.1, 0.1, 0.05, 0.05, 0.0)}, "at most 0.5"),
-    ({"targets": (0.7, 0.1, 0.1, 0.05, 0.05, 0.1)}, "add up to 1.1"),
+    ({"targets": ((2, 1.0),)}, "2 shares for num_experts = 6"),
+    ({"targets": ((1, 0.7), (5, 0.3))}, "at most 0.5"),
+    ({"targets": ((1, 0.7), (5, 0.4))}, "add up to 1.1"),
     ({"gain": 0.1}, 'are of rule = "pid"'),
   ],
 )
@@ -574,7 +578,7 @@ def test_biases_that_cannot_be(options, words):
 def check(balancers, router, **options):
   router = registry.load("routers", router, **{"top_k": K} | options)
   recipe = layer.Recipe(E, router, None, None, balancers=(*balancers.items(),))
-  recipe.check("model.moe")
+  balancers_lib.check(recipe, "model.moe")
 
 
 @pytest.mark.parametrize(

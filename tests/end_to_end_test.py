@@ -37,7 +37,7 @@ def demo():
   c.model.update(name="patches", d_model=16, num_layers=2)
   c.model.pattern = ("moe@choice", "moe@quantile")
   c.model.moe.update(num_experts=8, d_expert=16)
-  quantile = {{"name": "quantile", "share": 0.25}}
+  quantile = {{"name": "quantile", "bins": 64}}
   c.model.variants = {{
     "choice": {{"moe": {{"router": {{"name": "expert_choice"}}}}}},
     "quantile": {{"moe": {{"balancers": {{"q": quantile}}}}}},

@@ -224,10 +224,10 @@ def test_bias_range():
 
   shifts = Balancer(
     init=lambda num_experts: {"cutoff_E": jnp.zeros(num_experts)},
-    select=lambda state, score_TE: score_TE - state["cutoff_E"][None],
+    select=lambda state, score_TE, mask_T: score_TE - state["cutoff_E"][None],
   )
 
-  def prefers_the_last(state, score_TE):
+  def prefers_the_last(state, score_TE, mask_T):
     assert not state, "it has none"
     return score_TE + np.arange(3.0)[None]
 

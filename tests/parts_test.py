@@ -99,6 +99,7 @@ LAYERS = {
     "top_k": 4,
   },
   "forced": {"router": {"name": "forced", "exponent": 0.5}},
+  "latent": {"router": {"name": "top_k"}, "d_latent": 6},
 }
 LAYERS["top_p"]["balancers"]["devices"]["coefficient"] = 0.1
 NONCAUSAL = ("expert_choice", "soft", "tiles", "sinkhorn", "bip")
@@ -200,7 +201,8 @@ def test_they_train_on_a_mesh_as_without_one(name):
   ):
     assert a.dtype == float
     assert np.linalg.norm(a - b) > 1e-4 * np.linalg.norm(b)
-  assert set(moe) == {"router", "experts"} and path in model.sublayers
+  parts = {"router", "experts", *(["latent"] if name == "latent" else [])}
+  assert set(moe) == parts and path in model.sublayers
 
 
 @pytest.mark.parametrize("kind", exchange.KINDS)

@@ -144,7 +144,7 @@ def test_a_step_is_its_pieces():
 def test_noise_differs_by_layer_group_and_step():
   """And not between two runs of the same step."""
   c = config()
-  c.model.moe.router = {"name": "random"}
+  c.model.moe.router, c.model.moe.balancers = {"name": "random"}, {}
   model, _, state, batch = setting(c)
 
   @jax.jit
@@ -167,7 +167,7 @@ def test_noise_differs_by_layer_group_and_step():
 def test_a_step_draws_from_its_own_number():
   """The counts of a random router are those of seed and step alone."""
   c = config()
-  c.model.moe.router = {"name": "random"}
+  c.model.moe.router, c.model.moe.balancers = {"name": "random"}, {}
   _, step, state, batch = setting(c)
   step = quick(jax.jit(step), state, batch)
 

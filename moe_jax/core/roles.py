@@ -22,7 +22,7 @@ class Declared(nn.LogicallyPartitioned):
   """A parameter in a box that tells its logical axes and its part.
 
   part: of the model: "router", "experts" (the routed ones), "shared",
-    "attention", "dense", "norm", "embedding", "head" or a name of its own.
+    "latent", "attention", "dense", "norm", "embedding", "head" or a name of its own.
   """
 
   part: str = flax.struct.field(default="other", pytree_node=False)

@@ -34,9 +34,9 @@ def count(model, variables) -> dict[str, int]:
   for path, sublayer in models.sublayers(model).items():
     recipe = sublayer.recipe
     active -= _idle(recipe, models.at(shapes["params"], f"{path}/experts"))
-    balancers = [b for _, b in recipe.balancers if b.init(recipe.num_experts)]
+    balancers = [b for _, b in recipe.balancers if b.init(recipe.pool)]
     selecting = sum(b.select is not None for b in balancers)
-    biases += selecting * recipe.num_experts * len(sublayer.numbers)
+    biases += selecting * recipe.pool * len(sublayer.numbers)
   return {
     "total": total,
     "active": active,
@@ -49,9 +49,8 @@ def count(model, variables) -> dict[str, int]:
 def _idle(recipe, experts) -> int:
   """Parameters of the experts that a token does not pass."""
   size = sum(x.size for x in jax.tree.leaves(experts))
-  router, num_experts = recipe.router, recipe.num_experts
-  taken = router.average_k or router.top_k or num_experts
-  return round(size / num_experts * (num_experts - taken))
+  idle = recipe.num_experts - recipe.experts_per_token
+  return round(size / recipe.num_experts * idle)
 
 
 def train_flops_per_token(model, sizes: dict, length: int) -> int:
@@ -109,6 +108,8 @@ def describe(model) -> dict:
       "d_expert": recipe.experts.width,
       "activation": recipe.experts.activation,
       "shared": recipe.shared.width if recipe.shared else 0,
+      **({"cheap": recipe.cheap.width} if recipe.cheap else {}),
+      **({"latent": recipe.latent.width} if recipe.latent else {}),
       **grouping._asdict(),
     }
     for (recipe, grouping), numbers in recipes.items()

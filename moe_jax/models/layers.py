@@ -5,9 +5,26 @@ from typing import NamedTuple
 
 from moe_jax.core import parallel, registry
 from moe_jax.core.errors import ConfigError
-from moe_jax.core.options import integer, labelled, of, part, section, word
+from moe_jax.core.options import (
+  integer,
+  labelled,
+  number,
+  of,
+  optional,
+  part,
+  section,
+  word,
+)
 from moe_jax.models import attention
-from moe_jax.moe import exchange, experts, groups, kernels, layer
+from moe_jax.moe import (
+  balancers,
+  exchange,
+  experts,
+  groups,
+  kernels,
+  layer,
+  pool,
+)
 from moe_jax.moe.types import Mlp
 
 _MOE = of(experts.build) | of(groups.Grouping)
@@ -16,6 +33,9 @@ _MOE |= {
   "top_k": integer(1),
   "num_shared_experts": integer(0),
   "shared_gate": bool,
+  **{f"num_{kind}_experts": integer(0) for kind in pool.KINDS},
+  "real_experts": optional(number(above=0)),
+  "d_latent": optional(integer(1)),
   "router": part(),
   "dispatcher": part(),
   "balancers": labelled(part()),
@@ -130,10 +150,12 @@ def sparse(
       f"{place}.shared_gate needs shared experts; set num_shared_experts, or"
       " shared_gate = False"
     )
-  if options["top_k"] > options["num_experts"]:
+  cheap = tuple(options[f"num_{kind}_experts"] for kind in pool.KINDS)
+  most = options["num_experts"] + sum(cheap)
+  if options["top_k"] > most:
     raise ConfigError(
       f"{place}.top_k = {options['top_k']} is more than {place}.num_experts ="
-      f" {options['num_experts']}; lower top_k or raise num_experts"
+      f" {most}; lower top_k or raise num_experts"
     )
 
   def made(kind, key, own, **more):
@@ -163,7 +185,11 @@ def sparse(
       for label, own in sorted(dict(options["balancers"]).items())
     ),
     shared=shared,
+    cheap=pool.build(*cheap) if sum(cheap) else None,
+    real_experts=options["real_experts"],
+    latent=options["d_latent"] and experts.latent(options["d_latent"]),
     exchange=options["exchange"],
   )
-  recipe.check(place)
+  pool.check(recipe, place)
+  balancers.check(recipe, place)
   return recipe, groups.Grouping(*map(options.get, groups.Grouping._fields))

@@ -146,8 +146,8 @@ def read(
     params: of the layer, or this device's parts of them.
     specs: {part: {parameter: its PartitionSpec}}; None: one device.
     dtype: of the result.
-    part: of the parameters, "experts" or "shared".
-    network: the experts, or the shared experts.
+    part: of the parameters, "experts", "shared" or "latent".
+    network: that has them.
   """
   weights = {k: w.astype(dtype) for k, w in params[part].items()}
   if specs is None:

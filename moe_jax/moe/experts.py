@@ -26,6 +26,30 @@ ACTIVATIONS = {
 }
 
 
+@functools.cache
+def latent(width: int) -> Mlp:
+  """Projections to a narrower width, in which experts work, and back.
+
+  LatentMoE (2601.18089): y = (sum over chosen e of w_e expert_e(x "into")) "out_of",
+  with a router that sees all of x. Experts cost width / D of what they would, and so
+  do the rows that are sent between devices.
+
+  Args:
+    width: of the rows of the experts.
+  """
+  axes = {"into": ("embed", None), "out_of": (None, "embed")}
+
+  def init(rng, d_model):
+    normal = jax.nn.initializers.variance_scaling(
+      1.0, "fan_in", "truncated_normal"
+    )
+    shapes = {"into": (d_model, width), "out_of": (width, d_model)}
+    rngs = jax.random.split(rng)
+    return {k: normal(key, shapes[k]) for k, key in zip(shapes, rngs)}
+
+  return Mlp(init, axes, apply=kernels.linear, width=width)
+
+
 def network(activation: str, linear, params, x) -> Array:
   """down(act(gate x) * up x), or down(act(up x)).
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
-from moe_jax.moe import exchange, plans, reduction, types
+from moe_jax.moe import exchange, plans, pool, reduction, types
 from moe_jax.moe.types import Array, Side, Stats
 
 
@@ -18,13 +18,19 @@ from moe_jax.moe.types import Array, Side, Stats
 class Recipe:
   """The parts of a layer. Hashable; holds no arrays.
 
-  num_experts: E.
+  num_experts: E, without the cheap ones.
   bound: how many rows experts may receive per group; None: dropless.
   sequences: S, into how many equal parts the statistics of a group are cut.
   groups_per_sequence: how many groups make up a sequence, if S is 1.
   balancers: (label, Balancer) pairs; their selections are applied in turn.
   shared: a dense network every token passes, added to the sum; None: no
     shared experts.
+  latent: projections around the experts, see `experts.latent`; None: experts work
+    on all of D.
+  cheap: experts behind the E networks that cost next to nothing, see `pool`; None:
+    there are none.
+  real_experts: networks of a token on average, if `cheap` is there; None: as with
+    equal shares of all experts.
   exchange: how tokens get to experts on other devices, see `exchange.KINDS`.
   """
 
@@ -37,6 +43,9 @@ class Recipe:
   groups_per_sequence: int = 1
   balancers: tuple[tuple[str, types.Balancer], ...] = ()
   shared: types.Mlp | None = None
+  latent: types.Mlp | None = None
+  cheap: types.Mlp | None = None
+  real_experts: float | None = None
   exchange: str = "all_to_all"
 
   @property
@@ -46,52 +55,23 @@ class Recipe:
     causal = router.causal and all(b.causal for b in balancers)
     return causal and self.dispatcher.causal(router.top_k, self.bound)
 
-  def check(self, place: str = "moe") -> None:
-    """Raises ConfigError for a router and balancers that do not fit together.
+  @property
+  def pool(self) -> int:
+    """How many experts there are to choose from, cheap ones included."""
+    return self.num_experts + (self.cheap.width if self.cheap else 0)
 
-    Args:
-      place: key of the config's section, for the message.
-    """
-    router, balancers = self.router, dict(self.balancers)
-    name = router.spec.name if router.spec else "router"
-    for label, balancer in balancers.items():
-      needs = set(balancer.needs) | (
-        {"selection"} if balancer.select else set()
-      )
-      for fact in sorted(needs - router.gives):
-        raise ConfigError(
-          f"{place}.balancers.{label} needs {types.FACTS[fact]}, which the router"
-          f' "{name}" with these options does not have; leave it out, or change'
-          f" {place}.router"
-        )
-      _check_targets(
-        balancer.targets,
-        self.num_experts,
-        router.top_k,
-        f"{place}.balancers.{label}.targets",
-      )
-    given = frozenset().union(*(b.gives for b in balancers.values()))
-    for fact in sorted(router.needs - given):
-      raise ConfigError(
-        f'{place}.router "{name}" needs {types.FACTS[fact]} from a balancer; add'
-        f" one that gives it to {place}.balancers, see docs/routing.md"
-      )
+  @property
+  def experts_per_token(self) -> float:
+    """Networks that a token passes on average, for counts of parameters."""
+    router = self.router
+    taken = router.average_k or router.top_k or self.pool
+    if not self.cheap:
+      return taken
+    return self.real_experts or taken * self.num_experts / self.pool
 
-
-def _check_targets(targets, num_experts, top_k, key):
-  """Raises ConfigError for shares that experts cannot have."""
-  if targets is None:
-    return
-  if len(targets) != num_experts:
-    raise ConfigError(
-      f"{key} has {len(targets)} shares for num_experts = {num_experts}; give one"
-      " for each expert"
-    )
-  if top_k is not None and max(targets) * top_k > 1 + 1e-6:
-    raise ConfigError(
-      f"{key} has the share {max(targets):g}, which no expert can have: a token"
-      f" that chooses {top_k} different experts gives each at most {1 / top_k:g}"
-    )
+  def row_width(self, d_model: int) -> int:
+    """The width of the experts' rows."""
+    return self.latent.width if self.latent else d_model
 
 
 def moe_ffn(
@@ -109,7 +89,8 @@ def moe_ffn(
 
   Args:
     recipe: the parts.
-    params: {"router": ..., "experts": ..., "shared": ...}; and "unreduced" where
+    params: {"router": ..., "experts": ..., and of those that the recipe has
+      "shared": ..., "latent": ..., "cheap": ...}; and "unreduced" where
       the gradients of experts are added up later, see `reduction`.
     balance: {balancer label: its state}; only read.
     x_GTD: tokens in groups.
@@ -153,8 +134,9 @@ def _specs(recipe, params, mesh):
     buckets = recipe.bound.expert_buckets
     parallel.check_widths(mesh, expert_buckets=(buckets, "expert"))
   specs = {"router": jax.P()}
-  for name, part in (("experts", recipe.experts), ("shared", recipe.shared)):
-    if part is not None:
+  for name in ("experts", "shared", "latent", "cheap"):
+    part = getattr(recipe, name)
+    if part is not None and part.axes:
       shapes = {k: params[name][k].shape for k in part.axes}
       specs[name] = {
         k: parallel.spec(axes, shapes[k], mesh) for k, axes in part.axes.items()
@@ -180,26 +162,58 @@ def _moe_ffn(recipe, mesh, specs, collect, params, balance, x_GTD, side, rng_G):
   weights = functools.partial(exchange.read, params, specs, x_GTD.dtype)
   x_GTD = jnp.where(side.mask_T[..., None], x_GTD, 0)
   routing = route(recipe, params["router"], balance, x_GTD, side, rng_G)
-  plan = plans.make(routing.choice, recipe, num_tokens=x_GTD.shape[1])
-  x_GTD = exchange.enter_tensor(x_GTD, mesh)
-  rows, back = exchange.exchange(recipe, routing.choice, plan, x_GTD, mesh)
+  choice = pool.networks(routing.choice, recipe)
+  plan = plans.make(choice, recipe, num_tokens=x_GTD.shape[1])
+  into_GTD, out_of = _around(recipe, weights, x_GTD, mesh)
+  rows, back = exchange.exchange(recipe, choice, plan, into_GTD, mesh)
   rng_GE = exchange.expert_keys(recipe.experts, rng_G, recipe.num_experts, mesh)
   with jax.named_scope("experts"):
     own = weights("experts", recipe.experts)
     rows = recipe.experts.apply(own, rows, rng_GE)
-  y_GTD = back(rows)
-  if recipe.shared is not None:
-    y_GTD += recipe.shared.apply(weights("shared", recipe.shared), x_GTD)
-  y_GTD = exchange.sum_tensor(y_GTD, mesh)
+  y_GTD = out_of(back(rows))
+  if recipe.cheap:
+    y_GTD += pool.output(recipe, weights, routing.choice, x_GTD)
   stats = plans.report(recipe, routing, plan, side, balance)
   collected = {"choice": routing.choice} if collect == "routing" else {}
   return y_GTD, stats, collected
 
 
+def _around(recipe, weights, x_GTD, mesh):
+  """The experts' input, and the function from their results to the layer's.
+
+  The function adds the shared experts and sums over the shards of F. Latent experts
+  are projected to their width here, and back there.
+  """
+  shared_GTD = entered_GTD = exchange.enter_tensor(x_GTD, mesh)
+  if recipe.shared is not None:
+    shared_GTD = recipe.shared.apply(
+      weights("shared", recipe.shared), entered_GTD
+    )
+
+  def plain(y_GTD):
+    if recipe.shared is not None:
+      y_GTD += shared_GTD
+    return exchange.sum_tensor(y_GTD, mesh)
+
+  if recipe.latent is None:
+    return entered_GTD, plain
+  own = weights("latent", recipe.latent)
+  into_GTD = recipe.latent.apply(own, "into", x_GTD)
+
+  def projected(y_GTD):
+    y_GTD = exchange.sum_tensor(y_GTD, mesh)
+    y_GTD = recipe.latent.apply(own, "out_of", y_GTD)
+    if recipe.shared is None:
+      return y_GTD
+    return y_GTD + exchange.sum_tensor(shared_GTD, mesh)
+
+  return exchange.enter_tensor(into_GTD, mesh), projected
+
+
 def route(recipe, params, balance, x_GTD, side, rng_G) -> types.Routing:
   """The router's decision, group by group."""
 
-  router, num_experts = recipe.router, recipe.num_experts
+  router, num_experts = recipe.router, recipe.pool
 
   def of_group(x_TD, side, rng):
     select = functools.partial(_selection, recipe, balance, side.mask_T)

@@ -92,12 +92,15 @@ class MoE(nn.Module):
 
       return self.param(name, init)
 
+    width = recipe.row_width(d_model)
     params = {
-      "router": declared("router", recipe.router, d_model, num_experts),
-      "experts": declared("experts", recipe.experts, num_experts, d_model),
+      "router": declared("router", recipe.router, d_model, recipe.pool),
+      "experts": declared("experts", recipe.experts, num_experts, width),
     }
-    if recipe.shared is not None:
-      params["shared"] = declared("shared", recipe.shared, d_model)
+    for name in ("shared", "latent", "cheap"):
+      part = getattr(recipe, name)
+      if part and part.axes:
+        params[name] = declared(name, part, d_model)
     if self.has_variable("params", reduction.NAME):
       slots = self.get_variable("params", reduction.NAME)
       params[reduction.NAME] = slots
@@ -107,7 +110,7 @@ class MoE(nn.Module):
     """{balancer: its state}, in the collection `balance` if it has any."""
     balance = {label: {} for label, _ in self.recipe.balancers}
     for label, balancer in self.recipe.balancers:
-      init = functools.partial(balancer.init, self.recipe.num_experts)
+      init = functools.partial(balancer.init, self.recipe.pool)
       if jax.eval_shape(init):
         balance[label] = self.variable("balance", label, init).value
     return balance

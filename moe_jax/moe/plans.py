@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.core import parallel
-from moe_jax.moe import dispatchers, types
+from moe_jax.moe import dispatchers, pool, types
 from moe_jax.moe.types import Array, Loads, Rows
 
 FACTORS = (1.0, 1.25)  # Capacity factors at which drops are counted.
@@ -157,13 +157,14 @@ def report(
   dtype = jnp.result_type(*jax.tree.leaves(routing.choice))
   prob_GTE = routing.prob_TE
   if prob_GTE is None:
-    prob_GTE = jnp.zeros((*mask_GT.shape, recipe.num_experts), dtype)
+    prob_GTE = jnp.zeros((*mask_GT.shape, recipe.pool), dtype)
   z_GT = jnp.zeros(mask_GT.shape, dtype)
   if routing.logits_TE is not None:
     z_GT = jax.nn.logsumexp(routing.logits_TE, axis=-1) ** 2
   tokens = Tokens(mask_GT, recipe.sequences, prob_GTE)
   by_sequence = tokens.by_sequence
-  loads = plan.loads(tokens)
+  counted = pool.whole(plan, routing.choice, recipe) if recipe.cheap else plan
+  loads = counted.loads(tokens)
   if not recipe.router.fixed:  # Fewer experts than K are no drop.
     none = jnp.zeros_like(loads.dropped["unrouted"])
     loads = loads.replace(dropped={**loads.dropped, "unrouted": none})
@@ -175,7 +176,7 @@ def report(
     entropy=by_sequence(jax.scipy.special.entr(prob_GTE).sum(-1)),
     extra={k: by_sequence(v) for k, v in routing.extra.items()},
     observed=_observe(recipe, routing, mask_GT, balance),
-    beyond=_beyond(loads.count_E.sum(1).astype(dtype)),
+    beyond=_beyond(loads.count_E.sum(1)[:, : recipe.num_experts].astype(dtype)),
     groups_per_sequence=recipe.groups_per_sequence,
   )
 

@@ -340,7 +340,8 @@ class Balancer:
   causal: whether `select` looks at each token by itself.
   needs: keys of `FACTS` that the router has to give.
   gives: keys of `FACTS` that a router may need.
-  targets: the share of assignments that it moves each expert to; None: equal.
+  targets: the share of assignments that it moves each expert to, in their order;
+    None: equal shares.
   spec: set by the registry.
   """
 

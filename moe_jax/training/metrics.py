@@ -24,14 +24,21 @@ class Layer(NamedTuple):
   """Statistics of one MoE layer, summed over groups, as numpy arrays.
 
   router: its `Router`, which says how many experts a token gets.
+  num_experts: E, without cheap experts, see `moe.pool`.
   """
 
   stats: Stats
   router: Router
+  num_experts: int
 
   @property
   def count_E(self) -> np.ndarray:
-    """Assignments to each expert."""
+    """Assignments to each expert, without the cheap ones."""
+    return self.all_counts[: self.num_experts]
+
+  @property
+  def all_counts(self) -> np.ndarray:
+    """Assignments to each expert of the pool."""
     return np.asarray(self.stats.count_E).reshape(-1)
 
   @property
@@ -42,7 +49,7 @@ class Layer(NamedTuple):
   def floor(self) -> float:
     """MaxVio of uniform routing of as many tokens."""
     num_experts = self.count_E.size
-    if self.router.fixed:
+    if self.router.fixed and self.all_counts.size == num_experts:
       return max_vio_floor(self.tokens, num_experts, self.router.top_k)
     share = self.count_E.sum() / max(self.tokens * num_experts, 1)
     return independent_floor(self.tokens, num_experts, float(share))
@@ -99,7 +106,8 @@ def by_layer(
   """
   layers = {
     f"{number:02d}": Layer(
-      jax.tree.map(lambda x, r=r: x[r], stats[path]), parts.recipe.router
+      jax.tree.map(lambda x, r=r: x[r], stats[path]),
+      *(parts.recipe.router, parts.recipe.num_experts),
     )
     for path, parts in sublayers.items()
     for r, number in enumerate(parts.numbers)
@@ -129,14 +137,17 @@ def routing(layers: Mapping[str, Layer]) -> dict[str, Mean]:
     add("min_vio", min_vio(count_E))
     add("load_cv", load_cv(count_E))
     add("dead_experts", (count_E == 0).sum())
-    add("balance_loss", balance_loss(count_E, s.prob_E.reshape(-1)))
+    everything = layer.all_counts
+    add("balance_loss", balance_loss(everything, s.prob_E.reshape(-1)))
     add("z_loss", s.z.sum(), tokens)
     add("router_entropy", s.entropy.sum(), tokens)
     add("router_confidence", s.confidence.sum(), tokens)
-    add("experts_per_token", count_E.sum(), tokens)
-    wanted = (
-      tokens * layer.router.top_k if layer.router.fixed else count_E.sum()
-    )
+    add("experts_per_token", everything.sum(), tokens)
+    if everything.size > count_E.size:
+      add("real_experts_per_token", count_E.sum(), tokens)
+    wanted = everything.sum()
+    if layer.router.fixed:
+      wanted = tokens * layer.router.top_k
     dropped = {cause: float(n.sum()) for cause, n in s.dropped.items()}
     add("dropped", sum(dropped.values()), wanted)
     for cause, n in dropped.items():
@@ -193,7 +204,7 @@ def bias_range(balance: Mapping, sublayers: Mapping[str, Sublayer]) -> Mean:
   """
   ranges = []
   for path, parts in sublayers.items():
-    shape, one_T = (1, parts.recipe.num_experts), jnp.ones(1, bool)
+    shape, one_T = (1, parts.recipe.pool), jnp.ones(1, bool)
     for label, balancer in parts.recipe.balancers:
       if balancer.select is not None:
         state = models.at(balance, path).get(label, {})

@@ -247,7 +247,7 @@ def _accumulate(state, batch, model, task, sublayers, once):
 
   # Zeros with the shapes of (gradients, sums): where the scan begins.
   none_so_far = {
-    path: jnp.zeros((len(parts.numbers), parts.recipe.num_experts), int)
+    path: jnp.zeros((len(parts.numbers), parts.recipe.pool), int)
     for path, parts in sublayers.items()
   }
   numbered = jnp.arange(accumulation), batch

@@ -1,8 +1,9 @@
 """A bias for each expert that moves against its load error, and no loss.
 
-Auxiliary-loss-free balancing (Wang et al., 2408.15664, Algorithm 1): a number b for
-each expert is added to the scores for choosing only. After every step it moves
-against the load error e = (target - load) / mean load:
+  b += rate * sign(mean load - load), added to the scores for choosing only
+
+That is auxiliary-loss-free balancing (Wang et al., 2408.15664, Algorithm 1). After
+every step b moves against the load error e = (target - load) / mean load:
 
   rule = "sign"          b += rate sign(e), the rule of the paper and DeepSeek-V3
   rule = "proportional"  b += rate e (the paper's Table 3; LongCat-Flash, 2509.01322)
@@ -33,7 +34,7 @@ def build(
   form: word(*FORMS) = "add",
   gain: number(0) = 0.0,
   damping: number(0) = 0.0,
-  targets: optional(items(number(0), shortest=1)) = None,
+  targets: optional(items(items((integer(1), number(0))), shortest=1)) = None,
   centered: bool = False,
   freeze_after: optional(integer(0)) = None,
 ) -> Balancer:
@@ -41,12 +42,14 @@ def build(
   rate: the size of a step; 1e-3 in the paper for 40,000 steps.
   rule, form: see the head of this file.
   gain, damping: of the rule "pid".
-  targets: the share of the assignments that each expert is to get, with a sum of
-    1, none above 1 / K; None: equal shares.
+  targets: blocks of neighbouring experts, (how many, the share of the assignments
+    that they get together), for instance ((256, 0.75), (128, 0.25)); shares add up
+    to 1, and no expert can have more than 1 / K. None: equal shares.
   centered: subtract the mean of b afterwards, which changes no choice of "add".
   freeze_after: no update from this step on (DeepSeek-V3's last tokens).
   """
-  _check(rule, gain, damping, targets)
+  share_E = _shares(targets)
+  _check(rule, gain, damping, share_E)
   start = 0.0 if form == "add" else 1.0
 
   def init(num_experts):
@@ -67,9 +70,9 @@ def build(
 
   def _moved(state, count_E):
     bias_E = state["bias_E"]
-    if rule == "sign" and targets is None:
+    if rule == "sign" and share_E is None:
       return {"bias_E": bias_E + rate * below_mean(count_E)}
-    error_E = _error(count_E, targets, bias_E.dtype)
+    error_E = _error(count_E, share_E, bias_E.dtype)
     if rule == "sign":
       return {"bias_E": bias_E + rate * jnp.sign(error_E)}
     if rule == "proportional":
@@ -84,10 +87,17 @@ def build(
     bias_1E = state["bias_E"].astype(score_TE.dtype)[None, :]
     return FORMS[form](score_TE, bias_1E)
 
-  return Balancer(init=init, select=select, update=update, targets=targets)
+  return Balancer(init=init, select=select, update=update, targets=share_E)
 
 
-def _check(rule, gain, damping, targets):
+def _shares(targets):
+  """The share of each expert, from those of blocks."""
+  if targets is None:
+    return None
+  return tuple(share / n for n, share in targets for _ in range(n))
+
+
+def _check(rule, gain, damping, share_E):
   """Raises ConfigError for options that do not fit together."""
   used = [x for x in (gain, damping) if not isinstance(x, jax.Array) and x]
   if used and rule != "pid":
@@ -95,19 +105,20 @@ def _check(rule, gain, damping, targets):
       f'balancers/bias: gain and damping are of rule = "pid", not "{rule}"; set'
       " both to 0"
     )
-  if targets is not None and abs(sum(targets) - 1) > 1e-6:
+  total = 1 if share_E is None else sum(share_E)
+  if abs(total - 1) > 1e-6:
     raise ConfigError(
-      f"balancers/bias: the shares in targets add up to {sum(targets):g}, not 1"
+      f"balancers/bias: the shares in targets add up to {total:g}, not 1"
     )
 
 
-def _error(count_E, targets, dtype):
+def _error(count_E, share_E, dtype):
   """(target - load) / mean load; 0 without any load."""
   load_E = count_E.astype(dtype)
   mean = load_E.mean()
   goal_E = mean
-  if targets is not None:
-    goal_E = jnp.asarray(targets, dtype) * load_E.sum()
+  if share_E is not None:
+    goal_E = jnp.asarray(share_E, dtype) * load_E.sum()
   return (goal_E - load_E) / jnp.maximum(mean, 1)
 
 

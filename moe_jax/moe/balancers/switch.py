@@ -1,4 +1,6 @@
-"""The load-balancing loss E * sum_i f_i P_i (Switch, 2101.03961, eq. 4-6).
+"""The load-balancing loss (Switch, 2101.03961, eq. 4-6).
+
+  loss = coefficient * E * sum_i f_i P_i
 
 f is the share of assignments an expert got and P its mean probability, so the
 loss is 1 when either is uniform and E/m when both sit evenly on m experts,

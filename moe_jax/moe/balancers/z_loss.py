@@ -1,4 +1,9 @@
-"""The router z-loss: mean logsumexp(logits)^2 (ST-MoE, 2202.08906, eq. 5)."""
+"""The router z-loss, which keeps logits small (ST-MoE, 2202.08906, eq. 5).
+
+  loss = coefficient * mean over tokens of logsumexp(logits)^2
+
+It balances nothing; large logits round badly in bfloat16 and make training unstable.
+"""
 
 from moe_jax.core.options import number
 from moe_jax.moe.types import Balancer, Mean

@@ -1,7 +1,8 @@
 """Expert choice: every expert takes its C best tokens (2202.09368, 3.2).
 
-S = softmax(x W) over experts; expert e takes the C = T K / E tokens with the largest
-S_te and weighs them by it. Loads are equal by construction and nothing is dropped; a
+  s = softmax(x W);  expert e takes its C = T K / E tokens with the largest s_te;  w = s
+
+Loads are equal by construction and nothing is dropped; a
 token gets any number of experts, also none.
 
 Later tokens decide about earlier ones. In a decoder's training that leaks what comes

@@ -1,7 +1,8 @@
 """Forced loads: experts by number, whatever the tokens are, for benchmarks.
 
-Expert e gets a share of the assignments proportional to (e + 1)^-exponent: all the
-same with 0, and the more uneven the larger the exponent is. No expert can have more
+  load of expert e is proportional to (e + 1)^-exponent;  w = softmax(x W)
+
+Loads are all the same with 0, and the more uneven the larger the exponent is. No expert can have more
 than every token. Token t takes the experts at the points u_t, u_t + 1, ... of the
 running sum of the shares times K, with u_t = t * golden ratio mod 1: different experts
 for a token, and loads that are right for any number of tokens, not only on average.

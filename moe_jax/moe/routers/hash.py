@@ -1,7 +1,9 @@
 """Hash routing: a fixed table of token ids chooses (Roller et al., 2106.04426).
 
-The experts of a token are table[id], which nothing trains, so that they depend on the
-token itself and on no other one, and loads follow the frequencies of ids. With
+  chosen = table[id];  w = score(x W) of the chosen, or 1 / K
+
+Nothing trains the table, so that experts depend on the token itself and on no other
+one, and loads follow the frequencies of ids. With
 
   weights = "score"  w = score(x W)[table[id]], over their sum if `renormalize`: the
                      first layers of DeepSeek-V4 (2606.19348) choose so;

@@ -1,4 +1,9 @@
-"""The control: K distinct experts drawn uniformly for every token."""
+"""The control: K distinct experts drawn uniformly for every token.
+
+  chosen = K different numbers, drawn;  w = 1 / K
+
+A router has to be better than it is, and its loads are the floor of MaxVio.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,8 @@
 """Soft MoE: every slot is a weighted mean of all tokens (2308.00951, 2.1).
 
-X = x Phi; dispatch D = softmax of X over tokens, combine C = softmax of X over
-slots; y = C f(D^T x). With `normalize` x and the columns of Phi have length 1, and
+  X = x Phi;  D = softmax of X over tokens;  C = softmax over slots;  y = C f(D^T x)
+
+D dispatches and C combines. With `normalize` x and the columns of Phi have length 1, and
 Phi a learnt scale (2.3), which the paper needs for wide models.
 
 Nothing is dropped and nothing is chosen. Every token sees every other, so it is not

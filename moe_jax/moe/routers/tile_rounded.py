@@ -1,10 +1,9 @@
 """Top-k whose loads are rounded to tiles of a kernel (SonicMoE, 2512.14080).
 
-Every expert's number of tokens in a group becomes the nearest multiple of `tile`: the
-tokens with the lowest scores leave, or the best of those that have the expert among
-their next K choices come in. A grouped product then has no padded rows.
+  load of an expert in a group = the nearest multiple of tile;  w = softmax(x W)
 
-  w = softmax scores of the chosen, over their sum if `renormalize`
+The tokens with the lowest scores leave, or the best of those that have the expert
+among their next K choices come in. A grouped product then has no padded rows.
 
 The rank of a token among the others decides, so that later tokens change earlier ones;
 decoders refuse it unless model.allow_noncausal is set. The gain is that of the kernel,

@@ -1,5 +1,7 @@
 """Token choice: every token goes to the K experts it scores highest.
 
+  s = score(x W);  chosen = top-k of the shifted s;  w = scale * s / sum of chosen s
+
 Switch, GShard, GLaM, Mixtral, DBRX, DeepSeek, Llama 4, Mistral Large 3 and
 OLMoE are settings of this one router.
 

@@ -198,7 +198,7 @@ def _matrix(model, path, role, shape, mesh):
   if role.part == "experts":
     sublayer = next(k for k in model.sublayers if path.startswith(f"{k}/"))
     recipe = model.sublayers[sublayer].recipe
-    taken = rows_of_a_token(recipe)
+    taken = recipe.experts_per_token
     active = numbers * taken * mesh.shape["expert"] / recipe.num_experts
   else:
     active = numbers
@@ -207,12 +207,6 @@ def _matrix(model, path, role, shape, mesh):
   sides = layers * taken * sum(sides)
   last = role.axes[role.matrix_axes[1][-1]] == "embed"
   return Matrix(role.part, numbers, active, sides, used, sublayer, lanes, last)
-
-
-def rows_of_a_token(recipe) -> float:
-  """The mean number of routed experts that a token passes."""
-  router = recipe.router
-  return router.average_k or router.top_k or recipe.num_experts
 
 
 def stages(step: Step, model, found: list[Matrix]) -> list[Stage]:
@@ -348,7 +342,7 @@ def buffers(step: Step, model):
       sublayer.recipe, step.sequence, step.backward
     )
     if recipe.router.form is not TokenChoice:  # Its rows are its own.
-      rows = round(step.tokens * rows_of_a_token(recipe))
+      rows = round(step.tokens * recipe.experts_per_token)
       yield sublayer, rows, rows
       continue
     count = max(1, step.tokens // tokens)
@@ -363,7 +357,8 @@ def _exchanges(step, model):
   """The exchanges of all layers, there and back."""
   n = step.mesh.shape["expert"]
   for sublayer, home, room in buffers(step, model) if n > 1 else ():
-    row = model.arch.d_model * step.width * step.micro_batches
+    row = sublayer.recipe.row_width(model.arch.d_model)
+    row *= step.width * step.micro_batches
     row *= len(sublayer.numbers)
     if sublayer.recipe.exchange == "all_gather":
       size = n * step.tokens * row
@@ -379,7 +374,7 @@ def _exchanges(step, model):
     ragged = sublayer.recipe.dispatcher.ragged
     kind = "ragged-all-to-all" if ragged else "all-to-all"
     # Ragged rows are sent as they are, slots with those that stay empty.
-    real = min(home, step.tokens * rows_of_a_token(sublayer.recipe))
+    real = min(home, step.tokens * sublayer.recipe.experts_per_token)
     wire = 2 * (real if ragged else home) * row * (1 - 1 / n)
     yield Sent("rows", kind, ("expert",), (home + room) * row, wire)
 

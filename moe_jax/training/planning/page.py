@@ -66,14 +66,13 @@ def utilization(plan: Plan) -> float | None:
 
 def buffers(plan: Plan) -> list[dict]:
   """The rows that experts of a device have room for, by kind of layer."""
-  width = plan.model.arch.d_model * plan.step.width
+  d_model, size = plan.model.arch.d_model, plan.step.width
   return [
     {
       "layers": sublayer.numbers,
-      "balanced_rows": plan.step.tokens
-      * costs.rows_of_a_token(sublayer.recipe),
+      "balanced_rows": plan.step.tokens * sublayer.recipe.experts_per_token,
       "rows": room,
-      "bytes": room * width,
+      "bytes": room * sublayer.recipe.row_width(d_model) * size,
     }
     for sublayer, _, room in costs.buffers(plan.step, plan.model)
   ]

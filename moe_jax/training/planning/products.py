@@ -207,7 +207,7 @@ def rows(step: costs.Step, model, matrices) -> dict[str, Rows]:
   for path, (sublayer, home, room) in zip(
     models.sublayers(model), costs.buffers(step, model)
   ):
-    used = min(home, step.tokens * costs.rows_of_a_token(sublayer.recipe))
+    used = min(home, step.tokens * sublayer.recipe.experts_per_token)
     own = sum(m.active for m in matrices if m.sublayer == path)
     flops = 2 * step.tokens * step.micro_batches * own * (1 + 2 * step.backward)
     tiles = _in_tiles(step, model, sublayer.recipe, used, room)
@@ -248,7 +248,7 @@ def _in_tiles(step, model, recipe, used, room) -> float | None:
   work = kernels.estimate(
     [each] * here,
     room,
-    (model.arch.d_model, width),
+    (recipe.row_width(model.arch.d_model), width),
     model.arch.dtype,
     backend=kernels.backend_for(platform),
   )

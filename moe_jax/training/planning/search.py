@@ -230,7 +230,7 @@ class _OfExperts(NamedTuple):
 
 
 def _of_experts(step, model, sublayer, home, room):
-  row = model.arch.d_model * step.width
+  row = sublayer.recipe.row_width(model.arch.d_model) * step.width
   hidden = room * sublayer.recipe.experts.width * step.width
   hidden /= step.mesh.shape["tensor"]
   layers = len(sublayer.numbers)

@@ -1,0 +1,209 @@
+"""Writes the tables of docs/routing.md from the files of the parts.
+
+  python -m tests.routing_page
+
+The text around the tables is written by hand; a table stands between the comments
+`<!-- table: NAME -->` and `<!-- end -->`.
+"""
+
+import re
+
+import jax
+
+from moe_jax.core import registry
+from moe_jax.core.errors import ConfigError
+from moe_jax.moe import balancers as balancers_
+from moe_jax.moe import types
+from tests.house import ROOT
+
+PAGE = ROOT / "docs" / "routing.md"
+# What a part needs beside its name, in the tables.
+EXAMPLES = {
+  "top_k": 2,
+  "coefficient": 1e-2,
+  "rate": 1e-3,
+  "vocab_size": 50_000,
+  "feature": "modality",
+  "num_values": 2,
+  "num_groups": 8,
+  "tile": 128,
+  "experts": 2.0,
+  "target": 0.3,
+  "share": 0.125,
+  "devices": 8,
+}
+GIVEN = {"top_k"}  # Options that another key of `model.moe` sets.
+FORMS = {
+  "TokenChoice": "tokens name experts",
+  "SlotChoice": "experts name tokens",
+  "Mixture": "slots are means of tokens",
+}
+SIZES = {"D": 64, "E": 16, "M": 8}
+_PAPER = re.compile(r"\b\d{4}\.\d{5}\b")
+
+
+def build(kind, name):
+  """(part, the options that it cannot do without, its module)."""
+  module = registry.find(kind, name)
+  made, needed = None, {}
+  while made is None:
+    try:
+      made = registry.load(kind, name, **needed)
+    except ConfigError as e:
+      missing = re.search(r'needs "(\w+)"', str(e))
+      if not missing or missing[1] in needed:
+        raise
+      needed[missing[1]] = EXAMPLES[missing[1]]
+  return made, needed, module
+
+
+def about(module):
+  """(the first sentence of a docstring without papers, its papers, its rule)."""
+  head, _, rest = module.__doc__.partition("\n")
+  papers = dict.fromkeys(_PAPER.findall(module.__doc__))
+  links = ", ".join(f"[{p}](https://arxiv.org/abs/{p})" for p in papers)
+  head = re.sub(r" \([^()]*\d{4}\.\d{5}[^()]*\)", "", head).rstrip(".")
+  rule = re.search(r"^  +(\S.*?)(?:  +\(.*)?$", rest, re.M)
+  return (
+    head,
+    links,
+    f"`{rule[1].strip().replace(chr(96), chr(39))}`" if rule else "",
+  )
+
+
+def section(name, needed):
+  """How a config names a part."""
+  options = {k: v for k, v in needed.items() if k not in GIVEN}
+  return f"`{ {'name': name} | options }`"
+
+
+def cost(router):
+  """Multiplications for a token, in the router's matrices."""
+  params = jax.eval_shape(
+    lambda: router.init(jax.random.key(0), SIZES["D"], SIZES["E"])
+  )
+  matrices = [x for x in params.values() if x.ndim > 1]
+  if not matrices:
+    return "0"
+  names = {"16": "E", "8": "groups"}
+  widths = (str(x.size // SIZES["D"]) for x in matrices)
+  wide = [names.get(w, "E K" if w == "32" else w) for w in widths]
+  return "D " + (f"({' + '.join(wide)})" if len(wide) > 1 else wide[0])
+
+
+def routers():
+  """The table of all routers."""
+  rows = [
+    (
+      *(
+        "router",
+        "what it does",
+        "rule",
+        "form",
+        "causal",
+        "experts of a token",
+      ),
+      *("multiplications", "balancers that shift scores", "paper", "config"),
+    )
+  ]
+  for name in registry.names("routers"):
+    router, needed, module = build("routers", name)
+    head, papers, rule = about(module)
+    count = "K" if router.fixed else f"up to {'K' if router.top_k else 'E'}"
+    if not router.fixed and router.top_k is None:
+      count = "K on average"
+    rows.append(
+      (
+        *(f"`{name}`", head, rule, FORMS[router.form.__name__]),
+        "yes" if router.causal else "**no**",
+        *(count, cost(router)),
+        "yes" if "selection" in router.gives else "no",
+        *(papers or "–", section(name, needed)),
+      )
+    )
+  return rows
+
+
+def balancers():
+  """The table of all balancers."""
+  rows = [
+    (
+      *("balancer", "what it does", "rule", "acts by", "state of a layer"),
+      *("causal", "needs of the router", "paper", "config"),
+    )
+  ]
+  for name in registry.names("balancers"):
+    balancer, needed, module = build("balancers", name)
+    head, papers, rule = about(module)
+    acts = [
+      words
+      for words, field in (
+        ("a loss", balancer.loss),
+        ("scores that choose", balancer.select),
+      )
+      if field is not None
+    ]
+    state = jax.eval_shape(lambda b=balancer: b.init(SIZES["E"]))
+    sizes = [
+      f"`{k}` [{', '.join('E' if n == SIZES['E'] else str(n) for n in x.shape)}]"
+      for k, x in state.items()
+    ]
+    needs = set(balancer.needs)
+    rows.append(
+      (
+        *(f"`{name}`", head, rule, " and ".join(acts)),
+        ", ".join(sizes) or "none",
+        "yes" if balancer.causal else "**no**",
+        ", ".join(f"`{k}`" for k in sorted(needs)) or "–",
+        *(papers or "–", section(name, needed)),
+      )
+    )
+  return rows
+
+
+def misfits():
+  """The pairs of a router and a balancer that are refused, with the reason."""
+  rows = [("router", "balancers that it is refused with, and what they need")]
+  for name in registry.names("routers"):
+    router = build("routers", name)[0]
+    reasons = {}
+    for other in registry.names("balancers"):
+      balancer = build("balancers", other)[0]
+      facts = balancers_.missing(router, balancer)
+      if "selection" in facts:
+        facts = ["selection"]  # The rest follows.
+      for fact in facts:
+        reasons.setdefault(fact, []).append(f"`{other}`")
+    if reasons:
+      words = "; ".join(
+        f"{', '.join(them)}: {types.FACTS[fact]}"
+        for fact, them in sorted(reasons.items())
+      )
+      rows.append((f"`{name}`", words))
+  return rows
+
+
+TABLES = {"routers": routers, "balancers": balancers, "misfits": misfits}
+
+
+def render(rows):
+  """Rows as markdown; a bar inside of a cell is escaped."""
+  lines = [
+    "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+    for row in rows
+  ]
+  return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def rewritten(text: str) -> str:
+  """The page with its tables made again."""
+  for name, make in TABLES.items():
+    between = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.S)
+    table = render(make())
+    text, count = between.subn(lambda m: f"{m[1]}\n{table}\n\n{m[2]}", text)  # noqa: B023
+    assert count == 1, f"{PAGE} has no place for the table {name}"
+  return text
+
+
+if __name__ == "__main__":
+  PAGE.write_text(rewritten(PAGE.read_text()))
