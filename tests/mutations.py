@@ -167,8 +167,8 @@ FAULTS = (
   Fault(
     "drops are over one choice a token",
     "moe_jax/training/metrics.py",
-    "tokens * layer.router.top_k if",
-    "tokens if",
+    "wanted = tokens * layer.router.top_k",
+    "wanted = tokens",
     "metrics_test.py"
     "::test_kinds_of_layers_with_other_numbers_of_experts_and_choices",
   ),

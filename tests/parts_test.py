@@ -21,7 +21,7 @@ from moe_jax.models import decoding
 from moe_jax.moe import exchange, experts, layer
 from moe_jax.moe.types import Bound, Side
 from moe_jax.training import program, train_step
-from tests import house, mesh_cases, oracle, small
+from tests import house, mesh_cases, oracle, small, tiers
 
 PLUGINS = house.ROOT / "tests" / "plugins"
 FOLDER = (str(PLUGINS),)
@@ -102,29 +102,34 @@ LAYERS = {
   "latent": {"router": {"name": "top_k"}, "d_latent": 6},
 }
 LAYERS["top_p"]["balancers"]["devices"]["coefficient"] = 0.1
+# The long tier has a model of the other layers.
+QUICK = (
+  *("expert_choice", "soft", "quantile", "noisy", "relu", "threshold", "bip"),
+)
+OTHERS = tuple(name for name in LAYERS if name not in QUICK)
 NONCAUSAL = ("expert_choice", "soft", "tiles", "sinkhorn", "bip")
 
 
-def config():
-  """A model with one layer of each kind that classifies images."""
+def config(names=QUICK):
+  """A model with one layer of each of these kinds that classifies images."""
   c = tiny.get_config()
   c.plugins = FOLDER
   c.task.name = "digits"
   c.data.batch_size = 32
   c.eval.batch_size = 16
-  c.model.update(name="patches", d_model=16, num_layers=len(LAYERS))
+  c.model.update(name="patches", d_model=16, num_layers=len(names))
   c.model.moe.update(num_experts=E, top_k=K, d_expert=8)
-  c.model.variants = {name: {"moe": own} for name, own in LAYERS.items()}
-  c.model.pattern = tuple(f"moe@{name}" for name in LAYERS)
+  c.model.variants = {name: {"moe": LAYERS[name]} for name in names}
+  c.model.pattern = tuple(f"moe@{name}" for name in names)
   c.optim.update(optimizer={"name": "sgd"}, learning_rate=0.5, warmup_steps=0)
   c.train.accumulation = 2
   return c
 
 
 @functools.cache
-def start():
+def start(names=QUICK):
   """(boxed shapes, a state of random parameters) in float64."""
-  c = config()
+  c = config(names)
   task = program.build_task(c)
   init, _ = small.training(c, program.build_model(c, task), task)
   boxed = jax.eval_shape(init, jax.random.key(0))
@@ -143,13 +148,13 @@ def start():
 
 
 @functools.cache
-def trained(sizes, kind="all_to_all"):
+def trained(sizes, kind="all_to_all", names=QUICK):
   """(model, the state after some steps, the sums of the last) in float64."""
-  c = config()
+  c = config(names)
   c.model.moe.exchange = kind
   c.train.reduce_experts_once = kind == "all_gather"
   mesh = None if sizes is None else mesh_cases.make_mesh(sizes)
-  boxed, state = start()
+  boxed, state = start(names)
   with jax.enable_x64(True):
     task = program.build_task(c, mesh)
     model = program.build_model(c, task, mesh)
@@ -173,16 +178,18 @@ def put(batch, mesh):
 
 
 def layer_of(name):
-  return f"layer_{list(LAYERS).index(name)}"
+  names = QUICK if name in QUICK else OTHERS
+  return f"layer_{names.index(name)}"
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", tiers.only(QUICK, LAYERS))
 def test_they_train_on_a_mesh_as_without_one(name):
   """Two steps of SGD with two micro-batches each; and every part has learnt."""
-  _, before = start()
+  names = QUICK if name in QUICK else OTHERS
+  _, before = start(names)
   (model, alone, sums), (_, on_mesh, sums_on_mesh) = (
-    trained(None),
-    trained(MESH, "all_to_all"),
+    trained(None, names=names),
+    trained(MESH, "all_to_all", names),
   )
   path = f"{layer_of(name)}/moe"
   found, expected = (
@@ -200,12 +207,12 @@ def test_they_train_on_a_mesh_as_without_one(name):
     *map(jax.tree.leaves, (models.at(alone.params, path), moe)), strict=True
   ):
     assert a.dtype == float
-    assert np.linalg.norm(a - b) > 1e-4 * np.linalg.norm(b)
+    assert np.linalg.norm(a - b) > 1e-5 * np.linalg.norm(b)
   parts = {"router", "experts", *(["latent"] if name == "latent" else [])}
   assert set(moe) == parts and path in model.sublayers
 
 
-@pytest.mark.parametrize("kind", exchange.KINDS)
+@pytest.mark.parametrize("kind", tiers.only(["all_to_all"], exchange.KINDS))
 def test_the_whole_step_is_the_same_on_a_mesh(kind):
   """However the tokens that experts choose, or mix, get to them.
 
@@ -367,7 +374,7 @@ def test_a_decoder_refuses_what_sees_later_tokens(name):
 
 def test_a_balancer_sees_its_own_sums():
   """Two of a kind, of which each moves its own bias."""
-  c = config()
+  c = config(("quantile",))
   balancers = c.model.variants.quantile.moe.balancers
   balancers.other = {"name": "quantile", "decay": 0.5}
   task = program.build_task(c)
@@ -381,7 +388,7 @@ def test_a_balancer_sees_its_own_sums():
     new, _ = jax.jit(functools.partial(train_step.train_step, **parts))(
       nn.unbox(state), batch, numbers
     )
-  path = f"{layer_of('quantile')}/moe"
+  path = "layer_0/moe"
   both = models.at(new.balance, path)
   assert both["q"]["bias_E"].any() and both["other"]["bias_E"].any()
   assert (both["q"]["bias_E"] != both["other"]["bias_E"]).any()

@@ -165,5 +165,7 @@ def test_a_question_takes_no_name_of_another_module(mine, name):
 
 
 def test_a_launch_without_a_question_names_them(capsys):
-  with pytest.raises(ConfigError, match="give a QUESTION; known: gating, load"):
+  with pytest.raises(
+    ConfigError, match="give a QUESTION; known: balancers, gating, load"
+  ):
     launch.main([])

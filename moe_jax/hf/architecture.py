@@ -13,7 +13,7 @@ from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import defaults
 from moe_jax.hf import rows
 from moe_jax.models import layers
-from moe_jax.moe import experts
+from moe_jax.moe import experts, pool
 from moe_jax.moe.layer import Recipe
 
 # Options that a family's table may leave out; d_ff is that of dense layers.
@@ -21,6 +21,8 @@ _DEFAULTS = {
   **{"name": "decoder", "d_ff": 1, "norm": "rms", "scale_embedding": False},
   **{"remat": "none", "allow_noncausal": False, "moe.num_shared_experts": 0},
   **{"moe.shared_gate": False, "moe.router.name": "top_k"},
+  **{f"moe.num_{kind}_experts": 0 for kind in pool.KINDS},
+  **{"moe.real_experts": None, "moe.d_latent": None},
   "moe.exchange": Recipe.exchange,
   # A renormalised top-1 weight is always 1, in the reference too.
   "moe.router.allow_constant_weight": True,
@@ -126,6 +128,8 @@ def _experts(recipe):
     "moe.num_shared_experts": shared.width // routed.width if shared else 0,
     "moe.shared_gate": bool(shared) and "token_gate" in shared.axes,
     "moe.use_bias": "down_bias" in routed.axes,
+    "moe.cheap experts": recipe.cheap.width if recipe.cheap else 0,
+    "moe.d_latent": recipe.latent.width if recipe.latent else None,
     "moe.selected by": [x.spec.name for x in balancers if x.select],
     "moe.router.name": made_of.name,
     **{f"moe.router.{k}": x for k, x in router.items()},

@@ -184,12 +184,14 @@ def report(
 def _beyond(count_GE):
   """{capacity factor: what experts would have no slot for}, [G, 1] each."""
   mean_G1 = count_GE.mean(-1, keepdims=True)
-  return {
-    str(factor): jnp.maximum(count_GE - factor * mean_G1, 0).sum(
-      -1, keepdims=True
-    )
-    for factor in FACTORS
-  }
+
+  def beyond(factor):
+    more_GE = count_GE - factor * mean_G1
+    # The shares of a mixture are equal but for rounding.
+    more_GE = jnp.where(more_GE > 1e-4 * mean_G1, more_GE, 0)
+    return more_GE.sum(-1, keepdims=True)
+
+  return {str(factor): beyond(factor) for factor in FACTORS}
 
 
 def _observe(recipe, routing, mask_GT, balance):

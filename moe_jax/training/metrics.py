@@ -24,12 +24,12 @@ class Layer(NamedTuple):
   """Statistics of one MoE layer, summed over groups, as numpy arrays.
 
   router: its `Router`, which says how many experts a token gets.
-  num_experts: E, without cheap experts, see `moe.pool`.
+  num_experts: E, without cheap experts, see `moe.pool`; None: there are none.
   """
 
   stats: Stats
   router: Router
-  num_experts: int
+  num_experts: int | None = None
 
   @property
   def count_E(self) -> np.ndarray:
