@@ -128,6 +128,8 @@ def get_config() -> ConfigDict:
   # in every micro-batch: less is sent, and more memory needed.
   c.train.reduce_experts_once = False
   c.train.log_every = 10  # steps between lines of metrics.jsonl
+  # Steps between its lines with the load of every expert; 0: none.
+  c.train.loads_every = 100
   # On a mesh, compare a layer with that of one device before the first step.
   c.train.check_mesh = True
   # Any number of files of moe_jax/training/hooks, by a label of yours, each with

@@ -14,11 +14,12 @@ def main(argv=None) -> int:
   args = _arguments(argv)
 
   from moe_jax.tasks import next_token
-  from moe_jax.training import evaluation
+  from moe_jax.training import evaluation, traces
 
   loaded = trained.load(args, dropless=args.dropless)
-  settings = _settings(args, loaded)
-  task, sums = next_token.on_corpus(loaded, _text(args, loaded), **settings)
+  settings, corpus = _settings(args, loaded), _text(args, loaded)
+  trace = args.trace and traces.Writer(loaded.model, corpus.domains)
+  task, sums = next_token.on_corpus(loaded, corpus, trace=trace, **settings)
   scored = sum(int(part["loss"].weight) for part in sums.values())
   words = [f"{name} = {value}" for name, value in settings.items()]
   words += ["dropless" if args.hf or args.dropless else "the run's capacity"]
@@ -35,6 +36,9 @@ def main(argv=None) -> int:
       for (layer, domain), share_E in shares.items()
       for e, share in enumerate(share_E)
     ]
+  if trace:
+    trace.save(args.trace)
+    print(f"The experts of every token are in {args.trace}.")
   if args.json:
     command.write_json(args.json, {"metrics": values, "shares": rows})
   return 0
@@ -52,6 +56,8 @@ def _arguments(argv):
   words = "experts take all their tokens; published weights always do"
   add("--dropless", action="store_true", help=words)
   add("--batches_per_domain", type=count, help="default: all")
+  words = "which experts every token chose, see docs/runs.md"
+  add("--trace", metavar="FILE", help=words)
   add("--json", metavar="PATH", help="metrics, and shares of experts")
   args = parser.parse_args(argv)
   if args.dataset is None and (args.hf or args.data_dir):

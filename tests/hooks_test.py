@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 def settings(folder, **hooks):
   c = small.config()
   c.plugins = (str(folder),)
-  c.train.update(num_steps=STEPS, log_every=1)
+  c.train.update(num_steps=STEPS, log_every=1, loads_every=4)
   c.train.hooks = hooks
   return config_lib.locked(c.to_dict())
 
@@ -79,7 +79,6 @@ def test_a_hook_sees_its_steps_and_changes_nothing(go, tmp_path):
   jax.monitoring.register_event_duration_secs_listener(listen)
   hooks = {
     "mine": {"name": "notes", "every": 3, "word": "mine"},
-    "loads": {"name": "loads", "every": 4},
   }
   with pytest.raises(Interrupted):
     go(tmp_path / "hooked", 4, **hooks)
@@ -110,11 +109,12 @@ def test_a_hook_sees_its_steps_and_changes_nothing(go, tmp_path):
       assert metrics[f"max_vio/{number}"] == pytest.approx(worst)
   assert len({norm for _, _, norm, _, _ in notes}) == 3
 
-  files = sorted((tmp_path / "hooked" / "loads").iterdir())
-  assert [path.name for path in files] == ["00000004.json", "00000008.json"]
-  loads = json.loads(files[0].read_text())
-  tokens = {sum(load_E) for load_E in loads.values()}
-  assert list(loads) == ["00", "01"] and len(tokens) == 1
+  # The same loads are in metrics.jsonl, also after a resume.
+  lines = run_directory.read_metrics(tmp_path / "hooked", "loads")
+  assert [line["step"] for line in lines] == [4, 8]
+  for line in lines:
+    tokens = {sum(line[layer]) for layer in ("00", "01")}
+    assert len(tokens) == 1 and len(line) == 4
 
 
 def test_hooks_are_part_of_no_digest(folder):

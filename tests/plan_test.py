@@ -269,7 +269,7 @@ def test_bad_input_is_refused_before_anything_is_compiled(monkeypatch):
   assert "--search needs a chip whose rates are known" in text
   for path in ("nothing/metrics.jsonl", ""):
     text = refused("--topology=cpu:8", f"--load={path}")
-    assert f'no file "{path}"' in text and "hooks.loads.name=loads" in text
+    assert f'no file "{path}"' in text and "train.loads_every above 0" in text
   wanted = "--config.model.moe.grouped_matmul=tpu"
   text = refused("--topology=cpu:8", "--mesh=data:8", wanted)
   assert 'grouped_matmul = "tpu" is not of cpu' in text
@@ -502,11 +502,15 @@ def test_what_would_fit():
 
 
 def test_loads_of_a_run(tmp_path):
-  (tmp_path / "loads").mkdir()
-  (tmp_path / "metrics.jsonl").touch()
-  for step, loads_E in enumerate(([4, 0, 2, 2], [1, 1, 1, 5])):
-    text = json.dumps({"00": loads_E, "01": [2, 2, 2, 2]})
-    (tmp_path / "loads" / f"{step:08d}.json").write_text(text)
+  def write(*of_steps):
+    lines = [{"step": 1, "split": "train", "loss": 1.0}]
+    for step, own in enumerate(of_steps):
+      lines.append({"step": step, "split": "loads", **own})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text)
+
+  two = {"01": [2, 2, 2, 2]}
+  write({"00": [4, 0, 2, 2]} | two, {"00": [1, 1, 1, 5]} | two)
   count_NE = loads.read(str(tmp_path / "metrics.jsonl"))
   assert count_NE.tolist() == [[4, 0, 2, 2], [2] * 4, [1, 1, 1, 5], [2] * 4]
   found = loads.over_devices(count_NE, 2, top_k=2, nodes=2, limited=1)
@@ -548,11 +552,15 @@ def test_loads_of_a_run(tmp_path):
   config.model.pattern = ("dense",)
   with pytest.raises(ConfigError, match="have no; give a run"):
     of_config(eight_NE)
-  for text in ('{"00": [1, 2]}', '{"00": 3}', '{"00": [0, 0, 0, 0]}'):
-    (tmp_path / "loads" / "9.json").write_text(text)
+  for own in ({"00": [1, 2]}, {"00": ["a"] * 4}, {"00": [0, 0, 0, 0]}):
+    write(two, own)
     with pytest.raises(ConfigError, match="as many experts in each layer"):
       loads.read(str(tmp_path))
-  with pytest.raises(ConfigError, match="as many experts in each layer"):
+  write({"00": 3})
+  with pytest.raises(ConfigError, match="metrics"):
+    loads.read(str(tmp_path))
+  write()
+  with pytest.raises(ConfigError, match="has no lines with loads"):
     loads.read(str(tmp_path))
 
 

@@ -115,6 +115,11 @@ def _readable(path, remedy):
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
+  """`write_bytes` of a text in UTF-8."""
+  write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
   """Writes a file as a whole: it has its old content or all of the new one.
 
   Raises:
@@ -124,8 +129,8 @@ def write_text(path: str | os.PathLike, text: str) -> None:
   temporary = path.with_name(f".{path.name}")
   with writing(path):
     try:
-      with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+      with temporary.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
       temporary.replace(path)

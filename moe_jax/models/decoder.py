@@ -279,6 +279,7 @@ class Decoder(nn.Module):
     first: int | Array = 0,
     train: bool = False,
     collect: str | None = None,
+    replayed: Array | None = None,
     cache_length: int | None = None,
   ) -> tuple[Array, dict]:
     """Next-token logits.
@@ -290,9 +291,9 @@ class Decoder(nn.Module):
       first: index of the first sequence in the batch of a step.
       train: the capacity of training instead of that of evaluation.
       collect: "routing" adds the arrays of the choices to aux.
-      cache_length: M, how many tokens generation may keep of a sequence, as the
-        mutable collection `cache`: these tokens follow those of earlier calls.
-        Padding comes before a sequence then, and not after it. None: no cache.
+      replayed: experts [B, L, layers, K] of a trace, see `linen.MoE`.
+      cache_length: M, tokens that generation may keep of a sequence in the mutable
+        collection `cache`; padding then comes before it. None: no cache.
 
     Returns:
       logits_BLV in at least float32.
@@ -302,13 +303,13 @@ class Decoder(nn.Module):
     arch, aux = self.arch, {}
     if not self.is_initializing():
       arch.check_causal(tokens_BL.shape[1], train)
-    if mask_BL is None:
-      mask_BL = jnp.ones(tokens_BL.shape, bool)
+    mask_BL = jnp.ones(tokens_BL.shape, bool) if mask_BL is None else mask_BL
     context = attention.context.make(
       self, tokens_BL, mask_BL, arch.end_of_document, cache_length
     )
     features = {"token_id": tokens_BL, "position": context.tokens.position_BL}
     call = dict(mask_BL=mask_BL, features=features, rng=rng, first=first)
+    call |= {"replayed": replayed}
     embedding_VD = self._matrix("embedding", ("vocab", "embed"))
     # All of it on every device: a gather of its parts would move all tokens.
     table_VD = parallel.constrain(embedding_VD, (None, None), arch.mesh)

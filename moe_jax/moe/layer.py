@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
 from moe_jax.moe import exchange, plans, pool, reduction, types
-from moe_jax.moe.types import Array, Side, Stats
+from moe_jax.moe.types import Array, Side, Stats, TokenChoice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,8 @@ def moe_ffn(
     mesh: from `parallel.make_mesh`, or the same with explicit axes; G divides
       over its axes of tokens, and the numbers are those of a single device.
       None: one device.
-    collect: "routing" also returns the router's choice, with a leading G.
+    collect: "routing" also returns the router's choice, and for tokens that choose
+      the probabilities of their experts as "score_TK", with a leading G.
 
   Returns:
     y_GTD in x's dtype; zero (plus the shared experts) for a token without a
@@ -174,8 +175,19 @@ def _moe_ffn(recipe, mesh, specs, collect, params, balance, x_GTD, side, rng_G):
   if recipe.cheap:
     y_GTD += pool.output(recipe, weights, routing.choice, x_GTD)
   stats = plans.report(recipe, routing, plan, side, balance)
-  collected = {"choice": routing.choice} if collect == "routing" else {}
+  collected = {}
+  if collect == "routing":
+    collected = {"choice": routing.choice} | _scores(routing)
   return y_GTD, stats, collected
+
+
+def _scores(routing):
+  """{"score_TK": probabilities of the chosen experts}, where there are such."""
+  if routing.prob_TE is None or not isinstance(routing.choice, TokenChoice):
+    return {}
+  expert_TK = routing.choice.expert_TK
+  score_TK = jnp.take_along_axis(routing.prob_TE, expert_TK, axis=-1)
+  return {"score_TK": score_TK}
 
 
 def _around(recipe, weights, x_GTD, mesh):

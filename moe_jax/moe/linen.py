@@ -34,6 +34,7 @@ class MoE(nn.Module):
     *,
     first: int | Array = 0,
     layer_index: int | Array = 0,
+    replayed: Array | None = None,
     train: bool = False,
     collect: str | None = None,
   ) -> tuple[Array, Stats, dict]:
@@ -47,6 +48,8 @@ class MoE(nn.Module):
       first: index of the first sequence in the whole batch of a step, so that
         noise does not depend on micro-batches.
       layer_index: number of the layer, whose noise is its own.
+      replayed: experts [B, L, layers, K] of a trace, of which this layer's are
+        the feature "replayed"; None: the router chooses.
       train: capacity and noise of training, not of evaluation.
       collect: see `layer.moe_ffn`.
 
@@ -65,7 +68,10 @@ class MoE(nn.Module):
       rng_G = self.grouping.keys(rng, batch, length, first)
       rng_G = jax.vmap(jax.random.fold_in, (0, None))(rng_G, layer_index)
 
-    inputs = x_BLD, Side(mask_BL, dict(features or {}))
+    features = dict(features or {})
+    if replayed is not None:
+      features["replayed"] = jnp.take(replayed, layer_index, axis=2)
+    inputs = x_BLD, Side(mask_BL, features)
     x_GTD, side = self._with_leading(inputs, -1, tokens)
     args = recipe, params, balance, x_GTD, side, rng_G
     y_GTD, stats, kept = layer.moe_ffn(*args, mesh=self.mesh, collect=collect)

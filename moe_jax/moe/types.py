@@ -61,7 +61,8 @@ class Side(flax.struct.PyTreeNode):
 
   mask_T: bool, False for padding, which takes no slot and is not counted.
   features: per-token arrays [T, ...] that a router may look at: token_id,
-    position, modality, timestep, domain, ...
+    position, modality, timestep, domain, ...; "replayed" [T, K] are experts that
+    a token has to take, by a router that `replays`, unless all of them are -1.
   """
 
   mask_T: Array
@@ -244,6 +245,7 @@ class Router:
   average_k: mean number of experts per token, if it is not top_k.
   always_draws: whether it needs a key at evaluation too; if not, it is given
     none there.
+  replays: whether it takes the experts of the feature "replayed".
   form: of its choices. Dispatchers and capacities are for `TokenChoice` alone.
   gives: keys of `FACTS`: what balancers can rely on.
   needs: keys of `FACTS` that a balancer has to give.
@@ -258,6 +260,7 @@ class Router:
   fixed: bool = True
   average_k: float | None = None
   always_draws: bool = False
+  replays: bool = False
   form: type = TokenChoice
   gives: frozenset[str] = GIVEN
   needs: frozenset[str] = frozenset()

@@ -19,6 +19,7 @@ from moe_jax.core.options import integer
 # Keys that a run's numbers do not depend on.
 IDLE = ("mesh", "writers", "checkpoint.", "data.cache_dir")
 IDLE += ("train.check_mesh", "train.profile_steps", "train.hooks")
+IDLE += ("train.loads_every",)
 # And keys that may change when a run is resumed.
 _FREE = (*IDLE, "data.dir", "train.max_skipped_in_a_row")
 # Sections whose keys are up to the config: the options of a part, and parts or

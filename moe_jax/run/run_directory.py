@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from absl import logging
 
@@ -18,6 +19,7 @@ from moe_jax.run import config as config_lib
 from moe_jax.run import processes, provenance, writers
 
 _CONFIG, _FACTS, _METRICS = "config.json", "run.json", "metrics.jsonl"
+LOADS = "loads"  # The split of lines with the load of every expert, by layer.
 _REMEDY = "bring it back as it was, or choose another --workdir"
 
 
@@ -174,8 +176,8 @@ class RunDirectory(contextlib.ExitStack):
     text = json.dumps(self.facts, indent=2, sort_keys=True) + "\n"
     processes.by_first(lambda: self._write(_FACTS, text))
 
-  def log(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
-    """Appends one line to metrics.jsonl.
+  def log(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
+    """Appends one line to metrics.jsonl: numbers, or of the split "loads" lists.
 
     Raises:
       RunError: it cannot be written, or a file of the run was changed.
@@ -184,7 +186,7 @@ class RunDirectory(contextlib.ExitStack):
     if not processes.is_first():
       return
     self._append(json.dumps({"step": step, "split": split, **metrics}) + "\n")
-    for log in self._loggers:
+    for log in self._loggers if split != LOADS else ():
       log(step, split, metrics)
 
   def sync(self) -> None:
@@ -256,8 +258,9 @@ def _check_line(line):
   """Raises ValueError for a line of another shape."""
   if not isinstance(line, dict):
     raise ValueError(f"it is a {type(line).__name__}")
+  usual = (list,) if line.get("split") == LOADS else (int, float)
   for name, value in ({"step": None, "split": None} | line).items():
-    kinds = {"step": (int,), "split": (str,)}.get(name, (int, float))
+    kinds = {"step": (int,), "split": (str,)}.get(name, usual)
     if type(value) not in kinds:
       raise ValueError(f"{name} is {value!r:.20}")
 

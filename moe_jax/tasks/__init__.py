@@ -20,8 +20,8 @@ class Task:
 
   spec: {array of a batch: shape and dtype of one example}.
   weight: (batch of a step) -> the sum of the weights that its losses have.
-  loss: (model, variables, batch, rng, first, train) -> (Mean to minimise,
-    sums, aux). rng is the key of the step, None outside of training for models
+  loss: (model, variables, batch, rng, first, train, collect=None) -> (Mean to
+    minimise, sums, aux). collect is what the model is to collect, for traces; rng is the key of the step, None outside of training for models
     without noise; first is the index of the first example in the step's batch;
     sums are arrays that add up over batches; aux is the model's.
   metrics: (loss, sums) -> {name: Mean}, on the host.
@@ -34,6 +34,7 @@ class Task:
     each of A micro-batches. A step's batch depends on seed and step alone.
   validation: (rows) -> pairs of a domain and a batch, arrays [B, ...], always
     in the same order.
+  check: (model) -> None, raises ConfigError for a model that does not fit.
   name: of the data.
   fingerprint: changes when the data does.
   sources: what the data was made of, for run.json.
@@ -50,9 +51,11 @@ class Task:
   init: Callable[..., Any] | None = None
   train: Callable[..., Any] | None = None
   validation: Callable[..., Iterator[tuple[str, Batch]]] | None = None
+  check: Callable[[Any], None] = lambda model: None
   name: str = ""
   fingerprint: str = ""
   sources: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 PART = Task  # `build` of each file returns one.
+SHARED = ("replay",)  # Files of this folder that are no tasks.

@@ -9,14 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.core import parallel
+from moe_jax.core.options import optional, text
 from moe_jax.data import batches, corpora, mixed, tokenizers
 from moe_jax.moe.types import Array, Mean
 from moe_jax.tasks import Task
-from moe_jax.training import evaluation
+from moe_jax.tasks.replay import Replay
+from moe_jax.training import evaluation, traces
 
 
 def build(
-  config, mesh=None, fingerprint: str | None = None, prepare: bool = True
+  config,
+  mesh=None,
+  fingerprint: str | None = None,
+  prepare: bool = True,
+  replay: optional(text()) = None,
 ) -> Task:
   """The task of a config, with its text prepared.
 
@@ -27,6 +33,8 @@ def build(
     fingerprint: of the data, where a run goes on that has seen it; None: any.
     prepare: whether there are to be batches; without them nothing is read but
       the tokenizer.
+    replay: folder of the traces of a run, whose experts are forced on the tokens
+      of this one, see `replay`; None: the router chooses.
 
   Raises:
     ConfigError: no such data, or impossible numbers.
@@ -38,15 +46,17 @@ def build(
   else:
     tokenizer = tokenizers.load(config.data.tokenizer)
     corpus = corpora.Corpus(config.data.name, tokenizer.num_bytes_V)
-  return of_corpus(config, corpus, mesh)
+  recorded = None if replay is None else Replay(replay)
+  return of_corpus(config, corpus, mesh, recorded)
 
 
-def of_corpus(config, corpus, mesh=None) -> Task:
+def of_corpus(config, corpus, mesh=None, recorded=None) -> Task:
   """The task of a config on text that is prepared already.
 
   Args:
     config, mesh: as in `build`.
     corpus: from `mixed.prepare`; or one without text, which has no batches.
+    recorded: the `Replay` of another run, or None.
   """
   data = config.data
 
@@ -55,7 +65,7 @@ def of_corpus(config, corpus, mesh=None) -> Task:
     return model.init(rng, jnp.zeros((shards, 1), jnp.int32))
 
   end = corpus.end_of_document if data.separate_documents else None
-  return scoring(
+  task = scoring(
     np.asarray(corpus.num_bytes_V, np.int32),
     data.seq_len,
     given={"vocab_size": corpus.vocab_size, "end_of_document": end},
@@ -80,6 +90,23 @@ def of_corpus(config, corpus, mesh=None) -> Task:
     fingerprint=corpus.fingerprint,
     sources=corpus.sources,
   )
+  return task if recorded is None else _replayed(task, recorded)
+
+
+def _replayed(task, recorded):
+  """The task with experts from a trace."""
+  train, validation = task.train, task.validation
+  spec = {**task.spec, "replayed": recorded.spec(task.length)}
+  return dataclasses.replace(
+    task,
+    spec=spec,
+    check=recorded.check,
+    train=lambda *args, **kwargs: recorded.train(train(*args, **kwargs)),
+    validation=lambda *args, **kwargs: (
+      (domain, recorded.none(batch))
+      for domain, batch in validation(*args, **kwargs)
+    ),
+  )
 
 
 def scoring(num_bytes_V: np.ndarray, seq_len: int, **data) -> Task:
@@ -91,11 +118,12 @@ def scoring(num_bytes_V: np.ndarray, seq_len: int, **data) -> Task:
     **data: fields of `Task` that depend on the data; none: no batches.
   """
 
-  def loss(model, variables, batch, rng, first, train):
+  def loss(model, variables, batch, rng, first, train, collect=None):
     """`Task.loss`, which also counts the bytes of text of the targets."""
-    logits_BLV, aux = model.apply(
-      variables, batch["inputs"], batch["mask"], rng, first=first, train=train
-    )
+    options = {"first": first, "train": train, "collect": collect}
+    options["replayed"] = batch.get("replayed")
+    tokens = batch["inputs"], batch["mask"]
+    logits_BLV, aux = model.apply(variables, *tokens, rng, **options)
     targets, mask = batch["targets"], batch["mask"]
     num_bytes_BL = jnp.where(mask, jnp.asarray(num_bytes_V)[targets], 0)
     sums = {"bytes": num_bytes_BL.sum()}
@@ -130,7 +158,12 @@ def _metrics(loss: Mean, sums) -> dict[str, Mean]:
 
 
 def on_corpus(
-  loaded, corpus, *, separate_documents: bool = True, **batching
+  loaded,
+  corpus,
+  *,
+  separate_documents: bool = True,
+  trace: traces.Writer | None = None,
+  **batching,
 ) -> tuple[Task, dict]:
   """(the task, {domain: summed `evaluation.eval_step`}) of weights on a text.
 
@@ -138,6 +171,7 @@ def on_corpus(
     loaded: a `trained.Trained`; the first of its `ends` ends a document.
     corpus: from `mixed.prepare`, tokens of the same tokenizer.
     separate_documents: no attention or loss across their ends.
+    trace: takes what tokens choose; None: nothing is recorded.
     **batching: seq_len, batch_size, batches_per_domain of
       `batches.validation_batches`.
   """
@@ -149,16 +183,22 @@ def on_corpus(
   sizes_V[: corpus.vocab_size] = corpus.num_bytes_V
   task = scoring(sizes_V, batching["seq_len"])
   model = loaded.model.clone(arch=arch)
-  score = functools.partial(evaluation.eval_step, model=model, task=task)
+  collect = trace is not None
+  score = functools.partial(
+    evaluation.eval_step, model=model, task=task, collect=collect
+  )
   compiled = jax.jit(score)
   variables = {"balance": {}, **loaded.variables}
 
-  def step(batch, index):
-    batch = {k: batch[k] for k in task.spec}
+  def step(whole, index):
+    batch = {k: whole[k] for k in task.spec}
     for name in ("inputs", "targets"):
       # The tokenizer's end is one token more than the model may have.
       batch[name] = np.where(batch[name] == own_end, end, batch[name])
-    return compiled(**variables, batch=batch, index=np.int32(index))
+    sums = compiled(**variables, batch=batch, index=np.int32(index))
+    if collect:
+      trace.add(whole, jax.device_get(sums.pop("routing")))
+    return sums
 
   split = batches.validation_batches(
     corpus,

@@ -9,12 +9,12 @@ import jax
 import numpy as np
 
 from moe_jax import models
-from moe_jax.training import balancing, metrics
+from moe_jax.training import balancing, metrics, traces
 
 _AHEAD = 2  # Batches that the devices may have in hand.
 
 
-def eval_step(params, balance, batch, index, *, model, task):
+def eval_step(params, balance, batch, index, *, model, task, collect=False):
   """Sums of one batch.
 
   Args:
@@ -23,6 +23,7 @@ def eval_step(params, balance, batch, index, *, model, task):
     index: number of the batch, for a router that draws at evaluation too.
     model: from `models.build`.
     task: `tasks.Task`.
+    collect: also return what tokens chose, as "routing", see `traces.routed`.
 
   Returns:
     {"loss": Mean, "task": the task's sums, "stats": summed over groups}.
@@ -35,9 +36,13 @@ def eval_step(params, balance, batch, index, *, model, task):
     jax.random.key(0),
     index * batch_size,
     train=False,
+    **({"collect": "routing"} if collect else {}),
   )
   stats = balancing.statistics(aux, models.sublayers(model))
-  return {"loss": loss, "task": sums, "stats": balancing.sum_groups(stats)}
+  made = {"loss": loss, "task": sums, "stats": balancing.sum_groups(stats)}
+  if collect:
+    made["routing"] = traces.routed(aux, model, (batch_size, task.length))
+  return made
 
 
 def by_domain(step, batches, stop=lambda: False) -> dict[str, Mapping] | None:

@@ -166,12 +166,16 @@ def take_step(program, state, stream, step, lines, checkpoints, made=()):
     TrainState after the step.
   """
   every, last = program.config.checkpoint.every, program.config.train.num_steps
-  state, sums = program.train_step(state, program.put(stream[step]))
+  batch = stream[step]
+  state, sums = program.train_step(state, program.put(batch))
   lines.write()  # Now that the devices have something to do.
   done = step + 1
+  routing = sums.pop("routing", None)
   lines.add(done, sums)
   if due := [hook for period, hook in made if done % period == 0]:
     told = metrics.for_hooks(jax.device_get(sums), program)
+    if routing is not None:
+      told |= {"routing": jax.device_get(routing), "batch": batch}
     for hook in due:
       hook(state, done, told)
   if done == last or (every and done % every == 0):
@@ -193,6 +197,7 @@ class Lines:
     self._progress = progress
     self._waiting = []  # (step, sums on the devices) not added up yet.
     self._skipped = 0
+    self._loads = {}  # Of the last step that was added up.
     # Sums of the next line of metrics.
     self._means = {k: Mean(*pair) for k, pair in (begun or {}).items()}
     self._tokens, self._since = 0.0, time.monotonic()
@@ -232,6 +237,8 @@ class Lines:
     values["skipped_steps"] = self._skipped
     values["tokens_per_second"] = self._tokens / (now - self._since)
     self._directory.log(step, "train", values)
+    if self._loads and train.loads_every and step % train.loads_every == 0:
+      self._directory.log(step, "loads", self._loads)
     self._means, self._tokens, self._since = {}, 0.0, now
     note = [f"{k} {values[k]:.3f}" for k in ("loss", "max_vio") if k in values]
     self._progress.update(step - self._told, ", ".join(note))
@@ -243,6 +250,7 @@ class Lines:
       self._skipped = int(sums["skipped"])
       if not sums["skipped_in_a_row"]:
         means = metrics.of_step(sums, self._program)
+        self._loads = metrics.loads(sums, self._program.model)
         self._means = metrics.add_up([self._means, means])
       in_a_row = int(sums["skipped_in_a_row"])
       if in_a_row >= self._program.config.train.max_skipped_in_a_row:

@@ -95,6 +95,12 @@ def for_hooks(sums: Mapping, program) -> dict:
   return divide(of_step(sums, program)) | {"tokens_per_expert": loads}
 
 
+def loads(sums: Mapping, model) -> dict[str, list]:
+  """{layer: assignments to each expert} of a step, for metrics.jsonl."""
+  layers = by_layer(sums["stats"], models.sublayers(model))
+  return {number: layer.all_counts.tolist() for number, layer in layers.items()}
+
+
 def by_layer(
   stats: Mapping[str, Stats], sublayers: Mapping[str, Sublayer]
 ) -> dict[str, Layer]:

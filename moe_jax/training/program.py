@@ -43,6 +43,7 @@ OPTIONS = {
       "ema": optional(number(above=0, below=1)),
       "accumulation": integer(1),
       "log_every": integer(1),
+      "loads_every": integer(0),
       "check_mesh": bool,
       "reduce_experts_once": bool,
       "hooks": hooks.OPTIONS,
@@ -91,6 +92,7 @@ class Program:
       RunError: the mesh changes what a layer computes, see `mesh_check`.
     """
     writers.check(config.writers)
+    _check_lines(config.train)
     self.config = config
     self.mesh, self.task, self.model = build(config, fingerprint=fingerprint)
     self.task.train(0, None)  # Refuses too little data now, not later.
@@ -186,6 +188,15 @@ class Program:
     return jax.make_array_from_callback((), _sharding(self.mesh), lambda _: x)
 
 
+def _check_lines(train):
+  """Raises ConfigError for loads between two lines of metrics."""
+  if train.loads_every % train.log_every:
+    raise ConfigError(
+      f"train.loads_every = {train.loads_every} is no multiple of train.log_every ="
+      f" {train.log_every}, whose lines it goes with; change one of them"
+    )
+
+
 class Call(NamedTuple):
   """A jitted function, and the shapes and shardings of its arguments."""
 
@@ -224,8 +235,10 @@ def functions(config, mesh, task, model, numbers) -> Functions:
   placed = jax.tree.map(lambda x: x.sharding, state)
   everywhere = _sharding(mesh)
   once = train_step.once(config, mesh)
+  collect = hooks.collects(config)
+  options = {"once": once, "collect": collect}
   step = jax.jit(
-    functools.partial(train_step.train_step, **parts, once=once),
+    functools.partial(train_step.train_step, **parts, **options),
     donate_argnums=0,
     out_shardings=(placed, everywhere),
   )
@@ -280,6 +293,7 @@ def _structure(config, task, numbers) -> tuple:
     optimizers.load(config.optim, config.plugins).direction,
     config.train.accumulation,
     config.train.reduce_experts_once,
+    hooks.collects(config),
     config.eval.batch_size,
     task.fingerprint,
     str(jax.tree.map(lambda x: str(jax.typeof(x)), numbers)),
@@ -324,6 +338,7 @@ def build_model(config, task, mesh=None):
     "eval.batch_size": config.eval.batch_size,
   }
   models.check(model, length=task.length, batches=batches, mesh=mesh)
+  task.check(model)
   return model
 
 

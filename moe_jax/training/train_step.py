@@ -14,7 +14,7 @@ from moe_jax import models
 from moe_jax.core import parallel, roles
 from moe_jax.moe import reduction
 from moe_jax.moe.types import Array
-from moe_jax.training import balancing, optimizers
+from moe_jax.training import balancing, optimizers, traces
 
 
 @flax.struct.dataclass
@@ -142,7 +142,15 @@ def once(config, mesh):
 
 
 def train_step(
-  state: TrainState, batch, numbers, *, model, task, optimizer, once=None
+  state: TrainState,
+  batch,
+  numbers,
+  *,
+  model,
+  task,
+  optimizer,
+  once=None,
+  collect=False,
 ):
   """One optimizer step over all micro-batches.
 
@@ -157,6 +165,8 @@ def train_step(
     numbers: from `numbers`; none of them is compiled into the step.
     model, task, optimizer: from `parts`.
     once: from `once`.
+    collect: also return what tokens chose, as "routing", see `traces.routed`,
+      with a leading axis of micro-batches.
 
   The axes of a mesh may be explicit (`jax.make_mesh` makes such ones).
 
@@ -165,18 +175,20 @@ def train_step(
     "balance", "aux_loss", "grad_norm", "skipped", "skipped_in_a_row"}, sums
     over the step.
   """
-  parts = {"model": model, "task": task, "optimizer": optimizer, "once": once}
+  parts = {"model": model, "task": task, "optimizer": optimizer}
+  parts |= {"once": once, "collect": collect}
   as_before = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, state)
   step = functools.partial(_train_step, **parts)
   step = parallel.automatic(step, (as_before, jax.P()))
   return step(state, batch, numbers)
 
 
-def _train_step(state, batch, numbers, model, task, optimizer, once):
+def _train_step(state, batch, numbers, model, task, optimizer, once, collect):
   """`train_step` on automatic axes."""
   sublayers = balancing.rebuilt(models.sublayers(model), numbers["balancers"])
-  accumulated = _accumulate(state, batch, model, task, sublayers, once)
-  (grads, sums), weight = accumulated
+  (grads, sums), weight, routing = _accumulate(
+    state, batch, model, task, sublayers, once, collect
+  )
   updates, opt_state = optimizer(numbers["optim"]).update(
     grads, state.opt_state, state.params
   )
@@ -208,11 +220,13 @@ def _train_step(state, batch, numbers, model, task, optimizer, once):
   sums["balance"] = state.balance
   sums["skipped"] = state.skipped
   sums["skipped_in_a_row"] = state.skipped_in_a_row
+  if collect:
+    sums["routing"] = routing
   return state, sums
 
 
-def _accumulate(state, batch, model, task, sublayers, once):
-  """((gradients, sums), weight) of all micro-batches."""
+def _accumulate(state, batch, model, task, sublayers, once, collect):
+  """((gradients, sums), weight, routing) of all micro-batches."""
   accumulation, batch_size = jax.tree.leaves(batch)[0].shape[:2]
   weight = task.weight(batch)
   rng = jax.random.fold_in(state.rng, state.step)
@@ -221,9 +235,12 @@ def _accumulate(state, batch, model, task, sublayers, once):
   def objective(learnt, micro, index, so_far):
     params = reduction.join(learnt, weights)
     variables = {"params": params, "balance": state.balance}
+    more = {"collect": "routing"} if collect else {}
     loss, task_sums, aux = task.loss(
-      model, variables, micro, rng, index * batch_size, train=True
+      model, variables, micro, rng, index * batch_size, train=True, **more
     )
+    shape = batch_size, task.length
+    routing = traces.routed(aux, model, shape) if collect else {}
     stats = balancing.statistics(aux, sublayers)
     balance = balancing.loss(sublayers, state.balance, stats, so_far, params)
     balance /= accumulation
@@ -233,7 +250,7 @@ def _accumulate(state, batch, model, task, sublayers, once):
       "stats": balancing.sum_groups(stats),
       "aux_loss": balance,
     }
-    return loss.total / weight + balance, sums
+    return loss.total / weight + balance, (sums, routing)
 
   # Traced for its shapes, and not again for the scan.
   gradient = jax.jit(jax.grad(objective, has_aux=True), inline=True)
@@ -242,8 +259,9 @@ def _accumulate(state, batch, model, task, sublayers, once):
     grads, sums = carry
     index, micro = micro
     so_far = {k: s.count_E.sum((1, 2)) for k, s in sums["stats"].items()}
-    new_grads, new_sums = gradient(learnt, micro, index, so_far)
-    return jax.tree.map(jnp.add, (grads, sums), (new_grads, new_sums)), None
+    new_grads, (new_sums, routing) = gradient(learnt, micro, index, so_far)
+    new = new_grads, new_sums
+    return jax.tree.map(jnp.add, (grads, sums), new), routing
 
   # Zeros with the shapes of (gradients, sums): where the scan begins.
   none_so_far = {
@@ -253,7 +271,8 @@ def _accumulate(state, batch, model, task, sublayers, once):
   numbered = jnp.arange(accumulation), batch
   index, first = jax.tree.map(lambda x: x[0], numbered)
   shapes = jax.eval_shape(gradient, learnt, first, index, none_so_far)
+  shapes = shapes[0], shapes[1][0]
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-  (grads, sums), _ = jax.lax.scan(micro_step, zeros, numbered)
+  (grads, sums), routing = jax.lax.scan(micro_step, zeros, numbered)
   grads = reduction.reduced(grads, weights, sublayers, once)
-  return (grads, sums), weight
+  return (grads, sums), weight, routing

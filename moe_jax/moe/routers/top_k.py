@@ -98,13 +98,13 @@ def build(
     score_TE, saturated_TE = _scored(logits_TE, score_before_top_k and score)
     judged = jax.lax.stop_gradient(select(score_TE)), logits_TE, saturated_TE
     judged = _in_groups(*judged, *groups, group_score, expert_group_mask)
-    expert_TK = checkpoint_name(scores.choose(*judged, top_k), "expert")
+    expert_TK, made_TK = _chosen(*judged, top_k, side)
     chosen_TK, shares_TK = scores.weigh(expert_TK, logits_TE, score_TE, score)
     weight_TK = (shares_TK if renormalize else chosen_TK) * scale
     choice = TokenChoice(
       expert_TK,
       scores.wide(_times_own(weight_TK, expert_TK, params)),
-      _valid(side.mask_T, shares_TK, second_expert, rngs[2]),
+      made_TK & _valid(side.mask_T, shares_TK, second_expert, rngs[2]),
       _best_first(chosen_TK) if priority == "score" else None,
       weight_input=apply_to == "input",
     )
@@ -114,7 +114,8 @@ def build(
   axes = dict.fromkeys(_vectors(1, use_bias, cosine, expert_scale), (None,))
   axes |= scores.LINEAR_AXES
   gives = _gives(noise, score_before_top_k and score)
-  return Router(init, axes, route, priority == "none", top_k, gives=gives)
+  causal = priority == "none"
+  return Router(init, axes, route, causal, top_k, gives=gives, replays=True)
 
 
 def _vectors(num_experts, use_bias, cosine, expert_scale):
@@ -260,6 +261,20 @@ def _in_groups(
   selection_TGE = by_group(selection_TE)
   selection_TGE = jnp.where(inside[..., None], selection_TGE, float(outside))
   return selection_TGE.reshape(selection_TE.shape), logits_TE, saturated_TE
+
+
+def _chosen(selection_TE, logits_TE, saturated_TE, top_k, side):
+  """(expert_TK, whether each choice was made): the best ones, or replayed ones."""
+  expert_TK = scores.choose(selection_TE, logits_TE, saturated_TE, top_k)
+  made_TK = jnp.ones(expert_TK.shape, bool)
+  if (replayed_TK := side.features.get("replayed")) is not None:
+    forced_TK = jnp.broadcast_to(
+      (replayed_TK >= 0).any(-1)[:, None], made_TK.shape
+    )
+    made_TK = ~forced_TK | (replayed_TK >= 0)
+    replayed_TK = jnp.maximum(replayed_TK, 0).astype(expert_TK.dtype)
+    expert_TK = jnp.where(forced_TK, replayed_TK, expert_TK)
+  return checkpoint_name(expert_TK, "expert"), made_TK
 
 
 def _times_own(weight_TK, expert_TK, params):

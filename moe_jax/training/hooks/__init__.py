@@ -12,6 +12,10 @@ metrics: {name: number} of this step, with the names of metrics.jsonl, and
   "tokens_per_expert": {layer: assignments to each expert}, on the host. A step
   that was not applied may have NaN.
 
+A file with COLLECTS = True gets two more metrics: "routing", which experts every
+token chose (`traces.routed`, with a leading axis of micro-batches), and "batch", the
+step's batch on the host. Where it is among a run's hooks, every step returns them.
+
 Where several processes run together, all of them call every hook at the same
 steps, with the same metrics and the same distributed state, so that a hook may
 run a computation over the mesh. Only the first one writes files, see
@@ -64,6 +68,15 @@ def build(config, run: Run) -> list[tuple[int, Hook]]:
       )
     made.append((every, hook))
   return made
+
+
+def collects(config) -> bool:
+  """Whether a hook asks for what tokens chose."""
+  names = {own["name"] for own in config.train.hooks.values()}
+  return any(
+    getattr(registry.find("hooks", name, config.plugins), "COLLECTS", False)
+    for name in names
+  )
 
 
 def _resolved(config, label, run):

@@ -1,7 +1,7 @@
 """Loads of a real run, laid over the devices of a plan.
 
-A run with the hook `loads` keeps the assignments that every expert got, by layer
-and step, beside its metrics.jsonl. Devices hold contiguous experts.
+The lines "loads" of a run's metrics.jsonl have the assignments that every expert
+got, by layer. Devices hold contiguous experts.
 """
 
 import pathlib
@@ -9,12 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_jax.core import files
 from moe_jax.core.errors import ConfigError
+from moe_jax.run import run_directory
 
-_REMEDY = (
-  "give the metrics.jsonl of a run with --config.train.hooks.loads.name=loads"
-)
+_REMEDY = "give the metrics.jsonl of a run with train.loads_every above 0"
 
 
 class Loads(NamedTuple):
@@ -49,17 +47,20 @@ def read(path: str) -> np.ndarray:
     ConfigError: there are none.
   """
   folder = pathlib.Path(path)
-  what = "loads that the hook `loads` has written"
   if not path or not folder.exists():
     raise ConfigError(f'--load: there is no file "{path}"; {_REMEDY}')
   folder = folder if folder.is_dir() else folder.parent
-  found = sorted((folder / "loads").glob("*.json"))
-  if not found:
-    raise ConfigError(f"--load: beside {path} there are no {what}; {_REMEDY}")
+  try:
+    lines = run_directory.read_metrics(folder, run_directory.LOADS)
+  except FileNotFoundError:
+    lines = []
+  if not lines:
+    raise ConfigError(f"--load: {path} has no lines with loads; {_REMEDY}")
   rows = [
     row
-    for file in found
-    for row in files.read_json(file, what, _REMEDY).values()
+    for line in lines
+    for name, row in line.items()
+    if name not in ("step", "split")
   ]
   try:
     count_NE = np.array(rows, float)
@@ -69,7 +70,7 @@ def read(path: str) -> np.ndarray:
     valid = False
   if not valid:
     raise ConfigError(
-      f"--load: {folder} has no {what}, with as many experts in each layer and"
+      f"--load: the lines of {folder} do not have as many experts in each layer, and"
       f" at least one assignment; {_REMEDY}"
     )
   return count_NE

@@ -1,0 +1,314 @@
+"""Router traces: which experts every token chose, in a file of safetensors.
+
+A file holds N rows of L tokens, and for each MoE layer NN with K experts a token
+
+  token      int32 [N, L]       input tokens
+  mask       bool [N, L]        False for padding
+  domain     int32 [N]          number of the row's domain, in the header's list
+  NN/expert  int32 [N, L, K]    best first; -1 for padding and for no choice
+  NN/weight  float32 [N, L, K]  factor of the expert's output
+  NN/score   float32 [N, L, K]  probability of the chosen expert
+
+Its header says under "moe_jax_trace" in JSON what it is of: {"layers": {"NN":
+{"num_experts", "top_k"}}, "domains": names, "step": of the run}.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import models
+from moe_jax.core import files
+from moe_jax.core.errors import ConfigError, first_line
+from moe_jax.moe.types import TokenChoice
+
+HEADER = "moe_jax_trace"
+OF_LAYER = ("expert", "weight", "score")
+
+
+class Trace(NamedTuple):
+  """layers: {"NN": {"num_experts", "top_k"}}; domains: names; step: of the run.
+
+  arrays: {name of a tensor: array}, see the head of this file.
+  """
+
+  layers: Mapping[str, Mapping[str, int]]
+  domains: tuple[str, ...]
+  step: int
+  arrays: Mapping[str, np.ndarray]
+
+
+def check(model) -> None:
+  """Raises ConfigError for a model whose tokens do not choose experts."""
+  if not models.sublayers(model):
+    raise ConfigError("a model without MoE layers has no experts to trace")
+  for parts in models.sublayers(model).values():
+    if parts.recipe.router.form is not TokenChoice:
+      raise ConfigError(
+        f'tokens do not choose experts with the router "'
+        f'{parts.recipe.router.spec.name}", so there is nothing to trace'
+      )
+
+
+def routed(aux: Mapping, model, shape: tuple[int, int]) -> dict:
+  """{path: {"expert", "weight", "score": [R, B, L, K]}} of a forward pass.
+
+  Args:
+    aux: of the model, called with collect="routing".
+    model: from `models.build`.
+    shape: (B, L).
+  """
+  found = {}
+  for path in models.sublayers(model):
+    of_layer = models.at(aux, path)
+    choice = of_layer["choice"]
+    arrays = {
+      "expert": jnp.where(choice.valid_TK, choice.expert_TK, -1),
+      "weight": jnp.where(choice.valid_TK, choice.weight_TK, 0),
+      "score": jnp.where(choice.valid_TK, of_layer["score_TK"], 0),
+    }
+    repeats = len(models.sublayers(model)[path].numbers)
+    found[path] = {
+      k: x.reshape(repeats, *shape, x.shape[-1]) for k, x in arrays.items()
+    }
+  return found
+
+
+class Writer:
+  """Gathers the rows of a trace, and writes them into a file."""
+
+  def __init__(self, model, domains=()):
+    """Raises ConfigError as `check`."""
+    check(model)
+    self._sublayers, self._domains = models.sublayers(model), tuple(domains)
+    self._rows: dict[str, list] = {}
+
+  def add(self, batch: Mapping, routing: Mapping) -> None:
+    """Adds the rows of a batch.
+
+    Args:
+      batch: "inputs", "mask" [..., L] and, if it has it, "domain", on the host.
+      routing: {path: arrays [A, R, B, L, K] or [R, B, L, K]}, from `routed`; A
+        micro-batches.
+    """
+    length = np.shape(batch["inputs"])[-1]
+    rows = {
+      "token": np.asarray(batch["inputs"], np.int32).reshape(-1, length),
+      "mask": np.asarray(batch["mask"], bool).reshape(-1, length),
+    }
+    count = len(rows["token"])
+    domain = np.asarray(batch.get("domain", np.zeros(count)), np.int32)
+    rows["domain"] = domain.reshape(-1)
+    for path, parts in self._sublayers.items():
+      for name, x in routing[path].items():
+        x = np.asarray(x)
+        x = x if x.ndim == 5 else x[None]
+        for r, number in enumerate(parts.numbers):
+          of_layer = x[:, r].reshape(count, length, x.shape[-1])
+          rows[f"{number:02d}/{name}"] = of_layer
+    for name, x in rows.items():
+      self._rows.setdefault(name, []).append(x)
+
+  def save(self, path: str | pathlib.Path, step: int = 0) -> None:
+    """Writes the file, whole or not at all, and forgets the rows."""
+    save = _safetensors().numpy.save
+
+    layers = {
+      f"{number:02d}": {
+        "num_experts": parts.recipe.pool,
+        "top_k": parts.recipe.router.top_k or parts.recipe.pool,
+      }
+      for parts in self._sublayers.values()
+      for number in parts.numbers
+    }
+    facts = {
+      "layers": dict(sorted(layers.items())),
+      "domains": self._domains,
+      "step": step,
+    }
+    arrays = {k: np.concatenate(x) for k, x in self._rows.items()}
+    files.write_bytes(path, save(arrays, {HEADER: json.dumps(facts)}))
+    self._rows = {}
+
+
+def _safetensors():
+  """The library.
+
+  Raises:
+    ConfigError: it is not installed.
+  """
+  try:
+    import safetensors.numpy
+  except ImportError:
+    raise ConfigError(
+      "router traces need the extra hf: pip install 'moe_jax[hf]'"
+    ) from None
+  return safetensors
+
+
+def load(path: str | pathlib.Path) -> Trace:
+  """Reads a file.
+
+  Raises:
+    ConfigError: it cannot be read, or is no trace.
+  """
+  library = _safetensors()
+  try:
+    with library.safe_open(path, "numpy") as f:
+      facts = json.loads((f.metadata() or {})[HEADER])
+      arrays = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    layers, step = facts["layers"], int(facts["step"])
+    wanted = {f"{layer}/{name}" for layer in layers for name in OF_LAYER}
+    wanted |= {"token", "mask", "domain"}
+    if missing := sorted(wanted - arrays.keys()):
+      raise ConfigError(f"{path} is a trace without {', '.join(missing)}")
+    rows = arrays["token"].shape
+    for layer, sizes in layers.items():
+      shape = arrays[f"{layer}/expert"].shape
+      if shape != (*rows, sizes["top_k"]):
+        raise ConfigError(
+          f"{path}: {layer}/expert has shape {shape}, not {rows} and"
+          f" {sizes['top_k']} experts"
+        )
+    return Trace(layers, tuple(facts["domains"]), step, arrays)
+  except (
+    OSError,
+    library.SafetensorError,
+    KeyError,
+    ValueError,
+    TypeError,
+  ) as e:
+    raise ConfigError(
+      f"{path} is no router trace ({first_line(e)}); make one with"
+      " python -m moe_jax.evaluate --trace=FILE, or the hook trace"
+    ) from None
+
+
+# Analyses of OLMoE (2409.02060, 5.1 to 5.4), by layer.
+
+
+def analysis(late: Trace, early: Trace | None = None) -> dict:
+  """All analyses of a trace as lists and numbers, by layer.
+
+  Args:
+    late: the trace.
+    early: of the same tokens, for saturation.
+  """
+  vocab_size = int(late.arrays["token"].max()) + 1
+  lists = lambda shares: {k: x.tolist() for k, x in shares.items()}  # noqa: E731
+  facts = {
+    "layers": dict(late.layers),
+    "domains": list(late.domains),
+    "tokens": int(late.arrays["mask"].sum()),
+    "coactivation": lists(coactivation(late)),
+    "by_domain": lists(by_domain(late)),
+    "vocabulary": vocabulary(late, vocab_size),
+  }
+  if early is not None:
+    facts["saturation"] = saturation(early, late)
+  return facts
+
+
+def saturation(early: Trace, late: Trace) -> dict[str, float]:
+  """{layer: mean share of a token's experts that are the same in both traces}.
+
+  |chosen early and late| / K, over the tokens that are no padding (5.1).
+
+  Raises:
+    ConfigError: the traces are of other layers or tokens.
+  """
+  same = early.layers == late.layers
+  if not same or not _equal(early.arrays["token"], late.arrays["token"]):
+    raise ConfigError(
+      "saturation is between two traces of the same layers and tokens, and these"
+      " are not: trace two checkpoints of a run on the same text"
+    )
+  real = late.arrays["mask"]
+  shares = {}
+  for layer, sizes in late.layers.items():
+    a, b = (trace.arrays[f"{layer}/expert"][real] for trace in (early, late))
+    both = ((a[:, :, None] == b[:, None, :]) & (a >= 0)[:, :, None]).sum((1, 2))
+    shares[layer] = float(both.mean() / sizes["top_k"])
+  return shares
+
+
+def coactivation(trace: Trace) -> dict[str, np.ndarray]:
+  """{layer: share_EE}: of the tokens of expert i, the share that j has too (5.2).
+
+  Rows of experts without a token are 0, and so is the diagonal.
+  """
+  shares = {}
+  for layer, one_hot_NE in _one_hot(trace):
+    together_EE = one_hot_NE.T @ one_hot_NE
+    count_E = together_EE.diagonal().copy()
+    np.fill_diagonal(together_EE, 0)
+    shares[layer] = together_EE / np.maximum(count_E, 1)[:, None]
+  return shares
+
+
+def by_domain(trace: Trace) -> dict[str, np.ndarray]:
+  """{layer: share [domains, E]}: of a domain's tokens, the share an expert has (5.3)."""
+  length = trace.arrays["token"].shape[1]
+  number_N = np.repeat(trace.arrays["domain"], length)[_real(trace)]
+  return _by_value(trace, number_N, max(len(trace.domains), 1))
+
+
+def by_token(trace: Trace, vocab_size: int) -> dict[str, np.ndarray]:
+  """{layer: share [V, E]}: of the tokens of an id, the share an expert has (5.4)."""
+  number_N = trace.arrays["token"].reshape(-1)[_real(trace)]
+  return _by_value(trace, number_N, vocab_size)
+
+
+def vocabulary(
+  trace: Trace, vocab_size: int, least: int = 8
+) -> dict[str, float]:
+  """{layer: how far experts are those of token ids, in [K/E, 1]}.
+
+  The largest share that an expert has of an id, mean over ids that are seen `least`
+  times or more, weighted by how often; 0 without such an id.
+  """
+  count_V = np.bincount(
+    trace.arrays["token"].reshape(-1)[_real(trace)], minlength=vocab_size
+  )
+  seen = count_V >= least
+  if not seen.any():
+    return dict.fromkeys(trace.layers, 0.0)
+  return {
+    layer: float(np.average(share_VE[seen].max(1), weights=count_V[seen]))
+    for layer, share_VE in by_token(trace, vocab_size).items()
+  }
+
+
+def _real(trace):
+  """Flat bool: tokens that are no padding."""
+  return trace.arrays["mask"].reshape(-1)
+
+
+def _equal(a, b):
+  return a.shape == b.shape and (a == b).all()
+
+
+def _one_hot(trace):
+  """(layer, whether each unpadded token has each expert) by layer, as floats."""
+  for layer, sizes in trace.layers.items():
+    chosen = trace.arrays[f"{layer}/expert"]
+    chosen = chosen.reshape(-1, chosen.shape[-1])[_real(trace)]
+    # One place more for choices that were not made.
+    one_hot_NE = np.zeros((len(chosen), sizes["num_experts"] + 1))
+    np.put_along_axis(one_hot_NE, chosen.astype(int), 1, axis=1)
+    yield layer, one_hot_NE[:, :-1]
+
+
+def _by_value(trace, number_N, values):
+  """{layer: share [values, E]} of the tokens with each number."""
+  count = np.bincount(number_N, minlength=values)
+  shares = {}
+  for layer, one_hot_NE in _one_hot(trace):
+    sums = np.zeros((values, one_hot_NE.shape[1]))
+    np.add.at(sums, number_N, one_hot_NE)
+    shares[layer] = sums / np.maximum(count, 1)[:, None]
+  return shares
