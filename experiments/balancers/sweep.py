@@ -92,7 +92,7 @@ def _biases():
     "sign": {"rule": "sign"},
     "proportional": {"rule": "proportional"},
     "multiplicative": {"rule": "sign", "form": "multiply"},
-    "pid": {"rule": "pid", "gain": 0.02, "damping": 0.02},
+    "pid": {"rule": "pid", "gain": 0.01, "damping": 3e-3},
   }
   return {
     arm: {"bias": {"name": "bias", "rate": 1e-2, **rule}}

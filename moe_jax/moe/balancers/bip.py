@@ -45,7 +45,8 @@ def build(top_k: integer(1), sweeps: integer(1) = 4) -> Balancer:
 def prices(score_TE, mask_T, top_k: int, sweeps: int):
   """The prices q of the experts for one group: q_E, 0 or more."""
   tokens, num_experts = score_TE.shape
-  full_T = (mask_T.sum() * top_k) // num_experts  # Tokens of a full expert.
+  most = tokens * top_k // num_experts
+  full = (mask_T.sum() * top_k) // num_experts  # Tokens of a full expert.
   last = min(top_k + 1, num_experts)
 
   def sweep(_, price_E):
@@ -53,12 +54,13 @@ def prices(score_TE, mask_T, top_k: int, sweeps: int):
     price_T = jnp.maximum(jax.lax.top_k(net_TE, last)[0][:, -1], 0)
     left_TE = score_TE - price_T[:, None]
     left_TE = jnp.where(mask_T[:, None], left_TE, -jnp.inf)
-    down_TE = -jnp.sort(-left_TE, axis=0)
+    # As many as can be of use: a sort of all would take far longer on CPU.
+    down_EC = jax.lax.top_k(left_TE.T, min(most + 1, tokens))[0]
     # Without a token beyond the full experts nothing has a price.
-    next_E = down_TE[jnp.minimum(full_T, tokens - 1)]
-    last_E = down_TE[jnp.maximum(full_T - 1, 0)]
+    next_E = down_EC[:, jnp.minimum(full, down_EC.shape[1] - 1)]
+    last_E = down_EC[:, jnp.maximum(full - 1, 0)]
     middle_E = (jnp.maximum(next_E, 0) + jnp.maximum(last_E, 0)) / 2
-    return jnp.where((mask_T.sum() > full_T) & (next_E > 0), middle_E, 0)
+    return jnp.where((mask_T.sum() > full) & (next_E > 0), middle_E, 0)
 
   zero_E = jnp.zeros_like(score_TE[0])
   return jax.lax.fori_loop(0, sweeps, sweep, zero_E)
