@@ -232,3 +232,33 @@ def test_scope_sequence_sums_the_groups_of_a_sequence():
   # f = P = (1/2, 1/2, 0), then (1/4, 1/4, 1/2): 3 * 1/2 and 3 * 3/8.
   loss = switch.loss({}, halves, np.zeros(3, np.int32), {}).value()
   np.testing.assert_allclose(loss, (1.5 + 1.125) / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "sqrt_softplus"])
+def test_small_scores_do_not_escape_the_loss(score):
+  """The load loss is of shares, whatever size the scores have.
+
+  A constant in the division would let a router lower all scores instead of
+  balancing them.
+  """
+  router = registry.load("routers", "top_k", top_k=K, score=score)
+  loss = registry.load("balancers", "switch", coefficient=1.0)
+  skew_E = jnp.linspace(0, 2, E)
+  values = []
+  for lower in (0.0, 20.0, 60.0, 90.0):
+    x_TD = jnp.tile(skew_E[None] - lower, (T, 1))
+    routing = router.route(
+      {"kernel": jnp.eye(E)},
+      x_TD,
+      num_experts=E,
+      select=lambda score_TE: score_TE,
+      side=Side(jnp.ones(T, bool)),
+      rng=None,
+    )
+    count_E = jnp.zeros(E, jnp.int32).at[routing.choice.expert_TK].add(1)
+    stats = stats_of(count_E)
+    stats = stats.replace(prob_E=routing.prob_TE.sum(0).reshape(1, 1, -1))
+    values.append(float(loss.loss({}, stats, jnp.zeros(E, int), {}).value()))
+  assert min(values) > 1.1
+  # Far below zero a score is the exponential of its logit, and shares stay.
+  np.testing.assert_allclose(values[1:], values[1], rtol=1e-3)

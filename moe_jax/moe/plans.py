@@ -173,12 +173,18 @@ def report(
     tokens=by_sequence(mask_GT.astype(jnp.int32)),
     prob_E=by_sequence(prob_GTE),
     z=by_sequence(z_GT),
-    entropy=by_sequence(jax.scipy.special.entr(prob_GTE).sum(-1)),
+    entropy=by_sequence(_entropy(prob_GTE)),
     extra={k: by_sequence(v) for k, v in routing.extra.items()},
     observed=_observe(recipe, routing, mask_GT, balance),
     beyond=_beyond(loads.count_E.sum(1)[:, : recipe.num_experts].astype(dtype)),
     groups_per_sequence=recipe.groups_per_sequence,
   )
+
+
+def _entropy(prob_GTE):
+  """-sum p log p, whose gradient is finite where p is exactly 0 too."""
+  some = prob_GTE > 0
+  return jax.scipy.special.entr(jnp.where(some, prob_GTE, 1)).sum(-1)
 
 
 def _beyond(count_GE):

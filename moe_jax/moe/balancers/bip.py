@@ -51,14 +51,16 @@ def prices(score_TE, mask_T, top_k: int, sweeps: int):
 
   def sweep(_, price_E):
     net_TE = score_TE - price_E[None, :]
-    price_T = jnp.maximum(jax.lax.top_k(net_TE, last)[0][:, -1], 0)
+    price_T = jnp.maximum(jax.lax.top_k(net_TE, last)[0].min(-1), 0)
     left_TE = score_TE - price_T[:, None]
     left_TE = jnp.where(mask_T[:, None], left_TE, -jnp.inf)
-    # As many as can be of use: a sort of all would take far longer on CPU.
+    # As many as can be of use, and no slice of them: XLA would sort them all.
     down_EC = jax.lax.top_k(left_TE.T, min(most + 1, tokens))[0]
+    place_1C = jnp.arange(down_EC.shape[1])[None, :]
     # Without a token beyond the full experts nothing has a price.
-    next_E = down_EC[:, jnp.minimum(full, down_EC.shape[1] - 1)]
-    last_E = down_EC[:, jnp.maximum(full - 1, 0)]
+    next_E = jnp.where(place_1C <= full, down_EC, jnp.inf).min(-1)
+    last_E = jnp.where(place_1C < jnp.maximum(full, 1), down_EC, jnp.inf)
+    last_E = last_E.min(-1)
     middle_E = (jnp.maximum(next_E, 0) + jnp.maximum(last_E, 0)) / 2
     return jnp.where((mask_T.sum() > full) & (next_E > 0), middle_E, 0)
 

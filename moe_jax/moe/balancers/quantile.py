@@ -99,7 +99,8 @@ def cutoffs(score_TE, bias_E, top_k: int):
   """
   biased_TE = score_TE + bias_E.astype(score_TE.dtype)[None, :]
   last = min(top_k + 1, score_TE.shape[-1])
-  return jax.lax.top_k(biased_TE, last)[0][:, -1]
+  # Not a slice: XLA on CPU would sort all scores for that.
+  return jax.lax.top_k(biased_TE, last)[0].min(-1)
 
 
 def _ends(bias_E, reach):

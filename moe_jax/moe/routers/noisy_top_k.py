@@ -76,7 +76,11 @@ def build(top_k: integer(2)) -> Router:
 def chances(logits_TE, noisy_TE, size_TE, top_k: int):
   """Chance of each expert to be chosen, the others' noise as drawn (eq. 9)."""
   best_TK = jax.lax.top_k(noisy_TE, top_k + 1)[0]
-  inside, outside = best_TK[:, top_k - 1, None], best_TK[:, top_k, None]
+  outside = best_TK.min(-1, keepdims=True)
+  # Not a slice: XLA on CPU would sort all scores for that.
+  place_1K = jnp.arange(top_k + 1)[None, :]
+  inside = jnp.where(place_1K < top_k, best_TK, jnp.inf)
+  inside = inside.min(-1, keepdims=True)
   # The K-th largest of the other experts.
   rival_TE = jnp.where(noisy_TE >= inside, outside, inside)
   return jax.scipy.stats.norm.cdf((logits_TE - rival_TE) / size_TE)
