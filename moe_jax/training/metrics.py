@@ -202,7 +202,7 @@ def bias_range(balance: Mapping, sublayers: Mapping[str, Sublayer]) -> Mean:
   """max - min of the selection bias, averaged over layers; 0 without a bias.
 
   A balancer's bias is what its `select` makes of equal scores: of zeros, or of
-  ones where it multiplies them.
+  ones where it multiplies them. One that looks at all tokens has none.
 
   Args:
     balance: state of the balancers, on the host.
@@ -212,7 +212,7 @@ def bias_range(balance: Mapping, sublayers: Mapping[str, Sublayer]) -> Mean:
   for path, parts in sublayers.items():
     shape, one_T = (1, parts.recipe.pool), jnp.ones(1, bool)
     for label, balancer in parts.recipe.balancers:
-      if balancer.select is not None:
+      if balancer.select is not None and balancer.causal:
         state = models.at(balance, path).get(label, {})
         state = balancing.stacked(state, parts)
         for r in range(len(parts.numbers)):
