@@ -64,6 +64,7 @@ def shrunk(c: ConfigDict) -> ConfigDict:
       "q_lora_rank": 6,
       "rope_head_dim": 4,
       "v_head_dim": 4,
+      "rotary_dim": 2,
     }.items():
       if options.get(name) is not None:
         options[name] = value

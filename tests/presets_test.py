@@ -26,6 +26,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 FAMILIES = (
   *("mixtral", "dbrx", "deepseek_moe", "deepseek_v3", "llama4"),
   *("mistral_large_3", "olmoe", "qwen3_moe", "gpt_oss", "glam"),
+  *("kimi", "deepseek_v2", "glm_4_5", "ernie_4_5"),
 )
 
 
@@ -60,6 +61,14 @@ COUNTS = {
   "llama4:scout": (107_769_861_120, 17_172_894_720),
   "llama4:maverick": (400_711_848_960, 17_184_691_200),
   "mistral_large_3:675b": (673_421_089_792, 39_946_968_064),
+  "deepseek_v2:236b": (235_741_434_880, 21_375_800_320),
+  "deepseek_v2:lite": (15_706_484_224, 2_661_150_208),
+  "kimi:k2": (1_026_408_209_408, 32_861_477_888),
+  "kimi:moonlight": (15_960_108_544, 2_914_774_528),
+  # Its files have 27 times 64 selection biases more.
+  "ernie_4_5:21b_a3b": (21_825_437_888 - 27 * 64, 3_352_148_480),
+  "glm_4_5:air": (106_852_245_504, 13_424_123_904),
+  "glm_4_5:355b": (352_797_814_784, 33_632_251_904),
 }
 
 
@@ -70,6 +79,65 @@ def test_counts_to_the_unit(name):
   parts = {"embedding", "head", "attention", "dense", "experts", "shared"}
   parts |= {"router", "norm"}
   assert sum(v for k, v in found.items() if k in parts) == found["total"]
+
+
+def test_counts_of_the_newer_ones_by_arithmetic():
+  """From their dimensions alone, part by part."""
+
+  def latent(d, heads, q_rank, kv_rank=512, nope=128, rope=64, v=128):
+    query = d * heads * (nope + rope)
+    if q_rank:
+      query = d * q_rank + q_rank + q_rank * heads * (nope + rope)
+    keys = d * (kv_rank + rope) + kv_rank + kv_rank * heads * (nope + v)
+    return query + keys + heads * v * d
+
+  def grouped(d, heads, kv, hd, bias, norms):
+    turned = (heads + 2 * kv) * hd
+    return d * turned + bias * turned + norms * 2 * hd + heads * hd * d
+
+  def total(V, d, L, dense, attention, ff, f, E, shared, tied=False):
+    moe = (E + shared) * 3 * d * f + d * E
+    layers = L * (attention + 2 * d) + dense * 3 * d * ff + (L - dense) * moe
+    return (1 if tied else 2) * V * d + layers + d
+
+  def same(name, *args, **options):
+    assert counted(name)["total"] == total(*args, **options), name
+
+  V = 163_840
+  attention = latent(7168, 64, 1536)
+  same("kimi:k2", V, 7168, 61, 1, attention, 18_432, 2048, 384, 1)
+  attention = latent(2048, 16, None)
+  same("kimi:moonlight", V, 2048, 27, 1, attention, 11_264, 1408, 64, 2)
+  attention = grouped(4096, 96, 8, 128, 1, 0)
+  same("glm_4_5:air", 151_552, 4096, 46, 1, attention, 10_944, 1408, 128, 1)
+  attention = grouped(5120, 96, 8, 128, 1, 1)
+  same("glm_4_5:355b", 151_552, 5120, 92, 3, attention, 12_288, 1536, 160, 1)
+  attention = grouped(2560, 20, 4, 128, 0, 0)
+  sizes = 103_424, 2560, 28, 1, attention, 12_288, 1536, 64, 2
+  same("ernie_4_5:21b_a3b", *sizes, tied=True)
+
+
+def test_recipes_of_routing():
+  """LongCat's copies and DeepSeek-V4's tables, in a decoder of our own."""
+  model = build("routing_recipes:longcat_flash")
+  (parts,) = model.sublayers.values()
+  recipe = parts.recipe
+  assert (recipe.num_experts, recipe.pool, recipe.experts_per_token) == (
+    *(512, 768, 8.0),
+  )
+  ((_, bias),) = recipe.balancers
+  assert sum(bias.targets[:512]) == pytest.approx(8 / 12)
+  model = build("routing_recipes:deepseek_v4")
+  names = {}
+  for parts in model.sublayers.values():
+    router = parts.recipe.router.spec
+    names |= dict.fromkeys(parts.numbers, router.name)
+    assert router.options["score"] == "sqrt_softplus"
+    assert router.options["scale"] == 1.5 and router.options["renormalize"]
+    assert len(parts.recipe.balancers) == (0 if router.name == "hash" else 2)
+  assert [names[i] for i in range(6)] == ["hash"] * 3 + ["top_k"] * 3
+  with pytest.raises(ConfigError, match='no variant "longcat"'):
+    load("routing_recipes:longcat")
 
 
 def test_deepseek_v3_selection_biases_and_input_embedding():
@@ -234,11 +302,44 @@ def glam(x, bias):
   return chosen, p[chosen] / p[chosen].sum()
 
 
+def kimi(x, bias):
+  """DeepSeek-V3 without groups of experts; times 2.827."""
+  s = sigmoid(x)
+  chosen = best(s + bias, 8)
+  return chosen, 2.827 * s[chosen] / s[chosen].sum()
+
+
+def deepseek_v2(x, bias):
+  """2405.04434, 2.2.2: the best six of the three groups with the best experts, by
+  softmax scores, which weigh as they are, times 16."""
+  p = softmax(x)
+  groups = p.reshape(8, -1)
+  order = best(groups.max(1), 3)
+  inside = np.full_like(groups, -np.inf)
+  inside[order] = groups[order]
+  chosen = best(inside.ravel(), 6)
+  return chosen, 16 * p[chosen]
+
+
+def glm_4_5(x, bias):
+  s = sigmoid(x)
+  chosen = best(s + bias, 8)
+  return chosen, s[chosen] / s[chosen].sum()
+
+
+def ernie_4_5(x, bias):
+  """The bias is added to softmax scores."""
+  p = softmax(x)
+  chosen = best(p + bias, 6)
+  return chosen, p[chosen] / p[chosen].sum()
+
+
 ROUTERS = {
   f.__name__: f
   for f in (
     *(mixtral, dbrx, deepseek_moe, deepseek_v3, llama4),
     *(mistral_large_3, olmoe, qwen3_moe, gpt_oss, glam),
+    *(kimi, deepseek_v2, glm_4_5, ernie_4_5),
   )
 }
 
@@ -425,4 +526,4 @@ def test_all_of_these_are_used():
   every = itertools.chain.from_iterable(
     [f"{f}:{v}" for v in variants(f)] for f in FAMILIES
   )
-  assert len(set(every)) == 16
+  assert len(set(every)) == 23

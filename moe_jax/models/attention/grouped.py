@@ -4,7 +4,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from moe_jax.core.options import number, optional, word
+from moe_jax.core.errors import ConfigError
+from moe_jax.core.options import integer, number, optional, word
 from moe_jax.models import norms
 from moe_jax.models.attention import heads, options, positions
 from moe_jax.models.attention.context import Context
@@ -27,12 +28,20 @@ class Attention(heads.Heads):
       q, k = self._norm(q, "query_norm"), self._norm(k, "key_norm")
     if m.clip is not None:
       q, k, v = (jnp.clip(x, -m.clip, m.clip) for x in (q, k, v))
-    q, k = (positions.rotate(x, tokens.relative_BL, m) for x in (q, k))
+    q, k = (self._turned(x, tokens) for x in (q, k))
     if m.qk_norm == "l2":
       q, k = (norms.unit(x, m.norm_eps).astype(x.dtype) for x in (q, k))
     q = positions.tempered(q, tokens.position_BL, m)
     k, v = self.cached(context, key=k, value=v)
     return self.attend(q, k, v, context, m.head_dim**0.5)
+
+  def _turned(self, x_BLHh, tokens):
+    """Queries or keys, of which all or the first part turn with the position."""
+    m, turned = self.options, self.options.rotary_dim
+    if turned is None:
+      return positions.rotate(x_BLHh, tokens.relative_BL, m)
+    first = positions.rotate(x_BLHh[..., :turned], tokens.relative_BL, m)
+    return jnp.concatenate([first, x_BLHh[..., turned:]], axis=-1)
 
   def _heads(self, x_BLD, name, logical, number):
     shape, axes = (number, self.options.head_dim), ("embed", logical, None)
@@ -54,13 +63,24 @@ class Options(options.Options):
     head; "projection", of all heads as one vector; "l2": of every head, after
     rotation and without a scale; "none".
   clip: queries, keys and values are clipped to [-clip, clip]; None: not.
+  rotary_dim: so many of a head's numbers turn with the position, an even number;
+    None: all of them.
   """
 
   bias: word("none", "qkv", "all") = "none"
   qk_norm: word("none", "head", "projection", "l2") = "none"
   clip: optional(number(above=0)) = None
+  rotary_dim: optional(integer(2)) = None
 
   module = Attention
+
+  def __post_init__(self):
+    super().__post_init__()
+    turned = self.rotary_dim
+    if turned is not None and (turned % 2 or turned > self.head_dim):
+      raise ConfigError(
+        f"rotary_dim = {turned} is odd or more than head_dim = {self.head_dim}"
+      )
 
   @property
   def cached_per_token(self) -> int:
