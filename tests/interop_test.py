@@ -59,10 +59,22 @@ def test_fields_of_published_models(name):
 
 def test_every_family_has_two_checkpoints():
   assert {n.name for n in parity.FOLDER.iterdir()} == set(NAMES)
-  for family in families.known().keys() - {"llama4"}:
+  for family in families.known().keys() - {"llama4", "kimi_k2"}:
     assert sum(kind == family for kind, _ in parity.cases().values()) >= 2
   size = sum(f.stat().st_size for f in parity.FOLDER.rglob("*") if f.is_file())
   assert size < 2e6
+
+
+def test_kimi_k2_is_deepseek_v3_by_another_name(tmp_path):
+  path = tmp_path / "m"
+  shutil.copytree(parity.FOLDER / "deepseek_v3_a", path)
+  fields = json.loads((path / "config.json").read_text())
+  fields["model_type"] = "kimi_k2"
+  (path / "config.json").write_text(json.dumps(fields))
+  model, variables = hf.load(path)
+  want = expected("deepseek_v3_a")
+  logits = np.asarray(LOGITS(model, variables, want["tokens"]))
+  np.testing.assert_allclose(logits, want["logits"], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", tiers.only(ONE_A_FAMILY, NAMES))

@@ -719,7 +719,7 @@ FAULTS = (
   ),
   Fault(
     "an absent number of groups is one group",
-    "moe_jax/hf/families/deepseek_v3.py",
+    "moe_jax/hf/families/deepseek.py",
     '"moe.router.num_expert_groups", 8, null=1',
     '"moe.router.num_expert_groups", 1, null=1',
     "hf_config_test.py::test_absent_fields_have_the_values_of_the_references_class",

@@ -308,14 +308,127 @@ def cases():
         rope_parameters=theta,
       ),
     ),
+    "deepseek_v2_a": (
+      "deepseek_v2",
+      small
+      | latent
+      | dict(
+        kv_lora_rank=10,  # The reference needs an even one.
+        num_key_value_heads=4,
+        q_lora_rank=7,
+        intermediate_size=18,
+        moe_intermediate_size=6,
+        num_hidden_layers=3,
+        first_k_dense_replace=1,
+        n_routed_experts=8,
+        n_shared_experts=2,
+        num_experts_per_tok=3,
+        topk_method="group_limited_greedy",
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=4.0,
+        rope_parameters=YARN | {"mscale": 0.7, "mscale_all_dim": 0.7},
+      ),
+    ),
+    "deepseek_v2_b": (
+      "deepseek_v2",
+      other
+      | latent
+      | dict(
+        hidden_size=15,
+        kv_lora_rank=8,
+        num_key_value_heads=3,
+        q_lora_rank=None,
+        intermediate_size=10,
+        moe_intermediate_size=5,
+        first_k_dense_replace=0,
+        n_routed_experts=6,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        topk_method="greedy",
+      ),
+    ),
+    "glm4_moe_a": (
+      "glm4_moe",
+      small
+      | dict(
+        head_dim=8,
+        intermediate_size=18,
+        moe_intermediate_size=7,
+        num_hidden_layers=3,
+        first_k_dense_replace=1,
+        n_routed_experts=6,
+        n_shared_experts=1,
+        num_experts_per_tok=3,
+        routed_scaling_factor=1.5,
+        attention_bias=True,
+        use_qk_norm=True,
+        partial_rotary_factor=0.5,
+        num_nextn_predict_layers=0,
+      ),
+    ),
+    "glm4_moe_b": (
+      "glm4_moe",
+      other
+      | dict(
+        head_dim=16,
+        intermediate_size=10,
+        moe_intermediate_size=5,
+        first_k_dense_replace=0,
+        n_routed_experts=8,
+        n_shared_experts=2,
+        num_experts_per_tok=2,
+        n_group=4,
+        topk_group=2,
+        norm_topk_prob=False,
+        rope_parameters=theta | {"partial_rotary_factor": 0.75},
+        num_nextn_predict_layers=0,
+      ),
+    ),
+    "ernie4_5_moe_a": (
+      "ernie4_5_moe",
+      small
+      | dict(
+        hidden_size=24,
+        intermediate_size=18,
+        moe_intermediate_size=7,
+        num_hidden_layers=3,
+        moe_num_experts=6,
+        moe_k=3,
+        moe_num_shared_experts=2,
+        moe_layer_start_index=1,
+        rope_parameters=theta,
+        tie_word_embeddings=True,
+      ),
+    ),
+    "ernie4_5_moe_b": (
+      "ernie4_5_moe",
+      other
+      | dict(
+        hidden_size=18,
+        intermediate_size=10,
+        moe_intermediate_size=5,
+        moe_num_experts=4,
+        moe_k=2,
+        moe_num_shared_experts=0,
+        moe_layer_start_index=0,
+      ),
+    ),
   }
 
 
-def make(folder: pathlib.Path) -> None:
-  """Writes every case: config.json, model.safetensors, expected.npz."""
+def make(folder: pathlib.Path, only: str = "") -> None:
+  """Writes every case: config.json, model.safetensors, expected.npz.
+
+  Args:
+    folder: of the checkpoints.
+    only: the beginning of the names of those that are made; "": all.
+  """
   import torch
 
   for number, (name, (model_type, options)) in enumerate(cases().items()):
+    if not name.startswith(only):
+      continue
     model = _random(model_type, options, number)
     rng = np.random.default_rng(number)
     tokens = rng.integers(0, options["vocab_size"], (2, LENGTH))
@@ -415,9 +528,11 @@ def main(argv=None) -> int:
   )
   parser.add_argument("what", choices=("make", "check"))
   parser.add_argument("--folder", type=pathlib.Path, default=FOLDER)
+  words = "make those whose names begin so; the others stay as they are"
+  parser.add_argument("--only", default="", metavar="NAME", help=words)
   args = parser.parse_args(argv)
   if args.what == "make":
-    make(args.folder)
+    make(args.folder, args.only)
     return 0
   return check(args.folder)
 

@@ -55,9 +55,9 @@ def cpu() -> sweeps.Sweep:
 SCALES = {"demo": demo, "cpu": cpu}
 
 _RATES = {
-  "sign": (3e-3, 1e-2, 3e-2),
+  "sign": (3e-3, 1e-2, 3e-2, 1e-1),
   "proportional": (1e-2, 3e-2, 1e-1),
-  "multiplicative": (1e-2, 3e-2, 1e-1),
+  "multiplicative": (1e-2, 3e-2, 1e-1, 3e-1),
   "pid": (1e-2, 3e-2, 1e-1),
 }
 

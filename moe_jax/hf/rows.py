@@ -106,8 +106,21 @@ BIAS = flag("attention_bias", "attention.bias", False, values=_BIASES)
 RENORMALIZE = flag("norm_topk_prob", "moe.router.renormalize", False)
 
 
-def common(vocab_size, hidden_size, layers, num_heads, eps) -> tuple[Row, ...]:
-  """Fields that most families have, with the defaults of one."""
+def common(
+  vocab_size,
+  hidden_size,
+  layers,
+  num_heads,
+  eps,
+  *,
+  tied: bool = False,
+  whole_heads: bool = True,
+) -> tuple[Row, ...]:
+  """Fields that most families have, with the defaults of one.
+
+  tied: the default of tied embeddings. whole_heads: whether all of a head turns
+  with the position; if not, it is for `Rope`.
+  """
   acts = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu"}
   return (
     size("vocab_size", "vocab_size", vocab_size),
@@ -115,8 +128,8 @@ def common(vocab_size, hidden_size, layers, num_heads, eps) -> tuple[Row, ...]:
     size("num_hidden_layers", "num_layers", layers),
     size("num_attention_heads", "num_heads", num_heads),
     number("rms_norm_eps", "norm_eps", eps),
-    flag("tie_word_embeddings", "tie_embeddings", False),
-    _WHOLE_HEADS,
+    flag("tie_word_embeddings", "tie_embeddings", tied),
+    *([_WHOLE_HEADS] if whole_heads else []),
     Row(str, "hidden_act", "activation", "silu", values=acts),
   )
 
@@ -171,6 +184,8 @@ class Rope(NamedTuple):
   default: rope_parameters where there are none.
   older: the field that has theta beside rope_scaling.
   length: the field that has the longest context.
+  part: the default of the part of a head that turns with the position; None: it
+    is all of it.
   """
 
   theta: float
@@ -178,6 +193,7 @@ class Rope(NamedTuple):
   default: Mapping[str, Any] = {}
   older: str = "rope_theta"
   length: str = "max_position_embeddings"
+  part: float | None = None
 
   def read(self, fields: Fields, ours: Mapping[str, Any]) -> dict[str, Any]:
     """{key: value}."""
@@ -189,12 +205,20 @@ class Rope(NamedTuple):
     theta = rope.take("rope_theta", float, theta)
     scaling = _TYPE.read(rope, {})
     scaling["longest"] = fields.take(self.length, int, self.longest)
-    for row in (_WHOLE_HEADS, *_SCALINGS[scaling["name"]]):
+    turned = {}
+    if self.part is None:
+      _WHOLE_HEADS.read(rope, scaling)
+    else:
+      part = fields.take("partial_rotary_factor", float, self.part)
+      part = rope.take("partial_rotary_factor", float, part)
+      turned["attention.rotary_dim"] = int(ours["head_dim"] * part)
+    for row in _SCALINGS[scaling["name"]]:
       scaling |= row.read(rope, scaling)
     rope.rest()
     del scaling["longest"]
     scaling = {k: x for k, x in scaling.items() if x is not None}
-    return {"rope_theta": theta, "attention.rope_scaling": scaling or None}
+    scaling = {"attention.rope_scaling": scaling or None}
+    return {"rope_theta": theta, **scaling, **turned}
 
   def write(self, ours: Mapping[str, Any]) -> dict[str, Any]:
     """{field: value}."""
@@ -203,6 +227,9 @@ class Rope(NamedTuple):
     rope = _TYPE.write(scaling) | {"rope_theta": theta}
     for row in _SCALINGS[scaling["name"]]:
       rope |= row.write(scaling)
+    if self.part is not None:
+      turned = ours.get("attention.rotary_dim") or ours["head_dim"]
+      rope["partial_rotary_factor"] = turned / ours["head_dim"]
     return {"rope_parameters": rope, self.older: theta}
 
 
