@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.balancers import dynamics
 from moe_jax.core import registry
 from moe_jax.core.errors import ConfigError
 from moe_jax.moe import balancers as balancers_lib
@@ -615,3 +616,22 @@ def test_a_router_that_needs_a_balancer():
   check({"t": load("threshold", share=0.3)}, "expert_threshold")
   # Wider scores are right where somebody says how wide.
   check({"q": load("quantile", width=5.0)}, "top_k", score="sqrt_softplus")
+
+
+def test_the_committed_dynamics():
+  """Their table in the README is that of the committed rows, for every balancer."""
+  rows = dynamics.read()
+  assert [row["balancer"] for row in rows] == [*dynamics.BALANCERS]
+  text = (dynamics.FOLDER.parent / "README.md").read_text()
+  assert dynamics.table(rows) in text
+  used = {
+    own["name"] for _, some in dynamics.BALANCERS.values() for own in some
+  }
+  assert used >= {*registry.names("balancers")} - {"l1"}
+
+
+def test_when_loads_have_settled():
+  far, near = np.full(30, 9.0), np.full(50, 1.2)
+  assert dynamics.settled(np.concatenate([far, near]), 1.0) == 30
+  assert dynamics.settled(np.concatenate([near, far]), 1.0) is None
+  assert dynamics.settled(near, 1.0) == 0

@@ -11,6 +11,7 @@ router or below.
 """
 
 import argparse
+import csv
 import functools
 import pathlib
 
@@ -69,16 +70,12 @@ BALANCERS = {
     {"name": "expert_threshold"},
     [{"name": "threshold", "share": K / E, "decay": 0.5}],
   ),
-  "relu and l1": (
-    {"name": "relu"},
-    [{"name": "l1", "experts": float(K), "start": 1e-3}],
-  ),
 }
 
 
 def recipe_of(router: dict, balancers: list) -> layer.Recipe:
   """The parts of a layer without its experts."""
-  wide = router["name"] in ("relu", "expert_threshold")
+  wide = router["name"] == "expert_threshold"
   made = tuple(
     (str(i), registry.from_config("balancers", own, f"balancers.{i}"))
     for i, own in enumerate(balancers)
@@ -208,6 +205,15 @@ def draw(curves: dict[str, np.ndarray], folder: pathlib.Path) -> None:
     yscale="log", xlabel="step", ylabel="MaxVio over that of random choices"
   )
   figures.save(figure, axes, folder, "dynamics")
+
+
+def read(folder: pathlib.Path = FOLDER) -> list[dict]:
+  """The committed rows."""
+  with open(folder / "dynamics.csv", newline="") as f:
+    return [
+      row | {k: float(row[k]) for k in ("first", "last")}
+      for row in csv.DictReader(f)
+    ]
 
 
 def main(argv=None) -> int:
