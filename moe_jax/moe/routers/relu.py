@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.core.options import integer
+from moe_jax.core.options import integer, number, optional
 from moe_jax.moe import scores
 from moe_jax.moe.types import GIVEN, Router, Routing, TokenChoice
 
@@ -23,8 +23,13 @@ CONTRACT_OPTIONS = {"top_k": 4}
 CONTRACT_EXCEPTIONS = {"extreme": "weights are as large as logits, without end"}
 
 
-def build(top_k: integer(1)) -> Router:
-  """Args: top_k: K, the most experts of a token; num_experts: no limit."""
+def build(
+  top_k: integer(1), average: optional(number(above=0)) = None
+) -> Router:
+  """Args:
+  top_k: K, the most experts of a token; as many as there are: no limit.
+  average: experts of a token that are counted as active; None: K.
+  """
 
   def route(params, x_TD, *, num_experts, select, side, rng):
     del num_experts, select, rng  # Weights are the choice.
@@ -43,6 +48,7 @@ def build(top_k: integer(1)) -> Router:
     causal=True,
     top_k=top_k,
     fixed=False,
+    average_k=average,
     gives=(GIVEN - {"selection"}) | {"weights"},
   )
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.core.options import integer, number
+from moe_jax.core.options import integer, number, optional
 from moe_jax.moe import scores
 from moe_jax.moe.types import GIVEN, Router, Routing, TokenChoice
 
@@ -25,11 +25,13 @@ def build(
   top_k: integer(1),
   threshold: number(above=0, high=1) = 0.4,
   renormalize: bool = False,
+  average: optional(number(above=0)) = None,
 ) -> Router:
   """Args:
   top_k: K, the most experts of a token.
   threshold: p, the probability that the chosen ones have together at least.
   renormalize: divide the chosen weights by their sum.
+  average: experts of a token that are counted as active; None: K.
   """
 
   def route(params, x_TD, *, num_experts, select, side, rng):
@@ -55,5 +57,6 @@ def build(
     causal=True,
     top_k=top_k,
     fixed=False,
+    average_k=average,
     gives=GIVEN - {"selection"},
   )

@@ -1,0 +1,1 @@
+"""Which way to choose experts gives the better model at equal parameters?"""
