@@ -77,6 +77,123 @@ FAULTS = (
     "valid_TK = jnp.ones(shares_TK.shape, bool)",
     ORACLE,
   ),
+  # Routers and balancers.
+  Fault(
+    "the losses see the noise of the router",
+    "moe_jax/moe/routers/top_k.py",
+    "routing = _routing(choice, clean_TE, score_TE, score)",
+    "routing = _routing(choice, logits_TE, score_TE, score)",
+    "balancers_test.py::test_importance_does_not_see_the_noise",
+  ),
+  Fault(
+    "replayed experts are not forced",
+    "moe_jax/moe/routers/top_k.py",
+    "expert_TK = jnp.where(forced_TK, replayed_TK, expert_TK)",
+    "expert_TK = jnp.where(forced_TK, expert_TK, expert_TK)",
+    "traces_test.py::test_replayed_experts_are_forced",
+  ),
+  Fault(
+    "a smooth load takes the rival of those inside for all experts",
+    "moe_jax/moe/routers/noisy_top_k.py",
+    "rival_TE = jnp.where(noisy_TE >= inside, outside, inside)",
+    "rival_TE = jnp.where(noisy_TE >= inside, inside, inside)",
+    "routers_test.py::test_noisy_top_k",
+  ),
+  Fault(
+    "expert choice weighs its empty slots",
+    "moe_jax/moe/routers/expert_choice.py",
+    "valid_EC=side.mask_T[token_EC],",
+    "valid_EC=jnp.ones(token_EC.shape, bool),",
+    "parts_test.py::test_a_layer_is_what_the_paper_writes",
+  ),
+  Fault(
+    "top-p stops before p is reached",
+    "moe_jax/moe/routers/top_p.py",
+    "jnp.cumsum(weight_TK, axis=-1) - weight_TK",
+    "jnp.cumsum(weight_TK, axis=-1)",
+    "routers_test.py::test_weights_and_their_gradients",
+  ),
+  Fault(
+    "Sinkhorn's plan counts padding",
+    "moe_jax/moe/routers/sinkhorn.py",
+    "masked_TE = jnp.where(mask_T[:, None], logits_TE, -jnp.inf)",
+    "masked_TE = jnp.where(mask_T[:, None], logits_TE, logits_TE)",
+    "routers_test.py::test_weights_and_their_gradients",
+  ),
+  Fault(
+    "quantile balancing takes the K-th score as a cutoff",
+    "moe_jax/moe/balancers/quantile.py",
+    "last = min(top_k + 1, score_TE.shape[-1])",
+    "last = min(top_k, score_TE.shape[-1])",
+    "balancers_test.py::test_quantile_within_a_bin_of_the_exact_one",
+  ),
+  Fault(
+    "padding is in the histogram",
+    "moe_jax/moe/balancers/quantile.py",
+    "ones_TE = jnp.broadcast_to(mask_T[:, None], bin_TE.shape)",
+    "ones_TE = jnp.broadcast_to(mask_T[:, None] | True, bin_TE.shape)",
+    "balancers_test.py::test_quantile_within_a_bin_of_the_exact_one",
+  ),
+  Fault(
+    "a coefficient moves the wrong way",
+    "moe_jax/moe/balancers/adaptive.py",
+    "factor ** jnp.sign(excess)",
+    "factor ** -jnp.sign(excess)",
+    "balancers_test.py::test_l1_moves_its_coefficient",
+  ),
+  Fault(
+    "a token is counted twice on a device",
+    "moe_jax/moe/balancers/device.py",
+    "of_devices(sent_TE).any(-1).sum(0, dtype=jnp.int32)",
+    "of_devices(sent_TE).sum(-1).sum(0, dtype=jnp.int32)",
+    "balancers_test.py::test_device_counts_a_token_once_for_a_device",
+  ),
+  Fault(
+    "targets of a bias are forgotten",
+    "moe_jax/moe/balancers/bias.py",
+    "goal_E = jnp.asarray(share_E, dtype) * load_E.sum()",
+    "goal_E = jnp.full(load_E.shape, mean)",
+    "balancers_test.py::test_bias_toward_targets",
+  ),
+  Fault(
+    "probabilities of zero make gradients of the entropy NaN",
+    "moe_jax/moe/plans.py",
+    "jax.scipy.special.entr(jnp.where(some, prob_GTE, 1)).sum(-1)",
+    "jax.scipy.special.entr(jnp.where(some, prob_GTE, prob_GTE)).sum(-1)",
+    "combinations_test.py",
+  ),
+  # Latent and cheap experts.
+  Fault(
+    "latent experts are projected back before the shards of F are summed",
+    "moe_jax/moe/layer.py",
+    """    y_GTD = exchange.sum_tensor(y_GTD, mesh)
+    y_GTD = recipe.latent.apply(own, "out_of", y_GTD)
+""",
+    """    y_GTD = recipe.latent.apply(own, "out_of", y_GTD)
+""",
+    "latent_test.py::test_it_is_the_same_on_a_mesh",
+  ),
+  Fault(
+    "cheap experts take slots",
+    "moe_jax/moe/pool.py",
+    "valid_TK=choice.valid_TK & real_TK,",
+    "valid_TK=choice.valid_TK,",
+    "pool_test.py::test_a_layer_is_what_the_papers_write",
+  ),
+  Fault(
+    "a constant expert mixes the other way round",
+    "moe_jax/moe/pool.py",
+    "own, learnt = weight_GTC * mix[..., 0], weight_GTC * mix[..., 1]",
+    "learnt, own = weight_GTC * mix[..., 0], weight_GTC * mix[..., 1]",
+    "pool_test.py::test_a_layer_is_what_the_papers_write",
+  ),
+  Fault(
+    "counts forget that a token has fewer networks",
+    "moe_jax/moe/layer.py",
+    "return self.real_experts or taken * self.num_experts / self.pool",
+    "return taken",
+    "pool_test.py::test_costs_and_counts_follow",
+  ),
   # Slots.
   Fault(
     "one slot too many",
@@ -255,8 +372,8 @@ FAULTS = (
   Fault(
     "the counts are those of the last micro-batch",
     "moe_jax/training/train_step.py",
-    "return jax.tree.map(jnp.add, (grads, sums), (new_grads, new_sums)), None",
-    "return (jax.tree.map(jnp.add, grads, new_grads), new_sums), None",
+    "return jax.tree.map(jnp.add, (grads, sums), new), routing",
+    "return (jax.tree.map(jnp.add, grads, new_grads), new_sums), routing",
     STEP,
   ),
   Fault(
@@ -269,8 +386,8 @@ FAULTS = (
   Fault(
     "the loss is a mean of means",
     "moe_jax/training/train_step.py",
-    "return loss.total / weight + balance, sums",
-    "return loss.value() / accumulation + balance, sums",
+    "return loss.total / weight + balance, (sums, routing)",
+    "return loss.value() / accumulation + balance, (sums, routing)",
     STEP,
   ),
   Fault(
