@@ -104,7 +104,7 @@ FAULTS = (
     "moe_jax/moe/routers/expert_choice.py",
     "valid_EC=side.mask_T[token_EC],",
     "valid_EC=jnp.ones(token_EC.shape, bool),",
-    "parts_test.py::test_a_layer_is_what_the_paper_writes",
+    "contracts_test.py::test_router_weights",
   ),
   Fault(
     "top-p stops before p is reached",
@@ -118,7 +118,7 @@ FAULTS = (
     "moe_jax/moe/routers/sinkhorn.py",
     "masked_TE = jnp.where(mask_T[:, None], logits_TE, -jnp.inf)",
     "masked_TE = jnp.where(mask_T[:, None], logits_TE, logits_TE)",
-    "routers_test.py::test_weights_and_their_gradients",
+    "routers_test.py::test_sinkhorn_balances_a_group",
   ),
   Fault(
     "quantile balancing takes the K-th score as a cutoff",

@@ -442,6 +442,11 @@ def test_sinkhorn_balances_a_group():
   for scores_TE in (logits_TE, np.asarray(plan_TE)):
     chosen_TK = np.argsort(-scores_TE, axis=1)[mask_T, :2]
     vios.append(oracle.max_vio(np.bincount(chosen_TK.ravel(), minlength=E)))
+  # Padding has no part in it.
+  alone_TE = sinkhorn.log_plan(
+    jnp.asarray(logits_TE[mask_T]), jnp.ones(360, bool), sweeps=30
+  )
+  np.testing.assert_allclose(plan_TE[mask_T], alone_TE, rtol=1e-4)
   # The plan is soft, and its largest entries are not quite as even.
   assert vios[0] > 1.5 and vios[1] < 0.25
   # Outside of training logits choose, unless it is told otherwise.
