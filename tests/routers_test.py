@@ -458,6 +458,17 @@ def test_sinkhorn_balances_a_group():
   np.testing.assert_array_equal(routing.choice.expert_TK[:, 0], best_T)
 
 
+def test_experts_leave_slots_empty():
+  """Where there are fewer tokens than slots of an expert."""
+  router = registry.load("routers", "expert_choice", top_k=4)
+  params, x_TD, side = drawn(6)
+  side = side.replace(mask_T=np.arange(T) < 2)
+  choice = routed(router, of_router(router, params), x_TD, side).choice
+  assert choice.token_EC.shape == (E, T * 4 // E)
+  np.testing.assert_array_equal(choice.valid_EC, choice.token_EC < 2)
+  assert (choice.valid_EC.sum(1) == 2).all()
+
+
 def test_loads_are_forced():
   """As wanted to a token, and no expert above all tokens."""
   for exponent in (0.0, 0.5, 1.0, 3.0):
