@@ -184,6 +184,11 @@ def take_step(program, state, stream, step, lines, checkpoints, made=()):
   return state
 
 
+def _passes(before: int, step: int, every: int) -> bool:
+  """Whether a multiple of `every` lies in (before, step]; of 0, none does."""
+  return every > 0 and step // every > before // every
+
+
 class Lines:
   """Writes the training lines of metrics.jsonl. Each has the means over the
   steps since the line before, as the sum of all their totals over the sum of
@@ -237,7 +242,8 @@ class Lines:
     values["skipped_steps"] = self._skipped
     values["tokens_per_second"] = self._tokens / (now - self._since)
     self._directory.log(step, "train", values)
-    if self._loads and train.loads_every and step % train.loads_every == 0:
+    before = (step - 1) // train.log_every * train.log_every
+    if self._loads and _passes(before, step, train.loads_every):
       self._directory.log(step, "loads", self._loads)
     self._means, self._tokens, self._since = {}, 0.0, now
     note = [f"{k} {values[k]:.3f}" for k in ("loss", "max_vio") if k in values]

@@ -92,7 +92,6 @@ class Program:
       RunError: the mesh changes what a layer computes, see `mesh_check`.
     """
     writers.check(config.writers)
-    _check_lines(config.train)
     self.config = config
     self.mesh, self.task, self.model = build(config, fingerprint=fingerprint)
     self.task.train(0, None)  # Refuses too little data now, not later.
@@ -186,15 +185,6 @@ class Program:
     # device_put would compare its double precision with what others hold.
     x = np.asarray(number, jax.dtypes.canonicalize_dtype(type(number)))
     return jax.make_array_from_callback((), _sharding(self.mesh), lambda _: x)
-
-
-def _check_lines(train):
-  """Raises ConfigError for loads between two lines of metrics."""
-  if train.loads_every % train.log_every:
-    raise ConfigError(
-      f"train.loads_every = {train.loads_every} is no multiple of train.log_every ="
-      f" {train.log_every}, whose lines it goes with; change one of them"
-    )
 
 
 class Call(NamedTuple):

@@ -52,7 +52,7 @@ def _write_groups(ours):
 _METHODS = "greedy", "group_limited_greedy"
 _PAIRS = {"null": False, "values": {True: "interleaved", False: "half"}}
 _OR_NONE = {"null": 0, "least": 0}
-_WIDTH = "moe_intermediate_size", 2048
+_WIDTH = "moe_intermediate_size"
 _QUERY = "attention/query"
 _LATENT = ("attention/{}", "self_attn.{}.weight")
 _DOWN = "query_down q_a_proj, kv_down kv_a_proj_with_mqa, kv_up kv_b_proj"
@@ -60,7 +60,7 @@ _NORMS = "query_norm/scale q_a_layernorm, kv_norm/scale kv_a_layernorm"
 _BIAS = "balance/moe/bias_E mlp.gate.e_score_correction_bias"
 
 
-def _latent(vocab_size, d_model, layers, num_heads, q_lora_rank):
+def _latent(vocab_size, d_model, layers, num_heads, longest):
   """Rows of all of them, with the defaults of one."""
   return (
     *rows.common(vocab_size, d_model, layers, num_heads, 1e-6),
@@ -69,8 +69,8 @@ def _latent(vocab_size, d_model, layers, num_heads, q_lora_rank):
     rows.size("qk_rope_head_dim", "attention.rope_head_dim", 64),
     rows.size("v_head_dim", "attention.v_head_dim", 128),
     rows.size("kv_lora_rank", "attention.kv_lora_rank", 512),
-    rows.size("q_lora_rank", "attention.q_lora_rank", q_lora_rank, null=None),
-    rows.Rope(theta=1e4, longest=4096),
+    rows.size("q_lora_rank", "attention.q_lora_rank", 1536, null=None),
+    rows.Rope(theta=1e4, longest=longest),
     rows.fixed("moe_layer_freq", 1),
   )
 
@@ -86,11 +86,11 @@ DEEPSEEK_V3 = families.Family(
   "deepseek_v3",
   "DeepseekV3ForCausalLM",
   rows=(
-    *_latent(129_280, 7168, 61, 128, 1536),
+    *_latent(129_280, 7168, 61, 128, longest=4096),
     rows.flag("rope_interleave", "attention.rope", True, **_PAIRS),
     rows.Pair(read_layers, write_layers),
     rows.whole("intermediate_size", "d_ff", 18_432),
-    *rows.experts("n_routed_experts", 256, 8, *_WIDTH),
+    *rows.experts("n_routed_experts", 256, 8, _WIDTH, 2048),
     rows.whole("n_shared_experts", "moe.num_shared_experts", 1, **_OR_NONE),
     rows.fixed("scoring_func", "sigmoid"),
     rows.fixed("topk_method", "noaux_tc"),
@@ -115,10 +115,10 @@ DEEPSEEK_V2 = families.Family(
   "deepseek_v2",
   "DeepseekV2ForCausalLM",
   rows=(
-    *_latent(102_400, 4096, 32, 32, 1536),
+    *_latent(102_400, 4096, 32, 32, longest=2048),
     rows.Pair(functools.partial(read_layers, dense=0), write_layers),
     rows.whole("intermediate_size", "d_ff", 11_008),
-    *rows.experts("n_routed_experts", 64, rows.REQUIRED, *_WIDTH),
+    *rows.experts("n_routed_experts", 64, rows.REQUIRED, _WIDTH, 1407),
     rows.whole("n_shared_experts", "moe.num_shared_experts", 2, **_OR_NONE),
     rows.fixed("scoring_func", "softmax"),
     rows.fixed("norm_topk_prob", False),
