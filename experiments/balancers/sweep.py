@@ -5,7 +5,7 @@ they spend the same operations. A step has four micro-batches of two groups of t
 sequences: the four scopes of a loss see 128, 256, 512 and 2048 tokens.
 """
 
-from experiments import small, sweeps, tuning
+from experiments import small, sweeps, tuning, wang
 
 BALANCERS = "model.moe.balancers"
 SCOPES = ("sequence", "group", "micro_batch", "global_batch")
@@ -52,7 +52,28 @@ def cpu() -> sweeps.Sweep:
   )
 
 
-SCALES = {"demo": demo, "cpu": cpu}
+def pod() -> sweeps.Sweep:
+  """The arms of the headline for the models of Wang et al., see `wang.py`.
+
+  For 64 accelerators or more, on every host:
+
+    python -m experiments.launch balancers --scale=pod --arm=1b-quantile \
+      --config.data.name=NAME --config.data.dir=DIR \
+      --config.data.tokenizer=tokenizer.json --config.mesh='(1,8,8,1)'
+
+  Three micro-batches of a step make the scopes of a loss differ. A bias moves by
+  1e-3 a step, as theirs.
+  """
+  config, arms = wang.config(), {name: _arms()[name] for name in HEADLINE}
+  config.train.accumulation = 3
+  for arm in arms.values():
+    if "bias" in arm[BALANCERS]:
+      bias = arm[BALANCERS]["bias"] | {"rate": 1e-3}
+      arm[BALANCERS] = arm[BALANCERS] | {"bias": bias}
+  return sweeps.Sweep(config, sweeps.product(wang.sizes(), arms), seeds=1)
+
+
+SCALES = {"demo": demo, "cpu": cpu, "pod": pod}
 
 _RATES = {
   "sign": (3e-3, 1e-2, 3e-2, 1e-1),
