@@ -55,7 +55,7 @@ def table(facts: dict) -> str:
     "layer",
     "largest co-activation",
     "vocabulary",
-    "vocabulary by chance",
+    "experts of a token / all",
   ]
   head += ["most of a domain"] + ["saturation"] * ("saturation" in facts)
   rows = [head, ["---"] * len(head)]

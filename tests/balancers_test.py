@@ -418,12 +418,17 @@ def quantile_by_hand(score_TE, bias_E, mask_T, top_k):
 
 
 @pytest.mark.parametrize("bins", [100, 1000])
-@pytest.mark.parametrize("tokens", [200, 5000])
-def test_quantile_within_a_bin_of_the_exact_one(bins, tokens):
+@pytest.mark.parametrize(
+  "tokens,width", [(200, None), (5000, None), (5000, 3.0)]
+)
+def test_quantile_within_a_bin_of_the_exact_one(bins, tokens, width):
+  """Scores are between 0 and 1, or `width` from 0 at most."""
   rng = np.random.default_rng(5)
-  balancer = load("quantile", bins=bins)
+  balancer, most = load("quantile", bins=bins, width=width), 1.0
   logits_TE = rng.normal(size=(tokens, E)) + np.linspace(0, 2, E)
   score_TE = 1 / (1 + np.exp(-logits_TE))
+  if width is not None:
+    score_TE, most = width * (2 * score_TE - 1), 2 * width
   mask_T = rng.random(tokens) < 0.9
   choice = TokenChoice(
     *(jnp.zeros((tokens, K), jnp.int32), jnp.ones((tokens, K))),
@@ -438,12 +443,12 @@ def test_quantile_within_a_bin_of_the_exact_one(bins, tokens):
       stats = stats_of(observed=observed)
       state = balancer.update(state, stats, 0)
       exact_E = quantile_by_hand(score_TE, before_E, mask_T, K)
-      width = (2 + np.ptp(before_E)) / bins
+      step = (2 * most + np.ptp(before_E)) / bins
       # The exact one lies between two tokens, which may be in two bins.
-      gap = 12 / tokens
+      gap = 12 * most / tokens
       found_E = np.asarray(state["bias_E"])
       error_E = found_E - (exact_E - exact_E.mean())
-      assert abs(error_E).max() <= 2 * width + gap
+      assert abs(error_E).max() <= 2 * step + gap
       counts = observed["far_EB"][0, 0]
       assert (counts.sum(1) == mask_T.sum()).all()
 
@@ -616,6 +621,8 @@ def test_a_router_that_needs_a_balancer():
   check({"t": load("threshold", share=0.3)}, "expert_threshold")
   # Wider scores are right where somebody says how wide.
   check({"q": load("quantile", width=5.0)}, "top_k", score="sqrt_softplus")
+  with pytest.raises(ConfigError, match="between 0 and 1"):
+    check({"b": load("bip", top_k=2)}, "top_k", score_before_top_k=False)
 
 
 def test_the_committed_dynamics():

@@ -216,13 +216,24 @@ def tokens_of(trace):
 def test_saturation():
   early, late = drawn(1), drawn(2)
   shares = [
-    len(a & b) / 2
+    len(a & b) / len(b)
     for (*_, a), (*_, b) in zip(tokens_of(early), tokens_of(late))
+    if b
   ]
   found = traces.saturation(early, late)["01"]
   assert found == pytest.approx(np.mean(shares)) and 0 < found < 1
+  assert traces.saturation(late, late)["01"] == 1
   with pytest.raises(ConfigError, match="same layers and tokens"):
     traces.saturation(early, drawn(2, rows=5))
+
+
+def test_domains_without_names():
+  """A trace of training has their numbers alone."""
+  trace = drawn(4)
+  named, unnamed = trace, trace._replace(domains=())
+  np.testing.assert_array_equal(
+    traces.by_domain(unnamed)["01"], traces.by_domain(named)["01"]
+  )
 
 
 def test_coactivation():

@@ -216,7 +216,8 @@ def analysis(late: Trace, early: Trace | None = None) -> dict:
 def saturation(early: Trace, late: Trace) -> dict[str, float]:
   """{layer: mean share of a token's experts that are the same in both traces}.
 
-  |chosen early and late| / K, over the tokens that are no padding (5.1).
+  |chosen early and late| / |chosen late|, over the tokens that are no padding and
+  have an expert; K is below the line in OLMoE's definition (5.1), where all have K.
 
   Raises:
     ConfigError: the traces are of other layers or tokens.
@@ -229,10 +230,11 @@ def saturation(early: Trace, late: Trace) -> dict[str, float]:
     )
   real = late.arrays["mask"]
   shares = {}
-  for layer, sizes in late.layers.items():
+  for layer in late.layers:
     a, b = (trace.arrays[f"{layer}/expert"][real] for trace in (early, late))
     both = ((a[:, :, None] == b[:, None, :]) & (a >= 0)[:, :, None]).sum((1, 2))
-    shares[layer] = float(both.mean() / sizes["top_k"])
+    own = (b >= 0).sum(1)
+    shares[layer] = float((both[own > 0] / own[own > 0]).mean())
   return shares
 
 
@@ -251,10 +253,14 @@ def coactivation(trace: Trace) -> dict[str, np.ndarray]:
 
 
 def by_domain(trace: Trace) -> dict[str, np.ndarray]:
-  """{layer: share [domains, E]}: of a domain's tokens, the share an expert has (5.3)."""
+  """{layer: share [domains, E]}: of a domain's tokens, the share an expert has (5.3).
+
+  A trace of training has numbers of domains and no names of them.
+  """
   length = trace.arrays["token"].shape[1]
   number_N = np.repeat(trace.arrays["domain"], length)[_real(trace)]
-  return _by_value(trace, number_N, max(len(trace.domains), 1))
+  found = int(number_N.max(initial=0)) + 1
+  return _by_value(trace, number_N, max(len(trace.domains), found))
 
 
 def by_token(trace: Trace, vocab_size: int) -> dict[str, np.ndarray]:

@@ -39,7 +39,9 @@ def build(top_k: integer(1), sweeps: integer(1) = 4) -> Balancer:
     price_E = prices(score_TE, mask_T, top_k, sweeps)
     return score_TE - price_E[None, :]
 
-  return Balancer(select=select, causal=False)
+  # Prices are 0 or more, which shifts scores apart only where these are, too.
+  needs = frozenset({"score_range"})
+  return Balancer(select=select, causal=False, needs=needs)
 
 
 def prices(score_TE, mask_T, top_k: int, sweeps: int):

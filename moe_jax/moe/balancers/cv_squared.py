@@ -3,7 +3,8 @@
   loss = coefficient * (1 + (std_e / mean_e)^2)  of one number for each expert
 
   of = "importance"  sum over tokens of the probability, without the router's noise
-                     (Shazeer et al., eq. 6 and 7)
+                     (V-MoE; Shazeer et al., eq. 6 and 7, sum the noisy gates of
+                     the chosen experts instead, which is another loss)
   of = "load"        sum over tokens of the chance that fresh noise would choose the
                      expert (eq. 8 to 11), which has a gradient where counts have none
 

@@ -8,9 +8,10 @@ experts of a token out of E,
   bias of expert e   b_e = the K/E quantile over tokens of a_t - s_te
 
 so that K/E of the tokens have s_te + b_e above their cutoff. Every step counts a - s
-of each expert in bins of [min b - width, max b + width], so that the statistics are
-sums: the same on every mesh and over micro-batches. The quantile is read from the
-sums and lies within a bin of the exact one. `decay` keeps a moving average.
+of each expert in bins of [min b - r, max b + r], where r is the most that two scores
+differ by, so that the statistics are sums: the same on every mesh and over
+micro-batches. The quantile is read from the sums and lies within a bin of the exact
+one. `decay` keeps a moving average.
 
 There is no rate to tune, and loads are even after some ten steps. It follows each
 batch, so that small batches make it noisy: use `decay` there. Its cost is E * bins
@@ -38,7 +39,7 @@ def build(
   width: how far scores are from 0 at most; None: scores are between 0 and 1. What
     lies outside of the bins is counted in the last ones.
   """
-  reach = 1.0 if width is None else width
+  reach = 1.0 if width is None else 2 * width  # Of a score less another.
 
   def init(num_experts):
     return {"bias_E": jnp.zeros(num_experts)}
