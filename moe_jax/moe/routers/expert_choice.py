@@ -2,8 +2,8 @@
 
   s = softmax(x W);  expert e takes its C = T K / E tokens with the largest s_te;  w = s
 
-Loads are equal by construction and nothing is dropped; a
-token gets any number of experts, also none.
+T are the tokens of a group that are no padding. Loads are equal by construction and
+nothing is dropped; a token gets any number of experts, also none.
 
 Later tokens decide about earlier ones. In a decoder's training that leaks what comes
 next, so decoders refuse it unless model.allow_noncausal is set; `expert_threshold` is
@@ -32,10 +32,11 @@ def build(top_k: integer(1)) -> Router:
     wanted_TE = jnp.where(side.mask_T[:, None], select(prob_TE), -jnp.inf)
     _, token_EC = jax.lax.top_k(jax.lax.stop_gradient(wanted_TE).T, slots)
     token_EC = checkpoint_name(token_EC, "expert")
+    full = jnp.maximum(1, side.mask_T.sum() * top_k // num_experts)
     choice = SlotChoice(
       token_EC=token_EC,
       weight_EC=jnp.take_along_axis(prob_TE.T, token_EC, axis=1),
-      valid_EC=side.mask_T[token_EC],
+      valid_EC=side.mask_T[token_EC] & (jnp.arange(slots) < full)[None, :],
     )
     return Routing(choice, prob_TE, logits_TE, score_TE=prob_TE)
 

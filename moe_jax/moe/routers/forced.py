@@ -30,7 +30,7 @@ CONTRACT_EXCEPTIONS = {
 _GOLDEN = (5**0.5 - 1) / 2
 
 
-def build(top_k: integer(1), exponent: number(0) = 0.0) -> Router:
+def build(top_k: integer(1), exponent: number(0, high=30) = 0.0) -> Router:
   """Args:
   top_k: K.
   exponent: of the loads, see the head of this file; 0: balanced.

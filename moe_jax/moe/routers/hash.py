@@ -111,14 +111,17 @@ def drawn(vocab_size: int, num_experts: int, top_k: int, seed: int):
 def balanced(count_V: np.ndarray, num_experts: int, top_k: int, seed: int):
   """table_VK in which ids, frequent ones first, get the least loaded experts.
 
-  Experts with equal loads are taken in a drawn order.
+  Of experts with equal loads those with fewer ids come first, so that ids which are
+  never seen are spread, too; then the order is drawn.
   """
   rng = np.random.default_rng(seed)
-  load_E = np.zeros(num_experts)
+  load_E, ids_E = np.zeros(num_experts), np.zeros(num_experts, int)
   table_VK = np.zeros((len(count_V), top_k), np.int32)
   for token in np.argsort(-count_V, kind="stable"):
-    expert_K = np.lexsort((rng.random(num_experts), load_E))[:top_k]
+    load = load_E if count_V[token] else ids_E
+    expert_K = np.lexsort((rng.random(num_experts), ids_E, load))[:top_k]
     load_E[expert_K] += count_V[token]
+    ids_E[expert_K] += 1
     table_VK[token] = expert_K
   return table_VK
 

@@ -4,7 +4,8 @@
   the best `top_groups` groups, and in each its best top_k / top_groups experts
   w_e = p_g q_ge over the sum of the chosen ones, if `renormalize`
 
-(Shazeer et al., 1701.06538, appendix B, eq. 12, without noise.) A token's experts lie
+(After Shazeer et al., 1701.06538, appendix B, eq. 12, without noise; there each gate
+is a softmax over the chosen ones, and here over all.) A token's experts lie
 in few groups, so that it is sent to few devices, and the softmaxes stay small when
 experts are thousands. A good expert in a group that is not chosen is never seen.
 """

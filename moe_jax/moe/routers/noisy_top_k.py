@@ -1,12 +1,13 @@
 """Noisy top-k gating: the noise has a size that the router learns (1701.06538).
 
-  H_e = (x W)_e + N(0, 1) * softplus((x V)_e)             (eq. 4)
+  H_e = (x W)_e + N(0, 1) * (0.01 + softplus((x V)_e))    (eq. 4)
   chosen = top-k(H); w = softmax of H over the chosen     (eq. 3 and 5)
 
 In training alone; at evaluation there is no noise. Losses see the probabilities
 without noise, softmax(x W), as in V-MoE, and the chance of each expert if its noise
 were drawn again (eq. 9), which `cv_squared` with of = "load" sums up. W and V begin at
-zero in the paper; here W is drawn, so that evaluation without noise has no ties.
+zero in the paper; here W is drawn, so that evaluation without noise has no ties. The
+0.01 is not in the paper: without any noise a chance has no gradient.
 
 The first sparse mixture of experts of today's form. With noise of a fixed size use
 `noise` of the router `top_k` (V-MoE).
@@ -21,6 +22,7 @@ from moe_jax.core.options import integer
 from moe_jax.moe import scores
 from moe_jax.moe.types import GIVEN, Router, Routing, TokenChoice
 
+LEAST_NOISE = 0.01
 CONTRACT_OPTIONS = {"top_k": 2}
 CONTRACT_EXCEPTIONS = {
   "gradient": "the matrix of the noise has none without noise",
@@ -44,9 +46,8 @@ def build(top_k: integer(2)) -> Router:
     logits_TE, noisy_TE, size_TE = scores.logits(params, x_TD), None, None
     noisy_TE = logits_TE
     if rng is not None:
-      size_TE = jax.nn.softplus(
-        scores.logits({"kernel": params["noise_kernel"]}, x_TD)
-      )
+      wide_TE = scores.logits({"kernel": params["noise_kernel"]}, x_TD)
+      size_TE = LEAST_NOISE + jax.nn.softplus(wide_TE)
       draw_TE = jax.random.normal(rng, logits_TE.shape, logits_TE.dtype)
       noisy_TE = logits_TE + draw_TE * size_TE
     selection_TE = jax.lax.stop_gradient(select(noisy_TE))

@@ -32,6 +32,12 @@ def build(
   renormalize: divide the weights by their sum.
   """
 
+  if renormalize and top_k == 1:
+    raise ConfigError(
+      "the router tile_rounded with renormalize and top_k = 1 gives weights of 1, and"
+      " the router would learn nothing; set renormalize = False"
+    )
+
   def init(rng, d_model, num_experts):
     if 2 * top_k > num_experts:
       raise ConfigError(
