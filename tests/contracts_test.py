@@ -681,10 +681,14 @@ def test_capacity(router, router_options, dispatcher, options, bound):
 def check_slots(run):
   """Experts that name their tokens, or mix them, have as many slots each."""
   slots = jax.tree.leaves(run.shapes.choice)[0].shape[-1]
-  for seed in range(5):
-    _, stats = run(tokens(seed, skew=seed / 2, padded=0.1))
+  for seed in range(10):
+    padded = 0.1 * (seed % 2)
+    _, stats = run(tokens(seed, skew=seed / 4, padded=padded))
     kept_GE = stats.kept_E.sum(1)
-    assert (kept_GE <= slots + 1e-5).all() and kept_GE.max() > slots - 1
+    assert (kept_GE <= slots + 1e-5).all()
+    assert (
+      padded or kept_GE.max() > slots - 1
+    )  # With padding there is less to take.
     assert all((n == 0).all() for n in stats.dropped.values())
 
 

@@ -100,11 +100,11 @@ FAULTS = (
     "routers_test.py::test_noisy_top_k",
   ),
   Fault(
-    "expert choice weighs its empty slots",
+    "padding takes capacity in expert choice",
     "moe_jax/moe/routers/expert_choice.py",
+    "valid_EC=side.mask_T[token_EC] & (jnp.arange(slots) < full)[None, :],",
     "valid_EC=side.mask_T[token_EC],",
-    "valid_EC=jnp.ones(token_EC.shape, bool),",
-    "routers_test.py::test_experts_leave_slots_empty",
+    "routers_test.py::test_padding_takes_no_capacity",
   ),
   Fault(
     "top-p stops before p is reached",
