@@ -287,7 +287,7 @@ def choose_by_hand(x_TD, kernel_DE, networks):
   """2202.09368: S = softmax(x W) over experts; expert e takes its best C."""
   score_TE, y_TD = softmax(x_TD @ kernel_DE, axis=1), np.zeros_like(x_TD)
   for e in range(E):
-    for t in np.argsort(-score_TE[:, e])[: T * K // E]:
+    for t in np.argsort(-score_TE[:, e])[: max(1, len(x_TD) * K // E)]:
       y_TD[t] += score_TE[t, e] * oracle.experts(networks, e, x_TD[t], "relu")
   return y_TD
 
