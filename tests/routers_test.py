@@ -431,6 +431,10 @@ def test_noise_kernel_learns_in_training():
   for part in ("weight", "chance"):
     gradients = jax.grad(value)(params, part)
     assert all(abs(g).max() > 1e-3 for g in gradients.values())
+  # Also where the learnt noise has vanished.
+  far = params | {"noise_kernel": jnp.full((D, E), -50.0)}
+  gradients = jax.grad(value)(far, "chance")
+  assert all(jnp.isfinite(g).all() for g in gradients.values())
 
 
 def test_sinkhorn_balances_a_group():
@@ -553,6 +557,13 @@ def dense_counts(choice):
       "would learn nothing",
     ),
     ("tile_rounded", {"top_k": 5, "tile": 8}, "looks at 2 top_k = 10"),
+    (
+      "tile_rounded",
+      {"top_k": 1, "tile": 8, "renormalize": True},
+      "would learn nothing",
+    ),
+    ("top_p", {"top_k": 1, "renormalize": True}, "would learn nothing"),
+    ("forced", {"top_k": 2, "exponent": 2000.0}, "at most 30"),
     ("by_feature", {"top_k": 5} | FEATURE, "2 equal blocks of top_k = 5"),
     (
       "by_feature",
@@ -612,6 +623,12 @@ def test_a_balanced_table_equals_loads(tmp_path):
 
   assert max_vio(table_VK) < 0.01
   assert max_vio(hash_router.drawn(400, E, 2, seed=1)) > 0.1
+  # Ids that are never seen are spread, too.
+  unseen_VK = hash_router.balanced(np.append(count_V, np.zeros(800)), E, 2, 1)
+  ids_E = np.bincount(unseen_VK[400:].ravel(), minlength=E)
+  assert np.ptp(ids_E) <= 0.2 * ids_E.mean() + np.ptp(
+    np.bincount(table_VK.ravel(), minlength=E)
+  )
   # By loops: each id takes the two experts that have least.
   load_E = [0.0] * E
   for token in sorted(range(400), key=lambda i: -count_V[i]):

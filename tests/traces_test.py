@@ -154,6 +154,12 @@ def test_traces_that_do_not_fit(recorded, tmp_path):
     model__moe__router={"name": "random"},
     model__moe__balancers={},
   )
+  # Second experts that were drawn away are not in a trace.
+  refused(
+    "is for routers that can be told",
+    model__moe__router={"name": "top_k", "second_expert": "random"},
+    model__moe__top_k=2,
+  )
   refused("other tokens than step 1", data__seq_len=8)
   missing = {"name": "next_token", "replay": str(tmp_path)}
   refused("has no trace of step 1; record", task=missing)

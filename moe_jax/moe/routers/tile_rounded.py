@@ -3,7 +3,9 @@
   load of an expert in a group = the nearest multiple of tile;  w = softmax(x W)
 
 The tokens with the lowest scores leave, or the best of those that have the expert
-among their next K choices come in. A grouped product then has no padded rows.
+among their next K choices come in. A grouped product then has no padded rows, unless
+fewer tokens can come in than a tile lacks. An expert with less than half a tile of
+tokens gets none: it is for groups in which K T / E is several tiles.
 
 The rank of a token among the others decides, so that later tokens change earlier ones;
 decoders refuse it unless model.allow_noncausal is set. The gain is that of the kernel,

@@ -115,7 +115,9 @@ def build(
   axes |= scores.LINEAR_AXES
   gives = _gives(noise, score_before_top_k and score)
   causal = priority == "none"
-  return Router(init, axes, route, causal, top_k, gives=gives, replays=True)
+  # A second expert that was drawn away is not in a trace, nor its score.
+  replays = second_expert == "all"
+  return Router(init, axes, route, causal, top_k, gives=gives, replays=replays)
 
 
 def _vectors(num_experts, use_bias, cosine, expert_scale):
