@@ -60,8 +60,8 @@ class Replay:
     for parts in models.sublayers(model).values():
       if not parts.recipe.router.replays:
         raise ConfigError(
-          f'{KEY} is for routers that can be told their experts, such as top_k with second_expert = "all", and'
-          f' not for "{parts.recipe.router.spec.name}"'
+          f"{KEY} is for routers that can be told their experts, such as top_k without"
+          f' a random second one, and not for "{parts.recipe.router.spec.name}" here'
         )
 
   def train(self, batches: ByStep) -> ByStep:

@@ -115,8 +115,7 @@ def build(
   axes |= scores.LINEAR_AXES
   gives = _gives(noise, score_before_top_k and score)
   causal = priority == "none"
-  # A second expert that was drawn away is not in a trace, nor its score.
-  replays = second_expert == "all"
+  replays = second_expert == "all"  # One that was drawn away is in no trace.
   return Router(init, axes, route, causal, top_k, gives=gives, replays=replays)
 
 
