@@ -11,7 +11,7 @@ from experiments.balancers import dynamics
 from moe_jax.core import registry
 from moe_jax.core.errors import ConfigError
 from moe_jax.moe import balancers as balancers_lib
-from moe_jax.moe import layer
+from moe_jax.moe import layer, pool
 from moe_jax.moe.balancers import bip, cv_squared
 from moe_jax.moe.routers import top_k as top_k_router
 from moe_jax.moe.types import Routing, Side, Stats, TokenChoice
@@ -618,11 +618,40 @@ def test_routers_and_balancers_that_do_not_fit(balancer, router, words):
 def test_a_router_that_needs_a_balancer():
   with pytest.raises(ConfigError, match="needs a threshold for each expert"):
     check({}, "expert_threshold")
-  check({"t": load("threshold", share=0.3)}, "expert_threshold")
+  check({"t": load("threshold", share=K / E)}, "expert_threshold")
   # Wider scores are right where somebody says how wide.
   check({"q": load("quantile", width=5.0)}, "top_k", score="sqrt_softplus")
   with pytest.raises(ConfigError, match="between 0 and 1"):
     check({"b": load("bip", top_k=2)}, "top_k", score_before_top_k=False)
+
+
+@pytest.mark.parametrize(
+  "balancer,router,words",
+  [
+    ({"name": "bip", "top_k": 3}, {"name": "top_k"}, "is for 3 .* has 2; make"),
+    (
+      {"name": "threshold", "share": 0.25},
+      {"name": "expert_threshold", "average": 2.0},
+      "is for 1.5 .* has 2; make .* average or top_k agree",
+    ),
+    ({"name": "l1", "experts": 1.0}, {"name": "relu"}, "is for 1 .* has 2;"),
+  ],
+)
+def test_balancers_for_another_number_of_experts(balancer, router, words):
+  balancer, router = dict(balancer), dict(router)
+  made = load(balancer.pop("name"), **balancer)
+  with pytest.raises(ConfigError, match=words):
+    check({"b": made}, router.pop("name"), **router)
+
+
+def test_losses_of_devices_are_not_for_cheap_experts():
+  """Their borders would lie elsewhere than those of the networks."""
+  router = registry.load("routers", "top_k", top_k=K)
+  balancer = load("device", coefficient=0.1, devices=3)
+  options = dict(balancers=(("d", balancer),), cheap=pool.build(zero=3))
+  recipe = layer.Recipe(E, router, None, None, **options)
+  with pytest.raises(ConfigError, match="without cheap experts, .* has 3"):
+    balancers_lib.check(recipe, "model.moe")
 
 
 def test_the_committed_dynamics():

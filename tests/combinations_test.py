@@ -39,14 +39,27 @@ def router_of(name, balancer):
   return made("routers", name, **more)
 
 
+# Options of balancers that are for as many experts as a token of the router has.
+AGREEING = {
+  "bip": lambda taken: {"top_k": round(taken)},
+  "l1": lambda taken: {"experts": float(taken)},
+  "threshold": lambda taken: {"share": taken / E},
+}
+
+
 @functools.cache
-def balancer_of(name):
-  return Balancer() if name == NONE else made("balancers", name)
+def balancer_of(name, router):
+  if name == NONE:
+    return Balancer()
+  router = router_of(router, name)
+  agreeing = AGREEING.get(name, lambda taken: {})
+  more = agreeing(router.average_k or router.top_k or E)
+  return made("balancers", name, **more)
 
 
 def missing(router, balancer):
-  router = router_of(router, balancer)
-  return balancers_lib.missing(router, balancer_of(balancer))
+  facts = router_of(router, balancer), balancer_of(balancer, router)
+  return balancers_lib.missing(*facts)
 
 
 def legal():
@@ -91,7 +104,7 @@ def test_there_are_many():
 )
 def test_forward_backward_and_update(router, layout, balancer):
   name, options, bound = LAYOUTS[layout]
-  name_of_it, balancer = balancer, balancer_of(balancer)
+  name_of_it, balancer = balancer, balancer_of(balancer, router)
   recipe = layer.Recipe(
     num_experts=E,
     router=router_of(router, name_of_it),
@@ -148,7 +161,7 @@ def test_the_others_are_refused_with_a_reason():
         E,
         router_of(name, balancer),
         *(None, None),
-        balancers=(("b", balancer_of(balancer)),),
+        balancers=(("b", balancer_of(balancer, name)),),
       )
       with pytest.raises(
         ConfigError, match=r"moe\.balancers\.b needs .*which the"

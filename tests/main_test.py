@@ -31,6 +31,10 @@ ON_THE_MESH = ["--config=configs/tiny.py", "--config.mesh=(8,1,1,1)"]
     (["optim.optimizer.b2=1.5"], ["optim.optimizer.b2 = 1.5", "below 1"]),
     (["model.moe=3"], ["model.moe", "section"]),
     (["model.moe.top_k=9"], ["top_k = 9", "num_experts = 4"]),
+    (
+      ["model.moe.top_k=9", "model.moe.router={'name': 'expert_choice'}"],
+      ["top_k = 9", "num_experts = 4"],
+    ),
     (["model.moe.capacity_factor=0.001"], ["capacity_factor = 0.001", "zero"]),
     (["mesh=(1,1,8,1)"], ["num_experts = 4", "expert = 8"]),
     (
@@ -79,6 +83,19 @@ ON_THE_MESH = ["--config=configs/tiny.py", "--config.mesh=(8,1,1,1)"]
       ["data.batch_size over train.accumulation", "batch of 4", "8"],
     ),
     (["model.name=mlp"], ["mlp", "decoder"]),
+    (
+      ["model.moe.router={'name': 'hash', 'vocab_size': 99}"],
+      ["knows 99 values", '"token_id"', "this model has 257"],
+    ),
+    (
+      ["model.moe.router={'name': 'by_feature', 'feature': 'domain'}"]
+      + ["model.moe.router.num_values=2"],
+      ['"domain"', "position, token_id"],
+    ),
+    (
+      ["model.moe.router={'name': 'top_p', 'threshold': 0.5, 'average': 3.0}"],
+      ["has 3 experts", "at most 2"],
+    ),
   ],
 )
 def test_impossible_values_are_one_clear_sentence(

@@ -50,7 +50,7 @@ LAYERS = {
     },
   },
   "relu": {
-    "router": {"name": "relu"},
+    "router": {"name": "relu", "average": 1.5},
     "top_k": 4,
     "balancers": {"l1": {"name": "l1", "experts": 1.5, "start": 1e-2}},
   },

@@ -583,6 +583,13 @@ def test_options_that_do_not_fit(name, options, words):
     router.init(jax.random.key(0), D, E)
 
 
+def test_groups_that_are_too_small_for_tiles():
+  router = registry.load("routers", "tile_rounded", top_k=1, tile=16)
+  params, x_TD, side = drawn(0)
+  with pytest.raises(ConfigError, match=f"a group of {T} tokens has .* tile"):
+    routed(router, of_router(router, params), x_TD, side)
+
+
 def test_a_feature_that_is_missing():
   router = registry.load("routers", "by_feature", top_k=1, **FEATURE)
   params, x_TD, side = drawn(0)

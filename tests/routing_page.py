@@ -129,7 +129,7 @@ def balancers():
   rows = [
     (
       *("balancer", "what it does", "rule", "acts by", "state of a layer"),
-      *("causal", "needs of the router", "paper", "config"),
+      *("causal", "needs", "paper", "config"),
     )
   ]
   for name in registry.names("balancers"):

@@ -79,6 +79,27 @@ class Architecture:
         f"num_layers = {self.num_layers} is not the prefix {self.prefix} plus a"
         f" whole number of patterns {self.pattern}"
       )
+    self._check_features({"token_id": self.vocab_size, "position": None})
+
+  def _check_features(self, given):
+    """Raises ConfigError for a router that looks at something else.
+
+    Args:
+      given: {feature: how many values it has; None: without end}.
+    """
+    for kind, parts in self.kinds:
+      wanted = parts.recipe.router.features if parts.recipe else {}
+      for feature, known in wanted.items():
+        if feature not in given:
+          raise ConfigError(
+            f'the router of layers "{kind}" looks at the feature "{feature}", which'
+            f" a decoder does not have; it has: {', '.join(sorted(given))}"
+          )
+        if known is not None and (given[feature] or 0) > known:
+          raise ConfigError(
+            f'the router of layers "{kind}" knows {known} values of the feature'
+            f' "{feature}", and this model has {given[feature]}; raise it'
+          )
 
   @property
   def segments(self) -> tuple[tuple[str, tuple[str, ...], int, int], ...]:

@@ -151,12 +151,6 @@ def sparse(
       " shared_gate = False"
     )
   cheap = tuple(options[f"num_{kind}_experts"] for kind in pool.KINDS)
-  most = options["num_experts"] + sum(cheap)
-  if options["top_k"] > most:
-    raise ConfigError(
-      f"{place}.top_k = {options['top_k']} is more than {place}.num_experts ="
-      f" {most}; lower top_k or raise num_experts"
-    )
 
   def made(kind, key, own, **more):
     key = f"{place}.{key}"
@@ -190,6 +184,25 @@ def sparse(
     latent=options["d_latent"] and experts.latent(options["d_latent"]),
     exchange=options["exchange"],
   )
+  _check_top_k(recipe, options["top_k"], place)
   pool.check(recipe, place)
   balancers.check(recipe, place)
   return recipe, groups.Grouping(*map(options.get, groups.Grouping._fields))
+
+
+def _check_top_k(recipe, top_k, place):
+  """Raises ConfigError for more experts of a token than there can be."""
+  router = recipe.router
+  # It may have another meaning, such as slots of an expert.
+  of_tokens = top_k in (router.top_k, router.average_k)
+  if of_tokens and top_k > recipe.pool:
+    raise ConfigError(
+      f"{place}.top_k = {top_k} is more than {place}.num_experts ="
+      f" {recipe.pool}; lower top_k or raise num_experts"
+    )
+  most = router.top_k or recipe.pool
+  if router.average_k is not None and router.average_k > most:
+    raise ConfigError(
+      f"{place}.router has {router.average_k:g} experts of a token on average and"
+      f" at most {most}; lower average, or raise top_k"
+    )

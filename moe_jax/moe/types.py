@@ -222,6 +222,7 @@ FACTS = {
   "chance_TE": "noise, from which smooth loads are computed",
   "weights": "weights that say by themselves which experts are chosen",
   "thresholds": "a threshold for each expert",
+  "networks": "a pool without cheap experts",
 }
 
 
@@ -247,6 +248,8 @@ class Router:
     none there.
   replays: whether it takes the experts of the feature "replayed".
   form: of its choices. Dispatchers and capacities are for `TokenChoice` alone.
+  features: names of the features that it looks at, each with the number of values
+    that it knows, whole numbers from 0 on; None: any numbers.
   gives: keys of `FACTS`: what balancers can rely on.
   needs: keys of `FACTS` that a balancer has to give.
   spec: set by the registry.
@@ -262,6 +265,7 @@ class Router:
   always_draws: bool = False
   replays: bool = False
   form: type = TokenChoice
+  features: Mapping[str, int | None] = dataclasses.field(default_factory=dict)
   gives: frozenset[str] = GIVEN
   needs: frozenset[str] = frozenset()
   spec: Any = None
@@ -341,7 +345,10 @@ class Balancer:
     Mean, coefficient included; None: it adds no loss.
   update: (state, Stats, step) -> state, once per optimizer step.
   causal: whether `select` looks at each token by itself.
-  needs: keys of `FACTS` that the router has to give.
+  per_token: (num_experts) -> experts of a token, on average, that its options are
+    for; None: they are for any number.
+  needs: keys of `FACTS` that the recipe has to give, "networks" by having no cheap
+    experts and the others by its router.
   gives: keys of `FACTS` that a router may need.
   targets: the share of assignments that it moves each expert to, in their order;
     None: equal shares.
@@ -354,6 +361,7 @@ class Balancer:
   loss: Callable[..., Mean] | None = None
   update: Callable[..., dict[str, Array]] = lambda state, stats, step: state
   causal: bool = True
+  per_token: Callable[[int], float] | None = None
   needs: frozenset[str] = frozenset()
   gives: frozenset[str] = frozenset()
   targets: tuple[float, ...] | None = None

@@ -23,6 +23,13 @@ def check(recipe, place: str = "moe") -> None:
         f'{key} needs {types.FACTS[fact]}, which the router "{name}" with these'
         f" options does not have; leave it out, or change {place}.router"
       )
+    if recipe.cheap and "networks" in balancer.needs:
+      raise ConfigError(
+        f"{key} needs {types.FACTS['networks']}, and {place} has"
+        f" {recipe.cheap.width} of them; leave one or the other out"
+      )
+    if balancer.per_token is not None:
+      _check_number(recipe, balancer.per_token(recipe.pool), key, place)
     if balancer.targets is not None:
       _check_targets(recipe, balancer.targets, f"{key}.targets")
   given = frozenset().union(*(b.gives for _, b in recipe.balancers))
@@ -36,7 +43,19 @@ def check(recipe, place: str = "moe") -> None:
 def missing(router: Router, balancer: Balancer) -> list[str]:
   """The keys of `types.FACTS` that a balancer needs and a router lacks."""
   needs = set(balancer.needs) | ({"selection"} if balancer.select else set())
-  return sorted(needs - router.gives)
+  return sorted(needs - router.gives - {"networks"})
+
+
+def _check_number(recipe, wanted, key, place):
+  """Raises ConfigError for a balancer of another number of experts per token."""
+  router = recipe.router
+  taken = router.average_k or router.top_k
+  if taken is not None and abs(wanted - taken) > 1e-3 * taken:
+    option = "average or top_k" if not router.fixed else "top_k"
+    raise ConfigError(
+      f"{key} is for {wanted:g} experts of a token, and {place}.router has"
+      f" {taken:g}; make the options of {key} and its {option} agree"
+    )
 
 
 def _check_targets(recipe, targets, key):

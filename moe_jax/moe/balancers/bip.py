@@ -41,7 +41,8 @@ def build(top_k: integer(1), sweeps: integer(1) = 4) -> Balancer:
 
   # Prices are 0 or more, which shifts scores apart only where these are, too.
   needs = frozenset({"score_range"})
-  return Balancer(select=select, causal=False, needs=needs)
+  per_token = lambda num_experts: top_k  # noqa: E731
+  return Balancer(select=select, causal=False, per_token=per_token, needs=needs)
 
 
 def prices(score_TE, mask_T, top_k: int, sweeps: int):

@@ -81,10 +81,8 @@ def build(
     weight = tokens.astype(value.dtype)
     return Mean(coefficient * (value * weight).sum(), weight.sum())
 
-  needs = {"prob_TE"} | ({"token_choice"} if of == "tokens" else set())
-  return Balancer(
-    init=init,
-    loss=loss,
-    observe=observe if of == "tokens" else None,
-    needs=frozenset(needs),
-  )
+  needs = frozenset({"networks", "prob_TE"})
+  if of == "assignments":
+    return Balancer(init=init, loss=loss, needs=needs)
+  needs |= {"token_choice"}
+  return Balancer(init=init, loss=loss, observe=observe, needs=needs)

@@ -67,5 +67,9 @@ def build(
     return {"coefficient": jnp.where(tokens > 0, after, before)}
 
   return Balancer(
-    init=init, loss=loss, update=update, needs=frozenset({"weights"})
+    init=init,
+    loss=loss,
+    update=update,
+    per_token=lambda num_experts: experts,
+    needs=frozenset({"weights"}),
   )

@@ -66,6 +66,7 @@ def build(
     select=select,
     observe=observe,
     update=update,
+    per_token=lambda num_experts: share * num_experts,
     needs=frozenset({"score_range"}),
     gives=frozenset({"thresholds"}),
   )

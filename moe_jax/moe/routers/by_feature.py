@@ -89,6 +89,7 @@ def build(
     *(init, scores.LINEAR_AXES, route),
     causal=True,
     top_k=top_k,
+    features={feature: num_values if boundaries is None else None},
     gives=(GIVEN - {"logits_TE"}) | {"score_range"},
   )
 

@@ -45,7 +45,7 @@ def build(
 ) -> Router:
   """Args:
   top_k: K, different experts per token.
-  vocab_size: V, the number of token ids.
+  vocab_size: V, the number of token ids; a decoder may have fewer, not more.
   weights: "score" or "equal", see the head of this file.
   score, renormalize, scale: of the weights, as in the router `top_k`.
   seed: of the table.
@@ -88,7 +88,8 @@ def build(
 
   axes = scores.LINEAR_AXES if learnt else {}
   gives = GIVEN - {"selection"} if learnt else frozenset({"token_choice"})
-  return Router(init, axes, route, causal=True, top_k=top_k, gives=gives)
+  about = {"features": {"token_id": vocab_size}, "gives": gives}
+  return Router(init, axes, route, causal=True, top_k=top_k, **about)
 
 
 def _token_ids(side):

@@ -12,17 +12,23 @@ for decoders, and a token's cost is that of its share of the slots.
 import jax
 import jax.numpy as jnp
 
-from moe_jax.core.options import integer
+from moe_jax.core.options import integer, number
 from moe_jax.moe import scores
 from moe_jax.moe.types import Mixture, Router, Routing
 
 CONTRACT_OPTIONS = {"top_k": 2}
 
 
-def build(top_k: integer(1), normalize: bool = False) -> Router:
+def build(
+  top_k: integer(1),
+  normalize: bool = False,
+  average: number(above=0) = 1.0,
+) -> Router:
   """Args:
   top_k: slots of an expert.
   normalize: of x and Phi, see the head of this file.
+  average: experts of a token that are counted as active: num_experts * top_k over
+    the tokens of a group, which is 1 with as many slots as tokens.
   """
 
   def init(rng, d_model, num_experts):
@@ -55,7 +61,7 @@ def build(top_k: integer(1), normalize: bool = False) -> Router:
     *(init, axes | ({"scale": (None,)} if normalize else {}), route),
     causal=False,
     fixed=False,
-    average_k=float(top_k),
+    average_k=average,
     form=Mixture,
     gives=frozenset({"prob_TE"}),
   )

@@ -5,7 +5,8 @@
 The tokens with the lowest scores leave, or the best of those that have the expert
 among their next K choices come in. A grouped product then has no padded rows, unless
 fewer tokens can come in than a tile lacks. An expert with less than half a tile of
-tokens gets none: it is for groups in which K T / E is several tiles.
+tokens gets none: it is for groups in which K T / E is several tiles, and groups where
+it is less than a tile are refused.
 
 The rank of a token among the others decides, so that later tokens change earlier ones;
 decoders refuse it unless model.allow_noncausal is set. The gain is that of the kernel,
@@ -48,8 +49,17 @@ def build(
       )
     return scores.linear(rng, d_model, num_experts)
 
+  def check_rows(tokens, num_experts):
+    if tokens * top_k < tile * num_experts:
+      raise ConfigError(
+        f"the router tile_rounded gives experts multiples of tile = {tile} tokens,"
+        f" and a group of {tokens} tokens has {tokens * top_k / num_experts:g} for"
+        " each; raise tokens_per_group, or lower tile"
+      )
+
   def route(params, x_TD, *, num_experts, select, side, rng):
-    del num_experts, rng
+    del rng
+    check_rows(len(x_TD), num_experts)
     logits_TE = scores.logits(params, x_TD)
     prob_TE = jax.nn.softmax(logits_TE)
     selection_TE = jax.lax.stop_gradient(select(prob_TE))
