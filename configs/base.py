@@ -80,6 +80,7 @@ def get_config() -> ConfigDict:
   moe.d_latent = None
   moe.activation = "swiglu"  # of experts: relu, gelu, swiglu, geglu
   moe.use_bias = False  # biases in experts
+  moe.expert_dropout = 0.0  # of the experts' hidden units, in training
   moe.init_scale = 1.0  # variance of expert weights times fan-in (Switch: 0.1)
   moe.tokens_per_group = "sequence"  # or a number
   moe.capacity_factor = 2.0  # slots over balanced load; None: dropless (sorted)

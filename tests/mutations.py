@@ -398,6 +398,27 @@ FAULTS = (
     "parallel_test.py::test_accumulation_is_one_large_batch",
   ),
   Fault(
+    "rows of an expert lose the same hidden units",
+    "moe_jax/moe/experts.py",
+    "jax.random.fold_in(rng, place)",
+    "jax.random.fold_in(rng, 0 * place)",
+    "experts_test.py::test_units_are_dropped_and_the_others_are_larger",
+  ),
+  Fault(
+    "all shards of the hidden layer lose the same units",
+    "moe_jax/moe/experts.py",
+    'first = jax.lax.axis_index("tensor") * here',
+    'first = jax.lax.axis_index("tensor") * 0',
+    "experts_test.py::test_a_mesh_drops_the_same_units",
+  ),
+  Fault(
+    "hidden units drop out in evaluation",
+    "moe_jax/moe/groups.py",
+    "recipe.experts.draws and not train",
+    "recipe.experts.draws and train",
+    "experts_test.py::test_nothing_is_dropped_outside_of_training",
+  ),
+  Fault(
     "layers take their number for that of the first sequence",
     "moe_jax/models/decoder.py",
     "segment(x_BLD, index_R, context, call)",

@@ -111,7 +111,8 @@ def routers():
     head, papers, rule = about(module)
     count = "K" if router.fixed else f"up to {'K' if router.top_k else 'E'}"
     if not router.fixed and router.top_k is None:
-      count = "K on average"
+      mixes = router.form is types.Mixture
+      count = "all, through K slots of each" if mixes else "K on average"
     rows.append(
       (
         *(f"`{name}`", head, rule, FORMS[router.form.__name__]),

@@ -56,9 +56,63 @@ def network(activation: str, linear, params, x) -> Array:
   The one network of dense layers, slots and grouped rows, which differ in
   `linear(params, name, x)` = x @ params[name] + params[name_bias].
   """
+  return linear(params, "down", _hidden(activation, linear, params, x))
+
+
+def _hidden(activation, linear, params, x):
   names, combine = ACTIVATIONS[activation]
-  hidden = combine(*(linear(params, name, x) for name in names))
+  return combine(*(linear(params, name, x) for name in names))
+
+
+def _dropping(activation, rate, width, linear, params, rows) -> Array:
+  """The network of rows with seeds, whose hidden units drop out; see `build`.
+
+  Args:
+    activation, linear, params: see `network`.
+    rate, width: the dropout, and F of all shards.
+    rows: (x [N, D], seed [N, 1]).
+  """
+  x, seed_N1 = rows
+  hidden = _hidden(activation, linear, params, x)
+  seed_N = jax.lax.stop_gradient(seed_N1)[:, 0].astype(jnp.uint32)
+
+  def kept(seed):
+    return jax.random.bernoulli(jax.random.key(seed), 1 - rate, (width,))
+
+  kept_NF, here = jax.vmap(kept)(seed_N), hidden.shape[-1]
+  if here != width:  # This device has a shard of F.
+    first = jax.lax.axis_index("tensor") * here
+    kept_NF = jax.lax.dynamic_slice_in_dim(kept_NF, first, here, axis=1)
+  hidden = jnp.where(kept_NF, hidden / (1 - rate), 0)
   return linear(params, "down", hidden)
+
+
+def _seeds(rng_GE, rows: Rows) -> Array:
+  """A seed for each row, of its group, its expert and its place there.
+
+  The same on every mesh. A float32 holds it exactly.
+
+  Returns:
+    [G, E, C, 1] for slots, [N, 1] for ragged rows.
+  """
+
+  def seed(rng, place):
+    bits = jax.random.bits(jax.random.fold_in(rng, place))
+    return (bits >> 8).astype(jnp.float32)
+
+  count_GE = rows.tokens_per_expert_GE
+  if count_GE is None:
+    places_C = jnp.arange(rows.x.shape[2])
+    of_slots = jax.vmap(
+      jax.vmap(jax.vmap(seed, (None, 0)), (0, None)), (0, None)
+    )
+    return of_slots(rng_GE, places_C)[..., None]
+  count_S, total = count_GE.T.reshape(-1), rows.x.shape[0]
+  repeated = functools.partial(
+    jnp.repeat, repeats=count_S, total_repeat_length=total
+  )
+  place_N = jnp.arange(total) - repeated(jnp.cumsum(count_S) - count_S)
+  return jax.vmap(seed)(repeated(rng_GE.T.reshape(-1)), place_N)[:, None]
 
 
 @functools.cache
@@ -67,6 +121,7 @@ def build(
   activation: word(*ACTIVATIONS) = "swiglu",
   use_bias: bool = False,
   init_scale: number(above=0) = 1.0,
+  expert_dropout: number(0, below=1) = 0.0,
   grouped_matmul: optional(word(*kernels.BACKENDS)) = None,
 ) -> Experts:
   """E networks of the same width.
@@ -77,39 +132,56 @@ def build(
       2002.05202) or "clamped_swiglu" (gpt-oss, 2508.10925).
     use_bias: a bias after each matrix.
     init_scale: variance of the weights times fan-in (Switch takes 0.1).
+    expert_dropout: chance that a hidden unit of a row is 0 in training, and the
+      others are larger (2101.03961, 2.4, has 0.4 in fine-tuning).
     grouped_matmul: a file of `kernels`, for ragged rows; None: the platform's.
   """
   options = activation, use_bias, init_scale
   mlp = dense(d_expert, *options)
   expert = functools.partial(network, activation)
+  dropping = functools.partial(_dropping, activation, expert_dropout, d_expert)
 
   def init(rng, num_experts, d_model):
     rngs = jax.random.split(rng, num_experts)
     return jax.vmap(lambda rng: mlp.init(rng, d_model))(rngs)
 
   def apply(params, rows, rng_GE):
-    count_GE = rows.tokens_per_expert_GE
+    count_GE, of_rows, x = rows.tokens_per_expert_GE, expert, rows.x
+    if rng_GE is not None and expert_dropout:
+      of_rows, x = dropping, (rows.x, _seeds(rng_GE, rows))
     if count_GE is not None:
-      y_ND = kernels.grouped_network(
-        expert, params, rows.x, count_GE.sum(0), backend=grouped_matmul
+      sizes_E = count_GE.sum(0)
+      args = of_rows, params, x, sizes_E
+      return Rows(
+        kernels.grouped_network(*args, backend=grouped_matmul), count_GE
       )
-      return Rows(y_ND, count_GE)
     # Groups and slots are one axis, so that each expert is one matrix product.
-    x_EGCD = rows.x.swapaxes(0, 1)
-    x_END = x_EGCD.reshape(len(x_EGCD), -1, x_EGCD.shape[-1])
-    y_END = jax.vmap(mlp.apply)(params, x_END)
-    return Rows(y_END.reshape(x_EGCD.shape).swapaxes(0, 1))
+    x_EN = jax.tree.map(_by_expert, x)
+    of_slots = functools.partial(of_rows, kernels.linear)
+    y_END = jax.vmap(of_slots)(params, x_EN)
+    groups, num_experts, slots, width = rows.x.shape
+    y_EGCD = y_END.reshape(num_experts, groups, slots, width)
+    return Rows(y_EGCD.swapaxes(0, 1))
 
   return Experts(
     init,
     axes={k: ("expert", *v) for k, v in mlp.axes.items()},
     apply=apply,
     added_once=mlp.added_once,
+    draws=expert_dropout > 0,
     checked=grouped_matmul is None or kernels.is_checked(grouped_matmul),
     width=d_expert,
-    resized=lambda width: build(width, *options, grouped_matmul),
+    resized=lambda width: build(
+      width, *options, expert_dropout, grouped_matmul
+    ),
     activation=activation,
   )
+
+
+def _by_expert(x_GEC):
+  """[G, E, C, ...] to [E, G * C, ...]."""
+  x_EGC = x_GEC.swapaxes(0, 1)
+  return x_EGC.reshape(len(x_EGC), -1, x_EGC.shape[-1])
 
 
 @functools.cache

@@ -65,6 +65,9 @@ class Grouping(NamedTuple):
       sequences=max(1, tokens // length),
       groups_per_sequence=max(1, length // tokens),
     )
+    if recipe.experts and recipe.experts.draws and not train:
+      still = dataclasses.replace(recipe.experts, draws=False)
+      recipe = dataclasses.replace(recipe, experts=still)
     if recipe.router.form is TokenChoice:
       dispatchers.check_bound(recipe)
     return tokens, recipe

@@ -95,7 +95,8 @@ def grouped_network(
     expert: expert(linear, params, x), which works row by row and takes its
       products through `linear(params, name, x)`, see `linear`.
     params: {name: [E, ...]}.
-    x_ND: rows sorted by expert.
+    x_ND: rows sorted by expert; or a tuple, rows and then what `expert` reads beside
+      them, floats [N, ...].
     tokens_per_expert_E: int32 >= 0, whose sum is at most N.
     backend: one of BACKENDS; None: the default of jax's backend.
 
@@ -109,7 +110,7 @@ def grouped_network(
   expert_N = jnp.repeat(
     jnp.arange(tokens_per_expert_E.size),
     tokens_per_expert_E,
-    total_repeat_length=x_ND.shape[0],
+    total_repeat_length=jax.tree.leaves(x_ND)[0].shape[0],
   )
 
   def grouped(params, name, x_ND):

@@ -29,7 +29,7 @@ _MULTIPLE = 16  # Products are fast for multiples of this many rows.
 def network(expert, params, x_ND: Array, sizes_E: Array) -> Array:
   """See `grouped_network`."""
   params, x_ND, sizes_E = parallel.alike((params, x_ND, sizes_E))
-  if not len(x_ND):  # No chunk has a size.
+  if not _rows(x_ND):  # No chunk has a size.
     return expert(kernels.linear, _expert(params, 0), x_ND)
   return _network(expert, params, x_ND, sizes_E)
 
@@ -54,15 +54,16 @@ def _products(expert, params, x, known=None):
     known: the products, which are taken then and not computed; None: unknown.
   """
   products = []
+  tokens = jax.tree.leaves(x)[0]
 
   def linear(params, name, value):
-    if value is not x:
+    if value is not tokens:
       return kernels.linear(params, name, value)
     if known is None:
-      y = kernels.linear(params, name, x)
+      y = kernels.linear(params, name, value)
     else:
       own = {k: params[k] for k in (name, f"{name}_bias") if k in params}
-      y = _known(name, own, x, known[len(products)])
+      y = _known(name, own, value, known[len(products)])
     products.append(y)
     return y
 
@@ -91,7 +92,7 @@ def _network(expert, params, x_ND, sizes_E):
 
 def _forward(expert, params, x_ND, sizes_E, keep=True):
   """The result, and what the backward pass keeps if it is wanted."""
-  rows = x_ND.shape[0]
+  rows = _rows(x_ND)
   room = rows + _sizes(rows, sizes_E.size)[-1]
   compute = functools.partial(_products, expert)
   y_ND, products = jax.eval_shape(compute, _expert(params, 0), x_ND)
@@ -110,7 +111,7 @@ def _forward(expert, params, x_ND, sizes_E, keep=True):
 
 def _backward(expert, kept, dy_ND):
   params, x_ND, sizes_E, products = kept
-  rows = x_ND.shape[0]
+  rows = _rows(x_ND)
   room = rows + _sizes(rows, sizes_E.size)[-1]
 
   def body(carry, weights, chunk):
@@ -128,7 +129,8 @@ def _backward(expert, kept, dy_ND):
   start = parallel.alike(((sums, _zeros(x_ND, room)), x_ND))[0]
   sums, dx_ND = _loop(body, start, params, sizes_E, rows, every=True)
   grads = jax.tree.map(lambda g, w: g.astype(w.dtype), sums, params)
-  return grads, _cut(dx_ND, sizes_E, rows), None
+  cut = functools.partial(_cut, sizes_E=sizes_E, rows=rows)
+  return grads, jax.tree.map(cut, dx_ND), None
 
 
 _network.defvjp(_forward, _backward)
@@ -187,6 +189,10 @@ def _sizes(rows, num_experts):
   parts = (int(part * mean / 16) for part in _SIZES)
   whole = (_MULTIPLE * -(-part // _MULTIPLE) for part in parts)
   return sorted({min(rows, max(size, _MULTIPLE)) for size in whole})
+
+
+def _rows(x_ND):
+  return jax.tree.leaves(x_ND)[0].shape[0]
 
 
 def _expert(params, e):
