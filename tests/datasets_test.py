@@ -1,6 +1,7 @@
 """The built-in datasets: size, domains, and what is held out."""
 
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import subprocess
@@ -97,6 +98,26 @@ def test_every_source_is_recorded_and_none_is_a_test(corpus, documents):
   names = {e["document"].decode() for e in documents["train"]}
   assert {name.partition("/")[0] for name in names} >= {"jax", "flax", "numpy"}
   assert not any("test" in name for name in names)
+
+
+def test_the_sources_of_all_that_is_installed(tmp_path, corpus, monkeypatch):
+  """Like those of our dependencies, without an end and without our own."""
+  del corpus
+  module = importlib.import_module("moe_jax.data.datasets.installed_sources")
+  everything = module._installed()
+  assert {"jax", "numpy", "tqdm"} <= everything.keys()
+  assert "moe_jax" not in everything
+  some = {name: everything[name] for name in ("chex", "tqdm")}
+  monkeypatch.setattr(module, "_installed", lambda: some)
+  found = corpora.prepare("installed_sources", cache_dir=tmp_path)
+  assert {"chex", "tqdm", "python"} < found.sources.keys()
+  assert "jax" not in found.sources
+  files = {k: v for k, v in module.python_sources.files(some.values())}
+  assert any("tqdm" in name for name in files)
+  for domain in ("code", "docstrings"):
+    texts = [own[domain] for own in files.values() if domain in own]
+    sizes = [found.num_tokens[split][domain] for split in corpora.SPLITS]
+    assert sum(sizes) == sum(len(text.encode()) + 1 for text in texts)
 
 
 @pytest.fixture

@@ -94,6 +94,18 @@ def test_the_sizes_of_the_paper(arm, billions):
   assert round(tokens / 1e9, -1) in (90, 200)
 
 
+def test_the_scale_of_one_gpu():
+  """About ten million active parameters, and thirty million tokens a run."""
+  arms = questions.load("balancers").scales["gpu"]().configs()
+  for arm in ("dropless-sign", "capacity-sign"):
+    found, _ = counted(arms[arm])
+    assert 9.5e6 < found["active"] < 10.5e6
+    c = arms[arm]
+    assert c.data.batch_size * c.data.seq_len * c.train.num_steps >= 3e7
+    assert c.model.dtype == "bfloat16"
+    assert (c.model.moe.capacity_factor is None) == ("dropless" in arm)
+
+
 SWEEP = """
 from configs import tiny
 from experiments import sweeps

@@ -52,6 +52,50 @@ def cpu() -> sweeps.Sweep:
   )
 
 
+def gpu() -> sweeps.Sweep:
+  """One GPU: 10 million active parameters, 33 million tokens a run, in bfloat16.
+
+  The arms of the headline, dropless and at a capacity factor of 1.25. Prepare the text
+  as docs/data.md says under `installed_sources`, on any machine; then
+
+    python -m experiments.launch balancers --scale=gpu --tune --minutes=8 \
+      --config.data.dir=DIRECTORY/installed_sources/1.0.0
+
+  and the same without --tune, as often as a machine is there.
+  """
+  c = _dropless(small.cpu_config(), group=2048)
+  c.data.update(name="installed_sources", seq_len=512, batch_size=64)
+  c.model.update(d_model=256, num_layers=8, d_ff=1024, dtype="bfloat16")
+  c.model.update(num_heads=4, num_kv_heads=4, head_dim=64, remat="none")
+  c.model.rope_theta = 10_000.0
+  c.model.moe.update(num_experts=64, top_k=6, num_shared_experts=2)
+  c.model.moe.d_expert = 160
+  c.optim.update(learning_rate=4e-3, warmup_steps=100, weight_decay=0.1)
+  c.optim.optimizer.b2 = 0.95
+  c.train.num_steps = 1000
+  layouts = {
+    "dropless": {},
+    "capacity": {
+      "model.moe.capacity_factor": 1.25,
+      "model.moe.dispatcher": {"name": "gather", "order": "token"},
+    },
+  }
+  arms = sweeps.product(layouts, {name: _arms()[name] for name in HEADLINE})
+  tuned = ("dropless-micro_batch_1e-2", "dropless-sign")
+  alike = {a: tuned["sign" in a or "quantile" in a] for a in arms}
+  alike = {arm: like for arm, like in alike.items() if arm not in tuned}
+  learning = tuning.Stage("optim.learning_rate", (2e-3, 4e-3, 8e-3), like=alike)
+  biases = [arm for arm in arms if "sign" in arm]
+  rates = tuning.Stage(
+    key={arm: f"{BALANCERS}.bias.rate" for arm in biases},
+    values=(1e-3, 3e-3, 1e-2),
+    metric="whole/max_vio",
+    like={arm: "dropless-sign" for arm in biases if arm != "dropless-sign"},
+  )
+  stages = learning, rates
+  return sweeps.Sweep(c, arms, seeds=4, stages=stages)
+
+
 def pod() -> sweeps.Sweep:
   """The arms of the headline for the models of Wang et al., see `wang.py`.
 
@@ -73,7 +117,7 @@ def pod() -> sweeps.Sweep:
   return sweeps.Sweep(config, sweeps.product(wang.sizes(), arms), seeds=1)
 
 
-SCALES = {"demo": demo, "cpu": cpu, "pod": pod}
+SCALES = {"demo": demo, "cpu": cpu, "gpu": gpu, "pod": pod}
 
 _RATES = {
   "sign": (3e-3, 1e-2, 3e-2, 1e-1),

@@ -49,27 +49,46 @@ class PythonSources(_builder.Texts):
     return {"python": "{}.{}".format(*sys.version_info[:2]), **versions}
 
   def splits(self):
-    examples = {"train": [], "validation": []}
-    for name, texts in _documents():
-      split = examples[documents.split_of(texts["code"].encode())]
-      for domain, text in texts.items():
-        example = {"text": text, "domain": domain, "document": name}
-        split.append((f"{domain}/{name}", example))
-    return examples
+    return split(_enough())
 
 
-def _documents():
-  """Yields (file name, {domain: text}) until every domain has its bytes.
+def split(files) -> dict[str, list]:
+  """{split: pairs of a key and an example}, as a builder returns them.
+
+  Args:
+    files: pairs (file name, {domain: text}).
+  """
+  examples = {"train": [], "validation": []}
+  for name, texts in files:
+    own = examples[documents.split_of(texts["code"].encode())]
+    for domain, text in texts.items():
+      example = {"text": text, "domain": domain, "document": name}
+      own.append((f"{domain}/{name}", example))
+  return examples
+
+
+def files(distributions):
+  """Yields (file name, {domain: text}) of the files of installed packages.
 
   A file that repeats a text of an earlier one is left out as a whole, so that
   no text is there twice and both domains of a file are in the same split.
+
+  Args:
+    distributions: `importlib.metadata.Distribution`s.
   """
-  size, seen = dict.fromkeys(BYTES, 0), set()
-  for name, path in _files():
+  seen = set()
+  for name, path in _paths(distributions):
     texts = _texts(path)
     if "code" not in texts or not seen.isdisjoint(texts.values()):
       continue
     seen.update(texts.values())
+    yield name, texts
+
+
+def _enough():
+  """Yields files of our dependencies until every domain has its bytes."""
+  size = dict.fromkeys(BYTES, 0)
+  for name, texts in files(map(installed, DISTRIBUTIONS)):
     yield name, texts
     for domain, text in texts.items():
       size[domain] += len(text.encode())
@@ -82,21 +101,21 @@ def _documents():
   )
 
 
-def _files():
+def _paths(distributions):
   """Returns (name, path) of the candidates, in the order of their names' hash.
 
   The order mixes the distributions, so that a part of the list is a fair
   sample of it.
   """
-  files = {}
-  for distribution in map(installed, DISTRIBUTIONS):
+  paths = {}
+  for distribution in distributions:
     for file in distribution.files or ():
       name = file.as_posix()
       # Tests repeat themselves, and carry tables of expected numbers.
       if name.endswith(".py") and "test" not in name:
-        files[name] = distribution.locate_file(file)
+        paths[name] = distribution.locate_file(file)
   return sorted(
-    files.items(), key=lambda item: hashlib.sha256(item[0].encode()).digest()
+    paths.items(), key=lambda item: hashlib.sha256(item[0].encode()).digest()
   )
 
 
