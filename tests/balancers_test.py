@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.balancers import dynamics
+from experiments.balancers import batches, dynamics
 from moe_jax.core import registry
 from moe_jax.core.errors import ConfigError
 from moe_jax.moe import balancers as balancers_lib
@@ -671,3 +671,19 @@ def test_when_loads_have_settled():
   assert dynamics.settled(np.concatenate([far, near]), 1.0) == 30
   assert dynamics.settled(np.concatenate([near, far]), 1.0) is None
   assert dynamics.settled(near, 1.0) == 0
+
+
+def test_loads_over_batches_of_growing_size():
+  """Windows that are each about one thing are even together, and batches differ."""
+  windows_NRE = np.tile(np.eye(4)[:, None], (2, 3, 1)) * 10
+  rows = batches.by_size(windows_NRE, length=10, top_k=1)
+  assert [row["tokens"] for row in rows] == [10, 20, 40, 80]
+  assert rows[0]["max_vio"] == 3 and rows[-1]["max_vio"] == 0
+  found = [row["max_vio"] for row in rows]
+  assert found == sorted(found, reverse=True)
+  order_N = np.random.default_rng(0).permutation(8) % 4
+  halves = [
+    np.bincount(half, minlength=4) for half in (order_N[:4], order_N[4:])
+  ]
+  by_hand = np.mean([half.max() / half.mean() - 1 for half in halves])
+  assert found[2] == pytest.approx(by_hand)

@@ -70,6 +70,7 @@ def test_a_trace_is_what_the_model_chose(recorded):
   folder, made, _ = recorded
   trace = traces.load(folder / "trace" / "00000001.safetensors")
   assert trace.step == 1 and [*trace.layers] == ["00", "01"]
+  assert trace.domains == ("a", "b")
   batch = made.batches(3)[0]
   rows, length = 2 * small.ROWS, small.L
   np.testing.assert_array_equal(

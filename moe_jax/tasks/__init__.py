@@ -21,9 +21,10 @@ class Task:
   spec: {array of a batch: shape and dtype of one example}.
   weight: (batch of a step) -> the sum of the weights that its losses have.
   loss: (model, variables, batch, rng, first, train, collect=None) -> (Mean to
-    minimise, sums, aux). collect is what the model is to collect, for traces; rng is the key of the step, None outside of training for models
-    without noise; first is the index of the first example in the step's batch;
-    sums are arrays that add up over batches; aux is the model's.
+    minimise, sums, aux). rng is the key of the step, None outside of training for
+    models without noise; first is the index of the first example in the step's
+    batch; collect is what the model is to collect, for traces; sums are arrays that
+    add up over batches; aux is the model's.
   metrics: (loss, sums) -> {name: Mean}, on the host.
   by_domain: metrics that are also reported for every domain.
   length: tokens of a sequence, which groups are made of.
@@ -34,6 +35,7 @@ class Task:
     each of A micro-batches. A step's batch depends on seed and step alone.
   validation: (rows) -> pairs of a domain and a batch, arrays [B, ...], always
     in the same order.
+  domains: their names, in the order of the numbers that "domain" of a batch has.
   check: (model) -> None, raises ConfigError for a model that does not fit.
   name: of the data.
   fingerprint: changes when the data does.
@@ -51,6 +53,7 @@ class Task:
   init: Callable[..., Any] | None = None
   train: Callable[..., Any] | None = None
   validation: Callable[..., Iterator[tuple[str, Batch]]] | None = None
+  domains: tuple[str, ...] = ()
   check: Callable[[Any], None] = lambda model: None
   name: str = ""
   fingerprint: str = ""

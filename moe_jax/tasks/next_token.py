@@ -86,6 +86,7 @@ def of_corpus(config, corpus, mesh=None, recorded=None) -> Task:
       batches_per_domain=config.eval.batches_per_domain,
       separate_documents=data.separate_documents,
     ),
+    domains=tuple(corpus.domains),
     name=corpus.name,
     fingerprint=corpus.fingerprint,
     sources=corpus.sources,

@@ -255,7 +255,7 @@ def coactivation(trace: Trace) -> dict[str, np.ndarray]:
 def by_domain(trace: Trace) -> dict[str, np.ndarray]:
   """{layer: share [domains, E]}: of a domain's tokens, the share an expert has (5.3).
 
-  A trace of training has numbers of domains and no names of them.
+  Domains have numbers in the trace, and names if the task has them.
   """
   length = trace.arrays["token"].shape[1]
   number_N = np.repeat(trace.arrays["domain"], length)[_real(trace)]

@@ -24,7 +24,8 @@ def build(run: hooks.Run) -> hooks.Hook:
 
   def write(state, step, metrics):
     del state
-    writer = traces.Writer(run.program.model)
+    program = run.program
+    writer = traces.Writer(program.model, program.task.domains)
     writer.add(metrics["batch"], metrics["routing"])
     folder = run.folder / "trace"
     folder.mkdir(exist_ok=True)
