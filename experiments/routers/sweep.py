@@ -65,7 +65,7 @@ def _arms() -> sweeps.Arms:
   copies = {"num_copy_experts": 8, "real_experts": 4.0}
   bias = {"name": "bias", "rate": 1e-2, "targets": ((32, 0.8), (8, 0.2))}
   noncausal = {"model.allow_noncausal": True}
-  hashed = {"name": "hash", "vocab_size": 257}
+  hashed = {"name": "hash", "vocab_size": 257, "weights": "equal"}
   return {
     "dense": {"model.pattern": ("dense",)},
     "hash": _moe(8, 1, hashed, {}),
