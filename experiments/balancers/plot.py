@@ -24,6 +24,13 @@ _OTHERS = [
   *((f"simbal_{c}", "none") for c in ("1e-1", "1e-2")),
 ]
 
+
+def _shown(rows):
+  """The arms of the headline, and those of one kind each besides."""
+  shown = (*sweep.HEADLINE, "adaptive", "bip")
+  return [arm for arm in dict.fromkeys(r["arm"] for r in rows) if arm in shown]
+
+
 REPORT = Report(
   columns=(
     columns.BITS_PER_BYTE,
@@ -77,5 +84,9 @@ REPORT = Report(
     for metric in ("bits_per_byte", "whole/max_vio")
     for pair in (*_HEADLINE, *_OTHERS)
   ),
-  plots=(figures.MAX_VIO, figures.BITS_OVER_MAX_VIO),
+  plots=(
+    # More curves than these cannot be told apart.
+    figures.MAX_VIO._replace(arms=_shown),
+    figures.BITS_OVER_MAX_VIO,
+  ),
 )
