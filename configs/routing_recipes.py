@@ -3,7 +3,9 @@
   longcat_flash  512 networks and 256 copies, of which a token takes twelve, eight of
                  them networks on average; softmax scores times 6, not renormalised; a
                  bias whose target is that number (LongCat-Flash, 2509.01322, 2.1). Its
-                 blocks have two attentions and a dense network beside the experts.
+                 blocks have two attentions and a dense network beside the experts. Its
+                 copies have no bias, and a loss over devices takes them for a group of
+                 their own; here copies get equal shares by a bias, without that loss.
   deepseek_v4    hash routing in the first three layers, then sqrt-softplus scores over
                  their sum, times 1.5; six of 256 experts and a shared one; a bias, and
                  a loss of 1e-4 over sequences (DeepSeek-V4, 2606.19348). Its attention

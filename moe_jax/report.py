@@ -55,7 +55,7 @@ def table(facts: dict) -> str:
     "layer",
     "largest co-activation",
     "vocabulary",
-    "experts of a token / all",
+    "mean share of an expert",
   ]
   head += ["most of a domain"] + ["saturation"] * ("saturation" in facts)
   rows = [head, ["---"] * len(head)]
@@ -65,7 +65,7 @@ def table(facts: dict) -> str:
       layer,
       f"{np.max(facts['coactivation'][layer]):.3f}",
       f"{facts['vocabulary'][layer]:.3f}",
-      f"{sizes['top_k'] / sizes['num_experts']:.3f}",
+      f"{facts['experts_per_token'][layer] / sizes['num_experts']:.3f}",
       f"{share.max():.3f}",
     ]
     if "saturation" in facts:

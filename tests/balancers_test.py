@@ -592,7 +592,23 @@ def check(balancers, router, **options):
   [
     ({"name": "bias", "rate": 0.1}, {"name": "relu"}, "can shift"),
     ({"name": "bias", "rate": 0.1}, {"name": "random"}, "can shift"),
-    ({"name": "switch", "coefficient": 0.1}, {"name": "random"}, "a loss can"),
+    ({"name": "switch", "coefficient": 0.1}, {"name": "random"}, "uneven"),
+    (
+      {"name": "switch", "coefficient": 0.1},
+      {"name": "expert_choice"},
+      "can be uneven",
+    ),
+    (
+      {"name": "entropy", "coefficient": 0.1},
+      {"name": "random"},
+      "a loss can change",
+    ),
+    ({"name": "quantile"}, {"name": "tile_rounded", "tile": 4}, "fixed number"),
+    (
+      {"name": "bias", "rate": 0.1},
+      {"name": "by_feature", "feature": "domain", "num_values": 2},
+      "can shift",
+    ),
     ({"name": "z_loss", "coefficient": 0.1}, {"name": "soft"}, "logits"),
     (
       {"name": "quantile"},
@@ -605,7 +621,13 @@ def check(balancers, router, **options):
       "noise",
     ),
     ({"name": "l1", "experts": 2.0}, {"name": "top_k"}, "by themselves"),
-    ({"name": "quantile"}, {"name": "expert_choice"}, "tokens that choose"),
+    ({"name": "quantile"}, {"name": "expert_choice"}, "can shift"),
+    (
+      {"name": "device", "coefficient": 0.1, "devices": 2, "of": "tokens"}
+      | {"scope": "group"},
+      {"name": "soft"},
+      "uneven",
+    ),
   ],
 )
 def test_routers_and_balancers_that_do_not_fit(balancer, router, words):
@@ -642,6 +664,22 @@ def test_balancers_for_another_number_of_experts(balancer, router, words):
   made = load(balancer.pop("name"), **balancer)
   with pytest.raises(ConfigError, match=words):
     check({"b": made}, router.pop("name"), **router)
+
+
+def test_two_balancers_that_shift_scores_are_refused():
+  """Each would make up for what the other one does."""
+  both = {"a": load("quantile"), "b": load("bias", rate=1e-3)}
+  with pytest.raises(ConfigError, match="balancers a and b both shift"):
+    check(both, "top_k", score="sigmoid")
+
+
+@pytest.mark.parametrize(
+  "name,options",
+  [("adaptive", {"target": 0.1}), ("l1", {"experts": 2.0})],
+)
+def test_a_coefficient_begins_between_its_ends(name, options):
+  balancer = load(name, **options, lowest=2.0, start=9.0, highest=3.0)
+  assert balancer.init(E)["coefficient"] == 3
 
 
 def test_losses_of_devices_are_not_for_cheap_experts():

@@ -213,3 +213,14 @@ def test_rounding_options_reach_the_bound_of_a_group():
     grouping = groups.Grouping(**options, **more)
     _, resolved = grouping.resolve(recipe, length, train=True)
     assert resolved.bound == Bound(slots, 8)
+
+
+def test_capacity_of_a_mean_number_of_experts():
+  """A router with room for more experts has slots for those that it aims at."""
+  options = {"threshold": 0.5, "average": 1.5}
+  router = registry.load("routers", "top_p", top_k=4, **options)
+  dispatcher = registry.load("dispatchers", "gather", order="token")
+  recipe = layer.Recipe(8, router, dispatcher, experts=None)
+  grouping = groups.Grouping(capacity_factor=1.0)
+  _, resolved = grouping.resolve(recipe, 64, train=True)
+  assert resolved.bound == Bound(12, 8)  # 64 * 1.5 / 8

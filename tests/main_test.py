@@ -93,6 +93,11 @@ ON_THE_MESH = ["--config=configs/tiny.py", "--config.mesh=(8,1,1,1)"]
       ['"domain"', "position, token_id"],
     ),
     (
+      ["model.moe.router={'name': 'by_feature', 'feature': 'position'}"]
+      + ["model.moe.router.num_values=2"],
+      ['"position"', "this model has inf", "boundaries"],
+    ),
+    (
       ["model.moe.router={'name': 'top_p', 'threshold': 0.5, 'average': 3.0}"],
       ["has 3 experts", "at most 2"],
     ),

@@ -82,12 +82,7 @@ LAYERS = {
       **{"name": "by_feature", "feature": "position"},
       **{"num_values": 2, "boundaries": (8.0,)},
     },
-    "balancers": {
-      "pid": {
-        **{"name": "bias", "rule": "pid"},
-        **{"rate": 0.01, "gain": 0.1, "damping": 0.1},
-      },
-    },
+    "balancers": {"load": {"name": "switch", "coefficient": 0.1}},
   },
   "hierarchical": {
     "router": {"name": "hierarchical", "num_groups": 4, "top_groups": 2},
@@ -99,7 +94,15 @@ LAYERS = {
     "top_k": 4,
   },
   "forced": {"router": {"name": "forced", "exponent": 0.5}},
-  "latent": {"router": {"name": "top_k"}, "d_latent": 6},
+  "latent": {
+    **{"router": {"name": "top_k"}, "d_latent": 6},
+    "balancers": {
+      "pid": {
+        **{"name": "bias", "rule": "pid"},
+        **{"rate": 0.01, "gain": 0.1, "damping": 0.1},
+      },
+    },
+  },
 }
 LAYERS["top_p"]["balancers"]["devices"]["coefficient"] = 0.1
 # The long tier has a model of the other layers.
@@ -373,10 +376,11 @@ def test_a_decoder_refuses_what_sees_later_tokens(name):
 
 
 def test_a_balancer_sees_its_own_sums():
-  """Two of a kind, of which each moves its own bias."""
+  """Under its own label, though another one observes too."""
   c = config(("quantile",))
   balancers = c.model.variants.quantile.moe.balancers
-  balancers.other = {"name": "quantile", "decay": 0.5}
+  loss = {"name": "device", "coefficient": 1.0, "devices": 2}
+  balancers.other = loss | {"of": "tokens", "scope": "group"}
   task = program.build_task(c)
   model = program.build_model(c, task)
   with jax.enable_x64(False):
@@ -385,13 +389,13 @@ def test_a_balancer_sees_its_own_sums():
     state = train_step.init_state(jax.random.key(0), **parts, numbers=numbers)
     batch = task.train(0, None)[0]
     batch = {k: jnp.asarray(batch[k]) for k in task.spec}
-    new, _ = jax.jit(functools.partial(train_step.train_step, **parts))(
+    new, sums = jax.jit(functools.partial(train_step.train_step, **parts))(
       nn.unbox(state), batch, numbers
     )
   path = "layer_0/moe"
-  both = models.at(new.balance, path)
-  assert both["q"]["bias_E"].any() and both["other"]["bias_E"].any()
-  assert (both["q"]["bias_E"] != both["other"]["bias_E"]).any()
+  assert models.at(new.balance, path)["q"]["bias_E"].any()
+  # f and P of two devices: 1 where these are equal, 2 where one has all.
+  assert 0.9 < sums["aux_loss"] < 2
 
 
 def test_what_is_for_tokens_alone():

@@ -107,7 +107,7 @@ def expert_choice_by_hand(params, x_TD, side):
   return w_TE
 
 
-def sinkhorn_by_hand(score):
+def sinkhorn_by_hand(score, renormalize):
   def weights(params, x_TD, side):
     """Rows and columns of the plan scaled in turn, of real tokens alone."""
     logits_TE = np.array([logits_by_hand(x, params["kernel"]) for x in x_TD])
@@ -119,9 +119,10 @@ def sinkhorn_by_hand(score):
     w_TE = np.zeros((T, E))
     for row, t in enumerate(real):
       chosen = best_by_hand(plan[row], 2)
-      own = [logits_TE[t, e] for e in chosen]
-      for e, w in zip(chosen, SCORES[score](own)):
-        w_TE[t, e] = w
+      w_E = SCORES[score](logits_TE[t])
+      whole = sum(w_E[e] for e in chosen) if renormalize else 1
+      for e in chosen:
+        w_TE[t, e] = w_E[e] / whole
     return w_TE
 
   return weights
@@ -277,10 +278,14 @@ CASES = [
   *(
     (
       "sinkhorn",
-      {"top_k": 2, "at_evaluation": True, "score": score},
-      sinkhorn_by_hand(score),
+      {
+        **{"top_k": 2, "at_evaluation": True},
+        **{"score": score, "renormalize": renormalize},
+      },
+      sinkhorn_by_hand(score, renormalize),
     )
     for score in SCORES
+    for renormalize in (False, True)
   ),
   ("relu", {"top_k": 3}, relu_by_hand),
   *(
@@ -543,7 +548,7 @@ def dense_counts(choice):
   "name,options,words",
   [
     ("noisy_top_k", {"top_k": E}, "needs top_k = 8 below num_experts = 8"),
-    ("sinkhorn", {"top_k": 1, "score": "softmax"}, "would learn nothing"),
+    ("sinkhorn", {"top_k": 1, "renormalize": True}, "would learn nothing"),
     (
       "hierarchical",
       {"top_k": 3, "num_groups": 4, "top_groups": 2},
@@ -572,7 +577,7 @@ def dense_counts(choice):
     ),
     (
       "by_feature",
-      {"top_k": 1, "feature": "x", "num_values": 3, "boundaries": (2.0, 1.0)},
+      {"top_k": 1, "feature": "x", "num_values": 3, "boundaries": (2.0, 2.0)},
       "not 2 rising numbers",
     ),
   ],

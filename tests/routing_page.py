@@ -63,12 +63,14 @@ def about(module):
   papers = dict.fromkeys(_PAPER.findall(module.__doc__))
   links = ", ".join(f"[{p}](https://arxiv.org/abs/{p})" for p in papers)
   head = re.sub(r" \([^()]*\d{4}\.\d{5}[^()]*\)", "", head).rstrip(".")
-  rule = re.search(r"^  +(\S.*?)(?:  +\(.*)?$", rest, re.M)
-  return (
-    head,
-    links,
-    f"`{rule[1].strip().replace(chr(96), chr(39))}`" if rule else "",
-  )
+  block = re.search(r"(?:^  +\S.*\n?)+", rest, re.M)
+  rule = ""
+  for line in block[0].splitlines() if block else ():
+    line = re.sub(r"  +\(.*", "", line.strip())  # The numbers of equations.
+    begins = re.match(r"[^=;]{1,25}(=|<-)", line)  # Another line goes on.
+    rule += (";  " if begins and rule else " ") + re.sub("  +", " ", line)
+  rule = rule.strip().replace("`", "'")
+  return head, links, f"`{rule}`" if rule else ""
 
 
 def section(name, needed):
@@ -109,7 +111,9 @@ def routers():
   for name in registry.names("routers"):
     router, needed, module = build("routers", name)
     head, papers, rule = about(module)
-    count = "K" if router.fixed else f"up to {'K' if router.top_k else 'E'}"
+    top_k = needed.get("top_k", 1)
+    most = router.top_k and f"{router.top_k // top_k} K".removeprefix("1 ")
+    count = "K" if router.fixed else f"up to {most or 'E'}"
     if not router.fixed and router.top_k is None:
       mixes = router.form is types.Mixture
       count = "all, through K slots of each" if mixes else "K on average"
@@ -171,9 +175,7 @@ def misfits():
     for other in registry.names("balancers"):
       balancer = build("balancers", other)[0]
       facts = balancers_.missing(router, balancer)
-      if "selection" in facts:
-        facts = ["selection"]  # The rest follows.
-      for fact in facts:
+      for fact in facts[:1]:
         reasons.setdefault(fact, []).append(f"`{other}`")
     if reasons:
       words = "; ".join(

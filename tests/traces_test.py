@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 
 from moe_jax import evaluate, report
+from moe_jax.core import registry
 from moe_jax.core.errors import ConfigError
 from moe_jax.data import mixed
+from moe_jax.moe import experts as experts_lib
+from moe_jax.moe import layer as layer_lib
+from moe_jax.moe import linen
 from moe_jax.run import config as config_lib
 from moe_jax.run import run_directory
 from moe_jax.training import loop, program, traces
@@ -132,6 +136,23 @@ def test_replayed_experts_are_forced(recorded, tmp_path):
     (found.arrays[f"{x}/expert"] != trace.arrays[f"{x}/expert"]).any()
     for x in trace.layers
   )
+
+
+def test_a_replay_of_layers_with_other_numbers_of_experts():
+  """The arrays of a batch have K of the widest layer; a layer takes its own."""
+  router = registry.load("routers", "top_k", top_k=2)
+  dispatcher = registry.load("dispatchers", "sorted")
+  recipe = layer_lib.Recipe(4, router, dispatcher, experts_lib.build(8))
+  module = linen.MoE(recipe)
+  x_BLD = jax.random.normal(jax.random.key(0), (2, 3, 8))
+  variables = module.init(jax.random.key(1), x_BLD)
+  replayed = np.full((2, 3, 2, 3), -1, np.int16)
+  replayed[:, :, 1, :2] = 3, 0
+  call = functools.partial(module.apply, variables, x_BLD, collect="routing")
+  _, _, kept = call(replayed=replayed, layer_index=1)
+  chosen = np.asarray(kept["choice"].expert_TK).reshape(-1, 2)
+  assert (chosen == [[3, 0]]).all()
+  assert kept["choice"].valid_TK.all()
 
 
 def test_traces_that_do_not_fit(recorded, tmp_path):

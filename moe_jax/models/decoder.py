@@ -1,6 +1,7 @@
 """A decoder-only transformer whose layers are dense or MoE in any pattern."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,10 +96,11 @@ class Architecture:
             f'the router of layers "{kind}" looks at the feature "{feature}", which'
             f" a decoder does not have; it has: {', '.join(sorted(given))}"
           )
-        if known is not None and (given[feature] or 0) > known:
+        values = given[feature] or math.inf
+        if known is not None and values > known:
           raise ConfigError(
             f'the router of layers "{kind}" knows {known} values of the feature'
-            f' "{feature}", and this model has {given[feature]}; raise it'
+            f' "{feature}", and this model has {values}; raise it, or set boundaries'
           )
 
   @property

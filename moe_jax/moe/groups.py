@@ -91,7 +91,8 @@ class Grouping(NamedTuple):
       )
     top_k = recipe.router.top_k or num_experts
     rounding = self.capacity_rounding, self.capacity_multiple, self.min_capacity
-    bound = capacity(factor, tokens, top_k, buckets, *rounding)
+    mean_k = recipe.router.average_k or top_k
+    bound = capacity(factor, tokens, mean_k, buckets, *rounding)
     # No more than a group can send to a bucket.
     most = dispatchers.most_rows(tokens, top_k, num_experts // buckets, None)
     return bound._replace(slots=min(bound.slots, most))
@@ -114,6 +115,8 @@ def capacity(
   factor, tokens, top_k, expert_buckets, rounding="floor", multiple=1, minimum=0
 ) -> Bound:
   """Slots of one group: factor * T * K / buckets each (2101.03961, eq. 3).
+
+  A router without a fixed number of experts has its mean number in the place of K.
 
   Args:
     factor: the capacity factor, > 0; 1 is room for balanced loads exactly.

@@ -257,7 +257,7 @@ def _check_routing(routing, router, **sizes):
   Args:
     routing: of one group.
     router: that made it.
-    **sizes: of the axes, by their letter; another one is that of the first array.
+    **sizes: of the axes, by their letter; the first array sets those not given.
   """
   part = router.spec.name if router.spec else "of this recipe"
   choice = getattr(routing, "choice", None)

@@ -70,7 +70,10 @@ class MoE(nn.Module):
 
     features = dict(features or {})
     if replayed is not None:
-      features["replayed"] = jnp.take(replayed, layer_index, axis=2)
+      own = jnp.take(
+        replayed, layer_index, axis=2
+      )  # With K of the widest layer.
+      features["replayed"] = own[..., : recipe.router.top_k]
     inputs = x_BLD, Side(mask_BL, features)
     x_GTD, side = self._with_leading(inputs, -1, tokens)
     args = recipe, params, balance, x_GTD, side, rng_G

@@ -19,7 +19,7 @@ FACTORS = (1.0, 1.25)  # Capacity factors at which drops are counted.
 
 
 class Tokens(NamedTuple):
-  """Facts about the tokens that loads are counted of.
+  """Facts about the tokens whose loads are counted.
 
   mask_GT: bool, False for padding.
   sequences: S, sequences in a group.
@@ -188,7 +188,7 @@ def _entropy(prob_GTE):
 
 
 def _beyond(count_GE):
-  """{capacity factor: what experts would have no slot for}, [G, 1] each."""
+  """{capacity factor: assignments without a slot}, [G, 1] each."""
   mean_G1 = count_GE.mean(-1, keepdims=True)
 
   def beyond(factor):

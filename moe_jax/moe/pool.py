@@ -10,8 +10,10 @@ The router chooses among E networks and, behind them, cheap experts of three kin
 A token that is easy takes cheap experts in the place of networks, so that the number
 of networks per token varies while K stays. They need no slot and are sent nowhere.
 
-Nothing but a balancer says how many networks a token has on average: give `bias` its
-`targets`, or a load loss leaves it to equal shares of all experts.
+Only a balancer sets the mean number of networks per token: `bias` with `targets` sets
+any number, and a load loss aims at equal shares of all experts. MoE++ also adds the
+scores of the layer before to a router's and weighs load losses by kind, and
+LongCat-Flash has no bias for its copies; none of the three is built.
 """
 
 import functools
@@ -141,7 +143,7 @@ def check(recipe, place: str = "moe") -> None:
 
 
 def _check_number(recipe, top_k, wanted, place):
-  """Raises ConfigError for a number of networks that nothing moves loads to."""
+  """Raises ConfigError for a `real_experts` that no balancer aims at."""
   least = max(0, top_k - recipe.cheap.width)
   if not least <= wanted <= top_k:
     raise ConfigError(

@@ -214,20 +214,22 @@ class Stats(Loads):
 # What a router and its balancers may need of each other, in words.
 FACTS = {
   "selection": "scores that a balancer can shift before experts are chosen",
-  "score_range": "such scores between 0 and 1",
+  "score_range": "shiftable scores between 0 and 1",
   "token_choice": "tokens that choose their experts",
   "prob_TE": "probabilities that a loss can change",
   "logits_TE": "logits",
   "kernel": "a matrix with a column for each expert",
   "chance_TE": "noise, from which smooth loads are computed",
-  "weights": "weights that say by themselves which experts are chosen",
+  "weights": "weights that are above 0 for chosen experts alone",
   "thresholds": "a threshold for each expert",
+  "loads": "loads that can be uneven",
+  "fixed": "a fixed number of experts for each token",
   "networks": "a pool without cheap experts",
 }
 
 
 GIVEN = frozenset(
-  {"selection", "token_choice", "prob_TE", "logits_TE", "kernel"}
+  {"selection", "token_choice", "prob_TE", "logits_TE", "kernel", "loads"}
 )
 
 
@@ -300,7 +302,7 @@ class Mlp:
   apply: (params, x [..., D]) -> y [..., D].
   added_once: parameters that are added to the output, such as its bias; they
     are zero in all shards of F but one.
-  width: F, for who checks that it divides over a mesh.
+  width: F, for the check that it divides over a mesh.
   resized: (F) -> the same with another hidden width.
   activation: name of the activation, for writing a model's config.
   """
@@ -347,8 +349,8 @@ class Balancer:
   causal: whether `select` looks at each token by itself.
   per_token: (num_experts) -> experts of a token, on average, that its options are
     for; None: they are for any number.
-  needs: keys of `FACTS` that the recipe has to give, "networks" by having no cheap
-    experts and the others by its router.
+  needs: keys of `FACTS` that the recipe has to give: "networks" by having no cheap
+    experts, "fixed" by the router's `fixed`, the others by its `gives`.
   gives: keys of `FACTS` that a router may need.
   targets: the share of assignments that it moves each expert to, in their order;
     None: equal shares.

@@ -2,8 +2,8 @@
 
 A folder of traces, STEP.safetensors for every step, as the hook `trace` writes them.
 Tokens then take the recorded experts, in training; their weights come from the live
-scores, as in router replay for reinforcement learning (R3, 2510.11370). At evaluation
-and wherever a trace has none the router chooses.
+scores, as in router replay for reinforcement learning (R3, 2510.11370). The router
+chooses at evaluation, and where a trace has no experts.
 """
 
 import functools
@@ -41,7 +41,7 @@ class Replay:
     return jax.ShapeDtypeStruct((length, *self.shape), np.int16)
 
   def check(self, model) -> None:
-    """Raises ConfigError for a model of other layers, or whose routers choose."""
+    """Raises ConfigError for a model of other layers, or without replay."""
     found = {
       f"{number:02d}": {
         "num_experts": parts.recipe.pool,

@@ -204,6 +204,10 @@ def analysis(late: Trace, early: Trace | None = None) -> dict:
     "layers": dict(late.layers),
     "domains": list(late.domains),
     "tokens": int(late.arrays["mask"].sum()),
+    "experts_per_token": {
+      layer: float(one_hot_NE.sum(1).mean())
+      for layer, one_hot_NE in _one_hot(late)
+    },
     "coactivation": lists(coactivation(late)),
     "by_domain": lists(by_domain(late)),
     "vocabulary": vocabulary(late, vocab_size),
@@ -239,7 +243,7 @@ def saturation(early: Trace, late: Trace) -> dict[str, float]:
 
 
 def coactivation(trace: Trace) -> dict[str, np.ndarray]:
-  """{layer: share_EE}: of the tokens of expert i, the share that j has too (5.2).
+  """{layer: share_EE}: the share of expert i's tokens that j has too (5.2).
 
   Rows of experts without a token are 0, and so is the diagonal.
   """
@@ -253,7 +257,7 @@ def coactivation(trace: Trace) -> dict[str, np.ndarray]:
 
 
 def by_domain(trace: Trace) -> dict[str, np.ndarray]:
-  """{layer: share [domains, E]}: of a domain's tokens, the share an expert has (5.3).
+  """{layer: share [domains, E]}: the share of a domain's tokens that an expert has (5.3).
 
   Domains have numbers in the trace, and names if the task has them.
   """
@@ -264,7 +268,7 @@ def by_domain(trace: Trace) -> dict[str, np.ndarray]:
 
 
 def by_token(trace: Trace, vocab_size: int) -> dict[str, np.ndarray]:
-  """{layer: share [V, E]}: of the tokens of an id, the share an expert has (5.4)."""
+  """{layer: share [V, E]}: the share of an id's tokens that an expert has (5.4)."""
   number_N = trace.arrays["token"].reshape(-1)[_real(trace)]
   return _by_value(trace, number_N, vocab_size)
 
@@ -272,10 +276,11 @@ def by_token(trace: Trace, vocab_size: int) -> dict[str, np.ndarray]:
 def vocabulary(
   trace: Trace, vocab_size: int, least: int = 8
 ) -> dict[str, float]:
-  """{layer: how far experts are those of token ids, in [K/E, 1]}.
+  """{layer: how far experts are those of token ids}.
 
   The largest share that an expert has of an id, mean over ids that are seen `least`
-  times or more, weighted by how often; 0 without such an id.
+  times or more, weighted by how often; 0 without such an id. It is 1 where the id
+  decides, and at least a token's mean number of experts over the number of experts.
   """
   count_V = np.bincount(
     trace.arrays["token"].reshape(-1)[_real(trace)], minlength=vocab_size

@@ -32,6 +32,12 @@ def check(recipe, place: str = "moe") -> None:
       _check_number(recipe, balancer.per_token(recipe.pool), key, place)
     if balancer.targets is not None:
       _check_targets(recipe, balancer.targets, f"{key}.targets")
+  shifting = [k for k, b in recipe.balancers if b.select is not None]
+  if len(shifting) > 1:
+    raise ConfigError(
+      f"{place}.balancers {' and '.join(shifting)} both shift the scores that choose,"
+      " and each moves as if it were alone; keep one of them"
+    )
   given = frozenset().union(*(b.gives for _, b in recipe.balancers))
   for fact in sorted(router.needs - given):
     raise ConfigError(
@@ -43,7 +49,8 @@ def check(recipe, place: str = "moe") -> None:
 def missing(router: Router, balancer: Balancer) -> list[str]:
   """The keys of `types.FACTS` that a balancer needs and a router lacks."""
   needs = set(balancer.needs) | ({"selection"} if balancer.select else set())
-  return sorted(needs - router.gives - {"networks"})
+  given = router.gives | {"networks"} | ({"fixed"} if router.fixed else set())
+  return sorted(needs - given, key=lambda fact: (fact != "selection", fact))
 
 
 def _check_number(recipe, wanted, key, place):

@@ -38,7 +38,7 @@ def build(
 
   def init(num_experts):
     del num_experts
-    return {"coefficient": jnp.full((), start)}
+    return {"coefficient": jnp.clip(jnp.full((), start), lowest, highest)}
 
   def loss(state, stats, so_far_E, router_params):
     value = load_loss({}, stats, so_far_E, router_params)
@@ -53,9 +53,8 @@ def build(
     after = moved(before, max_vio - target, factor, lowest, highest)
     return {"coefficient": jnp.where(mean > 0, after, before)}
 
-  return Balancer(
-    init=init, loss=loss, update=update, needs=frozenset({"prob_TE"})
-  )
+  needs = frozenset({"prob_TE", "loads"})
+  return Balancer(init=init, loss=loss, update=update, needs=needs)
 
 
 def moved(coefficient, excess, factor, lowest, highest):

@@ -8,7 +8,7 @@ every step b moves against the load error e = (target - load) / mean load:
   rule = "sign"          b += rate sign(e), the rule of the paper and DeepSeek-V3
   rule = "proportional"  b += rate e (the paper's Table 3; LongCat-Flash, 2509.01322)
   rule = "pid"           b = rate * (sum of e) + gain e + damping * (change of e),
-                         a controller of which "proportional" is the first term
+                         a controller; "proportional" is its first term
 
 With form = "multiply" b begins at 1 and multiplies the scores (the paper's Table 4).
 A load is an expert's assignments in one step; its target is the mean load, or its

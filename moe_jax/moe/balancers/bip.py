@@ -7,15 +7,16 @@ before the tokens choose by s_te - q_e:
   p_t = max(0, the (K+1)-th largest of s_te - q_e over experts)
   q_e = max(0, the (n K/E + 1)-th largest of s_te - p_t over tokens)
 
-At that q a score ties with another one, by construction, and rounding would decide.
-Any q up to the (n K/E)-th largest is as good, and the middle is taken here.
+At that q two scores tie, and rounding would decide. Any q between it and the
+(n K/E)-th largest balances too, and the middle is used here. Groups of experts of the
+router `top_k` choose after prices, which do not know them.
 
 Loads are even from the first step on. Prices see all tokens of a group, so that a
 token's experts depend on later tokens: for decoders it is an upper bound, and needs
 model.allow_noncausal. `quantile` is the same dual with the prices of the step before.
 
-We had the paper's abstract and its discussion. That a step starts with the prices
-of the one before is not built: sweeps start at q = 0.
+We read the paper's abstract and its discussion only. Sweeps start at q = 0, and not
+with the prices of the step before.
 """
 
 import jax
@@ -39,7 +40,7 @@ def build(top_k: integer(1), sweeps: integer(1) = 4) -> Balancer:
     price_E = prices(score_TE, mask_T, top_k, sweeps)
     return score_TE - price_E[None, :]
 
-  # Prices are 0 or more, which shifts scores apart only where these are, too.
+  # Prices are 0 or more, and so scores have to be.
   needs = frozenset({"score_range"})
   per_token = lambda num_experts: top_k  # noqa: E731
   return Balancer(select=select, causal=False, per_token=per_token, needs=needs)

@@ -9,8 +9,8 @@
                      expert (eq. 8 to 11), which has a gradient where counts have none
 
 The papers leave the 1 out. It changes no gradient, and makes the loss 1 where experts
-are equal, as all losses here are. At E/m for m equal experts it is the switch loss's
-value too. V-MoE uses both with 0.005.
+are equal, as all losses here are. Where m experts share all it is E/m, as `switch` is.
+V-MoE uses both with 0.005.
 
 Losses of importance alone can be low while one expert gets all tokens with low
 probabilities; "load" needs a router with noise, in training.

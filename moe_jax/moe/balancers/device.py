@@ -1,7 +1,7 @@
 """Losses of whole devices: DeepSeekMoE's and DeepSeek-V2's (2401.06066, eq. 15 to 17).
 
-Experts lie on D devices, E/D neighbours on each. Loads may differ inside of a device
-and shall not between them:
+Experts lie on D devices, E/D neighbours on each. Loads may differ inside of a
+device, but not between devices:
 
   loss = coefficient * D * sum_d f_d P_d
 
@@ -81,7 +81,7 @@ def build(
     weight = tokens.astype(value.dtype)
     return Mean(coefficient * (value * weight).sum(), weight.sum())
 
-  needs = frozenset({"networks", "prob_TE"})
+  needs = frozenset({"networks", "prob_TE", "loads"})
   if of == "assignments":
     return Balancer(init=init, loss=loss, needs=needs)
   needs |= {"token_choice"}

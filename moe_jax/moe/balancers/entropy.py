@@ -2,8 +2,8 @@
 
   loss = coefficient * mean over tokens of - sum_e p_te log p_te, in nats
 
-With the router `top_p` it keeps tokens from spreading over all experts, which would
-each need some to reach p (2403.07652, eq. 6, with 1e-4). It balances nothing.
+With the router `top_p` it keeps probabilities peaked, so that few experts are enough
+to reach p (2403.07652, eq. 6, with 1e-4). It balances nothing.
 """
 
 from moe_jax.core.options import number

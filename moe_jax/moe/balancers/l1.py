@@ -10,6 +10,9 @@ which balances loads. At f = 1 it is the plain L1 term of eq. 4, and so it is wi
 `balanced` = False. The published start is 1e-8 and the factor 1.2. The paper divides
 by the number of MoE layers, which belongs into the coefficient.
 
+Every layer has a coefficient of its own here and gets to the number by itself; in the
+paper one coefficient moves with the mean over all layers.
+
 A router begins with half of all experts for a token, so that the first steps cost
 that much: the first of the paper's three stages.
 """
@@ -46,7 +49,7 @@ def build(
 
   def init(num_experts):
     del num_experts
-    return {"coefficient": jnp.full((), start)}
+    return {"coefficient": jnp.clip(jnp.full((), start), lowest, highest)}
 
   def loss(state, stats, so_far_E, router_params):
     del so_far_E, router_params

@@ -1,6 +1,6 @@
 """Quantile balancing: biases at which every expert gets its share of the tokens.
 
-The bias is where the dual of the balanced assignment problem stands still
+The bias is a fixed point of the dual of the balanced assignment problem
 (kexue.fm/archives/11619; Kimi K3; Megatron-Core). With s the scores, b the bias and K
 experts of a token out of E,
 
@@ -31,12 +31,12 @@ from moe_jax.moe.types import Balancer, Routing
 def build(
   decay: number(0, below=1) = 0.0,
   bins: integer(2) = 1000,
-  width: optional(number(above=0)) = None,
+  width: optional(number(1)) = None,
 ) -> Balancer:
   """Args:
   decay: of the moving average of the bias; 0: the last step alone.
   bins: of each expert's histogram.
-  width: how far scores are from 0 at most; None: scores are between 0 and 1. What
+  width: how far scores are from 0 at most, 1 or more; None: scores are between 0 and 1. What
     lies outside of the bins is counted in the last ones.
   """
   reach = 1.0 if width is None else 2 * width  # Of a score less another.
@@ -69,7 +69,9 @@ def build(
     del mask_T
     return score_TE + state["bias_E"].astype(score_TE.dtype)[None, :]
 
-  needs = {"token_choice"} | ({"score_range"} if width is None else set())
+  needs = {"token_choice", "fixed"} | (
+    {"score_range"} if width is None else set()
+  )
   return Balancer(
     init=init,
     select=select,
@@ -96,7 +98,7 @@ def scores_of(routing: Routing):
 def cutoffs(score_TE, bias_E, top_k: int):
   """The (K+1)-th largest score of each token, with the bias: cutoff_T.
 
-  The smallest score stands for it if a token takes all experts.
+  Where K = E it is the token's smallest score.
   """
   biased_TE = score_TE + bias_E.astype(score_TE.dtype)[None, :]
   last = min(top_k + 1, score_TE.shape[-1])

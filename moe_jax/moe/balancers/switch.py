@@ -4,7 +4,7 @@
 
 f is the share of assignments an expert got and P its mean probability, so the
 loss is 1 when either is uniform and E/m when both sit evenly on m experts,
-whatever K is. Published codes of the same coefficient differ by K, E or T.
+whatever K is. For one coefficient, published codes differ by K, E or T.
 """
 
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ def build(
     weight = tokens.astype(loss.dtype)
     return Mean(coefficient * (loss * weight).sum(), weight.sum())
 
-  return Balancer(loss=loss, needs=frozenset({"prob_TE"}))
+  return Balancer(loss=loss, needs=frozenset({"prob_TE", "loads"}))
 
 
 def load_loss(count_E, prob_E):

@@ -6,11 +6,13 @@ chooses its K experts inside of its block:
   w = softmax of (x W) in the block, of the chosen ones over their sum if `renormalize`
   blocks of one expert: w = 1, and nothing to learn
 
-A feature is a whole number from 0 on, or with `boundaries` any number: its value is the
-number of boundaries that are at most as large. Wan2.2 has two experts with the boundary
+A feature is a whole number from 0 on. With `boundaries` it may be any number, and its
+value is the number of boundaries that it has reached. Wan2.2 has two experts with the boundary
 0.875 of the timestep; BEiT-3 and MoMa have experts for each modality.
 
-Loads are as the data's features are. Nothing balances blocks, and nothing need be.
+A decoder gives `token_id` and `position`; a model of your own gives what it puts into
+`side.features`. The data decides the loads of the blocks. Inside of a block a load loss balances;
+balancers that shift scores are refused, because they compare all experts.
 """
 
 import jax
@@ -44,8 +46,8 @@ def build(
   """Args:
   top_k: K, experts of a token, in its block.
   feature: name in `side.features`.
-  num_values: of the feature: the number of blocks.
-  boundaries: rising numbers between the values; None: it is a whole number.
+  num_values: the number of values, and of blocks.
+  boundaries: rising limits between the values; None: it is a whole number.
   renormalize: divide the weights by their sum.
   """
   _check(num_values, boundaries)
@@ -65,15 +67,14 @@ def build(
     return scores.linear(rng, d_model, num_experts)
 
   def route(params, x_TD, *, num_experts, select, side, rng):
-    del rng
+    del select, rng  # Shifts would be of all blocks together.
     block_T = _values(side.features, feature, num_values, boundaries)
     size = num_experts // num_values
     logits_TE = scores.logits(params, x_TD)
     own_TE = jnp.arange(num_experts)[None] // size == block_T[:, None]
     inside_TE = jnp.where(own_TE, logits_TE, -jnp.inf)
     prob_TE = jax.nn.softmax(inside_TE)
-    selection_TE = jax.lax.stop_gradient(select(prob_TE))
-    selection_TE = jnp.where(own_TE, selection_TE, -jnp.inf)
+    selection_TE = jnp.where(own_TE, jax.lax.stop_gradient(prob_TE), -jnp.inf)
     saturated_TE = (prob_TE <= 0) & own_TE
     expert_TK = scores.choose(selection_TE, inside_TE, saturated_TE, top_k)
     expert_TK = checkpoint_name(expert_TK, "expert")
@@ -83,14 +84,14 @@ def build(
       weights_TK[renormalize],
       jnp.broadcast_to(side.mask_T[:, None], expert_TK.shape),
     )
-    return Routing(choice, prob_TE, score_TE=prob_TE)
+    return Routing(choice, prob_TE)
 
   return Router(
     *(init, scores.LINEAR_AXES, route),
     causal=True,
     top_k=top_k,
     features={feature: num_values if boundaries is None else None},
-    gives=(GIVEN - {"logits_TE"}) | {"score_range"},
+    gives=GIVEN - {"logits_TE", "selection"},
   )
 
 
@@ -98,7 +99,8 @@ def _check(num_values, boundaries):
   """Raises ConfigError for boundaries that are not those of the values."""
   if boundaries is None:
     return
-  if len(boundaries) != num_values - 1 or [*boundaries] != sorted(boundaries):
+  rising = [*boundaries] == sorted(set(boundaries))
+  if len(boundaries) != num_values - 1 or not rising:
     raise ConfigError(
       f"boundaries = {boundaries} of the router by_feature are not {num_values - 1}"
       f" rising numbers between num_values = {num_values} values"

@@ -5,8 +5,8 @@
 T are the tokens of a group that are no padding. Loads are equal by construction and
 nothing is dropped; a token gets any number of experts, also none.
 
-Later tokens decide about earlier ones. In a decoder's training that leaks what comes
-next, so decoders refuse it unless model.allow_noncausal is set; `expert_threshold` is
+Later tokens decide about earlier ones. Training a decoder so leaks the next tokens:
+decoders refuse it unless model.allow_noncausal is set; `expert_threshold` is
 its causal relative.
 """
 
@@ -25,11 +25,11 @@ def build(top_k: integer(1)) -> Router:
   """Args: top_k: K, experts of a token on average."""
 
   def route(params, x_TD, *, num_experts, select, side, rng):
-    del rng
+    del select, rng  # A shift of all scores of an expert changes no choice.
     logits_TE = scores.logits(params, x_TD)
     prob_TE = jax.nn.softmax(logits_TE)
     slots = max(1, x_TD.shape[0] * top_k // num_experts)
-    wanted_TE = jnp.where(side.mask_T[:, None], select(prob_TE), -jnp.inf)
+    wanted_TE = jnp.where(side.mask_T[:, None], prob_TE, -jnp.inf)
     _, token_EC = jax.lax.top_k(jax.lax.stop_gradient(wanted_TE).T, slots)
     token_EC = checkpoint_name(token_EC, "expert")
     full = jnp.maximum(1, side.mask_T.sum() * top_k // num_experts)
@@ -38,7 +38,7 @@ def build(top_k: integer(1)) -> Router:
       weight_EC=jnp.take_along_axis(prob_TE.T, token_EC, axis=1),
       valid_EC=side.mask_T[token_EC] & (jnp.arange(slots) < full)[None, :],
     )
-    return Routing(choice, prob_TE, logits_TE, score_TE=prob_TE)
+    return Routing(choice, prob_TE, logits_TE)
 
   return Router(
     *(scores.linear, scores.LINEAR_AXES, route),
@@ -46,5 +46,5 @@ def build(top_k: integer(1)) -> Router:
     fixed=False,
     average_k=float(top_k),
     form=SlotChoice,
-    gives=(GIVEN - {"token_choice"}) | {"score_range"},
+    gives=GIVEN - {"token_choice", "selection", "loads"},
   )

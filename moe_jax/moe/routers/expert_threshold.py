@@ -7,7 +7,8 @@ expert's scores, so that an expert has K/E of the tokens on average. It is exper
 choice with yesterday's bar: loads are even, a token's number of experts varies, and a
 token's experts depend on itself alone, so that it is for decoders.
 
-A token may have no expert at all; its residual passes. `top_k` sets the most that a
+Before the first step thresholds are 0, and every token has `top_k` experts; later a
+token may have no expert at all, and its residual passes. `top_k` sets the most that a
 token may have; `average` is the mean that the thresholds aim at, for counts of FLOPs.
 We know the method from the paper's abstract.
 """

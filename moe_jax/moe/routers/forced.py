@@ -2,13 +2,13 @@
 
   load of expert e is proportional to (e + 1)^-exponent;  w = softmax(x W)
 
-Loads are all the same with 0, and the more uneven the larger the exponent is. No expert can have more
-than every token. Token t takes the experts at the points u_t, u_t + 1, ... of the
+Exponent 0 gives equal loads, and a larger one more uneven loads, but no expert has
+more than every token. Token t takes the experts at the points u_t, u_t + 1, ... of the
 running sum of the shares times K, with u_t = t * golden ratio mod 1: different experts
 for a token, and loads that are right for any number of tokens, not only on average.
 
-Weights are softmax scores, so that the whole layer is computed as in training. With it
-one measures what imbalance costs, and nothing else (Megatron-Core has the like).
+Weights are softmax scores, so that the whole layer is computed as in training, and
+benchmarks measure the cost of imbalance alone (Megatron-Core has a similar router).
 """
 
 import functools

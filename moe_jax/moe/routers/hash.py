@@ -2,19 +2,19 @@
 
   chosen = table[id];  w = score(x W) of the chosen, or 1 / K
 
-Nothing trains the table, so that experts depend on the token itself and on no other
-one, and loads follow the frequencies of ids. With
+The table is fixed, so that a token's experts depend on its id alone, and loads follow
+the frequencies of ids. With
 
   weights = "score"  w = score(x W)[table[id]], over their sum if `renormalize`: the
                      first layers of DeepSeek-V4 (2606.19348) choose so;
   weights = "equal"  w = 1 / K and no parameters, as in the first paper.
 
-A table is drawn, or made from how often ids are seen: the paper's balanced table, in
-which each id, the frequent ones first, gets the K experts that have least so far.
+The table is drawn, or balanced as in the paper: from the most frequent id to the
+rarest, each gets the K experts with the lowest loads so far.
 
-It is a strong baseline where experts are to differ by what a word is, and a way to have
-a layer without any balancer. It cannot specialise by context, and in other data than
-those that were counted loads are uneven.
+It is a strong baseline for experts of words, and a way to have a layer without any
+balancer. It cannot specialise by context, and loads are uneven on data unlike the
+counted data.
 """
 
 import functools

@@ -1,7 +1,7 @@
-"""Hierarchical gating: a router chooses groups, and in each a second one experts.
+"""Hierarchical gating: a router chooses groups, and another their experts.
 
   p = softmax(x U) over the groups;  q_g = softmax of (x W) inside of group g
-  the best `top_groups` groups, and in each its best top_k / top_groups experts
+  chosen = in each of the best `top_groups` groups its best top_k / top_groups experts
   w_e = p_g q_ge over the sum of the chosen ones, if `renormalize`
 
 (After Shazeer et al., 1701.06538, appendix B, eq. 12, without noise; there each gate

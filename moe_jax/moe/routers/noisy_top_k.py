@@ -3,7 +3,7 @@
   H_e = (x W)_e + N(0, 1) * (0.01 + softplus((x V)_e))    (eq. 4)
   chosen = top-k(H); w = softmax of H over the chosen     (eq. 3 and 5)
 
-In training alone; at evaluation there is no noise. Losses see the probabilities
+Noise is added in training only. Losses see the probabilities
 without noise, softmax(x W), as in V-MoE, and the chance of each expert if its noise
 were drawn again (eq. 9), which `cv_squared` with of = "load" sums up. W and V begin at
 zero in the paper; here W is drawn, so that evaluation without noise has no ties. The

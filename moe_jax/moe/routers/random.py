@@ -2,7 +2,7 @@
 
   chosen = K different numbers, drawn;  w = 1 / K
 
-A router has to be better than it is, and its loads are the floor of MaxVio.
+A useful router beats it, and its loads are the floor of MaxVio.
 """
 
 import jax

@@ -2,9 +2,9 @@
 
   w_e = relu((x W)_e);  a token goes to every expert with w_e > 0      (eq. 3)
 
-The weights are continuous in x, where those of top-k jump. How many experts a token
-has follows from an L1 term, the balancer `l1`, which drives its mean to a number that
-one sets. Without `l1` half of all experts stay.
+The weights are continuous in x, where those of top-k jump. An L1 term, the
+balancer `l1`, drives the mean number of experts per token to a number in the config.
+Without `l1` half of all experts stay.
 
 A step costs what the tokens choose, which falls to the wanted number in the first
 hundreds of steps. `top_k` sets the most that a token may have, and with it the memory

@@ -3,10 +3,12 @@
 The plan is exp(x W) with rows and columns scaled in turn, until every token has the
 same total and every expert too:
 
-  chosen = top-k of the plan;  w = softmax or sigmoid of the logits of the chosen
+  chosen = top-k of the plan;  w = score(x W) of the chosen, over their sum if
+  `renormalize`
 
-(S-BASE of Clark et al., 2202.01169, 3; Megatron-Core.) Weights know nothing of the
-plan, which has no gradient. Outside of training (without a key) logits choose.
+(S-BASE of Clark et al., 2202.01169, 3; Megatron-Core has a softmax for K above 1 and
+else a sigmoid.) Weights know nothing of the plan, which has no gradient. Outside of
+training (without a key) logits choose.
 
 Loads are nearly even from the first step without any loss. The plan depends on all
 tokens of the group, so it is not for decoders: they refuse it unless
@@ -29,18 +31,20 @@ def build(
   top_k: integer(1),
   sweeps: integer(1) = 8,
   score: word("softmax", "sigmoid") = "sigmoid",
+  renormalize: bool = False,
   at_evaluation: bool = False,
 ) -> Router:
   """Args:
   top_k: K.
   sweeps: of scaling rows and columns.
-  score: of the weights: "sigmoid", or "softmax" over the chosen ones.
+  score: of the weights: "sigmoid", or "softmax" over all experts.
+  renormalize: divide the weights by their sum.
   at_evaluation: whether the plan chooses without a key too.
   """
-  if top_k == 1 and score == "softmax":
+  if top_k == 1 and renormalize:
     raise ConfigError(
-      "with top_k = 1 a softmax over the chosen expert is always 1, so the router"
-      ' would learn nothing from the task; set score = "sigmoid"'
+      "with top_k = 1 a weight over the sum of a token's weights is always 1, so"
+      " the router would learn nothing from the task; set renormalize = False"
     )
 
   def route(params, x_TD, *, num_experts, select, side, rng):
@@ -56,7 +60,7 @@ def build(
     )
     choice = TokenChoice(
       expert_TK,
-      weights_TK[score == "softmax"],
+      weights_TK[renormalize],
       jnp.broadcast_to(side.mask_T[:, None], expert_TK.shape),
     )
     return Routing(choice, jax.nn.softmax(logits_TE), logits_TE)

@@ -26,7 +26,7 @@ def build(
 ) -> Router:
   """Args:
   top_k: slots of an expert.
-  normalize: of x and Phi, see the head of this file.
+  normalize: x and Phi, see the head of this file.
   average: experts of a token that are counted as active: num_experts * top_k over
     the tokens of a group, which is 1 with as many slots as tokens.
   """

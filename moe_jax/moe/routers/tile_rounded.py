@@ -2,9 +2,9 @@
 
   load of an expert in a group = the nearest multiple of tile;  w = softmax(x W)
 
-The tokens with the lowest scores leave, or the best of those that have the expert
-among their next K choices come in. A grouped product then has no padded rows, unless
-fewer tokens can come in than a tile lacks. An expert with less than half a tile of
+An expert gives up its tokens with the lowest scores, or adds the best of the tokens
+that have it among their next K choices. A grouped product then has no padded rows, unless
+there are fewer such tokens than a tile lacks. An expert with less than half a tile of
 tokens gets none: it is for groups in which K T / E is several tiles, and groups where
 it is less than a tile are refused.
 
@@ -95,7 +95,7 @@ def rounded(expert_TK, selection_TE, mask_T, top_k: int, tile: int):
     selection_TE: scores.
     mask_T: bool, False for padding.
     top_k: K.
-    tile: what loads become multiples of.
+    tile: loads become multiples of it.
   """
   num_experts = selection_TE.shape[-1]
 

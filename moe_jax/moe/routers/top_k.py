@@ -115,7 +115,7 @@ def build(
   axes |= scores.LINEAR_AXES
   gives = _gives(noise, score_before_top_k and score)
   causal = priority == "none"
-  replays = second_expert == "all"  # One that was drawn away is in no trace.
+  replays = second_expert == "all"  # Unused second experts are in no trace.
   return Router(init, axes, route, causal, top_k, gives=gives, replays=replays)
 
 
@@ -130,7 +130,7 @@ def _vectors(num_experts, use_bias, cosine, expert_scale):
 
 
 def _scored(logits_TE, score):
-  """(scores that choose, where they are saturated); of no score the logits."""
+  """(scores that choose, where they are saturated); logits if there is no score."""
   if not score:
     return logits_TE, None
   score_TE = SCORES[score](logits_TE)
