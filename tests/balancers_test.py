@@ -701,7 +701,7 @@ def test_the_committed_dynamics():
   used = {
     own["name"] for _, some in dynamics.BALANCERS.values() for own in some
   }
-  assert used >= {*registry.names("balancers")} - {"l1"}
+  assert used >= {*registry.names("balancers")}
 
 
 def test_when_loads_have_settled():

@@ -70,12 +70,17 @@ BALANCERS = {
     {"name": "expert_threshold"},
     [{"name": "threshold", "share": K / E, "decay": 0.5}],
   ),
+  "l1": (
+    {"name": "relu", "average": float(K)},
+    [{"name": "l1", "experts": float(K), "start": 1e-2}],
+  ),
 }
+_WIDE = ("expert_threshold", "relu")  # A token may have all experts.
 
 
 def recipe_of(router: dict, balancers: list) -> layer.Recipe:
   """The parts of a layer without its experts."""
-  wide = router["name"] == "expert_threshold"
+  wide = router["name"] in _WIDE
   made = tuple(
     (str(i), registry.from_config("balancers", own, f"balancers.{i}"))
     for i, own in enumerate(balancers)
