@@ -620,7 +620,7 @@ def check(balancers, router, **options):
       {"name": "top_k"},
       "noise",
     ),
-    ({"name": "l1", "experts": 2.0}, {"name": "top_k"}, "by themselves"),
+    ({"name": "l1", "experts": 2.0}, {"name": "top_k"}, "above 0"),
     ({"name": "quantile"}, {"name": "expert_choice"}, "can shift"),
     (
       {"name": "device", "coefficient": 0.1, "devices": 2, "of": "tokens"}

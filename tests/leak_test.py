@@ -16,7 +16,8 @@ def of(router: dict) -> trained.Trained:
   c, task = small.config(), small.task()
   c.data.separate_documents = False
   c.model.allow_noncausal = True
-  c.model.moe.update(router=router, balancers={})
+  c.model.moe.update(router=router)
+  c.model.moe.balancers = {}
   model = program.build_model(c, task)
   inputs = jax.numpy.zeros((2, small.L), int)
   mask = inputs == 0
