@@ -151,8 +151,8 @@ def test_nothing_is_dropped_outside_of_training(router):
     recipe = recipe_of("sorted", rate, "swiglu", router=router)
     moe = linen.MoE(recipe, groups.Grouping())
     variables = moe.init(jax.random.key(0), x_BLD)
-    apply = functools.partial(moe.apply, variables, x_BLD, train=train)
-    return np.asarray(apply(rng=jax.random.key(1))[0])
+    apply = jax.jit(functools.partial(moe.apply, train=train))
+    return np.asarray(apply(variables, x_BLD, rng=jax.random.key(1))[0])
 
   np.testing.assert_array_equal(outputs(RATE, False), outputs(0.0, False))
   assert (outputs(RATE, True) != outputs(0.0, True)).any()

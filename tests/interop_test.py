@@ -96,7 +96,7 @@ def test_the_references_logits_and_files(name, tmp_path):
 
 
 # Each has an attention of another kind.
-TEXTS = ["deepseek_v3_a", "gpt_oss_a", "llama4_text_a", "mixtral_a"]
+TEXTS = ["deepseek_v3_a", "gpt_oss_a"]
 
 
 @pytest.mark.parametrize("name", tiers.only(TEXTS, NAMES))
@@ -206,7 +206,7 @@ SAVED = [
 
 
 @pytest.mark.parametrize(
-  "name,model_type", tiers.only(SAVED[:2], SAVED, several=True)
+  "name,model_type", tiers.only(SAVED[:1], SAVED, several=True)
 )
 def test_what_we_train_can_be_saved(name, model_type, tmp_path):
   """A preset is the family that has its name, and comes back the same."""

@@ -13,7 +13,7 @@ from moe_jax.models import counts
 from moe_jax.moe import experts, layer
 from moe_jax.moe.types import Bound, Side
 from moe_jax.training import program
-from tests import mesh_cases, oracle, small
+from tests import mesh_cases, oracle, small, tiers
 
 G, T, D, E, K, F, LATENT = 8, 8, 12, 8, 2, 4, 6
 
@@ -67,7 +67,7 @@ def test_a_layer_is_what_the_paper_writes(dispatcher):
   for shared in (True, False):
     recipe, params, x_GTD, mask_GT = case(0, dispatcher, shared)
     with jax.enable_x64(True):
-      y_GTD = layer.moe_ffn(
+      y_GTD = mesh_cases.moe_ffn(
         *(recipe, jax.tree.map(jnp.asarray, params), {}, jnp.asarray(x_GTD)),
         Side(jnp.asarray(mask_GT)),
       )[0]
@@ -75,7 +75,10 @@ def test_a_layer_is_what_the_paper_writes(dispatcher):
     np.testing.assert_allclose(y_GTD, expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("sizes", [(1, 2, 2, 2), (2, 1, 4, 1), (1, 1, 2, 4)])
+@pytest.mark.parametrize(
+  "sizes",
+  tiers.only([(1, 2, 2, 2)], [(1, 2, 2, 2), (2, 1, 4, 1), (1, 1, 2, 4)]),
+)
 def test_it_is_the_same_on_a_mesh(sizes):
   """Values and gradients; with tensor shards of experts and shared experts."""
   recipe, params, x_GTD, mask_GT = case(1, "sorted")
@@ -121,7 +124,7 @@ def test_its_gradient():
       y_GTD = layer.moe_ffn(recipe, params, {}, jnp.asarray(x_GTD), side)[0]
       return (y_GTD * r_GTD).sum()
 
-    gradients = jax.grad(value)([jnp.asarray(x) for x in leaves])
+    gradients = jax.jit(jax.grad(value))([jnp.asarray(x) for x in leaves])
     exact = sum((g * x).sum() for g, x in zip(gradients, towards))
   assert float(exact) == pytest.approx(numeric, rel=1e-6)
 

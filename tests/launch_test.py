@@ -194,6 +194,7 @@ command.run(lambda: launch.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.long
 def test_processes_that_run_it_together(small, programs, capsys):
   """Two processes give the numbers of one; both stop when the time is up."""
   folder, work = small

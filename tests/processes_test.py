@@ -20,7 +20,7 @@ from tests import kill, pod
 
 def test_two_processes_stopped_and_gone_on_in_one(tmp_path):
   """Losses and one step to stop at; `python -m tests.pod` does more."""
-  pods = pod.Pods(tmp_path, steps=60)
+  pods = pod.Pods(tmp_path, steps=30)
   pods.finish("alone", 1, 1)
   stopped, measured = pods.stop("run", 2, 1)
   assert stopped, measured
