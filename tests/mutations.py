@@ -398,6 +398,27 @@ FAULTS = (
     "parallel_test.py::test_accumulation_is_one_large_batch",
   ),
   Fault(
+    "two balancers that shift scores are taken",
+    "moe_jax/moe/balancers/__init__.py",
+    "if len(shifting) > 1:",
+    "if len(shifting) > 2:",
+    "balancers_test.py::test_two_balancers_that_shift_scores_are_refused",
+  ),
+  Fault(
+    "a capacity is of the most experts that a token may have",
+    "moe_jax/moe/groups.py",
+    "recipe.router.average_k or top_k",
+    "top_k",
+    "capacity_test.py::test_capacity_of_a_mean_number_of_experts",
+  ),
+  Fault(
+    "a replay has K of the widest layer",
+    "moe_jax/moe/linen.py",
+    "own[..., : recipe.router.top_k]",
+    "own",
+    "traces_test.py::test_a_replay_of_layers_with_other_numbers_of_experts",
+  ),
+  Fault(
     "rows of an expert lose the same hidden units",
     "moe_jax/moe/experts.py",
     "jax.random.fold_in(rng, place)",
