@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.balancers import batches, dynamics
+from experiments.balancers import batches, dynamics, sweep
 from moe_jax.core import registry
 from moe_jax.core.errors import ConfigError
 from moe_jax.moe import balancers as balancers_lib
@@ -709,6 +709,15 @@ def test_when_loads_have_settled():
   assert dynamics.settled(np.concatenate([far, near]), 1.0) == 30
   assert dynamics.settled(np.concatenate([near, far]), 1.0) is None
   assert dynamics.settled(near, 1.0) == 0
+
+
+def test_the_committed_loads_over_batches():
+  """Their table is that of the committed rows, for every arm of the headline."""
+  rows = batches.read()
+  text = (batches.FOLDER.parent / "README.md").read_text()
+  assert batches.table(rows) in text
+  pairs = {(row["arm"], row["seed"]) for row in rows}
+  assert pairs == {(arm, n) for arm in sweep.HEADLINE for n in range(8)}
 
 
 def test_loads_over_batches_of_growing_size():
