@@ -11,7 +11,7 @@ from experiments import small
 
 
 def config() -> ml_collections.ConfigDict:
-  """What both sizes have in common."""
+  """The config that both sizes begin with."""
   c = small.cpu_config()
   c.data.update(name="text_of_your_own", seq_len=2048)
   c.model.moe.update(num_experts=64, top_k=6, num_shared_experts=2)

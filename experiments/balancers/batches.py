@@ -1,4 +1,4 @@
-"""How even loads are over batches of growing size, by trained weights.
+"""Measures how even the loads of trained models are over growing batches.
 
   python -m experiments.balancers.batches runs/balancers/cpu
 

@@ -1,4 +1,4 @@
-"""How fast balancers get to even loads, on one fixed synthetic stream.
+"""Measures how fast balancers get to even loads, on one synthetic stream.
 
   python -m experiments.balancers.dynamics
 

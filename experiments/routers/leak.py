@@ -1,4 +1,4 @@
-"""What a router reads of the tokens that come later, in bits per byte.
+"""Measures what a router reads of later tokens, in bits per byte.
 
   python -m experiments.routers.leak runs/routers/cpu/expert_choice/*/* --json=leak.json
 

@@ -112,7 +112,7 @@ def _ends(bias_E, reach):
 
 
 def histogram(value_TE, mask_T, low, high, bins: int):
-  """How many unpadded tokens have their value in each bin: count_EB."""
+  """Counts the unpadded tokens whose value is in each bin: count_EB."""
   bin_TE = jnp.floor((value_TE - low) / (high - low) * bins).astype(jnp.int32)
   bin_TE = jnp.clip(bin_TE, 0, bins - 1)
   tokens, num_experts = value_TE.shape

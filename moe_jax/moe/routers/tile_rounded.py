@@ -3,8 +3,8 @@
   load of an expert in a group = the nearest multiple of tile;  w = softmax(x W)
 
 An expert gives up its tokens with the lowest scores, or adds the best of the tokens
-that have it among their next K choices. A grouped product then has no padded rows, unless
-there are fewer such tokens than a tile lacks. An expert with less than half a tile of
+that have it among their next K choices. A grouped product then has no padded rows,
+unless there are fewer such tokens than a tile lacks. An expert with less than half a tile of
 tokens gets none: it is for groups in which K T / E is several tiles, and groups where
 it is less than a tile are refused.
 
