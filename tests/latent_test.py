@@ -1,6 +1,5 @@
 """Latent experts: projections around experts that work in a narrower width."""
 
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -81,52 +80,16 @@ def test_a_layer_is_what_the_paper_writes(dispatcher):
 )
 def test_it_is_the_same_on_a_mesh(sizes):
   """Values and gradients; with tensor shards of experts and shared experts."""
-  recipe, params, x_GTD, mask_GT = case(1, "sorted")
-  r_GTD = np.random.default_rng(2).normal(size=x_GTD.shape)
-
-  def value(params, x_GTD, mesh):
-    y_GTD, stats, _ = layer.moe_ffn(
-      recipe, params, {}, x_GTD, Side(mask_GT), mesh=mesh
-    )
-    return (y_GTD * r_GTD).sum(), stats.count_E
-
-  def run(mesh):
-    run = functools.partial(value, mesh=mesh)
-    program = jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True))
-    return jax.device_get(program(params, x_GTD))
-
-  with jax.enable_x64(True):
-    expected, found = run(None), run(mesh_cases.make_mesh(sizes))
-  distance, leaf = mesh_cases.worst(found, expected)
-  assert distance <= 1e-9, leaf
+  mesh_cases.assert_same_on_a_mesh(*case(1, "sorted"), sizes)
 
 
 def test_its_gradient():
   recipe, params, x_GTD, mask_GT = case(3)
-  rng = np.random.default_rng(4)
-  r_GTD = rng.normal(size=x_GTD.shape)
-  leaves, tree = jax.tree.flatten(params)
-  towards = [rng.normal(size=x.shape) for x in leaves]
-  norm = np.sqrt(sum((x**2).sum() for x in towards))
-  towards = [x / norm for x in towards]
-  numeric = oracle.gradient_along(
-    lambda some: (
-      r_GTD * by_hand(jax.tree.unflatten(tree, some), x_GTD, mask_GT)
-    ).sum(),
-    *(leaves, towards),
+  mesh_cases.assert_gradient(
+    *(recipe, params, x_GTD, mask_GT),
+    by_hand=lambda params: by_hand(params, x_GTD, mask_GT),
     eps=1e-4,
   )
-  with jax.enable_x64(True):
-
-    def value(leaves):
-      params = jax.tree.unflatten(tree, leaves)
-      side = Side(jnp.asarray(mask_GT))
-      y_GTD = layer.moe_ffn(recipe, params, {}, jnp.asarray(x_GTD), side)[0]
-      return (y_GTD * r_GTD).sum()
-
-    gradients = jax.jit(jax.grad(value))([jnp.asarray(x) for x in leaves])
-    exact = sum((g * x).sum() for g, x in zip(gradients, towards))
-  assert float(exact) == pytest.approx(numeric, rel=1e-6)
 
 
 def test_a_decoder_trains_and_counts_it():

@@ -16,9 +16,9 @@ from configs import base
 from moe_jax import models
 from moe_jax.core import parallel
 from moe_jax.moe import exchange, layer
-from moe_jax.moe.types import Router
+from moe_jax.moe.types import Router, Side
 from moe_jax.training import balancing, train_step
-from tests import small
+from tests import oracle, small
 
 # (data, fsdp, expert, tensor).
 MESHES = (
@@ -418,6 +418,50 @@ def numbers_of(model):
 moe_ffn = jax.jit(
   layer.moe_ffn, static_argnums=0, static_argnames=("mesh", "collect")
 )
+
+
+def assert_same_on_a_mesh(recipe, params, x_GTD, mask_GT, sizes) -> None:
+  """Values, gradients and counts of a layer, with a mesh and without one."""
+  r_GTD = np.random.default_rng(2).normal(size=x_GTD.shape)
+
+  def value(params, x_GTD, mesh):
+    y_GTD, stats, _ = layer.moe_ffn(
+      recipe, params, {}, x_GTD, Side(mask_GT), mesh=mesh
+    )
+    return (y_GTD * r_GTD).sum(), (stats.count_E, stats.kept_E)
+
+  def run(mesh):
+    run = functools.partial(value, mesh=mesh)
+    program = jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True))
+    return jax.device_get(program(params, x_GTD))
+
+  with jax.enable_x64(True):
+    distance, leaf = worst(run(make_mesh(sizes)), run(None))
+  assert distance <= 1e-9, leaf
+
+
+def assert_gradient(recipe, params, x_GTD, mask_GT, by_hand, eps) -> None:
+  """A layer's gradient is that of `by_hand(params)`, its values in numpy."""
+  rng = np.random.default_rng(4)
+  r_GTD = rng.normal(size=x_GTD.shape)
+  leaves, tree = jax.tree.flatten(params)
+  towards = [rng.normal(size=x.shape) for x in leaves]
+  norm = np.sqrt(sum((x**2).sum() for x in towards))
+  towards = [x / norm for x in towards]
+
+  def numeric(leaves):
+    return (r_GTD * by_hand(jax.tree.unflatten(tree, leaves))).sum()
+
+  def value(leaves):
+    params, side = jax.tree.unflatten(tree, leaves), Side(jnp.asarray(mask_GT))
+    y_GTD = layer.moe_ffn(recipe, params, {}, jnp.asarray(x_GTD), side)[0]
+    return (y_GTD * r_GTD).sum()
+
+  expected = oracle.gradient_along(numeric, leaves, towards, eps=eps)
+  with jax.enable_x64(True):
+    gradients = jax.jit(jax.grad(value))([jnp.asarray(x) for x in leaves])
+    found = sum(float((g * x).sum()) for g, x in zip(gradients, towards))
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def make_mesh(sizes):

@@ -104,29 +104,11 @@ def test_a_layer_is_what_the_papers_write(dispatcher, bound):
 
 def test_its_gradient():
   recipe, params, x_GTD, mask_GT = case(3, "sorted", None)
-  rng = np.random.default_rng(4)
-  r_GTD = rng.normal(size=x_GTD.shape)
-  leaves, tree = jax.tree.flatten(params)
-  towards = [rng.normal(size=x.shape) for x in leaves]
-  norm = np.sqrt(sum((x**2).sum() for x in towards))
-  towards = [x / norm for x in towards]
-
-  def numeric(some):
-    params = jax.tree.unflatten(tree, some)
-    return (r_GTD * by_hand(recipe, params, x_GTD, mask_GT)[0]).sum()
-
-  expected = oracle.gradient_along(numeric, leaves, towards, eps=1e-5)
-  with jax.enable_x64(True):
-
-    def value(leaves):
-      params = jax.tree.unflatten(tree, leaves)
-      side = Side(jnp.asarray(mask_GT))
-      y_GTD = layer.moe_ffn(recipe, params, {}, jnp.asarray(x_GTD), side)[0]
-      return (y_GTD * r_GTD).sum()
-
-    gradients = jax.jit(jax.grad(value))([jnp.asarray(x) for x in leaves])
-    exact = sum((g * x).sum() for g, x in zip(gradients, towards))
-  assert float(exact) == pytest.approx(expected, rel=1e-6)
+  mesh_cases.assert_gradient(
+    *(recipe, params, x_GTD, mask_GT),
+    by_hand=lambda params: by_hand(recipe, params, x_GTD, mask_GT)[0],
+    eps=1e-5,
+  )
 
 
 @pytest.mark.parametrize(
@@ -145,23 +127,7 @@ def test_it_is_the_same_on_a_mesh(sizes, kind):
   rng = np.random.default_rng(2)
   shapes = jax.eval_shape(lambda: recipe.experts.init(jax.random.key(0), E, D))
   params["experts"] = jax.tree.map(lambda x: rng.normal(size=x.shape), shapes)
-  r_GTD = rng.normal(size=x_GTD.shape)
-
-  def value(params, x_GTD, mesh):
-    y_GTD, stats, _ = layer.moe_ffn(
-      recipe, params, {}, x_GTD, Side(mask_GT), mesh=mesh
-    )
-    return (y_GTD * r_GTD).sum(), (stats.count_E, stats.kept_E)
-
-  def run(mesh):
-    run = functools.partial(value, mesh=mesh)
-    program = jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True))
-    return jax.device_get(program(params, x_GTD))
-
-  with jax.enable_x64(True):
-    expected, found = run(None), run(mesh_cases.make_mesh(sizes))
-  distance, leaf = mesh_cases.worst(found, expected)
-  assert distance <= 1e-9, leaf
+  mesh_cases.assert_same_on_a_mesh(recipe, params, x_GTD, mask_GT, sizes)
 
 
 def config(targets=True, **changes):
