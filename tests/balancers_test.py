@@ -680,6 +680,8 @@ def test_two_balancers_that_shift_scores_are_refused():
 def test_a_coefficient_begins_between_its_ends(name, options):
   balancer = load(name, **options, lowest=2.0, start=9.0, highest=3.0)
   assert balancer.init(E)["coefficient"] == 3
+  with pytest.raises(ConfigError, match="lowest = 2 is above its highest = 1"):
+    load(name, **options, lowest=2.0, highest=1.0)
 
 
 def test_losses_of_devices_are_not_for_cheap_experts():

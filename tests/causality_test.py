@@ -102,7 +102,8 @@ def test_the_past_does_not_see_the_future(name):
 def test_what_leaks_is_refused(name):
   options, *rest = LEAKING[name]
   model = config({"name": "top_k", **options}, *rest)
-  with pytest.raises(ConfigError, match="allow_noncausal"):
+  remedy = 'order = "token"' if "choice" in name else 'priority = "none"'
+  with pytest.raises(ConfigError, match=f"{remedy}, or set .*allow_noncausal"):
     build(model)
   model.allow_noncausal = True
   past = [change_BL[:, :CUT].max() for change_BL, _ in changes(build(model), 6)]
@@ -140,7 +141,9 @@ def test_the_kind_that_leaks_is_named():
   model.num_layers = 2
   dispatcher = {"name": "gather", "order": "choice"}
   model.variants = {"early": {"moe": {"dispatcher": dispatcher}}}
-  with pytest.raises(ConfigError, match='in layers "moe@early".*later tokens'):
+  with pytest.raises(
+    ConfigError, match='dispatcher of the MoE layers "moe@early".*later tokens'
+  ):
     build(model)
   model.variants = {"early": {"moe": {"capacity_factor": 1.0}}}
   build(model)

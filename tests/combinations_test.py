@@ -1,8 +1,8 @@
 """Every router with every dispatcher and balancer: forward, backward, update.
 
 Pairs of a router and a balancer that do not fit are refused with a reason;
-docs/routing.md lists them. The quick tier has a covering set: every part, and every
-dispatcher's layout.
+docs/routing.md lists them, and REFUSED here. The quick tier has a covering set: every
+part, and every dispatcher's layout.
 """
 
 import functools
@@ -16,7 +16,7 @@ from moe_jax.core import registry
 from moe_jax.core.errors import ConfigError
 from moe_jax.moe import balancers as balancers_lib
 from moe_jax.moe import experts, layer
-from moe_jax.moe.types import Balancer, TokenChoice
+from moe_jax.moe.types import TokenChoice
 from tests import contracts_test as parts
 from tests import tiers
 
@@ -49,17 +49,52 @@ AGREEING = {
 
 @functools.cache
 def balancer_of(name, router):
-  if name == NONE:
-    return Balancer()
   router = router_of(router, name)
   agreeing = AGREEING.get(name, lambda taken: {})
   more = agreeing(router.average_k or router.top_k or E)
   return made("balancers", name, **more)
 
 
-def missing(router, balancer):
-  facts = router_of(router, balancer), balancer_of(balancer, router)
-  return balancers_lib.missing(*facts)
+# Balancers that shift scores, and what else a router is not for.
+SHIFTS = {"bias", "bip", "quantile", "threshold"}
+LOADS = {"adaptive", "device", "switch"}
+REFUSED = {
+  "by_feature": SHIFTS | {"l1", "z_loss"},
+  "expert_choice": SHIFTS | LOADS | {"l1"},
+  # Its thresholds are the only shift that it takes.
+  "expert_threshold": SHIFTS - {"threshold"} | {"l1"},
+  "forced": SHIFTS | {"l1"},
+  "hash": SHIFTS | {"l1"},
+  "hierarchical": SHIFTS | {"l1", "z_loss"},
+  "noisy_top_k": SHIFTS - {"bias"} | {"l1"},
+  "random": SHIFTS
+  | LOADS
+  | {"cv_squared", "entropy", "l1", "orthogonality", "z_loss"},
+  "relu": SHIFTS,
+  "sinkhorn": SHIFTS | {"l1"},
+  "soft": SHIFTS | LOADS | {"l1", "orthogonality", "z_loss"},
+  "tile_rounded": {"l1", "quantile"},
+  "top_k": {"l1"},
+  "top_p": SHIFTS | {"l1"},
+}
+
+
+def recipe_of(router, layout, balancer):
+  """A layer, with the thresholds that the router expert_threshold needs."""
+  name, options, bound = LAYOUTS[layout]
+  balancers = {} if balancer == NONE else {"b": balancer_of(balancer, router)}
+  router_ = router_of(router, balancer)
+  if router_.needs and balancer != "threshold":
+    balancers["t"] = balancer_of("threshold", router)
+  return layer.Recipe(
+    num_experts=E,
+    router=router_,
+    dispatcher=registry.load("dispatchers", name, **dict(options)),
+    experts=experts.build(5, "swiglu"),
+    bound=bound,
+    sequences=parts.S,
+    balancers=(*balancers.items(),),
+  )
 
 
 def legal():
@@ -68,7 +103,7 @@ def legal():
     chooses = router_of(name, "").form is TokenChoice
     for number in range(len(LAYOUTS) if chooses else 1):
       for balancer in (NONE, *BALANCERS):
-        if not missing(name, balancer):
+        if balancer not in REFUSED[name]:
           yield name, number, balancer
 
 
@@ -89,6 +124,9 @@ def covering():
 
 
 ALL = list(legal())
+LOSSES = [
+  name for name in BALANCERS if made("balancers", name).loss is not None
+]
 
 
 def test_there_are_many():
@@ -103,26 +141,15 @@ def test_there_are_many():
   "router,layout,balancer", tiers.only(list(covering()), ALL, several=True)
 )
 def test_forward_backward_and_update(router, layout, balancer):
-  name, options, bound = LAYOUTS[layout]
-  name_of_it, balancer = balancer, balancer_of(balancer, router)
-  recipe = layer.Recipe(
-    num_experts=E,
-    router=router_of(router, name_of_it),
-    dispatcher=registry.load("dispatchers", name, **dict(options)),
-    experts=experts.build(5, "swiglu"),
-    bound=bound,
-    sequences=parts.S,
-    balancers=(("b", balancer),),
-  )
-  if not recipe.router.needs or balancer.gives:
-    balancers_lib.check(recipe)
+  recipe = recipe_of(router, layout, balancer)
+  balancers_lib.check(recipe)
   rngs = jax.random.split(jax.random.key(0))
   params = {
     "router": recipe.router.init(rngs[0], D, E),
     "experts": recipe.experts.init(rngs[1], E, D),
   }
   tokens = parts.tokens(0, skew=0.5)
-  balance = {"b": balancer.init(E)}
+  balance = {label: part.init(E) for label, part in recipe.balancers}
 
   def total(params):
     y_GTD, stats, _ = layer.moe_ffn(
@@ -131,11 +158,14 @@ def test_forward_backward_and_update(router, layout, balancer):
       layer.group_keys(jax.random.key(1), parts.G),
     )
     loss = (y_GTD * jnp.sin(jnp.arange(D))[None, None]).sum()
-    own = stats.replace(observed=stats.observed.get("b", {}))
-    if balancer.loss is not None:
-      none_E = jnp.zeros(E, jnp.int32)
-      loss += balancer.loss(balance["b"], own, none_E, params["router"]).value()
-    return loss, (y_GTD, stats, balancer.update(balance["b"], own, 0))
+    none_E, after = jnp.zeros(E, jnp.int32), {}
+    for label, part in recipe.balancers:
+      own = stats.replace(observed=stats.observed.get(label, {}))
+      if part.loss is not None:
+        value = part.loss(balance[label], own, none_E, params["router"])
+        loss += value.value()
+      after[label] = part.update(balance[label], own, 0)
+    return loss, (y_GTD, stats, after)
 
   run = jax.jit(jax.value_and_grad(total, has_aux=True))
   (loss, (y_GTD, stats, state)), gradients = jax.device_get(run(params))
@@ -151,21 +181,47 @@ def test_forward_backward_and_update(router, layout, balancer):
   assert stats.tokens.sum() == tokens["mask"].sum()
 
 
-def test_the_others_are_refused_with_a_reason():
-  refused = 0
-  for name in ROUTERS:
-    for balancer in BALANCERS:
-      if not missing(name, balancer):
-        continue
-      recipe = layer.Recipe(
-        E,
-        router_of(name, balancer),
-        *(None, None),
-        balancers=(("b", balancer_of(balancer, name)),),
+@pytest.mark.parametrize("balancer", LOSSES)
+def test_a_loss_moves_the_router(balancer):
+  """By itself, without that of the outputs: its gradient is that of a small step."""
+  router = "relu" if balancer == "l1" else "top_k"
+  recipe = recipe_of(router, 0, balancer)
+  part, tokens = dict(recipe.balancers)["b"], parts.tokens(0, skew=0.5)
+  with jax.enable_x64(True):
+    params = {
+      "router": recipe.router.init(jax.random.key(0), D, E),
+      "experts": recipe.experts.init(jax.random.key(1), E, D),
+    }
+    params = jax.tree.map(lambda x: np.asarray(x, float), params)
+    side = jax.tree.map(jnp.asarray, parts.side_of(tokens))
+    state, keys = part.init(E), layer.group_keys(jax.random.key(1), parts.G)
+
+    def loss(router):
+      _, stats, _ = layer.moe_ffn(
+        *(recipe, params | {"router": router}, {"b": state}),
+        *(jnp.asarray(tokens["x"], float), side, keys),
       )
+      own = stats.replace(observed=stats.observed.get("b", {}))
+      return part.loss(state, own, jnp.zeros(E, jnp.int32), router).value()
+
+    run = jax.jit(jax.value_and_grad(loss))
+    _, gradient = jax.device_get(run(params["router"]))
+    size = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient)))
+    assert size > 1e-9  # That of l1 begins at 1e-8.
+    up, down = (
+      jax.tree.map(lambda p, g, s=s: p + s * 1e-6 * g / size, *both)
+      for s in (1, -1)
+      for both in [(params["router"], gradient)]
+    )
+    slope = (float(run(up)[0]) - float(run(down)[0])) / 2e-6
+  np.testing.assert_allclose(slope, size, rtol=1e-5)
+
+
+def test_the_others_are_refused_with_a_reason():
+  for name in ROUTERS:
+    for balancer in sorted(REFUSED[name]):
       with pytest.raises(
-        ConfigError, match=r"moe\.balancers\.b needs .*which the"
+        ConfigError,
+        match=r"moe\.balancers(\.b needs .*which the| b and t both)",
       ):
-        balancers_lib.check(recipe)
-      refused += 1
-  assert refused > 40
+        balancers_lib.check(recipe_of(name, 0, balancer))

@@ -714,7 +714,7 @@ def test_causality(router, router_options, dispatcher, options, bound):
   run = program(router, router_options, dispatcher, options, bound)
   before, behind = changes(run, draws=20)
   assert (behind > 1e-2).any()
-  if run.recipe.causal:
+  if not run.recipe.looking_ahead:
     assert (before < 1e-4).all()
   elif router != "random" or ("order", "choice") in options:
     # Weights that are all equal put nobody before others.
@@ -753,7 +753,7 @@ def test_one_choice_is_causal(dispatcher):
   """Switch's order of slots does not matter."""
   options = (("order", "choice"),)
   run = program("top_k", (("top_k", 1),), dispatcher, options, TIGHT)
-  assert run.recipe.causal
+  assert not run.recipe.looking_ahead
   before, _ = changes(run, draws=10)
   assert (before < 1e-4).all()
 

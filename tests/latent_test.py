@@ -1,6 +1,5 @@
 """Latent experts: projections around experts that work in a narrower width."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -807,8 +807,8 @@ FAULTS = (
   Fault(
     "a decoder takes slots by choice",
     "moe_jax/models/decoder.py",
-    "      if not recipe.causal:",
-    "      if False:",
+    "      if not recipe.looking_ahead:",
+    "      if True:",
     "causality_test.py::test_what_leaks_is_refused[choice-gather]",
   ),
   Fault(

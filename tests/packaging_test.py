@@ -182,7 +182,7 @@ def test_the_examples_of_extending(tmp_path):
     experts=experts.build(8),
     bound=Bound(slots=3, expert_buckets=4),
   )
-  assert not recipe.causal
+  assert recipe.looking_ahead == ["dispatcher"]
 
   rng = jax.random.key(0)
   params = {

@@ -110,7 +110,10 @@ QUICK = (
   *("expert_choice", "soft", "quantile", "noisy", "relu", "threshold", "bip"),
 )
 OTHERS = tuple(name for name in LAYERS if name not in QUICK)
-NONCAUSAL = ("expert_choice", "soft", "tiles", "sinkhorn", "bip")
+NONCAUSAL = dict.fromkeys(
+  ("expert_choice", "soft", "tiles", "sinkhorn"), "router"
+)
+NONCAUSAL["bip"] = "balancers.bip"
 
 
 def config(names=QUICK):
@@ -369,7 +372,10 @@ def test_a_decoder_refuses_what_sees_later_tokens(name):
   if name not in NONCAUSAL:
     program.build_model(c, task)
     return
-  with pytest.raises(ConfigError, match="see the future.*allow_noncausal"):
+  words = 'of the MoE layers "moe".*choose one for {0} that is causal.*or set'
+  with pytest.raises(
+    ConfigError, match=("^{0} " + words).format(NONCAUSAL[name])
+  ):
     program.build_model(c, task)
   c.model.allow_noncausal = True
   program.build_model(c, task)

@@ -23,7 +23,7 @@ EXAMPLES = {
   "coefficient": 1e-2,
   "rate": 1e-3,
   "vocab_size": 50_000,
-  "feature": "modality",
+  "feature": "token_id",
   "num_values": 2,
   "num_groups": 8,
   "tile": 128,
@@ -32,11 +32,18 @@ EXAMPLES = {
   "share": 0.125,
   "devices": 8,
 }
-GIVEN = {"top_k"}  # Options that another key of `model.moe` sets.
+# What makes the values of a feature, and is no need of the part alone.
+MORE = {"by_feature": {"boundaries": (128,)}}
+GIVEN = {"routers": {"top_k"}}  # Options that other keys of `model.moe` set.
 FORMS = {
   "TokenChoice": "tokens name experts",
   "SlotChoice": "experts name tokens",
   "Mixture": "slots are means of tokens",
+}
+DROPS = {
+  "TokenChoice": "beyond capacity",
+  "SlotChoice": "tokens that no expert takes",
+  "Mixture": "nothing",
 }
 SIZES = {"D": 64, "E": 16, "M": 8}
 _PAPER = re.compile(r"\b\d{4}\.\d{5}\b")
@@ -45,7 +52,7 @@ _PAPER = re.compile(r"\b\d{4}\.\d{5}\b")
 def build(kind, name):
   """(part, the options that it cannot do without, its module)."""
   module = registry.find(kind, name)
-  made, needed = None, {}
+  made, needed = None, dict(MORE.get(name, {}))
   while made is None:
     try:
       made = registry.load(kind, name, **needed)
@@ -63,19 +70,22 @@ def about(module):
   papers = dict.fromkeys(_PAPER.findall(module.__doc__))
   links = ", ".join(f"[{p}](https://arxiv.org/abs/{p})" for p in papers)
   head = re.sub(r" \([^()]*\d{4}\.\d{5}[^()]*\)", "", head).rstrip(".")
-  block = re.search(r"(?:^  +\S.*\n?)+", rest, re.M)
-  rule = ""
-  for line in block[0].splitlines() if block else ():
+  # The first rule, and what an option makes of it.
+  blocks, rule = re.findall(r"(?:^  +\S.*\n?)+", rest, re.M), ""
+  blocks[1:] = [b for b in blocks[1:] if re.match(r' +\w+ = "', b)]
+  for line in "".join(blocks).splitlines():
     line = re.sub(r"  +\(.*", "", line.strip())  # The numbers of equations.
-    begins = re.match(r"[^=;]{1,25}(=|<-)", line)  # Another line goes on.
-    rule += (";  " if begins and rule else " ") + re.sub("  +", " ", line)
+    line = re.sub(r'^(\w+ = "\w+")  +', r"\1: ", line)  # Under an option.
+    begins = re.match(r"[^=;]{1,25}(\+?=|<-)", line)  # Another line goes on.
+    rule = rule.rstrip(";.") + (";  " if begins and rule else " ")
+    rule += re.sub("  +", " ", line)
   rule = rule.strip().replace("`", "'")
   return head, links, f"`{rule}`" if rule else ""
 
 
-def section(name, needed):
+def section(kind, name, needed):
   """How a config names a part."""
-  options = {k: v for k, v in needed.items() if k not in GIVEN}
+  options = {k: v for k, v in needed.items() if k not in GIVEN.get(kind, ())}
   return f"`{ {'name': name} | options }`"
 
 
@@ -104,6 +114,7 @@ def routers():
         "form",
         "causal",
         "experts of a token",
+        "drops",
       ),
       *("multiplications", "balancers that shift scores", "paper", "config"),
     )
@@ -121,9 +132,9 @@ def routers():
       (
         *(f"`{name}`", head, rule, FORMS[router.form.__name__]),
         "yes" if router.causal else "**no**",
-        *(count, cost(router)),
+        *(count, DROPS[router.form.__name__], cost(router)),
         "yes" if "selection" in router.gives else "no",
-        *(papers or "–", section(name, needed)),
+        *(papers or "–", section("routers", name, needed)),
       )
     )
   return rows
@@ -160,7 +171,7 @@ def balancers():
         ", ".join(sizes) or "none",
         "yes" if balancer.causal else "**no**",
         ", ".join(f"`{k}`" for k in sorted(needs)) or "–",
-        *(papers or "–", section(name, needed)),
+        *(papers or "–", section("balancers", name, needed)),
       )
     )
   return rows
@@ -175,12 +186,17 @@ def misfits():
     for other in registry.names("balancers"):
       balancer = build("balancers", other)[0]
       facts = balancers_.missing(router, balancer)
-      for fact in facts[:1]:
-        reasons.setdefault(fact, []).append(f"`{other}`")
+      reason = types.FACTS[facts[0]] if facts else None
+      if reason is None and balancer.select and router.needs - balancer.gives:
+        reason = (
+          "scores that no other balancer shifts, as `threshold` does here"
+        )
+      if reason:
+        reasons.setdefault(reason, []).append(f"`{other}`")
     if reasons:
       words = "; ".join(
-        f"{', '.join(them)}: {types.FACTS[fact]}"
-        for fact, them in sorted(reasons.items())
+        f"{', '.join(them)}: {reason}"
+        for reason, them in sorted(reasons.items())
       )
       rows.append((f"`{name}`", words))
   return rows

@@ -1,12 +1,15 @@
 """The tables of docs/routing.md are those that the files make."""
 
+import ast
 import re
 
 import pytest
 
+from configs import tiny
 from moe_jax.core import registry
 from moe_jax.moe import types
-from tests import routing_page
+from moe_jax.training import program
+from tests import routing_page, small
 
 PAGE = routing_page.PAGE.read_text()
 
@@ -25,6 +28,29 @@ def test_every_part_says_what_it_is(kind):
     assert rule and len(head) > 20, name
     if name not in ("random", "forced", "by_feature", "adaptive", "quantile"):
       assert papers, name
+
+
+def test_every_config_line_is_one():
+  """Pasted into a config of 16 experts they build a decoder."""
+  lines = [
+    (name, ast.literal_eval(line))
+    for name, line in re.findall(r"^\| `(\w+)` .*\| `(\{.*\})` \|$", PAGE, re.M)
+  ]
+  names = [*registry.names("routers"), *registry.names("balancers")]
+  assert sorted(name for name, _ in lines) == sorted(names)
+  for name, section in lines:
+    c = tiny.get_config()
+    c.model.allow_noncausal = True
+    c.model.moe.update(num_experts=16, top_k=2, capacity_factor=None)
+    c.model.moe.dispatcher = {"name": "sorted"}
+    if name in registry.names("routers"):
+      needs = {"t": {"name": "threshold", "share": 2 / 16}}
+      c.model.moe.balancers = needs if name == "expert_threshold" else {}
+      c.model.moe.router = section
+    else:
+      c.model.moe.router = {"name": "relu" if name == "l1" else "top_k"}
+      c.model.moe.balancers = {name: section}
+    program.build_model(c, small.task())
 
 
 def test_every_fact_is_explained():

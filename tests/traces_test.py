@@ -209,8 +209,68 @@ def test_files_that_are_no_traces(recorded, tmp_path):
   path.write_bytes(
     save({"token": np.zeros(3)}, {traces.HEADER: json.dumps(facts)})
   )
-  with pytest.raises(ConfigError, match="is a trace without 00/expert"):
+  with pytest.raises(ConfigError, match="is no router trace .*tokens of shape"):
     traces.load(path)
+
+
+def test_damaged_traces(tmp_path):
+  """Whatever an analysis or a replay would trip over is found when it is read."""
+  from safetensors.numpy import save
+
+  path = tmp_path / "x.safetensors"
+  whole = drawn()
+  arrays = {k: np.array(x) for k, x in whole.arrays.items()}
+  arrays["01/weight"] = arrays["01/score"] = np.ones(
+    arrays["01/expert"].shape, np.float32
+  )
+  facts = {"layers": whole.layers, "domains": whole.domains, "step": 1}
+
+  def write(changed=(), **header):
+    kept = {
+      k: v for k, v in {**arrays, **dict(changed)}.items() if v is not None
+    }
+    header = {traces.HEADER: json.dumps(facts | header)}
+    path.write_bytes(save(kept, header))
+
+  write()
+  assert traces.load(path).layers == whole.layers
+
+  def put(name, at, value):
+    x = arrays[name].copy()
+    x[at] = value
+    return {name: x}
+
+  expert, shape = arrays["01/expert"], arrays["token"].shape
+  for changed, words in (
+    (
+      put("01/expert", (0, 0, 0), 5),
+      r"01/expert has values outside of \[-1, 4\]",
+    ),
+    (put("01/expert", (0, 0, 0), -2), "outside"),
+    (put("01/expert", (0, 0), 3), "expert twice"),
+    ({"01/expert": expert.astype(np.float32)}, "01/expert is float32"),
+    ({"01/expert": expert[..., :1]}, r"not i \(6, 20, 2\)"),
+    ({"01/weight": arrays["01/weight"][:, :5]}, "01/weight is"),
+    (put("01/score", (1, 1, 1), np.nan), "01/score has values"),
+    ({"01/score": None}, "01/score"),
+    (put("token", (0, 0), -1), "token has values"),
+    (put("domain", 0, -1), "domain has values"),
+    ({"domain": arrays["token"]}, "domain is"),
+    ({"mask": arrays["mask"][1:]}, "mask is"),
+    ({"mask": np.zeros(shape, bool)}, "all its tokens are padding"),
+  ):
+    write(changed)
+    with pytest.raises(ConfigError, match=f"is no router trace .*{words}"):
+      traces.load(path)
+  for layers in (
+    {},
+    {"01": {"top_k": 2}},
+    {"01": {"num_experts": "many"}},
+    [3],
+  ):
+    write(layers=layers)
+    with pytest.raises(ConfigError, match="is no router trace"):
+      traces.load(path)
 
 
 # Analyses, against loops.

@@ -127,12 +127,19 @@ class Architecture:
       if parts.recipe is None or self.allow_noncausal:
         continue
       _, recipe = parts.grouping.resolve(parts.recipe, length, train)
-      if not recipe.causal:
-        raise ConfigError(
-          f'in layers "{kind}" experts of a token depend on later tokens, so a'
-          ' decoder would see the future; use dispatcher.order = "token" and'
-          ' router.priority = "none", or set model.allow_noncausal = True'
-        )
+      if not recipe.looking_ahead:
+        continue
+      key, spec = recipe.looking_ahead[0], recipe.router.spec
+      remedy = f"choose one for {key} that is causal (docs/routing.md)"
+      if key == "dispatcher":
+        remedy = 'set dispatcher.order = "token"'
+      elif key == "router" and spec and "priority" in spec.options:
+        remedy = 'set router.priority = "none"'
+      raise ConfigError(
+        f'{key} of the MoE layers "{kind}" chooses for a token by later tokens too,'
+        f" so a decoder would see the future; {remedy}, or set"
+        " model.allow_noncausal = True"
+      )
 
 
 # Every key of `config.model`.

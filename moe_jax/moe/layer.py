@@ -49,11 +49,12 @@ class Recipe:
   exchange: str = "all_to_all"
 
   @property
-  def causal(self) -> bool:
-    """Whether a token's output is independent of the tokens after it."""
-    router, balancers = self.router, [b for _, b in self.balancers]
-    causal = router.causal and all(b.causal for b in balancers)
-    return causal and self.dispatcher.causal(router.top_k, self.bound)
+  def looking_ahead(self) -> list[str]:
+    """Keys of the parts that let a token's output depend on the tokens after it."""
+    found = [] if self.router.causal else ["router"]
+    found += [f"balancers.{k}" for k, b in self.balancers if not b.causal]
+    causal = self.dispatcher.causal(self.router.top_k, self.bound)
+    return found if causal else [*found, "dispatcher"]
 
   @property
   def pool(self) -> int:

@@ -161,31 +161,51 @@ def load(path: str | pathlib.Path) -> Trace:
     with library.safe_open(path, "numpy") as f:
       facts = json.loads((f.metadata() or {})[HEADER])
       arrays = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-    layers, step = facts["layers"], int(facts["step"])
-    wanted = {f"{layer}/{name}" for layer in layers for name in OF_LAYER}
-    wanted |= {"token", "mask", "domain"}
-    if missing := sorted(wanted - arrays.keys()):
-      raise ConfigError(f"{path} is a trace without {', '.join(missing)}")
-    rows = arrays["token"].shape
-    for layer, sizes in layers.items():
-      shape = arrays[f"{layer}/expert"].shape
-      if shape != (*rows, sizes["top_k"]):
-        raise ConfigError(
-          f"{path}: {layer}/expert has shape {shape}, not {rows} and"
-          f" {sizes['top_k']} experts"
-        )
-    return Trace(layers, tuple(facts["domains"]), step, arrays)
+    layers = {
+      layer: {name: int(sizes[name]) for name in ("num_experts", "top_k")}
+      for layer, sizes in facts["layers"].items()
+    }
+    trace = Trace(layers, tuple(facts["domains"]), int(facts["step"]), arrays)
+    _check_arrays(trace)
+    return trace
   except (
-    OSError,
-    library.SafetensorError,
-    KeyError,
-    ValueError,
-    TypeError,
+    *(OSError, library.SafetensorError),
+    *(AttributeError, KeyError, ValueError, TypeError),
   ) as e:
     raise ConfigError(
       f"{path} is no router trace ({first_line(e)}); make one with"
       " python -m moe_jax.evaluate --trace=FILE, or the hook trace"
     ) from None
+
+
+def _check_arrays(trace):
+  """Raises ValueError for arrays that the head of this file does not describe."""
+  rows = trace.arrays["token"].shape
+  if len(rows) != 2 or not trace.layers:
+    raise ValueError(f"{len(trace.layers)} layers and tokens of shape {rows}")
+  # Shape, kind of numbers, and the ends of their range.
+  wanted = {
+    "token": (rows, "i", 0, np.inf),
+    "mask": (rows, "b", 0, 1),
+    "domain": (rows[:1], "i", 0, np.inf),
+  }
+  for layer, sizes in trace.layers.items():
+    shape = (*rows, sizes["top_k"])
+    wanted[f"{layer}/expert"] = shape, "i", -1, sizes["num_experts"] - 1
+    for name in ("weight", "score"):
+      wanted[f"{layer}/{name}"] = shape, "f", -np.inf, np.inf
+  for name, (shape, kind, least, most) in wanted.items():
+    x = trace.arrays[name]
+    if x.shape != shape or x.dtype.kind != kind:
+      raise ValueError(f"{name} is {x.dtype} {x.shape}, not {kind} {shape}")
+    if not ((x >= least) & (x <= most)).all():
+      raise ValueError(f"{name} has values outside of [{least}, {most}]")
+  for layer in trace.layers:
+    x = np.sort(trace.arrays[f"{layer}/expert"])
+    if ((x[..., 1:] == x[..., :-1]) & (x[..., 1:] >= 0)).any():
+      raise ValueError(f"{layer}/expert has an expert twice for a token")
+  if not trace.arrays["mask"].any():
+    raise ValueError("all its tokens are padding")
 
 
 # Analyses of OLMoE (2409.02060, 5.1 to 5.4), by layer.

@@ -12,6 +12,7 @@ metrics: below it the coefficient only grows.
 
 import jax.numpy as jnp
 
+from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import number, word
 from moe_jax.moe.balancers import switch
 from moe_jax.moe.types import Balancer, Mean
@@ -36,10 +37,6 @@ def build(
   """
   load_loss = switch.build(1.0, scope).loss
 
-  def init(num_experts):
-    del num_experts
-    return {"coefficient": jnp.clip(jnp.full((), start), lowest, highest)}
-
   def loss(state, stats, so_far_E, router_params):
     value = load_loss({}, stats, so_far_E, router_params)
     return Mean(state["coefficient"] * value.total, value.weight)
@@ -54,7 +51,29 @@ def build(
     return {"coefficient": jnp.where(mean > 0, after, before)}
 
   needs = frozenset({"prob_TE", "loads"})
-  return Balancer(init=init, loss=loss, update=update, needs=needs)
+  return Balancer(
+    init=first(start, lowest, highest), loss=loss, update=update, needs=needs
+  )
+
+
+def first(start, lowest, highest):
+  """`Balancer.init` of a coefficient that moves between two ends.
+
+  Raises:
+    ConfigError: the lowest one is above the highest one.
+  """
+  known = all(isinstance(x, int | float) for x in (lowest, highest))
+  if known and lowest > highest:  # In a step they are arrays, checked before.
+    raise ConfigError(
+      f"the coefficient's lowest = {lowest:g} is above its highest = {highest:g};"
+      " exchange them"
+    )
+
+  def init(num_experts):
+    del num_experts
+    return {"coefficient": jnp.clip(jnp.full((), start), lowest, highest)}
+
+  return init
 
 
 def moved(coefficient, excess, factor, lowest, highest):

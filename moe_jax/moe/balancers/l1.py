@@ -47,10 +47,6 @@ def build(
   lowest, highest: ends of the coefficient.
   """
 
-  def init(num_experts):
-    del num_experts
-    return {"coefficient": jnp.clip(jnp.full((), start), lowest, highest)}
-
   def loss(state, stats, so_far_E, router_params):
     del so_far_E, router_params
     weight_E = stats.weight_E.sum((0, 1))
@@ -70,7 +66,7 @@ def build(
     return {"coefficient": jnp.where(tokens > 0, after, before)}
 
   return Balancer(
-    init=init,
+    init=adaptive.first(start, lowest, highest),
     loss=loss,
     update=update,
     per_token=lambda num_experts: experts,
