@@ -12,7 +12,7 @@ from moe_jax.core import registry
 from moe_jax.core.errors import ConfigError
 from moe_jax.moe import balancers as balancers_lib
 from moe_jax.moe import layer, pool
-from moe_jax.moe.balancers import bip, cv_squared
+from moe_jax.moe.balancers import bip, cv_squared, quantile
 from moe_jax.moe.routers import top_k as top_k_router
 from moe_jax.moe.types import Routing, Side, Stats, TokenChoice
 from tests import oracle
@@ -250,6 +250,22 @@ def test_device(of):
   check_gradient(balancer, stats, "prob_E", by_hand)
 
 
+@pytest.mark.parametrize("of", ["assignments", "tokens"])
+def test_device_where_m_devices_share_all(of):
+  """1 where devices are equal, and D/m."""
+  devices, size = 3, E // 3
+  balancer = load(
+    "device", coefficient=1.0, devices=devices, of=of, scope="group"
+  )
+  for m in (1, 2, 3):
+    used_E = (np.arange(E) < m * size) / (m * size)
+    prob_E = np.broadcast_to(used_E, (G, 1, E))
+    sent = np.broadcast_to((np.arange(devices) < m) * 6, (G, 1, devices))
+    stats = stats_of(observed={"sent": sent} if of == "tokens" else {})
+    stats = stats.replace(prob_E=prob_E * 12, count_E=(prob_E * 12).astype(int))
+    assert loss_of(balancer, stats) == pytest.approx(devices / m, rel=1e-9)
+
+
 def test_device_counts_a_token_once_for_a_device():
   routing, mask_T = routing_of(top_k=3)
   balancer = load(
@@ -401,7 +417,7 @@ def test_bias_that_multiplies():
 
 
 def quantile_by_hand(score_TE, bias_E, mask_T, top_k):
-  """The exact bias: cutoffs by sorting, and quantiles of all tokens."""
+  """The exact bias: cutoffs by sorting, and the two values around each quantile."""
   far = [[] for _ in range(E)]
   for t in np.flatnonzero(mask_T):
     cutoff = sorted(score_TE[t] + bias_E)[-(top_k + 1)]
@@ -409,12 +425,9 @@ def quantile_by_hand(score_TE, bias_E, mask_T, top_k):
       far[e].append(cutoff - score_TE[t, e])
   # K/E of the tokens lie below the quantile.
   at = len(far[0]) * top_k / E
-  whole, part = int(at), at - int(at)
-  quantile_E = []
-  for values in map(sorted, far):
-    low = values[whole - 1] if whole else values[0]
-    quantile_E.append(low + part * (values[whole] - low))
-  return np.array(quantile_E)
+  whole = int(at)
+  ends = [(v[max(whole - 1, 0)], v[whole]) for v in map(sorted, far)]
+  return np.array(ends).T
 
 
 @pytest.mark.parametrize("bins", [100, 1000])
@@ -442,13 +455,15 @@ def test_quantile_within_a_bin_of_the_exact_one(bins, tokens, width):
       observed = by_group(balancer.observe(state, routing, mask_T))
       stats = stats_of(observed=observed)
       state = balancer.update(state, stats, 0)
-      exact_E = quantile_by_hand(score_TE, before_E, mask_T, K)
+      lower_E, upper_E = quantile_by_hand(score_TE, before_E, mask_T, K)
       step = (2 * most + np.ptp(before_E)) / bins
-      # The exact one lies between two tokens, which may be in two bins.
-      gap = 12 * most / tokens
-      found_E = np.asarray(state["bias_E"])
-      error_E = found_E - (exact_E - exact_E.mean())
-      assert abs(error_E).max() <= 2 * step + gap
+      found_E = quantile.quantiles(
+        *(observed["far_EB"][0, 0], mask_T.sum() * K / E),
+        *(before_E.min() - most, before_E.max() + most),
+      )
+      assert (lower_E - step <= found_E).all()
+      assert (found_E <= upper_E + step).all()
+      np.testing.assert_allclose(found_E - found_E.mean(), state["bias_E"])
       counts = observed["far_EB"][0, 0]
       assert (counts.sum(1) == mask_T.sum()).all()
 

@@ -93,6 +93,11 @@ LAYERS = {
     "balancers": {"devices": {"name": "device", "devices": 2}},
     "top_k": 4,
   },
+  "hash": {
+    "router": {"name": "hash", "vocab_size": 257},
+    "balancers": {"z": {"name": "z_loss", "coefficient": 0.1}},
+  },
+  "random": {"router": {"name": "random"}},
   "forced": {"router": {"name": "forced", "exponent": 0.5}},
   "latent": {
     **{"router": {"name": "top_k"}, "d_latent": 6},
@@ -215,7 +220,7 @@ def test_they_train_on_a_mesh_as_without_one(name):
     assert a.dtype == float
     assert np.linalg.norm(a - b) > 1e-5 * np.linalg.norm(b)
   parts = {"router", "experts", *(["latent"] if name == "latent" else [])}
-  assert set(moe) == parts and path in model.sublayers
+  assert set(moe) | {"router"} == parts and path in model.sublayers
 
 
 @pytest.mark.parametrize("kind", tiers.only(["all_to_all"], exchange.KINDS))

@@ -381,16 +381,9 @@ def test_weights_and_their_gradients(name, options, by_hand):
     assert exact == pytest.approx(numeric, rel=1e-6, abs=1e-9), leaf
 
 
-def test_noisy_top_k():
-  """1701.06538, eq. 3 to 5 and 9: weights, and chances by their definition."""
-  router = registry.load("routers", "noisy_top_k", top_k=2)
-  params, x_TD, side = drawn(3)
-  params = of_router(router, params)
-  key = jax.random.key(5)
-  routing = routed(router, params, x_TD, side, rng=key)
-  with jax.enable_x64(True):
-    # The same draw as the router's: what is under test is what it is used for.
-    draw_TE = np.asarray(jax.random.normal(key, (T, E), jnp.float64))
+def noisy_by_hand(params, x_TD, draw_TE):
+  """1701.06538, eq. 3 to 5 and 9: weights, clean probabilities and chances."""
+  weight_TE, prob_TE, chance_TE = np.zeros((3, T, E))
   for t, x_D in enumerate(x_TD):
     clean = logits_by_hand(x_D, params["kernel"])
     size = [
@@ -399,19 +392,90 @@ def test_noisy_top_k():
     ]
     noisy = [z + n * s for z, n, s in zip(clean, draw_TE[t], size)]
     chosen = best_by_hand(noisy, 2)
-    assert routing.choice.expert_TK[t].tolist() == chosen
-    weights = softmax_by_hand([noisy[e] for e in chosen])
-    np.testing.assert_allclose(routing.choice.weight_TK[t], weights, rtol=1e-9)
-    np.testing.assert_allclose(
-      routing.prob_TE[t], softmax_by_hand(clean), rtol=1e-9
-    )
+    weight_TE[t, chosen] = softmax_by_hand([noisy[e] for e in chosen])
+    prob_TE[t] = softmax_by_hand(clean)
     for e in range(E):
       others = sorted((noisy[i] for i in range(E) if i != e), reverse=True)
       far = (clean[e] - others[1]) / size[e]
-      chance = (1 + math.erf(far / math.sqrt(2))) / 2
-      assert routing.chance_TE[t, e] == pytest.approx(chance, rel=1e-9)
-  # Without a key there is no noise.
-  quiet = routed(router, params, x_TD, side)
+      chance_TE[t, e] = (1 + math.erf(far / math.sqrt(2))) / 2
+  return weight_TE, prob_TE, chance_TE
+
+
+def fixed_noise_by_hand(params, x_TD, draw_TE):
+  """V-MoE's gates (2106.05974, A.2): noise of one size, here 0.5, for choosing."""
+  weight_TE, prob_TE, chance_TE = np.zeros((3, T, E))
+  for t, x_D in enumerate(x_TD):
+    clean = logits_by_hand(x_D, params["kernel"])
+    noisy = [z + 0.5 * n for z, n in zip(clean, draw_TE[t])]
+    chosen = best_by_hand(noisy, 2)
+    weight_TE[t, chosen] = np.array(softmax_by_hand(noisy))[chosen]
+    prob_TE[t] = softmax_by_hand(clean)
+    for e in range(E):
+      far = (clean[e] - min(noisy[i] for i in chosen)) / 0.5
+      chance_TE[t, e] = (1 + math.erf(far / math.sqrt(2))) / 2
+  return weight_TE, prob_TE, chance_TE
+
+
+@pytest.mark.parametrize(
+  "name,options,by_hand",
+  [
+    ("noisy_top_k", {}, noisy_by_hand),
+    ("top_k", {"noise": 0.5}, fixed_noise_by_hand),
+  ],
+)
+def test_noise_and_smooth_loads(name, options, by_hand):
+  """Weights, probabilities and chances, and the gradient of each of them."""
+  router = registry.load("routers", name, top_k=2, **options)
+  params, x_TD, _ = drawn(3)
+  params, key = of_router(router, params), jax.random.key(5)
+  rng = np.random.default_rng(6)
+
+  def all_of(params):
+    routing = router.route(
+      *(params, jnp.asarray(x_TD)),
+      num_experts=E,
+      select=lambda score_TE: score_TE,
+      side=Side(jnp.ones(T, bool)),
+      rng=key,
+    )
+    return dense(routing.choice), routing.prob_TE, routing.chance_TE
+
+  with jax.enable_x64(True):
+    # The same draw as the router's: what is under test is what it is used for.
+    own = key if name == "noisy_top_k" else jax.random.split(key, 3)[1]
+    draw_TE = np.asarray(jax.random.normal(own, (T, E), jnp.float64))
+    found = all_of(jax.tree.map(jnp.asarray, params))
+    for x, wanted in zip(found, by_hand(params, x_TD, draw_TE)):
+      np.testing.assert_allclose(x, wanted, rtol=1e-9, atol=1e-12)
+    for which in range(3):
+      factor_TE = rng.normal(size=(T, E))
+      gradients = jax.grad(lambda p: (all_of(p)[which] * factor_TE).sum())(  # noqa: B023
+        jax.tree.map(jnp.asarray, params)
+      )
+      leaves, tree = jax.tree.flatten(params)
+      towards = [rng.normal(size=x.shape) for x in leaves]
+      towards = [x / np.linalg.norm(x) for x in towards]
+      numeric = oracle.gradient_along(
+        lambda some: (
+          (
+            factor_TE  # noqa: B023
+            * by_hand(jax.tree.unflatten(tree, some), x_TD, draw_TE)[which]  # noqa: B023
+          ).sum()
+        ),
+        *(leaves, towards),
+        eps=1e-5,
+      )
+      exact = sum(
+        float((g * x).sum())
+        for g, x in zip(jax.tree.leaves(gradients), towards)
+      )
+      assert exact == pytest.approx(numeric, rel=1e-6), which
+
+
+def test_without_a_key_there_is_no_noise():
+  router = registry.load("routers", "noisy_top_k", top_k=2)
+  params, x_TD, side = drawn(3)
+  quiet = routed(router, of_router(router, params), x_TD, side)
   assert quiet.chance_TE is None
   assert (quiet.choice.expert_TK[:, 0] == quiet.logits_TE.argmax(1)).all()
 
@@ -440,6 +504,37 @@ def test_noise_kernel_learns_in_training():
   far = params | {"noise_kernel": jnp.full((D, E), -50.0)}
   gradients = jax.grad(value)(far, "chance")
   assert all(jnp.isfinite(g).all() for g in gradients.values())
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_a_router_in_bfloat16(cosine):
+  """It sees no more of its inputs than bfloat16 has, and neither do choices."""
+  rng = np.random.default_rng(8)
+  x_TD = jnp.asarray(rng.normal(size=(T, D)), jnp.float32)
+  params = {"kernel": jnp.asarray(rng.normal(size=(D, E)), jnp.float32)}
+  params["temperature"] = jnp.full((1,), 0.3)
+  rounded = lambda tree: jax.tree.map(  # noqa: E731
+    lambda x: x.astype(jnp.bfloat16).astype(x.dtype), tree
+  )
+
+  def logits_of(dtype, params, x_TD):
+    options = {"dtype": dtype, "cosine": cosine, "top_k": 2}
+    router = registry.load("routers", "top_k", **options)
+    routing = router.route(
+      *(of_router(router, params), x_TD),
+      num_experts=E,
+      select=lambda score_TE: score_TE,
+      side=Side(jnp.ones(T, bool)),
+      rng=None,
+    )
+    return np.float64(routing.logits_TE)
+
+  found_TE = logits_of("bfloat16", params, x_TD)
+  few = rounded(params), rounded(x_TD)
+  np.testing.assert_array_equal(found_TE, logits_of("bfloat16", *few))
+  exact_TE = logits_of("float32", *few)
+  np.testing.assert_array_equal(found_TE, rounded(jnp.float32(exact_TE)))
+  assert (exact_TE != logits_of("float32", params, x_TD)).any()
 
 
 def test_sinkhorn_balances_a_group():

@@ -18,10 +18,11 @@ from moe_jax.moe import linen
 from moe_jax.run import config as config_lib
 from moe_jax.run import run_directory
 from moe_jax.training import loop, program, traces
-from tests import small
+from tests import mesh_cases, small
 from tests.loop_test import Told
 
 STEPS = 4
+MESH = (2, 1, 2, 1)
 
 
 def settings(**changes):
@@ -114,23 +115,26 @@ def test_a_replayed_run_is_the_recorded_one(recorded, tmp_path):
   assert run(tmp_path / "again", settings(task=replay))[1] == lines
 
 
-def test_replayed_experts_are_forced(recorded, tmp_path):
-  """With other parameters the experts are those of the trace, and weights live."""
+def test_replayed_experts_are_forced(recorded, tmp_path, monkeypatch):
+  """With other parameters the experts are those of the trace, and weights live;
+  also on a mesh, and where layers are computed again for the gradient."""
   folder, made, _ = recorded
   trace = traces.load(folder / "trace" / "00000001.safetensors")
   replay = {"name": "next_token", "replay": str(folder / "trace")}
   hooks = {"trace": {"name": "trace", "every": 1}}
-  other = settings(
-    task=replay, train__hooks=hooks, model__norm_eps=0.1, train__num_steps=1
-  )
-  run(tmp_path / "other", other)
+  changes = dict(model__norm_eps=0.1, train__num_steps=1, train__hooks=hooks)
+  on_mesh = dict(model__remat="block", mesh=MESH, train__check_mesh=False)
+  other = settings(task=replay, **on_mesh, **changes)
+  with monkeypatch.context() as patch:
+    mesh = mesh_cases.make_mesh(MESH)
+    patch.setattr(program.parallel, "mesh_or_none", lambda *_: mesh)
+    run(tmp_path / "other", other)
   found = traces.load(tmp_path / "other" / "trace" / "00000001.safetensors")
   for layer in trace.layers:
     for name, same in (("expert", True), ("weight", False)):
       equal = found.arrays[f"{layer}/{name}"] == trace.arrays[f"{layer}/{name}"]
       assert equal.all() == same
-  plain = settings(train__hooks=hooks, model__norm_eps=0.1, train__num_steps=1)
-  run(tmp_path / "plain", plain)
+  run(tmp_path / "plain", settings(**changes))
   found = traces.load(tmp_path / "plain" / "trace" / "00000001.safetensors")
   assert any(
     (found.arrays[f"{x}/expert"] != trace.arrays[f"{x}/expert"]).any()
@@ -145,10 +149,11 @@ def test_a_replay_of_layers_with_other_numbers_of_experts():
   recipe = layer_lib.Recipe(4, router, dispatcher, experts_lib.build(8))
   module = linen.MoE(recipe)
   x_BLD = jax.random.normal(jax.random.key(0), (2, 3, 8))
-  variables = module.init(jax.random.key(1), x_BLD)
+  variables = jax.jit(module.init)(jax.random.key(1), x_BLD)
   replayed = np.full((2, 3, 2, 3), -1, np.int16)
   replayed[:, :, 1, :2] = 3, 0
   call = functools.partial(module.apply, variables, x_BLD, collect="routing")
+  call = jax.jit(call)
   _, _, kept = call(replayed=replayed, layer_index=1)
   chosen = np.asarray(kept["choice"].expert_TK).reshape(-1, 2)
   assert (chosen == [[3, 0]]).all()

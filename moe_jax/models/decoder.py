@@ -98,9 +98,11 @@ class Architecture:
           )
         values = given[feature] or math.inf
         if known is not None and values > known:
+          several = f"{values}" if given[feature] else "any number of them"
           raise ConfigError(
             f'the router of layers "{kind}" knows {known} values of the feature'
-            f' "{feature}", and this model has {values}; raise it, or set boundaries'
+            f' "{feature}", and this model has {several}; raise the router\'s'
+            " vocab_size or num_values, or set its boundaries"
           )
 
   @property

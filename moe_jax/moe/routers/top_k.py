@@ -206,6 +206,8 @@ def _jittered(x_TD, rng, jitter):
 
 def _logits(params, x_TD, precision, cosine, dtype):
   """The raw scores, without noise, in the dtype of the router."""
+  if dtype == "bfloat16":
+    x_TD, params = jax.tree.map(_rounded, (x_TD, params))
   if cosine:
     x_TD, kernel_DE = scores.unit(x_TD, -1), scores.unit(params["kernel"], 0)
     logits_TE = scores.logits({"kernel": kernel_DE}, x_TD, precision)
@@ -213,8 +215,6 @@ def _logits(params, x_TD, precision, cosine, dtype):
     if "kernel_bias" in params:
       logits_TE += params["kernel_bias"].astype(logits_TE.dtype)[None, :]
   else:
-    if dtype == "bfloat16":
-      x_TD, params = jax.tree.map(_rounded, (x_TD, params))
     logits_TE = scores.logits(params, x_TD, precision)
   return logits_TE.astype(jnp.bfloat16) if dtype == "bfloat16" else logits_TE
 

@@ -71,7 +71,7 @@ class Block(nn.Module):
     position_BL = jnp.tile(jnp.arange(length)[None], (batch, 1))
     y_BLD, stats, _ = moe(
       h_BLD,
-      features={"position": position_BL},
+      features={"position": position_BL, "token_id": position_BL},
       rng=rng,
       first=first,
       layer_index=index,
