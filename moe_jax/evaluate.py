@@ -18,6 +18,8 @@ def main(argv=None) -> int:
 
   loaded = trained.load(args, dropless=args.dropless)
   settings, corpus = _settings(args, loaded), _text(args, loaded)
+  if args.trace:
+    command.check_writable(args.trace)
   trace = args.trace and traces.Writer(loaded.model, corpus.domains)
   task, sums = next_token.on_corpus(loaded, corpus, trace=trace, **settings)
   scored = sum(int(part["loss"].weight) for part in sums.values())
@@ -37,7 +39,7 @@ def main(argv=None) -> int:
       for e, share in enumerate(share_E)
     ]
   if trace:
-    trace.save(args.trace)
+    trace.save(args.trace, loaded.step)
     print(f"The experts of every token are in {args.trace}.")
   if args.json:
     command.write_json(args.json, {"metrics": values, "shares": rows})

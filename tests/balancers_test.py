@@ -432,7 +432,7 @@ def quantile_by_hand(score_TE, bias_E, mask_T, top_k):
 
 @pytest.mark.parametrize("bins", [100, 1000])
 @pytest.mark.parametrize(
-  "tokens,width", [(200, None), (5000, None), (5000, 3.0)]
+  "tokens,width", [(200, None), (5000, None), (5000, 2.0)]
 )
 def test_quantile_within_a_bin_of_the_exact_one(bins, tokens, width):
   """Scores are between 0 and 1, or `width` from 0 at most."""
@@ -636,6 +636,21 @@ def check(balancers, router, **options):
       "noise",
     ),
     ({"name": "l1", "experts": 2.0}, {"name": "top_k"}, "above 0"),
+    (
+      {"name": "bias", "rate": 0.1, "form": "multiply"},
+      {"name": "top_k", "score_before_top_k": False},
+      "between 0 and 1",
+    ),
+    (
+      {"name": "quantile"},
+      {"name": "top_k", "num_expert_groups": 2},
+      "not inside of groups",
+    ),
+    (
+      {"name": "cv_squared", "of": "load", "coefficient": 0.1},
+      {"name": "top_k", "noise": 0.1, "num_expert_groups": 2},
+      "noise",
+    ),
     ({"name": "quantile"}, {"name": "expert_choice"}, "can shift"),
     (
       {"name": "device", "coefficient": 0.1, "devices": 2, "of": "tokens"}
@@ -688,6 +703,22 @@ def test_two_balancers_that_shift_scores_are_refused():
     check(both, "top_k", score="sigmoid")
 
 
+def test_smooth_loads_are_of_scores_that_nobody_shifts():
+  """Chances do not know of the shift, so that they are not those of the choice."""
+  both = {
+    "a": load("cv_squared", of="load", coefficient=0.1),
+    "b": load("bias", rate=1e-3),
+  }
+  with pytest.raises(ConfigError, match=r"balancers\.a has .*balancers\.b, "):
+    check(both, "top_k", noise=0.1)
+
+
+@pytest.mark.parametrize("bins,width", [(19, None), (100, 3.0)])
+def test_bins_that_are_too_coarse(bins, width):
+  with pytest.raises(ConfigError, match=f"bins = {bins} .* raise bins"):
+    load("quantile", bins=bins, width=width)
+
+
 @pytest.mark.parametrize(
   "name,options",
   [("adaptive", {"target": 0.1}), ("l1", {"experts": 2.0})],
@@ -695,7 +726,7 @@ def test_two_balancers_that_shift_scores_are_refused():
 def test_a_coefficient_begins_between_its_ends(name, options):
   balancer = load(name, **options, lowest=2.0, start=9.0, highest=3.0)
   assert balancer.init(E)["coefficient"] == 3
-  with pytest.raises(ConfigError, match="lowest = 2 is above its highest = 1"):
+  with pytest.raises(ConfigError, match="lowest = 2 is above highest = 1"):
     load(name, **options, lowest=2.0, highest=1.0)
 
 

@@ -95,7 +95,7 @@ ON_THE_MESH = ["--config=configs/tiny.py", "--config.mesh=(8,1,1,1)"]
     (
       ["model.moe.router={'name': 'by_feature', 'feature': 'position'}"]
       + ["model.moe.router.num_values=2"],
-      ['"position"', "this model has inf", "boundaries"],
+      ['"position"', "has any number of them", "boundaries"],
     ),
     (
       ["model.moe.router={'name': 'top_p', 'threshold': 0.5, 'average': 3.0}"],

@@ -683,6 +683,13 @@ def test_options_that_do_not_fit(name, options, words):
     router.init(jax.random.key(0), D, E)
 
 
+def test_equal_weights_have_no_scores():
+  options = {"top_k": 1, "vocab_size": V, "weights": "equal"}
+  for more in ({"renormalize": True}, {"score": "sigmoid"}):
+    with pytest.raises(ConfigError, match='"equal" has no scores'):
+      registry.load("routers", "hash", **options, **more)
+
+
 def test_groups_that_are_too_small_for_tiles():
   router = registry.load("routers", "tile_rounded", top_k=1, tile=16)
   params, x_TD, side = drawn(0)

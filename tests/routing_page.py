@@ -164,7 +164,7 @@ def balancers():
       f"`{k}` [{', '.join('E' if n == SIZES['E'] else str(n) for n in x.shape)}]"
       for k, x in state.items()
     ]
-    needs = set(balancer.needs)
+    needs = balancer.needs | ({"selection"} if balancer.select else set())
     rows.append(
       (
         *(f"`{name}`", head, rule, " and ".join(acts)),

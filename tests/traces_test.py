@@ -378,6 +378,7 @@ def test_evaluate_and_report(recorded, tmp_path, monkeypatch, capsys):
       [f"--checkpoint={checkpoint}", f"--trace={files[-1]}"]
     )
   capsys.readouterr()
+  assert [traces.load(file).step for file in files] == [2, 4]
   trace = traces.load(files[1])
   assert trace.domains == ("a", "b") and {*trace.arrays["domain"]} == {0, 1}
   for layer, sizes in trace.layers.items():

@@ -96,7 +96,10 @@ def from_config(kind: str, section, key: str, *, plugins=(), **more):
     ConfigError: as `load`; or the section is not a dict with a name.
   """
   made_of = spec(kind, section, key, plugins=plugins, **more)
-  return _build(*made_of[:3], **made_of.options)
+  try:
+    return _build(*made_of[:3], **made_of.options)
+  except ConfigError as e:
+    raise ConfigError(f"{key}: {e}") from e
 
 
 def spec(kind: str, section, key: str, *, plugins=(), **more) -> Spec:

@@ -91,7 +91,7 @@ class Grouping(NamedTuple):
       )
     top_k = recipe.router.top_k or num_experts
     rounding = self.capacity_rounding, self.capacity_multiple, self.min_capacity
-    mean_k = recipe.router.average_k or top_k
+    mean_k = recipe.experts_per_token
     bound = capacity(factor, tokens, mean_k, buckets, *rounding)
     # No more than a group can send to a bucket.
     most = dispatchers.most_rows(tokens, top_k, num_experts // buckets, None)

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.types import Array
+from moe_jax.core.errors import ConfigError
+from moe_jax.moe.types import Array, TokenChoice
 
 
 def _log_softplus(logits):
@@ -61,6 +62,23 @@ def logits(
   if "kernel_bias" in params:
     logits_TE += params["kernel_bias"].astype(x_TD.dtype)[None, :]
   return logits_TE
+
+
+def refuse_constant(
+  top_k: int, constant: bool, remedy: str = "set renormalize = False"
+) -> None:
+  """Raises ConfigError for weights that are always 1, in which nothing is learnt."""
+  if top_k == 1 and constant:
+    raise ConfigError(
+      "with top_k = 1 a weight over the sum of a token's weights is always 1, so"
+      f" the router would learn nothing from the task; {remedy}"
+    )
+
+
+def choice(expert_TK: Array, weight_TK: Array, mask_T: Array) -> TokenChoice:
+  """The choice in which every token that is no padding has all its experts."""
+  valid_TK = jnp.broadcast_to(mask_T[:, None], expert_TK.shape)
+  return TokenChoice(expert_TK, weight_TK, valid_TK)
 
 
 def unit(x: Array, axis: int) -> Array:

@@ -224,12 +224,14 @@ FACTS = {
   "thresholds": "a threshold for each expert",
   "loads": "loads that can be uneven",
   "fixed": "a fixed number of experts for each token",
+  "ungrouped": "a choice among all experts, not inside of groups of them",
   "networks": "a pool without cheap experts",
 }
 
 
 GIVEN = frozenset(
   {"selection", "token_choice", "prob_TE", "logits_TE", "kernel", "loads"}
+  | {"ungrouped"}
 )
 
 

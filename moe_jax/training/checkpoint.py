@@ -197,12 +197,20 @@ def load_params(path: str | os.PathLike) -> dict:
 def load_variables(path: str | os.PathLike, ema: bool = False) -> dict:
   """`load_params` with the selection biases, if there are any.
 
-  Args:
-    path: as in `load_params`.
-    ema: the moving average of the parameters in their place.
+  Args, errors: as of `load_step`.
 
   Returns:
     {"params": ..., "balance": ...}: what `model.apply` takes.
+  """
+  return load_step(path, ema)[1]
+
+
+def load_step(path: str | os.PathLike, ema: bool = False) -> tuple[int, dict]:
+  """(the step of a checkpoint, its `load_variables`).
+
+  Args:
+    path: as in `load_params`.
+    ema: the moving average of the parameters in their place.
 
   Raises:
     ConfigError: there is no checkpoint that can be read, or no average in it.
@@ -211,7 +219,7 @@ def load_variables(path: str | os.PathLike, ema: bool = False) -> dict:
   params = "ema" if ema else "params"
   names = params, "balance"
   folders = _folders(pathlib.Path(path).absolute())
-  _, variables, _ = _newest_whole(
+  damaged, variables, _ = _newest_whole(
     folders, lambda folder: _read_arrays(folder, names), parts=names
   )
   if params not in variables:
@@ -219,7 +227,8 @@ def load_variables(path: str | os.PathLike, ema: bool = False) -> dict:
       f"the checkpoint in {path} has no moving average of its parameters, as"
       " its run has train.ema = None; leave --ema out"
     )
-  return variables | {"params": variables.pop(params)}
+  step = int(folders[len(damaged)].name)
+  return step, variables | {"params": variables.pop(params)}
 
 
 def _read_arrays(folder, names):

@@ -27,6 +27,7 @@ from moe_jax.core.errors import ConfigError, first_line
 from moe_jax.moe.types import TokenChoice
 
 HEADER = "moe_jax_trace"
+_MOST = 2**24 - 1  # Analyses count tokens in arrays of this length.
 OF_LAYER = ("expert", "weight", "score")
 
 
@@ -172,8 +173,9 @@ def load(path: str | pathlib.Path) -> Trace:
     *(OSError, library.SafetensorError),
     *(AttributeError, KeyError, ValueError, TypeError),
   ) as e:
+    why = "a folder" if pathlib.Path(path).is_dir() else first_line(e)
     raise ConfigError(
-      f"{path} is no router trace ({first_line(e)}); make one with"
+      f"{path} is no router trace ({why}); make one with"
       " python -m moe_jax.evaluate --trace=FILE, or the hook trace"
     ) from None
 
@@ -185,9 +187,9 @@ def _check_arrays(trace):
     raise ValueError(f"{len(trace.layers)} layers and tokens of shape {rows}")
   # Shape, kind of numbers, and the ends of their range.
   wanted = {
-    "token": (rows, "i", 0, np.inf),
+    "token": (rows, "i", 0, _MOST),
     "mask": (rows, "b", 0, 1),
-    "domain": (rows[:1], "i", 0, np.inf),
+    "domain": (rows[:1], "i", 0, (len(trace.domains) or _MOST) - 1),
   }
   for layer, sizes in trace.layers.items():
     shape = (*rows, sizes["top_k"])

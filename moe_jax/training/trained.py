@@ -17,6 +17,7 @@ class Trained(NamedTuple):
   ends: tokens that end a text, the first of which stands for the end of a
     document.
   config: of the run; None for published weights.
+  step: of the run's checkpoint.
   """
 
   model: Any
@@ -24,6 +25,7 @@ class Trained(NamedTuple):
   tokenizer: tokenizers.Tokenizer
   ends: tuple[int, ...]
   config: Any = None
+  step: int = 0
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -134,10 +136,11 @@ def of_run(
   tokenizer = tokenizer._replace(prompt=tokenizer.encode, begin=())
   plugins = config.plugins
   model = models.build(section, mesh=mesh, plugins=plugins, **task.given)
-  variables = checkpoint.load_variables(folder, ema)
+  step, variables = checkpoint.load_step(folder, ema)
   if mesh is not None:
     variables = jax.device_put(variables, models.shardings(model))
-  return Trained(model, variables, tokenizer, (tokenizer.end,), config=config)
+  ends = (tokenizer.end,)
+  return Trained(model, variables, tokenizer, ends, config, step)
 
 
 def published(path: str, dtype: str = "float32", mesh=None) -> Trained:

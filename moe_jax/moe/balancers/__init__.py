@@ -38,6 +38,13 @@ def check(recipe, place: str = "moe") -> None:
       f"{place}.balancers {' and '.join(shifting)} both shift the scores that choose,"
       " and each moves as if it were alone; keep one of them"
     )
+  smooth = [k for k, b in recipe.balancers if "chance_TE" in b.needs]
+  if smooth and shifting:
+    raise ConfigError(
+      f"{place}.balancers.{smooth[0]} has the chances of experts without the shifts"
+      f" of {place}.balancers.{shifting[0]}, which are not those of the choice; keep"
+      " one of them"
+    )
   given = frozenset().union(*(b.gives for _, b in recipe.balancers))
   for fact in sorted(router.needs - given):
     raise ConfigError(

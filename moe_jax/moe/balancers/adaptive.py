@@ -65,8 +65,7 @@ def first(start, lowest, highest):
   known = all(isinstance(x, int | float) for x in (lowest, highest))
   if known and lowest > highest:  # In a step they are arrays, checked before.
     raise ConfigError(
-      f"the coefficient's lowest = {lowest:g} is above its highest = {highest:g};"
-      " exchange them"
+      f"lowest = {lowest:g} is above highest = {highest:g}; exchange them"
     )
 
   def init(num_experts):

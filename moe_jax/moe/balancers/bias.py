@@ -87,7 +87,11 @@ def build(
     bias_1E = state["bias_E"].astype(score_TE.dtype)[None, :]
     return FORMS[form](score_TE, bias_1E)
 
-  return Balancer(init=init, select=select, update=update, targets=share_E)
+  # A factor above 1 moves a score below 0 the wrong way.
+  needs = frozenset({"score_range"} if form == "multiply" else ())
+  return Balancer(
+    init=init, select=select, update=update, targets=share_E, needs=needs
+  )
 
 
 def _shares(targets):
@@ -102,14 +106,11 @@ def _check(rule, gain, damping, share_E):
   used = [x for x in (gain, damping) if not isinstance(x, jax.Array) and x]
   if used and rule != "pid":
     raise ConfigError(
-      f'balancers/bias: gain and damping are of rule = "pid", not "{rule}"; set'
-      " both to 0"
+      f'gain and damping are of rule = "pid", not "{rule}"; set both to 0'
     )
   total = 1 if share_E is None else sum(share_E)
   if abs(total - 1) > 1e-6:
-    raise ConfigError(
-      f"balancers/bias: the shares in targets add up to {total:g}, not 1"
-    )
+    raise ConfigError(f"the shares in targets add up to {total:g}, not 1")
 
 
 def _error(count_E, share_E, dtype):

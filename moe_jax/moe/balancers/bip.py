@@ -41,7 +41,7 @@ def build(top_k: integer(1), sweeps: integer(1) = 4) -> Balancer:
     return score_TE - price_E[None, :]
 
   # Prices are 0 or more, and so scores have to be.
-  needs = frozenset({"score_range"})
+  needs = frozenset({"score_range", "ungrouped"})
   per_token = lambda num_experts: top_k  # noqa: E731
   return Balancer(select=select, causal=False, per_token=per_token, needs=needs)
 

@@ -38,9 +38,7 @@ def build(
     whole groups and no smaller ones.
   """
   if of == "load" and scope == "sequence":
-    raise ConfigError(
-      'balancers/cv_squared: of = "load" knows no scope "sequence"; use "group"'
-    )
+    raise ConfigError('of = "load" knows no scope "sequence"; use "group"')
 
   def observe(state, routing, mask_T):
     del state

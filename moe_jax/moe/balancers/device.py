@@ -42,14 +42,12 @@ def build(
     of whole groups and no smaller ones.
   """
   if of == "tokens" and scope == "sequence":
-    raise ConfigError(
-      'balancers/device: of = "tokens" knows no scope "sequence"; use "group"'
-    )
+    raise ConfigError('of = "tokens" knows no scope "sequence"; use "group"')
 
   def init(num_experts):
     if num_experts % devices:
       raise ConfigError(
-        f"balancers/device: devices = {devices} does not divide num_experts ="
+        f"devices = {devices} of the balancer device does not divide num_experts ="
         f" {num_experts}"
       )
     return {}

@@ -30,7 +30,7 @@ from moe_jax.moe.types import Balancer, Routing
 
 def build(
   decay: number(0, below=1) = 0.0,
-  bins: integer(2) = 1000,
+  bins: integer(2, 100_000) = 1000,
   width: optional(number(1)) = None,
 ) -> Balancer:
   """Args:
@@ -40,6 +40,11 @@ def build(
     lies outside of the bins is counted in the last ones.
   """
   reach = 1.0 if width is None else 2 * width  # Of a score less another.
+  if isinstance(reach, int | float) and 2 * reach / bins > 0.1:
+    raise ConfigError(
+      f"bins = {bins} for scores that differ by up to {reach:g} are wider than 0.1,"
+      " which is too coarse to balance; raise bins, or lower width"
+    )
 
   def init(num_experts):
     return {"bias_E": jnp.zeros(num_experts)}
@@ -69,7 +74,7 @@ def build(
     del mask_T
     return score_TE + state["bias_E"].astype(score_TE.dtype)[None, :]
 
-  needs = {"token_choice", "fixed"} | (
+  needs = {"token_choice", "fixed", "ungrouped"} | (
     {"score_range"} if width is None else set()
   )
   return Balancer(

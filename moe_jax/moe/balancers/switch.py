@@ -44,7 +44,7 @@ def build(
   """
   if scope == "global_batch" and count == "first":
     raise ConfigError(
-      'balancers/switch: scope = "global_batch" counts all choices; set count ='
+      'scope = "global_batch" counts all choices; set count ='
       ' "all", or another scope'
     )
 

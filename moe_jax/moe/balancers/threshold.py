@@ -24,7 +24,7 @@ CONTRACT_OPTIONS = {"share": 0.25}
 def build(
   share: number(above=0, below=1),
   decay: number(0, below=1) = 0.9,
-  bins: integer(2) = 1000,
+  bins: integer(10, 100_000) = 1000,
 ) -> Balancer:
   """Args:
   share: of the tokens that an expert is to get, K/E.

@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import integer, items, number, optional, text
 from moe_jax.moe import scores
-from moe_jax.moe.types import GIVEN, Router, Routing, TokenChoice
+from moe_jax.moe.types import GIVEN, Router, Routing
 
 CONTRACT_OPTIONS = {
   "top_k": 2,
@@ -59,11 +59,7 @@ def build(
         f"the router by_feature needs num_experts = {num_experts} in {num_values}"
         f" equal blocks of top_k = {top_k} experts or more"
       )
-    if renormalize and top_k == 1 and size > 1:
-      raise ConfigError(
-        "with top_k = 1 a weight over the sum of a token's weights is always 1, so"
-        " the router would learn nothing; set renormalize = False"
-      )
+    scores.refuse_constant(top_k, renormalize and size > 1)
     return scores.linear(rng, d_model, num_experts)
 
   def route(params, x_TD, *, num_experts, select, side, rng):
@@ -79,11 +75,7 @@ def build(
     expert_TK = scores.choose(selection_TE, inside_TE, saturated_TE, top_k)
     expert_TK = checkpoint_name(expert_TK, "expert")
     weights_TK = scores.weigh(expert_TK, logits_TE, prob_TE, "softmax")
-    choice = TokenChoice(
-      expert_TK,
-      weights_TK[renormalize],
-      jnp.broadcast_to(side.mask_T[:, None], expert_TK.shape),
-    )
+    choice = scores.choice(expert_TK, weights_TK[renormalize], side.mask_T)
     return Routing(choice, prob_TE)
 
   return Router(

@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.core.options import integer, number
 from moe_jax.moe import scores
-from moe_jax.moe.types import GIVEN, Router, Routing, TokenChoice
+from moe_jax.moe.types import GIVEN, Router, Routing
 
 CONTRACT_EXCEPTIONS = {
   "expert_symmetry": "chooses by number of expert",
@@ -42,11 +42,8 @@ def build(top_k: integer(1), exponent: number(0, high=30) = 0.0) -> Router:
     prob_TE = jax.nn.softmax(logits_TE)
     expert_TK = jnp.asarray(table(len(x_TD), num_experts, top_k, exponent))
     expert_TK = checkpoint_name(expert_TK, "expert")
-    choice = TokenChoice(
-      expert_TK,
-      jnp.take_along_axis(prob_TE, expert_TK, axis=-1),
-      jnp.broadcast_to(side.mask_T[:, None], expert_TK.shape),
-    )
+    weight_TK = jnp.take_along_axis(prob_TE, expert_TK, axis=-1)
+    choice = scores.choice(expert_TK, weight_TK, side.mask_T)
     return Routing(choice, prob_TE, logits_TE)
 
   return Router(

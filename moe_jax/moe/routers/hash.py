@@ -27,7 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.core.errors import ConfigError, first_line
 from moe_jax.core.options import integer, number, optional, text, word
 from moe_jax.moe import scores
-from moe_jax.moe.types import GIVEN, Router, Routing, TokenChoice
+from moe_jax.moe.types import GIVEN, Router, Routing
 
 CONTRACT_OPTIONS = {"top_k": 2, "vocab_size": 1000}
 CONTRACT_EXCEPTIONS = {"expert_symmetry": "the table has numbers of experts"}
@@ -52,10 +52,12 @@ def build(
   counts: path of a .npy file with how often each id is seen; None: drawn.
   """
   learnt = weights == "score"
-  if learnt and renormalize and top_k == 1:
+  remedy = 'set renormalize = False, or weights = "equal"'
+  scores.refuse_constant(top_k, learnt and renormalize, remedy)
+  if not learnt and (renormalize or score != "softmax"):
     raise ConfigError(
-      "with top_k = 1 a weight over the sum of a token's weights is always 1, so"
-      ' the router would learn nothing; set renormalize = False, or weights = "equal"'
+      'the router hash with weights = "equal" has no scores; leave score and'
+      ' renormalize out, or set weights = "score"'
     )
   count_V = None if counts is None else read_counts(counts, vocab_size)
 
@@ -73,21 +75,24 @@ def build(
     table_VK = jnp.asarray(table(num_experts))
     expert_TK = table_VK[_token_ids(side) % vocab_size]
     expert_TK = checkpoint_name(expert_TK, "expert")
-    valid_TK = jnp.broadcast_to(side.mask_T[:, None], expert_TK.shape)
     if not learnt:
       dtype = jnp.promote_types(x_TD.dtype, jnp.float32)
       weight_TK = jnp.full(expert_TK.shape, scale / top_k, dtype)
       prob_TE = jax.nn.one_hot(expert_TK, num_experts, dtype=dtype).mean(1)
-      return Routing(TokenChoice(expert_TK, weight_TK, valid_TK), prob_TE)
+      choice = scores.choice(expert_TK, weight_TK, side.mask_T)
+      return Routing(choice, prob_TE)
     logits_TE = scores.logits(params, x_TD)
     score_TE = scores.SCORES[score](logits_TE)
     weights_TK = scores.weigh(expert_TK, logits_TE, score_TE, score)
-    choice = TokenChoice(expert_TK, weights_TK[renormalize] * scale, valid_TK)
+    weight_TK = weights_TK[renormalize] * scale
+    choice = scores.choice(expert_TK, weight_TK, side.mask_T)
     prob_TE = scores.probabilities(logits_TE, score)
     return Routing(choice, prob_TE, logits_TE)
 
   axes = scores.LINEAR_AXES if learnt else {}
-  gives = GIVEN - {"selection"} if learnt else frozenset({"token_choice"})
+  gives = (
+    GIVEN - {"selection"} if learnt else frozenset({"token_choice", "loads"})
+  )
   about = {"features": {"token_id": vocab_size}, "gives": gives}
   return Router(init, axes, route, causal=True, top_k=top_k, **about)
 

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import integer
 from moe_jax.moe import scores
-from moe_jax.moe.types import GIVEN, Router, Routing, TokenChoice
+from moe_jax.moe.types import GIVEN, Router, Routing
 
 CONTRACT_OPTIONS = {"top_k": 2, "num_groups": 3, "top_groups": 2}
 CONTRACT_EXCEPTIONS = {"expert_symmetry": "experts have groups"}
@@ -40,11 +40,7 @@ def build(
       f"the router hierarchical needs top_groups = {top_groups} to divide top_k ="
       f" {top_k}"
     )
-  if renormalize and top_k == 1:
-    raise ConfigError(
-      "with top_k = 1 a weight over the sum of a token's weights is always 1, so"
-      " the router would learn nothing; set renormalize = False"
-    )
+  scores.refuse_constant(top_k, renormalize)
   inside = top_k // top_groups
 
   def init(rng, d_model, num_experts):
@@ -69,11 +65,8 @@ def build(
     expert_TK = choose(logits_TM, by_group, log_TE, top_groups, inside)
     expert_TK = checkpoint_name(expert_TK, "expert")
     log_TK = jnp.take_along_axis(log_TE, expert_TK, axis=-1)
-    choice = TokenChoice(
-      expert_TK,
-      jax.nn.softmax(log_TK) if renormalize else jnp.exp(log_TK),
-      jnp.broadcast_to(side.mask_T[:, None], expert_TK.shape),
-    )
+    weight_TK = jax.nn.softmax(log_TK) if renormalize else jnp.exp(log_TK)
+    choice = scores.choice(expert_TK, weight_TK, side.mask_T)
     return Routing(choice, jnp.exp(log_TE))
 
   axes = scores.LINEAR_AXES | {"groups": ("embed", None)}

@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import integer
 from moe_jax.moe import scores
-from moe_jax.moe.types import GIVEN, Router, Routing, TokenChoice
+from moe_jax.moe.types import GIVEN, Router, Routing
 
 LEAST_NOISE = 0.01
 CONTRACT_OPTIONS = {"top_k": 2}
@@ -43,8 +43,7 @@ def build(top_k: integer(2)) -> Router:
 
   def route(params, x_TD, *, num_experts, select, side, rng):
     del num_experts
-    logits_TE, noisy_TE, size_TE = scores.logits(params, x_TD), None, None
-    noisy_TE = logits_TE
+    noisy_TE = logits_TE = scores.logits(params, x_TD)
     if rng is not None:
       wide_TE = scores.logits({"kernel": params["noise_kernel"]}, x_TD)
       size_TE = LEAST_NOISE + jax.nn.softplus(wide_TE)
@@ -54,11 +53,7 @@ def build(top_k: integer(2)) -> Router:
     expert_TK = scores.choose(selection_TE, noisy_TE, None, top_k)
     expert_TK = checkpoint_name(expert_TK, "expert")
     chosen_TK = jnp.take_along_axis(noisy_TE, expert_TK, axis=-1)
-    choice = TokenChoice(
-      expert_TK,
-      jax.nn.softmax(chosen_TK),
-      jnp.broadcast_to(side.mask_T[:, None], expert_TK.shape),
-    )
+    choice = scores.choice(expert_TK, jax.nn.softmax(chosen_TK), side.mask_T)
     chance_TE = None
     if rng is not None:
       chance_TE = chances(logits_TE, noisy_TE, size_TE, top_k)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.core.options import integer
-from moe_jax.moe.types import Router, Routing, TokenChoice
+from moe_jax.moe import scores
+from moe_jax.moe.types import Router, Routing
 
 CONTRACT_EXCEPTIONS = {
   "gradient": "has no parameters at all",
@@ -33,11 +34,8 @@ def build(top_k: integer(1)) -> Router:
     rng = jax.random.key(0) if rng is None else rng
     _, expert_TK = jax.lax.top_k(jax.random.uniform(rng, shape), top_k)
     expert_TK = checkpoint_name(expert_TK, "expert")
-    choice = TokenChoice(
-      expert_TK=expert_TK,
-      weight_TK=jnp.full(expert_TK.shape, 1 / top_k, dtype),
-      valid_TK=jnp.broadcast_to(side.mask_T[:, None], expert_TK.shape),
-    )
+    weight_TK = jnp.full(expert_TK.shape, 1 / top_k, dtype)
+    choice = scores.choice(expert_TK, weight_TK, side.mask_T)
     return Routing(choice, prob_TE=jnp.full(shape, 1 / num_experts, dtype))
 
   init = lambda rng, d_model, num_experts: {}  # noqa: E731

@@ -19,10 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import integer, word
 from moe_jax.moe import scores
-from moe_jax.moe.types import GIVEN, Router, Routing, TokenChoice
+from moe_jax.moe.types import GIVEN, Router, Routing
 
 CONTRACT_OPTIONS = {"top_k": 2, "at_evaluation": True}
 
@@ -41,11 +40,7 @@ def build(
   renormalize: divide the weights by their sum.
   at_evaluation: whether the plan chooses without a key too.
   """
-  if top_k == 1 and renormalize:
-    raise ConfigError(
-      "with top_k = 1 a weight over the sum of a token's weights is always 1, so"
-      " the router would learn nothing from the task; set renormalize = False"
-    )
+  scores.refuse_constant(top_k, renormalize)
 
   def route(params, x_TD, *, num_experts, select, side, rng):
     del num_experts, select  # The plan is the selection.
@@ -58,11 +53,7 @@ def build(
     weights_TK = scores.weigh(
       expert_TK, logits_TE, scores.SCORES[score](logits_TE), score
     )
-    choice = TokenChoice(
-      expert_TK,
-      weights_TK[renormalize],
-      jnp.broadcast_to(side.mask_T[:, None], expert_TK.shape),
-    )
+    choice = scores.choice(expert_TK, weights_TK[renormalize], side.mask_T)
     return Routing(choice, jax.nn.softmax(logits_TE), logits_TE)
 
   return Router(

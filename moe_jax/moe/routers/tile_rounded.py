@@ -34,12 +34,7 @@ def build(
   tile: rows of a kernel's tile.
   renormalize: divide the weights by their sum.
   """
-
-  if renormalize and top_k == 1:
-    raise ConfigError(
-      "the router tile_rounded with renormalize and top_k = 1 gives weights of 1, and"
-      " the router would learn nothing; set renormalize = False"
-    )
+  scores.refuse_constant(top_k, renormalize)
 
   def init(rng, d_model, num_experts):
     if 2 * top_k > num_experts:

@@ -113,7 +113,8 @@ def build(
 
   axes = dict.fromkeys(_vectors(1, use_bias, cosine, expert_scale), (None,))
   axes |= scores.LINEAR_AXES
-  gives = _gives(noise, score_before_top_k and score)
+  grouped = top_expert_groups < num_expert_groups
+  gives = _gives(noise, score_before_top_k and score, grouped)
   causal = priority == "none"
   replays = second_expert == "all"  # Unused second experts are in no trace.
   return Router(init, axes, route, causal, top_k, gives=gives, replays=replays)
@@ -152,8 +153,10 @@ def _with_chances(routing, noisy_TE, noise):
   return routing.replace(chance_TE=chances(*args, noise))
 
 
-def _gives(noise, score):
+def _gives(noise, score, grouped):
   """What balancers can rely on; the score is the one that chooses, if any."""
+  if grouped:  # Neither quantiles nor smooth loads know of groups.
+    return _gives(0, score, False) - {"ungrouped"}
   chance = {"chance_TE"} if noise else set()
   in_range = {"score_range"} if score in ("softmax", "sigmoid") else set()
   return GIVEN | chance | in_range
@@ -161,13 +164,11 @@ def _gives(noise, score):
 
 def _check(top_k, constant, second_expert, num_groups, top_groups):
   """Raises ConfigError for options that do not fit together."""
-  if top_k == 1 and constant:
-    raise ConfigError(
-      "with top_k = 1 a weight over the sum of a token's weights is always 1, so"
-      " the router would learn nothing from the task; set renormalize = False,"
-      " and for softmax score_before_top_k = True, or allow_constant_weight ="
-      " True"
-    )
+  remedy = (
+    "set renormalize = False, and for softmax score_before_top_k = True, or"
+  )
+  remedy += " allow_constant_weight = True"
+  scores.refuse_constant(top_k, constant, remedy)
   if second_expert == "random" and top_k != 2:
     raise ConfigError(
       f'second_expert="random" needs top_k = 2, not {top_k};'

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import integer, number, optional
 from moe_jax.moe import scores
 from moe_jax.moe.types import GIVEN, Router, Routing, TokenChoice
@@ -34,12 +33,7 @@ def build(
   renormalize: divide the chosen weights by their sum.
   average: experts of a token that are counted as active; None: K.
   """
-
-  if renormalize and top_k == 1:
-    raise ConfigError(
-      "the router top_p with renormalize and top_k = 1 gives every weight 1, and"
-      " the router would learn nothing; set renormalize = False"
-    )
+  scores.refuse_constant(top_k, renormalize)
 
   def route(params, x_TD, *, num_experts, select, side, rng):
     del num_experts, select, rng  # The probabilities are the choice.
