@@ -97,7 +97,7 @@ FAULTS = (
     "moe_jax/moe/routers/noisy_top_k.py",
     "rival_TE = jnp.where(noisy_TE >= inside, outside, inside)",
     "rival_TE = jnp.where(noisy_TE >= inside, inside, inside)",
-    "routers_test.py::test_noisy_top_k",
+    "routers_test.py::test_noise_and_smooth_loads[noisy_top_k-options0-noisy_by_hand]",
   ),
   Fault(
     "padding takes capacity in expert choice",
@@ -377,6 +377,41 @@ FAULTS = (
     STEP,
   ),
   Fault(
+    "the balance loss has no gradient",
+    "moe_jax/moe/plans.py",
+    "  prob_GTE = routing.prob_TE\n",
+    "  prob_GTE = jax.lax.stop_gradient(routing.prob_TE)\n",
+    "combinations_test.py::test_a_loss_moves_the_router[switch]",
+  ),
+  Fault(
+    "the balance loss is of the last layer alone",
+    "moe_jax/training/balancing.py",
+    "        total += losses_R.value().sum()",
+    "        total += losses_R.value()[-1:].sum()",
+    "parallel_test.py::test_balance_of_a_step",
+  ),
+  Fault(
+    "a trace has experts that are not there",
+    "moe_jax/training/traces.py",
+    "    if not ((x >= least) & (x <= most)).all():",
+    "    if False:",
+    "traces_test.py::test_damaged_traces",
+  ),
+  Fault(
+    "smooth loads beside a balancer that shifts scores",
+    "moe_jax/moe/balancers/__init__.py",
+    "  if smooth and shifting:",
+    "  if False:",
+    "balancers_test.py::test_smooth_loads_are_of_scores_that_nobody_shifts",
+  ),
+  Fault(
+    "capacity counts cheap experts as networks",
+    "moe_jax/moe/groups.py",
+    "    mean_k = recipe.experts_per_token",
+    "    mean_k = recipe.router.average_k or top_k",
+    "pool_test.py::test_capacity_is_of_the_networks",
+  ),
+  Fault(
     "balance losses are not averaged over micro-batches",
     "moe_jax/training/train_step.py",
     "    balance /= accumulation\n",
@@ -407,8 +442,8 @@ FAULTS = (
   Fault(
     "a capacity is of the most experts that a token may have",
     "moe_jax/moe/groups.py",
-    "recipe.router.average_k or top_k",
-    "top_k",
+    "mean_k = recipe.experts_per_token",
+    "mean_k = top_k",
     "capacity_test.py::test_capacity_of_a_mean_number_of_experts",
   ),
   Fault(

@@ -170,6 +170,15 @@ def test_a_bias_moves_to_the_number_of_networks():
   assert state_E.shape[-1] == 12
 
 
+def test_capacity_is_of_the_networks():
+  """Slots over the balanced load of a network, which cheap experts lower."""
+  c = config(targets=True, capacity_factor=1.0)
+  model = program.build_model(c, small.task())
+  (parts,) = model.sublayers.values()
+  _, recipe = parts.grouping.resolve(parts.recipe, 64, True)
+  assert recipe.bound.slots * 8 == 64 * 1.5
+
+
 def test_costs_and_counts_follow():
   c = config()
   model = program.build_model(c, small.task())
