@@ -10,8 +10,8 @@ The router chooses among E networks and, behind them, cheap experts of three kin
 A token that is easy takes cheap experts in the place of networks, so that the number
 of networks per token varies while K stays. They need no slot and are sent nowhere.
 
-Only a balancer sets the mean number of networks per token: `bias` with `targets` sets
-any number, and a load loss aims at equal shares of all experts. MoE++ also adds the
+The mean number of networks per token is set by a balancer alone: `bias` with `targets`
+sets any number, and a load loss aims at equal shares of all experts. MoE++ also adds the
 scores of the layer before to a router's and weighs load losses by kind, and
 LongCat-Flash has no bias for its copies; none of the three is built.
 """

@@ -61,8 +61,8 @@ class Side(flax.struct.PyTreeNode):
 
   mask_T: bool, False for padding, which takes no slot and is not counted.
   features: per-token arrays [T, ...] that a router may look at: token_id,
-    position, modality, timestep, domain, ...; "replayed" [T, K] are experts that
-    a token has to take, by a router that `replays`, unless all of them are -1.
+    position, modality, timestep, domain, ...; "replayed" [T, K]: experts
+    forced on a token, for routers that `replays`; where all are -1 the router chooses.
   """
 
   mask_T: Array
@@ -349,8 +349,8 @@ class Balancer:
     Mean, coefficient included; None: it adds no loss.
   update: (state, Stats, step) -> state, once per optimizer step.
   causal: whether `select` looks at each token by itself.
-  per_token: (num_experts) -> experts of a token, on average, that its options are
-    for; None: they are for any number.
+  per_token: (num_experts) -> the mean number of experts per token that its options
+    assume; None: any number.
   needs: keys of `FACTS` that the recipe has to give: "networks" by having no cheap
     experts, "fixed" by the router's `fixed`, the others by its `gives`.
   gives: keys of `FACTS` that a router may need.

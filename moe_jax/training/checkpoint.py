@@ -186,27 +186,18 @@ class Checkpoints:
 
 
 def load_params(path: str | os.PathLike) -> dict:
-  """Parameters of a checkpoint: nested dicts of numpy arrays, on any machine.
-
-  Args: a work directory (its newest whole checkpoint), or one checkpoint, such
-  as runs/tiny/checkpoints/300. Raises as `load_variables`.
-  """
+  """Parameters, in numpy, of a checkpoint (runs/tiny/checkpoints/300) or the newest
+  whole one of a work directory. Raises as `load_step`."""
   return load_variables(path)["params"]
 
 
 def load_variables(path: str | os.PathLike, ema: bool = False) -> dict:
-  """`load_params` with the selection biases, if there are any.
-
-  Args, errors: as of `load_step`.
-
-  Returns:
-    {"params": ..., "balance": ...}: what `model.apply` takes.
-  """
+  """{"params", "balance"} that `model.apply` takes, as `load_step` has them."""
   return load_step(path, ema)[1]
 
 
 def load_step(path: str | os.PathLike, ema: bool = False) -> tuple[int, dict]:
-  """(the step of a checkpoint, its `load_variables`).
+  """(the step of a checkpoint, its parameters and the state of balancers).
 
   Args:
     path: as in `load_params`.

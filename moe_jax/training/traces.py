@@ -50,8 +50,8 @@ def check(model) -> None:
   for parts in models.sublayers(model).values():
     if parts.recipe.router.form is not TokenChoice:
       raise ConfigError(
-        f'tokens do not choose experts with the router "'
-        f'{parts.recipe.router.spec.name}", so there is nothing to trace'
+        f'the router "{parts.recipe.router.spec.name}" gives tokens no experts of'
+        " their own, so that there is nothing to trace; change model.moe.router"
       )
 
 

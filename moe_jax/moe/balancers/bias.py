@@ -26,6 +26,8 @@ from moe_jax.core.options import integer, items, number, optional, word
 from moe_jax.moe.types import Balancer
 
 FORMS = {"add": jnp.add, "multiply": jnp.multiply}
+# A factor above 1 moves a score below 0 the wrong way.
+NEEDS = {"add": frozenset(), "multiply": frozenset({"score_range"})}
 
 
 def build(
@@ -73,9 +75,8 @@ def build(
     if rule == "sign" and share_E is None:
       return {"bias_E": bias_E + rate * below_mean(count_E)}
     error_E = _error(count_E, share_E, bias_E.dtype)
-    if rule == "sign":
-      return {"bias_E": bias_E + rate * jnp.sign(error_E)}
-    if rule == "proportional":
+    error_E = jnp.sign(error_E) if rule == "sign" else error_E
+    if rule != "pid":
       return {"bias_E": bias_E + rate * error_E}
     sum_E = state["sum_E"] + error_E
     change_E = error_E - state["error_E"]
@@ -87,11 +88,8 @@ def build(
     bias_1E = state["bias_E"].astype(score_TE.dtype)[None, :]
     return FORMS[form](score_TE, bias_1E)
 
-  # A factor above 1 moves a score below 0 the wrong way.
-  needs = frozenset({"score_range"} if form == "multiply" else ())
-  return Balancer(
-    init=init, select=select, update=update, targets=share_E, needs=needs
-  )
+  parts = dict(init=init, select=select, update=update, targets=share_E)
+  return Balancer(**parts, needs=NEEDS[form])
 
 
 def _shares(targets):

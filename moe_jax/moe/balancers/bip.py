@@ -7,9 +7,9 @@ before the tokens choose by s_te - q_e:
   p_t = max(0, the (K+1)-th largest of s_te - q_e over experts)
   q_e = max(0, the (n K/E + 1)-th largest of s_te - p_t over tokens)
 
-At that q two scores tie, and rounding would decide. Any q between it and the
-(n K/E)-th largest balances too, and the middle is used here. Groups of experts of the
-router `top_k` choose after prices, which do not know them.
+At exactly this q two scores tie, and rounding would decide. The midpoint between the
+two neighbouring scores balances as well, and is used here. A router that chooses inside
+of groups of experts is refused: prices are of a choice among all of them.
 
 Loads are even from the first step on. Prices see all tokens of a group, so that a
 token's experts depend on later tokens: for decoders it is an upper bound, and needs

@@ -6,13 +6,15 @@ device, but not between devices:
   loss = coefficient * D * sum_d f_d P_d
 
   of = "assignments"  f_d: share of the assignments that go to the experts of d
-  of = "tokens"       f_d: share of the pairs of a token and a device it is sent to,
+  of = "tokens"       f_d: share of the (token, device) pairs, each counted once:
                       DeepSeek-V2's communication loss (2405.04434, eq. 29 to 31)
   P_d: the summed probability of its experts
 
 It is 1 where devices are equal, and D/m where m of them share all. DeepSeek-V2 has
-0.05 and 0.02 beside a `switch` loss of 0.003. The devices are a number of the config,
-not those of the mesh, so that the loss is the same on every mesh.
+0.05 and 0.02 beside a `switch` loss of 0.003. DeepSeek-V2 divides by the M
+devices that a token may have at most in the place of those that it has, so that its
+loss is lower where tokens have fewer. The devices are a number of the config, not
+those of the mesh, so that the loss is the same on every mesh.
 """
 
 import jax

@@ -8,12 +8,12 @@ w_e is the sum of the expert's weights. L1 makes weights zero, until a token has
 wanted number of experts on average; f puts more of it on experts with more tokens,
 which balances loads. At f = 1 it is the plain L1 term of eq. 4, and so it is with
 `balanced` = False. The published start is 1e-8 and the factor 1.2. The paper divides
-by the number of MoE layers, which belongs into the coefficient.
+by the number of MoE layers; include that factor in `start`.
 
 Every layer has a coefficient of its own here and gets to the number by itself; in the
 paper one coefficient moves with the mean over all layers.
 
-A router begins with half of all experts for a token, so that the first steps cost
+At initialisation a token has about half of all experts, so that the first steps cost
 that much: the first of the paper's three stages.
 """
 

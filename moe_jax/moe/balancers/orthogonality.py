@@ -7,10 +7,10 @@ With W the router's matrix, a column w_e for each expert:
                     length 1 (ERNIE 4.5's router loss)
 
 A router with orthogonal columns keeps the similarities of tokens, so that tokens
-spread as they differ. Loads are not measured, and are only as even as tokens are
-diverse. There cannot be more orthogonal columns than the model is wide.
+spread as they differ. It does not look at loads, and balances them only if
+tokens are diverse. There cannot be more orthogonal columns than the model is wide.
 
-SimBal we know from its abstract and ERNIE's loss from its report's summary.
+We know SimBal from its abstract, and ERNIE's loss from the summary of its report.
 """
 
 import jax.numpy as jnp

@@ -13,9 +13,10 @@ differ by, so that the statistics are sums: the same on every mesh and over
 micro-batches. The quantile is read from the sums and lies within a bin of the exact
 one. `decay` keeps a moving average.
 
-There is no rate to tune, and loads are even after some ten steps. It follows each
-batch, so that small batches make it noisy: use `decay` there. Its cost is E * bins
-numbers a layer and group.
+There is no rate to tune, and loads are even after some steps. It follows each batch,
+so that small batches make it noisy: use `decay` there. Its cost is E * bins numbers a
+layer and group. Cutoffs are of a choice among all experts, so that routers that choose
+inside of groups of experts are refused.
 
 We know the rule from published code and notes, not from the text of the report.
 """
@@ -36,8 +37,8 @@ def build(
   """Args:
   decay: of the moving average of the bias; 0: the last step alone.
   bins: of each expert's histogram.
-  width: how far scores are from 0 at most, 1 or more; None: scores are between 0 and 1. What
-    lies outside of the bins is counted in the last ones.
+  width: how far scores are from 0 at most, 1 or more; None: scores are between 0
+    and 1. What lies outside of the bins is counted in the last ones.
   """
   reach = 1.0 if width is None else 2 * width  # Of a score less another.
   if isinstance(reach, int | float) and 2 * reach / bins > 0.1:

@@ -7,12 +7,15 @@ chooses its K experts inside of its block:
   blocks of one expert: w = 1, and nothing to learn
 
 A feature is a whole number from 0 on. With `boundaries` it may be any number, and its
-value is the number of boundaries that it has reached. Wan2.2 has two experts with the boundary
-0.875 of the timestep; BEiT-3 and MoMa have experts for each modality.
+value is the number of boundaries that it has reached. Wan2.2 has two experts with the
+boundary 0.875 of the timestep; BEiT-3 (2208.10442) and MoMa (2407.21770) have experts
+for each modality.
 
-A decoder gives `token_id` and `position`; a model of your own gives what it puts into
-`side.features`. The data decides the loads of the blocks. Inside of a block a load loss balances;
-balancers that shift scores are refused, because they compare all experts.
+A decoder gives `token_id` and `position`: in one whose vocabulary has the codes of
+images behind those of text, a boundary between them is the modality. A model of your
+own gives what it puts into `side.features`. The data decides the loads of the blocks. Inside of a block a load
+loss balances; balancers that shift scores are refused, because they compare all
+experts.
 """
 
 import jax
@@ -63,7 +66,7 @@ def build(
     return scores.linear(rng, d_model, num_experts)
 
   def route(params, x_TD, *, num_experts, select, side, rng):
-    del select, rng  # Shifts would be of all blocks together.
+    del select, rng  # A shift would compare experts of different blocks.
     block_T = _values(side.features, feature, num_values, boundaries)
     size = num_experts // num_values
     logits_TE = scores.logits(params, x_TD)

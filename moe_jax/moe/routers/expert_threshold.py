@@ -1,14 +1,14 @@
-"""Expert threshold routing: every expert has a bar for its tokens (2603.11535).
+"""Expert threshold routing: every expert has a threshold for tokens (2603.11535).
 
   s = score(x W);  a token goes to every expert with s_e > threshold_e;  w_e = s_e
 
 The thresholds are the state of the balancer `threshold`: moving quantiles of each
 expert's scores, so that an expert has K/E of the tokens on average. It is expert
-choice with yesterday's bar: loads are even, a token's number of experts varies, and a
-token's experts depend on itself alone, so that it is for decoders.
+choice with the thresholds of earlier steps: loads are even, a token's number of experts
+varies, and its experts depend on itself alone, so that it is for decoders.
 
 Before the first step thresholds are 0, and every token has `top_k` experts; later a
-token may have no expert at all, and its residual passes. `top_k` sets the most that a
+token may have no expert at all, and then only the residual carries it. `top_k` sets the most that a
 token may have; `average` is the mean that the thresholds aim at, for counts of FLOPs.
 We know the method from the paper's abstract.
 """

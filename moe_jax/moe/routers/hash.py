@@ -12,8 +12,7 @@ the frequencies of ids. With
 The table is drawn, or balanced as in the paper: from the most frequent id to the
 rarest, each gets the K experts with the lowest loads so far.
 
-It is a strong baseline for experts of words, and a way to have a layer without any
-balancer. It cannot specialise by context, and loads are uneven on data unlike the
+It is a strong baseline, whose experts specialise by token id, and needs no balancer. It cannot specialise by context, and loads are uneven on data unlike the
 counted data.
 """
 
@@ -30,7 +29,9 @@ from moe_jax.moe import scores
 from moe_jax.moe.types import GIVEN, Router, Routing
 
 CONTRACT_OPTIONS = {"top_k": 2, "vocab_size": 1000}
-CONTRACT_EXCEPTIONS = {"expert_symmetry": "the table has numbers of experts"}
+CONTRACT_EXCEPTIONS = {
+  "expert_symmetry": "the table refers to experts by number"
+}
 
 
 def build(
@@ -52,13 +53,7 @@ def build(
   counts: path of a .npy file with how often each id is seen; None: drawn.
   """
   learnt = weights == "score"
-  remedy = 'set renormalize = False, or weights = "equal"'
-  scores.refuse_constant(top_k, learnt and renormalize, remedy)
-  if not learnt and (renormalize or score != "softmax"):
-    raise ConfigError(
-      'the router hash with weights = "equal" has no scores; leave score and'
-      ' renormalize out, or set weights = "score"'
-    )
+  _check(top_k, learnt, score, renormalize)
   count_V = None if counts is None else read_counts(counts, vocab_size)
 
   @functools.cache
@@ -95,6 +90,17 @@ def build(
   )
   about = {"features": {"token_id": vocab_size}, "gives": gives}
   return Router(init, axes, route, causal=True, top_k=top_k, **about)
+
+
+def _check(top_k, learnt, score, renormalize):
+  """Raises ConfigError for options that do not fit together."""
+  remedy = 'set renormalize = False, or weights = "equal"'
+  scores.refuse_constant(top_k, learnt and renormalize, remedy)
+  if not learnt and (renormalize or score != "softmax"):
+    raise ConfigError(
+      'the router hash with weights = "equal" has no scores; leave score and'
+      ' renormalize out, or set weights = "score"'
+    )
 
 
 def _token_ids(side):

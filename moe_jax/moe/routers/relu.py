@@ -4,7 +4,7 @@
 
 The weights are continuous in x, where those of top-k jump. An L1 term, the
 balancer `l1`, drives the mean number of experts per token to a number in the config.
-Without `l1` half of all experts stay.
+Without `l1` about half of all experts stay active for a token.
 
 A step costs what the tokens choose, which falls to the wanted number in the first
 hundreds of steps. `top_k` sets the most that a token may have, and with it the memory
@@ -20,7 +20,7 @@ from moe_jax.moe import scores
 from moe_jax.moe.types import GIVEN, Router, Routing, TokenChoice
 
 CONTRACT_OPTIONS = {"top_k": 4}
-CONTRACT_EXCEPTIONS = {"extreme": "weights are as large as logits, without end"}
+CONTRACT_EXCEPTIONS = {"extreme": "weights are unbounded, like logits"}
 
 
 def build(

@@ -7,8 +7,8 @@ same total and every expert too:
   `renormalize`
 
 (S-BASE of Clark et al., 2202.01169, 3; Megatron-Core has a softmax for K above 1 and
-else a sigmoid.) Weights know nothing of the plan, which has no gradient. Outside of
-training (without a key) logits choose.
+else a sigmoid.) Weights are computed from x W alone, and no gradient flows
+through the plan. Outside of training (without a key) logits choose.
 
 Loads are nearly even from the first step without any loss. The plan depends on all
 tokens of the group, so it is not for decoders: they refuse it unless

@@ -4,13 +4,13 @@
 
 An expert gives up its tokens with the lowest scores, or adds the best of the tokens
 that have it among their next K choices. A grouped product then has no padded rows,
-unless there are fewer such tokens than a tile lacks. An expert with less than half a tile of
-tokens gets none: it is for groups in which K T / E is several tiles, and groups where
-it is less than a tile are refused.
+unless there are fewer such tokens than a tile lacks. An expert with less than half a
+tile of tokens gets none: it is for groups in which K T / E is several tiles, and groups
+where it is less than a tile are refused.
 
 The rank of a token among the others decides, so that later tokens change earlier ones;
-decoders refuse it unless model.allow_noncausal is set. The gain is that of the kernel,
-and there is none where K T / E is many tiles. We know the method from the paper's
+decoders refuse it unless model.allow_noncausal is set. It saves the padded rows of
+the kernel, which are few where K T / E is many tiles. We know the method from the paper's
 abstract and its published benchmark.
 """
 

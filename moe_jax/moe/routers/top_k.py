@@ -113,8 +113,7 @@ def build(
 
   axes = dict.fromkeys(_vectors(1, use_bias, cosine, expert_scale), (None,))
   axes |= scores.LINEAR_AXES
-  grouped = top_expert_groups < num_expert_groups
-  gives = _gives(noise, score_before_top_k and score, grouped)
+  gives = _gives(noise, score_before_top_k and score, *groups)
   causal = priority == "none"
   replays = second_expert == "all"  # Unused second experts are in no trace.
   return Router(init, axes, route, causal, top_k, gives=gives, replays=replays)
@@ -153,10 +152,12 @@ def _with_chances(routing, noisy_TE, noise):
   return routing.replace(chance_TE=chances(*args, noise))
 
 
-def _gives(noise, score, grouped):
+def _gives(noise, score, num_groups, top_groups):
   """What balancers can rely on; the score is the one that chooses, if any."""
-  if grouped:  # Neither quantiles nor smooth loads know of groups.
-    return _gives(0, score, False) - {"ungrouped"}
+  if (
+    top_groups < num_groups
+  ):  # Neither quantiles nor smooth loads know of them.
+    return _gives(0, score, 1, 1) - {"ungrouped"}
   chance = {"chance_TE"} if noise else set()
   in_range = {"score_range"} if score in ("softmax", "sigmoid") else set()
   return GIVEN | chance | in_range
