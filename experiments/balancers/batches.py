@@ -4,8 +4,8 @@
 
 Wang et al. (2408.15664, Figure 5) count the loads of a trained model over computation
 batches of more and more tokens: a batch of a few sequences has uneven loads under every
-balancer, since a sequence is about one thing, and what is left in a large one is what
-the router itself prefers. Here the validation windows of all domains are shuffled and
+balancer, since the tokens of a sequence resemble each other, and in a large one the
+router's own preference remains. Here the validation windows of all domains are shuffled and
 cut into batches of 1, 2, 4, ... sequences, and MaxVio is the mean over batches and
 layers. Without runs the committed rows are read, and table and figure made again.
 """

@@ -1,7 +1,7 @@
 """Quantile balancing: biases at which every expert gets its share of the tokens.
 
 The bias is a fixed point of the dual of the balanced assignment problem
-(kexue.fm/archives/11619; Kimi K3; Megatron-Core). With s the scores, b the bias and K
+(kexue.fm/archives/11619; Kimi K3, 2607.24653; Megatron-Core). With s the scores, b the bias and K
 experts of a token out of E,
 
   cutoff of token t  a_t = the (K+1)-th largest of s_te + b_e over experts
