@@ -27,8 +27,8 @@ def build(
   """The task of a config, with its text prepared.
 
   Args:
-    config: a whole config, of which `data`, `train.accumulation`, `eval` and
-      `plugins` are read.
+    config: a whole config, of which `data`, `train.accumulation`, `eval`, `plugins`
+      and, for a replay, `train.num_steps` are read.
     mesh: from `parallel.make_mesh`; None: one device.
     fingerprint: of the data, where a run goes on that has seen it; None: any.
     prepare: whether there are to be batches; without them nothing is read but
@@ -46,7 +46,8 @@ def build(
   else:
     tokenizer = tokenizers.load(config.data.tokenizer)
     corpus = corpora.Corpus(config.data.name, tokenizer.num_bytes_V)
-  recorded = None if replay is None else Replay(replay)
+  steps = config.train.num_steps if prepare else 1
+  recorded = None if replay is None else Replay(replay, steps)
   return of_corpus(config, corpus, mesh, recorded)
 
 

@@ -28,9 +28,11 @@ class Replay:
   shape: (layers of the model that are numbered, K) of the forced experts.
   """
 
-  def __init__(self, folder: str):
-    """Raises ConfigError for a folder without the trace of the first step."""
+  def __init__(self, folder: str, steps: int = 1):
+    """Raises ConfigError for a folder without the trace of one of the steps."""
     self._folder = pathlib.Path(folder)
+    for step in range(steps):
+      self._check_there(step)
     first = self._read(0)
     self.layers = first.layers
     top_k = {sizes["top_k"] for sizes in first.layers.values()}
@@ -100,10 +102,12 @@ class Replay:
 
   @functools.lru_cache(maxsize=2)  # noqa: B019
   def _read(self, step):
-    path = self._path(step)
-    if not path.exists():
+    self._check_there(step)
+    return traces.load(self._path(step))
+
+  def _check_there(self, step):
+    if not self._path(step).exists():
       raise ConfigError(
         f"{KEY} = {self._folder} has no trace of step {step + 1}; record every step"
         " with --config.train.hooks.trace=\"{'name': 'trace', 'every': 1}\""
       )
-    return traces.load(path)

@@ -9,7 +9,9 @@ A file holds N rows of L tokens, and for each MoE layer NN with K experts a toke
   NN/weight  float32 [N, L, K]  factor of the expert's output
   NN/score   float32 [N, L, K]  probability of the chosen expert
 
-Its header says under "moe_jax_trace" in JSON what it is of: {"layers": {"NN":
+They are those of the choice: an assignment that finds an expert full keeps them.
+
+The header of the file says under "moe_jax_trace", in JSON: {"layers": {"NN":
 {"num_experts", "top_k"}}, "domains": names, "step": of the run}.
 """
 
