@@ -15,6 +15,7 @@ from moe_jax.moe import layer, pool
 from moe_jax.moe.balancers import bip, cv_squared, quantile
 from moe_jax.moe.routers import top_k as top_k_router
 from moe_jax.moe.types import Routing, Side, Stats, TokenChoice
+from moe_jax.training import metrics
 from tests import oracle
 
 G, S, T, E, K = 2, 3, 12, 6, 2
@@ -750,6 +751,20 @@ def test_the_committed_dynamics():
     own["name"] for _, some in dynamics.BALANCERS.values() for own in some
   }
   assert used >= {*registry.names("balancers")}
+
+
+def test_the_dynamics_of_a_rule(monkeypatch):
+  """As the committed rows say it: skewed at first, even after ten steps."""
+  monkeypatch.setattr(dynamics, "STEPS", 20)
+  row = next(r for r in dynamics.read() if r["balancer"] == "proportional")
+  recipe = dynamics.recipe_of(*dynamics.BALANCERS["proportional"])
+  loads_SE = dynamics.loads_of(recipe, dynamics.start(), jax.random.key(0))
+  assert (np.sum(loads_SE, axis=1) == dynamics.T * dynamics.K).all()
+  floor = metrics.max_vio_floor(dynamics.T, dynamics.E, dynamics.K)
+  vio_S = dynamics.max_vio(loads_SE) / floor
+  assert vio_S[0] == pytest.approx(float(row["first"]), rel=1e-3)
+  near = vio_S <= dynamics.NEAR
+  assert near.argmax() == int(row["steps"]) == 10 and near[10:].all()
 
 
 def test_when_loads_have_settled():

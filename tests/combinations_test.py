@@ -17,6 +17,7 @@ from moe_jax.core.errors import ConfigError
 from moe_jax.moe import balancers as balancers_lib
 from moe_jax.moe import experts, layer
 from moe_jax.moe.types import TokenChoice
+from moe_jax.training import balancing
 from tests import contracts_test as parts
 from tests import tiers
 
@@ -160,7 +161,7 @@ def test_forward_backward_and_update(router, layout, balancer):
     loss = (y_GTD * jnp.sin(jnp.arange(D))[None, None]).sum()
     none_E, after = jnp.zeros(E, jnp.int32), {}
     for label, part in recipe.balancers:
-      own = stats.replace(observed=stats.observed.get(label, {}))
+      own = balancing.of_balancer(stats, label)
       if part.loss is not None:
         value = part.loss(balance[label], own, none_E, params["router"])
         loss += value.value()
@@ -201,7 +202,7 @@ def test_a_loss_moves_the_router(balancer):
         *(recipe, params | {"router": router}, {"b": state}),
         *(jnp.asarray(tokens["x"], float), side, keys),
       )
-      own = stats.replace(observed=stats.observed.get("b", {}))
+      own = balancing.of_balancer(stats, "b")
       return part.loss(state, own, jnp.zeros(E, jnp.int32), router).value()
 
     run = jax.jit(jax.value_and_grad(loss))

@@ -24,7 +24,7 @@ from experiments import figures, runs
 from moe_jax.core import registry
 from moe_jax.moe import layer, plans
 from moe_jax.moe.types import Side
-from moe_jax.training import metrics
+from moe_jax.training import balancing, metrics
 
 T, D, E, K, STEPS = 2048, 16, 32, 4, 400
 WINDOW, NEAR = 20, 1.5
@@ -120,7 +120,7 @@ def loads_of(recipe, params, rng):
     total = task
     for label, balancer in recipe.balancers:
       if balancer.loss is not None:
-        own = stats.replace(observed=stats.observed.get(label, {}))
+        own = balancing.of_balancer(stats, label)
         none_E = jnp.zeros(E, jnp.int32)
         loss = balancer.loss(balance[label], own, none_E, params)
         total += loss.value()
@@ -136,9 +136,7 @@ def loads_of(recipe, params, rng):
     updates, state = optimizer.update(grads, state)
     new = {
       label: balancer.update(
-        balance[label],
-        stats.replace(observed=stats.observed.get(label, {})),
-        number,
+        balance[label], balancing.of_balancer(stats, label), number
       )
       for label, balancer in recipe.balancers
     }

@@ -44,14 +44,7 @@ class Replay:
 
   def check(self, model) -> None:
     """Raises ConfigError for a model of other layers, or without replay."""
-    found = {
-      f"{number:02d}": {
-        "num_experts": parts.recipe.pool,
-        "top_k": parts.recipe.router.top_k,
-      }
-      for parts in models.sublayers(model).values()
-      for number in parts.numbers
-    }
+    found = traces.layers_of(models.sublayers(model))
     for name in sorted(found.keys() | self.layers.keys()):
       if found.get(name) != self.layers.get(name):
         raise ConfigError(

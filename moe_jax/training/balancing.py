@@ -62,7 +62,7 @@ def stacked(tree, parts: Sublayer):
   return jax.tree.map(lambda x: x[None], tree)
 
 
-def _own(stats, label):
+def of_balancer(stats, label):
   """Statistics with the sums that one balancer observed."""
   return stats.replace(observed=stats.observed.get(label, {}))
 
@@ -97,7 +97,10 @@ def loss(
     for label, balancer in parts.recipe.balancers:
       if balancer.loss is not None:
         losses_R = jax.vmap(balancer.loss)(
-          states.get(label, {}), _own(stats[path], label), so_far[path], router
+          states.get(label, {}),
+          of_balancer(stats[path], label),
+          so_far[path],
+          router,
         )
         total += losses_R.value().sum()
   return total
@@ -122,7 +125,7 @@ def update(
       before = models.at(state, path).get(label)
       if before is not None:
         after = jax.vmap(balancer.update, (0, 0, None))(
-          stacked(before, parts), _own(stats[path], label), step
+          stacked(before, parts), of_balancer(stats[path], label), step
         )
         if not parts.stacked:
           after = jax.tree.map(lambda x: x[0], after)

@@ -81,6 +81,19 @@ def routed(aux: Mapping, model, shape: tuple[int, int]) -> dict:
   return found
 
 
+def layers_of(sublayers: Mapping) -> dict[str, dict[str, int]]:
+  """`Trace.layers` of a model's `sublayers`."""
+  layers = {
+    f"{number:02d}": {
+      "num_experts": parts.recipe.pool,
+      "top_k": parts.recipe.router.top_k or parts.recipe.pool,
+    }
+    for parts in sublayers.values()
+    for number in parts.numbers
+  }
+  return dict(sorted(layers.items()))
+
+
 class Writer:
   """Gathers the rows of a trace, and writes them into a file."""
 
@@ -120,16 +133,8 @@ class Writer:
     """Writes the file, whole or not at all, and forgets the rows."""
     save = _safetensors().numpy.save
 
-    layers = {
-      f"{number:02d}": {
-        "num_experts": parts.recipe.pool,
-        "top_k": parts.recipe.router.top_k or parts.recipe.pool,
-      }
-      for parts in self._sublayers.values()
-      for number in parts.numbers
-    }
     facts = {
-      "layers": dict(sorted(layers.items())),
+      "layers": layers_of(self._sublayers),
       "domains": self._domains,
       "step": step,
     }
