@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, strict numerics, and no skipped tests."""
 
+import gc
 import os
 import platform
 import signal
@@ -9,6 +10,9 @@ import tempfile
 from tests import virtual_devices
 
 virtual_devices.begin()
+# Tracing makes many objects that live on; looking through all of them each time
+# takes a tenth of a test.
+gc.set_threshold(100_000, 20, 20)
 # Tests, workers and the commands they start share compiled programs here.
 _COMPILED = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

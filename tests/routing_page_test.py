@@ -7,9 +7,12 @@ import pytest
 
 from configs import tiny
 from moe_jax.core import registry
+from moe_jax.data import mixed
 from moe_jax.moe import types
+from moe_jax.moe.routers import hash as hash_router
 from moe_jax.training import program
 from tests import routing_page, small
+from tests.house import ROOT
 
 PAGE = routing_page.PAGE.read_text()
 
@@ -51,6 +54,20 @@ def test_every_config_line_is_one():
       c.model.moe.router = {"name": "relu" if name == "l1" else "top_k"}
       c.model.moe.balancers = {name: section}
     program.build_model(c, small.task())
+
+
+def test_counts_for_hash_are_made_as_the_page_says(tmp_path, monkeypatch):
+  monkeypatch.setattr(mixed, "prepare", lambda *_: small.SmallCorpus())
+  source = re.search(r"<!-- run: counts -->\n```python\n(.*?)```", PAGE, re.S)[
+    1
+  ]
+  (tmp_path / "configs").symlink_to(ROOT / "configs")
+  monkeypatch.chdir(tmp_path)
+  exec(source, {})
+  count_V = hash_router.read_counts("counts.npy", small.V)
+  assert count_V.sum() == sum(
+    len(small.SmallCorpus().tokens("train", x)) for x in ("a", "b")
+  )
 
 
 def test_every_fact_is_explained():
