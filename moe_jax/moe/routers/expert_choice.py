@@ -3,7 +3,8 @@
   s = softmax(x W);  expert e takes its C = T K / E tokens with the largest s_te;  w = s
 
 T are the tokens of a group that are no padding. Loads are equal by construction and
-nothing is dropped; a token gets any number of experts, also none.
+nothing is dropped; a token gets any number of experts, also none. The paper's capacity
+factor c is `top_k` here, and the config's capacity_factor has no effect.
 
 Later tokens decide about earlier ones. Training a decoder so leaks the next tokens:
 decoders refuse it unless model.allow_noncausal is set; `expert_threshold` is
