@@ -11,6 +11,14 @@ _HEADLINE = [
   ("global_batch_1e-2", "micro_batch_1e-2"),
   *((arm, "none") for arm in sweep.HEADLINE[1:]),
 ]
+# A z-loss beside each of them.
+_Z_LOSS = [
+  ("z_loss_alone", "none"),
+  *(("z_loss", "micro_batch_1e-2"), ("sign_z_loss", "sign")),
+  *(("quantile_z_loss", "quantile"), ("quantile_z_loss", "sign_z_loss")),
+  *((arm, "z_loss") for arm in ("sign", "quantile")),
+  *((arm, "z_loss") for arm in ("sign_z_loss", "quantile_z_loss")),
+]
 # From the smallest scope to the largest, and one thing beside another.
 _OTHERS = [
   *(
@@ -19,7 +27,8 @@ _OTHERS = [
     for c in ("1e-2", "1e-3")
   ),
   *((arm, "sign") for arm in ("proportional", "multiplicative", "pid")),
-  *((arm, "micro_batch_1e-2") for arm in ("z_loss", "importance", "adaptive")),
+  *((arm, "micro_batch_1e-2") for arm in ("importance", "adaptive")),
+  *((arm, "micro_batch_1e-3") for arm in ("sign", "quantile")),
   *((arm, "quantile") for arm in ("quantile_ema", "bip")),
   *((f"simbal_{c}", "none") for c in ("1e-1", "1e-2")),
 ]
@@ -82,7 +91,7 @@ REPORT = Report(
   claims=tuple(
     Claim(metric, *pair)
     for metric in ("bits_per_byte", "whole/max_vio")
-    for pair in (*_HEADLINE, *_OTHERS)
+    for pair in (*_HEADLINE, *_Z_LOSS, *_OTHERS)
   ),
   plots=(
     # More curves than these cannot be told apart.

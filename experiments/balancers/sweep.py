@@ -14,6 +14,8 @@ HEADLINE = (
   *("none", "micro_batch_1e-2", "global_batch_1e-2"),
   *("sign", "sign_sequence", "quantile"),
 )
+# A z-loss by itself, and beside the loss, the bias and quantiles.
+Z_LOSS = ("z_loss_alone", "z_loss", "sign_z_loss", "quantile_z_loss")
 
 
 def demo() -> sweeps.Sweep:
@@ -33,6 +35,8 @@ def cpu() -> sweeps.Sweep:
     **dict.fromkeys(("z_loss", "importance", "adaptive"), "micro_batch_1e-2"),
     **dict.fromkeys(_RATES, "sign"),
     "sign_sequence": "sign",
+    **{"z_loss_alone": "none", "sign_z_loss": "sign"},
+    "quantile_z_loss": "quantile",
     "simbal_1e-2": "simbal_1e-1",
   }
   alike = {arm: like for arm, like in alike.items() if arm != like}
@@ -41,14 +45,14 @@ def cpu() -> sweeps.Sweep:
     key={arm: f"{BALANCERS}.bias.rate" for arm in _RATES},
     values=_RATES,
     metric="whole/max_vio",
-    like={"sign_sequence": "sign"},
+    like={"sign_sequence": "sign", "sign_z_loss": "sign"},
   )
   return sweeps.Sweep(
     _dropless(small.cpu_config(), group=256),
     _arms(),
     seeds=4,
     stages=(learning, rates),
-    seeds_of=dict.fromkeys(HEADLINE, 8),
+    seeds_of=dict.fromkeys((*HEADLINE, *Z_LOSS), 8),
   )
 
 
@@ -168,17 +172,21 @@ def _biases():
 def _arms() -> sweeps.Arms:
   losses, biases = _losses(), _biases()
   sequence = {"name": "switch", "scope": "sequence", "coefficient": 1e-4}
-  z_loss = {"name": "z_loss", "coefficient": 1e-3}
+  z_loss = {"z_loss": {"name": "z_loss", "coefficient": 1e-3}}
+  quantile = {"quantile": {"name": "quantile", "bins": 256}}
   importance = {"name": "cv_squared", "scope": "micro_batch"}
   by_arm = {
     "none": {},
     **losses,
-    "z_loss": losses["micro_batch_1e-2"] | {"z_loss": z_loss},
+    "z_loss_alone": z_loss,
+    "z_loss": losses["micro_batch_1e-2"] | z_loss,
     "importance": {"importance": importance | {"coefficient": 1e-2}},
     "adaptive": {"loss": {"name": "adaptive", "target": 0.3}},
     **biases,
     "sign_sequence": biases["sign"] | {"sequence": sequence},
-    "quantile": {"quantile": {"name": "quantile", "bins": 256}},
+    "sign_z_loss": biases["sign"] | z_loss,
+    "quantile": quantile,
+    "quantile_z_loss": quantile | z_loss,
     "quantile_ema": {
       "quantile": {"name": "quantile", "bins": 256, "decay": 0.9}
     },
