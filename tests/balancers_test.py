@@ -731,6 +731,14 @@ def test_a_coefficient_begins_between_its_ends(name, options):
     load(name, **options, lowest=2.0, highest=1.0)
 
 
+def test_a_target_that_loads_never_reach():
+  most = E / K - 1
+  check({"a": load("adaptive", target=0.99 * most)}, "top_k")
+  words = rf"balancers\.a\.target = {most:g} is not below {most:g}"
+  with pytest.raises(ConfigError, match=words):
+    check({"a": load("adaptive", target=most)}, "top_k")
+
+
 def test_losses_of_devices_are_not_for_cheap_experts():
   """Their borders would lie elsewhere than those of the networks."""
   router = registry.load("routers", "top_k", top_k=K)

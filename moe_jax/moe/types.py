@@ -356,6 +356,7 @@ class Balancer:
   gives: keys of `FACTS` that a router may need.
   targets: the share of assignments that it moves each expert to, in their order;
     None: equal shares.
+  max_vio: that it moves loads to; None: 0.
   spec: set by the registry.
   """
 
@@ -369,6 +370,7 @@ class Balancer:
   needs: frozenset[str] = frozenset()
   gives: frozenset[str] = frozenset()
   targets: tuple[float, ...] | None = None
+  max_vio: Any = None
   spec: Any = None
 
 

@@ -30,6 +30,8 @@ def check(recipe, place: str = "moe") -> None:
       )
     if balancer.per_token is not None:
       _check_number(recipe, balancer.per_token(recipe.pool), key, place)
+    if balancer.max_vio is not None:
+      _check_max_vio(recipe, balancer.max_vio, f"{key}.target")
     if balancer.targets is not None:
       _check_targets(recipe, balancer.targets, f"{key}.targets")
   shifting = [k for k, b in recipe.balancers if b.select is not None]
@@ -69,6 +71,17 @@ def _check_number(recipe, wanted, key, place):
     raise ConfigError(
       f"{key} is for {wanted:g} experts of a token, and {place}.router has"
       f" {taken:g}; make the options of {key} and its {option} agree"
+    )
+
+
+def _check_max_vio(recipe, target, key):
+  """Raises ConfigError for a MaxVio that loads do not reach, however uneven."""
+  taken = recipe.router.average_k or recipe.router.top_k or recipe.pool
+  most = recipe.pool / taken - 1
+  if target >= most:
+    raise ConfigError(
+      f"{key} = {target:g} is not below {most:g}, the MaxVio of {recipe.pool} experts"
+      f" with {taken:g} for a token when {taken:g} have them all; lower it"
     )
 
 

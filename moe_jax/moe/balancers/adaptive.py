@@ -51,9 +51,9 @@ def build(
     return {"coefficient": jnp.where(mean > 0, after, before)}
 
   needs = frozenset({"prob_TE", "loads"})
-  return Balancer(
-    init=first(start, lowest, highest), loss=loss, update=update, needs=needs
-  )
+  init = first(start, lowest, highest)
+  parts = dict(init=init, loss=loss, update=update, needs=needs)
+  return Balancer(**parts, max_vio=target)
 
 
 def first(start, lowest, highest):
