@@ -710,7 +710,9 @@ def test_smooth_loads_are_of_scores_that_nobody_shifts():
     "a": load("cv_squared", of="load", coefficient=0.1),
     "b": load("bias", rate=1e-3),
   }
-  with pytest.raises(ConfigError, match=r"balancers\.a has .*balancers\.b, "):
+  with pytest.raises(
+    ConfigError, match=r"balancers\.a computes .*balancers\.b, "
+  ):
     check(both, "top_k", noise=0.1)
 
 

@@ -377,7 +377,7 @@ def test_a_decoder_refuses_what_sees_later_tokens(name):
   if name not in NONCAUSAL:
     program.build_model(c, task)
     return
-  words = 'of the MoE layers "moe".*choose one for {0} that is causal.*or set'
+  words = 'of the MoE layers "moe".*choose another {0} that is causal.*or set'
   with pytest.raises(
     ConfigError, match=("^{0} " + words).format(NONCAUSAL[name])
   ):

@@ -132,14 +132,14 @@ class Architecture:
       if not recipe.looking_ahead:
         continue
       key, spec = recipe.looking_ahead[0], recipe.router.spec
-      remedy = f"choose one for {key} that is causal (docs/routing.md)"
+      remedy = f"choose another {key} that is causal (docs/routing.md)"
       if key == "dispatcher":
         remedy = 'set dispatcher.order = "token"'
       elif key == "router" and spec and "priority" in spec.options:
         remedy = 'set router.priority = "none"'
       raise ConfigError(
-        f'{key} of the MoE layers "{kind}" chooses for a token by later tokens too,'
-        f" so a decoder would see the future; {remedy}, or set"
+        f'{key} of the MoE layers "{kind}" lets the choice of a token depend on later'
+        f" tokens, which a decoder must not see; {remedy}, or set"
         " model.allow_noncausal = True"
       )
 

@@ -43,9 +43,9 @@ def check(recipe, place: str = "moe") -> None:
   smooth = [k for k, b in recipe.balancers if "chance_TE" in b.needs]
   if smooth and shifting:
     raise ConfigError(
-      f"{place}.balancers.{smooth[0]} has the chances of experts without the shifts"
-      f" of {place}.balancers.{shifting[0]}, which are not those of the choice; keep"
-      " one of them"
+      f"{place}.balancers.{smooth[0]} computes smooth loads without the shifts of"
+      f" {place}.balancers.{shifting[0]}, so that they are not the loads of the choice;"
+      " keep one of them"
     )
   given = frozenset().union(*(b.gives for _, b in recipe.balancers))
   for fact in sorted(router.needs - given):
@@ -80,8 +80,8 @@ def _check_max_vio(recipe, target, key):
   most = recipe.pool / taken - 1
   if target >= most:
     raise ConfigError(
-      f"{key} = {target:g} is not below {most:g}, the MaxVio of {recipe.pool} experts"
-      f" with {taken:g} for a token when {taken:g} have them all; lower it"
+      f"{key} = {target:g} is not below {most:g}, the largest MaxVio of {recipe.pool}"
+      f" experts with {taken:g} of them for a token; lower it"
     )
 
 

@@ -1,8 +1,8 @@
 """Quantile balancing: biases at which every expert gets its share of the tokens.
 
 The bias is a fixed point of the dual of the balanced assignment problem
-(kexue.fm/archives/11619; Kimi K3, 2607.24653; Megatron-Core). With s the scores, b the bias and K
-experts of a token out of E,
+(kexue.fm/archives/11619; Kimi K3, 2607.24653; Megatron-Core). With s the scores, b the
+bias and K experts of a token out of E,
 
   cutoff of token t  a_t = the (K+1)-th largest of s_te + b_e over experts
   bias of expert e   b_e = the K/E quantile over tokens of a_t - s_te
@@ -43,8 +43,8 @@ def build(
   reach = 1.0 if width is None else 2 * width  # Of a score less another.
   if isinstance(reach, int | float) and 2 * reach / bins > 0.1:
     raise ConfigError(
-      f"bins = {bins} for scores that differ by up to {reach:g} are wider than 0.1,"
-      " which is too coarse to balance; raise bins, or lower width"
+      f"bins = {bins} for scores that differ by up to {reach:g} are bins wider than"
+      " 0.1, which is too coarse to balance; raise bins, or lower width"
     )
 
   def init(num_experts):

@@ -13,9 +13,9 @@ for each modality.
 
 A decoder gives `token_id` and `position`: in one whose vocabulary has the codes of
 images behind those of text, a boundary between them is the modality. A model of your
-own gives what it puts into `side.features`. The data decides the loads of the blocks. Inside of a block a load
-loss balances; balancers that shift scores are refused, because they compare all
-experts.
+own gives what it puts into `side.features`. The data decides the loads of the blocks.
+Inside of a block a load loss balances; balancers that shift scores are refused, because
+they compare all experts.
 """
 
 import jax

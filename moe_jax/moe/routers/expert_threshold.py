@@ -8,8 +8,9 @@ choice with the thresholds of earlier steps: loads are even, a token's number of
 varies, and its experts depend on itself alone, so that it is for decoders.
 
 Before the first step thresholds are 0, and every token has `top_k` experts; later a
-token may have no expert at all, and then only the residual carries it. `top_k` sets the most that a
-token may have; `average` is the mean that the thresholds aim at, for counts of FLOPs.
+token may have no expert at all, and then only the residual carries it. `top_k` sets the
+most that a token may have; `average` is the mean that the thresholds aim at, for counts
+of FLOPs.
 We know the method from the paper's abstract.
 """
 

@@ -12,8 +12,8 @@ the frequencies of ids. With
 The table is drawn, or balanced as in the paper: from the most frequent id to the
 rarest, each gets the K experts with the lowest loads so far.
 
-It is a strong baseline, whose experts specialise by token id, and needs no balancer. It cannot specialise by context, and loads are uneven on data unlike the
-counted data.
+It is a strong baseline, whose experts specialise by token id, and needs no balancer. It
+cannot specialise by context, and loads are uneven on data unlike the counted data.
 """
 
 import functools
@@ -85,9 +85,8 @@ def build(
     return Routing(choice, prob_TE, logits_TE)
 
   axes = scores.LINEAR_AXES if learnt else {}
-  gives = (
-    GIVEN - {"selection"} if learnt else frozenset({"token_choice", "loads"})
-  )
+  gives = GIVEN - {"selection"}
+  gives = gives if learnt else frozenset({"token_choice", "loads"})
   about = {"features": {"token_id": vocab_size}, "gives": gives}
   return Router(init, axes, route, causal=True, top_k=top_k, **about)
 

@@ -9,8 +9,8 @@ tile of tokens gets none: it is for groups in which K T / E is several tiles, an
 where it is less than a tile are refused.
 
 The rank of a token among the others decides, so that later tokens change earlier ones;
-decoders refuse it unless model.allow_noncausal is set. It saves the padded rows of
-the kernel, which are few where K T / E is many tiles. We know the method from the paper's
+decoders refuse it unless model.allow_noncausal is set. It saves the padded rows of the
+kernel, which are few where K T / E is many tiles. We know the method from the paper's
 abstract and its published benchmark.
 """
 

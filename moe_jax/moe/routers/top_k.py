@@ -154,9 +154,8 @@ def _with_chances(routing, noisy_TE, noise):
 
 def _gives(noise, score, num_groups, top_groups):
   """What balancers can rely on; the score is the one that chooses, if any."""
-  if (
-    top_groups < num_groups
-  ):  # Neither quantiles nor smooth loads know of them.
+  if top_groups < num_groups:
+    # Neither quantiles nor smooth loads know of groups.
     return _gives(0, score, 1, 1) - {"ungrouped"}
   chance = {"chance_TE"} if noise else set()
   in_range = {"score_range"} if score in ("softmax", "sigmoid") else set()
@@ -165,10 +164,8 @@ def _gives(noise, score, num_groups, top_groups):
 
 def _check(top_k, constant, second_expert, num_groups, top_groups):
   """Raises ConfigError for options that do not fit together."""
-  remedy = (
-    "set renormalize = False, and for softmax score_before_top_k = True, or"
-  )
-  remedy += " allow_constant_weight = True"
+  remedy = "set renormalize = False, and for softmax score_before_top_k ="
+  remedy += " True, or allow_constant_weight = True"
   scores.refuse_constant(top_k, constant, remedy)
   if second_expert == "random" and top_k != 2:
     raise ConfigError(
