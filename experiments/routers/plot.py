@@ -8,9 +8,8 @@ _PAIRS = [
   *((arm, "dense") for arm in sweep.HEADLINE[1:]),
   ("switch", "hash"),
   ("gshard", "switch"),
-  ("deepseek", "gshard"),
-  ("fine", "gshard"),
-  ("deepseek", "fine"),
+  *(("segmented", "gshard"), ("deepseek", "segmented")),
+  *(("deepseek", "gshard"), ("fine", "segmented")),
   *(
     (arm, "fine")
     for arm in (
