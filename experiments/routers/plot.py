@@ -10,9 +10,12 @@ _PAIRS = [
   ("gshard", "switch"),
   *(("segmented", "gshard"), ("deepseek", "segmented")),
   *(("deepseek", "gshard"), ("fine", "segmented")),
+  *(("switch_scaled", "switch"), ("hash", "switch_scaled")),
+  ("fine_scaled", "switch_scaled"),
   *(
     (arm, "fine")
     for arm in (
+      "fine_scaled",
       *("fine_bias", "expert_choice", "relu", "top_p", "expert_threshold"),
       *("latent", "copies", "random"),
     )

@@ -77,6 +77,9 @@ def _arms() -> sweeps.Arms:
     # A shared expert is one of those of a token.
     "deepseek": _moe(31, 3, top_k) | _shared(),
     "fine": _moe(32, 4, sigmoid),
+    # Weights that add up to 1 make the sum of narrow experts smaller than one wide one.
+    "switch_scaled": _moe(8, 1, top_k | {"scale": 8.0}),
+    "fine_scaled": _moe(32, 4, sigmoid | {"scale": 4.0}),
     "fine_bias": _moe(32, 4, sigmoid, {"bias": {"name": "bias", "rate": 1e-2}}),
     "expert_choice": _moe(32, 4, {"name": "expert_choice"}, {}) | noncausal,
     "relu": _moe(32, 12, {"name": "relu", "average": 4.0}, l1),
