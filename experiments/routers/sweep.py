@@ -2,12 +2,14 @@
 
 All experts of a layer together are as wide as 8 dense layers, and a token passes as
 much as one, whatever the number of experts is (DeepSeekMoE, 2401.06066, Table 1, has
-16 and 2). The arms after `fine` differ from it in one thing.
+16 and 2).
 """
 
 from experiments import small, sweeps, tuning
 
-HEADLINE = ("dense", "hash", "switch", "gshard", "deepseek", "fine")
+HEADLINE = (
+  *("dense", "hash", "switch", "gshard", "segmented", "deepseek", "fine"),
+)
 WIDTH = 128  # Of a dense layer.
 _LOSS = {"name": "switch", "coefficient": 1e-2}
 
@@ -71,9 +73,13 @@ def _arms() -> sweeps.Arms:
     "hash": _moe(8, 1, hashed, {}),
     "switch": _moe(8, 1, top_k),
     "gshard": _moe(16, 2, top_k | second, first),
+    "segmented": _moe(32, 4, top_k),
     # A shared expert is one of those of a token.
     "deepseek": _moe(31, 3, top_k) | _shared(),
     "fine": _moe(32, 4, sigmoid),
+    # Weights that add up to 1 make the sum of narrow experts smaller than one wide one.
+    "switch_scaled": _moe(8, 1, top_k | {"scale": 8.0}),
+    "fine_scaled": _moe(32, 4, sigmoid | {"scale": 4.0}),
     "fine_bias": _moe(32, 4, sigmoid, {"bias": {"name": "bias", "rate": 1e-2}}),
     "expert_choice": _moe(32, 4, {"name": "expert_choice"}, {}) | noncausal,
     "relu": _moe(32, 12, {"name": "relu", "average": 4.0}, l1),
