@@ -269,4 +269,4 @@ for name, variant in variants.items():
 
 # %%
 for name in ("as above", "first choices first"):
-  print(f"{name:22}causal: {variants[name].causal}")
+  print(f"{name:22}later tokens: {variants[name].looking_ahead or 'no part'}")
