@@ -69,7 +69,10 @@ ON_THE_MESH = ["--config=configs/tiny.py", "--config.mesh=(8,1,1,1)"]
     ),
     (["model.moe.balancers.a.name=switch"], ["balancers.a", "coefficient"]),
     (["model.moe.capacity_factor=None"], ["sorted", "capacity_factor"]),
-    (["model.moe.dispatcher.order=choice"], ["later tokens", "allow_noncausal"]),
+    (
+      ["model.moe.dispatcher.order=choice"],
+      ["later tokens", "allow_noncausal"],
+    ),
     (["model.moe.tokens_per_group=100"], ["100", "64"]),
     (["model.moe.expert_buckets=3"], ["expert_buckets = 3"]),
     (["model.pattern=('sparse',)"], ["sparse"]),

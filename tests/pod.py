@@ -133,6 +133,8 @@ class Pods:
     from moe_jax.run import run_directory
 
     codes = [process.returncode for process in started]
+    log = (self.work / f"{name}.log").read_text()
+    assert (self.work / name / "metrics.jsonl").exists(), (codes, log[-3000:])
     folder = self.work / name / "checkpoints"
     saved = [int(f.name) for f in folder.glob("*") if f.name.isdigit()]
     lines = run_directory.read_metrics(self.work / name, "train")

@@ -10,7 +10,7 @@ import pytest
 from configs import tiny
 from moe_jax.core import registry
 from moe_jax.core.errors import ConfigError
-from moe_jax.moe import layer
+from moe_jax.moe import layer, scores
 from moe_jax.moe.routers import forced, sinkhorn
 from moe_jax.moe.routers import hash as hash_router
 from moe_jax.moe.types import Side, SlotChoice
@@ -504,6 +504,22 @@ def test_noise_kernel_learns_in_training():
   far = params | {"noise_kernel": jnp.full((D, E), -50.0)}
   gradients = jax.grad(value)(far, "chance")
   assert all(jnp.isfinite(g).all() for g in gradients.values())
+
+
+def test_the_normal_distribution():
+  """Also in its tails, as the C library has it."""
+  x = np.linspace(-8, 8, 401)
+  expected = [math.erfc(-t / math.sqrt(2)) / 2 for t in x]
+  with jax.enable_x64(True):
+    found = scores.normal_cdf(jnp.asarray(x))
+    slopes = jax.vmap(jax.grad(scores.normal_cdf))(jnp.asarray(x))
+  np.testing.assert_allclose(found, expected, rtol=1e-12)
+  density = np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
+  np.testing.assert_allclose(slopes, density, rtol=1e-12)
+  coarse = scores.normal_cdf(jnp.asarray(x, jnp.float32))
+  np.testing.assert_allclose(coarse, expected, rtol=1e-4, atol=1e-12)
+  far = jnp.asarray([-1e30, 1e30])
+  assert scores.normal_cdf(far).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("cosine", [False, True])

@@ -3,10 +3,12 @@
 Everything is in at least float32.
 """
 
+import math
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax.core.errors import ConfigError
 from moe_jax.moe.types import Array, TokenChoice
@@ -79,6 +81,33 @@ def choice(expert_TK: Array, weight_TK: Array, mask_T: Array) -> TokenChoice:
   """The choice in which every token that is no padding has all its experts."""
   valid_TK = jnp.broadcast_to(mask_T[:, None], expert_TK.shape)
   return TokenChoice(expert_TK, weight_TK, valid_TK)
+
+
+def over_sum(weight_TK: Array, valid_TK: Array) -> Array:
+  """Weights over the sum of those that are valid, if it is above 0."""
+  whole_T1 = jnp.where(valid_TK, weight_TK, 0).sum(-1, keepdims=True)
+  return weight_TK / jnp.where(whole_T1 > 0, whole_T1, 1)
+
+
+@jax.custom_jvp
+def normal_cdf(x: Array) -> Array:
+  """Phi(x) of the normal distribution, to the precision of the dtype.
+
+  jax 0.12 has no `erf` inside of a shard_map that checks axes. This is the midpoint
+  rule of its integral, with the term for its poles (Matta and Reichel, 1971).
+  """
+  far = jnp.abs(x) / math.sqrt(2)
+  steps = np.arange(0.25, 6, 0.5) ** 2
+  terms = sum(math.exp(-s) / (s + far**2) for s in steps)
+  poles = 2 * jax.nn.sigmoid(-4 * math.pi * far)
+  tail = (far * jnp.exp(-(far**2)) * terms / math.pi + poles) / 2
+  return jnp.where(x < 0, tail, 1 - tail)
+
+
+@normal_cdf.defjvp
+def _normal_cdf_jvp(primals, tangents):
+  (x,), (dx,) = primals, tangents
+  return normal_cdf(x), jax.scipy.stats.norm.pdf(x) * dx
 
 
 def unit(x: Array, axis: int) -> Array:

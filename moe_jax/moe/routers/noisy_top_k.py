@@ -79,4 +79,4 @@ def chances(logits_TE, noisy_TE, size_TE, top_k: int):
   inside = inside.min(-1, keepdims=True)
   # The K-th largest of the other experts.
   rival_TE = jnp.where(noisy_TE >= inside, outside, inside)
-  return jax.scipy.stats.norm.cdf((logits_TE - rival_TE) / size_TE)
+  return scores.normal_cdf((logits_TE - rival_TE) / size_TE)

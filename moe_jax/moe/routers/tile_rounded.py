@@ -67,8 +67,7 @@ def build(
     valid_TK = checkpoint_name(valid_TK, "expert")
     weight_TK = jnp.take_along_axis(prob_TE, expert_TK, axis=-1)
     if renormalize:
-      whole_T1 = jnp.where(valid_TK, weight_TK, 0).sum(-1, keepdims=True)
-      weight_TK = weight_TK / jnp.where(whole_T1 > 0, whole_T1, 1)
+      weight_TK = scores.over_sum(weight_TK, valid_TK)
     choice = TokenChoice(expert_TK, weight_TK, valid_TK)
     return Routing(choice, prob_TE, logits_TE, score_TE=prob_TE)
 

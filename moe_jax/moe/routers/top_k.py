@@ -238,7 +238,7 @@ def chances(logits_TE, noisy_TE, expert_TK, noise):
     -1, keepdims=True
   )
   far_TE = (scores.wide(logits_TE) - scores.wide(last_T1)) / noise
-  return jax.scipy.stats.norm.cdf(far_TE)
+  return scores.normal_cdf(far_TE)
 
 
 def _in_groups(

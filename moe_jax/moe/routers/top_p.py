@@ -48,8 +48,7 @@ def build(
     valid_TK = (before_TK < threshold) & side.mask_T[:, None]
     valid_TK = checkpoint_name(valid_TK.at[:, 0].set(side.mask_T), "expert")
     if renormalize:
-      whole_T1 = jnp.where(valid_TK, weight_TK, 0).sum(-1, keepdims=True)
-      weight_TK = weight_TK / jnp.where(whole_T1 > 0, whole_T1, 1)
+      weight_TK = scores.over_sum(weight_TK, valid_TK)
     choice = TokenChoice(expert_TK, weight_TK, valid_TK)
     return Routing(choice, prob_TE, logits_TE)
 
