@@ -1,4 +1,4 @@
-"""What experts learn, from router traces: tables, JSON and figures.
+"""Tables, JSON and figures of the specialisation of experts, from router traces.
 
 python -m moe_jax.report TRACE --out=DIR
 python -m moe_jax.report EARLY TRACE --out=DIR

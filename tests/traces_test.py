@@ -190,7 +190,8 @@ def test_traces_that_do_not_fit(recorded, tmp_path):
   refused("other tokens than step 1", data__seq_len=8)
   missing = {"name": "next_token", "replay": str(tmp_path)}
   refused("has no trace of step 1; record", task=missing)
-  refused("no trace of step 5", train__num_steps=6)
+  with pytest.raises(ConfigError, match="no trace of step 5"):
+    program.Program(settings(task=replay, train__num_steps=6))  # Not in step 5.
 
 
 def test_files_that_are_no_traces(recorded, tmp_path):

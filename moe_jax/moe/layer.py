@@ -58,7 +58,7 @@ class Recipe:
 
   @property
   def pool(self) -> int:
-    """How many experts there are to choose from, cheap ones included."""
+    """The number of experts that the router chooses from, with the cheap ones."""
     return self.num_experts + (self.cheap.width if self.cheap else 0)
 
   @property

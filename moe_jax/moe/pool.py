@@ -83,7 +83,7 @@ def networks(choice, recipe):
 
 
 def output(recipe, weights, choice: TokenChoice, x_GTD: Array):
-  """What the cheap experts add to each token: y_GTD.
+  """The summed output of the cheap experts for each token: y_GTD.
 
   Args:
     recipe: `layer.Recipe` with cheap experts.

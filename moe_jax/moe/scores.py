@@ -91,7 +91,7 @@ def over_sum(weight_TK: Array, valid_TK: Array) -> Array:
 
 @jax.custom_jvp
 def normal_cdf(x: Array) -> Array:
-  """Phi(x) of the normal distribution, to the precision of the dtype.
+  """Phi(x) of the normal distribution, as exactly as the dtype has numbers near 1.
 
   jax 0.12 has no `erf` inside of a shard_map that checks axes. This is the midpoint
   rule of its integral, with the term for its poles (Matta and Reichel, 1971).

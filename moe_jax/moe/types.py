@@ -211,7 +211,7 @@ class Stats(Loads):
   groups_per_sequence: int = flax.struct.field(pytree_node=False, default=1)
 
 
-# What a router and its balancers may need of each other, in words.
+# Requirements of routers and balancers on each other, in the words of messages.
 FACTS = {
   "selection": "scores that a balancer can shift before experts are chosen",
   "score_range": "shiftable scores between 0 and 1",

@@ -138,7 +138,7 @@ def balanced(count_V: np.ndarray, num_experts: int, top_k: int, seed: int):
 
 
 def read_counts(path: str, vocab_size: int) -> np.ndarray:
-  """How often each id is seen, from a .npy file.
+  """The number of times that each id is seen, from a .npy file.
 
   Raises:
     ConfigError: it cannot be read, or is not V numbers of 0 or more.

@@ -153,7 +153,7 @@ def _with_chances(routing, noisy_TE, noise):
 
 
 def _gives(noise, score, num_groups, top_groups):
-  """What balancers can rely on; the score is the one that chooses, if any."""
+  """`Router.gives` of these options; `score` is the one that chooses, if any."""
   if top_groups < num_groups:
     # Neither quantiles nor smooth loads know of groups.
     return _gives(0, score, 1, 1) - {"ungrouped"}
