@@ -93,7 +93,7 @@ def _row(name, arm, seconds, dense):
   rate = tokens / statistics.median(seconds)
   chip = chips.of_device(jax.devices()[0].device_kind)
   peak = chip and chip.flops
-  flops = counts.train_flops_per_token(arm.model, arm.sizes, arm.task.length)
+  flops = counts.train_flops_per_token(arm.model, arm.sizes, arm.task.lengths)
   used = rate * flops
   planned = sum(
     getattr(plan, f"{k}_size_in_bytes") for k in ("argument", "output", "temp")

@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
   c.model.vocab_size = None
   c.model.d_model = 128  # width of the residual stream
   c.model.num_layers = 4  # prefix plus a whole number of patterns
-  # Kinds of the first layers: "dense", "moe", or "moe@VARIANT".
+  # Kinds of the first layers: "dense", "moe", "moe+dense", or "moe@VARIANT".
   c.model.prefix = ()
   c.model.pattern = ("moe",)  # kinds of the layers that repeat after them
   c.model.num_heads = 4  # query heads
@@ -55,10 +55,20 @@ def get_config() -> ConfigDict:
   # {name: keys} of layers "dense@name", "moe@name" that differ in them: options
   # of attention, d_ff, activation, and "moe": any keys of model.moe.
   c.model.variants = ConfigDict()
-  c.model.norm = "rms"  # or "layer"
+  c.model.norm = "rms"  # or "layer", or "layer_bias"
   c.model.norm_eps = 1e-6  # added to the mean square
   c.model.tie_embeddings = True  # output layer = transposed embedding
   c.model.scale_embedding = True  # times sqrt(d_model)
+  c.model.scale_output = (
+    False  # vectors over sqrt(d_model) before the output (T5)
+  )
+  c.model.positions = "none"  # added to embeddings; or "sinusoidal"
+  # Of an encoder_decoder, whose layers above are the decoder's: the keys in which
+  # its encoder differs from it (num_layers, prefix, pattern, moe, ...).
+  c.model.encoder = ConfigDict()
+  c.model.use_bias = False  # biases in dense layers
+  c.model.init_scale = 1.0  # variance of weights times fan-in (Switch: 0.1)
+  c.model.dropout = 0.0  # of sublayers, hidden units, attention weights (T5)
   # Recomputed in the backward pass: "none", "dispatch" (blocks without the
   # exchange between devices), "block" (whole blocks).
   c.model.remat = "none"

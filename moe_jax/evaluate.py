@@ -106,7 +106,7 @@ def _settings(args, loaded) -> dict:
   }
   models.check(
     loaded.model,
-    length=settings["seq_len"],
+    lengths={"inputs": settings["seq_len"]},
     batches={"--batch_size": settings["batch_size"]},
     mesh=loaded.model.arch.mesh,
   )

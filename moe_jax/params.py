@@ -31,7 +31,7 @@ def main(argv=None) -> int:
   variables = jax.eval_shape(lambda: task.init(model, jax.random.key(0)))
   sizes = counts.count(model, variables)
   width = BYTES[args.bytes]
-  flops = counts.train_flops_per_token(model, sizes, task.length)
+  flops = counts.train_flops_per_token(model, sizes, task.lengths)
   sizes["train_flops_per_token"] = flops
   sizes[f"weights_bytes_{args.bytes}"] = sizes["total"] * width
   if hasattr(model, "arch"):  # A decoder keeps what attention needs again.

@@ -57,7 +57,7 @@ def config(router, dispatcher, order, factor, buckets):
 
 def build(section):
   model = models.build(section, vocab_size=V)
-  models.check(model, length=L, batches={"rows": B}, mesh=None)
+  models.check(model, lengths={"inputs": L}, batches={"rows": B}, mesh=None)
   return model
 
 

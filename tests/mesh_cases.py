@@ -249,7 +249,7 @@ def plain_model(case: Case, mesh):
   """The model of a case on a mesh; None: one device."""
   model = models.build(config(case).model, vocab_size=V, mesh=mesh)
   rows = {"rows": micro_rows(case)}
-  models.check(model, length=L, batches=rows, mesh=mesh)
+  models.check(model, lengths={"inputs": L}, batches=rows, mesh=mesh)
   return model
 
 

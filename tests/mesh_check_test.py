@@ -30,7 +30,7 @@ def config(dispatcher="gather", capacity=1.0, **moe):
 def check(c, sizes=MESH):
   mesh = mesh_cases.make_mesh(sizes)
   model = models.build(c, vocab_size=9, mesh=mesh)
-  return mesh_check.check(model, LENGTH, c.dtype, mesh)
+  return mesh_check.check(model, {"inputs": LENGTH}, c.dtype, mesh)
 
 
 RUNS = {

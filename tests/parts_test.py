@@ -417,7 +417,7 @@ def test_what_is_for_tokens_alone():
   c.model.update(name="decoder", allow_noncausal=True, prefix=())
   c.model.pattern = ("moe@expert_choice",)
   model = models.build(c.model, vocab_size=16, plugins=FOLDER)
-  models.check(model, length=32, batches={"rows": 1}, mesh=None)
+  models.check(model, lengths={"inputs": 32}, batches={"rows": 1}, mesh=None)
   with pytest.raises(ConfigError, match="leave out --experts"):
     decoding.generate(model, {}, [[1]], 1, experts=True)
 

@@ -41,7 +41,7 @@ def build(name, mesh=None, dtype=None):
   if dtype is not None:
     c.model.dtype = dtype
   model = models.build(c.model, vocab_size=257, mesh=mesh)
-  models.check(model, length=32, batches={"rows": 8}, mesh=mesh)
+  models.check(model, lengths={"inputs": 32}, batches={"rows": 8}, mesh=mesh)
   return model
 
 
@@ -517,7 +517,7 @@ def test_attention_flops_of_a_layout():
   ):
     model = build(name)
     sizes = counted(name)
-    one, two = (counts.train_flops_per_token(model, sizes, n) for n in (32, 64))
+    one, two = (counts.train_flops_per_token(model, sizes, {"inputs": n}) for n in (32, 64))
     assert two - one == 3 * 32 * pair
 
 

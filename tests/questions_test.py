@@ -71,7 +71,7 @@ def test_the_dense_arm_has_as_many_active_parameters():
   (sparse, one), (dense, other) = (counted(arms[a]) for a in ("bias", "dense"))
   assert sparse["active"] == dense["active"] == dense["total"]
   flops = [
-    counts.train_flops_per_token(model, sizes, 128)
+    counts.train_flops_per_token(model, sizes, {"inputs": 128})
     for model, sizes in ((one, sparse), (other, dense))
   ]
   # Six for every weight but the norms', and 12 L times heads' widths a layer.

@@ -135,17 +135,17 @@ def test_the_batch_of_every_kind_is_checked(key):
   model = models.build(c, vocab_size=9)
   batches = {"other": 4, key: 3}
   with pytest.raises(ConfigError, match=f"batch of 3 .* make {key} a multiple"):
-    models.check(model, length=16, batches=batches, mesh=None)
-  models.check(model, length=16, batches={"other": 4, key: 2}, mesh=None)
+    models.check(model, lengths={"inputs": 16}, batches=batches, mesh=None)
+  models.check(model, lengths={"inputs": 16}, batches={"other": 4, key: 2}, mesh=None)
   with pytest.raises(ConfigError, match="neither a multiple nor a divisor"):
-    models.check(model, length=20, batches={key: 8}, mesh=None)
+    models.check(model, lengths={"inputs": 20}, batches={key: 8}, mesh=None)
 
 
 def test_experts_of_every_kind_divide_over_the_mesh():
   mesh = mesh_cases.make_mesh((2, 1, 4, 1))
   model = models.build(section(), vocab_size=9, mesh=mesh)
   with pytest.raises(ConfigError, match="num_experts = 2 .* expert = 4"):
-    models.check(model, length=16, batches={"rows": 8}, mesh=mesh)
+    models.check(model, lengths={"inputs": 16}, batches={"rows": 8}, mesh=mesh)
 
 
 def test_widths_of_every_kind_divide_over_the_mesh():

@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 
 from moe_jax import models
-from moe_jax.models import decoder
+from moe_jax.models import stack
 from moe_jax.moe import dispatchers, exchange
 from moe_jax.tasks import next_token
 from moe_jax.training import balancing
@@ -192,7 +192,7 @@ def test_the_mutant_that_reads_the_values_chooses_twice(
 def test_every_saved_name_is_needed(forgotten, monkeypatch):
   names = [n for n in dispatchers.SAVED if n != forgotten]
   policy = jax.checkpoint_policies.save_only_these_names(*names)
-  monkeypatch.setitem(decoder.REMAT, "block", policy)
+  monkeypatch.setitem(stack.REMAT, "block", policy)
   case = Case("sorted", dtype="float32")
   recomputed = count(gradient_jaxpr(build(case, None), case), recompute=True)
   chosen_again = recomputed["top_k"] + recomputed["sort"]

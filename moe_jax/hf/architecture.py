@@ -20,6 +20,8 @@ from moe_jax.moe.layer import Recipe
 _DEFAULTS = {
   **{"name": "decoder", "d_ff": 1, "norm": "rms", "scale_embedding": False},
   **{"remat": "none", "allow_noncausal": False, "moe.num_shared_experts": 0},
+  **{"encoder": {}, "scale_output": False, "positions": "none"},
+  **{"dropout": 0.0, "use_bias": False, "init_scale": 1.0},
   **{"moe.shared_gate": False, "moe.router.name": "top_k"},
   **{f"moe.num_{kind}_experts": 0 for kind in pool.KINDS},
   **{"moe.real_experts": None, "moe.d_latent": None},
@@ -97,6 +99,7 @@ def _layer(arch, kind):
   numbers = {k: x for k, x in vars(scaling).items() if x is not None}
   name = type(scaling).__name__.lower()
   options["rope_scaling"] = {"name": name} | numbers if numbers else None
+  del options["init_scale"]
   if parts.attention.rope == "none":
     del options["rope_theta"], options["rope_scaling"]
   ours = {

@@ -5,6 +5,7 @@ A model is a linen module. `sublayers` tells where its MoE layers are, as
 """
 
 import inspect
+import itertools
 from collections.abc import Mapping
 
 import jax
@@ -18,7 +19,15 @@ from moe_jax.moe.types import Sublayer
 
 OPTIONS = decoder.OPTIONS  # Every key of `config.model`.
 # Files of this folder that are no models.
-SHARED = ("counts", "decoding", "layers", "norms")
+SHARED = (
+  "counts",
+  "decoding",
+  "dropout",
+  "embedding",
+  "layers",
+  "norms",
+  "stack",
+)
 # Keys of a section `model.moe`: experts take every token that is sent to them,
 # and no sequence shares a group with another.
 DROPLESS = groups.Grouping()._asdict() | {"dispatcher": {"name": "sorted"}}
@@ -82,20 +91,26 @@ def at(tree: Mapping, path: str) -> Mapping:
   return tree
 
 
-def check(model, *, length: int, batches: Mapping[str, int], mesh) -> None:
+def check(
+  model, *, lengths: Mapping[str, int], batches: Mapping[str, int], mesh
+) -> None:
   """Raises ConfigError for lengths and batches that a model does not take.
 
   Args:
     model: from `build`.
-    length: tokens in a sequence.
+    lengths: tokens in a sequence of every kind, see `tasks.Task`.
     batches: {config key that sets it: sequences of a forward pass}.
     mesh: of the model.
   """
-  for recipe, grouping, *_ in sublayers(model).values():
-    for key, batch in batches.items():
-      groups.check(
-        recipe, grouping, length=length, batch=batch, key=key, mesh=mesh
+  for parts in sublayers(model).values():
+    if parts.sequence not in lengths:
+      raise ConfigError(
+        f"the model has layers for {parts.sequence}, which a batch of this task does"
+        f" not have: {', '.join(sorted(lengths))}; change model.name or task.name"
       )
+    one, length = parts[:2], lengths[parts.sequence]
+    for key, batch in batches.items():
+      groups.check(*one, length=length, batch=batch, key=key, mesh=mesh)
   shards = parallel.token_shards(mesh)
   for key, batch in batches.items():
     if batch % shards:
@@ -103,18 +118,22 @@ def check(model, *, length: int, batches: Mapping[str, int], mesh) -> None:
         f"a batch of {batch} examples does not divide into {shards} token shards;"
         f" make {key} a multiple of {shards}"
       )
-  if hasattr(model, "arch"):
-    for train in (True, False):
-      model.arch.check_causal(length, train)
+  stacks = model.arch.stacks if hasattr(model, "arch") else ()
+  for stack, train in itertools.product(stacks, (True, False)):
+    stack.check_causal(lengths[stack.sequence], train)
 
 
 def variables(model):
-  """Shapes of a decoder's variables, boxed with their logical axes."""
-  shards = parallel.token_shards(model.arch.mesh)
-  tokens_BL = jnp.zeros((shards, 1), jnp.int32)
-  return jax.eval_shape(lambda: model.init(jax.random.key(0), tokens_BL))
+  """Shapes of a model's variables, boxed with their logical axes."""
+  return jax.eval_shape(lambda: init(model, jax.random.key(0), model.arch.mesh))
+
+
+def init(model, rng, mesh=None):
+  """The variables of a model of text, boxed with their logical axes."""
+  tokens_BL = jnp.zeros((parallel.token_shards(mesh), 1), jnp.int32)
+  return model.init(rng, *model.arguments(tokens_BL))
 
 
 def shardings(model):
-  """Shardings of a decoder's variables on its mesh."""
+  """Shardings of a model's variables on its mesh."""
   return parallel.shardings(variables(model), model.arch.mesh)

@@ -41,9 +41,12 @@ _MOE |= {
   "balancers": labelled(part()),
   "exchange": word(*exchange.KINDS),
 }
+FFNS = ("dense", "moe", "moe+dense")  # The networks of a layer.
 _DENSE = {"d_ff": integer(1), "activation": word(*experts.ACTIVATIONS)}
 # Keys of attention that stand beside the section `attention`.
 OF_ATTENTION = ("num_heads", "num_kv_heads", "head_dim", "rope_theta")
+# Keys of the model that attention has too.
+_SHARED = ("norm_eps", "init_scale")
 # Keys of a variant besides the options of attention.
 _OF_A_VARIANT = _DENSE | {"moe": section(_MOE, required=())}
 # Keys of `config.model` that belong to its layers.
@@ -52,6 +55,8 @@ OPTIONS |= {
   "attention": attention.OPTION,
   "variants": labelled(attention.OPTION),
   "moe": section(_MOE),
+  "use_bias": bool,
+  "init_scale": number(above=0),
 }
 
 
@@ -59,8 +64,8 @@ class Layer(NamedTuple):
   """One kind of layer. Hashable.
 
   attention: see `attention.Options`.
-  mlp: the network of a dense layer; None in an MoE layer.
-  recipe, grouping: of an MoE layer; None in a dense one.
+  mlp: the dense network; None in a layer that has experts only.
+  recipe, grouping: of the experts; None in a dense layer.
   """
 
   attention: attention.Options
@@ -90,18 +95,24 @@ def _variant(model, variant, plugins):
   attend = attention.find(name, plugins, f"{place}.name")
   if variant:
     section(of(attend) | _OF_A_VARIANT, required=()).check(own, place)
-  options = {key: model[key] for key in (*OF_ATTENTION, "norm_eps")}
+  options = {key: model[key] for key in (*OF_ATTENTION, *_SHARED)}
   # A variant with another kind of attention takes no options of the model's.
   options |= shared if name == shared["name"] else {}
   options |= {key: own.pop(key) for key in of(attend) if key in own}
   return attention.read(attend, options, place), own
 
 
+def kinds(model: Mapping, mesh, plugins) -> tuple[tuple[str, Layer], ...]:
+  """(kind, Layer) of every kind in prefix and pattern of a model."""
+  names = sorted({*model["prefix"], *model["pattern"]})
+  return tuple((kind, make(kind, model, mesh, plugins)) for kind in names)
+
+
 def make(kind: str, model: Mapping, mesh, plugins) -> Layer:
   """The parts of a kind of layer: the model's, with its variant's keys.
 
   Args:
-    kind: "dense" or "moe", or either with "@VARIANT".
+    kind: see `stack.Stack`.
     model: `config.model`.
     mesh, plugins: as in `models.build`.
 
@@ -109,7 +120,7 @@ def make(kind: str, model: Mapping, mesh, plugins) -> Layer:
     ConfigError: impossible values, naming them and the remedy.
   """
   names = ["", *(f"@{name}" for name in model["variants"])]
-  known = [ffn + name for ffn in ("dense", "moe") for name in names]
+  known = [ffn + name for ffn in FFNS for name in names]
   word(*known).check(kind, "a kind of layer in model.prefix or model.pattern")
   ffn, _, variant = kind.partition("@")
   heads, own = _variant(model, variant, plugins)
@@ -117,14 +128,17 @@ def make(kind: str, model: Mapping, mesh, plugins) -> Layer:
   def place(key):
     return f"model.variants.{variant}.{key}" if key in own else f"model.{key}"
 
-  if ffn == "dense":
+  parts, widths = Layer(heads), {}
+  if "dense" in ffn:
     d_ff, activation = (own.get(key, model[key]) for key in _DENSE)
-    parts = Layer(heads, experts.dense(d_ff, activation))
-    widths = {place("d_ff"): (d_ff, "tensor")}
-  else:
+    options = activation, model["use_bias"], model["init_scale"]
+    parts = parts._replace(mlp=experts.dense(d_ff, *options))
+    widths |= {place("d_ff"): (d_ff, "tensor")}
+  if "moe" in ffn:
     moe = dict(model["moe"]) | dict(own.get("moe", {}))
-    parts = Layer(heads, None, *sparse(moe, place("moe"), mesh, plugins))
-    widths = {f"{place('moe')}.d_expert": (moe["d_expert"], "tensor")}
+    recipe, grouping = sparse(moe, place("moe"), mesh, plugins)
+    parts = parts._replace(recipe=recipe, grouping=grouping)
+    widths |= {f"{place('moe')}.d_expert": (moe["d_expert"], "tensor")}
   widths |= {
     "model.d_model": (model["d_model"], "fsdp"),
     "model.num_heads": (heads.num_heads, "tensor"),

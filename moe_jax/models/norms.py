@@ -6,11 +6,13 @@ import jax.numpy as jnp
 from moe_jax.core import roles
 from moe_jax.moe.types import Array
 
+KINDS = ("rms", "layer", "layer_bias")
+
 
 class Norm(nn.Module):
-  """x / rms(x) * scale (1910.07467), or of x - mean(x) (1607.06450), no bias.
+  """x / rms(x) * scale (1910.07467), or of x - mean(x) (1607.06450).
 
-  kind: "rms" or "layer".
+  kind: "rms", "layer", or "layer_bias", which adds a bias.
   eps: added to the mean square.
   part: of the model that the scale is counted to.
   """
@@ -24,8 +26,12 @@ class Norm(nn.Module):
     ones = roles.declared(nn.initializers.ones, (None,), self.part)
     scale = self.param("scale", ones, x.shape[-1:])
     scale = scale.reshape((1,) * (x.ndim - 1) + scale.shape)
-    y = unit(x, self.eps, centred=self.kind == "layer")
-    return (y * scale).astype(x.dtype)
+    y = unit(x, self.eps, centred=self.kind != "rms") * scale
+    if self.kind == "layer_bias":
+      zeros = roles.declared(nn.initializers.zeros, (None,), self.part)
+      bias = self.param("bias", zeros, x.shape[-1:])
+      y += bias.reshape(scale.shape)
+    return y.astype(x.dtype)
 
 
 def unit(x: Array, eps: float, centred: bool = False) -> Array:

@@ -381,9 +381,11 @@ class Sublayer(NamedTuple):
   grouping: `groups.Grouping`.
   numbers: number of the layer in the model, for each repeat.
   stacked: whether arrays have a leading axis of repeats; if not, there is one.
+  sequence: the array of a batch whose tokens pass the layers.
   """
 
   recipe: Any
   grouping: Any
   numbers: tuple[int, ...]
   stacked: bool = True
+  sequence: str = "inputs"

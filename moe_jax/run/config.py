@@ -25,13 +25,13 @@ _FREE = (*IDLE, "data.dir", "train.max_skipped_in_a_row")
 # Sections whose keys are up to the config: the options of a part, and parts or
 # data by a label.
 OPEN = ("task", "data.mixture", "optim.optimizer", "model.attention")
-OPEN += ("model.variants", "model.moe.router", "model.moe.dispatcher")
+OPEN += ("model.encoder", "model.variants", "model.moe.router", "model.moe.dispatcher")
 OPEN += ("model.moe.balancers", "train.hooks")
 _FOLDER_OF_A_PART = re.compile(r"data\.mixture\..+\.dir")
 # Sections of one part, whose options go when it gets another name.
 _A_PART = re.compile(
   r"config\.(task|optim\.optimizer|model\.attention|train\.hooks\.[^.]+"
-  r"|model\.(variants\.[^.]+\.)?moe\.(router|dispatcher|balancers\.[^.]+))"
+  r"|model\.(variants\.[^.]+\.|encoder\.)?moe\.(router|dispatcher|balancers\.[^.]+))"
 )
 
 

@@ -27,7 +27,8 @@ class Task:
     add up over batches; aux is the model's.
   metrics: (loss, sums) -> {name: Mean}, on the host.
   by_domain: metrics that are also reported for every domain.
-  length: tokens of a sequence, which groups are made of.
+  lengths: {array of a batch: tokens of a sequence, which groups are made of}, for
+    every sequence that has layers, see `types.Sublayer`.
   tokens_per_example: positions of the model that an example takes.
   given: what `models.build` passes to the model beside its section.
   init: (model, rng) -> the model's variables, boxed with their logical axes.
@@ -47,7 +48,7 @@ class Task:
   loss: Callable[..., tuple[Mean, Mapping[str, Array], Mapping]]
   metrics: Callable[..., dict[str, Mean]]
   by_domain: tuple[str, ...]
-  length: int
+  lengths: Mapping[str, int]
   tokens_per_example: int
   given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   init: Callable[..., Any] | None = None

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.core import parallel
+from moe_jax import models
 from moe_jax.core.options import optional, text
 from moe_jax.data import batches, corpora, mixed, tokenizers
 from moe_jax.moe.types import Array, Mean
@@ -61,16 +61,12 @@ def of_corpus(config, corpus, mesh=None, recorded=None) -> Task:
   """
   data = config.data
 
-  def init(model, rng):
-    shards = parallel.token_shards(mesh)
-    return model.init(rng, jnp.zeros((shards, 1), jnp.int32))
-
   end = corpus.end_of_document if data.separate_documents else None
   task = scoring(
     np.asarray(corpus.num_bytes_V, np.int32),
     data.seq_len,
     given={"vocab_size": corpus.vocab_size, "end_of_document": end},
-    init=init,
+    init=functools.partial(models.init, mesh=mesh),
     train=functools.partial(
       batches.train_batches,
       corpus,
@@ -98,7 +94,7 @@ def of_corpus(config, corpus, mesh=None, recorded=None) -> Task:
 def _replayed(task, recorded):
   """The task with experts from a trace."""
   train, validation = task.train, task.validation
-  spec = {**task.spec, "replayed": recorded.spec(task.length)}
+  spec = {**task.spec, "replayed": recorded.spec(task.lengths["inputs"])}
   return dataclasses.replace(
     task,
     spec=spec,
@@ -139,7 +135,7 @@ def scoring(num_bytes_V: np.ndarray, seq_len: int, **data) -> Task:
     loss=loss,
     metrics=_metrics,
     by_domain=("bits_per_byte",),
-    length=seq_len,
+    lengths={"inputs": seq_len},
     tokens_per_example=seq_len,
     **data,
   )

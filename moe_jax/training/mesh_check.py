@@ -6,6 +6,7 @@ small D and F, is run on the mesh and on one device.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -39,13 +40,13 @@ class Difference(NamedTuple):
 
 
 def check(
-  model, length: int, dtype: str, mesh: jax.sharding.Mesh
+  model, lengths: Mapping[str, int], dtype: str, mesh: jax.sharding.Mesh
 ) -> Difference | None:
   """Compares output, statistics and gradients; None without MoE layers.
 
   Args:
     model: of the run; every recipe and grouping of its layers is checked.
-    length: tokens of a sequence.
+    lengths: of the task.
     dtype: of activations.
     mesh: from `parallel.make_mesh`.
 
@@ -53,14 +54,12 @@ def check(
     RunError: they differ by more than rounding does.
   """
   recipes = dict.fromkeys(
-    (parts.recipe, parts.grouping) for parts in models.sublayers(model).values()
+    (parts.recipe, parts.grouping, lengths[parts.sequence])
+    for parts in models.sublayers(model).values()
   )
   if not recipes:
     return None
-  worst = max(
-    _compare(recipe, grouping, length, dtype, mesh)
-    for recipe, grouping in recipes
-  )
+  worst = max(_compare(*recipe, dtype, mesh) for recipe in recipes)
   on_cpu = parallel.platform(mesh) == "cpu"
   most = _TOLERANCE[dtype] if on_cpu else _ELSEWHERE
   if max(processes.gather(worst.distance)) > most:

@@ -100,7 +100,7 @@ class Program:
     self.mesh_check = None
     if self.mesh is not None and config.train.check_mesh:
       self.mesh_check = mesh_check.check(
-        self.model, self.task.length, config.model.dtype, self.mesh
+        self.model, self.task.lengths, config.model.dtype, self.mesh
       )
     started = time.monotonic()
     numbers = train_step.numbers(config, self.model)
@@ -119,7 +119,7 @@ class Program:
     platform = parallel.platform(self.mesh)
     wanted = config.model.moe.grouped_matmul
     backend = kernels.backend_for(platform, wanted)
-    flops = counts.train_flops_per_token(model, self.sizes, task.length)
+    flops = counts.train_flops_per_token(model, self.sizes, task.lengths)
     return {
       "data": task.fingerprint,
       "data_sources": task.sources,
@@ -327,7 +327,7 @@ def build_model(config, task, mesh=None):
     "data.batch_size over train.accumulation": micro,
     "eval.batch_size": config.eval.batch_size,
   }
-  models.check(model, length=task.length, batches=batches, mesh=mesh)
+  models.check(model, lengths=task.lengths, batches=batches, mesh=mesh)
   task.check(model)
   return model
 

@@ -49,6 +49,11 @@ def check(model) -> None:
   """Raises ConfigError for a model whose tokens do not choose experts."""
   if not models.sublayers(model):
     raise ConfigError("a model without MoE layers has no experts to trace")
+  if {p.sequence for p in models.sublayers(model).values()} != {"inputs"}:
+    raise ConfigError(
+      "a trace has the experts of one sequence of tokens, and an encoder-decoder has"
+      " two; leave out the trace"
+    )
   for parts in models.sublayers(model).values():
     if parts.recipe.router.form is not TokenChoice:
       raise ConfigError(
@@ -57,16 +62,17 @@ def check(model) -> None:
       )
 
 
-def routed(aux: Mapping, model, shape: tuple[int, int]) -> dict:
+def routed(aux: Mapping, model, batch: int, lengths: Mapping) -> dict:
   """{path: {"expert", "weight", "score": [R, B, L, K]}} of a forward pass.
 
   Args:
     aux: of the model, called with collect="routing".
     model: from `models.build`.
-    shape: (B, L).
+    batch: B.
+    lengths: of the task.
   """
   found = {}
-  for path in models.sublayers(model):
+  for path, parts in models.sublayers(model).items():
     of_layer = models.at(aux, path)
     choice = of_layer["choice"]
     arrays = {
@@ -74,10 +80,8 @@ def routed(aux: Mapping, model, shape: tuple[int, int]) -> dict:
       "weight": jnp.where(choice.valid_TK, choice.weight_TK, 0),
       "score": jnp.where(choice.valid_TK, of_layer["score_TK"], 0),
     }
-    repeats = len(models.sublayers(model)[path].numbers)
-    found[path] = {
-      k: x.reshape(repeats, *shape, x.shape[-1]) for k, x in arrays.items()
-    }
+    shape = len(parts.numbers), batch, lengths[parts.sequence], -1
+    found[path] = {k: x.reshape(shape) for k, x in arrays.items()}
   return found
 
 

@@ -239,8 +239,9 @@ def _accumulate(state, batch, model, task, sublayers, once, collect):
     loss, task_sums, aux = task.loss(
       model, variables, micro, rng, index * batch_size, train=True, **more
     )
-    shape = batch_size, task.length
-    routing = traces.routed(aux, model, shape) if collect else {}
+    routing = {}
+    if collect:
+      routing = traces.routed(aux, model, batch_size, task.lengths)
     stats = balancing.statistics(aux, sublayers)
     balance = balancing.loss(sublayers, state.balance, stats, so_far, params)
     balance /= accumulation

@@ -39,12 +39,23 @@ class Context(NamedTuple):
   tokens: of the call.
   first: place of the first of them among the M of a cache; None: no cache.
   keys: the tokens at all places, those of this call included; a place that is
-    not taken yet is padding.
+    not taken yet is padding. Or those of another sequence, see `across`.
+  memory_BMD: vectors of that sequence; None: keys and values of it are cached.
+  bias: position bias that layers share, see `positions.bias`; None: there is none.
+  rng_B: keys for the dropout of weights; None: there is none.
   """
 
   tokens: Tokens
   first: Array | None = None
   keys: Tokens | None = None
+  memory_BMD: Array | None = None
+  bias: Array | None = None
+  rng_B: Array | None = None
+
+  @property
+  def is_across(self) -> bool:
+    """Whether keys are those of another sequence."""
+    return self.first is None and self.keys is not None
 
   def real(self, x_BLD: Array) -> Array:
     """x with zeros for padding: NaN under a weight of zero would be NaN."""
@@ -79,6 +90,30 @@ def make(module, tokens_BL, mask_BL, end_of_document, cache_length):
   return Context(tokens, first, keys)
 
 
+def packed(mask_BL: Array, document_BL: Array) -> Context:
+  """The Context of whole rows whose documents are numbered.
+
+  Args:
+    mask_BL: bool, False for padding.
+    document_BL: int32, tokens of a document follow each other.
+  """
+  tokens = numbered(mask_BL, document_BL)
+  place_1L = jnp.arange(mask_BL.shape[1])[None, :]
+  return Context(tokens._replace(relative_BL=place_1L))
+
+
+def across(queries: Tokens, keys: Tokens, memory_BMD: Array | None) -> Context:
+  """The Context of attention from one sequence to another.
+
+  A token sees those of the document with its own document's number.
+
+  Args:
+    queries, keys: tokens of the two.
+    memory_BMD: see `Context`.
+  """
+  return Context(queries, keys=keys, memory_BMD=memory_BMD)
+
+
 def located(mask_BL: Array, ends_BL: Array) -> Tokens:
   """Documents and own positions of the tokens of whole rows.
 
@@ -86,9 +121,15 @@ def located(mask_BL: Array, ends_BL: Array) -> Tokens:
     mask_BL: bool, False for padding.
     ends_BL: bool, True for the last token of a document.
   """
-  before_BL = jnp.cumsum(mask_BL, axis=1, dtype=jnp.int32) - mask_BL
   document_BL = jnp.cumsum(ends_BL, axis=1, dtype=jnp.int32) - ends_BL
-  begins_BL = jnp.pad(ends_BL[:, :-1], ((0, 0), (1, 0)))
+  return numbered(mask_BL, document_BL)
+
+
+def numbered(mask_BL: Array, document_BL: Array) -> Tokens:
+  """Own positions of the tokens of whole rows; see `packed`."""
+  before_BL = jnp.cumsum(mask_BL, axis=1, dtype=jnp.int32) - mask_BL
+  begins_BL = document_BL[:, 1:] != document_BL[:, :-1]
+  begins_BL = jnp.pad(begins_BL, ((0, 0), (1, 0)))
   before_BL -= jax.lax.cummax(jnp.where(begins_BL, before_BL, 0), axis=1)
   return Tokens(mask_BL, document_BL, before_BL, before_BL)
 
@@ -106,8 +147,9 @@ def store(module, name: str, part_BL: Array, first, places: int) -> Array:
 def visible(options: Options, context: Context) -> Array:
   """[B, L, M]: whether a token of this call may look at a place.
 
-  It sees itself and the real tokens before it, of the same document, window
-  and chunk. A padded one still sees itself, so that no softmax is empty.
+  It sees itself and the real tokens before it, or all if options are not causal,
+  of the same document, window and chunk. A padded one still sees itself, so that
+  no softmax is empty. Another sequence has no window, and no later tokens.
   """
   queries, keys = context.tokens, context.keys or context.tokens
   place_L = place_M = jnp.arange(keys.mask_BL.shape[1])
@@ -119,11 +161,16 @@ def visible(options: Options, context: Context) -> Array:
 
   query, key = pairs("document_BL")
   sees_BLM = (query == key) & keys.mask_BL[:, None, :]
+  if context.is_across:
+    return sees_BLM
   if options.window is not None:
     query, key = pairs("relative_BL")
     sees_BLM &= query - key < options.window
+    if not options.causal:
+      sees_BLM &= key - query < options.window
   if options.chunk is not None:
     query, key = pairs("position_BL")
     sees_BLM &= query // options.chunk == key // options.chunk
   back_1LM = (place_L[:, None] - place_M[None, :])[None]
-  return (back_1LM >= 0) & (sees_BLM | (back_1LM == 0))
+  sees_BLM |= back_1LM == 0
+  return (back_1LM >= 0) & sees_BLM if options.causal else sees_BLM

@@ -1,6 +1,7 @@
 """Attention in which groups of query heads share keys and values."""
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 
@@ -22,6 +23,13 @@ class Attention(heads.Heads):
   def mixed(self, x_BLD: Array, context: Context) -> Array:
     m, tokens = self.options, context.tokens
     q = self._heads(x_BLD, "query", "heads", m.num_heads)
+    divisor = m.head_dim**0.5 if m.scale_scores else 1.0
+    if context.is_across:
+      k, v = (
+        self.kept(name, functools.partial(self._of_memory, name, context))
+        for name in ("key", "value")
+      )
+      return self.attend(q, k, v, context, divisor)
     k = self._heads(x_BLD, "key", "kv_heads", m.num_kv_heads)
     v = self._heads(x_BLD, "value", "kv_heads", m.num_kv_heads)
     if m.qk_norm in ("head", "projection"):
@@ -33,7 +41,12 @@ class Attention(heads.Heads):
       q, k = (norms.unit(x, m.norm_eps).astype(x.dtype) for x in (q, k))
     q = positions.tempered(q, tokens.position_BL, m)
     k, v = self.cached(context, key=k, value=v)
-    return self.attend(q, k, v, context, m.head_dim**0.5)
+    return self.attend(q, k, v, context, divisor)
+
+  def _of_memory(self, name, context):
+    """Keys or values of another sequence."""
+    heads = "kv_heads", self.options.num_kv_heads
+    return self._heads(context.memory_BMD, name, *heads)
 
   def _turned(self, x_BLHh, tokens):
     """Queries or keys, of which all or the first part turn with the position."""
@@ -81,6 +94,14 @@ class Options(options.Options):
       raise ConfigError(
         f"rotary_dim = {turned} is odd or more than head_dim = {self.head_dim}"
       )
+
+  @property
+  def across(self) -> "Options":
+    """The same without positions: a query sees all of another sequence."""
+    own = {"rope": "none", "position_bias": "none", "causal": False}
+    own |= {"window": None, "chunk": None, "temperature": None, "sinks": False}
+    own |= {"qk_norm": "none", "clip": None, "rotary_dim": None}
+    return dataclasses.replace(self, **own)
 
   @property
   def cached_per_token(self) -> int:

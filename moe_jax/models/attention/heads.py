@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.core import parallel, roles
-from moe_jax.models import norms
+from moe_jax.models import dropout, norms
+from moe_jax.models.attention import positions
 from moe_jax.models.attention.context import Context, store, visible
 from moe_jax.models.attention.options import Options
 from moe_jax.moe import kernels
@@ -18,11 +19,13 @@ class Heads(nn.Module):
   A kind has a method `mixed(x_BLD, context) -> y_BLHv`, the results of all
   heads, for which it calls the methods below.
 
+  dropout: chance that a weight is 0 in training.
   out_bias: whether the output has a bias.
   """
 
   options: Options
   mesh: jax.sharding.Mesh | None = None
+  dropout: float = 0.0
   out_bias = False
 
   @nn.compact
@@ -41,7 +44,9 @@ class Heads(nn.Module):
     """
     numbers, init = tuple(range(len(shape))), nn.initializers.zeros
     if inputs:
-      init = nn.initializers.lecun_normal(numbers[:inputs], numbers[inputs:])
+      how = self.options.init_scale, "fan_in", "truncated_normal"
+      sides = numbers[:inputs], numbers[inputs:]
+      init = nn.initializers.variance_scaling(*how, *sides)
     return self.param(name, roles.declared(init, axes, "attention"), shape)
 
   def project(self, x, name: str, shape, axes, bias=False) -> Array:
@@ -77,6 +82,13 @@ class Heads(nn.Module):
     places = context.keys.mask_BL.shape[1]
     return [store(self, *part, context.first, places) for part in parts.items()]
 
+  def kept(self, name: str, make) -> Array:
+    """What `make()` gives, or gave in the first call of generation."""
+    generates = self.is_mutable_collection("cache")
+    if not generates or self.is_initializing():
+      return make()
+    return self.variable("cache", name, make).value
+
   def attend(self, q_BLHh, k_BMJh, v_BMJv, context, divisor) -> Array:
     """softmax(q k / divisor) v over visible places; scores in float32 or more.
 
@@ -93,8 +105,15 @@ class Heads(nn.Module):
     scores = jnp.einsum(
       "BLJjh,BMJh->BJjLM", q, k_BMJh, preferred_element_type=dtype
     )
+    scores /= divisor
+    bias = context.bias
+    if self.options.position_bias == "layer":
+      bias = positions.bias(self, "position_bias", self.options, context)
+    if bias is not None:
+      shape = len(bias), groups, heads // groups, *bias.shape[2:]
+      scores += bias.astype(dtype).reshape(shape)
     sees = visible(self.options, context)[:, None, None]
-    scores = jnp.where(sees, scores / divisor, jnp.finfo(dtype).min)
+    scores = jnp.where(sees, scores, jnp.finfo(dtype).min)
     if self.options.sinks:
       sinks_H = self.parameter("sinks", (heads,), ("heads",))
       sinks = sinks_H.astype(dtype).reshape(1, groups, -1, 1, 1)
@@ -104,6 +123,7 @@ class Heads(nn.Module):
       weights /= weights.sum(-1, keepdims=True) + jnp.exp(sinks - most)
     else:
       weights = jax.nn.softmax(scores, axis=-1)
+    weights = dropout.drop(weights, self.dropout, context.rng_B)
     weights = weights.astype(v_BMJv.dtype)
     y = jnp.einsum("BJjLM,BMJv->BLJjv", weights, v_BMJv)
     return y.reshape(batch, length, heads, -1)

@@ -90,6 +90,11 @@ class Options(options.Options):
 
   def __post_init__(self):
     super().__post_init__()
+    if not self.scale_scores or self.position_bias != "none":
+      raise ConfigError(
+        "latent attention has scale_scores = True and no position_bias; change these,"
+        ' or take attention.name = "grouped"'
+      )
     if self.num_kv_heads != self.num_heads or self.rope == "none":
       raise ConfigError(
         "latent attention has num_kv_heads = num_heads and a rope; change these,"

@@ -18,7 +18,9 @@ class Options:
     turned: name of the width whose pairs turn with the position;
     cached_per_token: numbers that generation keeps of a token, in a layer;
     flops_per_pair: FLOPs of one query and one key: their score, and the
-      value's share of the result.
+      value's share of the result;
+    across: the options of attention to another stack's output, where it has
+      such.
 
   num_heads: H query heads.
   num_kv_heads: heads of keys and values; divides H (2305.13245).
@@ -26,6 +28,7 @@ class Options:
     position.
   rope_theta: base of the frequencies.
   norm_eps: of the norms of queries and keys.
+  init_scale: variance of the weights times their fan-in.
   rope: which pairs turn with the position (2104.09864): "half", (i, i + h/2);
     "interleaved", (2i, 2i + 1); "none": no positions (NoPE).
   rope_scaling: see `positions`.
@@ -35,6 +38,16 @@ class Options:
     all.
   temperature: (s, n, o): queries times 1 + s ln(1 + floor((position + o) / n))
     (2501.19399), or None.
+  position_bias: "shared" or "layer": a learned number of each head and bucket of
+    distances is added to the scores (T5, 1910.10683), from one table for all
+    layers of a stack or one for each layer; "none": nothing.
+  bias_buckets: of distances; half of them are one apart, the others grow
+    logarithmically up to bias_distance. Where tokens see later ones too, half of
+    the buckets are for these.
+  bias_distance: from which on all distances are in the last bucket.
+  scale_scores: scores are divided by the root of a head's width (1706.03762);
+    T5 does not.
+  causal: a token sees none after it.
   sinks: a learned score per head that takes part in the softmax, and whose
     value is zero.
   name: the file of the kind.
@@ -48,11 +61,17 @@ class Options:
   head_dim: integer(1)
   rope_theta: number(above=1)
   norm_eps: number(above=0)
+  init_scale: number(above=0) = 1.0
   rope: word("half", "interleaved", "none") = "half"
   rope_scaling: positions.OPTION = positions.Plain()
   window: optional(integer(1)) = None
   chunk: optional(integer(1)) = None
   temperature: optional(items((number(0), integer(1), integer(0)))) = None
+  position_bias: word("none", "shared", "layer") = "none"
+  bias_buckets: integer(4) = 32
+  bias_distance: integer(1) = 128
+  scale_scores: bool = True
+  causal: bool = True
   sinks: bool = False
   name: str = "grouped"
 
@@ -65,8 +84,33 @@ class Options:
         f"{self.turned} = {width} is odd; rotary positions need pairs, or rope ="
         ' "none"'
       )
+    exact = self.bias_buckets // (2 if self.causal else 4)
+    if self.position_bias != "none" and self.bias_distance <= exact:
+      raise ConfigError(
+        f"bias_distance = {self.bias_distance} is not above the {exact} buckets of"
+        f" distances that are one apart; raise it, or lower bias_buckets ="
+        f" {self.bias_buckets}"
+      )
     if self.num_heads % self.num_kv_heads:
       raise ConfigError(
         f"num_kv_heads = {self.num_kv_heads} does not divide num_heads ="
         f" {self.num_heads}"
       )
+
+  @property
+  def bias_table(self) -> tuple[int, int, int, bool]:
+    """What layers have in common that share a table of the position bias."""
+    sizes = self.bias_buckets, self.num_heads, self.bias_distance
+    return *sizes, self.causal
+
+  @property
+  def across(self) -> "Options":
+    """The same for attention to another stack's output, without positions.
+
+    Raises:
+      ConfigError: this kind has no such attention.
+    """
+    raise ConfigError(
+      f'attention "{self.name}" cannot attend to an encoder; take'
+      ' attention.name = "grouped"'
+    )

@@ -1,11 +1,14 @@
-"""Positions in queries and keys: rotations (2104.09864) and temperatures."""
+"""Positions in attention: rotations (2104.09864), temperatures, biases."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
 
+import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
+from moe_jax.core import roles
 from moe_jax.core.options import arguments, integer, named, number, optional
 from moe_jax.moe.types import Array
 
@@ -163,3 +166,43 @@ def tempered(q_BLHh: Array, position_BL: Array, options) -> Array:
   steps_BL = (position_BL + offset) // length
   factor_BL = 1 + scale * jnp.log1p(steps_BL.astype(dtype))
   return (q_BLHh * factor_BL[:, :, None, None]).astype(q_BLHh.dtype)
+
+
+def bias(module: nn.Module, name: str, options, context) -> Array:
+  """[B or 1, H, L, M]: a learned number for the distance of two tokens.
+
+  Args:
+    module: linen module that has the table.
+    name: of the table, a parameter [buckets, H].
+    options: of attention.
+    context: of the call.
+  """
+  shape = options.bias_buckets, options.num_heads
+  init = nn.initializers.normal(options.num_heads**-0.5)
+  init = roles.declared(init, (None, "heads"), "attention")
+  table_NH = module.param(name, init, shape)
+  keys = context.keys or context.tokens
+  query, key = context.tokens.relative_BL, keys.relative_BL
+  bucket_BLM = buckets(query[:, :, None] - key[:, None, :], options)
+  return jnp.moveaxis(table_NH[bucket_BLM], -1, 1)
+
+
+def buckets(back: Array, options) -> Array:
+  """The bucket of a distance (T5, 1910.10683, 2.1).
+
+  Args:
+    back: how many positions the key is before the query; < 0: after it.
+    options: of attention.
+  """
+  number, later = options.bias_buckets, 0
+  if not options.causal:
+    number //= 2
+    later = jnp.where(back < 0, number, 0)
+    back = jnp.abs(back)
+  exact, most = number // 2, options.bias_distance
+  far = np.arange(exact, most + 1) / exact
+  # Exact powers belong to the higher bucket.
+  far = exact + (number - exact) * np.log(far) / math.log(most / exact) + 1e-9
+  far = np.minimum(far.astype(np.int32), number - 1)
+  bucket_D = jnp.asarray(np.append(np.arange(exact, dtype=np.int32), far))
+  return later + bucket_D[jnp.clip(back, 0, most)]

@@ -136,8 +136,8 @@ def of_train_step(config, task, mesh) -> Step:
   return Step(
     tokens=tokens // parallel.token_shards(mesh),
     micro_batches=micro_batches,
-    sequence=task.length,
-    length=task.length,
+    sequence=task.lengths["inputs"],
+    length=task.lengths["inputs"],
     forward=1 if remat == "none" else 2,
     backward=True,
     exchanges=3 if remat == "block" else 2,

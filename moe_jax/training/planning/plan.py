@@ -131,7 +131,7 @@ def of_train_step(config, chip, devices, topology: str) -> Plan:
     "balancers": state.balance,
     "batch": batch,
   }
-  per_token = counts.train_flops_per_token(model, made.sizes, task.length)
+  per_token = counts.train_flops_per_token(model, made.sizes, task.lengths)
   return _plan(
     "training step",
     made.train_step,
@@ -174,7 +174,7 @@ def of_decoding(config, chip, devices, topology: str) -> Plan:
     trees,
     step=costs.of_decoding(config, mesh),
     boxed=variables["params"],
-    flops_per_token=counts.flops_per_token(model, sizes, length),
+    flops_per_token=counts.flops_per_token(model, sizes, {"inputs": length}),
     config=config,
     chip=chip,
     mesh=mesh,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
-from moe_jax.models import decoder
+from moe_jax.models import stack
 from moe_jax.moe import exchange
 from moe_jax.training import program
 from moe_jax.training.planning import chips, costs, plan, topologies
@@ -83,7 +83,7 @@ def ranked(config, chip: chips.Chip, devices, ring: int) -> list[Candidate]:
   for settings, one, mesh, model in _possible(config, task, devices, sparse):
     matrices = costs.matrices(model, boxed, mesh)
     state = per_parameter * costs.held(mesh, matrices)
-    for remat in decoder.REMAT:
+    for remat in stack.REMAT:
       one.model.remat = remat
       step = costs.of_train_step(one, task, mesh)
       bounds = [

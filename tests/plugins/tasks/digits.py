@@ -78,7 +78,7 @@ def build(config, mesh=None, fingerprint=None, prepare=True) -> Task:
       "error": Mean(loss.weight - sums["right"], loss.weight),
     },
     by_domain=("error",),
-    length=16,
+    lengths={"inputs": 16},
     tokens_per_example=16,
     name="digits",
     fingerprint=hashlib.sha256(images.tobytes()).hexdigest(),

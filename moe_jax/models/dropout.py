@@ -1,0 +1,52 @@
+"""Dropout (1207.0580) whose draws do not depend on the mesh or micro-batch."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.moe.types import Array
+
+
+def of_rows(rng: Array, batch: int, first: int | Array = 0) -> Array:
+  """A key for each row of a batch.
+
+  Args:
+    rng: the key of a step.
+    batch: B, rows.
+    first: index of the first of them in the whole batch of the step.
+  """
+  rng = jax.random.fold_in(rng, _DROPOUT)
+  return jax.vmap(jax.random.fold_in, (None, 0))(rng, first + jnp.arange(batch))
+
+
+_DROPOUT = (
+  2**31 - 1
+)  # No group of tokens has this number, see `layer.group_keys`.
+
+
+def keys(rng_B: Array | None, layer_index, places: int) -> Iterator:
+  """Keys [B] for each place of a layer; None each where there are none."""
+  for place in range(places):
+    if rng_B is None:
+      yield None
+    else:
+      number = layer_index * places + place
+      yield jax.vmap(jax.random.fold_in, (0, None))(rng_B, number)
+
+
+def drop(x: Array, rate: float, rng_B: Array | None) -> Array:
+  """x, of which a share is 0 and the rest is larger by 1 / (1 - rate).
+
+  Args:
+    x: [B, ...].
+    rate: chance that a number is 0, in [0, 1).
+    rng_B: a key for each row; None: x as it is.
+  """
+  if rng_B is None or not rate:
+    return x
+
+  def kept(rng):
+    return jax.random.bernoulli(rng, 1 - rate, x.shape[1:])
+
+  return jnp.where(jax.vmap(kept)(rng_B), x / (1 - rate), 0)

@@ -1,0 +1,256 @@
+"""An encoder-decoder transformer (1706.03762; T5, 1910.10683)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_jax.core import options as options_lib
+from moe_jax.models import attention, decoder, embedding, layers, norms, stack
+from moe_jax.moe.types import Array, Sublayer
+
+# Keys of `model` that its encoder may have of its own.
+_OF_ENCODER = {
+  k: v
+  for k, v in decoder.OPTIONS.items()
+  if k in {*layers.OPTIONS, "num_layers", "prefix", "pattern"}
+}
+_OF_ENCODER["moe"] = options_lib.Option(
+  "a section", lambda x: hasattr(x, "items")
+)
+FEATURES = ("token_id", "position")
+
+
+class Text(NamedTuple):
+  """Tokens of one side.
+
+  token_BL: int32 in [0, V).
+  mask_BL: bool, False for padding; None: there is none.
+  document_BL: int32, number of the text that a token belongs to; tokens of either
+    side see those with the same number only. None: each row is one text.
+  """
+
+  token_BL: Array
+  mask_BL: Array | None = None
+  document_BL: Array | None = None
+
+  def filled(self) -> "Text":
+    """The same with all arrays."""
+    shape, mask_BL, document_BL = self.token_BL.shape, *self[1:]
+    mask_BL = jnp.ones(shape, bool) if mask_BL is None else mask_BL
+    if document_BL is None:
+      document_BL = jnp.zeros(shape, jnp.int32)
+    return Text(self.token_BL, mask_BL, document_BL)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Architecture(embedding.Vocabulary):
+  """Everything about an encoder-decoder but its parameters. Hashable.
+
+  encoder, decoder: their layers.
+  source_vocab_size: V of an embedding that the encoder has of its own (GShard);
+    None: it has the decoder's.
+  d_ff, source: see `decoder.Architecture`.
+  """
+
+  encoder: stack.Stack
+  decoder: stack.Stack
+  source_vocab_size: int | None = None
+  d_ff: int = dataclasses.field(default=1, compare=False)
+  source: Any = dataclasses.field(default=None, compare=False)
+
+  def __post_init__(self):
+    sizes = self.source_vocab_size or self.vocab_size, self.vocab_size
+    for one, vocab_size in zip(self.stacks, sizes):
+      one.check_features({"token_id": vocab_size, "position": None})
+
+  @property
+  def stacks(self) -> tuple[stack.Stack, ...]:
+    """In the order in which tokens pass them."""
+    return self.encoder, self.decoder
+
+  @property
+  def mesh(self) -> jax.sharding.Mesh | None:
+    """What to run on; None: one device."""
+    return self.decoder.mesh
+
+
+def build(
+  section: Mapping,
+  *,
+  vocab_size: int,
+  source_vocab_size: int | None = None,
+  end_of_document: int | None = None,
+  mesh: jax.sharding.Mesh | None = None,
+  plugins: tuple[str, ...] = (),
+) -> "EncoderDecoder":
+  """The model of `config.model`.
+
+  Args:
+    section: `config.model`, see `configs/base.py`. Its layers are the decoder's,
+      and, but for the keys in `encoder`, the encoder's.
+    vocab_size: V of the data; `section.vocab_size` takes its place.
+    source_vocab_size: of the encoder's text, if it has tokens of its own.
+    end_of_document: None; texts have numbers here.
+    mesh, plugins: as in `models.build`.
+
+  Raises:
+    ConfigError: impossible values, naming them and the remedy.
+  """
+  options_lib.section(decoder.OPTIONS).check(section, "model")
+  own = dict(section["encoder"])
+  options_lib.section(_OF_ENCODER, required=()).check(own, "model.encoder")
+  of_encoder = {**section, **own}
+  of_encoder["moe"] = {**section["moe"], **own.get("moe", {})}
+  fields = decoder.options(section, Architecture.__dataclass_fields__)
+  del fields["encoder"]
+  fields["vocab_size"] = embedding.size(section["vocab_size"], vocab_size)
+
+  def made(name, section, **more):
+    layers.check(section, plugins)
+    own = decoder.options(section, stack.Stack.__dataclass_fields__)
+    names = f"{name}_prefix", name
+    kinds = layers.kinds(section, mesh, plugins)
+    return stack.Stack(
+      **own | {"kinds": kinds, "mesh": mesh, "names": names, **more}
+    )
+
+  encoder = made("encoder", of_encoder, looks_back=False)
+  encoder = dataclasses.replace(encoder, kinds=_seeing_all(encoder.kinds))
+  more = {"sequence": "targets", "first_number": encoder.num_layers}
+  fields["encoder"] = encoder
+  fields["decoder"] = made("decoder", section, **more)
+  for _, parts in fields["decoder"].kinds:
+    _ = parts.attention.across  # Refuses attention that cannot.
+  del end_of_document
+  return EncoderDecoder(
+    Architecture(**fields, source_vocab_size=source_vocab_size)
+  )
+
+
+def _seeing_all(kinds):
+  """Layers whose tokens see later ones too."""
+  return tuple(
+    (
+      kind,
+      parts._replace(
+        attention=dataclasses.replace(parts.attention, causal=False)
+      ),
+    )
+    for kind, parts in kinds
+  )
+
+
+class EncoderDecoder(nn.Module):
+  """Two texts to the logits of the second one. Made by `build`."""
+
+  arch: Architecture
+
+  @property
+  def sublayers(self) -> dict[str, Sublayer]:
+    """The MoE layers by path, see `stack.Stack.sublayers`."""
+    return self.arch.encoder.sublayers | self.arch.decoder.sublayers
+
+  def arguments(self, tokens_BL: Array) -> tuple:
+    """Arguments of a call with these tokens on both sides."""
+    return Text(tokens_BL), Text(tokens_BL)
+
+  @nn.compact
+  def __call__(
+    self,
+    inputs: Text | None,
+    targets: Text,
+    rng: Array | None = None,
+    *,
+    first: int | Array = 0,
+    train: bool = False,
+    collect: str | None = None,
+    cache_length: int | None = None,
+  ) -> tuple[Array, dict]:
+    """Logits of the token after each of the targets.
+
+    Args:
+      inputs: the encoder's text; None: that of the first call of generation.
+      targets: the decoder's text, one token later than what is to be predicted.
+      rng: the key of a step, for noise and dropout; None: there is none.
+      first: index of the first row in the batch of a step.
+      train: the capacity and dropout of training.
+      collect: "routing" adds the arrays of the choices to aux.
+      cache_length: M, target tokens that generation may keep of a row in the mutable
+        collection `cache`; padding then comes before them, and a row is one text.
+        None: no cache.
+
+    Returns:
+      logits_BLV in at least float32, of the targets.
+      aux, see `stack.run`, of both stacks.
+    """
+    arch, mesh, aux = self.arch, self.arch.mesh, {}
+    table_VD = embedding.table(self, arch)
+    options = {"rng": rng, "first": first, "train": train, "collect": collect}
+    memory, keys = None, None
+    if inputs is not None:
+      inputs, source_VD = inputs.filled(), table_VD
+      if arch.source_vocab_size:
+        name = "source_embedding"
+        source_VD = embedding.table(self, arch, name, arch.source_vocab_size)
+      context = attention.context.packed(*inputs[1:])
+      one = arch.encoder, source_VD, inputs.token_BL, context
+      memory, aux = self._run(*one, **options)
+      memory, keys = context.real(memory), context.tokens
+    targets = targets.filled()
+    context = self._of_targets(targets, cache_length)
+    keys = self._remembered(keys, cache_length)
+    cross = attention.context.across(context.tokens, keys, memory)
+    one = arch.decoder, table_VD, targets.token_BL, context
+    x_BLD, of_decoder = self._run(*one, cross=cross, **options)
+    logits_BLV = embedding.logits(self, arch, table_VD, x_BLD, mesh)
+    return logits_BLV, aux | of_decoder
+
+  def _of_targets(self, targets, cache_length):
+    if cache_length is None:
+      return attention.context.packed(*targets[1:])
+    return attention.context.make(self, *targets[:2], None, cache_length)
+
+  def _remembered(self, keys, cache_length):
+    """The encoder's tokens, of this call or of the first one of generation."""
+    if cache_length is None:
+      return keys
+    names = (
+      keys._fields if keys is not None else attention.context.Tokens._fields
+    )
+
+    def kept(name):
+      return self.variable(
+        "cache", f"encoder_{name}", getattr, keys, name
+      ).value
+
+    return attention.context.Tokens(*map(kept, names))
+
+  def _run(
+    self,
+    one,
+    table_VD,
+    tokens_BL,
+    context,
+    *,
+    rng,
+    first,
+    train,
+    collect,
+    cross=None,
+  ):
+    """(x_BLD after the last norm, aux) of one stack."""
+    arch = self.arch
+    if not self.is_initializing():
+      one.check_causal(tokens_BL.shape[1], train)
+    features = {"token_id": tokens_BL, "position": context.tokens.position_BL}
+    experts = {"mask_BL": context.tokens.mask_BL, "features": features}
+    call = stack.Call(context, {**experts, "rng": rng, "first": first}, cross)
+    call, drop = stack.dropping(one, call, rng, first, train)
+    x_BLD = embedding.vectors(arch, table_VD, tokens_BL, context, arch.mesh)
+    x_BLD, aux = stack.run(self, one, drop(x_BLD), call, train, collect)
+    norm = norms.Norm(one.norm, one.norm_eps, name=f"{one.names[1]}_norm")
+    return drop(norm(x_BLD)), aux

@@ -1,0 +1,364 @@
+"""Layers one after another, dense or MoE in any pattern."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_jax.core import parallel, roles
+from moe_jax.core.errors import ConfigError
+from moe_jax.core.options import integer, items, number, word
+from moe_jax.models import attention, dropout, norms
+from moe_jax.models.layers import Layer
+from moe_jax.moe import dispatchers, exchange, experts, kernels, linen
+from moe_jax.moe.types import Array, Mlp, Sublayer
+
+_only = jax.checkpoint_policies.save_only_these_names
+REMAT = {
+  "none": None,
+  "dispatch": _only(*dispatchers.SAVED, *exchange.SAVED),
+  "block": _only(*dispatchers.SAVED),
+}
+_PLACES = 6  # In a layer, where numbers drop out.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stack:
+  """Everything about some layers but their parameters. Hashable.
+
+  num_layers: of them.
+  kinds: (kind, Layer) of every kind in prefix and pattern.
+  prefix, pattern: kinds of the first layers, and of the ones that repeat
+    after them. A kind names the feed-forward networks of a layer: "dense", "moe",
+    or "moe+dense", a dense network after the experts (ST-MoE, 2202.08906); with
+    keys of its own "dense@VARIANT", "moe@VARIANT", "moe+dense@VARIANT".
+  norm, norm_eps: see `norms.Norm`.
+  remat: what of a block the backward pass computes again. "block": all but the
+    plan's integers; "dispatch": the rows that experts got and gave are kept
+    too, so that nothing is sent twice; "none": nothing.
+  dropout: chance that a number is 0 in training, see `Block`.
+  allow_noncausal: build a decoder though its routing looks ahead.
+  mesh: what to run on; None: one device.
+  names: of the parameters of prefix and pattern.
+  sequence: the array of a batch whose tokens pass these layers.
+  first_number: number of the first of them in the model.
+  looks_back: whether a token must not depend on later ones.
+
+  Raises:
+    ConfigError: options that do not fit together, with the remedy.
+  """
+
+  num_layers: integer(1, 10_000)
+  kinds: tuple[tuple[str, Layer], ...]
+  prefix: items(str)
+  pattern: items(str)
+  norm: word(*norms.KINDS)
+  norm_eps: number(above=0)
+  remat: word(*REMAT)
+  dropout: number(0, below=1) = 0.0
+  allow_noncausal: bool = False
+  mesh: jax.sharding.Mesh | None = None
+  names: tuple[str, str] = ("prefix", "decoder")
+  sequence: str = "inputs"
+  first_number: int = 0
+  looks_back: bool = True
+
+  def __post_init__(self):
+    rest = self.num_layers - len(self.prefix)
+    if not self.pattern or rest < 0 or rest % len(self.pattern):
+      raise ConfigError(
+        f"num_layers = {self.num_layers} is not the prefix {self.prefix} plus a"
+        f" whole number of patterns {self.pattern}"
+      )
+    tables = {
+      parts.attention.bias_table
+      for _, parts in self.kinds
+      if parts.attention.position_bias == "shared"
+    }
+    if len(tables) > 1:
+      raise ConfigError(
+        'layers with attention.position_bias = "shared" share one table, but differ'
+        ' in num_heads, bias_buckets or bias_distance; use "layer"'
+      )
+
+  def check_features(self, given: Mapping[str, int | None]) -> None:
+    """Raises ConfigError for a router that looks at something else.
+
+    Args:
+      given: {feature: how many values it has; None: without end}.
+    """
+    for kind, parts in self.kinds:
+      wanted = parts.recipe.router.features if parts.recipe else {}
+      for feature, known in wanted.items():
+        if feature not in given:
+          raise ConfigError(
+            f'the router of layers "{kind}" looks at the feature "{feature}", which'
+            f" a decoder does not have; it has: {', '.join(sorted(given))}"
+          )
+        values = given[feature] or math.inf
+        if known is not None and values > known:
+          several = f"{values}" if given[feature] else "any number of them"
+          raise ConfigError(
+            f'the router of layers "{kind}" knows {known} values of the feature'
+            f' "{feature}", and this model has {several}; raise the router\'s'
+            " vocab_size or num_values, or set its boundaries"
+          )
+
+  @property
+  def segments(self) -> tuple[tuple[str, tuple[str, ...], int, int], ...]:
+    """(name, pattern, repeats, index of its first layer) of each segment."""
+    first = len(self.prefix)
+    repeats = (self.num_layers - first) // len(self.pattern)
+    prefix, rest = self.names
+    begin = self.first_number
+    found = ((prefix, self.prefix, 1, begin),) if first else ()
+    more = ((rest, self.pattern, repeats, begin + first),) if repeats else ()
+    return found + more
+
+  @property
+  def layers(self) -> tuple[str, ...]:
+    """The kind of every layer, from the first to the last."""
+    return sum((p * repeats for _, p, repeats, _ in self.segments), ())
+
+  @property
+  def sublayers(self) -> dict[str, Sublayer]:
+    """{"SEGMENT/POSITION/moe": ...}: where the parameters, the balancers' state
+    and the statistics of the MoE layers are."""
+    return {
+      f"{segment}/{i}/moe": Sublayer(
+        parts.recipe,
+        parts.grouping,
+        tuple(first + i + r * len(pattern) for r in range(repeats)),
+        sequence=self.sequence,
+      )
+      for segment, pattern, repeats, first in self.segments
+      for i, parts in enumerate(map(self.layer, pattern))
+      if parts.recipe is not None
+    }
+
+  def layer(self, kind: str) -> Layer:
+    """The layer of this kind."""
+    return dict(self.kinds)[kind]
+
+  def check_causal(self, length: int, train: bool) -> None:
+    """Raises ConfigError for layers that look at later tokens.
+
+    Args:
+      length: tokens of a sequence.
+      train: whether capacity is that of training.
+    """
+    if not self.looks_back or self.allow_noncausal:
+      return
+    for kind, parts in self.kinds:
+      if not parts.attention.causal:
+        raise ConfigError(
+          f'attention of layers "{kind}" has causal = False and shows a decoder what'
+          " it is to predict; set attention.causal = True, or"
+          " model.allow_noncausal = True"
+        )
+      if parts.recipe is None:
+        continue
+      _, recipe = parts.grouping.resolve(parts.recipe, length, train)
+      if not recipe.looking_ahead:
+        continue
+      key, spec = recipe.looking_ahead[0], recipe.router.spec
+      remedy = f"choose another {key} that is causal (docs/routing.md)"
+      if key == "dispatcher":
+        remedy = 'set dispatcher.order = "token"'
+      elif key == "router" and spec and "priority" in spec.options:
+        remedy = 'set router.priority = "none"'
+      raise ConfigError(
+        f'{key} of the MoE layers "{kind}" lets the choice of a token depend on later'
+        f" tokens, which a decoder must not see; {remedy}, or set"
+        " model.allow_noncausal = True"
+      )
+
+
+class Call(NamedTuple):
+  """What all layers of a stack get in a forward pass.
+
+  context: of self-attention, see `attention.context`.
+  experts: arguments of `linen.MoE` beside x.
+  cross: of attention to another stack's output; None: there is none.
+  rng_B: keys of the rows, for dropout; None: there is none.
+  """
+
+  context: attention.context.Context
+  experts: Mapping
+  cross: attention.context.Context | None = None
+  rng_B: Array | None = None
+
+
+class Dense(nn.Module):
+  """An ordinary feed-forward network, with dropout of its hidden units."""
+
+  mlp: Mlp
+  mesh: jax.sharding.Mesh | None = None
+  dropout: float = 0.0
+
+  @nn.compact
+  def __call__(self, x_BLD, rng_B=None):
+    def init(rng, name):
+      return self.mlp.init(rng, x_BLD.shape[-1])[name]
+
+    axes = self.mlp.axes
+    params = {
+      name: self.param(name, roles.declared(init, axes[name], "dense"), name)
+      for name in axes
+    }
+    params = {
+      name: parallel.gathered(w.astype(x_BLD.dtype), axes[name], self.mesh)
+      for name, w in params.items()
+    }
+    if rng_B is None or not self.dropout:
+      return self.mlp.apply(params, x_BLD)
+
+    def linear(params, name, x):
+      x = dropout.drop(x, self.dropout, rng_B) if name == "down" else x
+      return kernels.linear(params, name, x)
+
+    return experts.network(self.mlp.activation, linear, params, x_BLD)
+
+
+class Block(nn.Module):
+  """x + attention(norm(x)), then x + ffn(norm(x)). Returns (x, aux).
+
+  Between them x + cross(norm(x)) where there is another stack to attend to, and
+  after experts a dense network where the layer has both.
+
+  kind, stack: which of the stack's layers it is.
+  train, collect: as in `linen.MoE`.
+  """
+
+  kind: str
+  stack: Stack
+  train: bool
+  collect: str | None
+
+  @nn.compact
+  def __call__(self, x_BLD, layer_index, call):
+    m, parts, aux = self.stack, self.stack.layer(self.kind), {}
+    rngs_B = dropout.keys(call.rng_B, layer_index, _PLACES)
+
+    def norm(name):
+      return norms.Norm(m.norm, m.norm_eps, name=f"{name}_norm")(x_BLD)
+
+    def add(y):
+      y = dropout.drop(y, m.dropout, next(rngs_B))
+      names = ("batch", None, None)
+      return parallel.constrain(x_BLD + y, names, m.mesh)
+
+    def attend(name, options, context):
+      more = {"dropout": m.dropout} if m.dropout else {}
+      module = options.module(options, m.mesh, name=name, **more)
+      context = context._replace(rng_B=next(rngs_B))
+      return module(norm(name), context)
+
+    x_BLD = add(attend("attention", parts.attention, call.context))
+    if call.cross is not None:
+      x_BLD = add(attend("cross", parts.attention.across, call.cross))
+    if parts.recipe is not None:
+      moe = linen.MoE(parts.recipe, parts.grouping, m.mesh, name="moe")
+      more = {"train": self.train, "collect": self.collect}
+      more |= {"layer_index": layer_index, **call.experts}
+      y, stats, collected = moe(norm("ffn"), **more)
+      aux["moe"] = {"stats": stats, **collected}
+      x_BLD = add(y)
+    if parts.mlp is not None:
+      name = "ffn" if parts.recipe is None else "mlp"
+      mlp = Dense(parts.mlp, m.mesh, m.dropout, name="mlp")
+      x_BLD = add(mlp(norm(name), next(rngs_B)))
+    return x_BLD, aux
+
+
+class Repeat(nn.Module):
+  """One repeat of a segment's pattern, the body of a scan over repeats.
+
+  pattern: kinds of its layers.
+  stack, train, collect: as in `Block`.
+  alone: whether it is the only repeat. XLA then makes no loop of the scan, and
+    would take the forward pass for what the backward pass computes again.
+  """
+
+  pattern: tuple[str, ...]
+  stack: Stack
+  train: bool
+  collect: str | None
+  alone: bool
+
+  @nn.compact
+  def __call__(self, x_BLD, layer_index, call):
+    block, policy, aux = Block, REMAT[self.stack.remat], {}
+    if policy is not None:
+      block = nn.remat(Block, policy=policy, prevent_cse=self.alone)
+    for i, kind in enumerate(self.pattern):
+      layer = block(kind, self.stack, self.train, self.collect, name=str(i))
+      x_BLD, aux[str(i)] = layer(x_BLD, layer_index + i, call)
+    return x_BLD, aux
+
+
+# All repeats of a pattern, as one program over arrays of their parameters.
+Segment = nn.scan(
+  Repeat,
+  variable_axes={"params": 0, "balance": 0, "cache": 0},
+  split_rngs={"params": True},
+  in_axes=(0, nn.broadcast),
+  metadata_params={nn.PARTITION_NAME: "layers"},
+)
+
+
+def run(module, stack: Stack, x_BLD: Array, call: Call, train, collect):
+  """The layers of a stack, as modules of the one that calls this.
+
+  Args:
+    module: the linen module whose method this is a part of.
+    stack: whose layers.
+    x_BLD: vectors of its sequence.
+    call: what they get.
+    train, collect: as in `linen.MoE`.
+
+  Returns:
+    x_BLD; {segment: {position in the pattern: {"moe": {"stats": Stats, ...}}}},
+    each array with a leading axis of repeats; {} for a dense layer.
+  """
+  aux, call = {}, _with_bias(module, stack, call)
+  for name, pattern, repeats, start in stack.segments:
+    segment = Segment(pattern, stack, train, collect, repeats == 1, name=name)
+    index_R = start + len(pattern) * jnp.arange(repeats)
+    x_BLD, aux[name] = segment(x_BLD, index_R, call)
+  return x_BLD, aux
+
+
+def dropping(stack: Stack, call: Call, rng, first, train: bool):
+  """(the call with keys for dropout, a function that drops numbers of x_BLD).
+
+  Args:
+    stack: whose dropout it is.
+    call: without keys.
+    rng, first: as in `linen.MoE`.
+    train: outside of training nothing is dropped.
+  """
+  if not (train and stack.dropout and rng is not None):
+    return call, lambda x_BLD: x_BLD
+  batch = len(call.context.tokens.mask_BL)
+  rng_B = dropout.of_rows(rng, batch, first)
+  # A number that no layer has.
+  ends = dropout.keys(rng_B, 2**20 + stack.first_number, _PLACES)
+  drop = lambda x_BLD: dropout.drop(x_BLD, stack.dropout, next(ends))  # noqa: E731
+  return call._replace(rng_B=rng_B), drop
+
+
+def _with_bias(module, stack, call):
+  """The call with the position bias that layers share, if there is any."""
+  for _, parts in stack.kinds:
+    if parts.attention.position_bias == "shared":
+      name = f"{stack.names[1]}_position_bias"
+      bias = attention.positions.bias(
+        module, name, parts.attention, call.context
+      )
+      return call._replace(context=call.context._replace(bias=bias))
+  return call
