@@ -96,6 +96,7 @@ def get_config() -> ConfigDict:
   moe.capacity_factor = 2.0  # slots over balanced load; None: dropless (sorted)
   # Outside of training; None: the same; or "dropless".
   moe.eval_capacity_factor = None
+  moe.capacity = None  # slots in a group of any size; None: by the factors
   moe.expert_buckets = None  # None: one per expert
   moe.capacity_rounding = "floor"  # of slots: floor, ceil, round
   moe.capacity_multiple = 1  # slots are rounded up to a multiple of it

@@ -23,6 +23,8 @@ class Grouping(NamedTuple):
   capacity_factor: slots over balanced load; None: dropless.
   eval_capacity_factor: the same outside training; None: as in training;
     "dropless".
+  capacity: so many slots of an expert in a group, whatever its size and in
+    training or not, as in published files of Switch; None: by the factors.
   expert_buckets: buckets of experts that share slots; None: one per expert.
   capacity_rounding, capacity_multiple, min_capacity: see `capacity`.
   """
@@ -30,6 +32,7 @@ class Grouping(NamedTuple):
   tokens_per_group: either(integer(1), word("sequence")) = "sequence"
   capacity_factor: optional(_FACTOR) = None
   eval_capacity_factor: optional(either(_FACTOR, word("dropless"))) = None
+  capacity: optional(integer(1)) = None
   expert_buckets: optional(integer(1)) = None
   capacity_rounding: word(*ROUNDINGS) = "floor"
   capacity_multiple: integer(1) = 1
@@ -76,12 +79,17 @@ class Grouping(NamedTuple):
     factor, num_experts = self.capacity_factor, recipe.num_experts
     if not train:
       factor = self.eval_capacity_factor or factor
-    if factor is None and self.expert_buckets:
+    if self.capacity and self.capacity_factor:
+      raise ConfigError(
+        f"capacity = {self.capacity} and capacity_factor = {self.capacity_factor}"
+        " both say how many slots there are; set one of them to None"
+      )
+    if factor is None and self.expert_buckets and not self.capacity:
       raise ConfigError(
         f"expert_buckets = {self.expert_buckets} has no effect without a"
         " capacity_factor; set one, or leave out expert_buckets"
       )
-    if factor in (None, "dropless"):
+    if factor in (None, "dropless") and not self.capacity:
       return None
     buckets = self.expert_buckets or num_experts
     if num_experts % buckets:
@@ -92,7 +100,9 @@ class Grouping(NamedTuple):
     top_k = recipe.router.top_k or num_experts
     rounding = self.capacity_rounding, self.capacity_multiple, self.min_capacity
     mean_k = recipe.experts_per_token
-    bound = capacity(factor, tokens, mean_k, buckets, *rounding)
+    bound = Bound(self.capacity, buckets)
+    if not self.capacity:
+      bound = capacity(factor, tokens, mean_k, buckets, *rounding)
     # No more than a group can send to a bucket.
     most = dispatchers.most_rows(tokens, top_k, num_experts // buckets, None)
     return bound._replace(slots=min(bound.slots, most))
