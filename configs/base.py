@@ -119,15 +119,20 @@ def get_config() -> ConfigDict:
   c.optim.optimizer = ConfigDict({"name": "adamw"})
   c.optim.learning_rate = 3e-3  # at the end of the warm-up
   c.optim.warmup_steps = 20  # linear
-  c.optim.schedule = "cosine"  # after it: constant, cosine, wsd
-  c.optim.decay_steps = 0  # wsd: length of the final decay
+  c.optim.schedule = "cosine"  # after it: constant, cosine, wsd, rsqrt
+  # wsd: length of the final decay; rsqrt: the step from which it falls.
+  c.optim.decay_steps = 0
   c.optim.final_fraction = 0.1  # of the learning rate, at the last step
   # Decoupled; not on scales, biases and embedding, and not with sgd.
   c.optim.weight_decay = 0.1
-  # Factors by part: router, routed experts, and the rest.
+  # Factors by part of the model: router, experts (the routed ones), shared, latent,
+  # cheap, attention, dense, norm, embedding, head; the rest is what is not named.
+  # 0: it stays as it is.
   parts = {"router": 1.0, "experts": 1.0, "rest": 1.0}
   c.optim.learning_rate_factors = ConfigDict(parts)
   c.optim.weight_decay_factors = ConfigDict(parts)
+  # {part: steps in which its learning rate rises from 0 to that of the others}.
+  c.optim.part_warmup_steps = ConfigDict()
   c.optim.clip_norm = 1.0  # largest norm of the gradient; None: no clipping
 
   c.train = ConfigDict()

@@ -19,6 +19,7 @@ from moe_jax.core import options as options_lib
 from moe_jax.core import registry
 from moe_jax.core.errors import ConfigError
 from moe_jax.core.roles import FACTORS, Role
+from moe_jax.run import config as config_lib
 from moe_jax.training import optimizers, train_step
 from moe_jax.training.optimizers import schedules
 from tests import mesh_cases, tiers
@@ -250,7 +251,7 @@ def test_parts_have_rates_of_their_own(name):
   )
   jax.tree.map(
     lambda role, one, other: np.testing.assert_allclose(
-      other, one * factors[role.factor], rtol=1e-6
+      other, one * factors.get(role.factor, 0.5), rtol=1e-6
     ),
     ROLES,
     plain,
@@ -258,17 +259,69 @@ def test_parts_have_rates_of_their_own(name):
   )
 
 
-def test_every_part_is_a_key_of_the_config():
-  c = tiny.get_config()
-  for key in ("learning_rate_factors", "weight_decay_factors"):
-    assert set(c.optim[key]) == set(FACTORS)
+def test_every_part_may_have_factors():
+  """From the command line too; what has none gets those of the rest."""
+  given = {part: float(i) for i, part in enumerate(FACTORS)}
+  texts = [f"optim.learning_rate_factors.{k}={x}" for k, x in given.items()]
+  c = config_lib.overridden(tiny.get_config(), texts)
+  assert optimizers.numbers(c.optim, 100)["factors"] == given
+  c = config_lib.overridden(tiny.get_config(), ["optim.weight_decay=1"])
+  c.optim.weight_decay_factors = {"attention": 2.0, "rest": 0.5}
+  decay = optimizers.numbers(c.optim, 100)["decay"]
+  assert decay == {**dict.fromkeys(FACTORS, 0.5), "attention": 2.0}
+
+
+def test_a_part_may_warm_up_later():
+  gradient, params = tree(1), tree(0)
+  c = options("sgd", schedule="constant")
+  gradients = [gradient] * 6
+  plain = moved(c, gradients, params)
+  c.part_warmup_steps = {"router": 4}
+  late = moved(c, gradients, params)
+  for step, (one, other) in enumerate(zip(plain, late)):
+    share = min((step + 1) / 4, 1)
+    jax.tree.map(
+      lambda role, x, y, share=share: np.testing.assert_allclose(
+        y, x * (share if role.part == "router" else 1), rtol=1e-6
+      ),
+      ROLES,
+      one,
+      other,
+    )
+
+
+def test_adafactor_has_its_numbers():
+  """Against optax's with the numbers in the program; GShard's and ST-MoE's."""
+  gradients, params = [tree(1), tree(2), tree(3)], tree(0)
+  plain = moved(options("adafactor"), gradients, params)
+  c = options("adafactor")
+  c.optimizer.update(most=0.3)
+  assert_differ(plain[2], moved(c, gradients, params)[2])
+  jax.tree.map(
+    np.testing.assert_array_equal, plain[0], moved(c, gradients, params)[0]
+  )
+  c = options("adafactor")
+  c.optimizer.update(clip=1e-3)
+  small = moved(c, gradients[:1], params)[0]
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(1e-3 * x, y, rtol=1e-5),
+    plain[0],
+    small,
+  )
+
+
+def assert_differ(one, other):
+  pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other))
+  assert all((np.asarray(x) != y).any() for x, y in pairs)
 
 
 def test_weight_decay_by_part():
   params = tree(0)
   nothing = jax.tree.map(jnp.zeros_like, params)
   c = options(
-    "adamw", weight_decay=0.1, weight_decay_factors={"router": 0.0, "rest": 3}
+    "adamw",
+    weight_decay=0.1,
+    weight_decay_factors={"router": 0.0, "experts": 1.0, "rest": 3},
   )
   (update,) = moved(c, [nothing], params)
   part, of = update["decoder"]["0"], params["decoder"]["0"]
@@ -311,6 +364,8 @@ def test_clipping():
     ({"schedule": "cosin"}, ['did you mean "cosine"']),
     ({"warmup_steps": 20}, ["warmup_steps = 20"]),
     ({"schedule": "wsd", "decay_steps": 0}, ["decay_steps = 0"]),
+    ({"schedule": "rsqrt", "decay_steps": 0}, ["decay_steps = 0", "10_000"]),
+    ({"part_warmup_steps": {"router": 0}}, ["router = 0"]),
     ({"learning_rate": float("nan")}, ["learning_rate = nan"]),
     ({"clip_norm": float("inf")}, ["clip_norm = inf"]),
   ],
@@ -382,6 +437,14 @@ def of_optax(c, num_steps):
   elif c.schedule == "cosine":
     after = optax.cosine_decay_schedule(
       peak, max(rest - 1, 1), c.final_fraction
+    )
+  elif c.schedule == "rsqrt":
+    return optax.join_schedules(
+      [
+        optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1)),
+        lambda s: peak * (decay / jnp.maximum(s + warmup + 1.0, decay)) ** 0.5,
+      ],
+      [warmup],
     )
   else:
     final = peak * c.final_fraction

@@ -46,7 +46,7 @@ def test_embedding_and_head():
 def test_parts_and_their_factors():
   parts = ("router", "experts", "shared", "attention", "a_part_of_mine")
   factors = [Role(part, ()).factor for part in parts]
-  assert factors == ["router", "experts", "rest", "rest", "rest"]
+  assert factors == ["router", "experts", "shared", "attention", "rest"]
 
 
 class Mixed(nn.Module):

@@ -12,8 +12,10 @@ import flax.linen as nn
 import flax.struct
 import jax
 
-# Parts of a model that have learning-rate and weight-decay factors of their own.
-FACTORS = ("router", "experts", "rest")
+# Parts of a model that may have learning-rate and weight-decay factors of their
+# own; "rest" is all that have none.
+FACTORS = ("router", "experts", "shared", "latent", "cheap", "attention", "dense")
+FACTORS += ("norm", "embedding", "head", "rest")
 _BATCH = ("layers", "expert")
 _HEADS = ("heads", "kv_heads")
 

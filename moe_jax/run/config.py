@@ -26,7 +26,8 @@ _FREE = (*IDLE, "data.dir", "train.max_skipped_in_a_row")
 # data by a label.
 OPEN = ("task", "data.mixture", "optim.optimizer", "model.attention")
 OPEN += ("model.encoder", "model.variants", "model.moe.router", "model.moe.dispatcher")
-OPEN += ("model.moe.balancers", "train.hooks")
+OPEN += ("model.moe.balancers", "train.hooks", "optim.part_warmup_steps")
+OPEN += ("optim.learning_rate_factors", "optim.weight_decay_factors")
 _FOLDER_OF_A_PART = re.compile(r"data\.mixture\..+\.dir")
 # Sections of one part, whose options go when it gets another name.
 _A_PART = re.compile(

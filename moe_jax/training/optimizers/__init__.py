@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from moe_jax.core import registry, roles
-from moe_jax.core.options import number, optional, part, section
+from moe_jax.core.options import integer, number, optional, part, section
 from moe_jax.training.optimizers import schedules
 
 SHARED = ("schedules",)
@@ -22,6 +23,7 @@ OPTIONS = schedules.OPTIONS | {
   "weight_decay": number(0),
   "learning_rate_factors": _FACTORS,
   "weight_decay_factors": _FACTORS,
+  "part_warmup_steps": section(dict.fromkeys(roles.FACTORS, integer(1)), ()),
   "clip_norm": optional(number(above=0)),
 }
 
@@ -79,7 +81,7 @@ def numbers(
   """
   optimizer = load(section, plugins)
   rates, decays = (
-    dict.fromkeys(roles.FACTORS, 1.0) | dict(section[f"{name}_factors"])
+    _of_all_parts(section[f"{name}_factors"])
     for name in ("learning_rate", "weight_decay")
   )
   decay = section["weight_decay"] if optimizer.decays else 0.0
@@ -89,7 +91,14 @@ def numbers(
     "factors": rates,
     "decay": {part: decay * factor for part, factor in decays.items()},
     "clip_norm": section["clip_norm"],
+    "warmups": {k: 1 / n for k, n in dict(section["part_warmup_steps"]).items()},
   }
+
+
+def _of_all_parts(given):
+  """{part: factor}, that of the rest where a part has none."""
+  rest = given.get("rest", 1.0)
+  return {part: given.get(part, rest) for part in roles.FACTORS}
 
 
 def build(
@@ -116,5 +125,28 @@ def build(
     optax.identity() if clip is None else optax.clip_by_global_norm(clip),
     direction(numbers["direction"], of_params),
     optax.stateless(scaled),
-    optax.scale_by_learning_rate(schedules.rate(numbers["schedule"])),
+    _by_rate(numbers, of_params),
+  )
+
+
+def _by_rate(numbers, of_params):
+  """Updates times the rate of a step, which parts may reach later than others."""
+  rate = schedules.rate(numbers["schedule"])
+  if not numbers["warmups"]:
+    return optax.scale_by_learning_rate(rate)
+
+  def update(updates, state, params=None):
+    del params
+    step = state.count
+
+    def leaf(role, u):
+      part = numbers["warmups"].get(role.factor)
+      ramp = 1.0 if part is None else jnp.minimum((step + 1) * part, 1.0)
+      return u * (-rate(step) * ramp)
+
+    scaled = jax.tree.map(leaf, of_params, updates)
+    return scaled, optax.ScaleByScheduleState(optax.safe_increment(step))
+
+  return optax.GradientTransformation(
+    optax.scale_by_learning_rate(rate).init, update
   )

@@ -1,27 +1,46 @@
 """Adafactor (1804.04235) without a relative step size."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from moe_jax.core.options import number
 from moe_jax.training import optimizers
 
 
-def build() -> optimizers.Optimizer:
+def build(
+  decay: number(above=0, high=1) = 0.8,
+  most: number(above=0, high=1) = 1.0,
+  clip: number(above=0) = 1.0,
+) -> optimizers.Optimizer:
   """Second moments are factored over rows and columns of large matrices.
 
-  Updates are clipped to a root mean square of 1 and scaled by that of the
+  Updates are clipped in their root mean square and scaled by that of the
   parameter; the schedule is the learning rate.
+
+  Args:
+    decay: the moments of step t, from 1 on, keep a share of 1 - t^-decay.
+    most: and no more than this (0.99 in GShard and GLaM).
+    clip: the largest root mean square of an update before the learning rate
+      (ST-MoE, 2202.08906, table 4, tries 0.1 for stability).
   """
-  return optimizers.Optimizer(direction)
+  numbers = {"decay": decay, "most": most, "clip": clip}
+  return optimizers.Optimizer(direction, numbers)
 
 
 def direction(numbers, of_params) -> optax.GradientTransformation:
   """The transform of one array, for every layer and expert of every leaf."""
-  del numbers
   tree = jax.tree.structure(of_params)
+
+  def kept(step, decay):
+    share = 1 - (step + 1.0) ** -decay
+    return jnp.minimum(share, numbers["most"])
+
   of_array = optax.chain(
-    optax.scale_by_factored_rms(),
-    optax.clip_by_block_rms(1.0),
+    optax.scale_by_factored_rms(
+      decay_rate=numbers["decay"], decay_rate_fn=kept
+    ),
+    optax.clip_by_block_rms(numbers["clip"]),
     optax.scale_by_param_block_rms(),
   )
 

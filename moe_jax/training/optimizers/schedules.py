@@ -19,7 +19,7 @@ from moe_jax.core.options import integer, number, word
 OPTIONS = {
   "learning_rate": number(0),
   "warmup_steps": integer(0),
-  "schedule": word("constant", "cosine", "wsd"),
+  "schedule": word("constant", "cosine", "wsd", "rsqrt"),
   "decay_steps": integer(0),
   "final_fraction": number(0, 1),
 }
@@ -48,6 +48,11 @@ def numbers(section: Mapping, num_steps: int) -> dict[str, Any]:
       f"optim.decay_steps = {decay} is not between 1 and the {rest} steps after"
       " the warm-up"
     )
+  if section["schedule"] == "rsqrt" and not decay:
+    raise ConfigError(
+      "optim.decay_steps = 0 is not the number of steps after which the schedule"
+      ' "rsqrt" falls; give one, such as 10_000 (T5)'
+    )
   # Step s counts from 0: the first update already moves, the warm-up's last
   # one is at the peak.
   warm = _line(peak / max(warmup, 1), peak, warmup - 1)
@@ -61,13 +66,16 @@ def numbers(section: Mapping, num_steps: int) -> dict[str, Any]:
     start = peak * (1 - 1 / decay) + peak * fraction / decay
     down = _line(start, peak * fraction, decay - 1)
     n |= {"stable": rest - decay, "down": down}
+  if section["schedule"] == "rsqrt":
+    n |= {"held": float(decay), "root": peak * decay**0.5}
   return n
 
 
 def rate(n: Mapping[str, Any]) -> optax.Schedule:
   """Linear warm-up to the peak, then one of
 
-  "constant"; "cosine" down to `final_fraction` of it at the last step; "wsd":
+  "constant"; "rsqrt": stable up to step `decay_steps`, then its peak times
+  sqrt(decay_steps / step) (T5, 1910.10683); "cosine" down to `final_fraction` of it at the last step; "wsd":
   stable, then linear to `final_fraction` over the last `decay_steps`.
   """
 
@@ -79,6 +87,8 @@ def rate(n: Mapping[str, Any]) -> optax.Schedule:
     if "down" in n:
       down = _on_line(n["down"], past - n["stable"])
       after = jnp.where(past < n["stable"], n["peak"], down)
+    if "root" in n:
+      after = n["root"] * jax.lax.rsqrt(jnp.maximum(step + 1.0, n["held"]))
     return jnp.where(past < 0, _on_line(n["warm"], step), after)
 
   return schedule
