@@ -50,7 +50,6 @@ OPTIONS = {
   **layers.OPTIONS,
   "name": str,
   "vocab_size": optional(integer(1)),
-  "encoder": options_lib.Option("a section", lambda x: hasattr(x, "items")),
 }
 # These fields are no config keys: `build` gets them as arguments or makes them.
 for _name in (
@@ -62,6 +61,10 @@ for _name in (
   "looks_back",
 ):
   del OPTIONS[_name]
+# Keys of `config.model.encoder`: those of its layers.
+ENCODER = {k: OPTIONS[k] for k in ("num_layers", "prefix", "pattern")}
+ENCODER |= layers.OPTIONS | layers.OF_A_VARIANT
+OPTIONS["encoder"] = options_lib.section(ENCODER, required=())
 
 
 def options(section: Mapping, fields: Mapping) -> dict:

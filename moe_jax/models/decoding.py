@@ -12,6 +12,8 @@ from moe_jax import models
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import arguments, integer, number, optional
+from moe_jax.models import beam
+from moe_jax.models.encoder_decoder import Text
 from moe_jax.moe.types import TokenChoice
 
 
@@ -36,14 +38,18 @@ GREEDY = Sampling()  # The most probable tokens.
 
 class Generated(NamedTuple):
   """tokens_BN: what follows each prompt, up to and with the token that ends the
-    text; positions after it are filler, -1.
+    text; positions after it are filler, -1. Of a beam search, the best
+    `num_returned` texts of the first prompt, then those of the next.
 
   experts: {layer: [B, L + N - 1, K]} of all tokens but the last, those of
-    padding included; {} if they were not asked for.
+    padding included; {} if they were not asked for. In an encoder's layers, those
+    of the prompt alone, [B, L, K].
+  score_B: of the texts of a beam search, see `beam.Beams`; None without one.
   """
 
   tokens_BN: np.ndarray
   experts: dict[str, np.ndarray]
+  score_B: np.ndarray | None = None
 
 
 def generate(
@@ -55,87 +61,225 @@ def generate(
   *,
   ends: Sequence[int] = (),
   experts: bool = False,
+  start: Sequence[int] | Sequence[Sequence[int]] | None = None,
+  beams: beam.Beams | None = None,
 ) -> Generated:
-  """Continues prompts, all at once.
+  """Continues prompts, or answers them, all at once.
 
   Args:
     model: dropless, or its capacity is that of a single token; on its mesh.
-    variables: {"params": ...}, and "balance" if the model has it.
-    prompts: B of them, each of at least one token.
+    variables: {"params": ..., "balance": ...}, the second if the model has it.
+    prompts: B of them, each of at least one token: what a decoder continues, or
+      what an encoder reads.
     num_tokens: N, the most tokens for each.
     sampling: how tokens are drawn; by default the most probable ones.
     ends: tokens that end a text.
     experts: also return which experts were chosen.
+    start: of an encoder-decoder, the tokens that its decoder begins with, such as
+      T5's (0,); or such tokens for each prompt. They are not returned.
+    beams: search for the texts of the highest probability; None: tokens are drawn
+      one after another.
 
   Raises:
     ConfigError: impossible values.
   """
-  _check(prompts, num_tokens, sampling, model.arch.vocab_size)
-  for parts in model.sublayers.values() if experts else ():
-    if parts.recipe.router.form is not TokenChoice:
-      raise ConfigError(
-        "tokens do not choose experts in this model, so there are none to show;"
-        " leave out --experts"
-      )
-  tokens_BL, mask_BL = _padded(prompts, parallel.token_shards(model.arch.mesh))
-  batch, length = tokens_BL.shape
-  inputs, cache, over_B = (tokens_BL, mask_BL), {}, np.zeros(batch, bool)
-  made, routed = [], []
-  for rng in jax.random.split(jax.random.key(sampling.seed), num_tokens):
-    cache, logits_BV, chosen = step(
-      model, length + num_tokens, experts, variables, cache, *inputs
+  starts = _starts(model, prompts, start)
+  _check(model, prompts, starts, num_tokens, sampling)
+  if experts:
+    _check_experts(model)
+  shards = parallel.token_shards(model.arch.mesh)
+  texts = _padded(prompts if starts is None else starts, shards)
+  room = texts[0].shape[1] + num_tokens
+  if starts is not None:
+    texts = Text(*_padded(prompts, shards, after=True)), Text(*texts)
+  options = model, room, experts
+  asked = len(prompts), num_tokens, tuple(dict.fromkeys(ends))
+  if beams is None:
+    return _draw(options, variables, texts, sampling, *asked)
+  ending = len(set(ends).intersection(range(model.arch.vocab_size)))
+  beams.check(model.arch.vocab_size - ending)
+  if sampling != GREEDY._replace(seed=sampling.seed):
+    raise ConfigError(
+      f"beams with sampling.temperature = {sampling.temperature}, top_k ="
+      f" {sampling.top_k} and top_p = {sampling.top_p}: a search draws nothing; leave"
+      " out the beams or these"
     )
+  return _search(options, variables, texts, beams, *asked)
+
+
+def _draw(options, variables, texts, sampling, rows, num_tokens, ends):
+  """`generate` without beams, from padded texts."""
+  model, cache, made, routed = options[0], {}, [], []
+  over_B = None
+  for rng in jax.random.split(jax.random.key(sampling.seed), num_tokens):
+    cache, logits_BV, chosen = step(*options, variables, cache, *texts)
     token_B = sample(logits_BV, rng, sampling._replace(seed=0))
+    over_B = np.zeros(len(token_B), bool) if over_B is None else over_B
     made.append(np.where(over_B, -1, np.asarray(token_B)))
     routed.append(chosen)
     over_B |= np.isin(made[-1], ends)
     if over_B.all():
       break
-    inputs = token_B[:, None], jnp.ones((batch, 1), bool)
-  asked = slice(len(prompts))
-  chosen = _by_layer(routed, model.sublayers, asked)
+    texts = _next(model, token_B)
+  asked = slice(rows)
+  chosen = _by_layer(routed, model.sublayers, lambda x, _: x[:, asked])
   return Generated(np.stack(made, axis=1)[asked], chosen)
 
 
-def _padded(prompts, shards):
-  """Tokens and mask, padding first, of rows that divide over the devices."""
-  rows = [*prompts, *[prompts[0]] * (-len(prompts) % shards)]
+def _search(options, variables, texts, beams, rows, num_tokens, ends):
+  """`generate` with beams, from padded texts."""
+  how = ends, beams.early_stopping
+  cache, logits_BV, chosen = step(*options, variables, {}, *texts)
+  sizes, routed = (len(logits_BV), beams.num_beams), [chosen]
+  state = beam.begin(*sizes, num_tokens, _at_least_32(logits_BV.dtype))
+  now = beam.turn(beams, 0, num_tokens)
+  cache, state = first_beams(how, cache, state, logits_BV, now)
+  for place in range(1, num_tokens):
+    if not np.asarray(state.open_B)[:rows].any():
+      break
+    now = beam.turn(beams, place, num_tokens)
+    cache, state, chosen = next_beams(
+      *options, how, variables, cache, state, now
+    )
+    routed.append(chosen)
+  found = jax.device_get(state.finished.best(beams.num_returned))
+  token_BWN, beam_BWN, score_BW = (x[:rows] for x in found)
+  tokens_BN = token_BWN.reshape(-1, num_tokens)
+  longest = (tokens_BN >= 0).sum(axis=1).max()
+
+  def of_texts(expert_RBLK, place):
+    """Those of the texts that were found, of the step at a place."""
+    if not place:
+      return expert_RBLK[:, :rows].repeat(beams.num_returned, axis=1)
+    # Any row will do after the end of a text.
+    beam_BW = np.maximum(beam_BWN[:, :, place], 0)
+    row_BW = beams.num_beams * np.arange(rows)[:, None] + beam_BW
+    return expert_RBLK[:, row_BW.ravel()]
+
+  chosen = _by_layer(routed[:longest], options[0].sublayers, of_texts)
+  return Generated(tokens_BN[:, :longest], chosen, score_BW.ravel())
+
+
+def _at_least_32(dtype):
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def takes_two(model) -> bool:
+  """Whether a model has an encoder beside its decoder."""
+  return len(model.arguments(np.zeros((1, 1), np.int32))) == 2
+
+
+def _starts(model, prompts, start):
+  """What the decoder begins with for each prompt; None without an encoder."""
+  if not takes_two(model):
+    if start is not None:
+      raise ConfigError(
+        f"start = {start} is for an encoder-decoder, and this model has no encoder;"
+        " put these tokens at the end of the prompts"
+      )
+    return None
+  if start is None or not len(start):
+    raise ConfigError(
+      "an encoder-decoder needs a token that its texts begin with; give start, such as"
+      " (0,) for T5"
+    )
+  starts = [start] * len(prompts) if np.ndim(start[0]) == 0 else [*start]
+  if len(starts) != len(prompts) or not all(map(len, starts)):
+    raise ConfigError(
+      f"start has tokens for {sum(map(bool, map(len, starts)))} texts, and there are"
+      f" {len(prompts)} prompts; give at least one token for each, or the same for all"
+    )
+  return starts
+
+
+def _padded(texts, shards, after=False):
+  """Tokens and mask, padding first or last, of rows that divide over devices."""
+  rows = [*texts, *[texts[0]] * (-len(texts) % shards)]
   length_B = np.array([len(row) for row in rows])
-  before_B = length_B.max() - length_B
-  tokens_BL = np.stack([np.pad(x, (n, 0)) for x, n in zip(rows, before_B)])
-  mask_BL = np.arange(length_B.max()) >= before_B[:, None]
+  padding_B = length_B.max() - length_B
+  tokens_BL = np.stack(
+    [np.pad(x, (0, n) if after else (n, 0)) for x, n in zip(rows, padding_B)]
+  )
+  place_L = np.arange(length_B.max())
+  mask_BL = place_L >= padding_B[:, None]
+  mask_BL = mask_BL[:, ::-1] if after else mask_BL
   return tokens_BL.astype(np.int32), mask_BL
 
 
+def _next(model, token_B):
+  """The arguments of a model for one more token of each text."""
+  text = token_B[:, None], jnp.ones((len(token_B), 1), bool)
+  return (None, Text(*text)) if takes_two(model) else text
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def step(model, length, experts, variables, cache, tokens_BL, mask_BL):
+def step(model, length, experts, variables, cache, *texts):
   """A step over prompts, or over one more token of each, whose cache it takes.
 
   Args:
-    model: a decoder.
-    length: tokens that the cache has room for.
+    model: a decoder, or an encoder-decoder.
+    length: tokens of its decoder that the cache has room for.
     experts: whether to return which experts were chosen.
     variables: of the model.
     cache: {"cache": ...} that the last step returned; {} for prompts.
-    tokens_BL, mask_BL: as in `Decoder.__call__`.
+    *texts: tokens_BL and mask_BL as in `Decoder.__call__`, or inputs and targets
+      as in `EncoderDecoder.__call__`.
 
   Returns:
-    The cache; logits [B, V] of each row's next token; {path: experts}.
+    The cache; logits [B, V] of each row's next token; {path: experts [R, B, L, K]}
+    of the layers whose tokens this call has.
   """
   (logits_BLV, aux), changed = model.apply(
     {**variables, **cache},
-    tokens_BL,
-    mask_BL,
+    *texts,
     collect="routing" if experts else None,
     cache_length=length,
     mutable=["cache"],
   )
   chosen = {}
   for path in model.sublayers if experts else ():
-    expert_RGTK = models.at(aux, path)["choice"].expert_TK
-    shape = len(expert_RGTK), *tokens_BL.shape, -1
-    chosen[path] = expert_RGTK.reshape(shape)
+    if "choice" in (of_path := models.at(aux, path)):
+      expert_RGTK = of_path["choice"].expert_TK
+      repeats, (*_, top_k) = len(expert_RGTK), expert_RGTK.shape
+      shape = repeats, len(logits_BLV), -1, top_k
+      chosen[path] = expert_RGTK.reshape(shape)
   return changed, logits_BLV[:, -1], chosen
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def first_beams(how, cache, state, logits_BV, now):
+  """(the cache of every beam, the state) after the first token.
+
+  Args:
+    how: the tokens that end a text, and `Beams.early_stopping`.
+    cache: of the prompts, as `step` returns it.
+    state: from `beam.begin`.
+    logits_BV: of the first tokens.
+    now: from `beam.turn`.
+  """
+  batch, num_beams = state.running.score_BW.shape
+  shape = batch, num_beams, logits_BV.shape[1]
+  logits_BWV = jnp.broadcast_to(logits_BV[:, None], shape)
+  state, _ = beam.advance(state, logits_BWV, now, *how)
+  return beam.repeated(cache, batch, num_beams), state
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5, 6))
+def next_beams(model, length, experts, how, variables, cache, state, now):
+  """The same, and the experts of the token that each beam had, for later tokens.
+
+  Args:
+    model, length, experts, variables: as in `step`.
+    how, state, now: as in `first_beams`.
+    cache: of every beam.
+  """
+  token_BW = state.running.token_BWN[:, :, now.place - 1]
+  texts = _next(model, token_BW.ravel())
+  options = model, length, experts, variables
+  cache, logits_NV, chosen = step(*options, cache, *texts)
+  logits_BWV = logits_NV.reshape(*token_BW.shape, -1)
+  state, parent_BW = beam.advance(state, logits_BWV, now, *how)
+  return beam.reordered(cache, parent_BW), state, chosen
 
 
 @functools.partial(jax.jit, static_argnames="sampling")
@@ -157,21 +301,50 @@ def sample(logits_BV, rng, sampling: Sampling):
   return jax.random.categorical(rng, logits_BV).astype(jnp.int32)
 
 
-def _by_layer(routed, sublayers, rows):
-  """{layer: experts of all tokens of some rows, one after another}."""
+def _by_layer(routed, sublayers, of_rows):
+  """{layer: experts of all tokens of some rows, one after another}.
+
+  Args:
+    routed: {path: experts} of every step.
+    sublayers: of the model.
+    of_rows: (experts [R, B, L, K] of a step, its index) -> those of the rows.
+  """
   layers = {}
   for path in routed[0]:
-    expert_RBLK = np.concatenate([chosen[path] for chosen in routed], axis=2)
+    parts = [
+      of_rows(np.asarray(chosen[path]), i)
+      for i, chosen in enumerate(routed)
+      if path in chosen
+    ]
+    expert_RBLK = np.concatenate(parts, axis=2)
     for layer, expert_BLK in zip(sublayers[path].numbers, expert_RBLK):
-      layers[f"{layer:02d}"] = expert_BLK[rows]
+      layers[f"{layer:02d}"] = expert_BLK
   return dict(sorted(layers.items()))
 
 
-def _check(prompts, num_tokens, sampling, vocab_size):
+def _check(model, prompts, starts, num_tokens, sampling):
   if not len(prompts) or not all(len(p) for p in prompts):
     raise ConfigError("a prompt has at least one token")
-  for token in (min(map(min, prompts)), max(map(max, prompts))):
-    integer(0, vocab_size - 1).check(int(token), "a prompt's token")
+  vocab_size = model.arch.vocab_size
+  of_source = vocab_size
+  if starts is not None:
+    of_source = model.arch.source_vocab_size or vocab_size
+  _check_tokens(prompts, of_source, "a prompt's token")
+  _check_tokens(starts or (), vocab_size, "a token of start")
   integer(1).check(num_tokens, "num_tokens")
   arguments(Sampling).check(sampling._asdict(), "sampling")
   optional(integer(1, vocab_size)).check(sampling.top_k, "sampling.top_k")
+
+
+def _check_tokens(texts, vocab_size, key):
+  for token in {x for text in texts for x in (min(text), max(text))}:
+    integer(0, vocab_size - 1).check(int(token), key)
+
+
+def _check_experts(model):
+  for parts in model.sublayers.values():
+    if parts.recipe.router.form is not TokenChoice:
+      raise ConfigError(
+        "tokens do not choose experts in this model, so there are none to show;"
+        " leave out --experts"
+      )

@@ -12,17 +12,6 @@ from moe_jax.core import options as options_lib
 from moe_jax.models import attention, decoder, embedding, layers, norms, stack
 from moe_jax.moe.types import Array, Sublayer
 
-# Keys of `model` that its encoder may have of its own.
-_OF_ENCODER = {
-  k: v
-  for k, v in decoder.OPTIONS.items()
-  if k in {*layers.OPTIONS, "num_layers", "prefix", "pattern"}
-}
-_OF_ENCODER["moe"] = options_lib.Option(
-  "a section", lambda x: hasattr(x, "items")
-)
-FEATURES = ("token_id", "position")
-
 
 class Text(NamedTuple):
   """Tokens of one side.
@@ -102,7 +91,6 @@ def build(
   """
   options_lib.section(decoder.OPTIONS).check(section, "model")
   own = dict(section["encoder"])
-  options_lib.section(_OF_ENCODER, required=()).check(own, "model.encoder")
   of_encoder = {**section, **own}
   of_encoder["moe"] = {**section["moe"], **own.get("moe", {})}
   fields = decoder.options(section, Architecture.__dataclass_fields__)

@@ -48,7 +48,7 @@ OF_ATTENTION = ("num_heads", "num_kv_heads", "head_dim", "rope_theta")
 # Keys of the model that attention has too.
 _SHARED = ("norm_eps", "init_scale")
 # Keys of a variant besides the options of attention.
-_OF_A_VARIANT = _DENSE | {"moe": section(_MOE, required=())}
+OF_A_VARIANT = _DENSE | {"moe": section(_MOE, required=())}
 # Keys of `config.model` that belong to its layers.
 OPTIONS = {key: of(attention.Options)[key] for key in OF_ATTENTION} | _DENSE
 OPTIONS |= {
@@ -94,7 +94,7 @@ def _variant(model, variant, plugins):
     place = f"model.variants.{variant}"
   attend = attention.find(name, plugins, f"{place}.name")
   if variant:
-    section(of(attend) | _OF_A_VARIANT, required=()).check(own, place)
+    section(of(attend) | OF_A_VARIANT, required=()).check(own, place)
   options = {key: model[key] for key in (*OF_ATTENTION, *_SHARED)}
   # A variant with another kind of attention takes no options of the model's.
   options |= shared if name == shared["name"] else {}

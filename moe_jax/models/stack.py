@@ -23,7 +23,7 @@ REMAT = {
   "dispatch": _only(*dispatchers.SAVED, *exchange.SAVED),
   "block": _only(*dispatchers.SAVED),
 }
-_PLACES = 6  # In a layer, where numbers drop out.
+_PLACES = 7  # In a layer, where numbers drop out.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,267 @@
+"""Beam search: the texts whose tokens together have the highest probability.
+
+Each prompt has W beams, texts that go on. In a step every beam is continued with
+every token, and the most probable continuations are candidates. Those that end are
+finished texts, of which the W best are kept; the W best of the others are the next
+beams. A finished text is worth log p(text) / length^penalty. The rules are those of
+transformers 5, whose results these are.
+
+Here B are prompts, W beams, J candidates, N tokens of a text, V the vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.core.errors import ConfigError
+from moe_jax.core.options import arguments, either, integer, number, word
+from moe_jax.moe.types import Array
+
+
+class Beams(NamedTuple):
+  """Options of a beam search.
+
+  num_beams: W, texts that are followed at a time.
+  length_penalty: power of the length by which log-probabilities are divided; above
+    0 longer texts are favoured, below 0 shorter ones. The length counts all tokens
+    after the prompt, also the one that ends the text.
+  early_stopping: whether a prompt is done when it has W finished texts. False: it
+    then goes on while the best beam, as it is, would be better than the worst of
+    these. "never": while the best beam could become better, which is an exact bound
+    for a penalty of 0 or more.
+  num_returned: so many of the best texts of a prompt are returned.
+  length_before: tokens that the length counts beside those; 1 for the token that
+    transformers calls forced_bos_token_id, and that is one of `start` here.
+  """
+
+  num_beams: integer(1)
+  length_penalty: number(-8, 8) = 1.0
+  early_stopping: either(bool, word("never")) = False
+  num_returned: integer(1) = 1
+  length_before: integer(0) = 0
+
+  def check(self, num_continuing: int) -> None:
+    """Raises ConfigError for impossible values.
+
+    Args:
+      num_continuing: tokens of the vocabulary that do not end a text.
+    """
+    arguments(Beams).check(self._asdict(), "beams")
+    integer(1, max(num_continuing, 1)).check(self.num_beams, "beams.num_beams")
+    if self.num_returned > self.num_beams:
+      raise ConfigError(
+        f"beams.num_returned = {self.num_returned} is more than beams.num_beams ="
+        f" {self.num_beams}, and a prompt has no more texts; raise num_beams"
+      )
+
+
+class Texts(NamedTuple):
+  """W texts of each prompt, in descending order of their scores.
+
+  token_BWN: -1 after the last token.
+  beam_BWN: the beam from which each token came, counted before its step.
+  score_BW: see `State`.
+  """
+
+  token_BWN: Array
+  beam_BWN: Array
+  score_BW: Array
+
+  def pick(self, index_BJ: Array) -> "Texts":
+    """Those texts of each prompt."""
+    wide = index_BJ[..., None]
+    return Texts(
+      jnp.take_along_axis(self.token_BWN, wide, axis=1),
+      jnp.take_along_axis(self.beam_BWN, wide, axis=1),
+      jnp.take_along_axis(self.score_BW, index_BJ, axis=1),
+    )
+
+  def best(self, number: int) -> "Texts":
+    """The first `number` of each prompt."""
+    index = jnp.arange(number)[None].repeat(len(self.score_BW), 0)
+    return self.pick(index)
+
+
+class State(NamedTuple):
+  """What a step of the search takes from the one before.
+
+  running: the beams; their scores are log-probabilities.
+  finished: the best texts that have ended; their scores are divided by the length's
+    power. -inf: there is none yet.
+  open_B: whether a prompt may still get better texts.
+  """
+
+  running: Texts
+  finished: Texts
+  open_B: Array
+
+
+class Turn(NamedTuple):
+  """The numbers of a step, which change without being compiled.
+
+  place: index of the new token in its text.
+  is_last: whether all texts end here.
+  divisor: of the scores of texts that end here.
+  bound: divisor of the score that the best beam is thought to reach.
+  """
+
+  place: np.int32
+  is_last: np.bool_
+  divisor: np.float32
+  bound: np.float32
+
+
+def begin(batch: int, num_beams: int, num_tokens: int, dtype) -> State:
+  """The state before the first token: one beam a prompt, the others impossible."""
+  shape = batch, num_beams
+  none_BWN = jnp.full((*shape, num_tokens), -1, jnp.int32)
+  no_BW = jnp.full(shape, -jnp.inf, dtype)
+  finished = Texts(none_BWN, none_BWN, no_BW)
+  running = finished._replace(score_BW=no_BW.at[:, 0].set(0))
+  return State(running, finished, jnp.ones(batch, bool))
+
+
+def turn(beams: Beams, place: int, num_tokens: int) -> Turn:
+  """The numbers of the step that adds the token at a place.
+
+  Args:
+    beams: of the search.
+    place: index of the token in its text.
+    num_tokens: N.
+  """
+  penalty, length = beams.length_penalty, beams.length_before + place + 1
+  longest = beams.length_before + num_tokens
+  far = beams.early_stopping == "never" and penalty > 0
+  return Turn(
+    np.int32(place),
+    np.bool_(place + 1 == num_tokens),
+    np.float32(float(length) ** penalty),
+    np.float32(float(longest if far else length) ** penalty),
+  )
+
+
+def advance(
+  state: State,
+  logits_BWV: Array,
+  now: Turn,
+  ends: Sequence[int],
+  early_stopping: bool | str,
+) -> tuple[State, Array]:
+  """Adds a token to every beam.
+
+  Args:
+    state: before.
+    logits_BWV: of the next token of each beam.
+    now: from `turn`.
+    ends: tokens that end a text.
+    early_stopping: see `Beams`.
+
+  Returns:
+    The state; parent_BW, the beam that each of the new beams continues.
+  """
+  candidates, ended_BJ = _candidates(state.running, logits_BWV, now, ends)
+  num_beams = logits_BWV.shape[1]
+  score_BJ = candidates.score_BW
+  goes_on_BJ = jnp.where(ended_BJ, -jnp.inf, score_BJ)
+  next_BW = jax.lax.top_k(goes_on_BJ, num_beams)[1]
+  # Candidates behind the first W are there to go on only.
+  counts_BJ = ended_BJ & (jnp.arange(score_BJ.shape[1]) < num_beams)[None]
+  counts_BJ &= state.open_B[:, None]
+  worth_BJ = jnp.where(counts_BJ, score_BJ / now.divisor, -jnp.inf)
+  ending = candidates._replace(score_BW=worth_BJ)
+  both = (jnp.concatenate(x, axis=1) for x in zip(state.finished, ending))
+  both = Texts(*both)
+  best_BW = jax.lax.top_k(both.score_BW, num_beams)[1]
+  running, finished = candidates.pick(next_BW), both.pick(best_BW)
+  worst_B = finished.score_BW[:, -1]
+  may_improve_B = worst_B == -jnp.inf
+  if early_stopping is not True:
+    may_improve_B |= running.score_BW[:, 0] / now.bound > worst_B
+  open_B = state.open_B & may_improve_B & ~now.is_last
+  last_BW1 = running.beam_BWN[:, :, now.place]
+  return State(running, finished, open_B), last_BW1
+
+
+def _candidates(running, logits_BWV, now, ends):
+  """The most probable continuations [B, J], and which of them end there."""
+  batch, num_beams, vocab_size = logits_BWV.shape
+  score_BWV = jax.nn.log_softmax(logits_BWV.astype(running.score_BW.dtype))
+  score_BWV += running.score_BW[..., None]
+  # So many that W of them go on, even if every beam may end in every way.
+  number = min(max(2, 1 + len(ends)), vocab_size) * num_beams
+  score_BJ, index_BJ = jax.lax.top_k(
+    score_BWV.reshape(batch, num_beams * vocab_size), number
+  )
+  beam_BJ, token_BJ = index_BJ // vocab_size, index_BJ % vocab_size
+  texts = running.pick(beam_BJ)
+  made = Texts(
+    texts.token_BWN.at[:, :, now.place].set(token_BJ),
+    texts.beam_BWN.at[:, :, now.place].set(beam_BJ),
+    score_BJ,
+  )
+  is_end_BJ = jnp.isin(token_BJ, jnp.asarray(ends, jnp.int32))
+  return made, is_end_BJ | now.is_last
+
+
+# The cache of a model is a tree of arrays with a row for each text. The arrays of
+# layers have an axis of repeats before the rows. An array with a single row is for
+# all of them, and so are numbers.
+
+
+def repeated(cache, batch: int, num_beams: int):
+  """A cache in which the row of each prompt stands once for every beam.
+
+  Args:
+    cache: of the prompts.
+    batch: B.
+    num_beams: W.
+  """
+
+  def repeat(path, x):
+    axis = _row_axis(path)
+    if x.ndim <= axis or x.shape[axis] != batch:
+      return x
+    return jnp.repeat(x, num_beams, axis=axis)
+
+  return jax.tree_util.tree_map_with_path(repeat, cache)
+
+
+def reordered(cache, parent_BW: Array):
+  """A cache in which every beam has the row of its parent.
+
+  Args:
+    cache: of B * W rows.
+    parent_BW: which of the W beams of its prompt each beam continues.
+  """
+  batch, num_beams = parent_BW.shape
+
+  def reorder(path, x):
+    axis = _row_axis(path)
+    if _of_prompt(path) or x.ndim <= axis:
+      return x
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    rows = x.reshape(*before, batch, num_beams, *after)
+    index = parent_BW.reshape(
+      *(1,) * axis, batch, num_beams, *(1,) * len(after)
+    )
+    return jnp.take_along_axis(rows, index, axis=axis + 1).reshape(x.shape)
+
+  return jax.tree_util.tree_map_with_path(reorder, cache)
+
+
+def _names(path):
+  """The names of an array below the collection `cache`."""
+  return [key.key for key in path][1:]
+
+
+def _row_axis(path):
+  return 0 if len(_names(path)) == 1 else 1
+
+
+def _of_prompt(path):
+  """Whether all beams of a prompt have the same: its encoder's keys and values."""
+  names = _names(path)
+  return "cross" in names or names[-1].startswith("encoder_")

@@ -1,0 +1,357 @@
+"""The encoder-decoder: attention across, positions, packing, dropout, cache."""
+
+import dataclasses
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import tiny
+from moe_jax import models
+from moe_jax.core.errors import ConfigError
+from moe_jax.models import counts, dropout
+from moe_jax.models.attention import positions
+from moe_jax.models.encoder_decoder import Text
+
+V, B, LI, LT = 40, 4, 12, 8
+RNG = jax.random.key(3)
+LATENT = {"name": "latent", "kv_lora_rank": 4, "rope_head_dim": 4}
+LATENT |= {"v_head_dim": 4}
+
+
+def section(**model):
+  """A T5 of two stacks with experts in every second layer, dropless."""
+  c = tiny.get_config().model
+  c.update(name="encoder_decoder", num_layers=2, pattern=("dense", "moe"))
+  c.update(d_model=16, num_kv_heads=2, head_dim=6, d_ff=24, activation="relu")
+  c.update(scale_embedding=False, scale_output=True)
+  c.attention = {
+    "rope": "none",
+    "position_bias": "shared",
+    "bias_buckets": 8,
+    "bias_distance": 6,
+    "scale_scores": False,
+  }
+  c.moe.update(d_expert=12, capacity_factor=None, activation="relu")
+  c.moe.dispatcher = {"name": "sorted"}
+  for key, value in model.items():
+    c[key] = value
+  return c
+
+
+@functools.cache
+def made(dtype="float64"):
+  model = models.build(section(dtype=dtype), vocab_size=V)
+  params = nn.unbox(models.init(model, RNG))["params"]
+  return model, jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def texts(rows=B, seed=0):
+  rng = np.random.default_rng(seed)
+  inputs = rng.integers(0, V, (rows, LI)).astype(np.int32)
+  return inputs, rng.integers(0, V, (rows, LT)).astype(np.int32)
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+  with jax.enable_x64(True):
+    yield
+
+
+def logits(inputs, targets, **options):
+  model, params = made()
+  return model.apply({"params": params}, inputs, targets, **options)[0]
+
+
+def t5_bucket(back, causal, buckets, most):
+  """The bucket of a distance as 1910.10683 tells it, in plain words of Python."""
+  first = 0
+  if not causal:
+    buckets //= 2
+    if back < 0:
+      first, back = buckets, -back
+  back = max(back, 0)
+  exact = buckets // 2
+  if back < exact:
+    return first + back
+  share = math.log(back / exact) / math.log(most / exact)
+  return first + min(exact + int(share * (buckets - exact) + 1e-9), buckets - 1)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("buckets, most", [(32, 128), (8, 6), (10, 40)])
+def test_buckets_of_distances(causal, buckets, most):
+  model, _ = made()
+  options = dataclasses.replace(
+    model.arch.decoder.kinds[0][1].attention,
+    causal=causal,
+    bias_buckets=buckets,
+    bias_distance=most,
+  )
+  distances = np.arange(-200, 201)
+  want = [t5_bucket(int(d), causal, buckets, most) for d in distances]
+  found = positions.buckets(jnp.asarray(distances), options)
+  np.testing.assert_array_equal(found, want)
+
+
+def test_positions_decide():
+  """Without the tables, the encoder could not tell two orders apart."""
+  model, params = made()
+  inputs, targets = texts()
+  turned = Text(inputs[:, ::-1])
+  with_bias = logits(Text(inputs), Text(targets))
+  assert np.abs(with_bias - logits(turned, Text(targets))).max() > 1e-3
+  none = {k: jnp.zeros_like(x) for k, x in params.items() if "bias" in k}
+  apply = functools.partial(model.apply, {"params": params | none})
+  one, two = (apply(x, Text(targets))[0] for x in (Text(inputs), turned))
+  np.testing.assert_allclose(one, two, atol=1e-12)
+
+
+def test_the_decoder_is_causal_and_the_encoder_is_not():
+  inputs, targets = texts()
+  before = logits(Text(inputs), Text(targets))
+  targets[:, 5] = (targets[:, 5] + 1) % V
+  after = logits(Text(inputs), Text(targets))
+  np.testing.assert_allclose(before[:, :5], after[:, :5], atol=1e-12)
+  assert (np.abs(before[:, 5:] - after[:, 5:]).max((0, 2)) > 1e-6).all()
+  inputs[:, -1] = (inputs[:, -1] + 1) % V
+  later = logits(Text(inputs), Text(targets))
+  assert (np.abs(later - after).max((0, 2)) > 1e-6).all()
+
+
+def test_padding_changes_nothing():
+  inputs, targets = texts()
+  want = logits(Text(inputs), Text(targets))
+  junk = np.full((B, 3), 7, np.int32)
+  real = lambda x: np.arange(x.shape[1] + 3) < x.shape[1]  # noqa: E731
+  padded = [
+    Text(np.hstack([x, junk]), np.tile(real(x), (B, 1)))
+    for x in (inputs, targets)
+  ]
+  np.testing.assert_allclose(logits(*padded)[:, :LT], want, atol=1e-12)
+
+
+def test_packed_texts_are_those_alone():
+  """Pairs in one row: attention and positions end where a text does."""
+  inputs, targets = texts()
+  want = logits(Text(inputs), Text(targets))
+  rows = []
+  for x in (inputs, targets):
+    numbers = np.repeat([0, 1], x.shape[1])[None].repeat(B // 2, 0)
+    row = x.reshape(B // 2, -1)
+    rows.append(Text(row, None, numbers.astype(np.int32)))
+  packed = logits(*rows).reshape(B, LT, V)
+  np.testing.assert_allclose(packed, want, atol=1e-12)
+
+
+def test_tokens_one_at_a_time():
+  """With a cache, from texts whose lengths differ on both sides."""
+  model, params = made()
+  inputs, targets = texts()
+  mask = np.arange(LI) < np.array([LI, 3, 7, 1])[:, None]
+  want = logits(Text(inputs, mask), Text(targets))
+  cache, side, found = {}, Text(inputs, mask), []
+  for i in range(LT):
+    (one, _), cache = model.apply(
+      {"params": params, **cache},
+      side,
+      Text(targets[:, i : i + 1]),
+      cache_length=LT,
+      mutable=["cache"],
+    )
+    side = None
+    found.append(one[:, 0])
+  np.testing.assert_allclose(np.stack(found, 1), want, atol=1e-12)
+
+
+def test_numbers_of_layers_and_their_sequences():
+  model, _ = made()
+  found = {k: (x.numbers, x.sequence) for k, x in model.sublayers.items()}
+  assert found == {
+    "encoder/1/moe": ((1,), "inputs"),
+    "decoder/1/moe": ((3,), "targets"),
+  }
+
+
+def test_an_encoder_of_its_own():
+  own = {"num_layers": 3, "pattern": ("moe@wide",), "d_ff": 8}
+  own["variants"] = {"wide": {"moe": {"num_experts": 6}}}
+  model = models.build(section(encoder=own), vocab_size=V)
+  (path,) = (x for x in model.sublayers if x.startswith("encoder"))
+  assert model.sublayers[path].numbers == (0, 1, 2)
+  assert model.sublayers[path].recipe.num_experts == 6
+  assert model.sublayers["decoder/1/moe"].numbers == (4,)
+
+
+def test_a_source_vocabulary():
+  model = models.build(section(), vocab_size=V, source_vocab_size=2 * V)
+  shapes = nn.unbox(models.variables(model))["params"]
+  assert shapes["source_embedding"].shape == (2 * V, 16)
+  params = nn.unbox(models.init(model, RNG))
+  inputs, targets = texts()
+  one, _ = model.apply(params, Text(inputs + V), Text(targets))
+  two, _ = model.apply(params, Text(inputs), Text(targets))
+  assert np.abs(one - two).max() > 1e-3
+
+
+def test_dense_networks_after_experts():
+  """ST-MoE: x + moe(norm(x)), then x + mlp(norm(x))."""
+  c = section(pattern=("dense", "moe+dense"))
+  model = models.build(c, vocab_size=V)
+  shapes = nn.unbox(models.variables(model))["params"]
+  layer = shapes["encoder"]["1"]
+  assert {"moe", "mlp", "ffn_norm", "mlp_norm"} <= layer.keys()
+  inputs, targets = texts()
+  params = nn.unbox(models.init(model, RNG))
+  before, _ = model.apply(params, Text(inputs), Text(targets))
+  for name in ("mlp", "moe"):
+    part = params["params"]["decoder"]["1"][name]
+    part = part["experts"] if name == "moe" else part
+    whole = part["down"]
+    part["down"] = jnp.zeros_like(whole)
+    after, _ = model.apply(params, Text(inputs), Text(targets))
+    part["down"] = whole
+    assert np.abs(after - before).max() > 1e-3
+
+
+def test_a_table_for_every_layer():
+  c = section()
+  c.attention.position_bias = "layer"
+  model = models.build(c, vocab_size=V)
+  shapes = nn.unbox(models.variables(model))["params"]
+  assert not any("bias" in name for name in shapes)
+  table = shapes["decoder"]["0"]["attention"]["position_bias"]
+  assert table.shape == (1, 8, 2)
+  c.update(name="decoder")
+  decoder = models.build(c, vocab_size=V)
+  params = nn.unbox(models.init(decoder, RNG))
+  _, targets = texts()
+  turned = targets.copy()
+  turned[:, :2] = turned[:, 1::-1]
+  one, two = (decoder.apply(params, x)[0][:, -1] for x in (targets, turned))
+  assert np.abs(one - two).max() > 1e-4
+
+
+def test_what_drops_out():
+  x = jnp.ones((4, 50, 100))
+  rng_B = dropout.of_rows(RNG, 4)
+  y = dropout.drop(x, 0.2, rng_B)
+  assert abs(float((y == 0).mean()) - 0.2) < 0.02
+  np.testing.assert_allclose(y[y != 0], 1.25)
+  assert dropout.drop(x, 0.2, None) is x
+  later = dropout.drop(x[2:], 0.2, dropout.of_rows(RNG, 2, 2))
+  np.testing.assert_array_equal(y[2:], later)
+  assert (y[0] != y[1]).any()
+
+
+def test_dropout_of_a_model():
+  """In training only, everywhere, and the same in any micro-batches."""
+  model = models.build(section(dropout=0.3, dtype="float64"), vocab_size=V)
+  _, params = made()
+  apply = jax.jit(
+    functools.partial(model.apply, {"params": params}), static_argnames="train"
+  )
+  inputs, targets = texts()
+  still, _ = apply(Text(inputs), Text(targets), RNG, train=False)
+  want = logits(Text(inputs), Text(targets))
+  np.testing.assert_allclose(still, want, atol=1e-12)
+  whole, _ = apply(Text(inputs), Text(targets), RNG, train=True)
+  half = Text(inputs[2:]), Text(targets[2:])
+  part, _ = apply(*half, RNG, first=2, train=True)
+  np.testing.assert_allclose(part, whole[2:], atol=1e-12)
+  assert np.abs(whole - still).max() > 0.1
+  many = [
+    apply(Text(inputs), Text(targets), jax.random.key(i), train=True)[0]
+    for i in range(8)
+  ]
+  assert len({float(x[0, 0, 0]) for x in many}) == 8
+
+
+@pytest.mark.parametrize("place", range(7))
+def test_every_place_drops_with_keys_of_its_own(place):
+  keys = list(dropout.keys(dropout.of_rows(RNG, 2), 1, 7))
+  others = [k for i, k in enumerate(keys) if i != place]
+  bits = lambda k: np.asarray(jax.random.key_data(k))  # noqa: E731
+  assert all((bits(keys[place]) != bits(k)).any() for k in others)
+
+
+def test_operations_of_a_pair():
+  """Counted by hand for one dense layer on both sides."""
+  c = section(num_layers=1, pattern=("dense",))
+  model = models.build(c, vocab_size=V)
+  sizes = counts.count(model, models.variables(model))
+  D, H, h, F = 16, 2, 6, 24
+  attend, ffn = 4 * D * H * h, 2 * D * F
+  assert sizes["active_encoder"] == attend + ffn
+  assert sizes["active_decoder"] == 2 * attend + ffn
+  encoder = 2 * LI * (attend + ffn) + 4 * H * h * LI**2
+  decoder = 2 * LT * (attend + ffn + V * D) + 4 * H * h * LT**2
+  cross = 2 * LT * attend // 2 + 2 * LI * attend // 2 + 4 * H * h * LT * LI
+  lengths = {"inputs": LI, "targets": LT}
+  found = counts.flops_per_token(model, sizes, lengths)
+  assert found == round((encoder + decoder + cross) / (LI + LT))
+
+
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    ({"encoder": {"layers": 3}}, ["model.encoder", "layers"]),
+    ({"encoder": {"num_layers": 3}}, ["num_layers = 3", "pattern"]),
+    ({"encoder": {"moe": {"num_expert": 3}}}, ["num_expert"]),
+    ({"attention": LATENT}, ["latent", "grouped"]),
+    ({"attention": {"position_bias": "rows"}}, ["position_bias", "rows"]),
+    (
+      {"attention": {"position_bias": "layer", "bias_distance": 3}},
+      ["bias_distance = 3", "bias_buckets"],
+    ),
+    ({"dropout": 1.0}, ["dropout = 1.0"]),
+    ({"pattern": ("moe", "dense+moe")}, ["dense+moe"]),
+    ({"vocab_size": V - 1}, ["vocab_size", str(V - 1)]),
+  ],
+)
+def test_bad_options(changes, words):
+  with pytest.raises(ConfigError) as e:
+    models.build(section(**changes), vocab_size=V)
+  for word in words:
+    assert word in str(e.value), str(e.value)
+
+
+def test_what_a_decoder_refuses():
+  c = section(name="decoder", encoder={"num_layers": 2})
+  with pytest.raises(ConfigError, match="encoder_decoder"):
+    models.build(c, vocab_size=V)
+  c = section(name="decoder")
+  c.attention.causal = False
+  model = models.build(c, vocab_size=V)
+  with pytest.raises(ConfigError, match="causal = False"):
+    models.check(model, lengths={"inputs": 8}, batches={"rows": 8}, mesh=None)
+
+
+def test_an_encoder_may_look_ahead_and_its_decoder_may_not():
+  """Batch prioritized routing (2106.05974) in the encoder only, as ST-MoE has it."""
+  lengths = {"inputs": LI, "targets": LT}
+  check = functools.partial(
+    models.check, lengths=lengths, batches={"rows": B}, mesh=None
+  )
+  bounded = {"capacity_factor": 1.0, "tokens_per_group": "sequence"}
+  bounded["dispatcher"] = {"name": "gather", "order": "token"}
+  c = section()
+  c.moe.update(**bounded)
+  router = {"name": "top_k", "priority": "score"}
+  c.encoder = {"moe": {"router": router}}
+  check(models.build(c, vocab_size=V))
+  c.encoder = {}
+  c.moe.router = router
+  with pytest.raises(ConfigError, match="later tokens"):
+    check(models.build(c, vocab_size=V))
+
+
+def test_a_task_without_targets():
+  with pytest.raises(ConfigError, match="targets"):
+    models.check(
+      made()[0], lengths={"inputs": 8}, batches={"rows": 8}, mesh=None
+    )
