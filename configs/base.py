@@ -63,6 +63,9 @@ def get_config() -> ConfigDict:
     False  # vectors over sqrt(d_model) before the output (T5)
   )
   c.model.positions = "none"  # added to embeddings; or "sinusoidal"
+  # V of an embedding that the encoder of an encoder_decoder has of its own; None:
+  # it has the decoder's.
+  c.model.source_vocab_size = None
   # Of an encoder_decoder, whose layers above are the decoder's: the keys in which
   # its encoder differs from it (num_layers, prefix, pattern, moe, ...).
   c.model.encoder = ConfigDict()

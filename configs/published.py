@@ -1,4 +1,4 @@
-"""Shared by the configs of published decoders: their names, and `tiny`.
+"""Shared by the configs of published models: their names, and `tiny`.
 
 Their variants are sizes, and `tiny`: everything of the first size (attention,
 layers, routing, balancing), but a few thousand parameters.
@@ -26,6 +26,34 @@ def decoder() -> ConfigDict:
   return c
 
 
+def encoder_decoder() -> ConfigDict:
+  """T5 (1910.10683): its layers, span corruption, and optimizer.
+
+  Inputs are of 512 tokens and their targets of 114. Positions are one table a
+  stack; scores are not scaled; experts and dense networks are equally wide.
+  """
+  c = decoder()
+  c.task = {"name": "span_corruption", "z_loss": 1e-4}
+  c.data.update(seq_len=512, batch_size=2048, separate_documents=False)
+  c.model.update(name="encoder_decoder", vocab_size=32_128, norm_eps=1e-6)
+  c.model.update(pattern=("dense", "moe"), activation="relu", init_scale=0.1)
+  c.model.update(tie_embeddings=True, scale_output=True)
+  c.model.attention = {
+    "rope": "none",
+    "position_bias": "shared",
+    "scale_scores": False,
+  }
+  moe = c.model.moe
+  moe.update(activation="relu", init_scale=0.1, min_capacity=4)
+  moe.update(capacity_factor=1.25, eval_capacity_factor=2.0)
+  moe.dispatcher = {"name": "gather", "order": "token"}
+  c.optim.update(learning_rate=1e-2, schedule="rsqrt", decay_steps=10_000)
+  c.optim.update(warmup_steps=0, weight_decay=0.0, clip_norm=None)
+  c.optim.optimizer = {"name": "adafactor"}
+  c.train.num_steps = 550_000
+  return c
+
+
 def one_of(sizes: Mapping[str, Callable[[], ConfigDict]], variant: str):
   """The config of a size, or the first size shrunk.
 
@@ -42,6 +70,14 @@ def one_of(sizes: Mapping[str, Callable[[], ConfigDict]], variant: str):
   return sizes[variant]()
 
 
+def groups_of(model: ConfigDict, inputs, targets) -> None:
+  """Sets the tokens in a group of an encoder-decoder, on both sides."""
+  if model.name == "encoder_decoder":
+    model.moe.tokens_per_group = targets
+    own = dict(model.encoder.get("moe", {})) | {"tokens_per_group": inputs}
+    model.encoder.moe = own
+
+
 def shrunk(c: ConfigDict) -> ConfigDict:
   """The same in everything but its sizes."""
   m, moe = c.model, c.model.moe
@@ -50,6 +86,7 @@ def shrunk(c: ConfigDict) -> ConfigDict:
   m.num_kv_heads = 4 if latent or many else 2
   m.prefix = m.prefix[:1]
   m.num_layers = len(m.prefix) + len(m.pattern)
+  groups_of(m, "sequence", "sequence")
   m.dtype = "float32"
   moe.num_experts = 8
   moe.top_k = min(2, moe.top_k)

@@ -188,7 +188,7 @@ def test_an_encoder_of_its_own():
 
 
 def test_a_source_vocabulary():
-  model = models.build(section(), vocab_size=V, source_vocab_size=2 * V)
+  model = models.build(section(source_vocab_size=2 * V), vocab_size=V)
   shapes = nn.unbox(models.variables(model))["params"]
   assert shapes["source_embedding"].shape == (2 * V, 16)
   params = nn.unbox(models.init(model, RNG))

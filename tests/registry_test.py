@@ -62,7 +62,7 @@ def test_names_are_sorted():
     *("hierarchical", "noisy_top_k", "random", "relu", "sinkhorn", "soft"),
     *("tile_rounded", "top_k", "top_p"),
   ]
-  assert registry.names("models") == ["decoder"]
+  assert registry.names("models") == ["decoder", "encoder_decoder"]
   for kind in ("balancers", "dispatchers"):
     names = registry.names(kind)
     assert names == sorted(names) and len(names) >= 3
@@ -194,6 +194,7 @@ def test_numbers_of_a_part_may_be_tracers():
   router = registry.load("routers", "top_k", top_k=2)
   assert set(registry.number_options(router)) == {
     *("scale", "jitter", "noise", "init_scale"),
+    *("output_masking", "second_threshold"),
   }
   bias = registry.load("balancers", "bias", rate=1e-3, freeze_after=3)
   assert registry.number_options(bias) == {

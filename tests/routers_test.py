@@ -816,3 +816,25 @@ def test_a_decoder_chooses_by_token():
     expert_LK = np.asarray(expert).reshape(-1, c.data.seq_len, top_k)[0]
     assert (expert_LK[1::3] == expert_LK[1]).all()
     assert len(np.unique(expert_LK, axis=0)) > 3
+
+
+def test_output_masking():
+  """NLLB: in training some tokens get nothing, else all weights are smaller."""
+  rng = np.random.default_rng(0)
+  x_TD, kernel_DE = rng.normal(size=(4000, 8)), rng.normal(size=(8, 4))
+  side = Side(jnp.ones(len(x_TD), bool))
+  call = {"num_experts": 4, "select": lambda s: s, "side": side}
+  weights = {}
+  for chance in (0.0, 0.2):
+    router = registry.load("routers", "top_k", top_k=2, output_masking=chance)
+    for key in (None, jax.random.key(1)):
+      choice = router.route({"kernel": kernel_DE}, x_TD, rng=key, **call).choice
+      assert choice.valid_TK.all()
+      weights[chance, key is None] = np.asarray(choice.weight_TK)
+  np.testing.assert_allclose(
+    weights[0.2, True], 0.8 * weights[0.0, True], rtol=1e-6
+  )
+  ratio_TK = weights[0.2, False] / weights[0.0, False]
+  assert set(np.unique(ratio_TK)) == {0.0, 1.0}
+  assert (ratio_TK[:, 0] == ratio_TK[:, 1]).all()
+  assert abs(ratio_TK.mean() - 0.8) < 0.03

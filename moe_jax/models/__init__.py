@@ -20,6 +20,7 @@ from moe_jax.moe.types import Sublayer
 OPTIONS = decoder.OPTIONS  # Every key of `config.model`.
 # Files of this folder that are no models.
 SHARED = (
+  "beam",
   "counts",
   "decoding",
   "dropout",

@@ -50,6 +50,7 @@ OPTIONS = {
   **layers.OPTIONS,
   "name": str,
   "vocab_size": optional(integer(1)),
+  "source_vocab_size": optional(integer(1)),
 }
 # These fields are no config keys: `build` gets them as arguments or makes them.
 for _name in (
@@ -96,11 +97,13 @@ def build(
     ConfigError: impossible values, naming them and the remedy.
   """
   options_lib.section(OPTIONS).check(section, "model")
-  if section["encoder"]:
-    raise ConfigError(
-      "model.encoder has no meaning in a decoder, which has one stack of layers;"
-      ' leave it empty, or set model.name = "encoder_decoder"'
-    )
+  for key in ("encoder", "source_vocab_size"):
+    if section[key]:
+      raise ConfigError(
+        f"model.{key} = {options_lib.shown(section[key])} has no meaning in a"
+        " decoder, which has no encoder; leave it out, or set model.name ="
+        " encoder_decoder"
+      )
   own = options(section, Architecture.__dataclass_fields__)
   own["vocab_size"] = embedding.size(section["vocab_size"], vocab_size)
   own["kinds"] = layers.kinds(section, mesh, plugins)

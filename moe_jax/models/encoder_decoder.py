@@ -71,7 +71,6 @@ def build(
   section: Mapping,
   *,
   vocab_size: int,
-  source_vocab_size: int | None = None,
   end_of_document: int | None = None,
   mesh: jax.sharding.Mesh | None = None,
   plugins: tuple[str, ...] = (),
@@ -82,7 +81,6 @@ def build(
     section: `config.model`, see `configs/base.py`. Its layers are the decoder's,
       and, but for the keys in `encoder`, the encoder's.
     vocab_size: V of the data; `section.vocab_size` takes its place.
-    source_vocab_size: of the encoder's text, if it has tokens of its own.
     end_of_document: None; texts have numbers here.
     mesh, plugins: as in `models.build`.
 
@@ -114,9 +112,7 @@ def build(
   for _, parts in fields["decoder"].kinds:
     _ = parts.attention.across  # Refuses attention that cannot.
   del end_of_document
-  return EncoderDecoder(
-    Architecture(**fields, source_vocab_size=source_vocab_size)
-  )
+  return EncoderDecoder(Architecture(**fields))
 
 
 def _seeing_all(kinds):

@@ -25,8 +25,12 @@ The options of `build`:
   noise: add N(0, noise^2) to the logits in training (V-MoE, 2106.05974, takes
     1/E). It changes choices and weights; the losses see the logits without it,
     and the chance of each expert that `cv_squared` asks for.
-  second_expert: "all" or "random": use the second expert with probability
-    min(1, 2 w_2) (GShard, 2006.16668 Algorithm 1); needs top_k = 2.
+  second_expert: "all" or "random": use the second expert in training with
+    probability min(1, w_2 / second_threshold), where w_1 + w_2 = 1; needs top_k = 2.
+  second_threshold: 0.5 in GShard (2006.16668, Algorithm 1), 0.2 in ST-MoE
+    (2202.08906, appendix G).
+  output_masking: chance that a token gets nothing of its experts in training;
+    otherwise all weights are 1 - output_masking times as large (NLLB, 2207.04672).
   apply_to: weights multiply the expert's "output", or its "input" (Llama 4).
   priority: "none", or "score": tokens with the larger best score take their
     slots first (batch prioritised routing, 2106.05974). Not causal.
@@ -40,6 +44,8 @@ The options of `build`:
   allow_constant_weight: build a router whose one weight is always 1, as some
     published models have; it would learn nothing from the task.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +76,8 @@ def build(
   jitter: number(0, 1) = 0.0,
   noise: number(0) = 0.0,
   second_expert: word("all", "random") = "all",
+  second_threshold: number(above=0, high=1) = 0.5,
+  output_masking: number(0, below=1) = 0.0,
   apply_to: word("output", "input") = "output",
   priority: word("none", "score") = "none",
   use_bias: bool = False,
@@ -83,12 +91,10 @@ def build(
   """w = scale * s[chosen] / norm; the head of this file has the options."""
   constant = renormalize or (score == "softmax" and not score_before_top_k)
   groups = num_expert_groups, top_expert_groups
+  threshold = second_threshold if second_expert == "random" else None
   _check(top_k, constant and not allow_constant_weight, second_expert, *groups)
-
-  def init(rng, d_model, num_experts):
-    _check_groups(num_experts, top_k, *groups)
-    vectors = _vectors(num_experts, use_bias, cosine, expert_scale)
-    return vectors | scores.linear(rng, d_model, num_experts, init_scale)
+  own = use_bias, cosine, expert_scale
+  init = functools.partial(_init, own, init_scale, top_k, groups)
 
   def route(params, x_TD, *, num_experts, select, side, rng):
     rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
@@ -104,19 +110,26 @@ def build(
     choice = TokenChoice(
       expert_TK,
       scores.wide(_times_own(weight_TK, expert_TK, params)),
-      made_TK & _valid(side.mask_T, shares_TK, second_expert, rngs[2]),
+      made_TK & _valid(side.mask_T, shares_TK, threshold, rngs[2]),
       _best_first(chosen_TK) if priority == "score" else None,
       weight_input=apply_to == "input",
     )
+    choice = _masked(choice, rng, output_masking)
     routing = _routing(choice, clean_TE, score_TE, score)
     return _with_chances(routing, logits_TE, noise if rng is not None else 0)
 
-  axes = dict.fromkeys(_vectors(1, use_bias, cosine, expert_scale), (None,))
-  axes |= scores.LINEAR_AXES
+  axes = dict.fromkeys(_vectors(1, *own), (None,)) | scores.LINEAR_AXES
   gives = _gives(noise, score_before_top_k and score, *groups)
-  causal = priority == "none"
-  replays = second_expert == "all"  # Unused second experts are in no trace.
-  return Router(init, axes, route, causal, top_k, gives=gives, replays=replays)
+  # Second experts that are not used are in no trace.
+  told = {"gives": gives, "replays": threshold is None}
+  return Router(init, axes, route, priority == "none", top_k, **told)
+
+
+def _init(own, init_scale, top_k, groups, rng, d_model, num_experts):
+  """The parameters at the start; `own` says which vectors are there."""
+  _check_groups(num_experts, top_k, *groups)
+  kernel = scores.linear(rng, d_model, num_experts, init_scale)
+  return _vectors(num_experts, *own) | kernel
 
 
 def _vectors(num_experts, use_bias, cosine, expert_scale):
@@ -285,13 +298,25 @@ def _times_own(weight_TK, expert_TK, params):
   return weight_TK * own_E[expert_TK]
 
 
-def _valid(mask_T, shares_TK, second_expert, rng):
+def _valid(mask_T, shares_TK, threshold, rng):
   """Choices of no padding; a random second expert is used by its share."""
   valid_TK = jnp.broadcast_to(mask_T[:, None], shares_TK.shape)
-  if second_expert == "random" and rng is not None:
+  if threshold is not None and rng is not None:
     draw_T = jax.random.uniform(rng, mask_T.shape, shares_TK.dtype)
-    valid_TK = valid_TK.at[:, 1].min(draw_T < 2 * shares_TK[:, 1])
+    valid_TK = valid_TK.at[:, 1].min(draw_T < shares_TK[:, 1] / threshold)
   return valid_TK
+
+
+def _masked(choice, rng, chance):
+  """A choice in which the weights of some tokens are 0, or all are smaller."""
+  if not chance:
+    return choice
+  factor = 1 - chance
+  if rng is not None:
+    own = jax.random.fold_in(rng, 3)  # Not one of the three others.
+    factor = jax.random.bernoulli(own, factor, choice.weight_TK.shape[:1])
+    factor = factor[:, None].astype(choice.weight_TK.dtype)
+  return choice.replace(weight_TK=choice.weight_TK * factor)
 
 
 def _best_first(chosen_TK):
