@@ -18,6 +18,9 @@ def get_config() -> ConfigDict:
   c.writers = ()  # beside metrics.jsonl: "tensorboard", "wandb"
   c.plugins = ()  # your folders with routers/NAME.py, balancers/NAME.py, ...
 
+  # Weights to start with: a run's work directory, one of its checkpoints, a folder
+  # of moe_jax.upcycle, or published weights. None: random ones.
+  c.init_from = None
   c.task = ConfigDict({"name": "next_token"})  # a file of moe_jax/tasks
 
   c.data = ConfigDict()

@@ -15,7 +15,7 @@ from moe_jax.core.errors import ConfigError, Diverged, Interrupted
 from moe_jax.moe.types import Mean
 from moe_jax.run import processes, provenance, run_directory, signals
 from moe_jax.run.progress import Progress
-from moe_jax.training import hooks, metrics
+from moe_jax.training import hooks, metrics, start
 from moe_jax.training.checkpoint import Checkpoints, newest_first
 from moe_jax.training.program import Program
 
@@ -115,7 +115,10 @@ def _begin(program, seed, directory, checkpoints, progress):
   if restored is None:
     directory.start_over(**facts)
     lines = Lines(program, directory, progress)
-    return program.init(jax.random.key(seed)), 0, lines
+    state = program.init(jax.random.key(seed))
+    if program.config.init_from is not None:
+      state = start.replaced(state, program.config.init_from)
+    return state, 0, lines
   known = restored.meta["data"]
   if known != program.task.fingerprint:
     raise ConfigError(

@@ -33,6 +33,7 @@ OPTIONS = {
   "mesh": parallel.SIZES,
   "writers": writers.NAMES,
   "plugins": items(str),
+  "init_from": str | None,
   "task": part(),
   "data": section(mixed.OPTIONS | batches.OPTIONS),
   "model": section(models.OPTIONS),

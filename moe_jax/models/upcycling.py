@@ -1,0 +1,331 @@
+"""Upcycling: the weights of a model as the start of one with more experts.
+
+A target layer with experts gets them from the dense network of the same layer of
+the source, or from its fewer experts, one after another; all else is copied. The
+methods:
+
+  copy      every expert is the network (Sparse Upcycling, 2212.05055).
+  drop      and a share of each expert's hidden units begins anew, with the mean
+            and the deviation of the weights that it had (Drop-Upcycling,
+            2502.19261).
+  granular  the network is cut into G = d_ff / d_expert narrow ones, and expert
+            e G + g is the g-th of them, its output times G. The experts of one cut
+            have the same logits, so that a token takes all of them (virtual
+            groups, 2410.07524, which spreads the factor over the matrices).
+
+A router that the source does not have keeps the target's first values; one with
+fewer experts is repeated, so that copies have equal logits (2604.19835).
+
+The function of the source is kept where weights of a token add up to 1
+(`renormalize`), nothing is dropped or drawn, and a token takes all copies of what
+it took: see `keeps`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from flax import traverse_util
+
+from moe_jax.core.errors import ConfigError
+from moe_jax.core.options import integer, number, shown, word
+from moe_jax.models import embedding
+
+_EXPERTS, _DENSE, _ROUTER = "moe/experts/", "mlp/", "moe/router/"
+# Options of attention that matter in training only.
+_IDLE = ("init_scale",)
+
+
+class Upcycling(NamedTuple):
+  """Options.
+
+  method: see above.
+  ratio: share of an expert's hidden units that "drop" begins anew.
+  router_noise: deviation of what is added to copied columns of a router, over
+    their own.
+  seed: of what is drawn.
+  """
+
+  method: word("copy", "drop", "granular") = "copy"
+  ratio: number(0, 1) = 0.5
+  router_noise: number(0) = 0.0
+  seed: integer(0) = 0
+
+
+def upcycled(
+  source, source_params: Mapping, target, initial: Mapping, how=Upcycling()
+) -> dict:
+  """The parameters that a model begins with.
+
+  Args:
+    source: model of the same layers, dense or with fewer experts.
+    source_params: its parameters.
+    target: model with experts.
+    initial: its own first parameters.
+    how: options.
+
+  Returns:
+    Parameters as `initial` has them, in numpy.
+
+  Raises:
+    ConfigError: the source does not fit the target; says where.
+  """
+  check(source, target, how)
+  rng = np.random.default_rng(how.seed)
+  made = _flat(initial)
+  given = _flat(source_params)
+  inner = tuple(
+    f"{name}/" for one in (source, target) for name in _segments(one)
+  )
+  for path in made:
+    if not path.startswith(inner):
+      made[path] = _fitting(given, path, made[path].shape, "")
+  for one, other in zip(source.arch.stacks, target.arch.stacks):
+    old = _layers(given, one)
+    for number, ours in enumerate(_layers(made, other)):
+      kinds = one.layer(one.layers[number]), other.layer(other.layers[number])
+      place = f"{one.sequence}, layer {number}"
+      new = _layer(kinds, old[number], ours, how, rng, place)
+      _store(made, other, number, new)
+  return traverse_util.unflatten_dict(made, sep="/")
+
+
+def keeps(source, target, how=Upcycling()) -> bool:
+  """Whether the target computes what the source does, as its routing tells."""
+  if how.method == "drop" or how.router_noise:
+    return False
+  for one, other in zip(source.arch.stacks, target.arch.stacks):
+    for name, own in zip(one.layers, other.layers):
+      layer, made = one.layer(name), other.layer(own)
+      if made.recipe is None:
+        continue
+      router, was = made.recipe.router, layer.recipe
+      options = router.spec.options
+      whole = (
+        options.get("renormalize") and made.grouping.capacity_factor is None
+      )
+      number = made.recipe.num_experts // (was.num_experts if was else 1)
+      parts = number * was.router.top_k if was else _cuts(layer, made)
+      if was:
+        whole = whole and router.top_k == parts
+      else:
+        whole = whole and router.top_k % parts == 0
+      if not whole:
+        return False
+  return True
+
+
+def check(source, target, how) -> None:
+  """Raises ConfigError for models that do not fit together."""
+  if type(source) is not type(target):
+    raise ConfigError(
+      f"the source is of the kind {type(source).__name__} and the target of"
+      f" {type(target).__name__}; set model.name so that they are the same"
+    )
+  _same(source.arch, target.arch, _OF_MODEL, "")
+  for one, other in zip(source.arch.stacks, target.arch.stacks):
+    _same(one, other, ("num_layers", "norm", "norm_eps"), one.sequence)
+    for number, names in enumerate(zip(one.layers, other.layers)):
+      layer, made = one.layer(names[0]), other.layer(names[1])
+      place = f"{one.sequence}, layer {number}"
+      fields = [f.name for f in dataclasses.fields(layer.attention)]
+      fields = [name for name in fields if name not in _IDLE]
+      _same(layer.attention, made.attention, fields, f"{place}, attention")
+      _check_networks(layer, made, how, place)
+
+
+_OF_MODEL = [
+  field.name
+  for field in dataclasses.fields(embedding.Vocabulary)
+  if field.name != "dtype"
+]
+
+
+def _same(one, other, names, place):
+  for name in names:
+    values = getattr(one, name), getattr(other, name)
+    if values[0] != values[1]:
+      raise ConfigError(
+        f"the target's {name} = {shown(values[1])} is {shown(values[0])} in the"
+        f" source{place and f' ({place})'}; give a target config with the source's"
+      )
+
+
+def _check_networks(layer, made, how, place):
+  """Raises ConfigError for networks that cannot become those of a target layer."""
+  if made.recipe is None:
+    if layer.recipe is not None:
+      raise ConfigError(
+        f"the source has experts in {place}, and the target has none there; change"
+        " model.pattern of the target"
+      )
+    return
+  if made.mlp is not None:
+    raise ConfigError(
+      f"the target has a dense network after its experts in {place}, for which the"
+      ' source has nothing; take a pattern of "moe"'
+    )
+  if made.recipe.shared or made.recipe.cheap or made.recipe.latent:
+    raise ConfigError(
+      f"the target has shared, cheap or latent experts in {place}, for which the"
+      " source has nothing; leave them out"
+    )
+  experts = made.recipe.experts
+  old = layer.recipe.experts if layer.recipe else layer.mlp
+  if old.activation != experts.activation:
+    raise ConfigError(
+      f"the target's activation of experts = {experts.activation} is"
+      f" {old.activation} in the source ({place}); change model.moe.activation"
+    )
+  if layer.recipe is not None:
+    number = layer.recipe.num_experts
+    if made.recipe.num_experts % number or old.width != experts.width:
+      raise ConfigError(
+        f"{made.recipe.num_experts} experts of width {experts.width} are no multiple"
+        f" of the {number} of width {old.width} in {place} of the source; change"
+        " model.moe.num_experts or d_expert"
+      )
+    return
+  cuts = _cuts(layer, made)
+  wanted = cuts if how.method == "granular" else 1
+  if cuts * experts.width != old.width or cuts != wanted:
+    raise ConfigError(
+      f"model.moe.d_expert = {experts.width} is not the width of the network in"
+      f" {place} of the source, {old.width}, nor a whole part of it with --method="
+      "granular"
+    )
+  if made.recipe.num_experts % cuts:
+    raise ConfigError(
+      f"model.moe.num_experts = {made.recipe.num_experts} is no multiple of the"
+      f" {cuts} parts of a network in {place}; change one of them"
+    )
+
+
+def _cuts(layer, made):
+  """G: experts that are one network of the source."""
+  return max(1, layer.mlp.width // made.recipe.experts.width)
+
+
+def _layer(kinds, old, ours, how, rng, place):
+  """The parameters of a target layer, {path in the layer: array}."""
+  layer, made = kinds
+  new = {}
+  for path, own in ours.items():
+    if path.startswith(_EXPERTS):
+      name = path.removeprefix(_EXPERTS)
+      new[path] = _experts(layer, made, name, old)
+    elif path.startswith(_ROUTER):
+      new[path] = _router(layer, made, path, own, old, how, rng)
+    else:
+      new[path] = _fitting(old, path, own.shape, place)
+  if how.method == "drop" and made.recipe is not None:
+    _begin_anew(
+      new, 1 if layer.recipe is None else layer.recipe.num_experts, how, rng
+    )
+  return new
+
+
+def _experts(layer, made, name, old):
+  """[E, ...] of a matrix or bias of the experts."""
+  number = made.recipe.num_experts
+  if layer.recipe is not None:
+    given = old[_EXPERTS + name]
+    return np.concatenate([given] * (number // len(given)))
+  whole, cuts = old[_DENSE + name], _cuts(layer, made)
+  if name == "down_bias":  # Once for all parts of a network.
+    parts = [whole] * cuts
+  elif name == "down":
+    parts = [x * cuts for x in np.split(whole, cuts, axis=0)]
+  else:
+    parts = np.split(whole, cuts, axis=-1)
+  return np.stack([*parts] * (number // cuts))
+
+
+def _router(layer, made, path, own, old, how, rng):
+  """A parameter of the router: the source's, repeated, or the target's own."""
+  last = own.shape[-1] == made.recipe.num_experts
+  if layer.recipe is None:
+    cuts = _cuts(layer, made)
+    # The parts of a network have the logits of the first of them.
+    return np.repeat(own[..., ::cuts], cuts, axis=-1) if last else own
+  given = old[path]
+  if not last:
+    return given
+  whole = np.concatenate([given] * (own.shape[-1] // given.shape[-1]), axis=-1)
+  noise = rng.normal(size=whole.shape) * how.router_noise * given.std()
+  noise[..., : given.shape[-1]] = 0
+  return (whole + noise).astype(whole.dtype)
+
+
+def _begin_anew(new, kept, how, rng):
+  """Draws a share of the hidden units again, in all experts but the first ones.
+
+  Args:
+    new: parameters of the layer, which change.
+    kept: experts of a source that had several; 1: all are drawn.
+    how, rng: options and draws.
+  """
+  names = {
+    k.removeprefix(_EXPERTS): k
+    for k in new
+    if k.startswith(_EXPERTS) and "bias" not in k
+  }
+  number, width, _ = new[names["down"]].shape
+  for expert in range(kept if kept > 1 else 0, number):
+    units = rng.permutation(width)[: int(how.ratio * width)]
+    for name, path in names.items():
+      matrix = new[path][expert]
+      where = (units,) if name == "down" else (slice(None), units)
+      part = matrix[where]
+      if part.size:
+        matrix[where] = rng.normal(part.mean(), part.std(), part.shape)
+
+
+def _fitting(given, path, shape, place):
+  """A parameter of the source.
+
+  Raises:
+    ConfigError: it is not there, or of another shape.
+  """
+  found = given.get(path)
+  if found is None or found.shape != shape:
+    there = "not there" if found is None else f"of shape {found.shape}"
+    raise ConfigError(
+      f"the parameter {path}{place and f' of {place}'} has shape {shape} in the target"
+      f" and is {there} in the source; give a target config of the same sizes"
+    )
+  return found
+
+
+def _flat(params):
+  flat = traverse_util.flatten_dict(dict(params), sep="/")
+  return {k: np.array(x) for k, x in flat.items()}
+
+
+def _segments(model):
+  for stack in model.arch.stacks:
+    for name, *_ in stack.segments:
+      yield name
+
+
+def _places(stack):
+  """(path, repeat) of every layer of a stack."""
+  for name, pattern, repeats, _ in stack.segments:
+    for repeat in range(repeats):
+      for i in range(len(pattern)):
+        yield f"{name}/{i}/", repeat
+
+
+def _layers(flat, stack):
+  """[{path in the layer: array}] of the layers of a stack."""
+  return [
+    {k.removeprefix(p): x[r] for k, x in flat.items() if k.startswith(p)}
+    for p, r in _places(stack)
+  ]
+
+
+def _store(flat, stack, number, new):
+  path, repeat = [*_places(stack)][number]
+  for name, x in new.items():
+    flat[path + name][repeat] = x

@@ -1,0 +1,145 @@
+"""The parameters that a run starts with, when they are those of another model."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from moe_jax.core import files, parallel
+from moe_jax.core.errors import ConfigError
+from moe_jax.training import checkpoint
+
+KEY = "init_from"
+
+
+def replaced(state, path: str):
+  """A new TrainState with the parameters of another model.
+
+  Balancers go on from the state that they had there, where both have it; optimizer
+  and random key are those of a new run.
+
+  Args:
+    state: of step 0.
+    path: a run's work directory, one of its checkpoints, a folder of
+      `moe_jax.upcycle`, or published weights.
+
+  Raises:
+    ConfigError: there are none, or of a model of other sizes; names the first.
+  """
+  given = variables(path)
+  params = _fitted(given["params"], state.params, path)
+  balance, before = state.balance, given.get("balance", {})
+  if _shapes(before) == _shapes(balance):
+    balance = _placed(before, balance)
+  ema = state.ema and params
+  return state.replace(params=params, balance=balance, ema=ema)
+
+
+def variables(path: str) -> dict:
+  """{"params", "balance"} of a run or of published weights, in numpy.
+
+  Raises:
+    ConfigError: there are none at the path, or they cannot be read.
+  """
+  folder = pathlib.Path(path)
+  if not folder.is_dir():
+    raise ConfigError(
+      f"{KEY} = {path} is no folder; give a run's work directory, one of its"
+      " checkpoints, or a folder of published weights"
+    )
+  if not [*folder.glob("*.safetensors")]:
+    return checkpoint.load_variables(folder)
+  from moe_jax import hf
+
+  _, found = hf.load(folder)
+  return jax.device_get(found)
+
+
+def write(path: str, config, variables: Mapping) -> None:
+  """Writes a folder that `init_from`, generate and evaluate take.
+
+  It appears as a whole or not at all.
+
+  Args:
+    path: folder to make; not there yet, or empty.
+    config: of the model.
+    variables: of the model.
+
+  Raises:
+    ConfigError: the folder is not empty.
+  """
+  folder = pathlib.Path(path).absolute()
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise ConfigError(f"{path} is not an empty folder; give another")
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  with files.scratch_folder(folder.parent, f".{folder.name}-") as work:
+    whole = work / "whole"
+    whole.mkdir()
+    text = json.dumps(config.to_dict(), indent=2)
+    files.write_text(whole / "config.json", f"{text}\n")
+    checkpoints = checkpoint.Checkpoints(whole / "checkpoints")
+    arrays = {k: x for k, x in variables.items() if x}
+    checkpoints.save(0, jax.tree.map(jnp.asarray, arrays), {})
+    checkpoints.close()
+    whole.rename(folder)
+
+
+def own(task, model, rng) -> dict:
+  """The variables that a model starts with by itself, in numpy."""
+  made = jax.jit(lambda rng: nn.unbox(task.init(model, rng)))(rng)
+  return jax.device_get(dict(made))
+
+
+def distance(source, model, variables: Mapping, length: int = 32) -> float:
+  """The largest difference of two models' logits on random tokens.
+
+  Args:
+    source: a `trained.Trained`.
+    model, variables: the other model.
+    length: tokens of a row.
+  """
+  rows = parallel.token_shards(source.model.arch.mesh)
+  shape = rows, length
+  token_BL = np.random.default_rng(0).integers(
+    0, source.model.arch.vocab_size, shape
+  )
+  pairs = (source.model, source.variables), (model, variables)
+  logits = [
+    one.apply(weights, *one.arguments(token_BL.astype(np.int32)))[0]
+    for one, weights in pairs
+  ]
+  return float(jnp.abs(logits[0] - logits[1]).max())
+
+
+def _fitted(given, wanted, path):
+  """Parameters on the devices of others of the same shapes."""
+  there, here = _shapes(given), _shapes(wanted)
+  for name in sorted({*there, *here}):
+    if there.get(name) != here.get(name):
+      raise ConfigError(
+        f"{KEY} = {path} is of another model: its parameter {name} is"
+        f" {there.get(name, 'not there')}, and this model's"
+        f" {here.get(name, 'not there')}; make the sizes equal, or give"
+        " other weights (python -m moe_jax.upcycle makes experts of dense ones)"
+      )
+  return _placed(given, wanted)
+
+
+def _placed(given, like):
+  return jax.tree.map(
+    lambda x, old: jax.make_array_from_callback(
+      old.shape, old.sharding, lambda i: np.asarray(x[i], old.dtype)
+    ),
+    dict(given),
+    dict(like),
+  )
+
+
+def _shapes(tree):
+  flat = traverse_util.flatten_dict(dict(tree), sep="/")
+  return {name: tuple(x.shape) for name, x in flat.items()}

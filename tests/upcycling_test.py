@@ -1,0 +1,281 @@
+"""Experts made of dense networks: what is kept, what is new, what is refused."""
+
+import json
+import os
+import tempfile
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import tiny
+from moe_jax import main, models, upcycle
+from moe_jax.core.errors import ConfigError
+from moe_jax.models import upcycling
+from moe_jax.models.upcycling import Upcycling
+from moe_jax.training import checkpoint
+
+V, L = 40, 12
+SUM_1 = {"name": "top_k", "renormalize": True}
+
+
+def section(**moe):
+  """Two layers whose networks have a width of 24; dropless."""
+  c = tiny.get_config().model
+  c.update(vocab_size=V, d_model=16, d_ff=24, head_dim=8, use_bias=True)
+  c.moe.update(d_expert=24, capacity_factor=None, use_bias=True)
+  c.moe.update(dispatcher={"name": "sorted"}, router=SUM_1)
+  c.moe.update(moe)
+  return c
+
+
+def encoder_decoder(**moe):
+  c = section(**moe)
+  c.update(name="encoder_decoder", num_kv_heads=2)
+  c.attention = {"rope": "none", "position_bias": "shared"}
+  return c
+
+
+def dense(c):
+  c = c.copy_and_resolve_references()
+  c.pattern = ("dense",)
+  return c
+
+
+def made(c, seed=0):
+  """(model, parameters, biases of which are not zero)."""
+  model = models.build(c, vocab_size=V)
+  params = nn.unbox(models.init(model, jax.random.key(seed)))["params"]
+  rng = np.random.default_rng(seed)
+  add = lambda x: np.asarray(x) + 0.1 * rng.normal(size=x.shape)  # noqa: E731
+  return model, jax.tree.map(lambda x: add(x).astype(x.dtype), params)
+
+
+def logits(model, params):
+  token_BL = np.random.default_rng(5).integers(0, V, (2, L)).astype(np.int32)
+  return model.apply({"params": params}, *model.arguments(token_BL))[0]
+
+
+def up(source, target, **options):
+  """(the target, its parameters) from configs, or from a made source."""
+  source = source if isinstance(source, tuple) else made(source, seed=1)
+  model, initial = made(target, seed=2)
+  how = Upcycling(**options)
+  return model, upcycling.upcycled(*source, model, initial, how)
+
+
+KEPT = {
+  "copies": (section(), {}),
+  "one expert of a token": (
+    section(top_k=1, router=SUM_1 | {"allow_constant_weight": True}),
+    {},
+  ),
+  "parts": (section(d_expert=12, num_experts=8), {"method": "granular"}),
+  "two sets of parts": (
+    section(d_expert=12, num_experts=8, top_k=4),
+    {"method": "granular"},
+  ),
+  "encoder-decoder": (encoder_decoder(), {}),
+  "relu": (section(activation="relu"), {}),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_the_function_is_kept(name):
+  c, options = KEPT[name]
+  old = dense(c)
+  old.activation = c.activation = c.moe.activation
+  source = made(old, seed=1)
+  model, params = up(source, c, **options)
+  assert upcycling.keeps(source[0], model, Upcycling(**options))
+  np.testing.assert_allclose(
+    logits(model, params), logits(*source), atol=1e-5, rtol=1e-5
+  )
+  experts = params["decoder"]["0"]["moe"]["experts"]
+  assert experts["down"].shape[1] == c.moe.num_experts
+
+
+def test_more_experts_of_experts():
+  """4 to 8, and a token takes both copies of what it took."""
+  source = made(section(num_experts=4, top_k=2), seed=1)
+  model, params = up(source, section(num_experts=8, top_k=4))
+  assert upcycling.keeps(source[0], model)
+  np.testing.assert_allclose(
+    logits(model, params), logits(*source), atol=1e-5, rtol=1e-5
+  )
+  moe = params["decoder"]["0"]["moe"]
+  kernel = moe["router"]["kernel"]
+  np.testing.assert_array_equal(kernel[..., :4], kernel[..., 4:])
+  model, params = up(source, section(num_experts=8, top_k=2))
+  assert not upcycling.keeps(source[0], model)
+  assert np.abs(logits(model, params) - logits(*source)).max() > 1e-3
+  model, params = up(source, section(num_experts=8, top_k=4), router_noise=0.01)
+  assert not upcycling.keeps(source[0], model, Upcycling(router_noise=0.01))
+  noisy = params["decoder"]["0"]["moe"]["router"]["kernel"]
+  np.testing.assert_array_equal(noisy[..., :4], kernel[..., :4])
+  share = (noisy - kernel)[..., 4:].std() / kernel[..., :4].std()
+  assert 0.005 < share < 0.02
+
+
+def test_a_share_of_units_begins_anew():
+  """Drop-Upcycling: whole units, others in each expert, with old moments."""
+  source = made(dense(section()), seed=1)
+  model, params = up(source, section(), method="drop", ratio=0.25)
+  assert not upcycling.keeps(source[0], model, Upcycling("drop"))
+  old = source[1]["decoder"]["0"]["mlp"]
+  new = params["decoder"]["0"]["moe"]["experts"]
+  drawn = []
+  for expert in range(4):
+    changed = {
+      "down": (new["down"][0, expert] != old["down"][0]).all(-1),
+      "up": (new["up"][0, expert] != old["up"][0]).all(0),
+      "gate": (new["gate"][0, expert] != old["gate"][0]).all(0),
+    }
+    assert all(x.sum() == 6 for x in changed.values())
+    assert (changed["down"] == changed["up"]).all()
+    assert (changed["gate"] == changed["up"]).all()
+    drawn.append(changed["up"].tolist())
+    units = changed["up"]
+    ratio = new["up"][0, expert][:, units].std() / old["up"][0][:, units].std()
+    assert 0.6 < ratio < 1.6
+  assert len({*map(tuple, drawn)}) == 4
+  for name in ("up_bias", "down_bias"):
+    np.testing.assert_array_equal(new[name][0, 3], old[name][0])
+
+
+def test_the_parts_of_a_network():
+  """Expert e G + g is part g, and its output is times G."""
+  source = made(dense(section()), seed=1)
+  target = section(d_expert=12, num_experts=8)
+  _, params = up(source, target, method="granular")
+  old = source[1]["decoder"]["0"]["mlp"]
+  new = params["decoder"]["0"]["moe"]
+  for expert in range(8):
+    part = slice(0, 12) if expert % 2 == 0 else slice(12, 24)
+    ours = {k: x[0, expert] for k, x in new["experts"].items()}
+    np.testing.assert_array_equal(ours["up"], old["up"][0][:, part])
+    np.testing.assert_array_equal(ours["down"], 2 * old["down"][0][part])
+  kernel = new["router"]["kernel"][0]
+  np.testing.assert_array_equal(kernel[:, ::2], kernel[:, 1::2])
+  assert len(np.unique(kernel[0])) == 4
+
+
+def test_layers_may_stay_dense():
+  """Every second one gets experts, and no other weight changes."""
+  c = section()
+  c.pattern = ("dense", "moe")
+  source = made(dense(section()), seed=1)
+  model, params = up(source, c)
+  np.testing.assert_allclose(
+    logits(model, params), logits(*source), atol=1e-5, rtol=1e-5
+  )
+  ours, old = params["decoder"], source[1]["decoder"]["0"]
+  np.testing.assert_array_equal(ours["0"]["mlp"]["up"][0], old["mlp"]["up"][0])
+  np.testing.assert_array_equal(
+    ours["1"]["attention"]["query"][0], old["attention"]["query"][1]
+  )
+
+
+def switched(key, value, **moe):
+  c = section(**moe)
+  c[key] = value
+  return c
+
+
+@pytest.mark.parametrize(
+  "target, options, words",
+  [
+    (encoder_decoder(), {}, ["Decoder", "EncoderDecoder", "model.name"]),
+    (switched("d_model", 32), {}, ["d_model = 32", "16"]),
+    (switched("num_layers", 4), {}, ["num_layers = 4", "2"]),
+    (switched("norm", "layer"), {}, ["norm", "layer", "rms"]),
+    (switched("rope_theta", 1e6), {}, ["rope_theta", "layer 0, attention"]),
+    (switched("vocab_size", 50), {}, ["vocab_size = 50", "40"]),
+    (section(d_expert=16), {}, ["d_expert = 16", "24"]),
+    (section(d_expert=12), {}, ["d_expert = 12", "granular"]),
+    (section(d_expert=7), {"method": "granular"}, ["d_expert = 7"]),
+    (
+      section(d_expert=8, num_experts=4),
+      {"method": "granular"},
+      ["num_experts = 4", "3 parts"],
+    ),
+    (section(activation="relu"), {}, ["relu", "swiglu"]),
+    (section(num_shared_experts=1), {}, ["shared"]),
+    (switched("pattern", ("moe+dense",)), {}, ["after its experts"]),
+  ],
+)
+def test_sources_that_do_not_fit(target, options, words):
+  with pytest.raises(ConfigError) as e:
+    up(dense(section()), target, **options)
+  for word in words:
+    assert word in str(e.value), str(e.value)
+
+
+def test_experts_that_are_no_multiple():
+  for moe in ({"num_experts": 6}, {"num_experts": 8, "d_expert": 12}):
+    with pytest.raises(ConfigError, match="no multiple of the 4"):
+      up(section(num_experts=4), section(**moe))
+  with pytest.raises(ConfigError, match="none there"):
+    up(section(), dense(section()))
+
+
+MORE = ["--config.model.moe.router={'name': 'top_k', 'renormalize': True}"]
+MORE += ["--config.model.moe.capacity_factor=None"]
+MORE += ["--config.model.moe.dispatcher={'name': 'sorted'}"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """A dense run of a few steps, and flags of its config."""
+  folder = tmp_path_factory.mktemp("upcycling")
+  flags = ["--config=configs/tiny.py", "--config.model.d_ff=32"]
+  flags += ["--config.train.num_steps=6", "--config.eval.batches_per_domain=1"]
+  shared = f"{tempfile.gettempdir()}/moe_jax_tests_{os.getuid()}/moe_jax"
+  flags += [f"--config.data.cache_dir={shared}"]
+  pattern = "--config.model.pattern=('dense',)"
+  main.main([*flags, pattern, f"--workdir={folder}/dense"])
+  return folder, flags
+
+
+def test_from_a_run_to_a_run(run, capsys):
+  folder, flags = run
+  out = folder / "moe"
+  given = [f"--checkpoint={folder}/dense", *flags, *MORE, f"--out={out}"]
+  upcycle.main(given)
+  assert "function of the source is kept" in capsys.readouterr().out
+  assert [p.name for p in folder.iterdir()].count("moe") == 1
+  more = [f"--config.init_from={out}", f"--workdir={folder}/up"]
+  main.main([*flags, *MORE, *more])
+  first = {}
+  for name in ("dense", "up"):
+    text = (folder / name / "metrics.jsonl").read_text().splitlines()
+    first[name] = json.loads(text[0])["loss"]
+  assert first["up"] < first["dense"] - 0.1
+  params = checkpoint.load_params(out)
+  assert jnp.isfinite(params["embedding"]).all()
+  with pytest.raises(ConfigError, match="not an empty folder"):
+    upcycle.main(given)
+
+
+def test_weights_of_another_model(run, capsys):
+  folder, flags = run
+  place = f"--config.init_from={folder}/dense"
+  with pytest.raises(ConfigError, match="moe_jax.upcycle"):
+    main.main([*flags, place, f"--workdir={folder}/other"])
+  with pytest.raises(ConfigError, match="init_from = nowhere is no folder"):
+    main.main(
+      [*flags, "--config.init_from=nowhere", f"--workdir={folder}/none"]
+    )
+
+
+def test_nothing_is_left_of_a_refused_one(run):
+  folder, flags = run
+  before = sorted(p.name for p in folder.iterdir())
+  wide = "--config.model.moe.d_expert=48"
+  with pytest.raises(ConfigError, match="d_expert = 48"):
+    upcycle.main(
+      [f"--checkpoint={folder}/dense", *flags, wide, f"--out={folder}/wide"]
+    )
+  assert sorted(p.name for p in folder.iterdir()) == before
