@@ -21,6 +21,9 @@ def get_config() -> ConfigDict:
   # Weights to start with: a run's work directory, one of its checkpoints, a folder
   # of moe_jax.upcycle, or published weights. None: random ones.
   c.init_from = None
+  # How experts are made of the weights of a dense model, or of fewer experts, as
+  # {"method": "copy"}: the flags of moe_jax.upcycle. {}: the model is the same.
+  c.upcycle = ConfigDict()
   c.task = ConfigDict({"name": "next_token"})  # a file of moe_jax/tasks
 
   c.data = ConfigDict()

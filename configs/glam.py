@@ -2,9 +2,10 @@
 
 Every second layer has 64 experts, of which a token takes two as in GShard: the
 second one with a probability of twice its weight, a balance loss of 0.01, and
-slots for twice the balanced load. Experts are not gated, dense layers are. Their
-position bias, one table a layer, is not there: positions are rotary. The 8B and
-1.7B models are those whose printed sizes have a vocabulary of 32,000.
+slots for twice the balanced load. Experts are not gated, dense layers are. Every
+layer has a table of position biases; their buckets are T5's here. Adafactor keeps
+at most 0.99 of its moments, and the sum of the output's softmax has a loss of 1e-4.
+The 8B and 1.7B models are those whose printed sizes have a vocabulary of 32,000.
 
   python -m moe_jax.params --config=configs/glam.py:64b_64e
 """
@@ -19,6 +20,12 @@ def get_config(variant: str = "64b_64e"):
 
 def _64b():
   c = published.decoder()
+  c.task = {"name": "next_token", "z_loss": 1e-4}
+  c.data.update(seq_len=1024, batch_size=1024)
+  c.optim.optimizer = {"name": "adafactor", "most": 0.99}
+  c.optim.update(learning_rate=1e-2, schedule="rsqrt", decay_steps=10_000)
+  c.optim.update(warmup_steps=0, weight_decay=0.0, clip_norm=None)
+  c.model.attention = {"rope": "none", "position_bias": "layer"}
   c.model.vocab_size = 256_000
   c.model.tie_embeddings = True
   c.model.d_model = 8192

@@ -31,7 +31,7 @@ def _54b():
   m.pattern = ("dense", "dense", "dense", "moe")
   m.attention = {"rope": "none", "bias": "all"}
   moe.update(num_experts=128, top_k=2, d_expert=8192, use_bias=True)
-  moe.update(capacity_factor=1.0, eval_capacity_factor="dropless")
+  moe.update(capacity_factor=1.0, eval_capacity_factor=64.0)
   moe.update(capacity_rounding="ceil", min_capacity=0, init_scale=1.0)
   moe.dispatcher = {"name": "gather", "order": "choice"}
   moe.router = {"name": "top_k", "renormalize": True, "output_masking": 0.2}

@@ -84,6 +84,8 @@ def shrunk(c: ConfigDict) -> ConfigDict:
   latent, many = "kv_lora_rank" in m.attention, m.num_kv_heads == m.num_heads
   m.update(vocab_size=288, d_model=16, num_heads=4, head_dim=4, d_ff=24)
   m.num_kv_heads = 4 if latent or many else 2
+  if m.source_vocab_size:
+    m.source_vocab_size = 288
   m.prefix = m.prefix[:1]
   m.num_layers = len(m.prefix) + len(m.pattern)
   groups_of(m, "sequence", "sequence")
@@ -110,7 +112,8 @@ def shrunk(c: ConfigDict) -> ConfigDict:
       options.temperature = (scale, 8, offset)
     if options.get("rope_scaling"):
       options.rope_scaling.original_length = 16
-  c.data.update(seq_len=32, batch_size=8)
+  length = 128 if c.task.name == "translation" else 32
+  c.data.update(seq_len=length, batch_size=8)
   c.eval.update(batch_size=8, batches_per_domain=1)
   c.optim.update(warmup_steps=1)
   c.train.num_steps = 4

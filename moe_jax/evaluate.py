@@ -14,9 +14,11 @@ def main(argv=None) -> int:
   args = _arguments(argv)
 
   from moe_jax.tasks import next_token
-  from moe_jax.training import evaluation, traces
+  from moe_jax.training import traces
 
   loaded = trained.load(args, dropless=args.dropless)
+  if len(loaded.model.arch.stacks) > 1:
+    return _of_two_texts(args, loaded)
   settings, corpus = _settings(args, loaded), _text(args, loaded)
   if args.trace:
     command.check_writable(args.trace)
@@ -26,11 +28,24 @@ def main(argv=None) -> int:
   words = [f"{name} = {value}" for name, value in settings.items()]
   words += ["dropless" if args.hf or args.dropless else "the run's capacity"]
   print(f"{scored} tokens, with {', '.join(words)}")
-  values, rows = evaluation.table(sums, task, loaded.model), []
+  told = _report(sums, task, loaded.model)
+  if trace:
+    trace.save(args.trace, loaded.step)
+    print(f"The experts of every token are in {args.trace}.")
+  if args.json:
+    command.write_json(args.json, told)
+  return 0
+
+
+def _report(sums, task, model, **more) -> dict:
+  """Prints metrics and the most used experts; returns them for a file."""
+  from moe_jax.training import evaluation
+
+  values, rows = evaluation.table(sums, task, model) | more, []
   for name, value in values.items():
     print(f"{name:32}{value:12.4f}")
-  if loaded.model.sublayers:
-    shares = evaluation.specialisation(sums, loaded.model.sublayers)
+  if model.sublayers:
+    shares = evaluation.specialisation(sums, model.sublayers)
     table = evaluation.describe(shares)
     print(f"\nThe most used experts of each domain:\n\n{table}")
     rows = [
@@ -38,11 +53,52 @@ def main(argv=None) -> int:
       for (layer, domain), share_E in shares.items()
       for e, share in enumerate(share_E)
     ]
-  if trace:
-    trace.save(args.trace, loaded.step)
-    print(f"The experts of every token are in {args.trace}.")
+  return {"metrics": values, "shares": rows}
+
+
+def _of_two_texts(args, loaded) -> int:
+  """The metrics of a run's own task, on its data or others."""
+  from moe_jax import models
+  from moe_jax.tasks import bleu
+  from moe_jax.training import evaluation, program
+
+  run = loaded.config
+  if run is None:
+    raise ConfigError(
+      "--hf is of an encoder-decoder, whose task this command does not know; start a"
+      " run of one step with --config.init_from=DIR and evaluate that"
+    )
+  if args.trace:
+    raise ConfigError(
+      "--trace has the experts of one sequence of tokens, and an encoder-decoder has"
+      " two; leave it out"
+    )
+  given = {
+    "data.name": args.dataset,
+    "data.dir": args.data_dir,
+    "data.seq_len": args.seq_len,
+    "eval.batch_size": args.batch_size,
+    "eval.batches_per_domain": args.batches_per_domain,
+  }
+  texts = [f"{k}={x!r}" for k, x in given.items() if x is not None]
+  config = config_lib.overridden(run, texts)
+  task = program.build_task(config, loaded.model.arch.mesh)
+  models.check(
+    loaded.model,
+    lengths=task.lengths,
+    batches={"--batch_size": config.eval.batch_size},
+    mesh=loaded.model.arch.mesh,
+  )
+  sums = evaluation.of_task(loaded.model, loaded.variables, task)
+  scored = sum(int(part["loss"].weight) for part in sums.values())
+  lengths = " and ".join(f"{n} {name}" for name, n in task.lengths.items())
+  print(f"{scored} target tokens, in rows of {lengths}")
+  more = {}
+  if args.bleu:
+    more = bleu.of_run(loaded, config, task, args.bleu, args.beams)
+  told = _report(sums, task, loaded.model, **more)
   if args.json:
-    command.write_json(args.json, {"metrics": values, "shares": rows})
+    command.write_json(args.json, told)
   return 0
 
 
@@ -60,6 +116,10 @@ def _arguments(argv):
   add("--batches_per_domain", type=count, help="default: all")
   words = "which experts every token chose, see docs/runs.md"
   add("--trace", metavar="FILE", help=words)
+  words = "of so many pairs of a translation, by sacrebleu (extra: bleu)"
+  add("--bleu", type=count, metavar="N", help=words)
+  words = "texts of a search that --bleu keeps (default: 4)"
+  add("--beams", type=count, default=4, help=words)
   add("--json", metavar="PATH", help="metrics, and shares of experts")
   args = parser.parse_args(argv)
   if args.dataset is None and (args.hf or args.data_dir):

@@ -19,10 +19,8 @@ def main(argv=None) -> int:
   """The command."""
   args, config = _arguments(argv)
 
-  import jax
-
-  from moe_jax.models import upcycling
-  from moe_jax.training import program, start
+  from moe_jax.training import program, starts
+  from moe_jax.training.starts import upcycling
 
   source = trained.load(args)
   if source.config is not None:
@@ -33,14 +31,14 @@ def main(argv=None) -> int:
   how = upcycling.Upcycling(
     args.method, args.ratio, args.router_noise, args.seed
   )
-  initial = start.own(task, model, jax.random.key(args.seed))
+  initial = starts.own(task, model, args.seed)
   made = upcycling.upcycled(
     source.model, source.variables["params"], model, initial["params"], how
   )
   kept = upcycling.keeps(source.model, model, how)
-  distance = start.distance(source, model, {**initial, "params": made})
+  distance = starts.distance(source, model, {**initial, "params": made})
   words = "the function of the source is kept" if kept else "a new function"
-  start.write(args.out, config, {**initial, "params": made})
+  starts.write(args.out, config, {**initial, "params": made})
   print(
     f"{args.out}: {words}; on random tokens its logits differ by up to"
     f" {distance:.1e}"
@@ -58,7 +56,7 @@ def _same_text(old, new, args):
 
 
 def _arguments(argv):
-  from moe_jax.models.upcycling import Upcycling
+  from moe_jax.training.starts.upcycling import Upcycling
 
   parser = config_lib.Parser(__doc__, prog="python -m moe_jax.upcycle")
   add, defaults = parser.add_argument, Upcycling()

@@ -4,7 +4,9 @@ import math
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from moe_jax.tasks import next_token
 from tests import small
@@ -65,3 +67,29 @@ def test_what_the_model_is_told():
   c.data.name = "nothing_that_is_there"
   unread = next_token.build(c, prepare=False)
   assert unread.given == task.given and unread.spec == task.spec
+
+
+def test_z_loss_is_minimised_and_not_reported():
+  """coefficient * mean of log(sum of exp(logits))^2 (PaLM, GLaM)."""
+  rng = np.random.default_rng(0)
+  logits_BLV = jnp.asarray(rng.normal(size=(2, 3, 5)) + 2)
+  mask_BL = np.array([[1, 1, 0], [1, 0, 0]], bool)
+  batch = {"inputs": mask_BL, "targets": mask_BL.astype(int), "mask": mask_BL}
+
+  class Fixed:
+    def apply(self, *args, **kwargs):
+      return logits_BLV, {}
+
+  plain, with_z = (
+    next_token.scoring(np.ones(5, np.int32), 3, z_loss=z) for z in (0.0, 0.1)
+  )
+  (less, _, _), (more, sums, _) = (
+    task.loss(Fixed(), {}, batch, None, 0, True) for task in (plain, with_z)
+  )
+  want = sum(
+    np.log(np.exp(logits_BLV[b, i]).sum()) ** 2
+    for b, i in zip(*np.nonzero(mask_BL))
+  )
+  assert float(more.total - less.total) == pytest.approx(0.1 * want, rel=1e-5)
+  assert more.weight == less.weight == 3
+  assert with_z.metrics(more, sums)["loss"].total == less.total

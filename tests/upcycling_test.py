@@ -13,8 +13,8 @@ import pytest
 from configs import tiny
 from moe_jax import main, models, upcycle
 from moe_jax.core.errors import ConfigError
-from moe_jax.models import upcycling
-from moe_jax.models.upcycling import Upcycling
+from moe_jax.training.starts import upcycling
+from moe_jax.training.starts.upcycling import Upcycling
 from moe_jax.training import checkpoint
 
 V, L = 40, 12
@@ -279,3 +279,21 @@ def test_nothing_is_left_of_a_refused_one(run):
       [f"--checkpoint={folder}/dense", *flags, wide, f"--out={folder}/wide"]
     )
   assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_a_run_may_make_its_experts_itself(run):
+  """The parameters are those that the command makes."""
+  folder, flags = run
+  more = [
+    f"--config.init_from={folder}/dense",
+    "--config.optim.learning_rate=0",
+  ]
+  more += ["--config.upcycle={'method': 'drop', 'seed': 0}"]
+  main.main([*flags, *more, *MORE, f"--workdir={folder}/itself"])
+  given = [f"--checkpoint={folder}/dense", *flags, *MORE, "--method=drop"]
+  upcycle.main([*given, f"--out={folder}/made"])
+  found = checkpoint.load_params(folder / "itself")
+  wanted = checkpoint.load_params(folder / "made")
+  jax.tree.map(np.testing.assert_array_equal, found, wanted)
+  with pytest.raises(ConfigError, match='upcycle has no "metod"'):
+    main.main([*flags, "--config.upcycle={'metod': 1}", "--workdir=x"])

@@ -9,7 +9,7 @@ state to restore, and every host of a pod sees the same global batch.
 import dataclasses
 import fractions
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -75,51 +75,86 @@ def train_batches(
   Raises:
     ConfigError: a corpus shorter than one window.
   """
-  # Plain arrays: a slice of a np.memmap costs several times as much.
-  tokens = [np.asarray(corpus.tokens("train", d)) for d in corpus.domains]
-  counts = np.array([max(t.size - 1, 0) // seq_len for t in tokens])
-  window, ends = _order(corpus, seq_len, counts, seed), np.cumsum(counts)
-  rows = slice(None) if rows is None else rows
+  read_windows = windows(corpus, seed, seq_len + 1, seq_len, seq_len)
   end = corpus.end_of_document if separate_documents else None
 
-  def read(step):
-    places = np.arange(step * batch_size, (step + 1) * batch_size)
-    places = places.reshape(accumulation or 1, -1)[:, rows]
-    windows = np.array([window(row) for row in places.ravel().tolist()], int)
-    domains = np.searchsorted(ends, windows, side="right")
-    starts = (windows - (ends - counts)[domains]) * seq_len
-    reads = (
-      (tokens[domain][start : start + seq_len + 1], 0)
-      for domain, start in zip(domains, starts)
-    )
-    batch = _batch(reads, domains, seq_len, end)
-    shape = places.shape if accumulation else (-1,)
-    return {k: v.reshape(*shape, *v.shape[1:]) for k, v in batch.items()}
+  def read(places):
+    domains, tokens = read_windows(places)
+    return _batch(((t, 0) for t in tokens), domains, seq_len, end)
 
-  return ByStep(read)
+  return by_step(read, batch_size, accumulation, rows)
 
 
-def _order(corpus, seq_len, counts, seed):
-  """Returns (row of the training stream) -> number of its window.
-
-  The first part has its share of any first n rows, rounded up. The second part
-  has its share of the rows that are left, and so on. The shares are exact at any
-  step, where Grain's `MapDataset.mix` rounds the weights first.
+def by_step(
+  read: Callable[[np.ndarray], Batch],
+  batch_size: int,
+  accumulation: int | None = None,
+  rows: np.ndarray | None = None,
+) -> ByStep:
+  """Returns the batches of a stream of rows.
 
   Args:
+    read: numbers [R] of rows in the stream -> their arrays [R, ...].
+    batch_size, accumulation, rows: as in `train_batches`.
+  """
+  rows = slice(None) if rows is None else rows
+
+  def read_step(step):
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    places = places.reshape(accumulation or 1, -1)[:, rows]
+    shape = places.shape if accumulation else (-1,)
+    batch = read(places.ravel())
+    return {k: v.reshape(*shape, *v.shape[1:]) for k, v in batch.items()}
+
+  return ByStep(read_step)
+
+
+def windows(
+  corpus: corpora.Corpus, seed: int, size: int, stride: int, seq_len: int
+) -> Callable[[np.ndarray], tuple[np.ndarray, list[np.ndarray]]]:
+  """Returns (rows of the training stream) -> their domains, and their tokens.
+
+  Args:
+    corpus, seed: as in `train_batches`.
+    size: tokens of a window.
+    stride: tokens from the start of a window to that of the next one.
+    seq_len: `data.seq_len`, for errors.
+
+  Raises:
+    ConfigError: a corpus shorter than one window.
+  """
+  # Plain arrays: a slice of a np.memmap costs several times as much.
+  tokens = [np.asarray(corpus.tokens("train", d)) for d in corpus.domains]
+  counts = [max(t.size - size + stride, 0) // stride for t in tokens]
+  counts, ends = np.array(counts), np.cumsum(counts)
+  window = _order(corpus, (size, seq_len), counts, seed)
+
+  def read(places):
+    numbers = np.array([window(row) for row in places.tolist()], int)
+    domains = np.searchsorted(ends, numbers, side="right")
+    starts = (numbers - (ends - counts)[domains]) * stride
+    of_rows = zip(domains, starts)
+    return domains, [tokens[d][i : i + size] for d, i in of_rows]
+
+  return read
+
+
+def _order(corpus, lengths, counts, seed):
+  """Returns (row of the training stream) -> number of its window.
+
+  Args:
+    lengths: tokens of a window, and seq_len, for errors.
     counts: windows of every domain.
   """
   import grain  # Slow to import: only for who reads data.
 
-  weights = [fractions.Fraction(str(weight)) for weight, _ in corpus.parts]
-  scale = math.lcm(*(weight.denominator for weight in weights))
-  weights = [int(weight * scale) for weight in weights]
   parts, first, domain = [], 0, 0
   for number, (_, domains) in enumerate(corpus.parts):
     last = first + int(sum(counts[domain : domain + len(domains)]))
     if first == last:
+      size, seq_len = lengths
       raise ConfigError(
-        f"no domain of dataset {corpus.name} has the {seq_len + 1} training"
+        f"no domain of dataset {corpus.name} has the {size} training"
         f" tokens that a row of seq_len {seq_len} needs, but"
         f" {corpus.num_tokens['train']}; use a shorter seq_len or more data"
       )
@@ -127,17 +162,39 @@ def _order(corpus, seq_len, counts, seed):
     windows = grain.MapDataset.range(first, last).seed(seed + 1000 * number)
     parts.append(windows.shuffle().repeat())
     first, domain = last, domain + len(domains)
+  part_of = shares([weight for weight, _ in corpus.parts])
 
   def window(row):
+    part, place = part_of(row)
+    return parts[part][place]
+
+  return window
+
+
+def shares(weights: Sequence[float]) -> Callable[[int], tuple[int, int]]:
+  """Returns (row of a stream) -> its part, and its number in that part.
+
+  The first part has its share of any first n rows, rounded up. The second part
+  has its share of the rows that are left, and so on. The shares are exact at any
+  step, where Grain's `MapDataset.mix` rounds the weights first.
+
+  Args:
+    weights: above 0, of every part.
+  """
+  weights = [fractions.Fraction(str(weight)) for weight in weights]
+  scale = math.lcm(*(weight.denominator for weight in weights))
+  weights = [int(weight * scale) for weight in weights]
+
+  def part_of(row):
     rows, total = (row, row + 1), sum(weights)
-    for part, weight in zip(parts, weights):
+    for part, weight in enumerate(weights):
       later = [n * (total - weight) // total for n in rows]
       place = rows[0] - later[0]
       if place < rows[1] - later[1]:
-        return part[place]
+        return part, place
       rows, total = later, total - weight
 
-  return window
+  return part_of
 
 
 def validation_batches(
@@ -183,34 +240,66 @@ def validation_batches(
   for domain in corpus.domains:
     tokens = np.asarray(corpus.tokens("validation", domain))
     domains[domain] = tokens, _spans(tokens, end, masked, seq_len, len(begin))
+  check_validation(corpus, {name: len(x[1]) for name, x in domains.items()})
+  options = np.array(begin, np.int64), seq_len, masked
+  chosen = batch_size, batches_per_domain, rows
+  return _validation(domains, *options, *chosen)
+
+
+def check_validation(corpus: corpora.Corpus, counts: Mapping[str, int]) -> None:
+  """Raises ConfigError for a dataset without a row of validation.
+
+  Args:
+    corpus: as in `validation_batches`.
+    counts: {domain: its rows}.
+  """
   for _, names in corpus.parts:
-    if not any(len(domains[name][1]) for name in names):
+    if not any(counts[name] for name in names):
       raise ConfigError(
         f"dataset {corpus.name} has no validation text to predict in {names},"
         f" but {corpus.num_tokens['validation']} tokens; use more data"
       )
-  most = batches_per_domain and batches_per_domain * batch_size
+
+
+def validation_rows(
+  counts: Mapping[str, int],
+  batch_size: int,
+  batches_per_domain: int | None,
+  rows: np.ndarray | None,
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+  """Yields what every validation batch consists of.
+
+  Args:
+    counts: {domain: its rows}.
+    batch_size, batches_per_domain, rows: as in `validation_batches`.
+
+  Yields:
+    Name of the domain, its number for every row of the batch, and numbers of
+    its rows that are read: fewer than the batch has, at the domain's end.
+  """
+  most, first = batches_per_domain and batches_per_domain * batch_size, 0
   rows = np.arange(batch_size) if rows is None else rows
-  options = np.array(begin, np.int64), batch_size, most, seq_len, masked, rows
-  return _validation(domains, *options)
-
-
-def _validation(domains, begin, batch_size, most, seq_len, masked, rows):
-  first = 0
-  for number, (domain, (tokens, spans)) in enumerate(domains.items()):
-    last = first + len(spans) - 1
-    if most and most < len(spans):
+  for number, (domain, count) in enumerate(counts.items()):
+    chosen = np.arange(count)
+    if most and most < count:
       # The rounding of these floats depends on the number of the first row.
-      spans = spans[np.linspace(first, last, most).astype(int) - first]
-    first = last + 1
-    for start in range(0, len(spans), batch_size):
+      last = first + count - 1
+      chosen = np.linspace(first, last, most).astype(int) - first
+    first += count
+    for start in range(0, len(chosen), batch_size):
       places = start + rows
-      reads = (
-        (np.append(begin, tokens[i:j]), skipped)
-        for i, j, skipped in spans[places[places < len(spans)]]
-      )
-      numbers = np.full(len(rows), number)
-      yield domain, _batch(reads, numbers, seq_len, masked)
+      read = chosen[places[places < len(chosen)]]
+      yield domain, np.full(len(rows), number), read
+
+
+def _validation(domains, begin, seq_len, masked, *chosen):
+  counts = {domain: len(spans) for domain, (_, spans) in domains.items()}
+  for domain, numbers, some in validation_rows(counts, *chosen):
+    tokens, spans = domains[domain]
+    reads = (
+      (np.append(begin, tokens[i:j]), skipped) for i, j, skipped in spans[some]
+    )
+    yield domain, _batch(reads, numbers, seq_len, masked)
 
 
 def _spans(tokens, end, masked, seq_len, num_begin):
@@ -236,6 +325,25 @@ def _spans(tokens, end, masked, seq_len, num_begin):
     targets = counted & text[1:]
   spans = np.stack([starts, stops, skipped], axis=1)
   return spans if targets.any() else spans[:0]
+
+
+def with_decoder_inputs(batch: Batch, start: int) -> Batch:
+  """Returns a batch of two sides, with what the decoder reads.
+
+  Args:
+    batch: with "targets", "targets_mask" and "targets_document", arrays [R, L].
+    start: the token before the first one of every document.
+
+  Returns:
+    The batch with "decoder_inputs": the target before, of the same document. It
+    is 0 at padding.
+  """
+  document, targets = batch["targets_document"], batch["targets"]
+  before = np.full_like(targets, start)
+  same = document[:, 1:] == document[:, :-1]
+  before[:, 1:] = np.where(same, targets[:, :-1], start)
+  before *= batch["targets_mask"]
+  return batch | {"decoder_inputs": before}
 
 
 def _batch(reads, domains, seq_len, end):

@@ -102,7 +102,7 @@ def prepare(
   name: str,
   *,
   data_dir: str | os.PathLike | None = None,
-  text_feature: str = "text",
+  text_feature: str | tuple[str, str] = "text",
   domain_feature: str = "domain",
   tokenizer: str = "bytes",
   cache_dir: str | os.PathLike | None = None,
@@ -116,9 +116,11 @@ def prepare(
       "ag_news_subset" or "wikipedia/20230601.en"; with `data_dir`, any word to
       call it by.
     data_dir: folder of a prepared TFDS dataset (the one with dataset_info.json)
-      in array_record or parquet format. It has a split `train`; documents are
-      held out of it by their hash if there is no split `validation`.
-    text_feature: the feature that is read.
+      in array_record or parquet format, or of plain files, see `lines`. It has a
+      split `train`; documents are held out of it by their hash if there is no
+      split `validation`.
+    text_feature: the feature that is read. Two make two documents of an example,
+      which stand one after the other, see `pairs`.
     domain_feature: a feature (text or class label) that names a document's
       domain; "none", or "domain" where there is no such feature: one domain
       called "text".
@@ -296,7 +298,7 @@ def _write_tokens(name, builder, features, tokenizer, folder):
       file.write(tokens.astype(dtype).tobytes())
     num_bytes = tokenizer.num_bytes_V[tokens].sum()
     counts[split, domain] += tokens.size, 1, len(text), num_bytes
-  _check_bytes(name, tokenizer, counts)
+  _check_bytes(name, features, tokenizer, counts)
   return {
     "tokenizer": tokenizer.key,
     "num_bytes_V": tokenizer.num_bytes_V.tolist(),
@@ -306,12 +308,12 @@ def _write_tokens(name, builder, features, tokenizer, folder):
   }
 
 
-def _check_bytes(name, tokenizer, counts):
+def _check_bytes(name, features, tokenizer, counts):
   """Raises ConfigError for no text, or tokens that stand for other text."""
   if not any(x[2] for (split, _), x in counts.items() if split == "train"):
     raise ConfigError(
       f"the training documents of dataset {name} hold no text; set"
-      " data.text_feature to the feature that does"
+      f" {' and '.join(features.texts)} to what does"
     )
   _, num_documents, text_bytes, token_bytes = sum(counts.values())
   # Some tokenizers begin each document with a space.

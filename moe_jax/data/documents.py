@@ -1,4 +1,4 @@
-"""Documents of TFDS datasets: built in, known to TFDS, or in a folder."""
+"""Documents of datasets: built in, known to TFDS, or in a folder."""
 
 import contextlib
 import hashlib
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from moe_jax.core import registry
 from moe_jax.core.errors import ConfigError, first_line, nearest
+from moe_jax.data import lines
 
 SPLITS = ("train", "validation")
 
@@ -23,10 +24,22 @@ Source = tuple[dict[str, str], Callable[[pathlib.Path], Any]]
 
 
 class Features(NamedTuple):
-  """Names of the features that are read."""
+  """Names of the features that are read.
 
-  text: str
+  text: one, which is a document; or those of a source and a target, which are
+    two documents, one after the other.
+  domain: names the domain.
+  """
+
+  text: str | tuple[str, str]
   domain: str
+
+  @property
+  def texts(self) -> dict[str, str]:
+    """{key of the config: feature} of `text`."""
+    if isinstance(self.text, str):
+      return {"data.text_feature": self.text}
+    return dict(zip(("task.source", "task.target"), self.text))
 
 
 def find(
@@ -39,7 +52,8 @@ def find(
   """
   if not data_dir and name in registry.names("datasets", plugins):
     return _built_in(name, plugins)
-  return _from_directory(data_dir or _known_to_tfds(name, plugins, wanted))
+  data_dir = data_dir or _known_to_tfds(name, plugins, wanted)
+  return _from_directory(data_dir, wanted)
 
 
 def check(name: str, builder, wanted: Features) -> None:
@@ -57,13 +71,14 @@ def check(name: str, builder, wanted: Features) -> None:
     for k, f in features.items()
     if isinstance(f, tfds.features.Tensor) and (f.shape, f.np_dtype) == text
   ]
-  if wanted.text not in texts:
-    kind = type(features.get(wanted.text)).__name__
-    kind = f"a {kind}" if wanted.text in features else "not there"
-    raise ConfigError(
-      f'the feature "{wanted.text}" of dataset {name} is not text but {kind};'
-      f" set data.text_feature to one that is: {sorted(texts)}"
-    )
+  for key, text in wanted.texts.items():
+    if text not in texts:
+      kind = type(features.get(text)).__name__
+      kind = f"a {kind}" if text in features else "not there"
+      raise ConfigError(
+        f'the feature "{text}" of dataset {name} is not text but {kind};'
+        f" set {key} to one that is: {sorted(texts)}"
+      )
   # The default feature of the domain need not be there.
   if wanted.domain not in ("domain", "none", *features):
     raise ConfigError(
@@ -95,6 +110,8 @@ def read(
 ) -> Iterator[tuple[str, str, bytes]]:
   """Yields (split, domain, text as bytes) of every document.
 
+  The hash of an example's first text decides where it is held out.
+
   Raises:
     ConfigError: a file of the dataset is damaged.
   """
@@ -102,13 +119,15 @@ def read(
   held_out = "validation" in builder.info.splits
   for split in SPLITS if held_out else ("train",):
     for example in _examples(name, builder, split):
-      text = _as_bytes(example[features.text])
+      texts = [_as_bytes(example[name]) for name in features.texts.values()]
       domain = example.get(features.domain, "text")
       if names:  # TFDS has -1 for a document without a label.
         domain = names[domain] if domain >= 0 else "unlabelled"
       else:
         domain = _as_bytes(domain).decode("utf-8", "replace")
-      yield (split if held_out else split_of(text)), domain, text
+      own_split = split if held_out else split_of(texts[0])
+      for text in texts:
+        yield own_split, domain, text
 
 
 def _examples(name, builder, split):
@@ -120,7 +139,7 @@ def _examples(name, builder, split):
 
 
 @contextlib.contextmanager
-def _in_a_sentence(what, remedy="prepare the dataset again"):
+def _in_a_sentence(what, remedy="mend it, or prepare the dataset again"):
   """Turns whatever TFDS raises into a ConfigError."""
   try:
     yield
@@ -188,17 +207,21 @@ def _known_to_tfds(name, plugins, wanted):
   return builder.data_dir
 
 
-def _from_directory(data_dir):
+def _from_directory(data_dir, wanted):
   from etils import epath  # Buckets too, where their client is installed.
 
   folder = epath.Path(data_dir).expanduser()
-  if not (folder / "dataset_info.json").exists():
+  names = tuple(wanted.texts.values())
+  plain = lines.find(folder, names, SPLITS)
+  if not plain and not (folder / "dataset_info.json").exists():
     reason = "has no dataset_info.json" if folder.exists() else "does not exist"
     raise ConfigError(
       f"data.dir {folder} {reason}; give the folder of one version of a "
-      "prepared TFDS dataset, such as ~/tensorflow_datasets/NAME/1.0.0"
+      "prepared TFDS dataset, such as ~/tensorflow_datasets/NAME/1.0.0, or one"
+      f" with train.jsonl, train.tsv or {' and '.join(f'train.{n}' for n in names)}"
     )
-  stats = [(f.name, f.stat()) for f in sorted(folder.iterdir())]
+  read = sorted(sum(plain.values(), ()) if plain else folder.iterdir())
+  stats = [(f.name, f.stat()) for f in read]
   files = "".join(f"{name} {s.length} {s.mtime}\n" for name, s in stats)
   digest = hashlib.sha256(files.encode()).hexdigest()
   versions = {"data_dir": str(folder), "files": digest}
@@ -207,6 +230,9 @@ def _from_directory(data_dir):
     import tensorflow_datasets as tfds
 
     what = f"data.dir {folder} cannot be read"
+    if plain:
+      with _in_a_sentence(what):
+        return lines.Builder(plain, names)
     with _in_a_sentence(what), _features_of_tfds_alone():
       builder = tfds.builder_from_directory(folder)
       form, _ = builder.info.file_format.value, builder.info.features

@@ -28,6 +28,7 @@ def prepare(
   *,
   plugins: tuple[str, ...] = (),
   fingerprint: str | None = None,
+  pair: tuple[str, str] | None = None,
 ) -> corpora.Corpus:
   """Returns the corpus of the section `data` of a config.
 
@@ -35,6 +36,7 @@ def prepare(
     data: see `configs/base.py`.
     plugins: folders with datasets of your own.
     fingerprint: only this content will do; None: any.
+    pair: two features that are read in place of the text feature, see `pairs`.
 
   Raises:
     ConfigError: as `corpora.prepare`; an impossible part or weight.
@@ -44,6 +46,7 @@ def prepare(
 
   def prepared(part, **options):
     options |= {k: part[k] for k in _DATASET if k in part and k != "dir"}
+    options |= {"text_feature": pair} if pair else {}
     return corpora.prepare(data_dir=part.get("dir"), **options, **shared)
 
   if not data["mixture"]:

@@ -74,10 +74,15 @@ def dropless(section: Mapping) -> dict:
   """A section `model` whose experts take every token that is sent to them."""
 
   def changed(part):
-    return {**part, "moe": {**part.get("moe", {}), **DROPLESS}}
+    part = {**part, "moe": {**part.get("moe", {}), **DROPLESS}}
+    if "variants" in part:
+      variants = part["variants"].items()
+      part["variants"] = {name: changed(own) for name, own in variants}
+    return part
 
-  variants = {name: changed(own) for name, own in section["variants"].items()}
-  return changed(section) | {"variants": variants}
+  # An encoder has the rest from its decoder, and a decoder has none.
+  encoder = section["encoder"]
+  return changed(section) | {"encoder": changed(encoder) if encoder else {}}
 
 
 def sublayers(model) -> dict[str, Sublayer]:
@@ -126,7 +131,8 @@ def check(
 
 def variables(model):
   """Shapes of a model's variables, boxed with their logical axes."""
-  return jax.eval_shape(lambda: init(model, jax.random.key(0), model.arch.mesh))
+  mesh, rng = model.arch.mesh, jax.random.key(0)
+  return jax.eval_shape(lambda: init(model, rng, mesh))
 
 
 def init(model, rng, mesh=None):

@@ -62,4 +62,5 @@ class Task:
 
 
 PART = Task  # `build` of each file returns one.
-SHARED = ("replay",)  # Files of this folder that are no tasks.
+# Files of this folder that are no tasks.
+SHARED = ("bleu", "replay", "sequence_to_sequence")

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import models
-from moe_jax.core.options import optional, text
+from moe_jax.core import parallel
+from moe_jax.core.options import number, optional, text
 from moe_jax.data import batches, corpora, mixed, tokenizers
 from moe_jax.moe.types import Array, Mean
 from moe_jax.tasks import Task
@@ -23,6 +23,7 @@ def build(
   fingerprint: str | None = None,
   prepare: bool = True,
   replay: optional(text()) = None,
+  z_loss: number(0) = 0.0,
 ) -> Task:
   """The task of a config, with its text prepared.
 
@@ -35,6 +36,7 @@ def build(
       the tokenizer.
     replay: folder of the traces of a run, whose experts are forced on the tokens
       of this one, see `replay`; None: the router chooses.
+    z_loss: see `scoring`.
 
   Raises:
     ConfigError: no such data, or impossible numbers.
@@ -48,25 +50,33 @@ def build(
     corpus = corpora.Corpus(config.data.name, tokenizer.num_bytes_V)
   steps = config.train.num_steps if prepare else 1
   recorded = None if replay is None else Replay(replay, steps)
-  return of_corpus(config, corpus, mesh, recorded)
+  return of_corpus(config, corpus, mesh, recorded, z_loss)
 
 
-def of_corpus(config, corpus, mesh=None, recorded=None) -> Task:
+def of_corpus(
+  config, corpus, mesh=None, recorded=None, z_loss: float = 0.0
+) -> Task:
   """The task of a config on text that is prepared already.
 
   Args:
     config, mesh: as in `build`.
     corpus: from `mixed.prepare`; or one without text, which has no batches.
     recorded: the `Replay` of another run, or None.
+    z_loss: see `scoring`.
   """
   data = config.data
+
+  def init(model, rng):
+    shards = parallel.token_shards(mesh)
+    return model.init(rng, jnp.zeros((shards, 1), jnp.int32))
 
   end = corpus.end_of_document if data.separate_documents else None
   task = scoring(
     np.asarray(corpus.num_bytes_V, np.int32),
     data.seq_len,
+    z_loss=z_loss,
     given={"vocab_size": corpus.vocab_size, "end_of_document": end},
-    init=functools.partial(models.init, mesh=mesh),
+    init=init,
     train=functools.partial(
       batches.train_batches,
       corpus,
@@ -107,12 +117,17 @@ def _replayed(task, recorded):
   )
 
 
-def scoring(num_bytes_V: np.ndarray, seq_len: int, **data) -> Task:
+def scoring(
+  num_bytes_V: np.ndarray, seq_len: int, *, z_loss: float = 0.0, **data
+) -> Task:
   """The task of any batch: its losses and metrics.
 
   Args:
     num_bytes_V: bytes of text that each token stands for.
     seq_len: L.
+    z_loss: coefficient of log(Z)^2, the mean over targets, in what is minimised, but
+      not in the loss that is reported; Z is the sum of the output's softmax (GLaM,
+      2112.06905, takes 1e-4).
     **data: fields of `Task` that depend on the data; none: no batches.
   """
 
@@ -125,7 +140,11 @@ def scoring(num_bytes_V: np.ndarray, seq_len: int, **data) -> Task:
     targets, mask = batch["targets"], batch["mask"]
     num_bytes_BL = jnp.where(mask, jnp.asarray(num_bytes_V)[targets], 0)
     sums = {"bytes": num_bytes_BL.sum()}
-    return cross_entropy(logits_BLV, targets, mask), sums, aux
+    mean = cross_entropy(logits_BLV, targets, mask)
+    if z_loss:
+      sums["cross_entropy"] = mean.total
+      mean += Mean(z_loss * squared_log_z(logits_BLV, mask), 0)
+    return mean, sums, aux
 
   tokens = jax.ShapeDtypeStruct((seq_len,), jnp.int32)
   mask = jax.ShapeDtypeStruct((seq_len,), jnp.bool_)
@@ -149,8 +168,16 @@ def cross_entropy(logits_BLV: Array, target_BL: Array, mask_BL: Array) -> Mean:
   return Mean(total, mask_BL.sum().astype(total.dtype))
 
 
+def squared_log_z(logits_BLV: Array, mask_BL: Array) -> Array:
+  """The sum of log(Z)^2 over unpadded tokens, Z the sum of their softmax."""
+  log_z_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
+  # Masked before the square, whose gradient may be infinite at padding.
+  return jnp.square(jnp.where(mask_BL, log_z_BL, 0)).sum()
+
+
 def _metrics(loss: Mean, sums) -> dict[str, Mean]:
   """Cross-entropy in nats per token and in bits per byte of text."""
+  loss = Mean(sums.get("cross_entropy", loss.total), loss.weight)
   bits = loss.total / math.log(2)
   return {"loss": loss, "bits_per_byte": Mean(bits, sums["bytes"])}
 

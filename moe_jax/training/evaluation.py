@@ -1,6 +1,7 @@
 """The validation split: the task's and routing metrics, whole and by domain."""
 
 import collections
+import functools
 import itertools
 import statistics
 from collections.abc import Mapping
@@ -43,6 +44,24 @@ def eval_step(params, balance, batch, index, *, model, task, collect=False):
   if collect:
     made["routing"] = traces.routed(aux, model, batch_size, task.lengths)
   return made
+
+
+def of_task(model, variables: Mapping, task) -> dict[str, Mapping]:
+  """{domain: the summed results of `eval_step`} of the validation split.
+
+  Args:
+    model, variables: from `trained.load`.
+    task: with batches.
+  """
+  score = functools.partial(eval_step, model=model, task=task)
+  compiled = jax.jit(score)
+  variables = {"balance": {}, **variables}
+
+  def step(whole, index):
+    batch = {k: whole[k] for k in task.spec}
+    return compiled(**variables, batch=batch, index=np.int32(index))
+
+  return by_domain(step, task.validation(None))
 
 
 def by_domain(step, batches, stop=lambda: False) -> dict[str, Mapping] | None:

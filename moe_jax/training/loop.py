@@ -15,7 +15,7 @@ from moe_jax.core.errors import ConfigError, Diverged, Interrupted
 from moe_jax.moe.types import Mean
 from moe_jax.run import processes, provenance, run_directory, signals
 from moe_jax.run.progress import Progress
-from moe_jax.training import hooks, metrics, start
+from moe_jax.training import hooks, metrics, starts
 from moe_jax.training.checkpoint import Checkpoints, newest_first
 from moe_jax.training.program import Program
 
@@ -117,7 +117,7 @@ def _begin(program, seed, directory, checkpoints, progress):
     lines = Lines(program, directory, progress)
     state = program.init(jax.random.key(seed))
     if program.config.init_from is not None:
-      state = start.replaced(state, program.config.init_from)
+      state = starts.replaced(state, program.model, program.config)
     return state, 0, lines
   known = restored.meta["data"]
   if known != program.task.fingerprint:

@@ -13,7 +13,15 @@ import numpy as np
 from moe_jax import models
 from moe_jax.core import parallel, registry
 from moe_jax.core.errors import ConfigError
-from moe_jax.core.options import integer, items, number, optional, part, section
+from moe_jax.core.options import (
+  integer,
+  items,
+  number,
+  of,
+  optional,
+  part,
+  section,
+)
 from moe_jax.data import batches, mixed
 from moe_jax.models import counts, layers
 from moe_jax.moe import kernels
@@ -26,6 +34,7 @@ from moe_jax.training import (
   optimizers,
   train_step,
 )
+from moe_jax.training.starts import upcycling
 
 # Every key of a config, by the code that uses it.
 OPTIONS = {
@@ -34,6 +43,7 @@ OPTIONS = {
   "writers": writers.NAMES,
   "plugins": items(str),
   "init_from": str | None,
+  "upcycle": section(of(upcycling.Upcycling), required=()),
   "task": part(),
   "data": section(mixed.OPTIONS | batches.OPTIONS),
   "model": section(models.OPTIONS),

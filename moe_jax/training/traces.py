@@ -51,8 +51,8 @@ def check(model) -> None:
     raise ConfigError("a model without MoE layers has no experts to trace")
   if {p.sequence for p in models.sublayers(model).values()} != {"inputs"}:
     raise ConfigError(
-      "a trace has the experts of one sequence of tokens, and an encoder-decoder has"
-      " two; leave out the trace"
+      "a trace has the experts of one sequence of tokens, and this model has layers for"
+      " several; leave out the trace"
     )
   for parts in models.sublayers(model).values():
     if parts.recipe.router.form is not TokenChoice:

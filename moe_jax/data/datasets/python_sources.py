@@ -77,7 +77,7 @@ def files(distributions):
     distributions: `importlib.metadata.Distribution`s.
   """
   seen = set()
-  for name, path in _paths(distributions):
+  for name, path in paths(distributions):
     texts = _texts(path)
     if "code" not in texts or not seen.isdisjoint(texts.values()):
       continue
@@ -101,38 +101,50 @@ def _enough():
   )
 
 
-def _paths(distributions):
-  """Returns (name, path) of the candidates, in the order of their names' hash.
+def paths(distributions):
+  """Returns (name, path) of their Python files, in the order of their names' hash.
 
   The order mixes the distributions, so that a part of the list is a fair
   sample of it.
   """
-  paths = {}
+  found = {}
   for distribution in distributions:
     for file in distribution.files or ():
       name = file.as_posix()
       # Tests repeat themselves, and carry tables of expected numbers.
       if name.endswith(".py") and "test" not in name:
-        paths[name] = distribution.locate_file(file)
+        found[name] = distribution.locate_file(file)
   return sorted(
-    paths.items(), key=lambda item: hashlib.sha256(item[0].encode()).digest()
+    found.items(), key=lambda item: hashlib.sha256(item[0].encode()).digest()
   )
 
 
-def _texts(path):
-  """Returns {domain: text} of a file, without the texts that are too short."""
+def parsed(path) -> tuple[str, ast.Module] | None:
+  """Returns the source of a file below its licence, and its tree.
+
+  None for a file that is too long, not there though it is listed, or not Python
+  for this interpreter.
+  """
   try:
     content = path.read_bytes()
     if len(content) > MAX_FILE_BYTES:
-      return {}
+      return None
     # The licence above the code is the same in thousands of files: it would
     # be learnt by heart, and it would be in both splits.
     source = _HEADER.sub("", content.decode("utf-8").replace("\r\n", "\n"))
     # Theirs: invalid escapes and the like.
     with warnings.catch_warnings(action="ignore"):
-      tree = ast.parse(source)
+      return source, ast.parse(source)
   except (OSError, UnicodeDecodeError, SyntaxError, ValueError):
-    return {}  # Listed but not there, or not Python for this interpreter.
+    return None
+
+
+def _texts(path):
+  """Returns {domain: text} of a file, without the texts that are too short."""
+  found = parsed(path)
+  if not found:
+    return {}
+  source, tree = found
   nodes = _docstring_nodes(tree)
   docstrings = "\n\n".join(inspect.cleandoc(node.value) for node in nodes)
   texts = {

@@ -91,7 +91,9 @@ def numbers(
     "factors": rates,
     "decay": {part: decay * factor for part, factor in decays.items()},
     "clip_norm": section["clip_norm"],
-    "warmups": {k: 1 / n for k, n in dict(section["part_warmup_steps"]).items()},
+    "warmups": {
+      k: 1 / n for k, n in dict(section["part_warmup_steps"]).items()
+    },
   }
 
 

@@ -12,26 +12,43 @@ from flax import traverse_util
 
 from moe_jax.core import files, parallel
 from moe_jax.core.errors import ConfigError
-from moe_jax.training import checkpoint
+from moe_jax.training import checkpoint, trained
+from moe_jax.training.starts import upcycling
 
 KEY = "init_from"
 
 
-def replaced(state, path: str):
-  """A new TrainState with the parameters of another model.
+def replaced(state, model, config):
+  """A new TrainState with the parameters that `config.init_from` names.
 
   Balancers go on from the state that they had there, where both have it; optimizer
   and random key are those of a new run.
 
   Args:
     state: of step 0.
-    path: a run's work directory, one of its checkpoints, a folder of
-      `moe_jax.upcycle`, or published weights.
+    model: of the run.
+    config: of the run: its init_from, a run's work directory, one of its
+      checkpoints, a folder of `moe_jax.upcycle` or published weights; and upcycle.
 
   Raises:
-    ConfigError: there are none, or of a model of other sizes; names the first.
+    ConfigError: there are none, or of a model that does not fit; says where.
   """
-  given = variables(path)
+  path = config.init_from
+  if not pathlib.Path(path).is_dir():
+    raise ConfigError(
+      f"{KEY} = {path} is no folder; give a run's work directory, one of its"
+      " checkpoints, or a folder of published weights"
+    )
+  if config.upcycle:
+    source = trained.of_folder(path)
+    old = source.variables["params"]
+    how = upcycling.Upcycling(**config.upcycle)
+    initial = jax.device_get(state.params)
+    given = {
+      "params": upcycling.upcycled(source.model, old, model, initial, how)
+    }
+  else:
+    given = variables(path)
   params = _fitted(given["params"], state.params, path)
   balance, before = state.balance, given.get("balance", {})
   if _shapes(before) == _shapes(balance):
@@ -47,12 +64,7 @@ def variables(path: str) -> dict:
     ConfigError: there are none at the path, or they cannot be read.
   """
   folder = pathlib.Path(path)
-  if not folder.is_dir():
-    raise ConfigError(
-      f"{KEY} = {path} is no folder; give a run's work directory, one of its"
-      " checkpoints, or a folder of published weights"
-    )
-  if not [*folder.glob("*.safetensors")]:
+  if not trained.is_published(folder):
     return checkpoint.load_variables(folder)
   from moe_jax import hf
 
@@ -89,8 +101,9 @@ def write(path: str, config, variables: Mapping) -> None:
     whole.rename(folder)
 
 
-def own(task, model, rng) -> dict:
-  """The variables that a model starts with by itself, in numpy."""
+def own(task, model, seed: int) -> dict:
+  """The variables that a run of this seed starts with by itself, in numpy."""
+  rng, _ = jax.random.split(jax.random.key(seed))  # As in `init_state`.
   made = jax.jit(lambda rng: nn.unbox(task.init(model, rng)))(rng)
   return jax.device_get(dict(made))
 

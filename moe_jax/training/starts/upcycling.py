@@ -53,8 +53,11 @@ class Upcycling(NamedTuple):
   seed: integer(0) = 0
 
 
+COPY = Upcycling()
+
+
 def upcycled(
-  source, source_params: Mapping, target, initial: Mapping, how=Upcycling()
+  source, source_params: Mapping, target, initial: Mapping, how=COPY
 ) -> dict:
   """The parameters that a model begins with.
 
@@ -83,37 +86,36 @@ def upcycled(
       made[path] = _fitting(given, path, made[path].shape, "")
   for one, other in zip(source.arch.stacks, target.arch.stacks):
     old = _layers(given, one)
-    for number, ours in enumerate(_layers(made, other)):
-      kinds = one.layer(one.layers[number]), other.layer(other.layers[number])
-      place = f"{one.sequence}, layer {number}"
-      new = _layer(kinds, old[number], ours, how, rng, place)
-      _store(made, other, number, new)
+    for index, ours in enumerate(_layers(made, other)):
+      kinds = one.layer(one.layers[index]), other.layer(other.layers[index])
+      place = f"{one.sequence}, layer {index}"
+      new = _layer(kinds, old[index], ours, how, rng, place)
+      _store(made, other, index, new)
   return traverse_util.unflatten_dict(made, sep="/")
 
 
-def keeps(source, target, how=Upcycling()) -> bool:
+def keeps(source, target, how=COPY) -> bool:
   """Whether the target computes what the source does, as its routing tells."""
   if how.method == "drop" or how.router_noise:
     return False
-  for one, other in zip(source.arch.stacks, target.arch.stacks):
-    for name, own in zip(one.layers, other.layers):
-      layer, made = one.layer(name), other.layer(own)
-      if made.recipe is None:
-        continue
-      router, was = made.recipe.router, layer.recipe
-      options = router.spec.options
-      whole = (
-        options.get("renormalize") and made.grouping.capacity_factor is None
-      )
-      number = made.recipe.num_experts // (was.num_experts if was else 1)
-      parts = number * was.router.top_k if was else _cuts(layer, made)
-      if was:
-        whole = whole and router.top_k == parts
-      else:
-        whole = whole and router.top_k % parts == 0
-      if not whole:
-        return False
-  return True
+  return all(
+    made.recipe is None or _keeps(layer, made)
+    for one, other in zip(source.arch.stacks, target.arch.stacks)
+    for layer, made in zip(
+      map(one.layer, one.layers), map(other.layer, other.layers)
+    )
+  )
+
+
+def _keeps(layer, made):
+  """Whether weights add up to 1, over all copies of what a token took."""
+  router, grouping = made.recipe.router, made.grouping
+  if not router.spec.options.get("renormalize") or grouping.capacity_factor:
+    return False
+  if layer.recipe is None:
+    return router.top_k % _cuts(layer, made) == 0
+  copies = made.recipe.num_experts // layer.recipe.num_experts
+  return router.top_k == copies * layer.recipe.router.top_k
 
 
 def check(source, target, how) -> None:
@@ -126,9 +128,9 @@ def check(source, target, how) -> None:
   _same(source.arch, target.arch, _OF_MODEL, "")
   for one, other in zip(source.arch.stacks, target.arch.stacks):
     _same(one, other, ("num_layers", "norm", "norm_eps"), one.sequence)
-    for number, names in enumerate(zip(one.layers, other.layers)):
+    for index, names in enumerate(zip(one.layers, other.layers)):
       layer, made = one.layer(names[0]), other.layer(names[1])
-      place = f"{one.sequence}, layer {number}"
+      place = f"{one.sequence}, layer {index}"
       fields = [f.name for f in dataclasses.fields(layer.attention)]
       fields = [name for name in fields if name not in _IDLE]
       _same(layer.attention, made.attention, fields, f"{place}, attention")

@@ -1,0 +1,86 @@
+"""Span corruption: an encoder-decoder fills in spans of a text (T5, 1910.10683)."""
+
+import functools
+
+from moe_jax.core.options import integer, number, optional
+from moe_jax.data import corpora, mixed, spans, tokenizers
+from moe_jax.tasks import Task, sequence_to_sequence
+
+
+def build(
+  config,
+  mesh=None,
+  fingerprint: str | None = None,
+  prepare: bool = True,
+  noise_density: number(above=0, below=1) = 0.15,
+  mean_span: number(low=1) = 3.0,
+  targets_length: optional(integer(1)) = None,
+  z_loss: number(low=0) = 0.0,
+  label_smoothing: number(0, below=1) = 0.0,
+) -> Task:
+  """The task of a config, with its text prepared.
+
+  Args:
+    config: a whole config, of which `data`, `train.accumulation`, `eval` and
+      `plugins` are read. `data.seq_len` is the length of the inputs.
+    mesh, fingerprint, prepare: as in `next_token.build`.
+    noise_density: share of the tokens that are taken out of the inputs.
+    mean_span: mean tokens of a span that is taken out.
+    targets_length: tokens of a row of targets; None: as many as there are.
+    z_loss, label_smoothing: see `sequence_to_sequence.scoring`.
+
+  Raises:
+    ConfigError: no such data, or impossible numbers.
+  """
+  data = config.data
+  corruption = spans.Corruption(
+    inputs_length=data.seq_len,
+    noise_density=noise_density,
+    mean_span=mean_span,
+    targets_length=targets_length,
+    separate_documents=data.separate_documents,
+  )
+  if prepare:
+    corpus = mixed.prepare(
+      data, plugins=config.plugins, fingerprint=fingerprint
+    )
+  else:
+    tokenizer = tokenizers.load(data.tokenizer)
+    corpus = corpora.Corpus(data.name, tokenizer.num_bytes_V)
+  more = {"z_loss": z_loss, "label_smoothing": label_smoothing}
+  return of_corpus(config, corpus, corruption, mesh, **more)
+
+
+def of_corpus(
+  config, corpus, corruption: spans.Corruption, mesh=None, **losses
+) -> Task:
+  """The task of a config on text that is prepared already.
+
+  Args:
+    config, mesh: as in `build`.
+    corpus: from `mixed.prepare`; or one without text, which has no batches.
+    corruption: what is done to the text.
+    **losses: z_loss and label_smoothing.
+  """
+  _, targets = corruption.lengths
+  return sequence_to_sequence.scoring(
+    {"inputs": corruption.inputs_length, "targets": targets},
+    corpus.vocab_size + corruption.num_sentinels,
+    mesh=mesh,
+    **losses,
+    train=functools.partial(
+      spans.train_batches,
+      corpus,
+      corruption=corruption,
+      batch_size=config.data.batch_size,
+      accumulation=config.train.accumulation,
+    ),
+    validation=functools.partial(
+      spans.validation_batches,
+      corpus,
+      corruption=corruption,
+      batch_size=config.eval.batch_size,
+      batches_per_domain=config.eval.batches_per_domain,
+    ),
+    **sequence_to_sequence.of_corpus(corpus),
+  )

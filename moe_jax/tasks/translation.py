@@ -1,0 +1,100 @@
+"""Translation: an encoder-decoder turns a source into its target."""
+
+import functools
+
+import numpy as np
+
+from moe_jax.core.errors import ConfigError
+from moe_jax.core.options import integer, number, optional, text
+from moe_jax.data import corpora, mixed, pairs, tokenizers
+from moe_jax.tasks import Task, sequence_to_sequence
+
+
+def build(
+  config,
+  mesh=None,
+  fingerprint: str | None = None,
+  prepare: bool = True,
+  source: text() = "source",
+  target: text() = "target",
+  targets_length: optional(integer(1)) = None,
+  packing: bool = True,
+  too_long: pairs.TOO_LONG = "error",
+  z_loss: number(low=0) = 0.0,
+  label_smoothing: number(0, below=1) = 0.0,
+) -> Task:
+  """The task of a config, with its pairs prepared.
+
+  Args:
+    config: a whole config, of which `data`, `train.accumulation`, `eval` and
+      `plugins` are read. `data.seq_len` is the length of the inputs, and
+      `data.text_feature` is not read.
+    mesh, fingerprint, prepare: as in `next_token.build`.
+    source, target: features of the dataset, such as "de" and "en".
+    targets_length: tokens of a row of targets; None: those of inputs.
+    packing: whether a row has several pairs, which do not see each other.
+    too_long: "error", "drop" or "truncate", see `pairs.Packing`.
+    z_loss, label_smoothing: see `sequence_to_sequence.scoring`.
+
+  Raises:
+    ConfigError: no such data, or a pair that `too_long` refuses.
+  """
+  data = config.data
+  if not data.separate_documents:
+    raise ConfigError(
+      "data.separate_documents = False is not for the task translation, whose pairs"
+      " never see each other; set it to True"
+    )
+  if prepare:
+    corpus = mixed.prepare(
+      data,
+      plugins=config.plugins,
+      fingerprint=fingerprint,
+      pair=(source, target),
+    )
+  else:
+    tokenizer = tokenizers.load(data.tokenizer)
+    corpus = corpora.Corpus(data.name, tokenizer.num_bytes_V)
+  rows = pairs.Packing(
+    inputs_length=data.seq_len,
+    targets_length=targets_length or data.seq_len,
+    several=packing,
+    too_long=too_long,
+  )
+  more = {"z_loss": z_loss, "label_smoothing": label_smoothing}
+  return of_corpus(config, corpus, rows, mesh, **more)
+
+
+def of_corpus(
+  config, corpus, packing: pairs.Packing, mesh=None, **losses
+) -> Task:
+  """The task of a config on pairs that are prepared already.
+
+  Args:
+    config, mesh: as in `build`.
+    corpus: of pairs; or one without text, which has no batches.
+    packing: how pairs become rows.
+    **losses: z_loss and label_smoothing.
+  """
+  return sequence_to_sequence.scoring(
+    packing.limits,
+    corpus.vocab_size,
+    num_bytes_V=np.asarray(corpus.num_bytes_V, np.int32),
+    mesh=mesh,
+    **losses,
+    train=functools.partial(
+      pairs.train_batches,
+      corpus,
+      packing=packing,
+      batch_size=config.data.batch_size,
+      accumulation=config.train.accumulation,
+    ),
+    validation=functools.partial(
+      pairs.validation_batches,
+      corpus,
+      packing=packing,
+      batch_size=config.eval.batch_size,
+      batches_per_domain=config.eval.batches_per_domain,
+    ),
+    **sequence_to_sequence.of_corpus(corpus),
+  )

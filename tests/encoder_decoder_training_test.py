@@ -1,0 +1,148 @@
+"""Training steps of encoder-decoders: any mesh, any micro-batches, any stop."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from configs import switch
+from moe_jax import main, models
+from moe_jax.core import parallel
+from moe_jax.data import spans
+from moe_jax.tasks import span_corruption
+from moe_jax.training import checkpoint, train_step
+from tests import small
+
+MESHES = ((2, 1, 4, 1), (1, 2, 2, 2))
+ROWS = 16
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+  with jax.enable_x64(True):
+    yield
+
+
+def config(accumulation=1, **model):
+  """Switch with everything that draws: jitter, dropout inside and outside."""
+  c = switch.get_config("tiny")
+  c.data.update(name="small", seq_len=16, batch_size=ROWS)
+  c.data.separate_documents = True
+  c.model.update(dtype="float64", dropout=0.2, **model)
+  c.model.moe.expert_dropout = 0.3
+  c.optim.optimizer = {"name": "sgd"}
+  c.optim.update(learning_rate=0.1, schedule="constant")
+  c.train.accumulation = accumulation
+  return c
+
+
+def task_of(c, mesh=None):
+  corruption = spans.Corruption(
+    inputs_length=16, separate_documents=True, targets_length=12
+  )
+  corpus = small.SmallCorpus()
+  return span_corruption.of_corpus(c, corpus, corruption, mesh)
+
+
+@functools.cache
+def stepped(sizes=None, accumulation=1):
+  """(parameters, sums) after a step from the same start."""
+  c = config(accumulation)
+  mesh = sizes and parallel.make_mesh(sizes)
+  task = task_of(c, mesh)
+  given = {**task.given, "mesh": mesh}
+  model = models.build(c.model, **given)
+  micro = ROWS // accumulation
+  batches = {"rows": micro}
+  models.check(model, lengths=task.lengths, batches=batches, mesh=mesh)
+  init, step = small.training(c, model, task, mesh)
+  state = jax.jit(lambda rng: nn.unbox(init(rng)))(jax.random.key(0))
+  wide = lambda x: x.astype(np.float64)  # noqa: E731
+  state = state.replace(params=jax.tree.map(wide, state.params))
+  if mesh is not None:
+    boxed = jax.eval_shape(init, jax.random.key(0))
+    state = jax.device_put(state, train_step.shardings(boxed, mesh))
+  batch = task.train(3, None)[5]
+  batch = {k: batch[k] for k in task.spec}
+  numbers = train_step.numbers(c, model)
+  state, sums = jax.jit(step)(state, batch, numbers)
+  return jax.device_get((state.params, sums))
+
+
+def assert_close(found, wanted):
+  """Every leaf within 1e-9 of its norm; integers equal."""
+
+  def compare(path, x, y):
+    if np.issubdtype(np.asarray(y).dtype, np.integer):
+      np.testing.assert_array_equal(x, y, err_msg=str(path))
+    else:
+      norm = np.linalg.norm(y) or 1.0
+      assert np.linalg.norm(np.subtract(x, y)) <= 1e-9 * norm, path
+
+  jax.tree.map_with_path(compare, found, wanted)
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_a_step_on_a_mesh_is_that_without(sizes):
+  wanted, found = stepped(), stepped(sizes)
+  assert_close(found, wanted)
+  kept = {k: x.kept_E.sum() for k, x in wanted[1]["stats"].items()}
+  assert all(kept.values())
+  drops = [x.dropped for x in wanted[1]["stats"].values()]
+  dropped = sum(x.sum() for causes in drops for x in causes.values())
+  assert dropped > 0
+
+
+def test_micro_batches_are_one_large_batch():
+  """Dropout and jitter too; the balance loss is a mean over micro-batches."""
+  (params, sums), (others, wanted) = stepped(accumulation=2), stepped()
+  for name in ("loss", "task"):
+    assert_close(sums[name], wanted[name])
+  del params, others
+
+
+FLAGS = (
+  "--config=configs/switch.py:tiny",
+  "--config.train.num_steps=12",
+  "--config.train.log_every=1",
+  "--config.checkpoint.every=5",
+  "--config.model.dropout=0.1",
+)
+
+
+def test_a_run_that_was_stopped_is_the_run(tmp_path, monkeypatch):
+  """Bit for bit: parameters and lines, from a checkpoint in the middle."""
+  with jax.enable_x64(False):
+    main.main([*FLAGS, f"--workdir={tmp_path}/whole"])
+    from moe_jax.training import loop
+
+    steps = []
+    step = loop.take_step
+
+    def until(*args, **kwargs):
+      steps.append(1)
+      if len(steps) == 8:
+        raise KeyboardInterrupt
+      return step(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "take_step", until)
+    with pytest.raises(KeyboardInterrupt):
+      main.main([*FLAGS, f"--workdir={tmp_path}/twice"])
+    monkeypatch.setattr(loop, "take_step", step)
+    main.main([*FLAGS, f"--workdir={tmp_path}/twice"])
+    one, two = (
+      checkpoint.load_params(tmp_path / x) for x in ("whole", "twice")
+    )
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+  def lines(name):
+    rows = map(json.loads, open(tmp_path / name / "metrics.jsonl"))
+    return [
+      {k: v for k, v in row.items() if k != "tokens_per_second"}
+      for row in rows
+    ]
+
+  assert lines("whole") == lines("twice")
