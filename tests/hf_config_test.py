@@ -110,6 +110,28 @@ ABSENT = {
     **{"moe.num_shared_experts": 2, "layers": ["dense"] + ["moe"] * 27},
   },
 }
+ABSENT["switch_transformers"] = {
+  **{"name": "encoder_decoder", "vocab_size": 32_128, "d_model": 768},
+  **{"num_layers": 12, "encoder.num_layers": 12, "num_heads": 12},
+  **{"head_dim": 64, "d_ff": 2048, "moe.d_expert": 2048, "norm_eps": 1e-6},
+  **{"moe.num_experts": 8, "moe.top_k": 1, "moe.capacity": 64},
+  **{"attention.bias_buckets": 32, "attention.bias_distance": 128},
+  **{"tie_embeddings": True, "scale_output": True, "activation": "relu"},
+  **{"moe.router.use_bias": False, "attention.position_bias": "shared"},
+  "layers": ["dense", "moe", "dense", "dense"] * 3,
+  "encoder.layers": ["dense", "moe", "dense", "dense"] * 3,
+}
+ABSENT["nllb-moe"] = {
+  **{"name": "encoder_decoder", "vocab_size": 128_112, "d_model": 1024},
+  **{"num_layers": 12, "encoder.num_layers": 12, "num_heads": 16},
+  **{"encoder.num_heads": 16, "head_dim": 64, "d_ff": 4096},
+  **{"encoder.d_ff": 4096, "moe.d_expert": 4096, "norm": "layer_bias"},
+  **{"scale_embedding": True, "positions": "sinusoidal", "norm_eps": 1e-5},
+  **{"moe.num_experts": 128, "moe.top_k": 2, "activation": "relu"},
+  **{"moe.router.output_masking": 0.2, "moe.router.renormalize": True},
+  "layers": ["dense", "dense", "dense", "moe"] * 3,
+  "encoder.layers": ["dense", "dense", "dense", "moe"] * 3,
+}
 # Moonlight and Kimi K2 are DeepSeek-V3 by another name.
 ABSENT["kimi_k2"] = ABSENT["deepseek_v3"]
 REQUIRED = {"deepseek_v2": {"num_experts_per_tok": 6}}

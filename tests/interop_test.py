@@ -20,7 +20,7 @@ from moe_jax import evaluate, hf, models
 from moe_jax.core.errors import ConfigError
 from moe_jax.hf import architecture, config, families, rows, weights
 from moe_jax.models import counts, decoding
-from tests import mesh_cases, parity, tiers
+from tests import hf_pairs, mesh_cases, parity, tiers
 
 NAMES = sorted(parity.cases())
 ONE_A_FAMILY = [name for name in NAMES if name.endswith("_a")]
@@ -58,9 +58,10 @@ def test_fields_of_published_models(name):
 
 
 def test_every_family_has_two_checkpoints():
-  assert {n.name for n in parity.FOLDER.iterdir()} == set(NAMES)
+  cases = parity.cases() | hf_pairs.cases()
+  assert {n.name for n in parity.FOLDER.iterdir()} == set(cases)
   for family in families.known().keys() - {"llama4", "kimi_k2"}:
-    assert sum(kind == family for kind, _ in parity.cases().values()) >= 2
+    assert sum(kind == family for kind, _ in cases.values()) >= 2
   size = sum(f.stat().st_size for f in parity.FOLDER.rglob("*") if f.is_file())
   assert size < 2e6
 

@@ -5,7 +5,8 @@
 
 Needs the extra `parity` (torch, transformers); the tests need only the files.
 Every family has two or more, of different shapes: odd sizes, biases and scales
-that are not trivial, groups of experts, shared experts, mixed layers.
+that are not trivial, groups of experts, shared experts, mixed layers. Those of
+encoder-decoders are in `tests.hf_pairs`.
 """
 
 import argparse
@@ -445,10 +446,14 @@ def make(folder: pathlib.Path, only: str = "") -> None:
       logits=logits.astype(np.float32),
       generated=generated.astype(np.int32),
     )
-    size = sum(f.stat().st_size for f in path.iterdir())
-    print(
-      f"{name}: {size / 1e3:.0f} kB, |logits| <= {np.abs(logits).max():.1f}"
-    )
+    report(path, logits)
+
+
+def report(path: pathlib.Path, logits: np.ndarray) -> None:
+  """Prints the size of a checkpoint and of its logits."""
+  size = sum(f.stat().st_size for f in path.iterdir())
+  most = np.abs(logits).max()
+  print(f"{path.name}: {size / 1e3:.0f} kB, |logits| <= {most:.1f}")
 
 
 def _random(model_type, options, seed):
@@ -462,17 +467,29 @@ def _random(model_type, options, seed):
     config, dtype=torch.float32, **EAGER
   )
   model.eval()
+  randomise(model)
+  return model
+
+
+def randomise(model, embedding: float = 1.0, matrix: float = 0.3) -> None:
+  """Draws every parameter such that it matters, with torch's own generator.
+
+  Args:
+    model: of the reference.
+    embedding, matrix: standard deviations of these parameters.
+  """
+  import torch
+
   with torch.no_grad():
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-      if "inv_freq" in name:
+      if "inv_freq" in name or "embed_positions" in name:
         continue
-      scale = 0.3 if tensor.ndim > 1 else 0.2
+      scale = matrix if tensor.ndim > 1 else 0.2
       # Norms of nearly nothing would amplify rounding.
-      looked_up = "embed" in name or "wte" in name
-      tensor.normal_(0.0, 1.0 if looked_up else scale)
-      if "norm" in name:
+      looked_up = any(word in name for word in ("embed", "wte", "shared.w"))
+      tensor.normal_(0.0, embedding if looked_up else scale)
+      if "norm" in name and "bias" not in name:
         tensor += 1.0
-  return model
 
 
 def _greedy(model, tokens):
@@ -509,14 +526,24 @@ def check(folder: pathlib.Path) -> int:
       read.eval()
     with torch.no_grad():
       logits = read(torch.tensor(expected["tokens"])).logits.numpy()
-    off = np.abs(logits - expected["logits"]).max()
-    strange = [k for k, v in about.items() if v]
-    good = off <= 1e-4 and not strange
-    failed += not good
-    word = "passed" if good else "FAILED"
-    print(f"{word}: {name} differs by {off:.1e} {strange or ''}")
+    failed += not is_same(name, logits - expected["logits"], about)
   print(f"{len(cases()) - failed} passed, {failed} failed")
   return 1 if failed else 0
+
+
+def is_same(name: str, difference: np.ndarray, about) -> bool:
+  """Whether the reference read all and gives the same logits; prints it.
+
+  Args:
+    name: of the checkpoint.
+    difference: of the logits.
+    about: what it says of the tensors that it read.
+  """
+  off, strange = np.abs(difference).max(), [k for k, v in about.items() if v]
+  good = off <= 1e-4 and not strange
+  word = "passed" if good else "FAILED"
+  print(f"{word}: {name} differs by {off:.1e} {strange or ''}")
+  return good
 
 
 def main(argv=None) -> int:
@@ -531,10 +558,14 @@ def main(argv=None) -> int:
   words = "make those whose names begin so; the others stay as they are"
   parser.add_argument("--only", default="", metavar="NAME", help=words)
   args = parser.parse_args(argv)
+
+  from tests import hf_pairs
+
   if args.what == "make":
     make(args.folder, args.only)
+    hf_pairs.make(args.folder, args.only)
     return 0
-  return check(args.folder)
+  return max(check(args.folder), hf_pairs.check(args.folder))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,14 @@ from flax import traverse_util
 from moe_jax import models
 from moe_jax.core import files
 from moe_jax.core.errors import ConfigError
-from moe_jax.hf import architecture, config, fields, tensors, weights
+from moe_jax.hf import (
+  architecture,
+  config,
+  families,
+  fields,
+  tensors,
+  weights,
+)
 
 
 def load(
@@ -32,7 +39,11 @@ def load(
   *,
   dtype: str = "float32",
 ) -> tuple[nn.Module, dict]:
-  """A published model, dropless, and its weights.
+  """A published model, and its weights.
+
+  Decoders are dropless. An encoder-decoder keeps the slots that its config.json
+  gives an expert, in training as outside of it, because what they drop is a part
+  of what it computes.
 
   Nothing is loaded unless every tensor is there, with the right shape and a
   dtype that can be read. Each device then reads what it holds, an expert or a
@@ -60,8 +71,9 @@ def load(
   family, ours, source = config.read(values, where, generation, store.room())
   model = architecture.build(ours, where, mesh, dtype)
   shapes = nn.unbox(models.variables(model))
-  wanted = tensors.layout(family, model.arch.segments, shapes)
-  weights.check(wanted, store, ours.get("left_out", ()))
+  family = families.as_named(family, store.files)
+  wanted = tensors.layout(family, model.arch.stacks, shapes)
+  weights.check(wanted, store, ours.get("left_out", ()), family.copies)
   shardings = {} if mesh is None else models.shardings(model)
   arch = dataclasses.replace(model.arch, source=source)
   return model.clone(arch=arch), weights.read(wanted, store, dtype, shardings)
@@ -97,17 +109,20 @@ def save(
   path, extra = pathlib.Path(path), dict(extra or {})
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise ConfigError(f"{path} is not an empty folder; save to another")
+  family, values = config.write(model.arch, model_type)
   for name in extra:
-    if not fields.ignored(name):
+    if not fields.ignored(name) or name in values:
       raise ConfigError(
         f'extra has "{name}", which is no field that changes nothing in what a'
         " model computes; leave it out"
       )
-  family, values = config.write(model.arch, model_type)
-  wanted = tensors.layout(family, model.arch.segments, variables)
+  wanted = tensors.layout(family, model.arch.stacks, variables)
+  if not model.arch.tie_embeddings:
+    for copy, name in family.copies.items():
+      wanted[copy] = wanted[name]._replace(name=copy)
   dtype = variables["params"]["embedding"].dtype.name
   source = model.arch.source or config.Source()
-  values |= config.kept(family, source) | {"dtype": dtype, **extra}
+  values = config.kept(family, source) | {"dtype": dtype, **extra} | values
   texts = {"config.json": traverse_util.unflatten_dict(values, sep=".")}
   if source.generation:
     special = {k: x for k, x in extra.items() if k in source.generation}

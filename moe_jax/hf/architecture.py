@@ -20,7 +20,8 @@ from moe_jax.moe.layer import Recipe
 _DEFAULTS = {
   **{"name": "decoder", "d_ff": 1, "norm": "rms", "scale_embedding": False},
   **{"remat": "none", "allow_noncausal": False, "moe.num_shared_experts": 0},
-  **{"encoder": {}, "scale_output": False, "positions": "none"},
+  **{"rope_theta": 1e4, "scale_output": False, "positions": "none"},
+  **{"source_vocab_size": None},
   **{"dropout": 0.0, "use_bias": False, "init_scale": 1.0},
   **{"moe.shared_gate": False, "moe.router.name": "top_k"},
   **{f"moe.num_{kind}_experts": 0 for kind in pool.KINDS},
@@ -32,12 +33,15 @@ _DEFAULTS = {
   **{f"moe.{key}": value for key, value in defaults(experts.build).items()},
 }
 _OF_MODEL = (
-  *("vocab_size", "d_model", "num_layers", "norm", "norm_eps"),
-  *("tie_embeddings", "scale_embedding"),
+  *("vocab_size", "d_model", "tie_embeddings", "scale_embedding"),
+  *("scale_output", "positions", "source_vocab_size"),
 )
+_OF_STACK = ("num_layers", "norm", "norm_eps")
+_STACKS = ("encoder.", "")  # What keys of a stack begin with.
 # Options of the router that matter in training alone, and top_k.
 _NOT_OF_ROUTER = (
   *("jitter", "noise", "init_scale", "precision", "second_expert", "top_k"),
+  "second_threshold",
   "allow_constant_weight",
 )
 
@@ -46,16 +50,19 @@ def build(ours: Mapping, where: str, mesh=None, dtype: str = "float32"):
   """The model of options whose names have dots.
 
   Args:
-    ours: see `rows`; "layers" is the kind of every layer, and "activation" that
-      of all networks.
+    ours: see `rows`; "layers" is the kind of every layer, "encoder.layers" that
+      of an encoder's, and "activation" that of all networks.
     where: the file that they are from, for errors.
     mesh, dtype: of the model.
   """
   options = {"variants": {}, "moe.balancers": {}, "dtype": dtype, **_DEFAULTS}
   options |= {"moe.activation": ours["activation"], **ours}
-  options |= rows.listed(options.pop("layers"))
+  for stack in _STACKS:
+    if kinds := options.pop(f"{stack}layers", None):
+      listed = rows.listed(kinds).items()
+      options |= {f"{stack}{key}": value for key, value in listed}
   options.pop("left_out", None)
-  section = traverse_util.unflatten_dict(options, sep=".")
+  section = {"encoder": {}} | traverse_util.unflatten_dict(options, sep=".")
   try:
     return models.build(section, vocab_size=ours["vocab_size"], mesh=mesh)
   except ConfigError as e:
@@ -66,12 +73,27 @@ def describe(arch) -> dict[str, Any]:
   """The options that decide which function of a token a model computes.
 
   They are those that `build` takes, but "layers" has the options of every layer
-  with its "kind", "dense" or "moe". The options of a layer beside "layers" are
-  those of the first layer, or of the first with positions if there is one.
+  with its "kind", and "encoder.layers" those of an encoder's. The options of a
+  layer beside "layers" are those of the first layer, or of the first with
+  positions if there is one.
   """
-  kinds = {kind: _layer(arch, kind) for kind in arch.layers}
-  described = [kinds[kind] for kind in arch.layers]
-  ours = {name: getattr(arch, name) for name in (*_OF_MODEL, "d_ff")}
+  ours = {key: getattr(arch, key, None) for key in _OF_MODEL}
+  # Published decoders are dropless; experts of the others have slots.
+  bounded = len(arch.stacks) > 1
+  ours["name"] = "encoder_decoder" if bounded else "decoder"
+  for before, stack in zip(_STACKS[::-1], arch.stacks[::-1]):
+    own = {"d_ff": arch.d_ff, **_stack(stack, bounded)}
+    # Where a decoder has no experts, files have the options of the encoder's.
+    ours = own | ours
+    ours |= {f"{before}{key}": value for key, value in own.items()}
+  return ours
+
+
+def _stack(stack, bounded):
+  """The options of a stack, see `describe`; `bounded`: with those of slots."""
+  kinds = {kind: _layer(stack, kind, bounded) for kind in stack.layers}
+  described = [kinds[kind] for kind in stack.layers]
+  ours = {key: getattr(stack, key) for key in _OF_STACK}
   turns = lambda layer: layer["attention.rope"] != "none"  # noqa: E731
   for layer in sorted(described[::-1], key=turns):
     ours |= layer
@@ -80,9 +102,13 @@ def describe(arch) -> dict[str, Any]:
 
 def check_same(loaded: Mapping, given: Mapping) -> None:
   """Raises ConfigError with the first thing in which two descriptions differ."""
-  pairs = [("", *({k: x[k] for k in _OF_MODEL} for x in (loaded, given)))]
-  for i, (x, y) in enumerate(zip(loaded["layers"], given["layers"])):
-    pairs.append((f" of layer {i}", x, y))
+  both = loaded, given
+  keys = {*_OF_MODEL, *(f"{x}{key}" for x in _STACKS for key in _OF_STACK)}
+  pairs = [("", *({k: x[k] for k in keys & x.keys()} for x in both))]
+  for stack in _STACKS:
+    word = stack.replace(".", " ")
+    layers = zip(*(x.get(f"{stack}layers", ()) for x in both))
+    pairs += [(f" of {word}layer {i}", *two) for i, two in enumerate(layers)]
   for where, x, y in pairs:
     for key in sorted({*x, *y}):
       value, wanted = x.get(key), y.get(key)
@@ -92,9 +118,9 @@ def check_same(loaded: Mapping, given: Mapping) -> None:
         )
 
 
-def _layer(arch, kind):
-  """The options of a layer of this kind."""
-  parts = arch.layer(kind)
+def _layer(stack, kind, bounded):
+  """The options of a layer of this kind; `bounded`: with those of slots."""
+  parts = stack.layer(kind)
   options, scaling = dict(vars(parts.attention)), parts.attention.rope_scaling
   numbers = {k: x for k, x in vars(scaling).items() if x is not None}
   name = type(scaling).__name__.lower()
@@ -102,14 +128,42 @@ def _layer(arch, kind):
   del options["init_scale"]
   if parts.attention.rope == "none":
     del options["rope_theta"], options["rope_scaling"]
+  if parts.attention.position_bias == "none":
+    del options["bias_buckets"], options["bias_distance"]
   ours = {
     k if k in layers.OF_ATTENTION else f"attention.{k}": x
     for k, x in options.items()
   }
+  ours["kind"] = kind.partition("@")[0]
+  if parts.mlp is not None:
+    ours |= {"d_ff": parts.mlp.width, "activation": parts.mlp.activation}
+    ours["use_bias"] = "down_bias" in parts.mlp.axes
   if parts.recipe is not None:
-    return ours | {"kind": "moe", **_experts(parts.recipe)}
-  mlp = {"d_ff": parts.mlp.width, "activation": parts.mlp.activation}
-  return ours | {"kind": "dense", **mlp}
+    ours |= _experts(parts.recipe)
+  if parts.recipe is not None and bounded:
+    ours |= _slots(parts.recipe, parts.grouping)
+  return ours
+
+
+def _slots(recipe, grouping):
+  """The options of a section `moe` that decide what is dropped.
+
+  Those that change nothing are None, or left out.
+  """
+  factor = grouping.eval_capacity_factor or grouping.capacity_factor
+  slots = grouping._replace(capacity_factor=factor)._asdict()
+  del slots["eval_capacity_factor"]
+  if not grouping.capacity and factor in (None, "dropless"):
+    return {"moe.router.priority": None}
+  if grouping.capacity:
+    keys = "tokens_per_group", "capacity", "expert_buckets"
+    slots = {key: slots[key] for key in keys}
+  if grouping.expert_buckets == recipe.num_experts:
+    slots["expert_buckets"] = None
+  slots["order"] = recipe.dispatcher.spec.options.get("order")
+  if recipe.router.top_k == 1:
+    slots["order"] = None
+  return {f"moe.{key}": value for key, value in slots.items()}
 
 
 def _experts(recipe):

@@ -26,11 +26,14 @@ class Source(NamedTuple):
   fields: of config.json, those that change nothing in what a model computes.
   generation: generation_config.json, {} without one.
   ends: the tokens that end a text, of both files.
+  start: the token that a decoder beside an encoder begins a text with; None: they
+    name none.
   """
 
   fields: Mapping[str, Any] = {}
   generation: Mapping[str, Any] = {}
   ends: tuple[int, ...] = ()
+  start: int | None = None
 
 
 def load(path: pathlib.Path) -> tuple[dict, dict]:
@@ -84,21 +87,30 @@ def read(
   fields, ours = Fields(config, where, family.sections, room), {}
   for row in family.rows:
     ours |= row.read(fields, ours)
-  ours = {"layers": ["moe"] * ours["num_layers"], **ours, **family.constants}
+  every = {"name": family.model, "layers": ["moe"] * ours["num_layers"]}
+  ours = every | ours | family.constants
   said |= fields.rest(family.ignored)
-  kept, ends = {**family.ends, **said}, []
+  kept = {**family.ends, **said}
   first = said if "eos_token_id" in generation else kept
+  ends, start = [], _tokens("decoder_start_token_id", family.ends, where)
   for values, file in ((first, where), (generation, "generation_config.json")):
-    tokens = values.get("eos_token_id")
-    for token in tokens if isinstance(tokens, list) else [tokens]:
-      if token is not None and not (type(token) is int and token >= 0):
-        reason = "is no token, nor a list of them"
-        raise Fields({}, file).error("eos_token_id", tokens, reason)
-      ends.append(token)
+    ends += _tokens("eos_token_id", values, file)
+    start += _tokens("decoder_start_token_id", values, file)
   # Tokens outside of the vocabulary are never made.
   vocabulary = range(ours["vocab_size"])
   ends = tuple(token for token in dict.fromkeys(ends) if token in vocabulary)
-  return family, ours, Source(kept, generation, ends)
+  return family, ours, Source(kept, generation, ends, *start[-1:])
+
+
+def _tokens(name, values, file):
+  """The tokens that a field of a file names, one or a list of them."""
+  value = values.get(name)
+  tokens = value if isinstance(value, list) else [value]
+  tokens = [token for token in tokens if token is not None]
+  if not all(type(token) is int and token >= 0 for token in tokens):
+    reason = "is no token, nor a list of them"
+    raise Fields({}, file).error(name, value, reason)
+  return tokens
 
 
 def write(arch, model_type: str | None) -> tuple[families.Family, dict]:
@@ -118,10 +130,14 @@ def write(arch, model_type: str | None) -> tuple[families.Family, dict]:
     reason = did_you_mean(model_type, known)
     raise ConfigError(f'there is no model_type "{model_type}"' + reason)
   ours = architecture.describe(arch)
-  for name in known if model_type is None else (model_type,):
+  alike = [x.model_type for x in known.values() if x.model == ours["name"]]
+  for name in alike if model_type is None else (model_type,):
     family, fields = known[name], {"model_type": name}
     where = f"a config.json of {name}"
     try:
+      if family.model != ours["name"]:
+        both = f"{family.model}, and this one is of {ours['name']}"
+        raise ConfigError(f"its models are of model.name = {both}")
       if family.inner:
         raise ConfigError("it has more than a decoder")
       for row in family.rows:

@@ -6,11 +6,12 @@ from typing import Any
 
 from moe_jax.core.errors import ConfigError
 
-# Fields that change nothing in the function that a decoder computes.
+# Fields that change nothing in the function that a model computes.
 _IGNORED = re.compile(
-  r"_\w+|\w+_token_id|\w*dropout|\w+_pdrop|(output|forced)_\w+|num_beam\w*"
-  r"|\w+_(implementation|penalty|ngram_size|sequences)|router_\w*(coef|noise)"
-  r"|architectures|auto_map|aux_loss_alpha|(torch_)?dtype|do_sample|ep_size"
+  r"_\w+|\w+_token_id|(?!moe_token)\w*dropout|\w+_pdrop|(output|forced)_\w+"
+  r"|num_beam\w*|\w+_(implementation|penalty|ngram_size|sequences)"
+  r"|router_\w*(coef|noise)|architectures|auto_map|aux_loss_alpha"
+  r"|(torch_)?dtype|do_sample|ep_size"
   r"|chunk_size_feed_forward|early_stopping|experts_per_token|for_llm_compressor"
   r"|id2label|label2id|initial_context_length|initializer_range|prefix|use_cache"
   r"|is_(encoder_)?decoder|(max|min)_(length|new_tokens)|model_type|name_or_path"
@@ -28,7 +29,7 @@ _MOST = 2**53  # Larger whole numbers are no sizes, and round as floats.
 
 
 def ignored(name: str) -> bool:
-  """Whether a decoder computes the same whatever the value of a field."""
+  """Whether a model computes the same whatever the value of a field."""
   return _IGNORED.fullmatch(name.rpartition(".")[2]) is not None
 
 

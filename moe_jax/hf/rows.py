@@ -100,10 +100,18 @@ def per_head(ours: Mapping[str, Any]) -> int:
   return ours["d_model"] // ours["num_heads"]
 
 
+# Activations of a network of two matrices.
+TWO_MATRICES = {"relu": "relu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
 _WHOLE_HEADS = fixed("partial_rotary_factor", 1.0)
 _BIASES = {True: "all", False: "none"}
 BIAS = flag("attention_bias", "attention.bias", False, values=_BIASES)
 RENORMALIZE = flag("norm_topk_prob", "moe.router.renormalize", False)
+
+
+def shortest(value: float, good: Callable[[float], bool]) -> float:
+  """The number with the fewest digits near a value that is good; or the value."""
+  numbers = (float(f"{value:.{digits}g}") for digits in range(1, 17))
+  return next(filter(good, numbers), value)
 
 
 def common(

@@ -172,12 +172,12 @@ class Tensor(NamedTuple):
     return whole
 
 
-def layout(family, segments, variables: Mapping) -> dict[str, Tensor]:
+def layout(family, stacks, variables: Mapping) -> dict[str, Tensor]:
   """The tensors of a family that hold the parameters of a model, by name.
 
   Args:
     family: of the tensors, see `families.Family`.
-    segments: `arch.segments` of the model.
+    stacks: `arch.stacks` of the model.
     variables: of the model, or their shapes.
 
   Raises:
@@ -186,11 +186,14 @@ def layout(family, segments, variables: Mapping) -> dict[str, Tensor]:
   leaves = traverse_util.flatten_dict(dict(variables), sep="/")
   outer = (*family.outer, *OUTER)
   named = _placed(leaves, "", {(): 0}, family.prefix, outer)
-  prefix, maps = family.prefix + family.layer, (*family.tensors, *LAYER)
-  for segment, pattern, repeats, first in segments:
-    for i in range(len(pattern)):
-      layers = {(r,): first + i + r * len(pattern) for r in range(repeats)}
-      named |= _placed(leaves, f"{segment}/{i}/", layers, prefix, maps)
+  for stack in stacks:
+    name, maps = stack.names[1], (*family.tensors, *LAYER)
+    prefix = family.prefix + family.layer.replace("{stack}", name)
+    for segment, pattern, repeats, first in stack.segments:
+      first -= stack.first_number
+      for i in range(len(pattern)):
+        layers = {(r,): first + i + r * len(pattern) for r in range(repeats)}
+        named |= _placed(leaves, f"{segment}/{i}/", layers, prefix, maps)
   rest = leaves.keys() - {leaf for x in named.values() for leaf in x.leaves}
   if rest:
     raise ConfigError(f"the files have no place for {sorted(rest)}")

@@ -23,16 +23,24 @@ _WHOLE = "model.safetensors"
 # that is the embedding.
 _NEEDLESS = re.compile(
   r"rotary_emb\.(inv_freq|(cos|sin)_cached)|masked_bias|\blm_head\.weight"
+  r"|embed_positions\.weights"
 )
+_ROWS = 4096  # Of a tensor that are compared at a time.
 
 
-def check(wanted: Mapping, store: "Files", left_out: tuple[str, ...]) -> None:
+def check(
+  wanted: Mapping,
+  store: "Files",
+  left_out: tuple[str, ...],
+  copies: Mapping[str, str] = {},
+) -> None:
   """Raises ConfigError unless the files have just these tensors.
 
   Args:
     wanted: the tensors, by name.
     store: the files.
     left_out: prefixes of tensors that belong to parts which are not here.
+    copies: {tensor that may be there: the one whose numbers it has}.
   """
   names = store.slices.keys()
   left = sorted(name for name in names if name.startswith(left_out))
@@ -40,6 +48,7 @@ def check(wanted: Mapping, store: "Files", left_out: tuple[str, ...]) -> None:
     words = "%s: %d tensors are left out, of parts that are not here: %s"
     logging.warning(words, store.path, len(left), ", ".join(left[:3]))
   needless = {n for n in names if _NEEDLESS.search(n) or 0 in store.shape(n)}
+  needless |= copies.keys()
   for what, which in (
     ("lacks", wanted.keys() - names),
     ("has unknown", names - wanted.keys() - needless - {*left}),
@@ -56,6 +65,12 @@ def check(wanted: Mapping, store: "Files", left_out: tuple[str, ...]) -> None:
         f"{store.path / store.files[name]}: {name} has shape {[*shape]} and"
         f" dtype {dtype}, not shape {[*tensor.shape]} and one of {_FLOATS};"
         " convert it, or get the config.json of these files"
+      )
+  for copy in sorted(names & copies.keys()):
+    if not store.same(copy, copies[copy]):
+      raise ConfigError(
+        f"{store.path / store.files[copy]}: {copy} has other numbers than"
+        f" {copies[copy]}, and a model here has one embedding; make them the same"
       )
 
 
@@ -151,6 +166,16 @@ class Files:
   def rows(self, name: str, rows: slice) -> np.ndarray:
     """Some rows of a tensor."""
     return self.slices[name][rows]
+
+  def same(self, name: str, other: str) -> bool:
+    """Whether two tensors have the same numbers."""
+    if self.shape(name) != self.shape(other):
+      return False
+    ends = [*range(0, self.shape(name)[0], _ROWS), self.shape(name)[0]]
+    return all(
+      np.array_equal(self.rows(name, rows), self.rows(other, rows))
+      for rows in map(slice, ends, ends[1:])
+    )
 
   def room(self) -> int:
     """The number of tensors or the longest axis, whichever is larger.

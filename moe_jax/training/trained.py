@@ -18,6 +18,7 @@ class Trained(NamedTuple):
     document.
   config: of the run; None for published weights.
   step: of the run's checkpoint.
+  start: tokens that the texts of an encoder-decoder begin with.
   """
 
   model: Any
@@ -26,6 +27,7 @@ class Trained(NamedTuple):
   ends: tuple[int, ...]
   config: Any = None
   step: int = 0
+  start: tuple[int, ...] = ()
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -139,8 +141,19 @@ def of_run(
   step, variables = checkpoint.load_step(folder, ema)
   if mesh is not None:
     variables = jax.device_put(variables, models.shardings(model))
-  ends = (tokenizer.end,)
-  return Trained(model, variables, tokenizer, ends, config, step)
+  ends = (tokenizer.end,)  # Which is before the first target, too.
+  return Trained(model, variables, tokenizer, ends, config, step, ends)
+
+
+def is_published(path: pathlib.Path) -> bool:
+  """Whether a folder holds published weights, and no run."""
+  return any(path.glob("*.safetensors"))
+
+
+def of_folder(path: str) -> Trained:
+  """The weights of a run or those that were published, on one device."""
+  one = published if is_published(pathlib.Path(path)) else of_run
+  return one(path)
 
 
 def published(path: str, dtype: str = "float32", mesh=None) -> Trained:
@@ -168,4 +181,5 @@ def published(path: str, dtype: str = "float32", mesh=None) -> Trained:
       f"the tokenizer of {path} has {tokenizer.vocab_size - 1} tokens, and the"
       f" model {model.arch.vocab_size}; put the model's tokenizer.json beside it"
     )
-  return Trained(model, variables, tokenizer, source.ends)
+  start = () if source.start is None else (source.start,)
+  return Trained(model, variables, tokenizer, source.ends, start=start)

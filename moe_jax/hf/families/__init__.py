@@ -1,4 +1,4 @@
-"""The published decoders: which fields and tensors of theirs are ours.
+"""The published models: which fields and tensors of theirs are ours.
 
 A file here has the families of one kind, each in a variable of its own.
 """
@@ -18,7 +18,8 @@ class Family(NamedTuple):
   model_type: its name.
   architecture: the reference's class of such models.
   rows: what its fields are here, see `rows`; a row that sets "layers" gives the
-    kind of every layer, else all are "moe".
+    kind of every layer, else all are "moe". Keys of an encoder begin with
+    "encoder.".
   tensors: maps of the tensors of a layer that have other names than those in
     `tensors.LAYER`.
   constants: {key of ours: value} that all its models have; "left_out" lists
@@ -28,9 +29,13 @@ class Family(NamedTuple):
   inner: the field that holds those of the decoder, in a config of more than it.
   ignored: more fields that change nothing.
   prefix: that all tensors' names begin with.
-  layer: what those of a layer begin with, after it.
+  layer: what those of a layer begin with, after it; "{stack}" is "encoder" or
+    "decoder".
   outer: maps of the tensors beside the layers that have other names than those
     in `tensors.OUTER`.
+  model: which of ours it is, a file of `models`.
+  copies: {tensor: another with the same numbers}; files may lack the first ones
+    where the output layer is the embedding.
   """
 
   model_type: str
@@ -45,6 +50,8 @@ class Family(NamedTuple):
   prefix: str = ""
   layer: str = "model.layers.{i}."
   outer: tuple[Map, ...] = ()
+  model: str = "decoder"
+  copies: Mapping[str, str] = {}
 
 
 @functools.cache
@@ -55,3 +62,15 @@ def known() -> dict[str, Family]:
     values = vars(importlib.import_module(f"{__name__}.{module.name}")).values()
     all_families += [value for value in values if isinstance(value, Family)]
   return {family.model_type: family for family in all_families}
+
+
+def as_named(family: Family, names) -> Family:
+  """The family with the names of tensors that files have.
+
+  Files of a model without its output layer lack the prefix.
+  """
+  if any(name.startswith(family.prefix) for name in names):
+    return family
+  bare = len(family.prefix)
+  copies = {k[bare:]: name[bare:] for k, name in family.copies.items()}
+  return family._replace(prefix="", copies=copies)

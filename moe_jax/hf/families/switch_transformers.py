@@ -1,0 +1,207 @@
+"""Switch Transformers (2101.03961) of T5's two stacks.
+
+An expert has expert_capacity slots for each sequence, whatever its length. Padding
+takes slots in the reference and none here, which is the same function where padding
+comes last.
+"""
+
+from moe_jax.hf import families, rows, tensors
+from moe_jax.hf.tensors import OUTPUT, SAME
+
+# As many slots mean that there is no bound.
+_UNBOUNDED = 2**31 - 1
+_STACKS = {
+  "encoder.": ("encoder", "num_sparse_encoder_layers"),
+  "": ("decoder", "num_sparse_decoder_layers"),
+}
+
+
+def _kinds(count, step):
+  """The layers of a stack, as the reference makes them of its step."""
+  sparse = [step == 1 or (step > 1 and i % step == 1) for i in range(count)]
+  return ["moe" if x else "dense" for x in sparse]
+
+
+def _step(count, sparse):
+  """The step of so many sparse layers; without any there may still be one."""
+  return count // sparse if sparse else count
+
+
+def _read_layers(fields, ours):
+  kinds = {}
+  for stack, (name, field) in _STACKS.items():
+    count = ours[f"{stack}num_layers"]
+    step = _step(count, fields.take(field, int, 3))
+    # The reference's class writes the step too, and believes it more.
+    step = fields.take(f"{name}_sparse_step", int, step)
+    kinds[f"{stack}layers"] = _kinds(count, step)
+  return kinds
+
+
+def _write_layers(ours):
+  values = {}
+  for stack, (name, field) in _STACKS.items():
+    kinds = [layer["kind"] for layer in ours[f"{stack}layers"]]
+    count = len(kinds)
+    # More sparse layers than there are layers make none.
+    for sparse in range(count + 2):
+      if _kinds(count, _step(count, sparse)) == kinds:
+        values[field] = sparse
+        break
+    else:
+      raise rows.ConfigError(
+        f"its sparse layers are every n-th one from the second on, and the {name} of"
+        f" this model has {', '.join(kinds)}"
+      )
+  return values
+
+
+def _read_decoder(fields, ours):
+  null, least = ours["encoder.num_layers"], 1
+  count = fields.take("num_decoder_layers", int, 12, null, least, bounded=True)
+  return {"num_layers": count}
+
+
+def _write_decoder(ours):
+  return {"num_decoder_layers": ours["num_layers"]}
+
+
+def _read_widths(fields, ours):
+  """All networks are as wide, and all heads have keys and values of their own."""
+  wide = fields.take("d_ff", int, 2048, least=1, bounded=True)
+  heads = ours["num_heads"]
+  return {"d_ff": wide, "moe.d_expert": wide, "num_kv_heads": heads}
+
+
+def _write_widths(ours):
+  first = ours["layers"][0]
+  return {"d_ff": first.get("moe.d_expert", first.get("d_ff"))}
+
+
+def _read_tied(fields, ours):
+  """Only vectors before a tied output layer are scaled."""
+  tied = fields.take("tie_word_embeddings", bool, True)
+  return {"tie_embeddings": tied, "scale_output": tied}
+
+
+def _write_tied(ours):
+  return {"tie_word_embeddings": ours["tie_embeddings"]}
+
+
+def _read_slots(fields, ours):
+  slots = fields.take("expert_capacity", int, 64, least=1)
+  if slots >= _UNBOUNDED:
+    return {}
+  return {"moe.capacity": slots, "moe.dispatcher": {"name": "gather"}}
+
+
+def _write_slots(ours):
+  if ours.get("moe.capacity_factor"):
+    raise rows.ConfigError(
+      "an expert has a number of slots, whatever the length of a sequence, and not"
+      f" capacity_factor = {ours['moe.capacity_factor']}; build the model with"
+      " moe.capacity, or dropless"
+    )
+  return {"expert_capacity": ours.get("moe.capacity") or _UNBOUNDED}
+
+
+_SELF, _CROSS = "layer.0.SelfAttention.{}.weight", "layer.1.EncDecAttention.{}"
+_FFN = "up wi, down wo"
+_BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
+
+
+def _networks(place, given):
+  """Maps of the networks of a layer, and of the norm before them.
+
+  Args:
+    place: the number of this sublayer.
+    given: a parameter that only such layers have.
+  """
+  theirs = f"layer.{place}.{{}}.weight"
+  maps = (
+    *tensors.maps("ffn_norm/scale layer_norm", theirs=theirs, form=SAME),
+    *tensors.maps(_FFN, "mlp/{}", theirs.replace("{}", "mlp.{}")),
+    *tensors.maps(
+      _FFN, "moe/experts/{}", theirs.replace("{}", "mlp.experts.expert_{e}.{}")
+    ),
+    *tensors.maps("moe/router/kernel mlp.router.classifier", theirs=theirs),
+    *tensors.maps(
+      "moe/router/kernel_bias mlp.router.classifier",
+      theirs=theirs.replace("weight", "bias"),
+      form=SAME,
+    ),
+  )
+  return [m._replace(given=given) for m in maps]
+
+
+SWITCH_TRANSFORMERS = families.Family(
+  "switch_transformers",
+  "SwitchTransformersForConditionalGeneration",
+  rows=(
+    rows.size("vocab_size", "vocab_size", 32_128),
+    rows.size("d_model", "d_model", 768, also="hidden_size"),
+    rows.size("num_layers", "encoder.num_layers", 12, also="num_hidden_layers"),
+    rows.Pair(_read_decoder, _write_decoder),
+    rows.size("num_heads", "num_heads", 12, also="num_attention_heads"),
+    rows.size("d_kv", "head_dim", 64),
+    rows.Pair(_read_widths, _write_widths),
+    rows.number("layer_norm_epsilon", "norm_eps", 1e-6),
+    rows.Pair(_read_tied, _write_tied),
+    rows.Row(
+      *(str, "dense_act_fn", "activation", "relu"), values=rows.TWO_MATRICES
+    ),
+    rows.size("relative_attention_num_buckets", "attention.bias_buckets", 32),
+    rows.whole(
+      "relative_attention_max_distance", "attention.bias_distance", 128
+    ),
+    rows.size("num_experts", "moe.num_experts", 8),
+    rows.flag("router_bias", "moe.router.use_bias", False),
+    rows.fixed("router_dtype", "float32"),
+    rows.fixed("num_selected_experts", 1),
+    rows.Pair(_read_layers, _write_layers),
+    rows.Pair(_read_slots, _write_slots),
+  ),
+  tensors=(
+    *_networks(2, given=("cross/query",)),
+    *_networks(1, given=()),
+    *tensors.maps("query q, key k, value v", "attention/{}", _SELF),
+    *tensors.maps("out o", "attention/{}", _SELF, OUTPUT),
+    *tensors.maps("query q, key k, value v", "cross/{}", f"{_CROSS}.weight"),
+    *tensors.maps("out o", "cross/{}", f"{_CROSS}.weight", OUTPUT),
+    *tensors.maps(
+      "attention 0, cross 1",
+      "{}_norm/scale",
+      "layer.{}.layer_norm.weight",
+      SAME,
+    ),
+  ),
+  constants={
+    "attention.rope": "none",
+    "attention.position_bias": "shared",
+    "attention.scale_scores": False,
+    "moe.top_k": 1,
+  },
+  ends={"eos_token_id": 1, "pad_token_id": 0},
+  ignored=(
+    *("dropout_rate", "initializer_factor", "n_positions", "add_router_probs"),
+    *("feed_forward_proj", "router_type", "router_ignore_padding_tokens"),
+    "task_specific_params",
+  ),
+  layer="{stack}.block.{i}.",
+  outer=(
+    *tensors.maps("embedding shared.weight", form=SAME),
+    *tensors.maps(
+      "encoder encoder, decoder decoder",
+      *("{}_norm/scale", "{}.final_layer_norm.weight", SAME),
+    ),
+    *tensors.maps(
+      "encoder encoder, decoder decoder",
+      *("{}_position_bias", f"{{}}.block.0.{_BIAS}", SAME),
+    ),
+  ),
+  model="encoder_decoder",
+  copies={
+    "encoder.embed_tokens.weight": "shared.weight",
+    "decoder.embed_tokens.weight": "shared.weight",
+  },
+)
