@@ -1,11 +1,26 @@
 """Generates text from a model, and prints the experts that each token used.
 
 python -m moe_jax.generate --checkpoint=runs/tiny --prompt="def " --experts
+
+A decoder continues the prompt. An encoder-decoder answers it: the encoder reads the
+prompt, and the decoder writes the text. In a run of the task span_corruption,
+<extra_id_0>, <extra_id_1>, ... in a prompt are the spans that are to be filled in:
+
+python -m moe_jax.generate --checkpoint=runs/t5 --beams=4 \\
+  --prompt="def <extra_id_0>(self):"
 """
 
+import itertools
+import re
+
+import numpy as np
+
+from moe_jax.core.errors import ConfigError
 from moe_jax.run import command
 from moe_jax.run import config as config_lib
 from moe_jax.training import trained
+
+_SENTINEL = re.compile(r"<extra_id_([0-9]+)>")  # As T5's tokenizer writes them.
 
 
 def main(argv=None) -> int:
@@ -14,39 +29,61 @@ def main(argv=None) -> int:
 
   from moe_jax.models import decoding
 
-  loaded = trained.load(args)
-  tokenizer, ends = loaded.tokenizer, loaded.ends
+  beams, loaded = _beams(args), with_sentinels(trained.load(args))
+  tokenizer, ends, model = loaded.tokenizer, loaded.ends, loaded.model
   prompts = [tokenizer.prompt(text.encode()).tolist() for text in args.prompt]
+  start, before = None, prompts
+  if decoding.takes_two(model):
+    prompts = [_ended(prompt, ends) for prompt in prompts]
+    said = _without_begin(tokenizer, args.start)
+    start = [*loaded.start, *said]
+    before = [start] * len(prompts)
+    beams = beams and beams._replace(length_before=len(said))
+  elif args.start:
+    raise ConfigError(
+      f"--start={args.start} is for an encoder-decoder; put it into the prompt"
+    )
   made = decoding.generate(
-    loaded.model,
+    model,
     loaded.variables,
     prompts,
     args.num_tokens,
     decoding.Sampling(args.temperature, args.top_k, args.top_p, args.seed),
     ends=ends,
     experts=args.experts,
+    start=start,
+    beams=beams,
   )
-  longest = max(map(len, prompts))
-  for row, (text, prompt) in enumerate(zip(args.prompt, prompts)):
-    tokens = [t for t in made.tokens_BN[row].tolist() if t >= 0]
-    print(text + tokenizer.decode([t for t in tokens if t not in ends]))
-    if args.experts:
-      start = longest - len(prompt)
-      experts = {k: x[row, start:] for k, x in made.experts.items()}
-      print(table(tokenizer, [*prompt, *tokens], experts))
+  several = 1 if beams is None else beams.num_returned
+  longest = max(map(len, before))
+  for row, filled in enumerate(made.tokens_BN.tolist()):
+    number, tokens = row // several, [t for t in filled if t >= 0]
+    said = tokenizer.decode([t for t in tokens if t not in ends])
+    score = f"{made.score_B[row]:9.4f}  " if several > 1 else ""
+    print(score + ("" if start else args.prompt[number]) + said)
+    if not args.experts:
+      continue
+    experts = {k: x[row] for k, x in made.experts.items()}
+    if start:
+      of_prompt = {k: experts.pop(k) for k in _of_encoder(model)}
+      if row % several == 0:
+        print(table(tokenizer, prompts[number], of_prompt))
+    first, text = longest - len(before[number]), [*before[number], *tokens]
+    experts = {k: x[first:] for k, x in experts.items()}
+    print(table(tokenizer, text[:-1], experts))
   return 0
 
 
 def table(tokenizer, tokens, experts) -> str:
-  """A line for each token but the last: its text, its experts in each layer.
+  """A line for each token: its text, its experts in each layer.
 
   Args:
     tokenizer: of the tokens.
-    tokens: a prompt, and what follows it.
-    experts: {layer: [tokens but the last, K]}, without padding.
+    tokens: without padding.
+    experts: {layer: [as many tokens or more, K]}.
   """
   lines = []
-  for i, token in enumerate(tokens[:-1]):
+  for i, token in enumerate(tokens):
     cells = [
       f"{layer}: {' '.join(map(str, chosen[i]))}"
       for layer, chosen in experts.items()
@@ -56,17 +93,97 @@ def table(tokenizer, tokens, experts) -> str:
   return "\n".join(lines)
 
 
+def _of_encoder(model):
+  """Layers of experts whose tokens are those of the prompt."""
+  sides = [x for x in model.sublayers.values() if x.sequence == "inputs"]
+  return [f"{number:02d}" for x in sides for number in x.numbers]
+
+
+def _ended(prompt, ends):
+  """What an encoder reads: with an end, as in training."""
+  return prompt if prompt[-1:] == [*ends[:1]] else [*prompt, *ends[:1]]
+
+
+def _without_begin(tokenizer, text):
+  """Tokens of a text that is not the first of a model's input."""
+  return tokenizer.prompt(text.encode()).tolist()[len(tokenizer.begin) :]
+
+
+def with_sentinels(loaded: trained.Trained) -> trained.Trained:
+  """The same, whose tokenizer writes the sentinels of span corruption as T5's.
+
+  They are the tokens after those of the tokenizer, see `data.spans`.
+  """
+  config, tokenizer = loaded.config, loaded.tokenizer
+  if config is None or config.task.name != "span_corruption":
+    return loaded
+  first = tokenizer.vocab_size
+  number = loaded.model.arch.vocab_size - first
+
+  def prompt(text):
+    # In turn a text and the number of a sentinel.
+    parts = _SENTINEL.split(text.decode())
+    for spelled in parts[1::2]:
+      if int(spelled) >= number:
+        raise ConfigError(
+          f"<extra_id_{spelled}> in a prompt is no sentinel of this model, which has"
+          f" {number} of them; the first one is <extra_id_0>"
+        )
+    tokens = [
+      [first + int(part)] if i % 2 else tokenizer.prompt(part.encode())
+      for i, part in enumerate(parts)
+    ]
+    return np.concatenate(tokens).astype(np.int64)
+
+  def decode(tokens):
+    runs = itertools.groupby(tokens, lambda t: max(t - first, -1))
+    return "".join(
+      tokenizer.decode([*run]) if i < 0 else f"<extra_id_{i}>" * len([*run])
+      for i, run in runs
+    )
+
+  own = tokenizer._replace(prompt=prompt, decode=decode)
+  return loaded._replace(tokenizer=own)
+
+
+def _beams(args):
+  """The beams that the flags ask for; None: no search."""
+  from moe_jax.models import beam
+
+  names = "length_penalty", "early_stopping", "num_returned"
+  given = {k: v for k in names if (v := getattr(args, k)) is not None}
+  if args.beams is not None:
+    return beam.Beams(args.beams, **given)
+  for name in given:
+    raise ConfigError(
+      f"--{name} is of a beam search: give --beams, or leave it out"
+    )
+  return None
+
+
 def _arguments(argv):
   parser = config_lib.Parser(__doc__, prog="python -m moe_jax.generate")
   add, count = parser.add_argument, config_lib.at_least_1
   trained.add_flags(parser)
   more = {"action": "append", "required": True, "metavar": "TEXT"}
-  add("--prompt", help="text to continue; repeatable: a batch", **more)
+  add(
+    "--prompt", help="text to continue or answer; repeatable: a batch", **more
+  )
+  words = "what an answer begins with, such as the token of a language"
+  add("--start", default="", metavar="TEXT", help=words)
   add("--num_tokens", type=count, default=64, help="at most (default: 64)")
   add("--temperature", type=float, default=0.0, help="0: the likeliest token")
   add("--top_k", type=count, help="draw from so many likeliest tokens only")
   add("--top_p", type=float, help="draw from the likeliest up to this sum only")
   add("--seed", type=int, default=0, help="of the draws (default: 0)")
+  words = "search for the likeliest texts, following so many at a time"
+  add("--beams", type=count, help=words)
+  words = "power of the length that divides a text's log p (default: 1.0)"
+  add("--length_penalty", type=float, help=words)
+  words = "end a search at so many whole texts as it has beams"
+  add("--early_stopping", action="store_true", default=None, help=words)
+  words = "print so many of the best texts, with their scores (default: 1)"
+  add("--num_returned", type=count, help=words)
   add("--experts", action="store_true", help="print the experts of every token")
   return parser.parse_args(argv)
 

@@ -15,9 +15,11 @@ from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
 from moe_jax.data import batches, corpora
 from moe_jax.models import decoding
+from moe_jax.models.beam import Beams
 from moe_jax.models.decoding import Sampling
-from moe_jax.training import checkpoint, trained
-from tests import parity, tokenizers_test
+from moe_jax.models.encoder_decoder import Text
+from moe_jax.training import checkpoint, program, trained
+from tests import beam_test, encoder_decoder_test, parity, tokenizers_test
 from tests.small import SmallCorpus
 
 LOGITS = np.log([0.4, 0.3, 0.2, 0.06, 0.04]).astype(np.float32)
@@ -137,6 +139,69 @@ def test_impossible_values(loaded, prompts, options, words):
     decoding.generate(*loaded, prompts, 4, Sampling(**options))
 
 
+@pytest.fixture(scope="module")
+def two_texts():
+  """An encoder-decoder with tokens that differ from text to text."""
+  model, variables = beam_test.encoder_decoder("float32")
+  return model, jax.tree.map(np.float32, variables)
+
+
+def test_an_encoder_decoder_with_padding_on_both_sides(two_texts):
+  """Every text is what whole passes without a cache say of it."""
+  model, variables = two_texts
+  prompts, starts = beam_test.PROMPTS, beam_test.STARTS
+  options = {"start": starts, "experts": True}
+  made = decoding.generate(model, variables, prompts, 6, **options)
+  whole = model, variables, prompts, starts, made.tokens_BN.tolist()
+  logits_BLV, aux = beam_test.whole_pass(*whole, collect="routing")
+  args = (
+    Text(*decoding._padded(prompts, 1, after=True)),
+    Text(*decoding._padded(starts, 1)),
+  )
+  cache = {}
+  for place, token_B in enumerate(made.tokens_BN.T):
+    cache, found_BV, _ = decoding.step(model, 9, True, variables, cache, *args)
+    last = np.array([*map(len, starts)]) + place - 1
+    wanted_BV = logits_BLV[np.arange(3), last]
+    np.testing.assert_allclose(found_BV, wanted_BV, atol=1e-5)
+    np.testing.assert_array_equal(token_B, wanted_BV.argmax(-1))
+    args = decoding._next(model, token_B)
+  assert {k: x.shape for k, x in made.experts.items()} == {
+    "01": (3, 7, 2),
+    "03": (3, 3 + 6 - 1, 2),
+  }
+  expert_BLK = aux["decoder"]["1"]["moe"]["choice"].expert_TK.reshape(3, -1, 2)
+  for row, start in enumerate(starts):
+    found, size = made.experts["03"][row, 3 - len(start) :], len(start) + 5
+    np.testing.assert_array_equal(
+      np.sort(found), np.sort(expert_BLK[row, :size])
+    )
+
+
+@pytest.mark.parametrize(
+  "options,words",
+  [
+    ({}, "needs a token that its texts begin with; give start"),
+    ({"start": []}, "needs a token that its texts begin with"),
+    ({"start": [[0], []]}, "start has tokens for 1 texts, and there are 2"),
+    ({"start": [[0]]}, "start has tokens for 1 texts, and there are 2"),
+    ({"start": [40]}, "a token of start = 40 is not .* from 0 to 39"),
+    ({"start": [0], "prompts": [[1], [40]]}, "a prompt's token = 40"),
+    ({"start": [0], "prompts": [[1], []]}, "at least one token"),
+    ({"start": [0], "num_tokens": 0}, "num_tokens = 0"),
+  ],
+)
+def test_impossible_texts(two_texts, options, words):
+  given = {"prompts": [[1], [2]], "num_tokens": 4, **options}
+  with pytest.raises(ConfigError, match=words):
+    decoding.generate(*two_texts, **given)
+
+
+def test_a_decoder_has_no_start(loaded):
+  with pytest.raises(ConfigError, match=r"start = \[0\] is for an encoder-dec"):
+    decoding.generate(*loaded, [[1]], 4, start=[0])
+
+
 ON_MESHES = [("deepseek_v3_a", (1, 2, 2, 2)), ("gpt_oss_a", (1, 1, 4, 1))]
 
 
@@ -236,6 +301,76 @@ def test_the_command_on_a_run(tmp_path, capsys):
     generate.main([f"--hf={run}", "--ema", "--prompt=x"])
   with pytest.raises(ConfigError, match="no work directory"):
     generate.main([f"--checkpoint={tmp_path / 'none'}", "--prompt=x"])
+
+
+@pytest.fixture
+def t5(tmp_path, monkeypatch):
+  """The folder of a run of span corruption, with random parameters."""
+  c = tiny.get_config()
+  c.task.name = "span_corruption"
+  own = {"capacity_factor": 0.5, "dispatcher": {"name": "gather"}}
+  c.model = encoder_decoder_test.section(encoder={"moe": own})
+  (tmp_path / "config.json").write_text(c.to_json())
+  task = program.build_task(c, prepare=False)
+  model = models.build(c.model, **task.given)
+  variables = jax.tree.map(np.float32, beam_test.random_variables(model))
+  monkeypatch.setattr(checkpoint, "load_step", lambda *a: (7, variables))
+  return tmp_path
+
+
+def test_the_command_on_an_encoder_decoder(t5, capsys):
+  loaded = generate.with_sentinels(trained.of_run(str(t5)))
+  assert (loaded.start, loaded.ends) == ((256,), (256,))
+  for parts in loaded.model.sublayers.values():
+    assert parts.grouping.capacity_factor is None
+  tokenizer = loaded.tokenizer
+  assert tokenizer.decode([257, 257, 104, 105, 258]) == (
+    "<extra_id_0><extra_id_0>hi<extra_id_1>"
+  )
+  flags = ["--prompt=a<extra_id_1>b", "--prompt=", "--num_tokens=5"]
+  flags += ["--beams=3", "--num_returned=2", "--length_penalty=0.5"]
+  flags += ["--start=x<extra_id_0>", "--experts"]
+  assert generate.main([f"--checkpoint={t5}", *flags]) == 0
+  lines = capsys.readouterr().out.splitlines()
+  prompts, start = [[97, 258, 98, 256], [256]], [256, 120, 257]
+  made = decoding.generate(
+    *loaded[:2],
+    prompts,
+    5,
+    ends=[256],
+    start=start,
+    experts=True,
+    beams=Beams(3, 0.5, num_returned=2, length_before=2),
+  )
+  wanted, texts = [], beam_test.texts_of(made)
+  for row, tokens in enumerate(texts):
+    score, prompt = made.score_B[row], prompts[row // 2]
+    said = tokenizer.decode([t for t in tokens if t != 256])
+    wanted.append(f"{score:9.4f}  {said}")
+    experts = {k: x[row] for k, x in made.experts.items()}
+    of_prompt = {"01": experts.pop("01")}
+    if row % 2 == 0:
+      wanted.append(generate.table(tokenizer, prompt, of_prompt))
+    text = [*start, *tokens][:-1]
+    wanted.append(generate.table(tokenizer, text, experts))
+  assert lines == "\n".join(wanted).splitlines()
+  assert wanted[1].splitlines()[1].startswith("'<extra_id_1>'  01: ")
+  assert generate.main([f"--checkpoint={t5}", *flags, "--mesh=1,2,4,1"]) == 0
+  assert capsys.readouterr().out.splitlines() == lines
+  with pytest.raises(ConfigError, match="<extra_id_9> in a prompt is no sent"):
+    generate.main([f"--checkpoint={t5}", "--prompt=<extra_id_9>"])
+  with pytest.raises(ConfigError, match="--num_returned is of a beam search"):
+    generate.main([f"--checkpoint={t5}", "--prompt=a", "--num_returned=2"])
+
+
+def test_published_files_may_name_a_start(monkeypatch, tmp_path):
+  for start, wanted in ((0, (0,)), (None, ())):
+    source = hf.config.Source(ends=(1,), start=start)
+    arch = argparse.Namespace(vocab_size=300, source=source)
+    model = argparse.Namespace(arch=arch)
+    monkeypatch.setattr(hf, "load", lambda *a, m=model, **k: (m, {}))
+    loaded = trained.published(str(tmp_path))
+    assert (loaded.start, loaded.ends) == (wanted, (1,))
 
 
 def begin_of_evaluation(flags, monkeypatch):

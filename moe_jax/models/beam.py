@@ -9,7 +9,6 @@ transformers 5, whose results these are.
 Here B are prompts, W beams, J candidates, N tokens of a text, V the vocabulary.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -33,8 +32,9 @@ class Beams(NamedTuple):
     these. "never": while the best beam could become better, which is an exact bound
     for a penalty of 0 or more.
   num_returned: so many of the best texts of a prompt are returned.
-  length_before: tokens that the length counts beside those; 1 for the token that
-    transformers calls forced_bos_token_id, and that is one of `start` here.
+  length_before: tokens that the length counts beside those: the last ones of the
+    prompt, or of `start`, such as the token of a language that transformers calls
+    forced_bos_token_id.
   """
 
   num_beams: integer(1)
@@ -80,9 +80,8 @@ class Texts(NamedTuple):
     )
 
   def best(self, number: int) -> "Texts":
-    """The first `number` of each prompt."""
-    index = jnp.arange(number)[None].repeat(len(self.score_BW), 0)
-    return self.pick(index)
+    """So many with the highest scores, in their order."""
+    return self.pick(jax.lax.top_k(self.score_BW, number)[1])
 
 
 class State(NamedTuple):
@@ -100,98 +99,96 @@ class State(NamedTuple):
 
 
 class Turn(NamedTuple):
-  """The numbers of a step, which change without being compiled.
+  """What a step is told, none of which is compiled.
 
   place: index of the new token in its text.
+  ends: tokens that end a text.
   is_last: whether all texts end here.
   divisor: of the scores of texts that end here.
-  bound: divisor of the score that the best beam is thought to reach.
+  bound: divisor of the score that the best beam is thought to reach; 0: what it
+    reaches does not matter.
   """
 
   place: np.int32
+  ends: np.ndarray
   is_last: np.bool_
   divisor: np.float32
   bound: np.float32
+
+
+def turn(beams: Beams, place: int, num_tokens: int, ends) -> Turn:
+  """What the step is told that adds the token at a place.
+
+  Args:
+    beams: of the search.
+    place: index of the token in its text.
+    num_tokens: N.
+    ends: tokens that end a text.
+  """
+  length, longest = (beams.length_before + n for n in (place + 1, num_tokens))
+  far = beams.early_stopping == "never" and beams.length_penalty > 0
+  divisor, bound = (
+    float(n) ** beams.length_penalty
+    for n in (length, longest if far else length)
+  )
+  return Turn(
+    np.int32(place),
+    np.asarray(ends, np.int32),
+    np.bool_(place + 1 == num_tokens),
+    np.float32(divisor),
+    np.float32(0 if beams.early_stopping is True else bound),
+  )
 
 
 def begin(batch: int, num_beams: int, num_tokens: int, dtype) -> State:
   """The state before the first token: one beam a prompt, the others impossible."""
   shape = batch, num_beams
   none_BWN = jnp.full((*shape, num_tokens), -1, jnp.int32)
-  no_BW = jnp.full(shape, -jnp.inf, dtype)
+  no_BW = jnp.full(shape, -jnp.inf, jnp.promote_types(dtype, jnp.float32))
   finished = Texts(none_BWN, none_BWN, no_BW)
   running = finished._replace(score_BW=no_BW.at[:, 0].set(0))
   return State(running, finished, jnp.ones(batch, bool))
 
 
-def turn(beams: Beams, place: int, num_tokens: int) -> Turn:
-  """The numbers of the step that adds the token at a place.
-
-  Args:
-    beams: of the search.
-    place: index of the token in its text.
-    num_tokens: N.
-  """
-  penalty, length = beams.length_penalty, beams.length_before + place + 1
-  longest = beams.length_before + num_tokens
-  far = beams.early_stopping == "never" and penalty > 0
-  return Turn(
-    np.int32(place),
-    np.bool_(place + 1 == num_tokens),
-    np.float32(float(length) ** penalty),
-    np.float32(float(longest if far else length) ** penalty),
-  )
-
-
-def advance(
-  state: State,
-  logits_BWV: Array,
-  now: Turn,
-  ends: Sequence[int],
-  early_stopping: bool | str,
-) -> tuple[State, Array]:
+def advance(state: State, logits_BWV: Array, now: Turn) -> tuple[State, Array]:
   """Adds a token to every beam.
 
   Args:
     state: before.
     logits_BWV: of the next token of each beam.
     now: from `turn`.
-    ends: tokens that end a text.
-    early_stopping: see `Beams`.
 
   Returns:
     The state; parent_BW, the beam that each of the new beams continues.
   """
-  candidates, ended_BJ = _candidates(state.running, logits_BWV, now, ends)
-  num_beams = logits_BWV.shape[1]
-  score_BJ = candidates.score_BW
-  goes_on_BJ = jnp.where(ended_BJ, -jnp.inf, score_BJ)
-  next_BW = jax.lax.top_k(goes_on_BJ, num_beams)[1]
+  candidates, ended_BJ = _candidates(state.running, logits_BWV, now)
+  score_BJ, num_beams = candidates.score_BW, logits_BWV.shape[1]
+  going_on = candidates._replace(
+    score_BW=jnp.where(ended_BJ, -jnp.inf, score_BJ)
+  )
+  running = going_on.best(num_beams)
   # Candidates behind the first W are there to go on only.
   counts_BJ = ended_BJ & (jnp.arange(score_BJ.shape[1]) < num_beams)[None]
   counts_BJ &= state.open_B[:, None]
   worth_BJ = jnp.where(counts_BJ, score_BJ / now.divisor, -jnp.inf)
   ending = candidates._replace(score_BW=worth_BJ)
-  both = (jnp.concatenate(x, axis=1) for x in zip(state.finished, ending))
-  both = Texts(*both)
-  best_BW = jax.lax.top_k(both.score_BW, num_beams)[1]
-  running, finished = candidates.pick(next_BW), both.pick(best_BW)
+  both = zip(state.finished, ending)
+  both = Texts(*(jnp.concatenate(pair, axis=1) for pair in both))
+  finished = both.best(num_beams)
   worst_B = finished.score_BW[:, -1]
-  may_improve_B = worst_B == -jnp.inf
-  if early_stopping is not True:
-    may_improve_B |= running.score_BW[:, 0] / now.bound > worst_B
-  open_B = state.open_B & may_improve_B & ~now.is_last
-  last_BW1 = running.beam_BWN[:, :, now.place]
-  return State(running, finished, open_B), last_BW1
+  reached_B = running.score_BW[:, 0] / jnp.where(now.bound, now.bound, 1)
+  better_B = (reached_B > worst_B) & (now.bound > 0)
+  open_B = state.open_B & ~now.is_last & (better_B | (worst_B == -jnp.inf))
+  return State(running, finished, open_B), running.beam_BWN[:, :, now.place]
 
 
-def _candidates(running, logits_BWV, now, ends):
+def _candidates(running, logits_BWV, now):
   """The most probable continuations [B, J], and which of them end there."""
   batch, num_beams, vocab_size = logits_BWV.shape
   score_BWV = jax.nn.log_softmax(logits_BWV.astype(running.score_BW.dtype))
   score_BWV += running.score_BW[..., None]
   # So many that W of them go on, even if every beam may end in every way.
-  number = min(max(2, 1 + len(ends)), vocab_size) * num_beams
+  number = min(max(2, 1 + now.ends.size), vocab_size) * num_beams
   score_BJ, index_BJ = jax.lax.top_k(
     score_BWV.reshape(batch, num_beams * vocab_size), number
   )
@@ -202,8 +199,7 @@ def _candidates(running, logits_BWV, now, ends):
     texts.beam_BWN.at[:, :, now.place].set(beam_BJ),
     score_BJ,
   )
-  is_end_BJ = jnp.isin(token_BJ, jnp.asarray(ends, jnp.int32))
-  return made, is_end_BJ | now.is_last
+  return made, jnp.isin(token_BJ, now.ends) | now.is_last
 
 
 # The cache of a model is a tree of arrays with a row for each text. The arrays of

@@ -1,4 +1,8 @@
-"""Texts from a model, token by token, with a cache of keys and values."""
+"""Texts from a model, token by token, with a cache of keys and values.
+
+Long, as drawing tokens and searching for texts share the steps of a model, how
+texts are padded, and what is wrong input.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -109,15 +113,13 @@ def generate(
 
 def _draw(options, variables, texts, sampling, rows, num_tokens, ends):
   """`generate` without beams, from padded texts."""
-  model, cache, made, routed = options[0], {}, [], []
-  over_B = None
+  model, cache, made, routed, over_B = options[0], {}, [], [], False
   for rng in jax.random.split(jax.random.key(sampling.seed), num_tokens):
     cache, logits_BV, chosen = step(*options, variables, cache, *texts)
     token_B = sample(logits_BV, rng, sampling._replace(seed=0))
-    over_B = np.zeros(len(token_B), bool) if over_B is None else over_B
     made.append(np.where(over_B, -1, np.asarray(token_B)))
     routed.append(chosen)
-    over_B |= np.isin(made[-1], ends)
+    over_B = over_B | np.isin(made[-1], ends)
     if over_B.all():
       break
     texts = _next(model, token_B)
@@ -128,19 +130,15 @@ def _draw(options, variables, texts, sampling, rows, num_tokens, ends):
 
 def _search(options, variables, texts, beams, rows, num_tokens, ends):
   """`generate` with beams, from padded texts."""
-  how = ends, beams.early_stopping
+  sizes, told = (beams.num_beams, num_tokens), (num_tokens, ends)
   cache, logits_BV, chosen = step(*options, variables, {}, *texts)
-  sizes, routed = (len(logits_BV), beams.num_beams), [chosen]
-  state = beam.begin(*sizes, num_tokens, _at_least_32(logits_BV.dtype))
-  now = beam.turn(beams, 0, num_tokens)
-  cache, state = first_beams(how, cache, state, logits_BV, now)
+  now, routed = beam.turn(beams, 0, *told), [chosen]
+  cache, state = first_beams(*sizes, cache, logits_BV, now)
   for place in range(1, num_tokens):
     if not np.asarray(state.open_B)[:rows].any():
       break
-    now = beam.turn(beams, place, num_tokens)
-    cache, state, chosen = next_beams(
-      *options, how, variables, cache, state, now
-    )
+    now = beam.turn(beams, place, *told)
+    cache, state, chosen = next_beams(*options, variables, cache, state, now)
     routed.append(chosen)
   found = jax.device_get(state.finished.best(beams.num_returned))
   token_BWN, beam_BWN, score_BW = (x[:rows] for x in found)
@@ -158,10 +156,6 @@ def _search(options, variables, texts, beams, rows, num_tokens, ends):
 
   chosen = _by_layer(routed[:longest], options[0].sublayers, of_texts)
   return Generated(tokens_BN[:, :longest], chosen, score_BW.ravel())
-
-
-def _at_least_32(dtype):
-  return jnp.promote_types(dtype, jnp.float32)
 
 
 def takes_two(model) -> bool:
@@ -192,16 +186,15 @@ def _starts(model, prompts, start):
   return starts
 
 
-def _padded(texts, shards, after=False):
+def _padded(prompts, shards, after=False):
   """Tokens and mask, padding first or last, of rows that divide over devices."""
-  rows = [*texts, *[texts[0]] * (-len(texts) % shards)]
+  rows = [*prompts, *[prompts[0]] * (-len(prompts) % shards)]
   length_B = np.array([len(row) for row in rows])
   padding_B = length_B.max() - length_B
   tokens_BL = np.stack(
     [np.pad(x, (0, n) if after else (n, 0)) for x, n in zip(rows, padding_B)]
   )
-  place_L = np.arange(length_B.max())
-  mask_BL = place_L >= padding_B[:, None]
+  mask_BL = np.arange(length_B.max()) >= padding_B[:, None]
   mask_BL = mask_BL[:, ::-1] if after else mask_BL
   return tokens_BL.astype(np.int32), mask_BL
 
@@ -246,39 +239,39 @@ def step(model, length, experts, variables, cache, *texts):
   return changed, logits_BLV[:, -1], chosen
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def first_beams(how, cache, state, logits_BV, now):
-  """(the cache of every beam, the state) after the first token.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def first_beams(num_beams, num_tokens, cache, logits_BV, now: beam.Turn):
+  """(the cache of every beam, the state of the search) after the first token.
 
   Args:
-    how: the tokens that end a text, and `Beams.early_stopping`.
+    num_beams, num_tokens: of the search.
     cache: of the prompts, as `step` returns it.
-    state: from `beam.begin`.
     logits_BV: of the first tokens.
     now: from `beam.turn`.
   """
-  batch, num_beams = state.running.score_BW.shape
-  shape = batch, num_beams, logits_BV.shape[1]
+  batch, vocab_size = logits_BV.shape
+  state = beam.begin(batch, num_beams, num_tokens, logits_BV.dtype)
+  shape = batch, num_beams, vocab_size
   logits_BWV = jnp.broadcast_to(logits_BV[:, None], shape)
-  state, _ = beam.advance(state, logits_BWV, now, *how)
+  state, _ = beam.advance(state, logits_BWV, now)
   return beam.repeated(cache, batch, num_beams), state
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5, 6))
-def next_beams(model, length, experts, how, variables, cache, state, now):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4, 5))
+def next_beams(model, length, experts, variables, cache, state, now):
   """The same, and the experts of the token that each beam had, for later tokens.
 
   Args:
     model, length, experts, variables: as in `step`.
-    how, state, now: as in `first_beams`.
-    cache: of every beam.
+    cache, state: that the last step returned.
+    now: from `beam.turn`.
   """
   token_BW = state.running.token_BWN[:, :, now.place - 1]
   texts = _next(model, token_BW.ravel())
   options = model, length, experts, variables
   cache, logits_NV, chosen = step(*options, cache, *texts)
   logits_BWV = logits_NV.reshape(*token_BW.shape, -1)
-  state, parent_BW = beam.advance(state, logits_BWV, now, *how)
+  state, parent_BW = beam.advance(state, logits_BWV, now)
   return beam.reordered(cache, parent_BW), state, chosen
 
 
@@ -325,19 +318,18 @@ def _by_layer(routed, sublayers, of_rows):
 def _check(model, prompts, starts, num_tokens, sampling):
   if not len(prompts) or not all(len(p) for p in prompts):
     raise ConfigError("a prompt has at least one token")
-  vocab_size = model.arch.vocab_size
-  of_source = vocab_size
+  vocab_size = of_prompts = model.arch.vocab_size
   if starts is not None:
-    of_source = model.arch.source_vocab_size or vocab_size
-  _check_tokens(prompts, of_source, "a prompt's token")
-  _check_tokens(starts or (), vocab_size, "a token of start")
+    of_prompts = model.arch.source_vocab_size or vocab_size
+    _check_tokens(starts, vocab_size, "a token of start")
+  _check_tokens(prompts, of_prompts, "a prompt's token")
   integer(1).check(num_tokens, "num_tokens")
   arguments(Sampling).check(sampling._asdict(), "sampling")
   optional(integer(1, vocab_size)).check(sampling.top_k, "sampling.top_k")
 
 
 def _check_tokens(texts, vocab_size, key):
-  for token in {x for text in texts for x in (min(text), max(text))}:
+  for token in (min(map(min, texts)), max(map(max, texts))):
     integer(0, vocab_size - 1).check(int(token), key)
 
 
