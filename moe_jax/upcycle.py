@@ -56,22 +56,23 @@ def _same_text(old, new, args):
 
 
 def _arguments(argv):
-  from moe_jax.training.starts.upcycling import Upcycling
-
   parser = config_lib.Parser(__doc__, prog="python -m moe_jax.upcycle")
-  add, defaults = parser.add_argument, Upcycling()
+  add = parser.add_argument
   trained.add_flags(parser)
   words = "of the model to make; --config.SECTION.KEY=VALUE changes it"
   add("--config", required=True, metavar="FILE[:VARIANT]", help=words)
   add("--out", required=True, metavar="DIR", help="folder to make")
   methods = ("copy", "drop", "granular")
   add("--method", choices=methods, default="copy", help="default: copy")
-  words = f"share that drop begins anew (default: {defaults.ratio})"
-  add("--ratio", type=float, default=defaults.ratio, help=words)
+  words = "share of the hidden units that drop begins anew (default: 0.5)"
+  add("--ratio", type=float, default=0.5, help=words)
   words = "of copied columns of a router, over their deviation (default: 0)"
   add("--router_noise", type=float, default=0.0, help=words)
   add("--seed", type=int, default=0, help="of the draws (default: 0)")
   args, config = config_lib.parse(parser, argv)
+
+  from moe_jax.training.starts.upcycling import Upcycling
+
   values = {
     k: getattr(args, k) for k in ("method", "ratio", "router_noise", "seed")
   }

@@ -43,11 +43,22 @@ def section(**model):
   return c
 
 
+def begun(c):
+  """(model, its parameters in float64)."""
+  model = models.build(c, vocab_size=V)
+  init = jax.jit(lambda: nn.unbox(models.init(model, RNG))["params"])
+  return model, jax.tree.map(lambda x: x.astype("float64"), init())
+
+
 @functools.cache
-def made(dtype="float64"):
-  model = models.build(section(dtype=dtype), vocab_size=V)
-  params = nn.unbox(models.init(model, RNG))["params"]
-  return model, jax.tree.map(lambda x: x.astype(dtype), params)
+def made():
+  return begun(section(dtype="float64"))
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="train")
+def apply(model, params, inputs, targets, rng=None, **options):
+  """Logits, from one program for equal shapes."""
+  return model.apply({"params": params}, inputs, targets, rng, **options)[0]
 
 
 def texts(rows=B, seed=0):
@@ -63,8 +74,7 @@ def double_precision():
 
 
 def logits(inputs, targets, **options):
-  model, params = made()
-  return model.apply({"params": params}, inputs, targets, **options)[0]
+  return apply(*made(), inputs, targets, **options)
 
 
 def t5_bucket(back, causal, buckets, most):
@@ -106,18 +116,20 @@ def test_positions_decide():
   with_bias = logits(Text(inputs), Text(targets))
   assert np.abs(with_bias - logits(turned, Text(targets))).max() > 1e-3
   none = {k: jnp.zeros_like(x) for k, x in params.items() if "bias" in k}
-  apply = functools.partial(model.apply, {"params": params | none})
-  one, two = (apply(x, Text(targets))[0] for x in (Text(inputs), turned))
+  bare = model, params | none
+  one, two = (apply(*bare, x, Text(targets)) for x in (Text(inputs), turned))
   np.testing.assert_allclose(one, two, atol=1e-12)
 
 
 def test_the_decoder_is_causal_and_the_encoder_is_not():
   inputs, targets = texts()
   before = logits(Text(inputs), Text(targets))
+  targets = targets.copy()  # A program may still read the other one.
   targets[:, 5] = (targets[:, 5] + 1) % V
   after = logits(Text(inputs), Text(targets))
   np.testing.assert_allclose(before[:, :5], after[:, :5], atol=1e-12)
   assert (np.abs(before[:, 5:] - after[:, 5:]).max((0, 2)) > 1e-6).all()
+  inputs = inputs.copy()
   inputs[:, -1] = (inputs[:, -1] + 1) % V
   later = logits(Text(inputs), Text(targets))
   assert (np.abs(later - after).max((0, 2)) > 1e-6).all()
@@ -154,15 +166,20 @@ def test_tokens_one_at_a_time():
   inputs, targets = texts()
   mask = np.arange(LI) < np.array([LI, 3, 7, 1])[:, None]
   want = logits(Text(inputs, mask), Text(targets))
-  cache, side, found = {}, Text(inputs, mask), []
-  for i in range(LT):
-    (one, _), cache = model.apply(
+
+  @jax.jit
+  def step(cache, side, token):
+    return model.apply(
       {"params": params, **cache},
       side,
-      Text(targets[:, i : i + 1]),
+      Text(token),
       cache_length=LT,
       mutable=["cache"],
     )
+
+  cache, side, found = {}, Text(inputs, mask), []
+  for i in range(LT):
+    (one, _), cache = step(cache, side, targets[:, i : i + 1])
     side = None
     found.append(one[:, 0])
   np.testing.assert_allclose(np.stack(found, 1), want, atol=1e-12)
@@ -191,10 +208,10 @@ def test_a_source_vocabulary():
   model = models.build(section(source_vocab_size=2 * V), vocab_size=V)
   shapes = nn.unbox(models.variables(model))["params"]
   assert shapes["source_embedding"].shape == (2 * V, 16)
-  params = nn.unbox(models.init(model, RNG))
+  _, params = begun(section(source_vocab_size=2 * V))
   inputs, targets = texts()
-  one, _ = model.apply(params, Text(inputs + V), Text(targets))
-  two, _ = model.apply(params, Text(inputs), Text(targets))
+  one = apply(model, params, Text(inputs + V), Text(targets))
+  two = apply(model, params, Text(inputs), Text(targets))
   assert np.abs(one - two).max() > 1e-3
 
 
@@ -206,14 +223,14 @@ def test_dense_networks_after_experts():
   layer = shapes["encoder"]["1"]
   assert {"moe", "mlp", "ffn_norm", "mlp_norm"} <= layer.keys()
   inputs, targets = texts()
-  params = nn.unbox(models.init(model, RNG))
-  before, _ = model.apply(params, Text(inputs), Text(targets))
+  _, params = begun(c)
+  before = apply(model, params, Text(inputs), Text(targets))
   for name in ("mlp", "moe"):
-    part = params["params"]["decoder"]["1"][name]
+    part = params["decoder"]["1"][name]
     part = part["experts"] if name == "moe" else part
     whole = part["down"]
     part["down"] = jnp.zeros_like(whole)
-    after, _ = model.apply(params, Text(inputs), Text(targets))
+    after = apply(model, params, Text(inputs), Text(targets))
     part["down"] = whole
     assert np.abs(after - before).max() > 1e-3
 
@@ -227,12 +244,12 @@ def test_a_table_for_every_layer():
   table = shapes["decoder"]["0"]["attention"]["position_bias"]
   assert table.shape == (1, 8, 2)
   c.update(name="decoder")
-  decoder = models.build(c, vocab_size=V)
-  params = nn.unbox(models.init(decoder, RNG))
+  decoder, params = begun(c)
   _, targets = texts()
   turned = targets.copy()
   turned[:, :2] = turned[:, 1::-1]
-  one, two = (decoder.apply(params, x)[0][:, -1] for x in (targets, turned))
+  run = jax.jit(lambda x: decoder.apply({"params": params}, x)[0][:, -1])
+  one, two = map(run, (targets, turned))
   assert np.abs(one - two).max() > 1e-4
 
 
@@ -252,22 +269,17 @@ def test_dropout_of_a_model():
   """In training only, everywhere, and the same in any micro-batches."""
   model = models.build(section(dropout=0.3, dtype="float64"), vocab_size=V)
   _, params = made()
-  apply = jax.jit(
-    functools.partial(model.apply, {"params": params}), static_argnames="train"
-  )
   inputs, targets = texts()
-  still, _ = apply(Text(inputs), Text(targets), RNG, train=False)
+  sides = model, params, Text(inputs), Text(targets)
+  still = apply(*sides, RNG, train=False)
   want = logits(Text(inputs), Text(targets))
   np.testing.assert_allclose(still, want, atol=1e-12)
-  whole, _ = apply(Text(inputs), Text(targets), RNG, train=True)
+  whole = apply(*sides, RNG, train=True)
   half = Text(inputs[2:]), Text(targets[2:])
-  part, _ = apply(*half, RNG, first=2, train=True)
+  part = apply(model, params, *half, RNG, first=2, train=True)
   np.testing.assert_allclose(part, whole[2:], atol=1e-12)
   assert np.abs(whole - still).max() > 0.1
-  many = [
-    apply(Text(inputs), Text(targets), jax.random.key(i), train=True)[0]
-    for i in range(8)
-  ]
+  many = [apply(*sides, jax.random.key(i), train=True) for i in range(8)]
   assert len({float(x[0, 0, 0]) for x in many}) == 8
 
 

@@ -493,6 +493,6 @@ def test_gradients_reach_every_parameter():
     return jnp.square(logits).mean()
 
   for path, x in traverse_util.flatten_dict(
-    jax.grad(loss)(variables["params"])
+    jax.jit(jax.grad(loss))(variables["params"])
   ).items():
     assert np.isfinite(x).all() and np.abs(x).max() > 0, path

@@ -155,7 +155,9 @@ def test_a_bias_moves_to_the_number_of_networks():
   step = jax.jit(functools.partial(train_step.train_step, **parts))
   rng, found = np.random.default_rng(0), []
   for _ in range(60):
-    tokens = rng.integers(0, 16, (1, 8, task.lengths["inputs"] + 1)).astype(np.int32)
+    tokens = rng.integers(0, 16, (1, 8, task.lengths["inputs"] + 1)).astype(
+      np.int32
+    )
     batch = {"inputs": tokens[..., :-1], "targets": tokens[..., 1:]}
     batch["mask"] = np.ones(batch["inputs"].shape, bool)
     state, sums = step(state, batch, numbers)

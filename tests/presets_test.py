@@ -519,7 +519,10 @@ def test_attention_flops_of_a_layout():
   ):
     model = build(name)
     sizes = counted(name)
-    one, two = (counts.train_flops_per_token(model, sizes, {"inputs": n}) for n in (32, 64))
+    one, two = (
+      counts.train_flops_per_token(model, sizes, {"inputs": n})
+      for n in (32, 64)
+    )
     assert two - one == 3 * 32 * pair
 
 

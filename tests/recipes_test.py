@@ -136,7 +136,9 @@ def test_the_batch_of_every_kind_is_checked(key):
   batches = {"other": 4, key: 3}
   with pytest.raises(ConfigError, match=f"batch of 3 .* make {key} a multiple"):
     models.check(model, lengths={"inputs": 16}, batches=batches, mesh=None)
-  models.check(model, lengths={"inputs": 16}, batches={"other": 4, key: 2}, mesh=None)
+  models.check(
+    model, lengths={"inputs": 16}, batches={"other": 4, key: 2}, mesh=None
+  )
   with pytest.raises(ConfigError, match="neither a multiple nor a divisor"):
     models.check(model, lengths={"inputs": 20}, batches={key: 8}, mesh=None)
 

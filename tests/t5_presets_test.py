@@ -13,6 +13,7 @@ from moe_jax.models import counts
 from moe_jax.moe.types import Side
 from moe_jax.run import config as config_lib
 from moe_jax.training import program, train_step
+from tests import tiers
 
 TINY = ("switch", "gshard", "st_moe", "nllb_moe")
 
@@ -216,7 +217,7 @@ def test_rates_of_t5():
     assert float(rate(step)) == pytest.approx(want, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", tiers.only(["switch"], TINY))
 def test_tiny_learns(name, tmp_path):
   """Real text, through the command; the loss falls, and metrics are there."""
   flags = [
@@ -228,10 +229,12 @@ def test_tiny_learns(name, tmp_path):
     "--config.optim.warmup_steps=0",
     "--config.optim.optimizer.name=adafactor",
     "--config.model.dropout=0.1",
+    "--config.model.remat=none",  # It compiles faster.
     f"--workdir={tmp_path}",
   ]
   main.main(flags)
-  lines = [*map(json.loads, open(tmp_path / "metrics.jsonl"))]
+  text = (tmp_path / "metrics.jsonl").read_text()
+  lines = [*map(json.loads, text.splitlines())]
   losses = [x["loss"] for x in lines if x["split"] == "train"]
   assert losses[-1] < losses[0] - 0.3
   last = lines[-1]
@@ -250,5 +253,3 @@ def test_sizes_of_tiny():
     assert {x.sequence for x in model.sublayers.values()} == {
       *("inputs", "targets"),
     }
-
-

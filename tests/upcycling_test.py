@@ -13,9 +13,9 @@ import pytest
 from configs import tiny
 from moe_jax import main, models, upcycle
 from moe_jax.core.errors import ConfigError
+from moe_jax.training import checkpoint
 from moe_jax.training.starts import upcycling
 from moe_jax.training.starts.upcycling import Upcycling
-from moe_jax.training import checkpoint
 
 V, L = 40, 12
 SUM_1 = {"name": "top_k", "renormalize": True}
