@@ -29,8 +29,8 @@ def decoder() -> ConfigDict:
 def encoder_decoder() -> ConfigDict:
   """T5 (1910.10683): its layers, span corruption, and optimizer.
 
-  Inputs are of 512 tokens and their targets of 114. Positions are one table a
-  stack; scores are not scaled; experts and dense networks are equally wide.
+  Inputs are of 512 tokens and their targets of 114. Each stack has one table of
+  position biases, and scores are not scaled.
   """
   c = decoder()
   c.task = {"name": "span_corruption", "z_loss": 1e-4}

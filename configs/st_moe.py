@@ -41,7 +41,6 @@ def _32b():
     "renormalize": True,
     "second_expert": "random",
     "second_threshold": 0.2,
-    "jitter": 0.01,
     "init_scale": 0.1,
   }
   load = {"name": "switch", "coefficient": 0.01, "scope": "group"}

@@ -6,7 +6,8 @@ and an expert has slots for 1.25 times its share of a group, in evaluation for
 2.0. The router is in float32, the rest in bfloat16; weights begin with a tenth
 of the usual variance. Base and Large are the checkpoints that were released,
 with ReLU networks; XXL has GEGLU and an output layer of its own, and so has C,
-where every layer has experts. Its 32 heads are those whose total is 1571B.
+where every layer has experts. C has the 32 heads of the paper; its published config
+has 30.
 
 The groups are 8192 tokens (Base), 4096 (Large, XXL) or 2048 (C) as in the
 published configs; those of the targets are the whole rows of 114 tokens below.

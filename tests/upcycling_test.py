@@ -295,5 +295,7 @@ def test_a_run_may_make_its_experts_itself(run):
   found = checkpoint.load_params(folder / "itself")
   wanted = checkpoint.load_params(folder / "made")
   jax.tree.map(np.testing.assert_array_equal, found, wanted)
+  with pytest.raises(ConfigError, match="no weights to begin with"):
+    main.main([*flags, *more[1:], *MORE, "--workdir=x"])
   with pytest.raises(ConfigError, match='upcycle has no "metod"'):
     main.main([*flags, "--config.upcycle={'metod': 1}", "--workdir=x"])

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 
 from moe_jax.moe.types import Array
 
+# No group of tokens has this number, see `layer.group_keys`.
+_DROPOUT = 2**31 - 1
+
 
 def of_rows(rng: Array, batch: int, first: int | Array = 0) -> Array:
   """A key for each row of a batch.
@@ -18,11 +21,6 @@ def of_rows(rng: Array, batch: int, first: int | Array = 0) -> Array:
   """
   rng = jax.random.fold_in(rng, _DROPOUT)
   return jax.vmap(jax.random.fold_in, (None, 0))(rng, first + jnp.arange(batch))
-
-
-_DROPOUT = (
-  2**31 - 1
-)  # No group of tokens has this number, see `layer.group_keys`.
 
 
 def keys(rng_B: Array | None, layer_index, places: int) -> Iterator:

@@ -372,6 +372,11 @@ def check(config) -> None:
   optimizers.numbers(config.optim, config.train.num_steps, config.plugins)
   hooks.check(config)
   data, train = config.data, config.train
+  if config.upcycle and config.init_from is None:
+    raise ConfigError(
+      f"upcycle = {config.upcycle.to_dict()} has no weights to begin with; set"
+      " init_from to those of a dense model, or leave upcycle empty"
+    )
   if data.batch_size % train.accumulation:
     raise ConfigError(
       f"train.accumulation = {train.accumulation} does not divide"

@@ -40,6 +40,12 @@ def replaced(state, model, config):
       " checkpoints, or a folder of published weights"
     )
   if config.upcycle:
+    if jax.process_count() > 1:
+      raise ConfigError(
+        f"upcycle = {config.upcycle.to_dict()} is for a single process; make the"
+        " weights with python -m moe_jax.upcycle, give their folder as init_from, and"
+        " leave upcycle empty"
+      )
     source = trained.of_folder(path)
     old = source.variables["params"]
     how = upcycling.Upcycling(**config.upcycle)
