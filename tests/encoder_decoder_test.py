@@ -129,10 +129,20 @@ def test_the_decoder_is_causal_and_the_encoder_is_not():
   after = logits(Text(inputs), Text(targets))
   np.testing.assert_allclose(before[:, :5], after[:, :5], atol=1e-12)
   assert (np.abs(before[:, 5:] - after[:, 5:]).max((0, 2)) > 1e-6).all()
-  inputs = inputs.copy()
-  inputs[:, -1] = (inputs[:, -1] + 1) % V
-  later = logits(Text(inputs), Text(targets))
+  other = inputs.copy()
+  other[:, -1] = (other[:, -1] + 1) % V
+  later = logits(Text(other), Text(targets))
   assert (np.abs(later - after).max((0, 2)) > 1e-6).all()
+  # The decoder sees the last input itself. What the encoder's first token became:
+  model, params = made()
+
+  @jax.jit
+  def first(inputs):
+    sides = Text(inputs), Text(targets)
+    _, aux = model.apply({"params": params}, *sides, collect="routing")
+    return aux["encoder"]["1"]["moe"]["choice"].weight_TK[..., 0, :]
+
+  assert (np.abs(first(inputs) - first(other)).max((0, 2)) > 1e-6).all()
 
 
 def test_padding_changes_nothing():
