@@ -10,7 +10,7 @@ import itertools
 import math
 import pathlib
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -25,7 +25,8 @@ class Launch(NamedTuple):
 
   workdir: where the runs lie.
   runs: the ones that are wanted.
-  open: those of them that are not finished.
+  open: those of them that are not finished, after the runs that they start from
+    where these are not in the work directory.
   configs: {arm, and what is tried with it: its config}.
   summary: in words, how much is finished and how the arms differ.
   """
@@ -47,6 +48,7 @@ class Experiment:
   fresh: take no row that is published.
   published: rows of results.csv beside the question, by `runs.identity`.
   rows: of all finished runs that count, in the same way.
+  here: identities of the runs that are finished in the work directory.
   """
 
   question: questions.Question
@@ -57,12 +59,15 @@ class Experiment:
   fresh: bool = False
   published: Mapping[tuple, dict] = dataclasses.field(default_factory=dict)
   rows: Mapping[tuple, dict] = dataclasses.field(default_factory=dict)
+  here: Collection[tuple] = ()
 
   def knowing(self, tables: Iterable[Iterable[dict]]) -> "Experiment":
     """The same experiment with the rows that `runs.finished` has returned."""
-    published, rows = ({runs.identity(r): r for r in some} for some in tables)
-    rows = rows if self.fresh else published | rows
-    return dataclasses.replace(self, published=published, rows=rows)
+    published, tried, here = (
+      {runs.identity(r): r for r in some} for some in tables
+    )
+    rows = tried | here if self.fresh else published | tried | here
+    return dataclasses.replace(self, published=published, rows=rows, here=here)
 
   def _beside(self, name):
     """The rows of a csv beside the question, of this scale."""
@@ -91,7 +96,8 @@ class Experiment:
       title += f" Tuning, stage {stage + 1} of {len(self.sweep.stages)}"
       workdir, wanted = workdir / "tuning", self._stage(stage)
     unfinished = [run for run in wanted if self.row(run) is None]
-    configs = {_words(run.arm, run.tried): run.config for run in wanted}
+    starts = self._starts(unfinished)
+    configs = {_words(r.arm, r.tried): r.config for r in [*starts, *wanted]}
     # A single arm is described by its differences from the others.
     others = self.sweep.configs() if len(configs) == 1 else {}
     differ = differences(others | configs)
@@ -102,7 +108,14 @@ class Experiment:
       f" {workdir}",
       *(f"  {name}: {differ[name]}" for name in configs),
     ]
-    return Launch(workdir, wanted, unfinished, configs, "\n".join(summary))
+    opened = [*starts, *unfinished]
+    return Launch(workdir, wanted, opened, configs, "\n".join(summary))
+
+  def _starts(self, unfinished):
+    """Runs that others start from, not among them and not in the work directory."""
+    starts = {run.start.identity: run.start for run in unfinished if run.start}
+    there = {*self.here, *(run.identity for run in unfinished)}
+    return [run for identity, run in starts.items() if identity not in there]
 
   def _seeds(self, arm, seeds):
     """The runs of an arm, with the values chosen for it."""
@@ -120,9 +133,10 @@ class Experiment:
   def _stage(self, stage):
     """The tuning runs of a stage, for the arms that have come to it.
 
-    These are the ones that are wanted and those whose choices they take.
+    These are the ones that are wanted and those whose choices or models they take.
     """
     arms = dict.fromkeys(self.arms)
+    arms |= {self.sweep.starts[a]: None for a in arms if a in self.sweep.starts}
     for later in reversed(self.sweep.stages[stage:]):
       arms |= dict.fromkeys(map(later.source, arms))
     chosen = {arm: self.chosen(arm, stage) for arm in arms}
@@ -142,7 +156,9 @@ class Experiment:
     Args:
       stages: how many stages count; None: all.
     """
-    chosen = {}
+    chosen, start = {}, self.sweep.starts.get(arm)
+    if start is not None and self.chosen(start) is None:
+      return None
     for number, stage in enumerate(self.sweep.stages[:stages]):
       source = stage.source(arm)
       if not stage.tried(source):
@@ -184,14 +200,26 @@ class Experiment:
 
   def _runs(self, arm, seeds, overrides, tuned=False):
     """The runs of an arm with some overrides, one for each seed."""
+    tried, starts = overrides if tuned else {}, {}
+    if source := self.sweep.starts.get(arm):
+      own = self._runs(source, seeds, self.chosen(source), tuned)
+      starts = {run.seed: run for run in own}
+      # It is the folder of the run in `train`; here, what it is known by.
+      known = f"{source}/{own[0].config_digest}"
+      overrides = overrides | {"init_from": known}
     config = sweeps.apply(self.sweep.config, self.sweep.arms[arm] | overrides)
     digest = sweeps.digest(config)
     workdir = self.workdir / "tuning" if tuned else self.workdir
-    folder, tried = workdir / arm / digest, overrides if tuned else {}
+    folder = workdir / arm / digest
     run = runs.Run(self.scale, arm, 0, digest, folder, config, tried=tried)
     words = _words(arm, tried)
     return [
-      run._replace(seed=n, folder=folder / str(n), name=f"{words} seed {n}")
+      run._replace(
+        seed=n,
+        folder=folder / str(n),
+        name=f"{words} seed {n}",
+        start=starts.get(n),
+      )
       for n in seeds
     ]
 

@@ -29,6 +29,7 @@ class Run(NamedTuple):
   config: without the run's seed.
   name: the run in words.
   tried: what is tried with it, {config key: value}, if it is for tuning.
+  start: the run whose trained model it starts from.
   """
 
   scale: str
@@ -39,6 +40,7 @@ class Run(NamedTuple):
   config: ml_collections.ConfigDict | None = None
   name: str = ""
   tried: Mapping[str, float] = MappingProxyType({})
+  start: "Run | None" = None
 
   @property
   def identity(self) -> tuple:
@@ -135,18 +137,21 @@ def grouped(pairs: Iterable[tuple]) -> dict[Any, list]:
 def finished(
   beside: pathlib.Path, scale: str, workdir: pathlib.Path
 ) -> list[list[dict]]:
-  """[published rows of a scale, those of its tuning and of the work directory].
+  """[published rows of a scale, those of its tuning, those in the work directory].
 
   Args:
     beside: the folder of the question.
     scale: of the published rows.
     workdir: of the launch.
   """
-  others = read_scale(beside / "tuning.csv", scale)
+  here = []
   for folder in (workdir, workdir / "tuning"):
     rows = map(_read_row, sorted(folder.glob("*/*/*/row.json")))
-    others += filter(None, rows)
-  return [read_scale(beside / "results.csv", scale), others]
+    here += filter(None, rows)
+  published, tuning = (
+    read_scale(beside / f"{name}.csv", scale) for name in ("results", "tuning")
+  )
+  return [published, tuning, here]
 
 
 def _read_row(path):

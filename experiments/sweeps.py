@@ -35,6 +35,8 @@ class Sweep:
   seeds: how many (0, 1, ...), unless another number is asked for.
   stages: what is tuned for every arm before its seeds are run.
   seeds_of: {arm: how many}, for arms that get another number of them.
+  starts: {arm: the arm whose trained model it starts from, seed by seed}; how is
+    its option `upcycle`. That arm starts from none itself.
   """
 
   config: ml_collections.ConfigDict
@@ -42,10 +44,12 @@ class Sweep:
   seeds: int = 3
   stages: tuple[tuning.Stage, ...] = ()
   seeds_of: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  starts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     """Raises ConfigError for names of arms that there are not."""
     named = [("seeds_of", name) for name in self.seeds_of]
+    named += [("starts", n) for pair in self.starts.items() for n in pair]
     for number, stage in enumerate(self.stages):
       names = {"like": [*stage.like, *stage.like.values()]}
       for field, value in (("key", stage.key), ("values", stage.values)):
@@ -56,6 +60,12 @@ class Sweep:
         raise ConfigError(
           f'{field} names the arm "{name}", which this sweep does not have'
           + did_you_mean(name, self.arms)
+        )
+    for arm, source in self.starts.items():
+      if source in self.starts:
+        raise ConfigError(
+          f"the arm {arm} starts from {source}, which starts from"
+          f" {self.starts[source]}; give it one that starts from none"
         )
 
   def asked(
@@ -103,7 +113,11 @@ class Sweep:
 
   def configs(self) -> dict[str, ml_collections.ConfigDict]:
     """The config of each arm, as it is before anything is tuned."""
-    return {name: apply(self.config, o) for name, o in self.arms.items()}
+    starts = {arm: {"init_from": source} for arm, source in self.starts.items()}
+    return {
+      name: apply(self.config, own | starts.get(name, {}))
+      for name, own in self.arms.items()
+    }
 
 
 def over(key: str, values: Mapping[str, Any]) -> Arms:

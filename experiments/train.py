@@ -10,6 +10,7 @@ from moe_jax.run import processes, provenance, run_directory
 from moe_jax.run.progress import Progress
 from moe_jax.training import loop
 from moe_jax.training import program as programs
+from moe_jax.training.starts import upcycling
 
 
 def train(launch: plan.Launch, deadline: float | None = None) -> None:
@@ -56,8 +57,24 @@ def _check(launch):
         f"arm {name}: {e}. To run the others without it, give --arm=NAME for"
         " each of them"
       ) from None
+  for run in {run.folder.parent: run for run in launch.open}.values():
+    if run.start and run.config.upcycle:
+      _check_start(run)
   for config in launch.configs.values():
     processes.check_same(provenance.of_process(launch.workdir, config))
+
+
+def _check_start(run):
+  """Raises ConfigError for a model that cannot be made of that of its start."""
+  source, target = (
+    programs.build(one.config, prepare=False)[-1] for one in (run.start, run)
+  )
+  try:
+    upcycling.check(source, target, upcycling.Upcycling(**run.config.upcycle))
+  except ConfigError as e:
+    raise ConfigError(
+      f"arm {run.arm} cannot start from {run.start.arm}: {e}"
+    ) from None
 
 
 def _train_all(left, launch, progress, deadline):
@@ -86,12 +103,20 @@ def _train_all(left, launch, progress, deadline):
 
 
 def _train_one(run, program, progress, deadline) -> bool:
-  """Trains a run to its end; False if another launch has it."""
-  config = sweeps.apply(run.config, {"seed": run.seed})
+  """Trains a run to its end; False if another launch has it, or what it starts from."""
+  own = {"seed": run.seed}
+  if run.start is not None:
+    if not processes.by_first(lambda: run.start.row() is not None):
+      return False
+    own["init_from"] = str(run.start.folder)
+  config = sweeps.apply(run.config, own)
+  start = config.init_from
   try:
     with run_directory.RunDirectory(run.folder, config) as directory:
       try:
-        validation = loop.run(program, run.seed, directory, progress, deadline)
+        validation = loop.run(
+          program, run.seed, directory, progress, deadline, start
+        )
       except Diverged as e:  # A diverged run is a result too.
         validation = None
         text = f"{run.name}: {e}"

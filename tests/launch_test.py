@@ -349,6 +349,76 @@ def test_what_arms_take_from_others(small, capsys):
   }
 
 
+STARTS = """
+from configs import tiny
+from experiments import sweeps, tuning
+
+def demo():
+  c = tiny.get_config()
+  c.data.seq_len = 16
+  c.model.update(d_model=8, num_layers=1, d_ff=32)
+  c.model.moe.d_expert = 32
+  c.train.num_steps = 4
+  c.optim.warmup_steps = 1
+  c.eval.batches_per_domain = 1
+  dense = {"model.pattern": ("dense",)}
+  arms = {
+    "dense": dense,
+    "on": dense | {"optim.learning_rate": 0.0},
+    "copy": {"upcycle": {"method": "copy"}},
+  }
+  key = {"dense": "optim.learning_rate", "copy": "model.moe.top_k"}
+  values = {"dense": (0.0, 1e-2), "copy": (1, 2)}
+  stages = tuple(tuning.Stage({k: key[k]}, {k: values[k]}) for k in key)
+  starts = {"copy": "dense", "on": "dense"}
+  return sweeps.Sweep(c, arms, seeds=2, stages=stages, starts=starts)
+
+SCALES = {"demo": demo}
+"""
+
+
+def test_arms_that_start_from_the_runs_of_another(small, programs, capsys):
+  folder, work = small
+  (folder / "sweep.py").write_text(STARTS)
+  command = ["balance", f"--workdir={work}"]
+  assert launch.main([*command, "--arm=copy", "--tune"]) == 0
+  tuned = {path.parts[-3] for path in work.glob("tuning/*/*/1000")}
+  assert tuned == {"dense", "copy"}, "and what it starts from"
+  run(capsys, work)
+  bits = {}
+  for path in work.glob("*/*/?/row.json"):
+    row = json.loads(path.read_text())
+    bits[row["arm"], row["seed"]] = row["bits_per_byte"]
+    config = json.loads((path.parent / "config.json").read_text())
+    if row["arm"] != "dense":
+      assert config["init_from"] == str(of(work, "dense", row["seed"]))
+  # With a learning rate of 0 it ends as it starts: as the run of its seed.
+  assert bits["on", 0] == bits["dense", 0] != bits["dense", 1]
+  assert bits["on", 1] == bits["dense", 1]
+  assert len(set(bits.values())) == 4
+
+  # Where only the rows of what it starts from are, its runs are made again.
+  for name in ("results.csv", "tuning.csv"):
+    shutil.copy(work / "report" / name, folder / name)
+  other = work.with_name("other")
+  run(capsys, other)
+  assert not list(other.glob("*/*/?/row.json"))
+  assert (
+    launch.main(["balance", f"--workdir={other}", "--arm=on", "--fresh"]) == 0
+  )
+  rows = {p.parts[-4]: 0 for p in other.glob("*/*/?/row.json")}
+  assert rows.keys() == {"on", "dense"}
+
+  text = STARTS.replace("d_expert = 32", "d_expert = 24")
+  (folder / "sweep.py").write_text(text.replace("stages=stages", "stages=()"))
+  del sys.modules["experiments.balance.sweep"]
+  with pytest.raises(
+    ConfigError, match="arm copy cannot start from dense: .*24"
+  ):
+    launch.main(["balance", f"--workdir={work}/x"])
+  assert not list(work.glob("x/*/*/*"))
+
+
 def test_a_fresh_run_is_compared_with_the_committed_one(
   small, programs, capsys
 ):
@@ -435,7 +505,7 @@ def test_tuning_by_a_metric_that_no_run_has(small):
   made = plan.make(questions.load("balance"), workdir=work)
   rows = [run.key | {"loss": 1.0} for run in made.launch(stage=0).runs]
   with pytest.raises(ConfigError, match="tunes by x, which runs of the arm no"):
-    made.knowing([[], rows]).chosen("none")
+    made.knowing([[], rows, []]).chosen("none")
 
 
 def test_a_run_that_diverges_stops_no_other(small, programs, capsys):

@@ -36,7 +36,7 @@ def experiment(monkeypatch, tmp_path):
       overrides=overrides,
       fresh=True,
     )
-    return made.knowing([[], []])
+    return made.knowing([[], [], []])
 
   return make
 
@@ -67,7 +67,7 @@ def test_all_arms_rates_and_seeds_share_four_programs(
     run.key | {"bits_per_byte": 1 + i % 3}
     for i, run in enumerate(launched.runs)
   ]
-  chosen = asked.knowing([[], rows]).launch()
+  chosen = asked.knowing([[], rows, []]).launch()
   compiled.clear(), taken.clear()
   train.train(chosen)
   assert len(taken) == 7 * 8 and len(compiled) == len(STRUCTURES)

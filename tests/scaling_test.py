@@ -194,7 +194,7 @@ def test_all_scales_have_claims():
 def test_an_arm_that_tries_nothing_takes_the_choice_of_another(tmp_path):
   question = questions.load("scaling")
   made = plan.make(question, scale="cpu", workdir=tmp_path)
-  made = made.knowing([[], []])  # Nothing is committed.
+  made = made.knowing([[], [], []])  # Nothing is committed.
   (stage,) = made.sweep.stages
   runs_of_stage = made.launch(stage=0).runs
   tried = {run.arm for run in runs_of_stage}
@@ -210,7 +210,7 @@ def test_an_arm_that_tries_nothing_takes_the_choice_of_another(tmp_path):
     for run in runs_of_stage
     for rate in run.tried.values()
   ]
-  chosen = only.knowing([[], rows]).chosen("16-16")
+  chosen = only.knowing([[], rows, []]).chosen("16-16")
   assert chosen == {"optim.learning_rate": 1.2e-2}
   words = tuning.describe(made.sweep.stages, "16-16", chosen)
   assert words.endswith("(of 0.006, 0.012, 0.024, for 16-8)")

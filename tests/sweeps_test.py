@@ -48,6 +48,15 @@ def test_names_of_arms_that_there_are_not(field, stages, seeds_of):
     )
 
 
+def test_where_arms_start():
+  arms = sweeps.over("optim.learning_rate", {"a": 1e-3, "b": 1e-2, "c": 1e-1})
+  config = tiny.get_config()
+  with pytest.raises(ConfigError, match='starts names the arm "aa"'):
+    sweeps.Sweep(config, arms, starts={"aa": "b"})
+  with pytest.raises(ConfigError, match="arm b starts from a, .* from c; give"):
+    sweeps.Sweep(config, arms, starts={"a": "c", "b": "a"})
+
+
 def test_overrides():
   base = tiny.get_config()
   new = sweeps.apply(

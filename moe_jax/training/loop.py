@@ -45,7 +45,8 @@ def train_and_evaluate(config, workdir) -> dict[str, float]:
     program = Program(config, fingerprint=directory.facts.get("data"))
     progress = Progress(config.train.num_steps, "steps")
     with contextlib.closing(progress):
-      return run(program, config.seed, directory, progress)
+      start = config.init_from
+    return run(program, config.seed, directory, progress, start=start)
 
 
 def run(
@@ -54,6 +55,7 @@ def run(
   directory,
   progress,
   deadline: float | None = None,
+  start: str | None = None,
 ) -> dict[str, float]:
   """Trains one seed with a program, from its newest checkpoint if it has one.
 
@@ -63,6 +65,7 @@ def run(
     directory: RunDirectory to write to.
     progress: Progress, told of every step.
     deadline: time.monotonic() at which to stop as at a signal; None: never.
+    start: of the first weights, as init_from in a config; None: random ones.
 
   Returns:
     The final metrics of the validation split.
@@ -81,7 +84,9 @@ def run(
     contextlib.ExitStack() as profile,
     signals.Stop(deadline) as stop,
   ):
-    state, step, lines = _begin(program, seed, directory, checkpoints, progress)
+    state, step, lines = _begin(
+      program, seed, directory, checkpoints, progress, start
+    )
     stream = program.batches(seed)
     made = hooks.build(program.config, hooks.Run(directory.path, program))
     while True:
@@ -107,7 +112,7 @@ def run(
       step += 1
 
 
-def _begin(program, seed, directory, checkpoints, progress):
+def _begin(program, seed, directory, checkpoints, progress, start):
   """(state, step, lines) of a new run, or of its newest checkpoint."""
   processes.check_same({"the data's fingerprint": program.task.fingerprint})
   restored = checkpoints.restore(program.abstract_state)
@@ -116,8 +121,10 @@ def _begin(program, seed, directory, checkpoints, progress):
     directory.start_over(**facts)
     lines = Lines(program, directory, progress)
     state = program.init(jax.random.key(seed))
-    if program.config.init_from is not None:
-      state = starts.replaced(state, program.model, program.config)
+    if start is not None:
+      state = starts.replaced(
+        state, program.model, start, program.config.upcycle
+      )
     return state, 0, lines
   known = restored.meta["data"]
   if known != program.task.fingerprint:

@@ -18,8 +18,8 @@ from moe_jax.training.starts import upcycling
 KEY = "init_from"
 
 
-def replaced(state, model, config):
-  """A new TrainState with the parameters that `config.init_from` names.
+def replaced(state, model, path: str, how: Mapping):
+  """A new TrainState with the parameters that a config's `init_from` names.
 
   Balancers go on from the state that they had there, where both have it; optimizer
   and random key are those of a new run.
@@ -27,31 +27,32 @@ def replaced(state, model, config):
   Args:
     state: of step 0.
     model: of the run.
-    config: of the run: its init_from, a run's work directory, one of its
-      checkpoints, a folder of `moe_jax.upcycle` or published weights; and upcycle.
+    path: a run's work directory, one of its checkpoints, a folder of
+      `moe_jax.upcycle` or published weights.
+    how: options of `Upcycling`; {}: the parameters are those of the same model.
 
   Raises:
     ConfigError: there are none, or of a model that does not fit; says where.
   """
-  path = config.init_from
   if not pathlib.Path(path).is_dir():
     raise ConfigError(
       f"{KEY} = {path} is no folder; give a run's work directory, one of its"
       " checkpoints, or a folder of published weights"
     )
-  if config.upcycle:
+  if how:
     if jax.process_count() > 1:
       raise ConfigError(
-        f"upcycle = {config.upcycle.to_dict()} is for a single process; make the"
+        f"upcycle = {dict(how)} is for a single process; make the"
         " weights with python -m moe_jax.upcycle, give their folder as init_from, and"
         " leave upcycle empty"
       )
     source = trained.of_folder(path)
     old = source.variables["params"]
-    how = upcycling.Upcycling(**config.upcycle)
     initial = jax.device_get(state.params)
     given = {
-      "params": upcycling.upcycled(source.model, old, model, initial, how)
+      "params": upcycling.upcycled(
+        source.model, old, model, initial, upcycling.Upcycling(**how)
+      )
     }
   else:
     given = variables(path)
