@@ -132,6 +132,30 @@ ABSENT["nllb-moe"] = {
   "layers": ["dense", "dense", "dense", "moe"] * 3,
   "encoder.layers": ["dense", "dense", "dense", "moe"] * 3,
 }
+ABSENT["llama"] = {
+  **{"vocab_size": 32_000, "d_model": 4096, "num_layers": 32, "d_ff": 11_008},
+  **{"num_heads": 32, "num_kv_heads": 32, "head_dim": 128, "norm_eps": 1e-6},
+  **{"rope_theta": 1e4, "attention.bias": "none", "tie_embeddings": False},
+  "layers": ["dense"] * 32,
+}
+ABSENT["mistral"] = ABSENT["llama"] | {
+  **{"num_kv_heads": 8, "d_ff": 14_336, "attention.window": 4096},
+}
+del ABSENT["mistral"]["attention.bias"]
+ABSENT["qwen2"] = ABSENT["llama"] | {
+  **{"vocab_size": 151_936, "d_ff": 22_016, "attention.bias": "qkv"},
+}
+ABSENT["qwen3"] = ABSENT["qwen2"] | {
+  **{"attention.bias": "none", "attention.qk_norm": "head"},
+}
+ABSENT["t5"] = {
+  **{"name": "encoder_decoder", "vocab_size": 32_128, "d_model": 512},
+  **{"num_layers": 6, "encoder.num_layers": 6, "num_heads": 8},
+  **{"head_dim": 64, "d_ff": 2048, "norm_eps": 1e-6, "activation": "relu"},
+  **{"attention.bias_buckets": 32, "attention.bias_distance": 128},
+  **{"tie_embeddings": True, "scale_output": True},
+  **{"layers": ["dense"] * 6, "encoder.layers": ["dense"] * 6},
+}
 # Moonlight and Kimi K2 are DeepSeek-V3 by another name.
 ABSENT["kimi_k2"] = ABSENT["deepseek_v3"]
 REQUIRED = {"deepseek_v2": {"num_experts_per_tok": 6}}
@@ -176,6 +200,17 @@ def test_every_family_says_what_absent_fields_are():
     ),
     ("dbrx", {"attn_config": {"rope_theta": 5e5}}, {"rope_theta": 5e5}),
     ("gpt_oss", {"rope_theta": 7.0}, {"rope_theta": 7.0}),
+    ("mistral", {"sliding_window": None}, {"attention.window": None}),
+    (
+      "t5",
+      {"tie_word_embeddings": False},
+      {"tie_embeddings": False, "scale_output": False},
+    ),
+    (
+      "t5",
+      {"scale_decoder_outputs": False},
+      {"tie_embeddings": True, "scale_output": False},
+    ),
   ],
 )
 def test_null_and_other_names(model_type, fields, wanted):
@@ -235,6 +270,9 @@ def test_rope_as_the_reference_reads_it(fields, scaling):
     ("llama4", {"text_config": 3}, "text_config"),
     ("llama4", {"text_config": {"new": 1}}, "text_config has new"),
     ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit"),
+    ("llama", {"mlp_bias": True}, "mlp_bias"),
+    ("llama", {"num_attention_heads": 3}, "does not divide hidden_size"),
+    ("qwen2", {"layer_types": ["sliding_attention"] * 32}, "layer_types"),
     ("gpt_oss", {"layer_types": ["linear_attention"] * 36}, "layer_types"),
   ],
 )

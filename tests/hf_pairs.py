@@ -23,6 +23,7 @@ NEW_TOKENS = 24
 _SPREADS = {
   "switch_transformers": {"embedding": 0.6, "matrix": 0.4},
   "nllb-moe": {"embedding": 0.3, "matrix": 0.45},
+  "t5": {"embedding": 0.3, "matrix": 0.5},
 }
 BEAMS = {"num_beams": 4, "length_penalty": 1.0, "early_stopping": False}
 
@@ -95,6 +96,37 @@ def cases():
         expert_capacity=1,
       ),
     ),
+    "t5_a": (
+      "t5",
+      dict(
+        d_model=14,
+        d_kv=6,
+        d_ff=11,
+        vocab_size=37,
+        num_heads=3,
+        num_layers=2,
+        num_decoder_layers=3,
+        decoder_start_token_id=0,
+      ),
+    ),
+    # Gated, as the versions after the first, and not scaled.
+    "t5_b": (
+      "t5",
+      dict(
+        d_model=10,
+        d_kv=4,
+        d_ff=7,
+        vocab_size=41,
+        num_heads=2,
+        num_layers=3,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=9,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        layer_norm_epsilon=1e-5,
+        decoder_start_token_id=0,
+      ),
+    ),
     "nllb_moe_a": (
       "nllb-moe",
       nllb
@@ -148,6 +180,8 @@ DRAWN = {
   "switch_transformers_a": (6, 26),
   "switch_transformers_b": (8, 4),
   "switch_transformers_c": (10, 5),
+  "t5_a": (3, 31),
+  "t5_b": (5, 31),
   "nllb_moe_a": (0, 30),
   "nllb_moe_b": (6, 0),
   "nllb_moe_c": (8, 30),

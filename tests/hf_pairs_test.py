@@ -26,7 +26,11 @@ from moe_jax.training import trained
 from tests import hf_pairs, mesh_cases, parity, tiers
 
 NAMES = sorted(hf_pairs.cases())
-ONE_A_FAMILY = ["nllb_moe_b", "switch_transformers_a"]  # Their slots run out.
+ONE_A_FAMILY = [
+  "nllb_moe_b",
+  "switch_transformers_a",
+  "t5_b",
+]  # Their slots run out.
 APPLY = jax.jit(
   lambda model, variables, *texts: model.apply(variables, *texts),
   static_argnums=0,
@@ -67,6 +71,8 @@ DROPPED = {
   "switch_transformers_a": True,
   "switch_transformers_b": False,
   "switch_transformers_c": True,
+  "t5_a": False,
+  "t5_b": False,
 }
 
 
@@ -269,6 +275,8 @@ FRACTION = {"moe_eval_capacity_token_fraction": 0.5}
       {"router_ignore_padding_tokens": True},
       "router_ignore_padding",
     ),
+    ("t5", {"feed_forward_proj": "gelu"}, "feed_forward_proj = 'gelu'"),
+    ("t5", {"expert_capacity": 4}, "expert_capacity = 4"),
     ("nllb-moe", {"second_expert_policy": "random"}, "second_expert_policy"),
     ("nllb-moe", {"pad_token_id": 0}, "pad_token_id = 0"),
     ("nllb-moe", {"tie_word_embeddings": False}, "tie_word_embeddings"),
@@ -292,6 +300,18 @@ def test_a_chance_that_is_none():
 
 
 SIZES = {
+  # google-t5/t5-base, and google/t5-v1_1-base.
+  "t5": (
+    {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
+    222_903_552,
+  ),
+  "t5 1.1": (
+    {
+      **{"d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12},
+      **{"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    },
+    247_577_856,
+  ),
   # The dimensions of google/switch-base-8 and of facebook/nllb-moe-54b.
   "switch_transformers": (
     {
@@ -314,7 +334,8 @@ SIZES = {
 @pytest.mark.parametrize("model_type", SIZES)
 def test_published_sizes(model_type):
   fields, wanted = SIZES[model_type]
-  model = architecture.build(read(model_type, **fields), "config.json")
+  family = model_type.split()[0]
+  model = architecture.build(read(family, **fields), "config.json")
   assert counts.count(model, models.variables(model))["total"] == wanted
 
 

@@ -415,6 +415,73 @@ def cases():
         moe_layer_start_index=0,
       ),
     ),
+    "llama_a": (
+      "llama",
+      small
+      | dict(
+        hidden_size=24,
+        head_dim=6,
+        intermediate_size=11,
+        rope_parameters={
+          "rope_type": "llama3",
+          "rope_theta": 500.0,
+          "factor": 4.0,
+          "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16,
+        },
+      ),
+    ),
+    "llama_b": (
+      "llama",
+      other
+      | dict(
+        hidden_size=18,
+        num_key_value_heads=3,
+        intermediate_size=10,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        rope_parameters=theta,
+      ),
+    ),
+    "mistral_a": (
+      "mistral",
+      small | dict(head_dim=6, intermediate_size=11, sliding_window=5),
+    ),
+    "mistral_b": (
+      "mistral",
+      other
+      | dict(
+        head_dim=4,
+        intermediate_size=7,
+        sliding_window=None,
+        tie_word_embeddings=True,
+        rope_parameters=theta,
+      ),
+    ),
+    "qwen2_a": ("qwen2", small | dict(hidden_size=24, intermediate_size=13)),
+    "qwen2_b": (
+      "qwen2",
+      other
+      | dict(
+        hidden_size=18,
+        intermediate_size=7,
+        tie_word_embeddings=True,
+        rope_parameters=theta,
+      ),
+    ),
+    "qwen3_a": ("qwen3", small | dict(head_dim=6, intermediate_size=13)),
+    "qwen3_b": (
+      "qwen3",
+      other
+      | dict(
+        head_dim=8,
+        intermediate_size=7,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        rope_parameters=YARN,
+      ),
+    ),
   }
 
 

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from moe_jax import main, models, upcycle
+from moe_jax import hf, main, models, upcycle
 from moe_jax.core.errors import ConfigError
+from moe_jax.hf import architecture, config
 from moe_jax.training import checkpoint
 from moe_jax.training.starts import upcycling
 from moe_jax.training.starts.upcycling import Upcycling
+from tests import parity
 
 V, L = 40, 12
 SUM_1 = {"name": "top_k", "renormalize": True}
@@ -299,3 +301,31 @@ def test_a_run_may_make_its_experts_itself(run):
     main.main([*flags, *more[1:], *MORE, "--workdir=x"])
   with pytest.raises(ConfigError, match='upcycle has no "metod"'):
     main.main([*flags, "--config.upcycle={'metod': 1}", "--workdir=x"])
+
+
+@pytest.mark.parametrize("name", ["llama_b", "mistral_a", "qwen2_a", "t5_b"])
+def test_published_dense_models_get_experts(name):
+  """Their function is kept, in decoders and in both stacks of T5."""
+  fields, _ = config.load(parity.FOLDER / name)
+  _, ours, _ = config.read(fields, name)
+  for stack in ("", "encoder."):
+    if f"{stack}layers" in ours:
+      ours[f"{stack}layers"] = ["moe"] * ours[f"{stack}num_layers"]
+  ours |= {"moe.num_experts": 3, "moe.top_k": 2, "moe.d_expert": ours["d_ff"]}
+  ours["moe.router.renormalize"] = True
+  target = architecture.build(ours, name)
+  rng = np.random.default_rng(0)
+  initial = jax.tree.map(
+    lambda x: rng.normal(size=x.shape).astype(x.dtype),
+    nn.unbox(models.variables(target)),
+  )
+  source, variables = hf.load(parity.FOLDER / name)
+  token_BL = rng.integers(0, ours["vocab_size"], (2, L)).astype(np.int32)
+  texts = source.arguments(token_BL)
+  wanted = source.apply(variables, *texts)[0]
+  params = upcycling.upcycled(
+    source, variables["params"], target, initial["params"]
+  )
+  assert upcycling.keeps(source, target)
+  found = target.apply({"params": params}, *texts)[0]
+  np.testing.assert_allclose(found, wanted, atol=1e-5)

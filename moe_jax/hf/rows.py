@@ -161,6 +161,18 @@ def experts(field, number, top_k, width_field, width) -> tuple[Row, ...]:
   )
 
 
+def _dense(fields, ours):
+  # No layer has experts of these numbers.
+  idle = {"moe.num_experts": 1, "moe.top_k": 1, "moe.d_expert": 1}
+  return {"layers": ["dense"] * ours["num_layers"], **idle}
+
+
+def dense(width: int) -> tuple[Row | Pair, ...]:
+  """Networks without experts in all layers, with the default width of a family."""
+  nothing = Pair(_dense, lambda ours: {})
+  return (whole("intermediate_size", "d_ff", width), nothing)
+
+
 # Their rope_type, and our name of the scaling.
 _TYPES = {"default": None, "linear": "linear", "yarn": "yarn"}
 _TYPES["llama3"] = "wavelength"

@@ -84,9 +84,8 @@ def run(
     contextlib.ExitStack() as profile,
     signals.Stop(deadline) as stop,
   ):
-    state, step, lines = _begin(
-      program, seed, directory, checkpoints, progress, start
-    )
+    places = directory, checkpoints, progress
+    state, step, lines = _begin(program, seed, start, *places)
     stream = program.batches(seed)
     made = hooks.build(program.config, hooks.Run(directory.path, program))
     while True:
@@ -112,7 +111,7 @@ def run(
       step += 1
 
 
-def _begin(program, seed, directory, checkpoints, progress, start):
+def _begin(program, seed, start, directory, checkpoints, progress):
   """(state, step, lines) of a new run, or of its newest checkpoint."""
   processes.check_same({"the data's fingerprint": program.task.fingerprint})
   restored = checkpoints.restore(program.abstract_state)

@@ -1,4 +1,7 @@
-"""Llama 4: the decoder, alone or beside its vision, of which nothing is read."""
+"""Llama 2 and 3 (2307.09288, 2407.21783), which are dense; and Llama 4.
+
+Of Llama 4 this is the decoder, alone or beside its vision, of which nothing is read.
+"""
 
 from moe_jax.hf import families, rows, tensors
 
@@ -54,6 +57,29 @@ def _write_temperature(ours):
   return {**tempered, "attn_scale": scale, "floor_scale": length}
 
 
+def _whole_heads(fields, ours):
+  """The reference takes no others, whatever head_dim is."""
+  wide, heads = ours["d_model"], ours["num_heads"]
+  if wide % heads:
+    reason = f"does not divide hidden_size = {wide}"
+    raise fields.error("num_attention_heads", heads, reason)
+  return {}
+
+
+LLAMA = families.Family(
+  "llama",
+  "LlamaForCausalLM",
+  rows=(
+    *rows.common(32_000, 4096, 32, 32, 1e-6),
+    *rows.grouped(rows.heads),
+    rows.Rope(theta=1e4, longest=2048),
+    rows.BIAS,
+    rows.Pair(_whole_heads, lambda ours: {}),
+    rows.fixed("mlp_bias", False),
+    *rows.dense(11_008),
+  ),
+  ends={"bos_token_id": 1, "eos_token_id": 2},
+)
 _L2 = {True: "l2", False: "none"}
 _EXPERTS = ("moe/experts/{}", "feed_forward.experts.{}")
 TEXT = families.Family(

@@ -1,4 +1,4 @@
-"""Mixtral (2401.04088) and OLMoE (2409.02060)."""
+"""Mistral (2310.06825), Mixtral (2401.04088) and OLMoE (2409.02060)."""
 
 from moe_jax.hf import families, rows, tensors
 
@@ -18,6 +18,18 @@ MIXTRAL = families.Family(
     *tensors.maps("gate w1, up w3, down w2", *_EXPERTS),
   ),
   constants={"moe.router.renormalize": True},
+  ends={"bos_token_id": 1, "eos_token_id": 2},
+)
+MISTRAL = families.Family(
+  "mistral",
+  "MistralForCausalLM",
+  rows=(
+    *rows.common(32_000, 4096, 32, 32, 1e-6),
+    *rows.grouped(kv_heads=8),
+    rows.Rope(theta=1e4, longest=131_072),
+    rows.whole("sliding_window", "attention.window", 4096, null=None),
+    *rows.dense(14_336),
+  ),
   ends={"bos_token_id": 1, "eos_token_id": 2},
 )
 OLMOE = families.Family(

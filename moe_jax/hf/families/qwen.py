@@ -1,4 +1,4 @@
-"""Qwen2-MoE (2407.10671) and Qwen3-MoE (2505.09388)."""
+"""Qwen2 (2407.10671) and Qwen3 (2505.09388), dense and with experts."""
 
 from moe_jax.hf import families, rows, tensors
 
@@ -32,16 +32,23 @@ def _write_shared(ours):
   return {_SHARED: wide} if wide else {}
 
 
-def _rows(num_heads, kv_heads, d_ff, num_experts, top_k, d_expert):
-  """Rows that both families have, with the defaults of one."""
+def _common(d_model, layers, num_heads, kv_heads, head_dim=rows.per_head):
+  """Rows that all families have, with the defaults of one."""
   full = lambda ours: [rows.FULL] * ours["num_layers"]  # noqa: E731
+  return (
+    *rows.common(151_936, d_model, layers, num_heads, 1e-6),
+    *rows.grouped(kv_heads, head_dim),
+    rows.Rope(theta=1e4, longest=32_768),
+    rows.Row(list, "layer_types", default=full, fixed=True),
+  )
+
+
+def _rows(num_heads, kv_heads, d_ff, num_experts, top_k, d_expert):
+  """Rows that both families with experts have, with the defaults of one."""
   width = "moe_intermediate_size", d_expert
   return (
-    *rows.common(151_936, 2048, 24, num_heads, 1e-6),
-    *rows.grouped(kv_heads),
-    rows.Rope(theta=1e4, longest=32_768),
+    *_common(2048, 24, num_heads, kv_heads),
     rows.whole("intermediate_size", "d_ff", d_ff),
-    rows.Row(list, "layer_types", default=full, fixed=True),
     rows.Pair(_read_layers, _write_layers),
     *rows.experts("num_experts", num_experts, top_k, *width),
     rows.RENORMALIZE,
@@ -50,6 +57,20 @@ def _rows(num_heads, kv_heads, d_ff, num_experts, top_k, d_expert):
 
 _QKV = {True: "qkv", False: "none"}
 QWEN2 = families.Family(
+  "qwen2",
+  "Qwen2ForCausalLM",
+  rows=(*_common(4096, 32, 32, 32), *rows.dense(22_016)),
+  constants={"attention.bias": "qkv"},
+  ignored=("sliding_window",),
+)
+QWEN3 = families.Family(
+  "qwen3",
+  "Qwen3ForCausalLM",
+  rows=(*_common(4096, 32, 32, 32, 128), *rows.dense(22_016), rows.BIAS),
+  constants={"attention.qk_norm": "head"},
+  ignored=("sliding_window",),
+)
+QWEN2_MOE = families.Family(
   "qwen2_moe",
   "Qwen2MoeForCausalLM",
   rows=(
@@ -63,7 +84,7 @@ QWEN2 = families.Family(
   ),
   ignored=("sliding_window",),
 )
-QWEN3 = families.Family(
+QWEN3_MOE = families.Family(
   "qwen3_moe",
   "Qwen3MoeForCausalLM",
   rows=(*_rows(32, 4, 6144, 128, 8, 768), rows.BIAS),

@@ -1,4 +1,4 @@
-"""Switch Transformers (2101.03961) of T5's two stacks.
+"""T5 (1910.10683), and Switch Transformers (2101.03961) of its two stacks.
 
 An expert has expert_capacity slots for each sequence, whatever its length. Padding
 takes slots in the reference and none here, which is the same function where padding
@@ -56,14 +56,8 @@ def _write_layers(ours):
   return values
 
 
-def _read_decoder(fields, ours):
-  null, least = ours["encoder.num_layers"], 1
-  count = fields.take("num_decoder_layers", int, 12, null, least, bounded=True)
-  return {"num_layers": count}
-
-
-def _write_decoder(ours):
-  return {"num_decoder_layers": ours["num_layers"]}
+def _of_encoder(ours):
+  return ours["encoder.num_layers"]
 
 
 def _read_widths(fields, ours):
@@ -73,19 +67,28 @@ def _read_widths(fields, ours):
   return {"d_ff": wide, "moe.d_expert": wide, "num_kv_heads": heads}
 
 
+def _read_dense(fields, ours):
+  """No layer has experts, of whatever number."""
+  kinds = {f"{s}layers": ["dense"] * ours[f"{s}num_layers"] for s in _STACKS}
+  return {"moe.num_experts": 1, **kinds}
+
+
 def _write_widths(ours):
   first = ours["layers"][0]
   return {"d_ff": first.get("moe.d_expert", first.get("d_ff"))}
 
 
 def _read_tied(fields, ours):
-  """Only vectors before a tied output layer are scaled."""
+  """Vectors before a tied output layer are scaled, unless T5 says otherwise."""
   tied = fields.take("tie_word_embeddings", bool, True)
-  return {"tie_embeddings": tied, "scale_output": tied}
+  scaled = fields.take("scale_decoder_outputs", bool, tied)
+  return {"tie_embeddings": tied, "scale_output": scaled}
 
 
 def _write_tied(ours):
-  return {"tie_word_embeddings": ours["tie_embeddings"]}
+  tied, scaled = ours["tie_embeddings"], ours["scale_output"]
+  more = {"scale_decoder_outputs": scaled} if tied != scaled else {}
+  return {"tie_word_embeddings": tied, **more}
 
 
 def _read_slots(fields, ours):
@@ -107,20 +110,24 @@ def _write_slots(ours):
 
 _SELF, _CROSS = "layer.0.SelfAttention.{}.weight", "layer.1.EncDecAttention.{}"
 _FFN = "up wi, down wo"
+_GATED = "up wi_1, gate wi_0"
 _BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
 
 
-def _networks(place, given):
+def _networks(place, given, dense):
   """Maps of the networks of a layer, and of the norm before them.
 
   Args:
     place: the number of this sublayer.
     given: a parameter that only such layers have.
+    dense: what networks without experts are called.
   """
   theirs = f"layer.{place}.{{}}.weight"
+  dense = theirs.replace("{}", f"{dense}.{{}}")
+  gated = tensors.maps(_GATED, "mlp/{}", dense)
   maps = (
     *tensors.maps("ffn_norm/scale layer_norm", theirs=theirs, form=SAME),
-    *tensors.maps(_FFN, "mlp/{}", theirs.replace("{}", "mlp.{}")),
+    *tensors.maps(_FFN, "mlp/{}", dense),
     *tensors.maps(
       _FFN, "moe/experts/{}", theirs.replace("{}", "mlp.experts.expert_{e}.{}")
     ),
@@ -131,39 +138,37 @@ def _networks(place, given):
       form=SAME,
     ),
   )
-  return [m._replace(given=given) for m in maps]
+  gated = [m._replace(given=(*given, "mlp/gate")) for m in gated]
+  return [*gated, *(m._replace(given=given) for m in maps)]
 
 
-SWITCH_TRANSFORMERS = families.Family(
-  "switch_transformers",
-  "SwitchTransformersForConditionalGeneration",
-  rows=(
+def _rows(d_model, layers, decoder, num_heads, *own):
+  """Rows of both families, with the defaults of one, and its own among them."""
+  return (
     rows.size("vocab_size", "vocab_size", 32_128),
-    rows.size("d_model", "d_model", 768, also="hidden_size"),
-    rows.size("num_layers", "encoder.num_layers", 12, also="num_hidden_layers"),
-    rows.Pair(_read_decoder, _write_decoder),
-    rows.size("num_heads", "num_heads", 12, also="num_attention_heads"),
+    rows.size("d_model", "d_model", d_model, also="hidden_size"),
+    rows.size(
+      "num_layers", "encoder.num_layers", layers, also="num_hidden_layers"
+    ),
+    rows.size("num_decoder_layers", "num_layers", decoder, null=_of_encoder),
+    rows.size("num_heads", "num_heads", num_heads, also="num_attention_heads"),
     rows.size("d_kv", "head_dim", 64),
     rows.Pair(_read_widths, _write_widths),
     rows.number("layer_norm_epsilon", "norm_eps", 1e-6),
     rows.Pair(_read_tied, _write_tied),
-    rows.Row(
-      *(str, "dense_act_fn", "activation", "relu"), values=rows.TWO_MATRICES
-    ),
     rows.size("relative_attention_num_buckets", "attention.bias_buckets", 32),
     rows.whole(
       "relative_attention_max_distance", "attention.bias_distance", 128
     ),
-    rows.size("num_experts", "moe.num_experts", 8),
-    rows.flag("router_bias", "moe.router.use_bias", False),
-    rows.fixed("router_dtype", "float32"),
-    rows.fixed("num_selected_experts", 1),
-    rows.Pair(_read_layers, _write_layers),
-    rows.Pair(_read_slots, _write_slots),
-  ),
-  tensors=(
-    *_networks(2, given=("cross/query",)),
-    *_networks(1, given=()),
+    *own,
+  )
+
+
+def _tensors(dense):
+  """Maps of both families; `dense`: what networks without experts are called."""
+  return (
+    *_networks(2, ("cross/query",), dense),
+    *_networks(1, (), dense),
     *tensors.maps("query q, key k, value v", "attention/{}", _SELF),
     *tensors.maps("out o", "attention/{}", _SELF, OUTPUT),
     *tensors.maps("query q, key k, value v", "cross/{}", f"{_CROSS}.weight"),
@@ -174,7 +179,25 @@ SWITCH_TRANSFORMERS = families.Family(
       "layer.{}.layer_norm.weight",
       SAME,
     ),
+  )
+
+
+_FORMS = {"relu": "relu", "gated-gelu": "geglu", "gated-silu": "swiglu"}
+_IDLE = (
+  "dropout_rate",
+  "initializer_factor",
+  "n_positions",
+  "task_specific_params",
+)
+T5 = families.Family(
+  "t5",
+  "T5ForConditionalGeneration",
+  rows=_rows(
+    *(512, 6, _of_encoder, 8),
+    rows.Row(*(str, "feed_forward_proj", "activation", "relu"), values=_FORMS),
+    rows.Pair(_read_dense, lambda ours: {}),
   ),
+  tensors=_tensors("DenseReluDense"),
   constants={
     "attention.rope": "none",
     "attention.position_bias": "shared",
@@ -182,11 +205,7 @@ SWITCH_TRANSFORMERS = families.Family(
     "moe.top_k": 1,
   },
   ends={"eos_token_id": 1, "pad_token_id": 0},
-  ignored=(
-    *("dropout_rate", "initializer_factor", "n_positions", "add_router_probs"),
-    *("feed_forward_proj", "router_type", "router_ignore_padding_tokens"),
-    "task_specific_params",
-  ),
+  ignored=(*_IDLE, "dense_act_fn", "is_gated_act", "classifier_dropout"),
   layer="{stack}.block.{i}.",
   outer=(
     *tensors.maps("embedding shared.weight", form=SAME),
@@ -204,4 +223,26 @@ SWITCH_TRANSFORMERS = families.Family(
     "encoder.embed_tokens.weight": "shared.weight",
     "decoder.embed_tokens.weight": "shared.weight",
   },
+)
+SWITCH_TRANSFORMERS = T5._replace(
+  model_type="switch_transformers",
+  architecture="SwitchTransformersForConditionalGeneration",
+  rows=_rows(
+    *(768, 12, 12, 12),
+    rows.Row(
+      *(str, "dense_act_fn", "activation", "relu"), values=rows.TWO_MATRICES
+    ),
+    rows.size("num_experts", "moe.num_experts", 8),
+    rows.flag("router_bias", "moe.router.use_bias", False),
+    rows.fixed("router_dtype", "float32"),
+    rows.fixed("num_selected_experts", 1),
+    rows.Pair(_read_layers, _write_layers),
+    rows.Pair(_read_slots, _write_slots),
+  ),
+  tensors=_tensors("mlp"),
+  ignored=(
+    *_IDLE,
+    *("add_router_probs", "feed_forward_proj", "router_type"),
+    "router_ignore_padding_tokens",
+  ),
 )
