@@ -1,10 +1,10 @@
 """NLLB-MoE-54B (2207.04672): translation between 200 languages.
 
 Every fourth layer of encoder and decoder has 128 experts, of which a token takes
-two, whose weights add up to 1. In training an expert has slots for the balanced
-load, in evaluation for all tokens. Networks, projections and norms have biases;
-positions are sinusoids. In training a whole output of the experts is 0 with a
-chance of 0.2 (expert output masking).
+two, whose weights add up to 1 after some have found no slot. In training an expert has
+slots for the balanced load, in evaluation for all tokens. Networks, projections and
+norms have biases; positions are sinusoids. In training a whole output of the experts
+is 0 with a chance of 0.2 (expert output masking).
 
   python -m moe_jax.params --config=configs/nllb_moe.py:54b
   python -m moe_jax.main --config=configs/nllb_moe.py:tiny --workdir=runs/nllb
@@ -33,7 +33,7 @@ def _54b():
   moe.update(num_experts=128, top_k=2, d_expert=8192, use_bias=True)
   moe.update(capacity_factor=1.0, eval_capacity_factor=64.0)
   moe.update(capacity_rounding="ceil", min_capacity=0, init_scale=1.0)
-  moe.dispatcher = {"name": "gather", "order": "choice"}
+  moe.dispatcher = {"name": "gather", "order": "choice", "renormalize": True}
   moe.router = {"name": "top_k", "renormalize": True, "output_masking": 0.2}
   load = {"name": "switch", "coefficient": 0.01, "scope": "micro_batch"}
   moe.balancers = {"load": {**load, "count": "first"}}

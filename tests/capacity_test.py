@@ -113,6 +113,25 @@ def test_rank(order, prioritised):
   check()
 
 
+@pytest.mark.parametrize("name", ["einsum", "gather", "sorted"])
+def test_the_weights_of_what_has_no_slot_go_to_the_other_experts(name):
+  """One slot an expert: the first token keeps both, the second one of its two."""
+  expert_GTK = np.array([[[0, 1], [1, 2], [0, 1]]], np.int32)
+  weight_GTK = np.array([[[0.3, 0.1], [0.2, 0.05], [0.4, 0.4]]], np.float32)
+  choice = TokenChoice(expert_GTK, weight_GTK, np.ones((1, 3, 2), bool))
+  dispatcher = registry.load("dispatchers", name, renormalize=True)
+  plan = dispatcher.plan(choice, 3, Bound(1, 3))
+  np.testing.assert_array_equal(
+    plan.kept_GTK, [[[True, True], [False, True], [False, False]]]
+  )
+  x_GTD = np.ones((1, 3, 2), np.float32)
+  y_GTD = plan.combine(plan.dispatch(x_GTD))
+  np.testing.assert_allclose(y_GTD[..., 0], [[0.4, 0.25, 0]], rtol=1e-6)
+  found = plan.choice.weight_TK[0]
+  np.testing.assert_allclose(found[0], [0.3, 0.1], rtol=1e-6)
+  np.testing.assert_allclose(found[1, 1], 0.25, rtol=1e-6)
+
+
 @hypothesis.given(
   arrays.arrays(np.int32, 50, elements=st.integers(0, 9)),
 )

@@ -171,6 +171,22 @@ def cases():
         normalize_router_prob_before_dropping=True,
       ),
     ),
+    # Weights of what has a slot add up to 1.
+    "nllb_moe_d": (
+      "nllb-moe",
+      nllb
+      | dict(
+        d_model=12,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_sparse_step=1,
+        decoder_sparse_step=2,
+        num_experts=4,
+        moe_eval_capacity_token_fraction=0.35,
+        batch_prioritized_routing=True,
+        normalize_router_prob_before_dropping=False,
+      ),
+    ),
   }
 
 
@@ -185,6 +201,7 @@ DRAWN = {
   "nllb_moe_a": (0, 30),
   "nllb_moe_b": (6, 0),
   "nllb_moe_c": (8, 30),
+  "nllb_moe_d": (10, 23),
 }
 
 

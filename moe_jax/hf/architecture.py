@@ -160,7 +160,8 @@ def _slots(recipe, grouping):
     slots = {key: slots[key] for key in keys}
   if grouping.expert_buckets == recipe.num_experts:
     slots["expert_buckets"] = None
-  slots["order"] = recipe.dispatcher.spec.options.get("order")
+  for name in ("order", "renormalize"):
+    slots[name] = recipe.dispatcher.spec.options.get(name)
   if recipe.router.top_k == 1:
     slots["order"] = None
   return {f"moe.{key}": value for key, value in slots.items()}

@@ -12,6 +12,7 @@ from moe_jax.hf.tensors import FLAT, OUTPUT, SAME
 _STACKS = {"encoder.": "encoder", "": "decoder"}
 _FRACTION = "moe_eval_capacity_token_fraction"
 _BEFORE = "normalize_router_prob_before_dropping"
+_DISPATCHER = {"name": "gather", "order": "choice"}
 
 
 def _read_heads(fields, ours):
@@ -80,15 +81,12 @@ def _read_slots(fields, ours):
   before = fields.take(_BEFORE, bool, False)
   if fraction >= 1:  # There are slots for all tokens.
     return {}
-  if not before:
-    reason = f"is supported with {_FRACTION} = 1 only, where nothing is dropped"
-    raise fields.error(_BEFORE, before, reason)
   bound = {"moe.capacity": slots}
   if fraction > 0:
     factor = fraction * ours["moe.num_experts"] / 2
     bound = {"moe.capacity_factor": factor, "moe.capacity_rounding": "ceil"}
   return bound | {
-    "moe.dispatcher": {"name": "gather", "order": "choice"},
+    "moe.dispatcher": _DISPATCHER | {"renormalize": not before},
     "moe.router.priority": "score" if by_score else "none",
     "allow_noncausal": True,  # As in the reference.
   }
@@ -96,7 +94,8 @@ def _read_slots(fields, ours):
 
 def _write_slots(ours):
   by_score = ours.get("moe.router.priority") == "score"
-  values = {"batch_prioritized_routing": by_score, _BEFORE: True}
+  before = not ours.get("moe.renormalize")
+  values = {"batch_prioritized_routing": by_score, _BEFORE: before}
   if slots := ours.get("moe.capacity"):
     return values | {_FRACTION: -1.0, "expert_capacity": slots}
   fraction, number = 1.0, ours.get("moe.num_experts")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.core.errors import ConfigError
+from moe_jax.moe import scores
 from moe_jax.moe.types import Array, Bound, Dispatcher, Loads, Plan, TokenChoice
 
 PART = Dispatcher  # `build` of each file returns one.
@@ -20,18 +21,24 @@ SAVED = ("expert", "slot", "kept")
 
 
 def in_order(
-  order: str, lay_out: Callable[..., Plan], ragged: bool
+  order: str, renormalize: bool, lay_out: Callable[..., Plan], ragged: bool
 ) -> Dispatcher:
   """A dispatcher that gives out slots in an order.
 
   Args:
     order: "token" or "choice", see `rank`.
+    renormalize: give the weights of what has no slot to the token's other experts.
     lay_out: (TokenPlan, slot_GTK) -> Plan, with the slots of `assign`.
     ragged: whether the plan has ragged rows.
   """
 
   def plan(choice, num_experts, bound):
     slot_GTK, kept_GTK = assign(choice, num_experts, bound, order)
+    if renormalize:
+      weight_GTK = jnp.where(choice.valid_TK, choice.weight_TK, 0)
+      whole_GT1 = weight_GTK.sum(-1, keepdims=True)
+      weight_GTK = whole_GT1 * scores.over_sum(weight_GTK, kept_GTK)
+      choice = choice.replace(weight_TK=weight_GTK)
     return lay_out(TokenPlan(choice, kept_GTK, num_experts, bound), slot_GTK)
 
   def causal(top_k, bound):

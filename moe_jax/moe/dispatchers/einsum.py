@@ -15,9 +15,15 @@ class EinsumPlan(dispatchers.TokenPlan, plans.MixturePlan):
   """One-hot weights of tokens in slots, and of slots in tokens."""
 
 
-def build(order: word(*dispatchers.ORDERS) = "token") -> Dispatcher:
-  """Args: order: who gets slots first, "token" or "choice" (`dispatchers.rank`)."""
-  return dispatchers.in_order(order, _lay_out, ragged=False)
+def build(
+  order: word(*dispatchers.ORDERS) = "token", renormalize: bool = False
+) -> Dispatcher:
+  """Args:
+  order: who gets slots first, "token" or "choice" (`dispatchers.rank`).
+  renormalize: give the weights of what has no slot to the token's other experts,
+    so that their sum stays the same (NLLB-MoE, 2207.04672).
+  """
+  return dispatchers.in_order(order, renormalize, _lay_out, ragged=False)
 
 
 def _lay_out(plan, slot_GTK):
