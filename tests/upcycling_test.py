@@ -1,12 +1,10 @@
 """Experts made of dense networks: what is kept, what is new, what is refused."""
 
-import json
 import os
 import tempfile
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -47,17 +45,26 @@ def dense(c):
 
 
 def made(c, seed=0):
-  """(model, parameters, biases of which are not zero)."""
+  """(model, random parameters)."""
   model = models.build(c, vocab_size=V)
-  params = nn.unbox(models.init(model, jax.random.key(seed)))["params"]
+  return model, drawn(model, seed)
+
+
+def drawn(model, seed):
   rng = np.random.default_rng(seed)
-  add = lambda x: np.asarray(x) + 0.1 * rng.normal(size=x.shape)  # noqa: E731
-  return model, jax.tree.map(lambda x: add(x).astype(x.dtype), params)
+  return jax.tree.map(
+    lambda x: (rng.normal(size=x.shape) / 4).astype(x.dtype),
+    nn.unbox(models.variables(model))["params"],
+  )
 
 
 def logits(model, params):
-  token_BL = np.random.default_rng(5).integers(0, V, (2, L)).astype(np.int32)
-  return model.apply({"params": params}, *model.arguments(token_BL))[0]
+  rng, most = np.random.default_rng(5), model.arch.vocab_size
+  token_BL = rng.integers(0, most, (2, L)).astype(np.int32)
+  apply = jax.jit(
+    lambda params, *texts: model.apply({"params": params}, *texts)[0]
+  )
+  return apply(params, *model.arguments(token_BL))
 
 
 def up(source, target, **options):
@@ -241,6 +248,9 @@ def run(tmp_path_factory):
   return folder, flags
 
 
+KEPT_STILL = "--config.optim.learning_rate=0"
+
+
 def test_from_a_run_to_a_run(run, capsys):
   folder, flags = run
   out = folder / "moe"
@@ -249,14 +259,9 @@ def test_from_a_run_to_a_run(run, capsys):
   assert "function of the source is kept" in capsys.readouterr().out
   assert [p.name for p in folder.iterdir()].count("moe") == 1
   more = [f"--config.init_from={out}", f"--workdir={folder}/up"]
-  main.main([*flags, *MORE, *more])
-  first = {}
-  for name in ("dense", "up"):
-    text = (folder / name / "metrics.jsonl").read_text().splitlines()
-    first[name] = json.loads(text[0])["loss"]
-  assert first["up"] < first["dense"] - 0.1
-  params = checkpoint.load_params(out)
-  assert jnp.isfinite(params["embedding"]).all()
+  main.main([*flags, *MORE, KEPT_STILL, *more])
+  found, wanted = map(checkpoint.load_params, (folder / "up", out))
+  jax.tree.map(np.testing.assert_array_equal, found, wanted)
   with pytest.raises(ConfigError, match="not an empty folder"):
     upcycle.main(given)
 
@@ -265,7 +270,7 @@ def test_weights_of_another_model(run, capsys):
   folder, flags = run
   place = f"--config.init_from={folder}/dense"
   with pytest.raises(ConfigError, match="moe_jax.upcycle"):
-    main.main([*flags, place, f"--workdir={folder}/other"])
+    main.main([*flags, *MORE, KEPT_STILL, place, f"--workdir={folder}/other"])
   with pytest.raises(ConfigError, match="init_from = nowhere is no folder"):
     main.main(
       [*flags, "--config.init_from=nowhere", f"--workdir={folder}/none"]
@@ -286,10 +291,7 @@ def test_nothing_is_left_of_a_refused_one(run):
 def test_a_run_may_make_its_experts_itself(run):
   """The parameters are those that the command makes."""
   folder, flags = run
-  more = [
-    f"--config.init_from={folder}/dense",
-    "--config.optim.learning_rate=0",
-  ]
+  more = [f"--config.init_from={folder}/dense", KEPT_STILL]
   more += ["--config.upcycle={'method': 'drop', 'seed': 0}"]
   main.main([*flags, *more, *MORE, f"--workdir={folder}/itself"])
   given = [f"--checkpoint={folder}/dense", *flags, *MORE, "--method=drop"]
@@ -303,7 +305,7 @@ def test_a_run_may_make_its_experts_itself(run):
     main.main([*flags, "--config.upcycle={'metod': 1}", "--workdir=x"])
 
 
-@pytest.mark.parametrize("name", ["llama_b", "mistral_a", "qwen2_a", "t5_b"])
+@pytest.mark.parametrize("name", ["llama_b", "mistral_a", "qwen2_a", "t5_a"])
 def test_published_dense_models_get_experts(name):
   """Their function is kept, in decoders and in both stacks of T5."""
   fields, _ = config.load(parity.FOLDER / name)
@@ -314,18 +316,10 @@ def test_published_dense_models_get_experts(name):
   ours |= {"moe.num_experts": 3, "moe.top_k": 2, "moe.d_expert": ours["d_ff"]}
   ours["moe.router.renormalize"] = True
   target = architecture.build(ours, name)
-  rng = np.random.default_rng(0)
-  initial = jax.tree.map(
-    lambda x: rng.normal(size=x.shape).astype(x.dtype),
-    nn.unbox(models.variables(target)),
-  )
   source, variables = hf.load(parity.FOLDER / name)
-  token_BL = rng.integers(0, ours["vocab_size"], (2, L)).astype(np.int32)
-  texts = source.arguments(token_BL)
-  wanted = source.apply(variables, *texts)[0]
+  wanted = logits(source, variables["params"])
   params = upcycling.upcycled(
-    source, variables["params"], target, initial["params"]
+    source, variables["params"], target, drawn(target, 0)
   )
   assert upcycling.keeps(source, target)
-  found = target.apply({"params": params}, *texts)[0]
-  np.testing.assert_allclose(found, wanted, atol=1e-5)
+  np.testing.assert_allclose(logits(target, params), wanted, atol=1e-5)

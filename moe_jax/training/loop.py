@@ -42,11 +42,12 @@ def train_and_evaluate(config, workdir) -> dict[str, float]:
     finished = directory.logged(config.train.num_steps, "validation")
     if finished is not None:
       return finished
+    start = config.init_from
+    starts.check(start)
     program = Program(config, fingerprint=directory.facts.get("data"))
     progress = Progress(config.train.num_steps, "steps")
     with contextlib.closing(progress):
-      start = config.init_from
-    return run(program, config.seed, directory, progress, start=start)
+      return run(program, config.seed, directory, progress, start=start)
 
 
 def run(

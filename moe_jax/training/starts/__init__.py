@@ -34,11 +34,7 @@ def replaced(state, model, path: str, how: Mapping):
   Raises:
     ConfigError: there are none, or of a model that does not fit; says where.
   """
-  if not pathlib.Path(path).is_dir():
-    raise ConfigError(
-      f"{KEY} = {path} is no folder; give a run's work directory, one of its"
-      " checkpoints, or a folder of published weights"
-    )
+  check(path)
   if how:
     if jax.process_count() > 1:
       raise ConfigError(
@@ -62,6 +58,15 @@ def replaced(state, model, path: str, how: Mapping):
     balance = _placed(before, balance)
   ema = state.ema and params
   return state.replace(params=params, balance=balance, ema=ema)
+
+
+def check(path: str | None) -> None:
+  """Raises ConfigError for a path that is no folder; None is no path."""
+  if path is not None and not pathlib.Path(path).is_dir():
+    raise ConfigError(
+      f"{KEY} = {path} is no folder; give a run's work directory, one of its"
+      " checkpoints, or a folder of published weights"
+    )
 
 
 def variables(path: str) -> dict:
@@ -130,7 +135,7 @@ def distance(source, model, variables: Mapping, length: int = 32) -> float:
   )
   pairs = (source.model, source.variables), (model, variables)
   logits = [
-    one.apply(weights, *one.arguments(token_BL.astype(np.int32)))[0]
+    jax.jit(one.apply)(weights, *one.arguments(token_BL.astype(np.int32)))[0]
     for one, weights in pairs
   ]
   return float(jnp.abs(logits[0] - logits[1]).max())
