@@ -94,13 +94,13 @@ def table(tokenizer, tokens, experts) -> str:
 
 
 def _of_encoder(model):
-  """Layers of experts whose tokens are those of the prompt."""
+  """Numbers of the encoder's layers with experts, which have the prompt's tokens."""
   sides = [x for x in model.sublayers.values() if x.sequence == "inputs"]
   return [f"{number:02d}" for x in sides for number in x.numbers]
 
 
 def _ended(prompt, ends):
-  """What an encoder reads: with an end, as in training."""
+  """A prompt with the token that ends a text, as the encoder has seen in training."""
   return prompt if prompt[-1:] == [*ends[:1]] else [*prompt, *ends[:1]]
 
 

@@ -28,7 +28,7 @@ _PACKINGS = 8  # So that any step is found after a few of them are made.
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Packing:
-  """How pairs become rows.
+  """How pairs of texts are put into rows of inputs and of targets.
 
   inputs_length, targets_length: tokens of a row of sources, and of targets.
   several: whether a row has several pairs; otherwise each has one.

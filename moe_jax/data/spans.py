@@ -29,7 +29,7 @@ _SHORTEST = 3  # Inputs of two tokens: one kept, a sentinel, and the end.
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Corruption:
-  """What is done to a text.
+  """How spans are taken out of a text and put into its targets (T5).
 
   inputs_length: tokens of a row of inputs.
   noise_density: share of the tokens that are noise, above 0 and below 1.

@@ -1,5 +1,6 @@
 """The tasks of an encoder-decoder: what they share, which is all but the data."""
 
+import functools
 import inspect
 import math
 from collections.abc import Mapping
@@ -97,13 +98,30 @@ def _more(logits_BLV, mask_BL, total, z_loss, label_smoothing):
   return more
 
 
-def of_corpus(corpus) -> dict:
-  """The fields of `Task` that say which text it is.
+def of_corpus(config, corpus, data, **how) -> dict:
+  """The fields of `Task` that depend on the text.
 
   Args:
+    config: of the run.
     corpus: from `mixed.prepare`; or one without text.
+    data: the module that makes batches of it, `spans` or `pairs`.
+    **how: further arguments of its functions.
   """
   return {
+    "train": functools.partial(
+      data.train_batches,
+      corpus,
+      **how,
+      batch_size=config.data.batch_size,
+      accumulation=config.train.accumulation,
+    ),
+    "validation": functools.partial(
+      data.validation_batches,
+      corpus,
+      **how,
+      batch_size=config.eval.batch_size,
+      batches_per_domain=config.eval.batches_per_domain,
+    ),
     "domains": tuple(corpus.domains),
     "name": corpus.name,
     "fingerprint": corpus.fingerprint,

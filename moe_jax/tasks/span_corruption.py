@@ -1,7 +1,5 @@
 """Span corruption: an encoder-decoder fills in spans of a text (T5, 1910.10683)."""
 
-import functools
-
 from moe_jax.core.options import integer, number, optional
 from moe_jax.data import corpora, mixed, spans, tokenizers
 from moe_jax.tasks import Task, sequence_to_sequence
@@ -68,19 +66,7 @@ def of_corpus(
     corpus.vocab_size + corruption.num_sentinels,
     mesh=mesh,
     **losses,
-    train=functools.partial(
-      spans.train_batches,
-      corpus,
-      corruption=corruption,
-      batch_size=config.data.batch_size,
-      accumulation=config.train.accumulation,
+    **sequence_to_sequence.of_corpus(
+      config, corpus, spans, corruption=corruption
     ),
-    validation=functools.partial(
-      spans.validation_batches,
-      corpus,
-      corruption=corruption,
-      batch_size=config.eval.batch_size,
-      batches_per_domain=config.eval.batches_per_domain,
-    ),
-    **sequence_to_sequence.of_corpus(corpus),
   )

@@ -1,7 +1,5 @@
 """Translation: an encoder-decoder turns a source into its target."""
 
-import functools
-
 import numpy as np
 
 from moe_jax.core.errors import ConfigError
@@ -82,19 +80,5 @@ def of_corpus(
     num_bytes_V=np.asarray(corpus.num_bytes_V, np.int32),
     mesh=mesh,
     **losses,
-    train=functools.partial(
-      pairs.train_batches,
-      corpus,
-      packing=packing,
-      batch_size=config.data.batch_size,
-      accumulation=config.train.accumulation,
-    ),
-    validation=functools.partial(
-      pairs.validation_batches,
-      corpus,
-      packing=packing,
-      batch_size=config.eval.batch_size,
-      batches_per_domain=config.eval.batches_per_domain,
-    ),
-    **sequence_to_sequence.of_corpus(corpus),
+    **sequence_to_sequence.of_corpus(config, corpus, pairs, packing=packing),
   )

@@ -74,7 +74,7 @@ def _write_layers(ours):
 
 
 def _read_slots(fields, ours):
-  """What is dropped outside of training; in training it is the same here."""
+  """The slots of experts outside of training, which are those of training here."""
   fraction = fields.take(_FRACTION, float, 1.0)
   slots = fields.take("expert_capacity", int, 64, least=1)
   by_score = fields.take("batch_prioritized_routing", bool, False)
