@@ -570,32 +570,43 @@ def _greedy(model, tokens):
   return tokens
 
 
-def check(folder: pathlib.Path) -> int:
-  """Saves models, and checks the logits of the reference that loads them."""
+def check(folder: pathlib.Path, names, auto_class: str, logits) -> int:
+  """Saves models, and checks the logits of the reference that loads them.
+
+  Args:
+    folder: of the checkpoints.
+    names: of those that are checked.
+    auto_class: of the reference, which loads them.
+    logits: (model of the reference, contents of expected.npz) -> its logits.
+  """
   import torch
   import transformers
 
   from moe_jax import hf
 
   failed = 0
-  for name in cases():
+  for name in names:
     model, variables = hf.load(folder / name)
     with np.load(folder / name / "expected.npz") as file:
       expected = dict(file)
     with tempfile.TemporaryDirectory() as written:
       hf.save(written, model, variables, max_shard_bytes=20_000)
-      read, about = transformers.AutoModelForCausalLM.from_pretrained(
-        written,
-        dtype=torch.float32,
-        **EAGER,
-        output_loading_info=True,
+      read, about = getattr(transformers, auto_class).from_pretrained(
+        written, dtype=torch.float32, **EAGER, output_loading_info=True
       )
       read.eval()
-    with torch.no_grad():
-      logits = read(torch.tensor(expected["tokens"])).logits.numpy()
-    failed += not is_same(name, logits - expected["logits"], about)
-  print(f"{len(cases()) - failed} passed, {failed} failed")
+    difference = logits(read, expected) - expected["logits"]
+    failed += not is_same(name, difference, about)
+  print(f"{len(names) - failed} passed, {failed} failed")
   return 1 if failed else 0
+
+
+def logits_of(model, expected) -> np.ndarray:
+  """The reference's logits of a decoder."""
+  import torch
+
+  with torch.no_grad():
+    return model(torch.tensor(expected["tokens"])).logits.numpy()
 
 
 def is_same(name: str, difference: np.ndarray, about) -> bool:
@@ -622,7 +633,7 @@ def main(argv=None) -> int:
   )
   parser.add_argument("what", choices=("make", "check"))
   parser.add_argument("--folder", type=pathlib.Path, default=FOLDER)
-  words = "make those whose names begin so; the others stay as they are"
+  words = "those whose names begin so; the others stay as they are"
   parser.add_argument("--only", default="", metavar="NAME", help=words)
   args = parser.parse_args(argv)
 
@@ -632,7 +643,12 @@ def main(argv=None) -> int:
     make(args.folder, args.only)
     hf_pairs.make(args.folder, args.only)
     return 0
-  return max(check(args.folder), hf_pairs.check(args.folder))
+  decoders, pairs = (
+    [name for name in some if name.startswith(args.only)]
+    for some in (cases(), hf_pairs.cases())
+  )
+  failed = check(args.folder, decoders, "AutoModelForCausalLM", logits_of)
+  return max(failed, hf_pairs.check(args.folder, pairs))
 
 
 if __name__ == "__main__":
