@@ -136,9 +136,14 @@ class Experiment:
     These are the ones that are wanted and those whose choices or models they take.
     """
     arms = dict.fromkeys(self.arms)
-    arms |= {self.sweep.starts[a]: None for a in arms if a in self.sweep.starts}
     for later in reversed(self.sweep.stages[stage:]):
       arms |= dict.fromkeys(map(later.source, arms))
+    starts = [
+      self.sweep.starts[arm] for arm in arms if arm in self.sweep.starts
+    ]
+    for later in reversed(self.sweep.stages[stage:]):
+      starts += [later.source(arm) for arm in starts]
+    arms |= dict.fromkeys(starts)
     chosen = {arm: self.chosen(arm, stage) for arm in arms}
     return [
       run

@@ -35,8 +35,9 @@ class Sweep:
   seeds: how many (0, 1, ...), unless another number is asked for.
   stages: what is tuned for every arm before its seeds are run.
   seeds_of: {arm: how many}, for arms that get another number of them.
-  starts: {arm: the arm whose trained model it starts from, seed by seed}; how is
-    its option `upcycle`. That arm starts from none itself.
+  starts: {arm: another one, whose trained model of the same seed it starts from}. The
+    option `upcycle` of the arm says what is made of that model; empty, it has the
+    same layers. The other one must not be in `starts` itself.
   """
 
   config: ml_collections.ConfigDict
@@ -93,6 +94,12 @@ class Sweep:
         raise ConfigError(
           "--config.seed differs between the runs of an arm; give --seeds=N"
         )
+      for arm in self.starts.keys() & names:
+        if key == "init_from":
+          raise ConfigError(
+            f"--config.init_from would have no effect on the arm {arm}, which starts"
+            f" from {self.starts[arm]}; give --arm of others"
+          )
       for arm, own in self._own(names):
         if f"{key}.".startswith(f"{own}.") or f"{own}.".startswith(f"{key}."):
           raise ConfigError(

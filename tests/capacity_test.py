@@ -129,7 +129,8 @@ def test_the_weights_of_what_has_no_slot_go_to_the_other_experts(name):
   np.testing.assert_allclose(y_GTD[..., 0], [[0.4, 0.25, 0]], rtol=1e-6)
   found = plan.choice.weight_TK[0]
   np.testing.assert_allclose(found[0], [0.3, 0.1], rtol=1e-6)
-  np.testing.assert_allclose(found[1, 1], 0.25, rtol=1e-6)
+  np.testing.assert_allclose(found[1], [0, 0.25], rtol=1e-6)
+  np.testing.assert_array_equal(found[2], [0, 0])
 
 
 @hypothesis.given(

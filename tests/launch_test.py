@@ -369,7 +369,7 @@ def demo():
   }
   key = {"dense": "optim.learning_rate", "copy": "model.moe.top_k"}
   values = {"dense": (0.0, 1e-2), "copy": (1, 2)}
-  stages = tuple(tuning.Stage({k: key[k]}, {k: values[k]}) for k in key)
+  stages = (tuning.Stage(key, values),)
   starts = {"copy": "dense", "on": "dense"}
   return sweeps.Sweep(c, arms, seeds=2, stages=stages, starts=starts)
 

@@ -43,7 +43,8 @@ def train_and_evaluate(config, workdir) -> dict[str, float]:
     if finished is not None:
       return finished
     start = config.init_from
-    starts.check(start)
+    if "data" not in directory.facts:  # A new run.
+      starts.check(start)
     program = Program(config, fingerprint=directory.facts.get("data"))
     progress = Progress(config.train.num_steps, "steps")
     with contextlib.closing(progress):

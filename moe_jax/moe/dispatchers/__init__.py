@@ -27,7 +27,7 @@ def in_order(
 
   Args:
     order: "token" or "choice", see `rank`.
-    renormalize: give the weights of what has no slot to the token's other experts.
+    renormalize: give the weights of dropped assignments to the token's other experts.
     lay_out: (TokenPlan, slot_GTK) -> Plan, with the slots of `assign`.
     ragged: whether the plan has ragged rows.
   """
@@ -38,6 +38,7 @@ def in_order(
       weight_GTK = jnp.where(choice.valid_TK, choice.weight_TK, 0)
       whole_GT1 = weight_GTK.sum(-1, keepdims=True)
       weight_GTK = whole_GT1 * scores.over_sum(weight_GTK, kept_GTK)
+      weight_GTK = jnp.where(kept_GTK, weight_GTK, 0)
       choice = choice.replace(weight_TK=weight_GTK)
     return lay_out(TokenPlan(choice, kept_GTK, num_experts, bound), slot_GTK)
 

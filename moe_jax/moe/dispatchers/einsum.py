@@ -20,7 +20,7 @@ def build(
 ) -> Dispatcher:
   """Args:
   order: who gets slots first, "token" or "choice" (`dispatchers.rank`).
-  renormalize: give the weights of what has no slot to the token's other experts,
+  renormalize: give the weights of dropped assignments to the token's other experts,
     so that their sum stays the same (NLLB-MoE, 2207.04672).
   """
   return dispatchers.in_order(order, renormalize, _lay_out, ragged=False)

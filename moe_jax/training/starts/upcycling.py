@@ -110,7 +110,8 @@ def keeps(source, target, how=COPY) -> bool:
 def _keeps(layer, made):
   """Whether weights add up to 1, over all copies of what a token took."""
   router, grouping = made.recipe.router, made.grouping
-  if not router.spec.options.get("renormalize") or grouping.capacity_factor:
+  bounded = grouping.capacity_factor or grouping.capacity
+  if bounded or not router.spec.options.get("renormalize"):
     return False
   if layer.recipe is None:
     return router.top_k % _cuts(layer, made) == 0
