@@ -4,7 +4,7 @@ import contextlib
 import sys
 import time
 
-from experiments import plan, sweeps
+from experiments import plan, runs, sweeps
 from moe_jax.core.errors import ConfigError, Diverged, Interrupted, InUse
 from moe_jax.run import processes, provenance, run_directory
 from moe_jax.run.progress import Progress
@@ -29,13 +29,14 @@ def train(launch: plan.Launch, deadline: float | None = None) -> None:
   processes.by_first(print, launch.summary, flush=True)
   steps = sum(run.config.train.num_steps for run in launch.open)
   left, started = list(launch.open), time.monotonic()
+  every = {run.folder for run in (*launch.runs, *launch.open)}
   try:
     with contextlib.closing(Progress(steps, "steps")) as progress:
       trained, compiling = _train_all(left, launch, progress, deadline)
   except Interrupted as e:
     raise Interrupted(
-      f"{e}; {len(left)} of {len(launch.runs)} runs are left, {left[0].name}"
-      " first, and --report shows the finished ones"
+      f"{e}; {len(left)} of {len(every)} runs are left, {left[0].name} first, and"
+      " --report shows the finished ones"
     ) from None
   if launch.open:
     others = len(launch.open) - trained
@@ -83,11 +84,12 @@ def _train_all(left, launch, progress, deadline):
   Takes out of `left` what is done, so that the rest is known where it stops.
   """
   trained, compiling, digest, compiled = 0, 0.0, None, {}
+  together = [*launch.runs, *launch.open]
   while left:
     run = left[0]
     if deadline and processes.by_first(lambda: time.monotonic() >= deadline):
       raise Interrupted("stopped between two runs; the same command goes on")
-    finished, data = processes.by_first(run.begun, launch.runs)
+    finished, data = processes.by_first(run.begun, together)
     if not finished and run.config_digest != digest:
       progress.set_postfix_str(f"{run.name}: compiling")
       program = programs.Program(run.config, data, compiled)
@@ -104,13 +106,17 @@ def _train_all(left, launch, progress, deadline):
 
 def _train_one(run, program, progress, deadline) -> bool:
   """Trains a run to its end; False if another launch has it, or what it starts from."""
-  own = {"seed": run.seed}
-  if run.start is not None:
-    if not processes.by_first(lambda: run.start.row() is not None):
-      return False
-    own["init_from"] = str(run.start.folder)
-  config = sweeps.apply(run.config, own)
+  config = sweeps.apply(run.config, {"seed": run.seed})
   start = config.init_from
+  if run.start is not None:
+    row = processes.by_first(run.start.row)
+    if row is None:
+      return False
+    if runs.DIVERGED in row:
+      text = f"{run.name} is left out: {run.start.name}, its start, diverged"
+      processes.by_first(print, text, file=sys.stderr, flush=True)
+      return False
+    start = str(run.start.folder)
   try:
     with run_directory.RunDirectory(run.folder, config) as directory:
       try:

@@ -288,6 +288,7 @@ def test_generation_parameters_change_nothing():
     **{"temperature": 1.0, "top_k": 50, "num_beams": 1, "max_length": 20},
     **{"repetition_penalty": 1.0, "rope_scaling": None, "pad_token_id": 0},
     **{"_attn_implementation_autoset": True, "use_cache": True},
+    **{"max_sequence_length": 4096, "gradient_checkpointing": True},
   )
 
 

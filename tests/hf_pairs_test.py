@@ -378,6 +378,17 @@ def test_copies_of_the_embedding(folder):
   refused(path, name, "has other numbers than")
 
 
+def test_a_tensor_of_the_first_files_that_nothing_uses(tmp_path):
+  shutil.copytree(parity.FOLDER / "t5_a", tmp_path / "m")
+  file = tmp_path / "m" / "model.safetensors"
+  place = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias"
+  unused = {f"{place}.weight": np.ones((32, 3), np.float32)}
+  save_file(load_file(file) | unused, file)
+  _, found = hf.load(tmp_path / "m")
+  _, wanted = hf.load(parity.FOLDER / "t5_a")
+  jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
 def test_missing_and_unknown_tensors(folder):
   path, change = folder
   name = next(k for k in tensors(path) if "expert_1" in k and "decoder" in k)

@@ -106,6 +106,26 @@ def test_the_function_is_kept(name):
   assert experts["down"].shape[1] == c.moe.num_experts
 
 
+def test_the_target_may_have_more_tokens():
+  """Such as the end that every tokenizer gets here; logits of others stay."""
+  for tied in (True, False):
+    old, c = dense(section()), section()
+    old.tie_embeddings = c.tie_embeddings = tied
+    c.vocab_size = V + 3
+    source = made(old, seed=1)
+    target = models.build(c, vocab_size=V + 3)
+    params = upcycling.upcycled(*source, target, drawn(target, 2))
+    token_BL = np.arange(V, dtype=np.int32)[None, :L]
+    found, wanted = (
+      model.apply({"params": params}, token_BL)[0]
+      for model, params in ((target, params), source)
+    )
+    assert found.shape[-1] == V + 3
+    np.testing.assert_allclose(found[..., :V], wanted, atol=1e-5, rtol=1e-5)
+    new = params["embedding"][V:]
+    np.testing.assert_array_equal(new, drawn(target, 2)["embedding"][V:])
+
+
 def test_more_experts_of_experts():
   """4 to 8, and a token takes both copies of what it took."""
   source = made(section(num_experts=4, top_k=2), seed=1)
@@ -201,7 +221,7 @@ def switched(key, value, **moe):
     (switched("num_layers", 4), {}, ["num_layers = 4", "2"]),
     (switched("norm", "layer"), {}, ["norm", "layer", "rms"]),
     (switched("rope_theta", 1e6), {}, ["rope_theta", "layer 0, attention"]),
-    (switched("vocab_size", 50), {}, ["vocab_size = 50", "40"]),
+    (switched("vocab_size", 30), {}, ["vocab_size = 30", "40"]),
     (section(d_expert=16), {}, ["d_expert = 16", "24"]),
     (section(d_expert=12), {}, ["d_expert = 12", "granular"]),
     (section(d_expert=7), {"method": "granular"}, ["d_expert = 7"]),

@@ -123,9 +123,8 @@ def _begin(program, seed, start, directory, checkpoints, progress):
     lines = Lines(program, directory, progress)
     state = program.init(jax.random.key(seed))
     if start is not None:
-      state = starts.replaced(
-        state, program.model, start, program.config.upcycle
-      )
+      how = program.config.upcycle
+      state = starts.replaced(state, program.model, start, how, seed)
     return state, 0, lines
   known = restored.meta["data"]
   if known != program.task.fingerprint:

@@ -203,6 +203,10 @@ T5 = families.Family(
     "attention.position_bias": "shared",
     "attention.scale_scores": False,
     "moe.top_k": 1,
+    # The first files have it, and the reference does not use it.
+    "left_out": (
+      f"decoder.block.0.{_CROSS.format('relative_attention_bias')}",
+    ),
   },
   ends={"eos_token_id": 1, "pad_token_id": 0},
   ignored=(*_IDLE, "dense_act_fn", "is_gated_act", "classifier_dropout"),

@@ -18,7 +18,7 @@ from moe_jax.training.starts import upcycling
 KEY = "init_from"
 
 
-def replaced(state, model, path: str, how: Mapping):
+def replaced(state, model, path: str, how: Mapping, seed: int):
   """A new TrainState with the parameters that a config's `init_from` names.
 
   Balancers go on from the state that they had there, where both have it; optimizer
@@ -30,6 +30,7 @@ def replaced(state, model, path: str, how: Mapping):
     path: a run's work directory, one of its checkpoints, a folder of
       `moe_jax.upcycle` or published weights.
     how: options of `Upcycling`; {}: the parameters are those of the same model.
+    seed: of the run; added to that of `how`.
 
   Raises:
     ConfigError: there are none, or of a model that does not fit; says where.
@@ -45,11 +46,10 @@ def replaced(state, model, path: str, how: Mapping):
     source = trained.of_folder(path)
     old = source.variables["params"]
     initial = jax.device_get(state.params)
-    given = {
-      "params": upcycling.upcycled(
-        source.model, old, model, initial, upcycling.Upcycling(**how)
-      )
-    }
+    made = upcycling.Upcycling(**how)
+    made = made._replace(seed=made.seed + seed)
+    params = upcycling.upcycled(source.model, old, model, initial, made)
+    given = {"params": params}
   else:
     given = variables(path)
   params = _fitted(given["params"], state.params, path)
@@ -121,7 +121,7 @@ def own(task, model, seed: int) -> dict:
 
 
 def distance(source, model, variables: Mapping, length: int = 32) -> float:
-  """The largest difference of two models' logits on random tokens.
+  """The largest difference of two models' logits, of and on tokens of the source.
 
   Args:
     source: a `trained.Trained`.
@@ -138,7 +138,8 @@ def distance(source, model, variables: Mapping, length: int = 32) -> float:
     jax.jit(one.apply)(weights, *one.arguments(token_BL.astype(np.int32)))[0]
     for one, weights in pairs
   ]
-  return float(jnp.abs(logits[0] - logits[1]).max())
+  most = logits[0].shape[-1]
+  return float(jnp.abs(logits[0] - logits[1][..., :most]).max())
 
 
 def _fitted(given, wanted, path):

@@ -83,7 +83,7 @@ def upcycled(
   )
   for path in made:
     if not path.startswith(inner):
-      made[path] = _fitting(given, path, made[path].shape, "")
+      made[path] = _of_model(given, path, made[path])
   for one, other in zip(source.arch.stacks, target.arch.stacks):
     old = _layers(given, one)
     for index, ours in enumerate(_layers(made, other)):
@@ -127,6 +127,7 @@ def check(source, target, how) -> None:
       f" {type(target).__name__}; set model.name so that they are the same"
     )
   _same(source.arch, target.arch, _OF_MODEL, "")
+  _check_tokens(source.arch, target.arch)
   for one, other in zip(source.arch.stacks, target.arch.stacks):
     _same(one, other, ("num_layers", "norm", "norm_eps"), one.sequence)
     for index, names in enumerate(zip(one.layers, other.layers)):
@@ -138,11 +139,24 @@ def check(source, target, how) -> None:
       _check_networks(layer, made, how, place)
 
 
+_SIZES = ("vocab_size", "source_vocab_size")
+_OF_TOKENS = ("embedding", "source_embedding", "head")
 _OF_MODEL = [
   field.name
   for field in dataclasses.fields(embedding.Vocabulary)
-  if field.name != "dtype"
+  if field.name not in ("dtype", *_SIZES)
 ]
+
+
+def _check_tokens(one, other):
+  """Raises ConfigError for a target that has fewer tokens than the source."""
+  for name in _SIZES:
+    old, new = (getattr(arch, name, None) for arch in (one, other))
+    if old and new and new < old:
+      raise ConfigError(
+        f"the target's {name} = {new} is less than the {old} of the source; give at"
+        " least as many"
+      )
 
 
 def _same(one, other, names, place):
@@ -283,6 +297,15 @@ def _begin_anew(new, kept, how, rng):
       part = matrix[where]
       if part.size:
         matrix[where] = rng.normal(part.mean(), part.std(), part.shape)
+
+
+def _of_model(given, path, own):
+  """A parameter beside the layers: the source's, with own rows for tokens beyond its."""
+  found = given.get(path)
+  if path not in _OF_TOKENS or found is None or found.shape == own.shape:
+    return _fitting(given, path, own.shape, "")
+  own[tuple(map(slice, found.shape))] = found
+  return own
 
 
 def _fitting(given, path, shape, place):
