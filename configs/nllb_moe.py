@@ -1,7 +1,7 @@
 """NLLB-MoE-54B (2207.04672): translation between 200 languages.
 
 Every fourth layer of encoder and decoder has 128 experts, of which a token takes
-two, whose weights add up to 1 after some have found no slot. In training an expert has
+two. The weights of those that have a slot for it add up to 1. In training an expert has
 slots for the balanced load, in evaluation for all tokens. Networks, projections and
 norms have biases; positions are sinusoids. In training a whole output of the experts
 is 0 with a chance of 0.2 (expert output masking).

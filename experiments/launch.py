@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   experiment = experiment.knowing(rows)
   processes.by_first(_check, args, overrides, experiment)
   stages = [*range(len(experiment.sweep.stages))] if args.tune else [None]
-  # What others start from goes through all stages before them.
+  # First the arms that others start from are tuned, in all stages, then the others.
   stages *= 2 if args.tune and experiment.sweep.starts else 1
   for stage in [] if args.list or args.report else stages:
     train.train(experiment.launch(args.seeds, stage), deadline)

@@ -209,7 +209,7 @@ class Experiment:
     if source := self.sweep.starts.get(arm):
       own = self._runs(source, seeds, self.chosen(source), tuned)
       starts = {run.seed: run for run in own}
-      # What it is known by; `train` finds the folder.
+      # The name of the start in the config; `train` finds its folder.
       known = f"{source}/{own[0].config_digest}"
       overrides = overrides | {"init_from": known}
     config = sweeps.apply(self.sweep.config, self.sweep.arms[arm] | overrides)

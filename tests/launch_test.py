@@ -410,6 +410,22 @@ def test_arms_that_start_from_the_runs_of_another(small, programs, capsys):
   rows = {p.parts[-4]: 0 for p in other.glob("*/*/?/row.json")}
   assert rows.keys() == {"on", "dense"}
 
+  # One that diverged is no start.
+  made = look(
+    plan.make(questions.load("balance"), arms=["dense"], workdir=work / "y")
+  )
+  for made_run in made.launch(seeds=1).runs:
+    made_run.folder.mkdir(parents=True)
+    row = made_run.key | {"diverged": 1.0}
+    (made_run.folder / "row.json").write_text(json.dumps(row))
+  with pytest.raises(ConfigError, match="no run of these is finished"):
+    launch.main(
+      ["balance", f"--workdir={work}/y", "--arm=on", "--seeds=1", "--fresh"]
+    )
+  assert "on seed 0 is left out: dense seed 0, its start, diverged" in (
+    capsys.readouterr().err
+  )
+
   text = STARTS.replace("d_expert = 32", "d_expert = 24")
   (folder / "sweep.py").write_text(text.replace("stages=stages", "stages=()"))
   del sys.modules["experiments.balance.sweep"]

@@ -282,6 +282,14 @@ def test_from_a_run_to_a_run(run, capsys):
   main.main([*flags, *MORE, KEPT_STILL, *more])
   found, wanted = map(checkpoint.load_params, (folder / "up", out))
   jax.tree.map(np.testing.assert_array_equal, found, wanted)
+  # A run that has begun goes on without what it started from.
+  metrics = folder / "up" / "metrics.jsonl"
+  lines = metrics.read_text().splitlines(keepends=True)
+  metrics.write_text("".join(x for x in lines if "validation" not in x))
+  moved = out.rename(folder / "moved")
+  main.main([*flags, *MORE, KEPT_STILL, *more])
+  assert metrics.read_text().count("validation") == 1
+  moved.rename(out)
   with pytest.raises(ConfigError, match="not an empty folder"):
     upcycle.main(given)
 
@@ -312,9 +320,11 @@ def test_a_run_may_make_its_experts_itself(run):
   """The parameters are those that the command makes."""
   folder, flags = run
   more = [f"--config.init_from={folder}/dense", KEPT_STILL]
-  more += ["--config.upcycle={'method': 'drop', 'seed': 0}"]
+  # The seed of the run counts too.
+  more += ["--config.upcycle={'method': 'drop', 'seed': 0}", "--config.seed=1"]
   main.main([*flags, *more, *MORE, f"--workdir={folder}/itself"])
   given = [f"--checkpoint={folder}/dense", *flags, *MORE, "--method=drop"]
+  given += ["--seed=1"]
   upcycle.main([*given, f"--out={folder}/made"])
   found = checkpoint.load_params(folder / "itself")
   wanted = checkpoint.load_params(folder / "made")

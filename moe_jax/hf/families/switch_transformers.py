@@ -8,7 +8,7 @@ comes last.
 from moe_jax.hf import families, rows, tensors
 from moe_jax.hf.tensors import OUTPUT, SAME
 
-# As many slots mean that there is no bound.
+# The expert_capacity that stands for dropless.
 _UNBOUNDED = 2**31 - 1
 _STACKS = {
   "encoder.": ("encoder", "num_sparse_encoder_layers"),
