@@ -44,7 +44,8 @@ def train(launch: plan.Launch, deadline: float | None = None) -> None:
       f"{trained} runs took {time.monotonic() - started:.0f} s,"
       f" {compiling:.0f} s of them compiling."
     )
-    text += f" {others} are another launch's." * (others > 0)
+    words = "are left to another launch, or lack what they start from"
+    text += f" {others} {words}." * (others > 0)
     processes.by_first(print, text, flush=True)
 
 
@@ -110,10 +111,11 @@ def _train_one(run, program, progress, deadline) -> bool:
   start = config.init_from
   if run.start is not None:
     row = processes.by_first(run.start.row)
-    if row is None:
-      return False
-    if runs.DIVERGED in row:
-      text = f"{run.name} is left out: {run.start.name}, its start, diverged"
+    if row is None or runs.DIVERGED in row:
+      why = (
+        "diverged" if row else "is not finished; give the command again later"
+      )
+      text = f"{run.name} is left out: {run.start.name}, its start, {why}"
       processes.by_first(print, text, file=sys.stderr, flush=True)
       return False
     start = str(run.start.folder)

@@ -410,21 +410,28 @@ def test_arms_that_start_from_the_runs_of_another(small, programs, capsys):
   rows = {p.parts[-4]: 0 for p in other.glob("*/*/?/row.json")}
   assert rows.keys() == {"on", "dense"}
 
-  # One that diverged is no start.
+  # One that another launch is running is no start yet, and one that diverged never.
   made = look(
     plan.make(questions.load("balance"), arms=["dense"], workdir=work / "y")
   )
-  for made_run in made.launch(seeds=1).runs:
-    made_run.folder.mkdir(parents=True)
-    row = made_run.key | {"diverged": 1.0}
-    (made_run.folder / "row.json").write_text(json.dumps(row))
-  with pytest.raises(ConfigError, match="no run of these is finished"):
-    launch.main(
-      ["balance", f"--workdir={work}/y", "--arm=on", "--seeds=1", "--fresh"]
+  (start,) = made.launch(seeds=1).runs
+  command = [
+    "balance",
+    f"--workdir={work}/y",
+    "--arm=on",
+    "--seeds=1",
+    "--fresh",
+  ]
+  config = sweeps.apply(start.config, {"seed": 0})
+  for why in ("is not finished", "diverged"):
+    held = run_directory.RunDirectory(start.folder, config)
+    with held, pytest.raises(ConfigError, match="no run of these is finished"):
+      launch.main(command)
+    assert f"on seed 0 is left out: dense seed 0, its start, {why}" in (
+      capsys.readouterr().err
     )
-  assert "on seed 0 is left out: dense seed 0, its start, diverged" in (
-    capsys.readouterr().err
-  )
+    row = start.key | {"diverged": 1.0}
+    (start.folder / "row.json").write_text(json.dumps(row))
 
   text = STARTS.replace("d_expert = 32", "d_expert = 24")
   (folder / "sweep.py").write_text(text.replace("stages=stages", "stages=()"))

@@ -94,8 +94,9 @@ def run(pods, sizes, then) -> list[bool]:
 class Pods:
   """Runs of one config in one folder, each in some number of processes."""
 
-  def __init__(self, work: pathlib.Path, steps: int):
+  def __init__(self, work: pathlib.Path, steps: int, options: tuple = ()):
     self.work, self.steps = work, steps
+    self.options = *OPTIONS, *options
 
   def start(self, name: str, size: int, devices: int, module=(), more=()):
     """The processes of a run; what they say goes to NAME.log."""
@@ -106,9 +107,9 @@ class Pods:
     flags = (
       *(
         module
-        or ("moe_jax.main", *OPTIONS[:1], f"--workdir={self.work / name}")
+        or ("moe_jax.main", self.options[0], f"--workdir={self.work / name}")
       ),
-      *OPTIONS[1:],
+      *self.options[1:],
       f"--config.train.num_steps={self.steps}",
       f"--config.mesh={shape}",
       *more,

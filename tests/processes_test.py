@@ -14,13 +14,23 @@ import pytest
 
 from moe_jax.core.errors import ConfigError, InUse
 from moe_jax.launch import local
+from moe_jax.run import config as config_lib
 from moe_jax.run import processes, run_directory, signals
+from moe_jax.training import program, starts
 from tests import kill, pod
 
 
 def test_two_processes_stopped_and_gone_on_in_one(tmp_path):
   """Losses and one step to stop at; `python -m tests.pod` does more."""
-  pods = pod.Pods(tmp_path, steps=30)
+  # Its experts are made of a dense network.
+  config = config_lib.load("configs/tiny.py")
+  config.model.update(pattern=("dense",), d_ff=32)
+  task = program.build_task(config, prepare=False)
+  model = program.build_model(config, task)
+  starts.write(tmp_path / "dense", config, starts.own(task, model, seed=0))
+  options = [f"--config.init_from={tmp_path}/dense"]
+  options += ["--config.upcycle={'method': 'drop'}"]
+  pods = pod.Pods(tmp_path, 30, options)
   pods.finish("alone", 1, 1)
   stopped, measured = pods.stop("run", 2, 1)
   assert stopped, measured

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.experimental import multihost_utils
 
 from moe_jax.core import files, parallel
 from moe_jax.core.errors import ConfigError
@@ -37,15 +38,9 @@ def replaced(state, model, path: str, how: Mapping, seed: int):
   """
   check(path)
   if how:
-    if jax.process_count() > 1:
-      raise ConfigError(
-        f"upcycle = {dict(how)} is for a single process; make the"
-        " weights with python -m moe_jax.upcycle, give their folder as init_from, and"
-        " leave upcycle empty"
-      )
     source = trained.of_folder(path)
     old = source.variables["params"]
-    initial = jax.device_get(state.params)
+    initial = multihost_utils.process_allgather(state.params, tiled=True)
     made = upcycling.Upcycling(**how)
     made = made._replace(seed=made.seed + seed)
     params = upcycling.upcycled(source.model, old, model, initial, made)
