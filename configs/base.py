@@ -72,8 +72,8 @@ def get_config() -> ConfigDict:
   # V of an embedding that the encoder of an encoder_decoder has of its own; None:
   # it has the decoder's.
   c.model.source_vocab_size = None
-  # Of an encoder_decoder, whose layers above are the decoder's: the keys in which
-  # its encoder differs from it (num_layers, prefix, pattern, moe, ...).
+  # The keys above are the layers of a decoder. Where there is an encoder, these are
+  # the keys in which its layers differ (num_layers, prefix, pattern, moe, ...).
   c.model.encoder = ConfigDict()
   c.model.use_bias = False  # biases in dense layers
   c.model.init_scale = 1.0  # variance of weights times fan-in (Switch: 0.1)

@@ -23,7 +23,8 @@ from moe_jax.core.options import word
 from moe_jax.data import batches, corpora, draws
 
 TOO_LONG = word("error", "drop", "truncate")
-_PACKINGS = 8  # So that any step is found after a few of them are made.
+# Epochs take turns among so many, so that the rows before any step are soon counted.
+_PACKINGS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -265,7 +266,7 @@ def _stream(pairs, domains, packing, key) -> Callable[[int], np.ndarray]:
 
 
 def _packed(pairs, domains, packing, key):
-  """A packing of some domains.
+  """Packs the pairs of some domains into rows.
 
   Returns:
     Pairs in the order of the rows, and where each row begins, and the last ends.
@@ -334,6 +335,6 @@ def _side(pairs, side, name, shape, end, *, pair_K, row_K, first_K):
 
 
 def _ragged(begin_K, size_K):
-  """Numbers begin, begin + 1, ..., `size` of them, for one after the other."""
+  """The ranges [begin, begin + size) of all k, one after another."""
   before_K = np.cumsum(size_K) - size_K
   return np.repeat(begin_K - before_K, size_K) + np.arange(size_K.sum())

@@ -80,12 +80,12 @@ class Texts(NamedTuple):
     )
 
   def best(self, number: int) -> "Texts":
-    """So many with the highest scores, in their order."""
+    """The `number` texts of the highest scores, in descending order."""
     return self.pick(jax.lax.top_k(self.score_BW, number)[1])
 
 
 class State(NamedTuple):
-  """What a step of the search takes from the one before.
+  """The state of a search between two steps.
 
   running: the beams; their scores are log-probabilities.
   finished: the best texts that have ended; their scores are divided by the length's
@@ -117,7 +117,7 @@ class Turn(NamedTuple):
 
 
 def turn(beams: Beams, place: int, num_tokens: int, ends) -> Turn:
-  """What the step is told that adds the token at a place.
+  """The `Turn` of the step that adds the token at a place.
 
   Args:
     beams: of the search.

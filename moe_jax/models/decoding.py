@@ -146,7 +146,7 @@ def _search(options, variables, texts, beams, rows, num_tokens, ends):
   longest = (tokens_BN >= 0).sum(axis=1).max()
 
   def of_texts(expert_RBLK, place):
-    """Those of the texts that were found, of the step at a place."""
+    """The experts that the texts which were found chose in the step at a place."""
     if not place:
       return expert_RBLK[:, :rows].repeat(beams.num_returned, axis=1)
     # Any row will do after the end of a text.
@@ -164,7 +164,7 @@ def takes_two(model) -> bool:
 
 
 def _starts(model, prompts, start):
-  """What the decoder begins with for each prompt; None without an encoder."""
+  """The first tokens of the decoder for each prompt; None without an encoder."""
   if not takes_two(model):
     if start is not None:
       raise ConfigError(
@@ -259,7 +259,7 @@ def first_beams(num_beams, num_tokens, cache, logits_BV, now: beam.Turn):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4, 5))
 def next_beams(model, length, experts, variables, cache, state, now):
-  """The same, and the experts of the token that each beam had, for later tokens.
+  """As `first_beams`, after a later token, with the experts of the token before.
 
   Args:
     model, length, experts, variables: as in `step`.

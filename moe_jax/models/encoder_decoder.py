@@ -27,7 +27,7 @@ class Text(NamedTuple):
   document_BL: Array | None = None
 
   def filled(self) -> "Text":
-    """The same with all arrays."""
+    """The text with arrays in the place of None."""
     shape, mask_BL, document_BL = self.token_BL.shape, *self[1:]
     mask_BL = jnp.ones(shape, bool) if mask_BL is None else mask_BL
     if document_BL is None:
@@ -116,7 +116,7 @@ def build(
 
 
 def _seeing_all(kinds):
-  """Layers whose tokens see later ones too."""
+  """Options of layers whose tokens attend to later ones too."""
   return tuple(
     (
       kind,

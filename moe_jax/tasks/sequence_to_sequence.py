@@ -1,4 +1,4 @@
-"""The tasks of an encoder-decoder: what they share, which is all but the data."""
+"""The loss and the metrics that all tasks of an encoder-decoder share."""
 
 import functools
 import inspect
@@ -87,7 +87,7 @@ def _texts(batch):
 
 
 def _more(logits_BLV, mask_BL, total, z_loss, label_smoothing):
-  """What is minimised beside the cross-entropy, whose sum is `total`."""
+  """The terms that are minimised beside the cross-entropy, whose sum is `total`."""
   more = jnp.zeros_like(total)
   if label_smoothing:
     more += label_smoothing * (

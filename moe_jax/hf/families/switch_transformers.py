@@ -17,7 +17,7 @@ _STACKS = {
 
 
 def _kinds(count, step):
-  """The layers of a stack, as the reference makes them of its step."""
+  """The kind of every layer of a stack, from the step of its sparse layers."""
   sparse = [step == 1 or (step > 1 and i % step == 1) for i in range(count)]
   return ["moe" if x else "dense" for x in sparse]
 
