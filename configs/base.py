@@ -65,9 +65,10 @@ def get_config() -> ConfigDict:
   c.model.norm_eps = 1e-6  # added to the mean square
   c.model.tie_embeddings = True  # output layer = transposed embedding
   c.model.scale_embedding = True  # times sqrt(d_model)
-  c.model.scale_output = (
-    False  # vectors over sqrt(d_model) before the output (T5)
-  )
+  # Vectors over sqrt(d_model) before the output layer (T5, where it is tied).
+  c.model.scale_output = False
+  # With which new embeddings begin (T5: 1); None: 1 / d_model.
+  c.model.embedding_variance = None
   c.model.positions = "none"  # added to embeddings; or "sinusoidal"
   # V of an embedding that the encoder of an encoder_decoder has of its own; None:
   # it has the decoder's.
@@ -77,7 +78,9 @@ def get_config() -> ConfigDict:
   c.model.encoder = ConfigDict()
   c.model.use_bias = False  # biases in dense layers
   c.model.init_scale = 1.0  # variance of weights times fan-in (Switch: 0.1)
-  c.model.dropout = 0.0  # of sublayers, hidden units, attention weights (T5)
+  c.model.dropout = 0.0  # of what sublayers add, in training (T5)
+  # Of the weights of attention, and of hidden units; None: as dropout.
+  c.model.attention_dropout = c.model.hidden_dropout = None
   # Recomputed in the backward pass: "none", "dispatch" (blocks without the
   # exchange between devices), "block" (whole blocks).
   c.model.remat = "none"
@@ -99,7 +102,7 @@ def get_config() -> ConfigDict:
   moe.d_latent = None
   moe.activation = "swiglu"  # of experts: relu, gelu, swiglu, geglu
   moe.use_bias = False  # biases in experts
-  moe.expert_dropout = 0.0  # of the experts' hidden units, in training
+  moe.expert_dropout = None  # of hidden units; None: model.hidden_dropout
   moe.init_scale = 1.0  # variance of expert weights times fan-in (Switch: 0.1)
   moe.tokens_per_group = "sequence"  # or a number
   moe.capacity_factor = 2.0  # slots over balanced load; None: dropless (sorted)

@@ -27,7 +27,8 @@ def _54b():
   m.update(d_model=2048, num_layers=24, d_ff=8192, use_bias=True)
   m.update(num_heads=16, num_kv_heads=16, head_dim=128)
   m.update(norm="layer_bias", norm_eps=1e-5, positions="sinusoidal")
-  m.update(dropout=0.3, init_scale=1.0, allow_noncausal=True)
+  m.update(dropout=0.3, attention_dropout=0.1, hidden_dropout=0.0)
+  m.update(embedding_variance=None, init_scale=1.0, allow_noncausal=True)
   m.pattern = ("dense", "dense", "dense", "moe")
   m.attention = {"rope": "none", "bias": "all"}
   moe.update(num_experts=128, top_k=2, d_expert=8192, use_bias=True)

@@ -30,7 +30,7 @@ def encoder_decoder() -> ConfigDict:
   """T5 (1910.10683): its layers, span corruption, and optimizer.
 
   Inputs are of 512 tokens and their targets of 114. Each stack has one table of
-  position biases, and scores are not scaled.
+  position biases, and scores are not scaled. Embeddings begin with a variance of 1.
   """
   c = decoder()
   c.task = {"name": "span_corruption", "z_loss": 1e-4}
@@ -38,6 +38,7 @@ def encoder_decoder() -> ConfigDict:
   c.model.update(name="encoder_decoder", vocab_size=32_128, norm_eps=1e-6)
   c.model.update(pattern=("dense", "moe"), activation="relu", init_scale=0.1)
   c.model.update(tie_embeddings=True, scale_output=True)
+  c.model.embedding_variance = 1.0
   c.model.attention = {
     "rope": "none",
     "position_bias": "shared",

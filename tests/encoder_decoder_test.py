@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from configs import tiny
 from moe_jax import models
@@ -291,6 +292,58 @@ def test_dropout_of_a_model():
   assert np.abs(whole - still).max() > 0.1
   many = [apply(*sides, jax.random.key(i), train=True) for i in range(8)]
   assert len({float(x[0, 0, 0]) for x in many}) == 8
+
+
+RATES = ("attention_dropout", "hidden_dropout", "moe.expert_dropout")
+
+
+@pytest.mark.parametrize(
+  "rate, last",
+  [*zip(RATES, (("out",), ("mlp", "down"), ("experts", "down")))],
+)
+def test_a_part_has_dropout_of_its_own(rate, last):
+  """Nothing drops out where the last matrix of the part gives zeros."""
+  c = section(dtype="float64", dropout=0.3)
+  c.update(dict.fromkeys(RATES[:2], 0.0) | {"dropout": 0.0})
+  c.moe.expert_dropout = 0.0
+  c.update_from_flattened_dict({rate: 0.5})
+  model, params = begun(c)
+  flat = traverse_util.flatten_dict(params)
+  closed = {k: x * 0 if k[-len(last) :] == last else x for k, x in flat.items()}
+  assert closed.keys() == flat.keys()
+  for weights, same in ((flat, False), (closed, True)):
+    weights = traverse_util.unflatten_dict(weights)
+    sides = model, weights, *map(Text, texts())
+    trained, still = (apply(*sides, RNG, train=t) for t in (True, False))
+    assert (np.abs(trained - still).max() < 1e-12) == same
+
+
+@pytest.mark.parametrize("hidden, wanted", [(None, 0.3), (0.2, 0.2)])
+def test_parts_take_the_dropout_of_the_model(hidden, wanted):
+  c = section(dropout=0.3, hidden_dropout=hidden)
+  layer = models.build(c, vocab_size=V).arch.decoder.layer("moe")
+  c.moe.expert_dropout = wanted
+  assert layer == models.build(c, vocab_size=V).arch.decoder.layer("moe")
+  c.moe.expert_dropout = 0.1
+  assert layer != models.build(c, vocab_size=V).arch.decoder.layer("moe")
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_first_weights(scaled):
+  """Scores begin with equal variances, and T5's embeddings with 1."""
+  width, head = 64, 16
+  c = section(d_model=width, head_dim=head, init_scale=0.5)
+  c.attention["scale_scores"] = scaled
+  c.update(embedding_variance=None if scaled else 1.0, tie_embeddings=False)
+  _, params = begun(c)
+  wanted = 0.5 if scaled else 0.5 / head
+  for name in ("attention", "cross"):
+    found = params["decoder"]["0"][name]
+    assert found["query"].var() * width == pytest.approx(wanted, rel=0.2)
+    assert found["key"].var() * width == pytest.approx(0.5, rel=0.2)
+  wanted = 1 / width if scaled else 1.0
+  assert params["embedding"].var() == pytest.approx(wanted, rel=0.2)
+  assert params["head"].var() == pytest.approx(1 / width, rel=0.2)
 
 
 @pytest.mark.parametrize("place", range(7))

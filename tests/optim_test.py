@@ -176,6 +176,40 @@ def test_adafactor_by_hand():
   np.testing.assert_allclose(up_of(update)[1, 2], -u, rtol=1e-3, atol=1e-5)
 
 
+def test_adafactor_takes_heads_together():
+  """As T5X does: a row or a column for each number of each head."""
+  heads, width = 4, 36
+  axes = {"query": ("embed", "heads", None), "out": ("heads", None, "embed")}
+  roles = {name: Role("attention", names) for name, names in axes.items()}
+  rows, columns = LARGE
+  assert columns == heads * width
+
+  def drawn(seed):
+    draw = np.random.default_rng(seed).standard_normal
+    return {
+      "query": draw((rows, heads, width)),
+      "out": draw((heads, width, rows)),
+    }
+
+  def flat(t):
+    return {
+      "query": t["query"].reshape(rows, -1),
+      "out": t["out"].reshape(-1, rows),
+    }
+
+  params, *gradients = map(drawn, range(3))
+  c = options("adafactor")
+  found = moved(c, gradients, params, roles)
+  plain = dict.fromkeys(roles, Role("other", (None, None)))
+  wanted = moved(c, [*map(flat, gradients)], flat(params), plain)
+  for ours, theirs in zip(found, wanted):
+    jax.tree.map(np.testing.assert_array_equal, flat(ours), theirs)
+  numbers = optimizers.numbers(c, 10)["direction"]
+  state = optimizers.load(c).direction(numbers, roles)
+  state = state.init(jax.tree.map(jnp.asarray, params))
+  assert max(x.size for x in jax.tree.leaves(state)) == max(LARGE)
+
+
 def test_muon_is_orthogonal_in_every_matrix_and_of_adams_size():
   (update,) = moved(options("muon"), [tree(1)], tree(0))
   part = update["decoder"]["0"]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from moe_jax.core import parallel, roles
 from moe_jax.core.errors import ConfigError
-from moe_jax.core.options import integer, word
+from moe_jax.core.options import integer, number, optional, word
 from moe_jax.moe import kernels
 from moe_jax.moe.types import Array
 
@@ -20,8 +20,9 @@ class Vocabulary:
   vocab_size, d_model: V, D.
   tie_embeddings: the output layer is the transposed embedding.
   scale_embedding: embeddings are multiplied by sqrt(D) (1706.03762, 3.4).
-  scale_output: vectors are divided by sqrt(D) before the output layer, and the
-    embedding begins with a variance of 1 (T5, 1910.10683).
+  scale_output: vectors are divided by sqrt(D) before the output layer (T5,
+    1910.10683, where it is tied).
+  embedding_variance: with which embeddings begin (T5: 1); None: 1 / D.
   positions: what is added to the vectors: "none", or "sinusoidal" (1706.03762,
     3.5, as M2M-100 counts: sines first, and the first position is 2).
   dtype: of activations; parameters are float32.
@@ -32,6 +33,7 @@ class Vocabulary:
   tie_embeddings: bool
   scale_embedding: bool
   scale_output: bool = False
+  embedding_variance: optional(number(above=0)) = None
   positions: word("none", "sinusoidal") = "none"
   dtype: word("float32", "bfloat16", "float64")
 
@@ -114,9 +116,10 @@ def logits(module: nn.Module, arch: Vocabulary, table_VD, x_BLD, mesh) -> Array:
 
 def _matrix(module, arch, name, axes, part, vocab_size=None):
   sizes = {"vocab": vocab_size or arch.vocab_size, "embed": arch.d_model}
-  is_unit = arch.scale_output and part == "embedding"
-  init = nn.initializers.normal(1.0 if is_unit else arch.d_model**-0.5)
-  init = roles.declared(init, axes, part)
+  variance = 1 / arch.d_model
+  if part == "embedding" and arch.embedding_variance is not None:
+    variance = arch.embedding_variance
+  init = roles.declared(nn.initializers.normal(variance**0.5), axes, part)
   return module.param(name, init, [sizes[axis] for axis in axes])
 
 

@@ -136,6 +136,9 @@ def make(kind: str, model: Mapping, mesh, plugins) -> Layer:
     widths |= {place("d_ff"): (d_ff, "tensor")}
   if "moe" in ffn:
     moe = dict(model["moe"]) | dict(own.get("moe", {}))
+    # Their hidden units drop out as those of dense networks, if nothing is said.
+    rates = moe["expert_dropout"], model["hidden_dropout"], model["dropout"]
+    moe["expert_dropout"] = next(r for r in rates if r is not None)
     recipe, grouping = sparse(moe, place("moe"), mesh, plugins)
     parts = parts._replace(recipe=recipe, grouping=grouping)
     widths |= {f"{place('moe')}.d_expert": (moe["d_expert"], "tensor")}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from moe_jax.core import parallel, roles
 from moe_jax.core.errors import ConfigError
-from moe_jax.core.options import integer, items, number, word
+from moe_jax.core.options import integer, items, number, optional, word
 from moe_jax.models import attention, dropout, norms
 from moe_jax.models.layers import Layer
 from moe_jax.moe import dispatchers, exchange, experts, kernels, linen
@@ -40,7 +40,9 @@ class Stack:
   remat: what of a block the backward pass computes again. "block": all but the
     plan's integers; "dispatch": the rows that experts got and gave are kept
     too, so that nothing is sent twice; "none": nothing.
-  dropout: chance that a number is 0 in training, see `Block`.
+  dropout: chance that a number of a sublayer's output is 0 in training (T5).
+  attention_dropout: of attention's weights; None: as `dropout`.
+  hidden_dropout: of the hidden units of dense networks; None: as `dropout`.
   allow_noncausal: build a decoder though its routing looks ahead.
   mesh: what to run on; None: one device.
   names: of the parameters of prefix and pattern.
@@ -60,6 +62,8 @@ class Stack:
   norm_eps: number(above=0)
   remat: word(*REMAT)
   dropout: number(0, below=1) = 0.0
+  attention_dropout: optional(number(0, below=1)) = None
+  hidden_dropout: optional(number(0, below=1)) = None
   allow_noncausal: bool = False
   mesh: jax.sharding.Mesh | None = None
   names: tuple[str, str] = ("prefix", "decoder")
@@ -139,6 +143,10 @@ class Stack:
       for i, parts in enumerate(map(self.layer, pattern))
       if parts.recipe is not None
     }
+
+  def drops(self, rate: float | None) -> float:
+    """A rate of dropout, which is `dropout` if there is none of its own."""
+    return self.dropout if rate is None else rate
 
   def layer(self, kind: str) -> Layer:
     """The layer of this kind."""
@@ -253,7 +261,8 @@ class Block(nn.Module):
       return parallel.constrain(x_BLD + y, names, m.mesh)
 
     def attend(name, options, context):
-      more = {"dropout": m.dropout} if m.dropout else {}
+      rate = m.drops(m.attention_dropout)
+      more = {"dropout": rate} if rate else {}
       module = options.module(options, m.mesh, name=name, **more)
       context = context._replace(rng_B=next(rngs_B))
       return module(norm(name), context)
@@ -270,7 +279,7 @@ class Block(nn.Module):
       x_BLD = add(y)
     if parts.mlp is not None:
       name = "ffn" if parts.recipe is None else "mlp"
-      mlp = Dense(parts.mlp, m.mesh, m.dropout, name="mlp")
+      mlp = Dense(parts.mlp, m.mesh, m.drops(m.hidden_dropout), name="mlp")
       x_BLD = add(mlp(norm(name), next(rngs_B)))
     return x_BLD, aux
 
@@ -342,7 +351,8 @@ def dropping(stack: Stack, call: Call, rng, first, train: bool):
     rng, first: as in `linen.MoE`.
     train: outside of training nothing is dropped.
   """
-  if not (train and stack.dropout and rng is not None):
+  rates = stack.dropout, stack.attention_dropout, stack.hidden_dropout
+  if not (train and any(rates) and rng is not None):
     return call, lambda x_BLD: x_BLD
   batch = len(call.context.tokens.mask_BL)
   rng_B = dropout.of_rows(rng, batch, first)

@@ -121,7 +121,7 @@ def build(
   activation: word(*ACTIVATIONS) = "swiglu",
   use_bias: bool = False,
   init_scale: number(above=0) = 1.0,
-  expert_dropout: number(0, below=1) = 0.0,
+  expert_dropout: optional(number(0, below=1)) = None,
   grouped_matmul: optional(word(*kernels.BACKENDS)) = None,
 ) -> Experts:
   """E networks of the same width.
@@ -133,13 +133,14 @@ def build(
     use_bias: a bias after each matrix.
     init_scale: variance of the weights times fan-in (Switch takes 0.1).
     expert_dropout: chance that a hidden unit of a row is 0 in training, and the
-      others are larger (2101.03961, 2.4, has 0.4 in fine-tuning).
+      others are larger (2101.03961, 2.4, has 0.4 in fine-tuning); None: 0.
     grouped_matmul: a file of `kernels`, for ragged rows; None: the platform's.
   """
   options = activation, use_bias, init_scale
   mlp = dense(d_expert, *options)
   expert = functools.partial(network, activation)
-  dropping = functools.partial(_dropping, activation, expert_dropout, d_expert)
+  rate = expert_dropout or 0.0
+  dropping = functools.partial(_dropping, activation, rate, d_expert)
 
   def init(rng, num_experts, d_model):
     rngs = jax.random.split(rng, num_experts)
@@ -147,7 +148,7 @@ def build(
 
   def apply(params, rows, rng_GE):
     count_GE, of_rows, x = rows.tokens_per_expert_GE, expert, rows.x
-    if rng_GE is not None and expert_dropout:
+    if rng_GE is not None and rate:
       of_rows, x = dropping, (rows.x, _seeds(rng_GE, rows))
     if count_GE is not None:
       sizes_E = count_GE.sum(0)
@@ -168,7 +169,7 @@ def build(
     axes={k: ("expert", *v) for k, v in mlp.axes.items()},
     apply=apply,
     added_once=mlp.added_once,
-    draws=expert_dropout > 0,
+    draws=rate > 0,
     checked=grouped_matmul is None or kernels.is_checked(grouped_matmul),
     width=d_expert,
     resized=lambda width: build(

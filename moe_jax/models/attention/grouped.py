@@ -22,8 +22,10 @@ class Attention(heads.Heads):
 
   def mixed(self, x_BLD: Array, context: Context) -> Array:
     m, tokens = self.options, context.tokens
-    q = self._heads(x_BLD, "query", "heads", m.num_heads)
     divisor = m.head_dim**0.5 if m.scale_scores else 1.0
+    # Scores begin with the same variance, whether they are scaled or not (T5).
+    scale = divisor**2 / m.head_dim
+    q = self._heads(x_BLD, "query", "heads", m.num_heads, scale)
     if context.is_across:
       k, v = (
         self.kept(name, functools.partial(self._of_memory, name, context))
@@ -56,9 +58,10 @@ class Attention(heads.Heads):
     first = positions.rotate(x_BLHh[..., :turned], tokens.relative_BL, m)
     return jnp.concatenate([first, x_BLHh[..., turned:]], axis=-1)
 
-  def _heads(self, x_BLD, name, logical, number):
+  def _heads(self, x_BLD, name, logical, number, scale=1.0):
     shape, axes = (number, self.options.head_dim), ("embed", logical, None)
-    return self.project(x_BLD, name, shape, axes, self.options.bias != "none")
+    bias = self.options.bias != "none"
+    return self.project(x_BLD, name, shape, axes, bias, scale)
 
   def _norm(self, x_BLHh, name):
     shape = x_BLHh.shape

@@ -34,22 +34,27 @@ class Heads(nn.Module):
     axes = ("heads", None, "embed")
     return self.project(y_BLHv, "out", x_BLD.shape[2:], axes, self.out_bias)
 
-  def parameter(self, name: str, shape, axes, inputs: int = 0) -> Array:
+  def parameter(
+    self, name: str, shape, axes, inputs: int = 0, scale: float = 1.0
+  ) -> Array:
     """A weight that is initialised by its fan-in, or as zeros.
 
     Args:
       name, shape: of the parameter.
       axes: logical axes of the parameter.
       inputs: number of axes that a product sums over; 0: it begins at zero.
+      scale: of its first variance, beside `init_scale`.
     """
     numbers, init = tuple(range(len(shape))), nn.initializers.zeros
     if inputs:
-      how = self.options.init_scale, "fan_in", "truncated_normal"
+      how = self.options.init_scale * scale, "fan_in", "truncated_normal"
       sides = numbers[:inputs], numbers[inputs:]
       init = nn.initializers.variance_scaling(*how, *sides)
     return self.param(name, roles.declared(init, axes, "attention"), shape)
 
-  def project(self, x, name: str, shape, axes, bias=False) -> Array:
+  def project(
+    self, x, name: str, shape, axes, bias: bool = False, scale: float = 1.0
+  ) -> Array:
     """x times the matrix `name`, plus `name`_bias if there is one.
 
     Args:
@@ -58,9 +63,10 @@ class Heads(nn.Module):
       shape: of the result, after B and L.
       axes: logical axes of the matrix.
       bias: whether there is one.
+      scale: see `parameter`.
     """
     inputs = x.ndim - 2
-    w = self.parameter(name, (*x.shape[2:], *shape), axes, inputs)
+    w = self.parameter(name, (*x.shape[2:], *shape), axes, inputs, scale)
     w = parallel.gathered(w.astype(x.dtype), axes, self.mesh)
     x = x.reshape(*x.shape[:2], -1)
     y = kernels.product(x, w.reshape(-1, *shape))

@@ -1,5 +1,7 @@
 """Adafactor (1804.04235) without a relative step size."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,6 +16,8 @@ def build(
   clip: number(above=0) = 1.0,
 ) -> optimizers.Optimizer:
   """Second moments are factored over rows and columns of large matrices.
+
+  A matrix of attention has a side for all heads together.
 
   Updates are clipped in their root mean square and scaled by that of the
   parameter; the schedule is the learning rate.
@@ -51,11 +55,28 @@ def direction(numbers, of_params) -> optax.GradientTransformation:
         g = jax.vmap(g)
       yield g(*args)
 
+  def as_matrices(trees):
+    """The axes of a side of a matrix as one, such as heads and their width."""
+    return jax.tree.map(
+      lambda role, x: x.reshape(_matrix(role, x.shape)), of_params, trees
+    )
+
   def init(params):
-    return tree.unflatten(lifted(of_array.init, (params,)))
+    return tree.unflatten(lifted(of_array.init, (as_matrices(params),)))
 
   def update(updates, state, params):
-    pairs = lifted(of_array.update, (updates, state, params))
-    return tuple(map(tree.unflatten, zip(*pairs)))
+    pairs = lifted(
+      of_array.update, (as_matrices(updates), state, as_matrices(params))
+    )
+    changes, state = map(tree.unflatten, zip(*pairs))
+    return jax.tree.map(lambda u, p: u.reshape(p.shape), changes, params), state
 
   return optax.GradientTransformation(init, update)
+
+
+def _matrix(role, shape):
+  """A shape in which each side of a matrix is one axis."""
+  if role.matrix_axes is None:
+    return shape
+  sides = (math.prod(shape[i] for i in side) for side in role.matrix_axes)
+  return *shape[: len(role.batch_axes)], *sides

@@ -144,7 +144,7 @@ _OF_TOKENS = ("embedding", "source_embedding", "head")
 _OF_MODEL = [
   field.name
   for field in dataclasses.fields(embedding.Vocabulary)
-  if field.name not in ("dtype", *_SIZES)
+  if field.name not in ("dtype", "embedding_variance", *_SIZES)
 ]
 
 
