@@ -4,7 +4,8 @@ Every second layer of encoder and decoder has experts. A token goes to two of
 them, whose weights add up to 1, and to the second one with a probability of twice
 its weight only. The balance loss counts first choices. An expert has slots for
 the balanced load of a group, and all first choices take theirs before second ones,
-in the decoder too, whose training therefore looks ahead. Everything is in float32.
+in the decoder too, whose training therefore looks ahead. A group is the 2048 tokens
+that each of 2048 devices has of a batch of 4 million. Everything is in float32.
 
 The variants are those of the paper's table 1; "600b" has 2048 experts and 36
 layers, 18 on each side. Source and target have vocabularies of their own in the
@@ -40,7 +41,7 @@ def _moe(num_experts, layers):
   c.model.allow_noncausal = True
   moe = c.model.moe
   moe.update(num_experts=num_experts, top_k=2, d_expert=8192, init_scale=1.0)
-  moe.update(capacity_factor=1.0, eval_capacity_factor=None)
+  moe.update(capacity_factor=1.0, eval_capacity_factor=None, min_capacity=0)
   moe.dispatcher = {"name": "gather", "order": "choice"}
   moe.router = {
     "name": "top_k",
@@ -50,4 +51,5 @@ def _moe(num_experts, layers):
   load = {"name": "switch", "coefficient": 0.01, "scope": "group"}
   moe.balancers = {"load": {**load, "count": "first"}}
   c.optim.optimizer = {"name": "adafactor", "most": 0.99}
+  published.groups_of(c.model, 2048, 2048)
   return c

@@ -51,6 +51,7 @@ def encoder_decoder() -> ConfigDict:
   c.optim.update(learning_rate=1e-2, schedule="rsqrt", decay_steps=10_000)
   c.optim.update(warmup_steps=0, weight_decay=0.0, clip_norm=None)
   c.optim.optimizer = {"name": "adafactor"}
+  c.eval.batch_size = 64  # Whole groups of every size below.
   c.train.num_steps = 550_000
   return c
 

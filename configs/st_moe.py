@@ -1,17 +1,21 @@
 """ST-MoE-32B (2202.08906): an encoder-decoder that trains in a stable way.
 
 In every fourth layer a token goes to two of 64 experts, and then passes another
-dense network. The second expert is used with a probability of its share over
-0.2. A loss on the router's logits (z-loss) of 0.001 stands beside the balance
+dense network. In training the second expert is used with a probability of its share
+over 0.2. A loss on the router's logits (z-loss) of 0.001 stands beside the balance
 loss of 0.01. Experts have slots for 1.25 times the tokens of a group in
 training and for 2.0 in evaluation: the paper does not multiply by the two choices,
 so that the factors here are half of these. All first choices take their slots
 before second ones, in the decoder too, whose training therefore looks ahead;
---config.model.moe.dispatcher.order=token and allow_noncausal=False would not.
+--config.model.moe.dispatcher.order=token and allow_noncausal=False would not. A
+group is of 4096 tokens, as in the published config, and on the side of the targets of
+whole rows of 114.
 
-Fine-tuning (4.2, 4.3) has --config.model.dropout=0.1, and moves all parameters or
-some of them, those of dense networks alone, for instance:
+Fine-tuning (4.2, 4.3) has a constant learning rate and dropout, and moves all
+parameters or some of them, those of dense networks alone, for instance:
 
+  --config.optim.schedule=constant --config.optim.learning_rate=1e-3 \
+  --config.model.dropout=0.1 \
   --config.optim.learning_rate_factors="{'dense': 1.0, 'rest': 0.0}"
 
   python -m moe_jax.params --config=configs/st_moe.py:32b
@@ -48,5 +52,5 @@ def _32b():
     "load": {**load, "count": "first"},
     "z": {"name": "z_loss", "coefficient": 0.001},
   }
-  published.groups_of(c.model, 4 * 512, 4 * 114)
+  published.groups_of(c.model, 4096, 32 * 114)
   return c

@@ -13,8 +13,9 @@ The groups are 8192 tokens (Base), 4096 (Large, XXL) or 2048 (C) as in the
 published configs; those of the targets are the whole rows of 114 tokens below.
 The dense model beside Base is `t5_base`.
 
-Fine-tuning has a dropout of 0.1, and 0.4 inside of experts:
+Fine-tuning has a constant learning rate, a dropout of 0.1, and 0.4 inside of experts:
 
+  --config.optim.schedule=constant --config.optim.learning_rate=1e-3 \
   --config.model.dropout=0.1 --config.model.moe.expert_dropout=0.4
 
   python -m moe_jax.params --config=configs/switch.py:base_128

@@ -132,9 +132,10 @@ def test_nllb_to_the_unit():
     ("switch.py:c_2048", (2048, 1824), (2, 2), (2, 2)),
     ("switch.py:xxl_128", (4096, 3648), (40, 35), (128, 114)),
     # Not times two choices, as the paper counts.
-    ("st_moe.py:32b", (2048, 456), (40, 8), (64, 14)),
+    ("st_moe.py:32b", (4096, 3648), (80, 71), (128, 114)),
     # 2 N / E of a group of N tokens.
-    ("gshard.py:37b", (1024, 1024), (16, 16), (16, 16)),
+    ("gshard.py:37b", (2048, 2048), (32, 32), (32, 32)),
+    ("gshard.py:600b", (2048, 2048), (2, 2), (2, 2)),
     ("nllb_moe.py:54b", (512, 512), (8, 8), (512, 512)),
   ],
 )
@@ -150,6 +151,19 @@ def test_capacities(name, tokens, train, evaluation):
       )
       assert found == T
       assert (recipe.bound and recipe.bound.slots) == want
+
+
+GSHARD = ("600b", "200b", "150b", "50b", "37b", "12b")
+SIZES = [f"switch.py:{size}" for size in (*SWITCH, "t5_base")]
+SIZES += [*(f"gshard.py:{size}" for size in GSHARD), "st_moe.py:32b"]
+
+
+@pytest.mark.parametrize("name", [*SIZES, "nllb_moe.py:54b"])
+def test_batches_are_whole_groups(name):
+  """Of training and of evaluation, as a run checks before it begins."""
+  c = load(name)
+  task = program.build_task(c, prepare=False)
+  assert program.build_model(c, task).arch.stacks
 
 
 def routed(name, seed=0, tokens=5):

@@ -139,8 +139,7 @@ def build(
   options = activation, use_bias, init_scale
   mlp = dense(d_expert, *options)
   expert = functools.partial(network, activation)
-  rate = expert_dropout or 0.0
-  dropping = functools.partial(_dropping, activation, rate, d_expert)
+  dropping = functools.partial(_dropping, activation, expert_dropout, d_expert)
 
   def init(rng, num_experts, d_model):
     rngs = jax.random.split(rng, num_experts)
@@ -148,7 +147,7 @@ def build(
 
   def apply(params, rows, rng_GE):
     count_GE, of_rows, x = rows.tokens_per_expert_GE, expert, rows.x
-    if rng_GE is not None and rate:
+    if rng_GE is not None and expert_dropout:
       of_rows, x = dropping, (rows.x, _seeds(rng_GE, rows))
     if count_GE is not None:
       sizes_E = count_GE.sum(0)
@@ -169,7 +168,7 @@ def build(
     axes={k: ("expert", *v) for k, v in mlp.axes.items()},
     apply=apply,
     added_once=mlp.added_once,
-    draws=rate > 0,
+    draws=bool(expert_dropout),
     checked=grouped_matmul is None or kernels.is_checked(grouped_matmul),
     width=d_expert,
     resized=lambda width: build(
