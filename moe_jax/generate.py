@@ -112,10 +112,12 @@ def _without_begin(tokenizer, text):
 def with_sentinels(loaded: trained.Trained) -> trained.Trained:
   """The same, whose tokenizer writes the sentinels of span corruption as T5's.
 
-  They are the tokens after those of the tokenizer, see `data.spans`.
+  They are the tokens after those of the tokenizer, unless `task.sentinels` names
+  some that the tokenizer knows itself, see `data.spans`.
   """
   config, tokenizer = loaded.config, loaded.tokenizer
-  if config is None or config.task.name != "span_corruption":
+  task = {} if config is None else config.task
+  if task.get("name") != "span_corruption" or task.get("sentinels"):
     return loaded
   first = tokenizer.vocab_size
   number = loaded.model.arch.vocab_size - first

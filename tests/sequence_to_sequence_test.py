@@ -199,6 +199,42 @@ def test_what_the_model_is_told():
   assert pair_task().given == {"vocab_size": V, "end_of_document": None}
 
 
+@pytest.mark.parametrize(
+  "name, own, size",
+  [
+    ("span_corruption", {"end": 1, "start": 0, "sentinels": (300, -1)}, 301),
+    ("span_corruption", {"end": 1, "start": 0, "sentinels": (3, 1)}, V - 1),
+    ("span_corruption", {"end": 1, "start": 0}, None),
+    ("translation", {"end": 1, "start": 0}, V - 1),
+    ("translation", {"start": 400}, 401),
+  ],
+)
+def test_tokens_that_a_published_model_knows(name, own, size):
+  """In the place of ours and of nothing else; the model has these alone."""
+  task, usual = TASKS[name](**own), TASKS[name]()
+  assert task.given["vocab_size"] == size or usual.given["vocab_size"]
+  assert (task.end, task.start) == (own.get("end"), own.get("start"))
+  batch, old = (made.train(0, None)[0] for made in (task, usual))
+  end, start = own.get("end", V - 1), own.get("start", V - 1)
+  first, step = own.get("sentinels", (V, 1))
+  ours = {V - 1: end} | {V + n: first + step * n for n in range(9)}
+  replace = np.vectorize(lambda token: ours.get(token, token))
+  for side in ("inputs", "targets"):
+    mask = old[f"{side}_mask"]
+    wanted = np.where(mask, replace(old[side]), 0)
+    np.testing.assert_array_equal(batch[side], wanted)
+    assert (old[side] == V - 1).any()
+  before = old["decoder_inputs"]
+  document = old["targets_document"]
+  begins = np.ones_like(document, bool)
+  begins[..., 1:] = document[..., 1:] != document[..., :-1]
+  wanted = np.where(begins, start, replace(before)) * old["targets_mask"]
+  np.testing.assert_array_equal(batch["decoder_inputs"], wanted)
+  domain, batch = next(iter(task.validation(None)))
+  assert (batch["inputs"] == end).any()
+  assert ((batch["inputs"] == V - 1).any()) == ("end" not in own)
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_the_tokenizer_alone_gives_a_task_of_the_same_shapes(name):
   """As for the parameters of a config, or a plan."""
@@ -216,13 +252,21 @@ def test_the_tokenizer_alone_gives_a_task_of_the_same_shapes(name):
 def test_options_reach_the_batches():
   c = tiny.get_config()
   c.task = {"name": "translation", "packing": False, "too_long": "drop"}
+  special = {"end": 1, "start": 0}
+  c.task.update(special)
   made = program.build_task(c, prepare=False)
   want = pairs.Packing(
-    inputs_length=64, targets_length=64, several=False, too_long="drop"
+    inputs_length=64,
+    targets_length=64,
+    several=False,
+    too_long="drop",
+    **special,
   )
   for call in (made.train, made.validation):
     assert call.keywords["packing"] == want
+  special["sentinels"] = (300, -1)
   c.task = {"name": "span_corruption", "mean_span": 4.0, "noise_density": 0.2}
+  c.task.update(special)
   for separate in (True, False):
     c.data.separate_documents = separate
     made = program.build_task(c, prepare=False)
@@ -231,6 +275,7 @@ def test_options_reach_the_batches():
       mean_span=4.0,
       noise_density=0.2,
       separate_documents=separate,
+      **special,
     )
     for call in (made.train, made.validation):
       assert call.keywords["corruption"] == want
@@ -259,6 +304,13 @@ def test_options_reach_the_batches():
       {},
       "targets_length = 3 is less",
     ),
+    (
+      ("span_corruption", {"sentinels": (1, -1)}),
+      {},
+      r"task.sentinels = \(1, -1\) are not",
+    ),
+    (("span_corruption", {"sentinels": (2, 0)}), {}, "task.sentinels = "),
+    (("span_corruption", {"end": -1}), {}, "task.end = -1"),
     (("span_corruption", {"z_loss": -1.0}), {}, "task.z_loss = -1.0 is not"),
     (("span_corruption", {}), {"seq_len": 2}, "data.seq_len = 2 has no room"),
     (("translation", {"targets_length": 0}), {}, "targets_length = 0 is not"),

@@ -223,9 +223,9 @@ def test_sides_are_those_of_the_oracle(length, seed, share, separate):
   assert (firsts.sum(axis=1) == num_spans).all()
   assert not noise_RN[:, 0].any() and noise_RN[:, -1].all()
   is_end = (token_RN == END) & separate
-  found = spans.corrupt(
-    token_RN, noise_RN, is_end.cumsum(axis=1) - is_end, sentinel=V, end=END
-  )
+  tokens = {"sentinels": np.arange(V, V + num_spans), "end": END}
+  document_RN = is_end.cumsum(axis=1) - is_end
+  found = spans.corrupt(token_RN, noise_RN, document_RN, **tokens)
   for row, (tokens, noise) in enumerate(zip(token_RN.tolist(), noise_RN)):
     for side, want in zip(SIDES, corrupted(tokens, noise, separate)):
       got = zip(

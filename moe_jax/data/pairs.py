@@ -36,14 +36,15 @@ class Packing:
   too_long: what is done with a pair that is longer than a row, or has an empty
     side. "error" refuses both, "drop" leaves both out; "truncate" shortens what
     is too long to the row, with its end, and refuses empty sides.
-  start: the token before the first of each target; None: that which ends a
-    document.
+  end: the token that ends both sides of a pair; None: that which ends a document.
+  start: the token before the first of each target; None: `end`.
   """
 
   inputs_length: int
   targets_length: int
   several: bool = True
   too_long: str = "error"
+  end: int | None = None
   start: int | None = None
 
   @property
@@ -290,7 +291,8 @@ def _batch(corpus, packing, pairs, rows, domains):
     rows: numbers of the pairs of the first rows.
     domains: number of the domain of every row.
   """
-  end, start = corpus.end_of_document, packing.start
+  end = corpus.end_of_document if packing.end is None else packing.end
+  start = end if packing.start is None else packing.start
   counts = np.array([len(row) for row in rows], int)
   row_K = np.repeat(np.arange(len(rows)), counts)
   of_pairs = {
@@ -302,7 +304,7 @@ def _batch(corpus, packing, pairs, rows, domains):
   for side, (name, length) in enumerate(packing.limits.items()):
     shape = len(domains), length
     batch |= _side(pairs, side, name, shape, end, **of_pairs)
-  return batches.with_decoder_inputs(batch, end if start is None else start)
+  return batches.with_decoder_inputs(batch, start)
 
 
 def _side(pairs, side, name, shape, end, *, pair_K, row_K, first_K):

@@ -4,7 +4,7 @@ A window of text is cut into runs of tokens that are kept and runs that are not,
 in turn. The inputs are the window with one sentinel in place of each run that is
 not kept, a noise span. The targets are these spans, each behind its sentinel. An
 end token follows on both sides. The sentinels of a row are the tokens after the
-vocabulary of the corpus, in ascending order.
+vocabulary of the corpus, in ascending order, unless others are named.
 
   window   a b c d e f g h     noise: c d and h
   inputs   a b V e f g V+1 end
@@ -38,7 +38,10 @@ class Corruption:
   separate_documents: tokens carry the number of their document in the row. A
     target span, with its sentinels, is of the document of its first token, and
     the end token is of the last span's. Otherwise all are of document 0.
-  start: the token before the first target; None: that which ends a document.
+  sentinels: (the first one, 1 or -1): they ascend or descend from there, such as
+    (32099, -1), the <extra_id_...> of T5; None: the tokens after the vocabulary.
+  end: the token that ends a document, and both sides; None: that of the corpus.
+  start: the token before the first target; None: `end`.
 
   Raises:
     ConfigError: values that do not go together.
@@ -49,6 +52,8 @@ class Corruption:
   mean_span: float = 3.0
   targets_length: int | None = None
   separate_documents: bool = False
+  sentinels: tuple[int, int] | None = None
+  end: int | None = None
   start: int | None = None
 
   def __post_init__(self):
@@ -59,6 +64,12 @@ class Corruption:
         f"task.targets_length = {given} is less than the {needed} tokens of the"
         f" targets for data.seq_len = {self.inputs_length}; give {needed} or"
         " more, or None"
+      )
+    first, step = self.sentinels or (0, 1)
+    if abs(step) != 1 or first + step * (self.num_sentinels - 1) < 0:
+      raise ConfigError(
+        f"task.sentinels = {self.sentinels} are not the first one and 1 or -1, with"
+        f" {self.num_sentinels} tokens from there on; a row has as many spans"
       )
 
   @property
@@ -73,6 +84,11 @@ class Corruption:
   def num_sentinels(self) -> int:
     """The most noise spans that a row has."""
     return counts(self.lengths[0], self.noise_density, self.mean_span)[1]
+
+  def of_spans(self, vocab_size: int) -> np.ndarray:
+    """The sentinels of a row's spans, for a corpus of so many tokens."""
+    first, step = self.sentinels or (vocab_size, 1)
+    return first + step * np.arange(self.num_sentinels)
 
 
 def lengths(
@@ -158,7 +174,7 @@ def corrupt(
   noise_RN: np.ndarray,
   document_RN: np.ndarray,
   *,
-  sentinel: int,
+  sentinels: np.ndarray,
   end: int,
 ) -> batches.Batch:
   """Returns the two sides of windows.
@@ -167,7 +183,7 @@ def corrupt(
     token_RN: the windows.
     noise_RN: from `noise`: equally many tokens and spans in every row.
     document_RN: number of the document of every token in its row.
-    sentinel: the first sentinel.
+    sentinels: of the first span, the second, ...
     end: the token at the end of both sides.
 
   Returns:
@@ -176,10 +192,11 @@ def corrupt(
   """
   first_RN = _first(noise_RN)
   of_span_RS = document_RN[first_RN].reshape(len(token_RN), -1)
-  inputs, stay_RN = _shortened(token_RN, noise_RN, sentinel)
+  inputs, stay_RN = _shortened(token_RN, noise_RN, sentinels)
   documents = document_RN[stay_RN].reshape(inputs.shape)
-  targets, _ = _shortened(token_RN, ~noise_RN, sentinel)
-  span_RL = np.cumsum(targets >= sentinel, axis=1) - 1
+  targets, stay_RN = _shortened(token_RN, ~noise_RN, sentinels)
+  is_sentinel_RL = ~noise_RN[stay_RN].reshape(targets.shape)
+  span_RL = np.cumsum(is_sentinel_RL, axis=1) - 1
   ends = np.full((len(token_RN), 1), end), of_span_RS[:, -1:]
   sides = {
     "inputs": (inputs, ends[0]),
@@ -197,7 +214,7 @@ def _first(noise_RN):
   return first_RN
 
 
-def _shortened(token_RN, gone_RN, sentinel):
+def _shortened(token_RN, gone_RN, sentinels):
   """Rows with a sentinel in place of each run of tokens that are gone.
 
   Returns:
@@ -206,7 +223,7 @@ def _shortened(token_RN, gone_RN, sentinel):
   first_RN = _first(gone_RN)
   number_RN = np.cumsum(first_RN, axis=1) - 1
   stay_RN = ~gone_RN | first_RN
-  rows = np.where(first_RN, sentinel + number_RN, token_RN)[stay_RN]
+  rows = np.where(first_RN, sentinels[number_RN], token_RN)[stay_RN]
   return rows.reshape(len(token_RN), -1), stay_RN
 
 
@@ -307,7 +324,9 @@ def _batch(corpus, corruption, seed, places, windows, domains):
     windows: the tokens of these.
     domains: number of the domain of every row.
   """
-  end, start = corpus.end_of_document, corruption.start
+  end = corpus.end_of_document if corruption.end is None else corruption.end
+  start = end if corruption.start is None else corruption.start
+  sentinels = corruption.of_spans(corpus.vocab_size)
   sides = {"inputs": corruption.inputs_length}
   sides["targets"] = corruption.lengths[1]
   batch = {"domain": domains.astype(np.int32)}
@@ -320,11 +339,13 @@ def _batch(corpus, corruption, seed, places, windows, domains):
     rows = np.flatnonzero(sizes == size)
     token_RN = np.stack([windows[row] for row in rows]).astype(np.int32)
     noise_RN = noise(seed, places[rows], size, corruption)
-    is_end = (token_RN == end) & corruption.separate_documents
-    documents = np.cumsum(is_end, axis=1) - is_end
-    tokens = {"sentinel": corpus.vocab_size, "end": end}
+    ends_RN = token_RN == corpus.end_of_document
+    token_RN[ends_RN] = end
+    ends_RN &= corruption.separate_documents
+    documents = np.cumsum(ends_RN, axis=1) - ends_RN
+    tokens = {"sentinels": sentinels, "end": end}
     for name, own in corrupt(token_RN, noise_RN, documents, **tokens).items():
       batch[name][rows, : own.shape[1]] = own
       if name in sides:
         batch[f"{name}_mask"][rows, : own.shape[1]] = True
-  return batches.with_decoder_inputs(batch, end if start is None else start)
+  return batches.with_decoder_inputs(batch, start)

@@ -41,6 +41,8 @@ class Task:
   name: of the data.
   fingerprint: changes when the data does.
   sources: what the data was made of, for run.json.
+  end, start: the token that ends a text, and the one that an encoder-decoder begins
+    to write with; None: the tokenizer's end, and `end`.
   """
 
   spec: Mapping[str, jax.ShapeDtypeStruct]
@@ -59,6 +61,8 @@ class Task:
   name: str = ""
   fingerprint: str = ""
   sources: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  end: int | None = None
+  start: int | None = None
 
 
 PART = Task  # `build` of each file returns one.

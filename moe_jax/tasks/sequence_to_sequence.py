@@ -3,7 +3,7 @@
 import functools
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +98,20 @@ def _more(logits_BLV, mask_BL, total, z_loss, label_smoothing):
   return more
 
 
+def vocab_size(corpus, rows, sentinels: Sequence[int] = ()) -> int:
+  """V: the tokens of a corpus, and those that its rows have beside.
+
+  Args:
+    corpus: of the run.
+    rows: a `spans.Corruption` or a `pairs.Packing`.
+    sentinels: of its spans.
+  """
+  # The end of a document is the last token, and has another one in its place.
+  own = corpus.vocab_size - (rows.end is not None)
+  given = [x for x in (rows.end, rows.start) if x is not None]
+  return max(own, *(int(x) + 1 for x in (*given, *sentinels)), 1)
+
+
 def of_corpus(config, corpus, data, **how) -> dict:
   """The fields of `Task` that depend on the text.
 
@@ -105,9 +119,12 @@ def of_corpus(config, corpus, data, **how) -> dict:
     config: of the run.
     corpus: from `mixed.prepare`; or one without text.
     data: the module that makes batches of it, `spans` or `pairs`.
-    **how: further arguments of its functions.
+    **how: the argument of its functions that says how rows are made.
   """
+  (rows,) = how.values()
   return {
+    "end": rows.end,
+    "start": rows.start,
     "train": functools.partial(
       data.train_batches,
       corpus,

@@ -1,6 +1,6 @@
 """Span corruption: an encoder-decoder fills in spans of a text (T5, 1910.10683)."""
 
-from moe_jax.core.options import integer, number, optional
+from moe_jax.core.options import integer, items, number, optional
 from moe_jax.data import corpora, mixed, spans, tokenizers
 from moe_jax.tasks import Task, sequence_to_sequence
 
@@ -13,6 +13,9 @@ def build(
   noise_density: number(above=0, below=1) = 0.15,
   mean_span: number(low=1) = 3.0,
   targets_length: optional(integer(1)) = None,
+  sentinels: optional(items((integer(0), integer(-1, 1)))) = None,
+  end: optional(integer(0)) = None,
+  start: optional(integer(0)) = None,
   z_loss: number(low=0) = 0.0,
   label_smoothing: number(0, below=1) = 0.0,
 ) -> Task:
@@ -25,6 +28,8 @@ def build(
     noise_density: share of the tokens that are taken out of the inputs.
     mean_span: mean tokens of a span that is taken out.
     targets_length: tokens of a row of targets; None: as many as there are.
+    sentinels, end, start: tokens that a published model knows, see
+      `spans.Corruption`; None: new ones, after the vocabulary.
     z_loss, label_smoothing: see `sequence_to_sequence.scoring`.
 
   Raises:
@@ -37,6 +42,7 @@ def build(
     mean_span=mean_span,
     targets_length=targets_length,
     separate_documents=data.separate_documents,
+    **{"sentinels": sentinels, "end": end, "start": start},
   )
   if prepare:
     corpus = mixed.prepare(
@@ -63,7 +69,9 @@ def of_corpus(
   _, targets = corruption.lengths
   return sequence_to_sequence.scoring(
     {"inputs": corruption.inputs_length, "targets": targets},
-    corpus.vocab_size + corruption.num_sentinels,
+    sequence_to_sequence.vocab_size(
+      corpus, corruption, corruption.of_spans(corpus.vocab_size)
+    ),
     mesh=mesh,
     **losses,
     **sequence_to_sequence.of_corpus(

@@ -18,6 +18,8 @@ def build(
   targets_length: optional(integer(1)) = None,
   packing: bool = True,
   too_long: pairs.TOO_LONG = "error",
+  end: optional(integer(0)) = None,
+  start: optional(integer(0)) = None,
   z_loss: number(low=0) = 0.0,
   label_smoothing: number(0, below=1) = 0.0,
 ) -> Task:
@@ -32,6 +34,8 @@ def build(
     targets_length: tokens of a row of targets; None: those of inputs.
     packing: whether a row has several pairs, which do not see each other.
     too_long: "error", "drop" or "truncate", see `pairs.Packing`.
+    end, start: tokens that a published model knows, see `pairs.Packing`; None: a
+      new one, after the vocabulary.
     z_loss, label_smoothing: see `sequence_to_sequence.scoring`.
 
   Raises:
@@ -58,6 +62,7 @@ def build(
     targets_length=targets_length or data.seq_len,
     several=packing,
     too_long=too_long,
+    **{"end": end, "start": start},
   )
   more = {"z_loss": z_loss, "label_smoothing": label_smoothing}
   return of_corpus(config, corpus, rows, mesh, **more)
@@ -76,7 +81,7 @@ def of_corpus(
   """
   return sequence_to_sequence.scoring(
     packing.limits,
-    corpus.vocab_size,
+    sequence_to_sequence.vocab_size(corpus, packing),
     num_bytes_V=np.asarray(corpus.num_bytes_V, np.int32),
     mesh=mesh,
     **losses,

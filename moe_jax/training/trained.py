@@ -141,8 +141,9 @@ def of_run(
   step, variables = checkpoint.load_step(folder, ema)
   if mesh is not None:
     variables = jax.device_put(variables, models.shardings(model))
-  ends = (tokenizer.end,)  # Which is before the first target, too.
-  return Trained(model, variables, tokenizer, ends, config, step, ends)
+  end = tokenizer.end if task.end is None else task.end
+  start = end if task.start is None else task.start
+  return Trained(model, variables, tokenizer, (end,), config, step, (start,))
 
 
 def is_published(path: pathlib.Path) -> bool:
