@@ -11,14 +11,18 @@ from moe_jax.training import trained
 
 def main(argv=None) -> int:
   """The command."""
-  args = _arguments(argv)
+  args, overrides = _arguments(argv)
 
   from moe_jax.tasks import next_token
   from moe_jax.training import traces
 
   loaded = trained.load(args, dropless=args.dropless)
   if len(loaded.model.arch.stacks) > 1:
-    return _of_two_texts(args, loaded)
+    return _of_two_texts(args, overrides, loaded)
+  if args.config:
+    raise ConfigError(
+      "--config names the task of a published encoder-decoder; leave it out"
+    )
   settings, corpus = _settings(args, loaded), _text(args, loaded)
   if args.trace:
     command.check_writable(args.trace)
@@ -56,23 +60,67 @@ def _report(sums, task, model, **more) -> dict:
   return {"metrics": values, "shares": rows}
 
 
-def _of_two_texts(args, loaded) -> int:
-  """The metrics of a run's own task, on its data or others."""
+def _of_two_texts(args, overrides, loaded) -> int:
+  """The metrics of an encoder-decoder on its task."""
   from moe_jax import models
+  from moe_jax.models import embedding
   from moe_jax.tasks import bleu
   from moe_jax.training import evaluation, program
 
-  run = loaded.config
-  if run is None:
-    raise ConfigError(
-      "--hf is of an encoder-decoder, whose task this command does not know; start a"
-      " run of one step with --config.init_from=DIR and evaluate that"
-    )
   if args.trace:
     raise ConfigError(
       "--trace has the experts of one sequence of tokens, and an encoder-decoder has"
       " two; leave it out"
     )
+  config = _task_of(args, overrides, loaded)
+  if args.bleu:
+    bleu.check(config)
+  arch = loaded.model.arch
+  task = program.build_task(config, arch.mesh)
+  embedding.size(arch.vocab_size, task.given["vocab_size"])
+  models.check(
+    loaded.model,
+    lengths=task.lengths,
+    batches={"--batch_size": config.eval.batch_size},
+    mesh=arch.mesh,
+  )
+  sums = evaluation.of_task(loaded.model, loaded.variables, task)
+  scored = sum(int(part["loss"].weight) for part in sums.values())
+  lengths = " and ".join(f"{n} {name}" for name, n in task.lengths.items())
+  print(f"{scored} target tokens, in rows of {lengths}")
+  more, signature = {}, None
+  if args.bleu:
+    loaded = trained.load(args)  # Texts are written without slots.
+    more, signature = bleu.of_run(loaded, task, args.bleu, args.beams)
+  told = _report(sums, task, loaded.model, **more)
+  if signature:
+    told["bleu_signature"] = signature
+    print(f"\nBLEU as sacrebleu computes it: {signature}")
+  if args.json:
+    command.write_json(args.json, told)
+  return 0
+
+
+def _task_of(args, overrides, loaded):
+  """The config of a run; or of a file, with the tokens of published weights."""
+  config = loaded.config
+  if config is not None and args.config:
+    raise ConfigError(
+      "--checkpoint has the task of its run; leave --config out, or give --hf"
+    )
+  if config is None:
+    if not args.config:
+      raise ConfigError(
+        "--hf is of an encoder-decoder, whose task its folder does not name; give a"
+        " config that does, such as --config=configs/switch.py:base_8"
+      )
+    trust = args.trust_plugins
+    config = config_lib.load(args.config, overrides, trust_plugins=trust)
+    with config.unlocked():
+      config.data.tokenizer = loaded.tokenizer.name
+      tokens = {"end": loaded.ends, "start": loaded.start}
+      known = {k: ids[0] for k, ids in tokens.items() if ids}
+      config.task = known | dict(config.task)
   given = {
     "data.name": args.dataset,
     "data.dir": args.data_dir,
@@ -81,25 +129,7 @@ def _of_two_texts(args, loaded) -> int:
     "eval.batches_per_domain": args.batches_per_domain,
   }
   texts = [f"{k}={x!r}" for k, x in given.items() if x is not None]
-  config = config_lib.overridden(run, texts)
-  task = program.build_task(config, loaded.model.arch.mesh)
-  models.check(
-    loaded.model,
-    lengths=task.lengths,
-    batches={"--batch_size": config.eval.batch_size},
-    mesh=loaded.model.arch.mesh,
-  )
-  sums = evaluation.of_task(loaded.model, loaded.variables, task)
-  scored = sum(int(part["loss"].weight) for part in sums.values())
-  lengths = " and ".join(f"{n} {name}" for name, n in task.lengths.items())
-  print(f"{scored} target tokens, in rows of {lengths}")
-  more = {}
-  if args.bleu:
-    more = bleu.of_run(loaded, config, task, args.bleu, args.beams)
-  told = _report(sums, task, loaded.model, **more)
-  if args.json:
-    command.write_json(args.json, told)
-  return 0
+  return config_lib.overridden(config, texts)
 
 
 def _arguments(argv):
@@ -120,11 +150,16 @@ def _arguments(argv):
   add("--bleu", type=count, metavar="N", help=words)
   words = "texts of a search that --bleu keeps (default: 4)"
   add("--beams", type=count, default=4, help=words)
+  words = "with the task of a published encoder-decoder, and its data"
+  add("--config", metavar="FILE[:VARIANT]", help=words)
   add("--json", metavar="PATH", help="metrics, and shares of experts")
-  args = parser.parse_args(argv)
-  if args.dataset is None and (args.hf or args.data_dir):
+  args, overrides = config_lib.parse_overrides(parser, argv)
+  if overrides and not args.config:
+    raise ConfigError(f"--config.{overrides[0]} changes a --config; give one")
+  needs = args.data_dir or (args.hf and not args.config)
+  if args.dataset is None and needs:
     raise ConfigError("give the text to evaluate on with --dataset=NAME")
-  return args
+  return args, overrides
 
 
 def _text(args, loaded):

@@ -467,6 +467,21 @@ def test_what_we_train_can_be_saved(name, model_type, tmp_path):
   flags = [f"--hf={tmp_path / 'out'}", "--dataset=python_sources"]
   with pytest.raises(ConfigError, match="is of an encoder-decoder"):
     evaluate.main(flags)
+  # A config names the task, whose tokens are those of the files.
+  (tmp_path / "train.jsonl").write_text(
+    "".join(
+      json.dumps({"text": f"{i} sour grapes."}) + "\n" for i in range(400)
+    )
+  )
+  flags = [f"--hf={tmp_path / 'out'}", f"--json={tmp_path / 'json'}"]
+  flags += ["--dataset=mine", f"--data_dir={tmp_path}", "--seq_len=24"]
+  flags += ["--config=configs/switch.py:tiny", "--batches_per_domain=1"]
+  flags += [f"--config.data.cache_dir={tmp_path / 'cache'}"]
+  assert evaluate.main(flags) == 0
+  told = json.loads((tmp_path / "json").read_text())
+  assert 4 < -told["metrics"]["neg_log_perplexity"] < 20
+  with pytest.raises(ConfigError, match="vocab_size = 288 is less than"):
+    evaluate.main([*flags, "--config.task.sentinels=(400, -1)"])
 
 
 def test_slots_are_a_part_of_what_is_saved(tmp_path):

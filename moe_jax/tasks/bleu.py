@@ -1,7 +1,8 @@
 """BLEU of the texts that an encoder-decoder writes for the sources of its task."""
 
+import collections
+import importlib.util
 import itertools
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -11,33 +12,36 @@ from moe_jax.models import beam, decoding
 _AT_ONCE = 16  # Sources of a search.
 
 
-def of_run(
-  loaded, config, task, number: int, num_beams: int
-) -> dict[str, float]:
-  """{"bleu": of the corpus, "bleu_pairs": how many pairs it is of}.
-
-  Args:
-    loaded: a `trained.Trained`.
-    config: of the task.
-    task: translation, with batches.
-    number: of the first validation pairs that are translated.
-    num_beams: see `beam.Beams`; 1: the most probable tokens.
-
-  Raises:
-    ConfigError: another task, or sacrebleu is not installed.
-  """
+def check(config) -> None:
+  """Raises ConfigError for another task, or without sacrebleu."""
   if config.task.name != "translation":
     raise ConfigError(
       f"--bleu is for the task translation, and this run has {config.task.name};"
       " leave it out"
     )
-  try:
-    import sacrebleu
-  except ImportError:
+  if importlib.util.find_spec("sacrebleu") is None:
     raise ConfigError(
       "--bleu needs the extra bleu: pip install 'moe_jax[bleu]'"
-    ) from None
-  pairs = [*itertools.islice(_pairs(task), number)]
+    )
+
+
+def of_run(
+  loaded, task, number: int, num_beams: int
+) -> tuple[dict[str, float], str]:
+  """({"bleu": of the corpus, "bleu_pairs": how many pairs it is of}, its signature).
+
+  The reference is the text that the tokens of a target stand for.
+
+  Args:
+    loaded: a `trained.Trained`, which generation takes.
+    task: translation, with batches; see `check`.
+    number: of the validation pairs that are translated, the first ones of all
+      domains in turn.
+    num_beams: see `beam.Beams`; 1: the most probable tokens.
+  """
+  from sacrebleu.metrics import BLEU
+
+  pairs = [*itertools.islice(_in_turn(_pairs(task, number)), number)]
   beams = beam.Beams(num_beams) if num_beams > 1 else None
   ends, written = loaded.ends, []
   for first in range(0, len(pairs), _AT_ONCE):
@@ -53,22 +57,38 @@ def of_run(
     )
     written += [_text(loaded, row) for row in made.tokens_BN]
   wanted = [_text(loaded, target) for _, target in pairs]
-  score = sacrebleu.corpus_bleu(written, [wanted]).score
-  return {"bleu": score, "bleu_pairs": float(len(pairs))}
+  metric = BLEU()
+  score = metric.corpus_score(written, [wanted]).score
+  values = {"bleu": score, "bleu_pairs": float(len(pairs))}
+  return values, str(metric.get_signature())
 
 
-def _pairs(task) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """(source, target) of the validation pairs, tokens with their ends."""
-  for _, batch in task.validation(None):
-    for row in range(len(batch["inputs"])):
-      sides = []
-      for side in ("inputs", "targets"):
-        real = batch[f"{side}_mask"][row]
-        document = batch[f"{side}_document"][row][real]
-        tokens = batch[side][row][real]
-        cuts = np.flatnonzero(np.diff(document)) + 1
-        sides.append(np.split(tokens, cuts) if tokens.size else [])
-      yield from zip(*sides, strict=True)
+def _in_turn(pairs):
+  """The first pair of every domain, then the second ones, ..."""
+  for several in itertools.zip_longest(*pairs.values()):
+    yield from filter(None, several)
+
+
+def _pairs(task, most):
+  """{domain: its first (source, target)}, tokens with their ends."""
+  found = collections.defaultdict(list)
+  for domain, batch in task.validation(None):
+    if len(found[domain]) < most:
+      found[domain] += _of_batch(batch)
+  return found
+
+
+def _of_batch(batch):
+  """Yields (source, target) of the pairs of its rows."""
+  for row in range(len(batch["inputs"])):
+    sides = []
+    for side in ("inputs", "targets"):
+      real = batch[f"{side}_mask"][row]
+      document = batch[f"{side}_document"][row][real]
+      tokens = batch[side][row][real]
+      cuts = np.flatnonzero(np.diff(document)) + 1
+      sides.append(np.split(tokens, cuts) if tokens.size else [])
+    yield from zip(*sides, strict=True)
 
 
 def _text(loaded, tokens) -> str:

@@ -1,0 +1,90 @@
+"""BLEU of a run: of which pairs, and what sacrebleu says."""
+
+import argparse
+import json
+
+import jax
+import numpy as np
+import pytest
+import sacrebleu
+
+from configs import tiny
+from moe_jax import evaluate, models
+from moe_jax.core.errors import ConfigError
+from moe_jax.models import decoding
+from moe_jax.tasks import bleu
+from moe_jax.training import checkpoint, program, trained
+from tests import beam_test, encoder_decoder_test
+
+PAIRS = [(f"{i} grapes", f"{i} sour grapes hang too high") for i in range(6)]
+
+
+@pytest.fixture
+def translator(tmp_path, monkeypatch):
+  """The folder of a run of translation in two domains, with the run's slots."""
+  c = tiny.get_config()
+  for name, texts in (("a", PAIRS[:4]), ("b", PAIRS[4:])):
+    (tmp_path / name).mkdir()
+    lines = "".join(f"{source}\t{target}\n" for source, target in texts)
+    for split in ("train", "validation"):
+      (tmp_path / name / f"{split}.tsv").write_text(lines)
+  c.data.mixture = {n: {"name": n, "dir": str(tmp_path / n)} for n in "ab"}
+  c.data.cache_dir = str(tmp_path / "cache")
+  c.task = {"name": "translation"}
+  slots = {"capacity_factor": 2.0, "dispatcher": {"name": "gather"}}
+  slots |= {"tokens_per_group": 64, "min_capacity": 4}
+  c.model = encoder_decoder_test.section(encoder={"moe": slots})
+  c.model.moe.update(slots)
+  c.model.allow_noncausal = True
+  (tmp_path / "config.json").write_text(c.to_json())
+  task = program.build_task(c)
+  model = models.build(c.model, **task.given)
+  variables = jax.tree.map(np.float32, beam_test.random_variables(model))
+  monkeypatch.setattr(checkpoint, "load_step", lambda *a: (7, variables))
+  return tmp_path, task
+
+
+def test_the_bleu_of_a_run(translator, tmp_path, capsys):
+  """Also of a run whose slots no single token has."""
+  run, _ = translator
+  path = tmp_path / "out.json"
+  flags = [f"--checkpoint={run}", "--bleu=3", "--beams=2", f"--json={path}"]
+  assert evaluate.main(flags) == 0
+  told = json.loads(path.read_text())
+  assert told["metrics"]["bleu_pairs"] == 3
+  assert told["metrics"]["bleu"] < 1
+  assert "BLEU as sacrebleu computes it: nrefs:1" in capsys.readouterr().out
+  assert "tok:13a" in told["bleu_signature"]
+
+
+def test_what_has_no_bleu(monkeypatch):
+  config = argparse.Namespace(task=argparse.Namespace(name="span_corruption"))
+  with pytest.raises(ConfigError, match="this run has span_corruption"):
+    bleu.check(config)
+  config.task.name = "translation"
+  monkeypatch.setattr(bleu.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ConfigError, match="extra bleu"):
+    bleu.check(config)
+
+
+def test_bleu_is_of_the_first_pairs_of_all_domains(translator, monkeypatch):
+  """Every text is right but one, and sacrebleu says what that is worth."""
+  run, task = translator
+  loaded, asked = trained.of_run(str(run)), []
+
+  def written(model, variables, prompts, *args, **options):
+    texts = [loaded.tokenizer.decode(prompt[:-1]) for prompt in prompts]
+    asked.extend(texts)
+    answers = {s: t for s, t in PAIRS} | {PAIRS[1][0]: "five sweet apples"}
+    rows = [[*answers[text].encode(), 256] for text in texts]
+    longest = max(map(len, rows))
+    filled = [row + [-1] * (longest - len(row)) for row in rows]
+    return decoding.Generated(np.array(filled), {}, None)
+
+  monkeypatch.setattr(decoding, "generate", written)
+  found, _ = bleu.of_run(loaded, task, 4, num_beams=1)
+  first = [PAIRS[i] for i in (0, 4, 1, 5)]
+  assert asked == [source for source, _ in first]
+  said = [t if t != PAIRS[1][1] else "five sweet apples" for _, t in first]
+  wanted = sacrebleu.corpus_bleu(said, [[t for _, t in first]]).score
+  assert found == {"bleu": wanted, "bleu_pairs": 4.0} and 10 < wanted < 95
