@@ -22,6 +22,7 @@ def main(argv=None) -> int:
   from moe_jax.training import program, starts
   from moe_jax.training.starts import upcycling
 
+  starts.check_empty(args.out)
   source = trained.load(args)
   if source.config is not None:
     _same_text(source.config, config, args)

@@ -64,6 +64,13 @@ def check(path: str | None) -> None:
     )
 
 
+def check_empty(path: str) -> None:
+  """Raises ConfigError for a folder to make that is there with something in it."""
+  folder = pathlib.Path(path)
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise ConfigError(f"{path} is not an empty folder; give another")
+
+
 def variables(path: str) -> dict:
   """{"params", "balance"} of a run or of published weights, in numpy.
 
@@ -92,9 +99,8 @@ def write(path: str, config, variables: Mapping) -> None:
   Raises:
     ConfigError: the folder is not empty.
   """
+  check_empty(path)
   folder = pathlib.Path(path).absolute()
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise ConfigError(f"{path} is not an empty folder; give another")
   folder.parent.mkdir(parents=True, exist_ok=True)
   with files.scratch_folder(folder.parent, f".{folder.name}-") as work:
     whole = work / "whole"
