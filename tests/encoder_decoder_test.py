@@ -185,7 +185,7 @@ def test_tokens_one_at_a_time():
       side,
       Text(token),
       cache_length=LT,
-      mutable=["cache"],
+      mutable=["cache", "memory"],
     )
 
   cache, side, found = {}, Text(inputs, mask), []

@@ -290,7 +290,9 @@ def test_from_a_run_to_a_run(run, capsys, monkeypatch):
   main.main([*flags, *MORE, KEPT_STILL, *more])
   assert metrics.read_text().count("validation") == 1
   moved.rename(out)
-  monkeypatch.setattr(upcycle.trained, "load", None)  # It does not come to this.
+  monkeypatch.setattr(
+    upcycle.trained, "load", None
+  )  # It does not come to this.
   with pytest.raises(ConfigError, match="not an empty folder"):
     upcycle.main(given)
 

@@ -202,9 +202,9 @@ def _candidates(running, logits_BWV, now):
   return made, jnp.isin(token_BJ, now.ends) | now.is_last
 
 
-# The cache of a model is a tree of arrays with a row for each text. The arrays of
-# layers have an axis of repeats before the rows. An array with a single row is for
-# all of them, and so are numbers.
+# The collections of a cache, "cache" and "memory", are trees of arrays with a row for
+# each text. The arrays of layers have an axis of repeats before the rows. An array
+# with a single row is for all of them, and so are numbers.
 
 
 def repeated(cache, batch: int, num_beams: int):
@@ -229,14 +229,14 @@ def reordered(cache, parent_BW: Array):
   """A cache in which every beam has the row of its parent.
 
   Args:
-    cache: of B * W rows.
+    cache: of B * W rows. Its "memory" is the same for all beams of a prompt.
     parent_BW: which of the W beams of its prompt each beam continues.
   """
   batch, num_beams = parent_BW.shape
 
   def reorder(path, x):
     axis = _row_axis(path)
-    if _of_prompt(path) or x.ndim <= axis:
+    if x.ndim <= axis:
       return x
     before, after = x.shape[:axis], x.shape[axis + 1 :]
     rows = x.reshape(*before, batch, num_beams, *after)
@@ -245,19 +245,10 @@ def reordered(cache, parent_BW: Array):
     )
     return jnp.take_along_axis(rows, index, axis=axis + 1).reshape(x.shape)
 
-  return jax.tree_util.tree_map_with_path(reorder, cache)
-
-
-def _names(path):
-  """The names of an array below the collection `cache`."""
-  return [key.key for key in path][1:]
+  own = jax.tree_util.tree_map_with_path(reorder, {"cache": cache["cache"]})
+  return cache | own
 
 
 def _row_axis(path):
-  return 0 if len(_names(path)) == 1 else 1
-
-
-def _of_prompt(path):
-  """Whether all beams of a prompt have the same: its encoder's keys and values."""
-  names = _names(path)
-  return "cross" in names or names[-1].startswith("encoder_")
+  """Of an array by its names, the first of which is a collection."""
+  return 0 if len(path) == 2 else 1

@@ -214,7 +214,8 @@ def step(model, length, experts, variables, cache, *texts):
     length: tokens of its decoder that the cache has room for.
     experts: whether to return which experts were chosen.
     variables: of the model.
-    cache: {"cache": ...} that the last step returned; {} for prompts.
+    cache: {"cache": ..., "memory": ...} that the last step returned, of the tokens
+      so far, and of what an encoder has read; {} for prompts.
     *texts: tokens_BL and mask_BL as in `Decoder.__call__`, or inputs and targets
       as in `EncoderDecoder.__call__`.
 
@@ -227,7 +228,7 @@ def step(model, length, experts, variables, cache, *texts):
     *texts,
     collect="routing" if experts else None,
     cache_length=length,
-    mutable=["cache"],
+    mutable=["cache", "memory"],
   )
   chosen = {}
   for path in model.sublayers if experts else ():

@@ -165,7 +165,7 @@ class EncoderDecoder(nn.Module):
       collect: "routing" adds the arrays of the choices to aux.
       cache_length: M, target tokens that generation may keep of a row in the mutable
         collection `cache`; padding then comes before them, and a row is one text.
-        None: no cache.
+        What the encoder has read is kept in `memory`. None: no cache.
 
     Returns:
       logits_BLV in at least float32, of the targets.
@@ -207,9 +207,7 @@ class EncoderDecoder(nn.Module):
     )
 
     def kept(name):
-      return self.variable(
-        "cache", f"encoder_{name}", getattr, keys, name
-      ).value
+      return self.variable("memory", name, getattr, keys, name).value
 
     return attention.context.Tokens(*map(kept, names))
 

@@ -313,7 +313,7 @@ class Repeat(nn.Module):
 # All repeats of a pattern, as one program over arrays of their parameters.
 Segment = nn.scan(
   Repeat,
-  variable_axes={"params": 0, "balance": 0, "cache": 0},
+  variable_axes={"params": 0, "balance": 0, "cache": 0, "memory": 0},
   split_rngs={"params": True},
   in_axes=(0, nn.broadcast),
   metadata_params={nn.PARTITION_NAME: "layers"},

@@ -90,10 +90,10 @@ class Heads(nn.Module):
 
   def kept(self, name: str, make) -> Array:
     """What `make()` gives, or gave in the first call of generation."""
-    generates = self.is_mutable_collection("cache")
+    generates = self.is_mutable_collection("memory")
     if not generates or self.is_initializing():
       return make()
-    return self.variable("cache", name, make).value
+    return self.variable("memory", name, make).value
 
   def attend(self, q_BLHh, k_BMJh, v_BMJv, context, divisor) -> Array:
     """softmax(q k / divisor) v over visible places; scores in float32 or more.
