@@ -227,11 +227,36 @@ def test_a_mixture_has_pairs_of_every_part(plugin, folder, tmp_path):
     "tokenizer": "bytes",
     "cache_dir": str(tmp_path / "cache"),
   }
-  corpus = mixed.prepare(data, plugins=(plugin,), pair=("de", "en"))
+  pair = {"source": "de", "target": "en", "prefix": ""}
+  corpus = mixed.prepare(data, plugins=(plugin,), pair=pair)
   assert corpus.domains == ("files", "tfds")
   assert len(texts_of(corpus, "train")["tfds"]) == 7
   stream = train(corpus, several=False, batch_size=40)
   assert collections.Counter(stream[0]["domain"].tolist()) == {0: 10, 1: 30}
+
+
+def test_parts_have_features_and_a_prefix_of_their_own(folder, tmp_path):
+  """Both directions of a file, told apart as T5 does."""
+  path = folder(train_de="a\n\n", train_en="1\n2\n", validation_tsv="d\t4")
+  shared = {"name": "mine", "dir": str(path)}
+  data = {
+    "mixture": {
+      "back": shared | {"source": "en", "target": "de", "prefix": "to de: "},
+      "forth": shared,
+    },
+    "tokenizer": "bytes",
+    "cache_dir": str(tmp_path / "cache"),
+  }
+  pair = {"source": "de", "target": "en", "prefix": "to en: "}
+  corpus = mixed.prepare(data, pair=pair)
+  assert texts_of(corpus, "train") == {
+    "back": [("to de: 1", "a"), ("to de: 2", "")],
+    "forth": [("to en: a", "1"), ("", "2")],  # It has no source.
+  }
+  again = mixed.prepare(data, pair=pair, fingerprint=corpus.fingerprint)
+  assert again.fingerprint == corpus.fingerprint
+  with pytest.raises(ConfigError, match="source, target, prefix of data.mixt"):
+    mixed.prepare(data)
 
 
 def test_the_built_in_pairs_are_docstrings_and_definitions():

@@ -104,6 +104,7 @@ def prepare(
   data_dir: str | os.PathLike | None = None,
   text_feature: str | tuple[str, str] = "text",
   domain_feature: str = "domain",
+  prefix: str = "",
   tokenizer: str = "bytes",
   cache_dir: str | os.PathLike | None = None,
   plugins: tuple[str, ...] = (),
@@ -124,6 +125,8 @@ def prepare(
     domain_feature: a feature (text or class label) that names a document's
       domain; "none", or "domain" where there is no such feature: one domain
       called "text".
+    prefix: text before the first of two texts, such as "translate English to
+      German: " (T5).
     tokenizer: see `tokenizers.load`.
     cache_dir: where the caches lie; $XDG_CACHE_HOME/moe_jax or
       ~/.cache/moe_jax by default.
@@ -137,7 +140,7 @@ def prepare(
   for corpus in cached(name, cache_dir, fingerprint) if fingerprint else ():
     return corpus
   tokenizer = tokenizers.load(tokenizer)
-  features = documents.Features(text_feature, domain_feature)
+  features = documents.Features(text_feature, domain_feature, prefix)
   source = documents.find(name, data_dir, plugins, features)
   key = _sha256([_FORMAT, source[0], features, tokenizer.key])
   entry = _entry(name, cache_dir, key[:_KEY_LENGTH])

@@ -24,15 +24,17 @@ Source = tuple[dict[str, str], Callable[[pathlib.Path], Any]]
 
 
 class Features(NamedTuple):
-  """Names of the features that are read.
+  """The features that are read.
 
-  text: one, which is a document; or those of a source and a target, which are
-    two documents, one after the other.
-  domain: names the domain.
+  text: the name of one, which is a document; or those of a source and a target,
+    which are two documents, one after the other.
+  domain: the one that names the domain.
+  prefix: text before every source that is not empty.
   """
 
   text: str | tuple[str, str]
   domain: str
+  prefix: str = ""
 
   @property
   def texts(self) -> dict[str, str]:
@@ -126,6 +128,7 @@ def read(
       else:
         domain = _as_bytes(domain).decode("utf-8", "replace")
       own_split = split if held_out else split_of(texts[0])
+      texts[0] = texts[0] and features.prefix.encode() + texts[0]
       for text in texts:
         yield own_split, domain, text
 

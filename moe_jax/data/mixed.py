@@ -4,7 +4,8 @@ import hashlib
 import itertools
 from collections.abc import Mapping
 
-from moe_jax.core.options import labelled, number, section
+from moe_jax.core.errors import ConfigError
+from moe_jax.core.options import labelled, number, section, text
 from moe_jax.data import corpora
 
 _DATASET = {
@@ -13,11 +14,12 @@ _DATASET = {
   "text_feature": str,
   "domain_feature": str,
 }
+# Keys of a part that has pairs, whose defaults are those of the task.
+_PAIR = {"source": text(), "target": text(), "prefix": str}
+_PART = _DATASET | _PAIR | {"weight": number(above=0)}
 # Keys of `config.data`.
 OPTIONS = _DATASET | {
-  "mixture": labelled(
-    section(_DATASET | {"weight": number(above=0)}, ["name"])
-  ),
+  "mixture": labelled(section(_PART, ["name"])),
   "tokenizer": str,
   "cache_dir": str | None,
 }
@@ -28,7 +30,7 @@ def prepare(
   *,
   plugins: tuple[str, ...] = (),
   fingerprint: str | None = None,
-  pair: tuple[str, str] | None = None,
+  pair: Mapping[str, str] | None = None,
 ) -> corpora.Corpus:
   """Returns the corpus of the section `data` of a config.
 
@@ -36,7 +38,8 @@ def prepare(
     data: see `configs/base.py`.
     plugins: folders with datasets of your own.
     fingerprint: only this content will do; None: any.
-    pair: two features that are read in place of the text feature, see `pairs`.
+    pair: {"source", "target": features that are read in place of the text feature,
+      see `pairs`; "prefix": text before a source}, unless a part has its own.
 
   Raises:
     ConfigError: as `corpora.prepare`; an impossible part or weight.
@@ -46,7 +49,15 @@ def prepare(
 
   def prepared(part, **options):
     options |= {k: part[k] for k in _DATASET if k in part and k != "dir"}
-    options |= {"text_feature": pair} if pair else {}
+    own = {k: part[k] for k in _PAIR if k in part}
+    if pair is not None:
+      source, target, prefix = {**pair, **own}.values()
+      options |= {"text_feature": (source, target), "prefix": prefix}
+    elif own:
+      raise ConfigError(
+        f"{', '.join(own)} of data.mixture is of the task translation, and this task"
+        " has no pairs; leave it out"
+      )
     return corpora.prepare(data_dir=part.get("dir"), **options, **shared)
 
   if not data["mixture"]:
@@ -89,11 +100,11 @@ def join(
         joined[split] |= zip(names(label), values)
     return joined
 
-  text = "".join(f"{k} {c.fingerprint}\n" for k, c in parts.items())
+  content = "".join(f"{k} {c.fingerprint}\n" for k, c in parts.items())
   return corpora.Corpus(
     name="+".join(parts),
     num_bytes_V=next(iter(parts.values())).num_bytes_V,
-    fingerprint=hashlib.sha256(text.encode()).hexdigest(),
+    fingerprint=hashlib.sha256(content.encode()).hexdigest(),
     parts=tuple((weights[label], tuple(names(label))) for label in parts),
     sources={label: dict(c.sources) for label, c in parts.items()},
     **{k: table(k) for k in ("arrays", "num_tokens", "num_documents")},

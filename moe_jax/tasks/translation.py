@@ -15,6 +15,7 @@ def build(
   prepare: bool = True,
   source: text() = "source",
   target: text() = "target",
+  prefix: str = "",
   targets_length: optional(integer(1)) = None,
   packing: bool = True,
   too_long: pairs.TOO_LONG = "error",
@@ -30,7 +31,9 @@ def build(
       `plugins` are read. `data.seq_len` is the length of the inputs, and
       `data.text_feature` is not read.
     mesh, fingerprint, prepare: as in `next_token.build`.
-    source, target: features of the dataset, such as "de" and "en".
+    source, target: features of the dataset, such as "de" and "en". Parts of
+      `data.mixture` may have others, and their own prefix.
+    prefix: text before every source, such as "translate English to German: ".
     targets_length: tokens of a row of targets; None: those of inputs.
     packing: whether a row has several pairs, which do not see each other.
     too_long: "error", "drop" or "truncate", see `pairs.Packing`.
@@ -52,7 +55,7 @@ def build(
       data,
       plugins=config.plugins,
       fingerprint=fingerprint,
-      pair=(source, target),
+      pair={"source": source, "target": target, "prefix": prefix},
     )
   else:
     tokenizer = tokenizers.load(data.tokenizer)
