@@ -116,11 +116,7 @@ def _task_of(args, overrides, loaded):
       )
     trust = args.trust_plugins
     config = config_lib.load(args.config, overrides, trust_plugins=trust)
-    with config.unlocked():
-      config.data.tokenizer = loaded.tokenizer.name
-      tokens = {"end": loaded.ends, "start": loaded.start}
-      known = {k: ids[0] for k, ids in tokens.items() if ids}
-      config.task = known | dict(config.task)
+    config = trained.with_tokens(config, loaded)
   given = {
     "data.name": args.dataset,
     "data.dir": args.data_dir,

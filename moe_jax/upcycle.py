@@ -4,8 +4,8 @@
   python -m moe_jax.main --config=CONFIG --config.init_from=DIR --workdir=runs/moe
 
 CONFIG is that of the model to make, and has the layers, widths and attention of the
-source. What the methods are, and when the function of the source is kept, is in
-docs/upcycling.md.
+source, or gets them with --like_source. What the methods are, and when the function of
+the source is kept, is in docs/upcycling.md.
 """
 
 from moe_jax.core import options
@@ -17,13 +17,22 @@ from moe_jax.training import trained
 
 def main(argv=None) -> int:
   """The command."""
-  args, config = _arguments(argv)
+  args, overrides = _arguments(argv)
 
   from moe_jax.training import program, starts
   from moe_jax.training.starts import upcycling
 
   starts.check_empty(args.out)
+  config = config_lib.load(
+    args.config,
+    () if args.like_source else overrides,
+    trust_plugins=args.trust_plugins,
+  )
   source = trained.load(args)
+  if args.like_source:
+    config = config_lib.overridden(_like(config, source, args.hf), overrides)
+    if args.hf and len(source.model.arch.stacks) > 1:
+      config = trained.with_tokens(config, source)
   if source.config is not None:
     _same_text(source.config, config, args)
   program.check(config)
@@ -47,6 +56,35 @@ def main(argv=None) -> int:
   return 0
 
 
+def _like(config, source, hf_path):
+  """A config with the layers of the source, and experts for its dense networks."""
+  from moe_jax import hf
+
+  old = hf.section(hf_path) if hf_path else source.config.model.to_dict()
+  values = config.to_dict()
+  new, moe = values["model"], values["model"]["moe"]
+  if not source.model.sublayers:
+    moe |= {"d_expert": old["d_ff"], "use_bias": old["use_bias"]}
+    moe |= {"activation": old["activation"]}
+    old |= {"moe": moe, "encoder": _sparse(old["encoder"])}
+    old = _sparse(old)
+  kept = ["dtype", "remat", "allow_noncausal"]
+  kept += [key for key in new if "dropout" in key]
+  if hf_path:
+    values["data"]["tokenizer"] = source.tokenizer.name
+  values["model"] = new | old | {key: new[key] for key in kept}
+  return config_lib.locked(values)
+
+
+def _sparse(part):
+  """A section `model` or `encoder` with experts in every layer that is there."""
+  kinds = {k: part[k] for k in ("prefix", "pattern") if k in part}
+  return part | {
+    key: tuple(kind.replace("dense", "moe") for kind in some)
+    for key, some in kinds.items()
+  }
+
+
 def _same_text(old, new, args):
   if old.data.tokenizer != new.data.tokenizer or old.task != new.task:
     raise ConfigError(
@@ -63,6 +101,10 @@ def _arguments(argv):
   words = "of the model to make; --config.SECTION.KEY=VALUE changes it"
   add("--config", required=True, metavar="FILE[:VARIANT]", help=words)
   add("--out", required=True, metavar="DIR", help="folder to make")
+  words = (
+    "take layers and widths of the source; CONFIG has the rest, and routing"
+  )
+  add("--like_source", action="store_true", help=words)
   methods = ("copy", "drop", "granular")
   add("--method", choices=methods, default="copy", help="default: copy")
   words = "share of the hidden units that drop begins anew (default: 0.5)"
@@ -70,7 +112,7 @@ def _arguments(argv):
   words = "of copied columns of a router, over their deviation (default: 0)"
   add("--router_noise", type=float, default=0.0, help=words)
   add("--seed", type=int, default=0, help="of the draws (default: 0)")
-  args, config = config_lib.parse(parser, argv)
+  args, overrides = config_lib.parse_overrides(parser, argv)
 
   from moe_jax.training.starts.upcycling import Upcycling
 
@@ -78,7 +120,7 @@ def _arguments(argv):
     k: getattr(args, k) for k in ("method", "ratio", "router_noise", "seed")
   }
   options.arguments(Upcycling).check(values, "the flags")
-  return args, config
+  return args, overrides
 
 
 if __name__ == "__main__":

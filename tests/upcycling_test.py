@@ -12,7 +12,7 @@ from configs import tiny
 from moe_jax import hf, main, models, upcycle
 from moe_jax.core.errors import ConfigError
 from moe_jax.hf import architecture, config
-from moe_jax.training import checkpoint
+from moe_jax.training import checkpoint, trained
 from moe_jax.training.starts import upcycling
 from moe_jax.training.starts.upcycling import Upcycling
 from tests import parity
@@ -336,6 +336,49 @@ def test_a_run_may_make_its_experts_itself(run):
     main.main([*flags, *more[1:], *MORE, "--workdir=x"])
   with pytest.raises(ConfigError, match='upcycle has no "metod"'):
     main.main([*flags, "--config.upcycle={'metod': 1}", "--workdir=x"])
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_the_sizes_of_published_weights(name, tmp_path, capsys):
+  """A config of any sizes will do where those of the source are asked for."""
+  c = dense(section() if name == "llama" else encoder_decoder())
+  c.update(use_bias=False, vocab_size=288, d_model=24, d_ff=20)
+  c.scale_embedding = False
+  c.update(activation="swiglu" if name == "llama" else "relu")
+  flags, task = ["--config=configs/tiny.py", *MORE], "next_token"
+  if name == "t5":
+    c.attention["scale_scores"] = False
+    c.scale_output = True
+    task = "span_corruption"
+    flags += [f"--config.task={{'name': '{task}'}}"]
+  model = models.build(c, vocab_size=288)
+  params = drawn(model, 3)
+  tokens = {"eos_token_id": 1, "decoder_start_token_id": 0}
+  folder = tmp_path / name
+  hf.save(folder, model, {"params": params}, model_type=name, extra=tokens)
+  out = tmp_path / "out"
+  upcycle.main([f"--hf={folder}", *flags, "--like_source", f"--out={out}"])
+  assert "function of the source is kept" in capsys.readouterr().out
+  made = trained.of_run(str(out))
+  assert made.config.model.pattern == ("moe",)
+  assert made.model.arch.d_model == 24 and made.config.task.name == task
+  found = logits(made.model, made.variables["params"])
+  np.testing.assert_allclose(found, logits(model, params), atol=1e-5)
+  if name == "t5":
+    assert (made.ends, made.start) == ((1,), (0,))
+  else:
+    with pytest.raises(ConfigError, match="d_model = .* is 24 in the source"):
+      upcycle.main([f"--hf={folder}", *flags, f"--out={tmp_path}/other"])
+
+
+def test_the_sizes_of_a_run(run):
+  folder, flags = run
+  given = [f"--checkpoint={folder}/dense", f"--out={folder}/alike", *MORE]
+  given += ["--config=configs/tiny.py", "--like_source"]
+  upcycle.main(given)
+  made = trained.of_run(str(folder / "alike"))
+  (experts,) = {x.recipe.experts.width for x in made.model.sublayers.values()}
+  assert experts == made.config.model.d_ff == 32
 
 
 @pytest.mark.parametrize("name", ["llama_b", "mistral_a", "qwen2_a", "t5_a"])

@@ -79,6 +79,16 @@ def load(
   return model.clone(arch=arch), weights.read(wanted, store, dtype, shardings)
 
 
+def section(path: str | os.PathLike) -> dict[str, Any]:
+  """The section `config.model` of a published model, without a dtype.
+
+  Raises:
+    ConfigError: as `load`, of config.json.
+  """
+  values, _ = config.load(path := pathlib.Path(path))
+  return architecture.section(config.read(values, str(path / "config.json"))[1])
+
+
 def save(
   path: str | os.PathLike,
   model: nn.Module,

@@ -56,18 +56,23 @@ def build(ours: Mapping, where: str, mesh=None, dtype: str = "float32"):
     where: the file that they are from, for errors.
     mesh, dtype: of the model.
   """
-  options = {"variants": {}, "moe.balancers": {}, "dtype": dtype, **_DEFAULTS}
+  own = section(ours) | {"dtype": dtype}
+  try:
+    return models.build(own, vocab_size=ours["vocab_size"], mesh=mesh)
+  except ConfigError as e:
+    raise ConfigError(f"{where}: {e}") from None
+
+
+def section(ours: Mapping) -> dict[str, Any]:
+  """The section `config.model` of options as `build` takes them, without a dtype."""
+  options = {"variants": {}, "moe.balancers": {}, **_DEFAULTS}
   options |= {"moe.activation": ours["activation"], **ours}
   for stack in _STACKS:
     if kinds := options.pop(f"{stack}layers", None):
       listed = rows.listed(kinds).items()
       options |= {f"{stack}{key}": value for key, value in listed}
   options.pop("left_out", None)
-  section = {"encoder": {}} | traverse_util.unflatten_dict(options, sep=".")
-  try:
-    return models.build(section, vocab_size=ours["vocab_size"], mesh=mesh)
-  except ConfigError as e:
-    raise ConfigError(f"{where}: {e}") from None
+  return {"encoder": {}} | traverse_util.unflatten_dict(options, sep=".")
 
 
 def describe(arch) -> dict[str, Any]:

@@ -31,9 +31,8 @@ def build(
       `plugins` are read. `data.seq_len` is the length of the inputs, and
       `data.text_feature` is not read.
     mesh, fingerprint, prepare: as in `next_token.build`.
-    source, target: features of the dataset, such as "de" and "en". Parts of
-      `data.mixture` may have others, and their own prefix.
-    prefix: text before every source, such as "translate English to German: ".
+    source, target, prefix: features such as "de" and "en", and text before every
+      source. Parts of `data.mixture` may have others.
     targets_length: tokens of a row of targets; None: those of inputs.
     packing: whether a row has several pairs, which do not see each other.
     too_long: "error", "drop" or "truncate", see `pairs.Packing`.

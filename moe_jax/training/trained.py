@@ -184,3 +184,18 @@ def published(path: str, dtype: str = "float32", mesh=None) -> Trained:
     )
   start = () if source.start is None else (source.start,)
   return Trained(model, variables, tokenizer, source.ends, start=start)
+
+
+def with_tokens(config, loaded: Trained):
+  """A config with the tokenizer of published weights, and their end and start.
+
+  Args:
+    config: of a task of an encoder-decoder, which stays as it is. What its task says
+      about these tokens counts.
+    loaded: from `published`.
+  """
+  values, tokens = config.to_dict(), {"end": loaded.ends, "start": loaded.start}
+  known = {name: ids[0] for name, ids in tokens.items() if ids}
+  values["data"]["tokenizer"] = loaded.tokenizer.name
+  values["task"] = known | values["task"]
+  return config_lib.locked(values)
