@@ -32,7 +32,8 @@ def get_config() -> ConfigDict:
   c.data.dir = None  # folder of a prepared TFDS dataset
   c.data.text_feature = "text"  # the feature of an example that is read
   c.data.domain_feature = "domain"  # the feature with its domain, if any
-  # Instead of that one: {label: {"name": ..., "weight": ..., "dir": ...}}.
+  # Instead of that one: {label: {"name": ..., "weight": ..., "dir": ...}}, and the
+  # features, if they are others; in translation also source, target and prefix.
   c.data.mixture = ConfigDict()
   c.data.tokenizer = "bytes"  # or a tokenizer.json, or a SentencePiece .model
   c.data.separate_documents = True  # no attention or loss across their ends
@@ -67,7 +68,7 @@ def get_config() -> ConfigDict:
   c.model.scale_embedding = True  # times sqrt(d_model)
   # Vectors over sqrt(d_model) before the output layer (T5, where it is tied).
   c.model.scale_output = False
-  # With which new embeddings begin (T5: 1); None: 1 / d_model.
+  # Variance of the embedding's first numbers (T5: 1); None: 1 / d_model.
   c.model.embedding_variance = None
   c.model.positions = "none"  # added to embeddings; or "sinusoidal"
   # V of an embedding that the encoder of an encoder_decoder has of its own; None:

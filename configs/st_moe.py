@@ -7,9 +7,9 @@ loss of 0.01. Experts have slots for 1.25 times the tokens of a group in
 training and for 2.0 in evaluation: the paper does not multiply by the two choices,
 so that the factors here are half of these. All first choices take their slots
 before second ones, in the decoder too, whose training therefore looks ahead;
---config.model.moe.dispatcher.order=token and allow_noncausal=False would not. A
-group is of 4096 tokens, as in the published config, and on the side of the targets of
-whole rows of 114.
+--config.model.moe.dispatcher.order=token and allow_noncausal=False would not. A group
+has 4096 tokens, as in the published config; in the decoder it has 32 whole rows of 114
+tokens.
 
 Fine-tuning (4.2, 4.3) has a constant learning rate and dropout, and moves all
 parameters or some of them, those of dense networks alone, for instance:

@@ -19,9 +19,10 @@ def main(argv=None) -> int:
   loaded = trained.load(args, dropless=args.dropless)
   if len(loaded.model.arch.stacks) > 1:
     return _of_two_texts(args, overrides, loaded)
-  if args.config:
+  if args.config or args.bleu:
+    flag = "--config" if args.config else "--bleu"
     raise ConfigError(
-      "--config names the task of a published encoder-decoder; leave it out"
+      f"{flag} is for an encoder-decoder, and this model is none; leave it out"
     )
   settings, corpus = _settings(args, loaded), _text(args, loaded)
   if args.trace:
@@ -63,7 +64,6 @@ def _report(sums, task, model, **more) -> dict:
 def _of_two_texts(args, overrides, loaded) -> int:
   """The metrics of an encoder-decoder on its task."""
   from moe_jax import models
-  from moe_jax.models import embedding
   from moe_jax.tasks import bleu
   from moe_jax.training import evaluation, program
 
@@ -77,7 +77,11 @@ def _of_two_texts(args, overrides, loaded) -> int:
     bleu.check(config)
   arch = loaded.model.arch
   task = program.build_task(config, arch.mesh)
-  embedding.size(arch.vocab_size, task.given["vocab_size"])
+  if task.given["vocab_size"] > arch.vocab_size:
+    raise ConfigError(
+      f"the task has {task.given['vocab_size']} tokens, and the model knows"
+      f" {arch.vocab_size}; set config.task.sentinels, end and start to its own"
+    )
   models.check(
     loaded.model,
     lengths=task.lengths,
@@ -90,8 +94,9 @@ def _of_two_texts(args, overrides, loaded) -> int:
   print(f"{scored} target tokens, in rows of {lengths}")
   more, signature = {}, None
   if args.bleu:
-    loaded = trained.load(args)  # Texts are written without slots.
-    more, signature = bleu.of_run(loaded, task, args.bleu, args.beams)
+    # A run's slots are for whole texts, and these are written token by token.
+    writer = loaded if args.hf else trained.load(args)
+    more, signature = bleu.of_run(writer, task, args.bleu, args.beams)
   told = _report(sums, task, loaded.model, **more)
   if signature:
     told["bleu_signature"] = signature
@@ -114,18 +119,48 @@ def _task_of(args, overrides, loaded):
         "--hf is of an encoder-decoder, whose task its folder does not name; give a"
         " config that does, such as --config=configs/switch.py:base_8"
       )
-    trust = args.trust_plugins
-    config = config_lib.load(args.config, overrides, trust_plugins=trust)
-    config = trained.with_tokens(config, loaded)
+    if args.dropless:
+      raise ConfigError(
+        "--dropless is of a run: published encoder-decoders have the slots that their"
+        " config.json names; leave it out"
+      )
+    config = _of_file(args, overrides, loaded)
   given = {
-    "data.name": args.dataset,
-    "data.dir": args.data_dir,
     "data.seq_len": args.seq_len,
     "eval.batch_size": args.batch_size,
     "eval.batches_per_domain": args.batches_per_domain,
   }
   texts = [f"{k}={x!r}" for k, x in given.items() if x is not None]
+  if args.dataset is not None:
+    part = _part(config.data, args.dataset)
+    own = {"mixture": {}, "name": args.dataset}
+    own["dir"] = args.data_dir or part.get("dir")
+    own |= {k: part[k] for k in ("text_feature", "domain_feature") if k in part}
+    texts += [f"data.{k}={x!r}" for k, x in own.items()]
+    pair = {k: part[k] for k in ("source", "target", "prefix") if k in part}
+    texts += [f"task.{k}={x!r}" for k, x in pair.items()]
   return config_lib.overridden(config, texts)
+
+
+def _of_file(args, overrides, loaded):
+  """The config of --config, for the tokens of published weights."""
+  from moe_jax.training import program
+
+  for text in overrides:
+    if not text.startswith(("task", "data.", "eval.", "plugins")):
+      raise ConfigError(
+        f"--config.{text} has no effect on published weights; leave it out"
+      )
+  trust = args.trust_plugins
+  config = config_lib.load(args.config, overrides, trust_plugins=trust)
+  program.check(config)
+  return trained.with_tokens(config, loaded)
+
+
+def _part(data, name):
+  """The part of a mixture that has a dataset, or a section `data` itself; {}: none."""
+  parts = [*data.mixture.values()] or [data]
+  return next((part for part in parts if part["name"] == name), {})
 
 
 def _arguments(argv):
@@ -137,16 +172,16 @@ def _arguments(argv):
   add("--data_dir", metavar="DIR", help="folder of a prepared TFDS dataset")
   add("--seq_len", type=count, help="tokens (default: the run's, or 256)")
   add("--batch_size", type=count, help="sequences (default: the run's, or 8)")
-  words = "experts take all their tokens; published weights always do"
+  words = "experts take all their tokens, as those of published decoders do"
   add("--dropless", action="store_true", help=words)
   add("--batches_per_domain", type=count, help="default: all")
   words = "which experts every token chose, see docs/runs.md"
   add("--trace", metavar="FILE", help=words)
-  words = "of so many pairs of a translation, by sacrebleu (extra: bleu)"
+  words = "also translate N validation pairs, for their BLEU (extra: bleu)"
   add("--bleu", type=count, metavar="N", help=words)
-  words = "texts of a search that --bleu keeps (default: 4)"
+  words = "beams of the search for --bleu (default: 4)"
   add("--beams", type=count, default=4, help=words)
-  words = "with the task of a published encoder-decoder, and its data"
+  words = "has task and data on which a published encoder-decoder is scored"
   add("--config", metavar="FILE[:VARIANT]", help=words)
   add("--json", metavar="PATH", help="metrics, and shares of experts")
   args, overrides = config_lib.parse_overrides(parser, argv)
@@ -168,11 +203,10 @@ def _text(args, loaded):
   own = {"tokenizer": loaded.tokenizer.name, "data_dir": args.data_dir}
   if run is not None:
     own |= {"plugins": run.plugins, "cache_dir": run.data.cache_dir}
-    for part in [*run.data.mixture.values()] or [run.data]:
-      if args.dataset == part["name"]:
-        features = {"text_feature", "domain_feature"} & {*part}
-        own |= {k: part[k] for k in features}
-        own["data_dir"] = args.data_dir or part.get("dir")
+    part = _part(run.data, args.dataset)
+    features = {"text_feature", "domain_feature"} & {*part}
+    own |= {k: part[k] for k in features}
+    own["data_dir"] = args.data_dir or part.get("dir")
   return corpora.prepare(args.dataset, **own)
 
 

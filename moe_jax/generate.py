@@ -21,6 +21,7 @@ from moe_jax.run import config as config_lib
 from moe_jax.training import trained
 
 _SENTINEL = re.compile(r"<extra_id_([0-9]+)>")  # As T5's tokenizer writes them.
+_MOST_SENTINELS = 100  # Of T5.
 
 
 def main(argv=None) -> int:
@@ -112,35 +113,36 @@ def _without_begin(tokenizer, text):
 def with_sentinels(loaded: trained.Trained) -> trained.Trained:
   """The same, whose tokenizer writes the sentinels of span corruption as T5's.
 
-  They are the tokens after those of the tokenizer, unless `task.sentinels` names
-  some that the tokenizer knows itself, see `data.spans`.
+  They are the tokens after those of the tokenizer or those that `task.sentinels`
+  names, see `data.spans`.
   """
   config, tokenizer = loaded.config, loaded.tokenizer
-  task = {} if config is None else config.task
-  if task.get("name") != "span_corruption" or task.get("sentinels"):
+  if config is None or config.task.name != "span_corruption":
     return loaded
-  first = tokenizer.vocab_size
-  number = loaded.model.arch.vocab_size - first
+  first, step = config.task.get("sentinels") or (tokenizer.vocab_size, 1)
+  most = loaded.model.arch.vocab_size - first if step > 0 else first + 1
+  tokens = first + step * np.arange(min(most, _MOST_SENTINELS))
+  number_of = {int(token): n for n, token in enumerate(tokens)}
 
   def prompt(text):
     # In turn a text and the number of a sentinel.
     parts = _SENTINEL.split(text.decode())
     for spelled in parts[1::2]:
-      if int(spelled) >= number:
+      if int(spelled) >= len(tokens):
         raise ConfigError(
           f"<extra_id_{spelled}> in a prompt is no sentinel of this model, which has"
-          f" {number} of them; the first one is <extra_id_0>"
+          f" {len(tokens)} of them; the first one is <extra_id_0>"
         )
-    tokens = [
-      [first + int(part)] if i % 2 else tokenizer.prompt(part.encode())
+    made = [
+      [tokens[int(part)]] if i % 2 else tokenizer.prompt(part.encode())
       for i, part in enumerate(parts)
     ]
-    return np.concatenate(tokens).astype(np.int64)
+    return np.concatenate(made).astype(np.int64)
 
-  def decode(tokens):
-    runs = itertools.groupby(tokens, lambda t: max(t - first, -1))
+  def decode(ids):
+    runs = itertools.groupby(ids, lambda t: number_of.get(int(t)))
     return "".join(
-      tokenizer.decode([*run]) if i < 0 else f"<extra_id_{i}>" * len([*run])
+      tokenizer.decode([*run]) if i is None else f"<extra_id_{i}>" * len([*run])
       for i, run in runs
     )
 

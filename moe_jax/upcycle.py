@@ -19,6 +19,7 @@ def main(argv=None) -> int:
   """The command."""
   args, overrides = _arguments(argv)
 
+  from moe_jax import models
   from moe_jax.training import program, starts
   from moe_jax.training.starts import upcycling
 
@@ -46,52 +47,74 @@ def main(argv=None) -> int:
     source.model, source.variables["params"], model, initial["params"], how
   )
   kept = upcycling.keeps(source.model, model, how)
-  distance = starts.distance(source, model, {**initial, "params": made})
+  section, given = models.dropless(config.model.to_dict()), task.given
+  dropless = models.build(section, plugins=config.plugins, **given)
+  distance = starts.distance(source, dropless, {**initial, "params": made})
   words = "the function of the source is kept" if kept else "a new function"
   starts.write(args.out, config, {**initial, "params": made})
   print(
     f"{args.out}: {words}; on random tokens its logits differ by up to"
-    f" {distance:.1e}"
+    f" {distance:.1e}, without a bound on the experts"
   )
   return 0
 
 
 def _like(config, source, hf_path):
-  """A config with the layers of the source, and experts for its dense networks."""
+  """A config with the layers and widths of the source, and its own routing."""
   from moe_jax import hf
 
   old = hf.section(hf_path) if hf_path else source.config.model.to_dict()
   values = config.to_dict()
-  new, moe = values["model"], values["model"]["moe"]
+  new = values["model"]
+  made = old | {"moe": _routed(old, new)}
+  # An encoder has the other keys from its decoder.
+  own = old["encoder"] | {"moe": dict(new["encoder"].get("moe", {}))}
+  made["encoder"] = own if old["encoder"] else {}
   if not source.model.sublayers:
-    moe |= {"d_expert": old["d_ff"], "use_bias": old["use_bias"]}
-    moe |= {"activation": old["activation"]}
-    old |= {"moe": moe, "encoder": _sparse(old["encoder"])}
-    old = _sparse(old)
+    made["encoder"] = _sparse(made["encoder"])
+    made = _sparse(made)
   kept = ["dtype", "remat", "allow_noncausal"]
   kept += [key for key in new if "dropout" in key]
   if hf_path:
     values["data"]["tokenizer"] = source.tokenizer.name
-  values["model"] = new | old | {key: new[key] for key in kept}
+  values["model"] = new | made | {key: new[key] for key in kept}
   return config_lib.locked(values)
 
 
+def _routed(old, new):
+  """A section `moe`: the networks of the source, routed as in the config."""
+  moe, before = dict(new["moe"]), old["moe"]
+  if any("moe" in kind for kind in (*old["prefix"], *old["pattern"])):
+    names = ("d_expert", "activation", "use_bias")
+    return moe | {name: before[name] for name in names}
+  own = {"d_expert": "d_ff", "activation": "activation", "use_bias": "use_bias"}
+  return moe | {name: old[key] for name, key in own.items()}
+
+
 def _sparse(part):
-  """A section `model` or `encoder` with experts in every layer that is there."""
-  kinds = {k: part[k] for k in ("prefix", "pattern") if k in part}
-  return part | {
-    key: tuple(kind.replace("dense", "moe") for kind in some)
-    for key, some in kinds.items()
+  """A section `model` or `encoder` with experts in every layer that it names."""
+  changed = {
+    key: tuple(kind.replace("dense", "moe") for kind in part[key])
+    for key in ("prefix", "pattern")
+    if key in part
   }
+  if "d_ff" in part:
+    changed["moe"] = part["moe"] | {"d_expert": part["d_ff"]}
+  return part | changed
 
 
 def _same_text(old, new, args):
-  if old.data.tokenizer != new.data.tokenizer or old.task != new.task:
-    raise ConfigError(
-      f"{args.checkpoint} is a run of the task {old.task.name} with the tokenizer"
-      f" {old.data.tokenizer}, and the config has {new.task.name} and"
-      f" {new.data.tokenizer}; give a config of the same text"
-    )
+  keys = "name", "end", "start", "sentinels"
+  pairs = {
+    f"task.{key}": (old.task.get(key), new.task.get(key)) for key in keys
+  }
+  pairs["data.tokenizer"] = old.data.tokenizer, new.data.tokenizer
+  for key, (before, after) in pairs.items():
+    if before != after:
+      raise ConfigError(
+        f"{args.checkpoint} is a run with {key} = {before}, and the config has"
+        f" {after}; give a config of the same tokens"
+      )
 
 
 def _arguments(argv):

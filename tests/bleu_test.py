@@ -57,6 +57,22 @@ def test_the_bleu_of_a_run(translator, tmp_path, capsys):
   assert "tok:13a" in told["bleu_signature"]
 
 
+@pytest.mark.parametrize("name, texts", [("b", PAIRS[4:]), ("mine", PAIRS[:1])])
+def test_another_dataset_than_that_of_the_run(name, texts, translator, capsys):
+  """A part of its mixture, with the folder of that; or a folder of its own."""
+  run, _ = translator
+  folder = run / name
+  folder.mkdir(exist_ok=True)
+  flags = [f"--checkpoint={run}", f"--dataset={name}"]
+  if name == "mine":
+    (folder / "train.tsv").write_text("a\tb\n" * 20)
+    (folder / "validation.tsv").write_text("{}\t{}\n".format(*texts[0]))
+    flags += [f"--data_dir={folder}"]
+  assert evaluate.main(flags) == 0
+  number = sum(len(target) + 1 for _, target in texts)
+  assert capsys.readouterr().out.startswith(f"{number} target tokens")
+
+
 def test_what_has_no_bleu(monkeypatch):
   config = argparse.Namespace(task=argparse.Namespace(name="span_corruption"))
   with pytest.raises(ConfigError, match="this run has span_corruption"):

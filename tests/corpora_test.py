@@ -693,11 +693,13 @@ def test_a_tokenizer_that_loses_bytes_is_refused(make_dataset, tmp_path):
   lower.save(str(tmp_path / "lower.json"))
   real = sum(len(text.encode()) for text in indented)
   for name in ("m.model", "lower.json"):
+    own = {"data_dir": folder, "cache_dir": tmp_path / "cache"}
+    own["tokenizer"] = str(tmp_path / name)
     with pytest.raises(ConfigError, match=f"{name}' stand for .* has {real}"):
-      corpora.prepare(
-        "it",
-        data_dir=folder,
-        cache_dir=tmp_path / "cache",
-        tokenizer=str(tmp_path / name),
-      )
+      corpora.prepare("it", **own)
   assert not list((tmp_path / "cache").iterdir())
+  # A task that counts no bytes takes it, and no other task does after that.
+  corpus = corpora.prepare("it", **own, whole=False)
+  assert corpora.prepare("it", **own, whole=False).directory == corpus.directory
+  with pytest.raises(ConfigError, match="stand for"):
+    corpora.prepare("it", **own)

@@ -6,6 +6,7 @@ import json
 import re
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 
@@ -361,6 +362,17 @@ def test_the_command_on_an_encoder_decoder(t5, capsys):
     generate.main([f"--checkpoint={t5}", "--prompt=<extra_id_9>"])
   with pytest.raises(ConfigError, match="--num_returned is of a beam search"):
     generate.main([f"--checkpoint={t5}", "--prompt=a", "--num_returned=2"])
+
+
+def test_sentinels_that_a_published_model_knows(t5):
+  """They descend, as T5's, and what has no number is text."""
+  loaded = trained.of_run(str(t5))
+  sentinels = {"name": "span_corruption", "sentinels": (260, -1)}
+  config = argparse.Namespace(task=ml_collections.ConfigDict(sentinels))
+  own = generate.with_sentinels(loaded._replace(config=config)).tokenizer
+  found = own.prompt(b"a<extra_id_0>b<extra_id_2>")
+  assert found.tolist() == [97, 260, 98, 258]
+  assert own.decode([260, 104, 105, 258]) == "<extra_id_0>hi<extra_id_2>"
 
 
 def test_published_files_may_name_a_start(monkeypatch, tmp_path):

@@ -480,8 +480,16 @@ def test_what_we_train_can_be_saved(name, model_type, tmp_path):
   assert evaluate.main(flags) == 0
   told = json.loads((tmp_path / "json").read_text())
   assert 4 < -told["metrics"]["neg_log_perplexity"] < 20
-  with pytest.raises(ConfigError, match="vocab_size = 288 is less than"):
-    evaluate.main([*flags, "--config.task.sentinels=(400, -1)"])
+  for more, words in {
+    "--config.task.sentinels=(400, -1)": "401 tokens, and the model knows 288",
+    "--config.model.d_model=8": "model.d_model=8 has no effect on published",
+    "--config.data.seq_len=x": "data.seq_len = 'x' is not",
+    "--config=configs/base.py": "next_token is no task of an encoder-decoder",
+    "--dropless": "--dropless is of a run",
+    "--bleu=3": "--bleu is for the task translation",
+  }.items():
+    with pytest.raises(ConfigError, match=words):
+      evaluate.main([*flags, more])
 
 
 def test_slots_are_a_part_of_what_is_saved(tmp_path):

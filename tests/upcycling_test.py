@@ -12,6 +12,7 @@ from configs import tiny
 from moe_jax import hf, main, models, upcycle
 from moe_jax.core.errors import ConfigError
 from moe_jax.hf import architecture, config
+from moe_jax.run import config as config_lib
 from moe_jax.training import checkpoint, trained
 from moe_jax.training.starts import upcycling
 from moe_jax.training.starts.upcycling import Upcycling
@@ -231,6 +232,7 @@ def switched(key, value, **moe):
       ["num_experts = 4", "3 parts"],
     ),
     (section(activation="relu"), {}, ["relu", "swiglu"]),
+    (section(use_bias=False), {}, ["have biases", "use_bias = True"]),
     (section(num_shared_experts=1), {}, ["shared"]),
     (switched("pattern", ("moe+dense",)), {}, ["after its experts"]),
   ],
@@ -248,6 +250,13 @@ def test_experts_that_are_no_multiple():
       up(section(num_experts=4), section(**moe))
   with pytest.raises(ConfigError, match="none there"):
     up(section(), dense(section()))
+  plain = dense(section())
+  plain.use_bias = False
+  with pytest.raises(ConfigError, match="no biases .*use_bias = False"):
+    up(plain, section())
+  biased = section(num_experts=8, router=SUM_1 | {"use_bias": True})
+  with pytest.raises(ConfigError, match="moe/router/kernel_bias .* not there"):
+    up(section(num_experts=4), biased)
 
 
 MORE = ["--config.model.moe.router={'name': 'top_k', 'renormalize': True}"]
@@ -369,6 +378,36 @@ def test_the_sizes_of_published_weights(name, tmp_path, capsys):
   else:
     with pytest.raises(ConfigError, match="d_model = .* is 24 in the source"):
       upcycle.main([f"--hf={folder}", *flags, f"--out={tmp_path}/other"])
+
+
+def test_routing_is_that_of_the_config(tmp_path):
+  """With the sizes of the source: of T5 in both stacks, or of fewer experts."""
+  t5 = dense(encoder_decoder())
+  t5.update(use_bias=False, vocab_size=288, d_model=24, d_ff=20)
+  t5.update(activation="relu", scale_embedding=False, scale_output=True)
+  t5.attention["scale_scores"] = False
+  sparse = section(num_experts=4, use_bias=False, d_expert=12)
+  sparse.update(use_bias=False, vocab_size=288, scale_embedding=False)
+  for name, c, model_type, file, more in (
+    ("t5", t5, "t5", "configs/switch.py:base_16", []),
+    ("mixtral", sparse, "mixtral", "configs/tiny.py", ["num_experts=8"]),
+  ):
+    model = models.build(c, vocab_size=288)
+    folder, out = tmp_path / name, tmp_path / f"{name}-out"
+    extra = {"eos_token_id": 1, "decoder_start_token_id": 0}
+    params = {"params": drawn(model, 3)}
+    hf.save(folder, model, params, model_type=model_type, extra=extra)
+    flags = [f"--hf={folder}", f"--config={file}", f"--out={out}"]
+    flags += [f"--config.model.moe.{x}" for x in more]
+    upcycle.main([*flags, "--like_source"])
+    made, wanted = trained.of_run(str(out)).config, config_lib.load(file)
+    moe, own = made.model.moe.to_dict(), wanted.model.moe.to_dict()
+    own |= {"d_expert": 20 if name == "t5" else 12, "activation": c.activation}
+    own |= {"num_experts": 8} if more else {}
+    assert moe == own
+    if name == "t5":
+      assert made.model.encoder.moe.tokens_per_group == 8192
+      assert made.model.encoder.pattern == made.model.pattern == ("moe",)
 
 
 def test_the_sizes_of_a_run(run):

@@ -109,6 +109,7 @@ def prepare(
   cache_dir: str | os.PathLike | None = None,
   plugins: tuple[str, ...] = (),
   fingerprint: str | None = None,
+  whole: bool = True,
 ) -> Corpus:
   """Returns the corpus of a dataset; makes its cache where there is none yet.
 
@@ -133,6 +134,7 @@ def prepare(
     plugins: folders with datasets of your own, see registry.load.
     fingerprint: only this content will do. A run that resumes passes the one
       that it recorded, and so keeps its data when a dependency has changed.
+    whole: whether tokens must stand for all bytes of the text, for bits per byte.
 
   Raises:
     ConfigError: no such dataset, folder, feature, split or content, or no space.
@@ -142,9 +144,10 @@ def prepare(
   tokenizer = tokenizers.load(tokenizer)
   features = documents.Features(text_feature, domain_feature, prefix)
   source = documents.find(name, data_dir, plugins, features)
-  key = _sha256([_FORMAT, source[0], features, tokenizer.key])
+  lossy = [] if whole or tokenizer.name == "bytes" else ["lossy"]
+  key = _sha256([_FORMAT, source[0], features, tokenizer.key, *lossy])
   entry = _entry(name, cache_dir, key[:_KEY_LENGTH])
-  made = _open(entry) or _make(name, source, features, tokenizer, entry)
+  made = _open(entry) or _make(name, source, features, tokenizer, entry, whole)
   return wanted(made, fingerprint)
 
 
@@ -241,13 +244,13 @@ def _table(domains, value):
   return {split: {d: value(split, d) for d in domains} for split in SPLITS}
 
 
-def _make(name, source, features, tokenizer, entry):
+def _make(name, source, features, tokenizer, entry, whole):
   """Prepares beside the final place and moves the whole there at the end."""
   logging.info("Preparing dataset %s in %s, once", name, entry)
   try:
     entry.parent.mkdir(parents=True, exist_ok=True)
     with files.scratch_folder(entry.parent, f".{entry.name}-") as scratch:
-      _prepare_in(scratch / "new", name, source, features, tokenizer)
+      _prepare_in(scratch / "new", name, source, features, tokenizer, whole)
       if entry.exists() and _open(entry) is None:
         entry.rename(scratch / "broken")
       try:
@@ -268,20 +271,20 @@ def _make(name, source, features, tokenizer, entry):
   return corpus
 
 
-def _prepare_in(folder, name, source, features, tokenizer):
+def _prepare_in(folder, name, source, features, tokenizer, whole):
   """Writes all files of a cache."""
   folder.mkdir()
   versions, prepared = source
   builder = prepared(folder)
   documents.check(name, builder, features)
   index = {"format": _FORMAT, "name": name, "sources": versions}
-  index |= _write_tokens(name, builder, features, tokenizer, folder)
+  index |= _write_tokens(name, builder, features, tokenizer, folder, whole)
   index["fingerprint"] = _fingerprint(_map_tokens(folder, index))
   index["digest"] = _sha256(index)
   (folder / "index.json").write_text(json.dumps(index, indent=2))
 
 
-def _write_tokens(name, builder, features, tokenizer, folder):
+def _write_tokens(name, builder, features, tokenizer, folder, whole):
   """Writes the files of tokens; returns their entries of the index."""
   domains = documents.label_names(builder, features)
   # (split, domain) -> tokens, documents, bytes of text, bytes of the tokens.
@@ -301,7 +304,7 @@ def _write_tokens(name, builder, features, tokenizer, folder):
       file.write(tokens.astype(dtype).tobytes())
     num_bytes = tokenizer.num_bytes_V[tokens].sum()
     counts[split, domain] += tokens.size, 1, len(text), num_bytes
-  _check_bytes(name, features, tokenizer, counts)
+  _check_bytes(name, features, tokenizer, counts, whole)
   return {
     "tokenizer": tokenizer.key,
     "num_bytes_V": tokenizer.num_bytes_V.tolist(),
@@ -311,7 +314,7 @@ def _write_tokens(name, builder, features, tokenizer, folder):
   }
 
 
-def _check_bytes(name, features, tokenizer, counts):
+def _check_bytes(name, features, tokenizer, counts, whole):
   """Raises ConfigError for no text, or tokens that stand for other text."""
   if not any(x[2] for (split, _), x in counts.items() if split == "train"):
     raise ConfigError(
@@ -320,7 +323,8 @@ def _check_bytes(name, features, tokenizer, counts):
     )
   _, num_documents, text_bytes, token_bytes = sum(counts.values())
   # Some tokenizers begin each document with a space.
-  if abs(token_bytes - text_bytes) > _MOST_LOST * text_bytes + num_documents:
+  lost = abs(token_bytes - text_bytes)
+  if whole and lost > _MOST_LOST * text_bytes + num_documents:
     raise ConfigError(
       f"the tokens of data.tokenizer = {tokenizer.name!r} stand for {token_bytes}"
       f" bytes, and the text has {text_bytes}; for bits per byte, take one that"

@@ -31,6 +31,7 @@ def prepare(
   plugins: tuple[str, ...] = (),
   fingerprint: str | None = None,
   pair: Mapping[str, str] | None = None,
+  whole: bool = True,
 ) -> corpora.Corpus:
   """Returns the corpus of the section `data` of a config.
 
@@ -41,11 +42,13 @@ def prepare(
     pair: {"source", "target": features that are read in place of the text feature,
       see `pairs`; "prefix": text before a source}, unless a part has its own.
 
+    whole: as in `corpora.prepare`.
+
   Raises:
     ConfigError: as `corpora.prepare`; an impossible part or weight.
   """
   shared = {k: data[k] for k in ("tokenizer", "cache_dir")}
-  shared["plugins"] = tuple(plugins)
+  shared |= {"plugins": tuple(plugins), "whole": whole}
 
   def prepared(part, **options):
     options |= {k: part[k] for k in _DATASET if k in part and k != "dir"}

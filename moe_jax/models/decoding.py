@@ -67,6 +67,7 @@ def generate(
   experts: bool = False,
   start: Sequence[int] | Sequence[Sequence[int]] | None = None,
   beams: beam.Beams | None = None,
+  length: int | None = None,
 ) -> Generated:
   """Continues prompts, or answers them, all at once.
 
@@ -83,6 +84,8 @@ def generate(
       T5's (0,); or such tokens for each prompt. They are not returned.
     beams: search for the texts of the highest probability; None: tokens are drawn
       one after another.
+    length: that prompts are padded to, so that several calls share a program; None:
+      that of the longest.
 
   Raises:
     ConfigError: impossible values.
@@ -92,10 +95,13 @@ def generate(
   if experts:
     _check_experts(model)
   shards = parallel.token_shards(model.arch.mesh)
-  texts = _padded(prompts if starts is None else starts, shards)
+  if starts is None:
+    texts = _padded(prompts, shards, length)
+  else:
+    texts = _padded(starts, shards)
   room = texts[0].shape[1] + num_tokens
   if starts is not None:
-    texts = Text(*_padded(prompts, shards, after=True)), Text(*texts)
+    texts = Text(*_padded(prompts, shards, length, after=True)), Text(*texts)
   options = model, room, experts
   asked = len(prompts), num_tokens, tuple(dict.fromkeys(ends))
   if beams is None:
@@ -186,15 +192,16 @@ def _starts(model, prompts, start):
   return starts
 
 
-def _padded(prompts, shards, after=False):
+def _padded(prompts, shards, length=None, after=False):
   """Tokens and mask, padding first or last, of rows that divide over devices."""
   rows = [*prompts, *[prompts[0]] * (-len(prompts) % shards)]
   length_B = np.array([len(row) for row in rows])
-  padding_B = length_B.max() - length_B
+  length = max(length_B.max(), length or 0)
+  padding_B = length - length_B
   tokens_BL = np.stack(
     [np.pad(x, (0, n) if after else (n, 0)) for x, n in zip(rows, padding_B)]
   )
-  mask_BL = np.arange(length_B.max()) >= padding_B[:, None]
+  mask_BL = np.arange(length) >= padding_B[:, None]
   mask_BL = mask_BL[:, ::-1] if after else mask_BL
   return tokens_BL.astype(np.int32), mask_BL
 

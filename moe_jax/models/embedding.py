@@ -22,7 +22,7 @@ class Vocabulary:
   scale_embedding: embeddings are multiplied by sqrt(D) (1706.03762, 3.4).
   scale_output: vectors are divided by sqrt(D) before the output layer (T5,
     1910.10683, where it is tied).
-  embedding_variance: with which embeddings begin (T5: 1); None: 1 / D.
+  embedding_variance: variance of the embedding's first numbers (T5: 1); None: 1 / D.
   positions: what is added to the vectors: "none", or "sinusoidal" (1706.03762,
     3.5, as M2M-100 counts: sines first, and the first position is 2).
   dtype: of activations; parameters are float32.

@@ -43,7 +43,9 @@ def of_run(
 
   pairs = [*itertools.islice(_in_turn(_pairs(task, number)), number)]
   beams = beam.Beams(num_beams) if num_beams > 1 else None
-  ends, written = loaded.ends, []
+  ends = loaded.ends if task.end is None else (task.end,)
+  start = loaded.start if task.start is None else (task.start,)
+  written = []
   for first in range(0, len(pairs), _AT_ONCE):
     group = pairs[first : first + _AT_ONCE]
     made = decoding.generate(
@@ -52,11 +54,12 @@ def of_run(
       [source.tolist() for source, _ in group],
       task.lengths["targets"],
       ends=ends,
-      start=loaded.start,
+      start=start,
       beams=beams,
+      length=task.lengths["inputs"],
     )
-    written += [_text(loaded, row) for row in made.tokens_BN]
-  wanted = [_text(loaded, target) for _, target in pairs]
+    written += [_text(loaded, row, ends) for row in made.tokens_BN]
+  wanted = [_text(loaded, target, ends) for _, target in pairs]
   metric = BLEU()
   score = metric.corpus_score(written, [wanted]).score
   values = {"bleu": score, "bleu_pairs": float(len(pairs))}
@@ -91,6 +94,6 @@ def _of_batch(batch):
     yield from zip(*sides, strict=True)
 
 
-def _text(loaded, tokens) -> str:
-  kept = [t for t in tokens.tolist() if t >= 0 and t not in loaded.ends]
+def _text(loaded, tokens, ends) -> str:
+  kept = [t for t in tokens.tolist() if t >= 0 and t not in ends]
   return loaded.tokenizer.decode(kept)

@@ -45,9 +45,9 @@ def build(
     **{"sentinels": sentinels, "end": end, "start": start},
   )
   if prepare:
-    corpus = mixed.prepare(
-      data, plugins=config.plugins, fingerprint=fingerprint
-    )
+    # It reports no bits per byte, and T5's tokens leave some characters out.
+    options = {"plugins": config.plugins, "fingerprint": fingerprint}
+    corpus = mixed.prepare(data, whole=False, **options)
   else:
     tokenizer = tokenizers.load(data.tokenizer)
     corpus = corpora.Corpus(data.name, tokenizer.num_bytes_V)

@@ -193,9 +193,22 @@ def with_tokens(config, loaded: Trained):
     config: of a task of an encoder-decoder, which stays as it is. What its task says
       about these tokens counts.
     loaded: from `published`.
+
+  Raises:
+    ConfigError: a task that has no such tokens.
   """
+  from moe_jax.core import registry
+  from moe_jax.core.options import of
+
+  name = config.task.name
+  build = registry.find("tasks", name, config.plugins, "task.name").build
+  if not {"end", "start"} <= {*of(build)}:
+    raise ConfigError(
+      f"task.name = {name} is no task of an encoder-decoder; set it to"
+      " span_corruption or translation"
+    )
   values, tokens = config.to_dict(), {"end": loaded.ends, "start": loaded.start}
-  known = {name: ids[0] for name, ids in tokens.items() if ids}
+  known = {key: ids[0] for key, ids in tokens.items() if ids}
   values["data"]["tokenizer"] = loaded.tokenizer.name
   values["task"] = known | values["task"]
   return config_lib.locked(values)

@@ -43,7 +43,7 @@ class Heads(nn.Module):
       name, shape: of the parameter.
       axes: logical axes of the parameter.
       inputs: number of axes that a product sums over; 0: it begins at zero.
-      scale: of its first variance, beside `init_scale`.
+      scale: factor of its first variance, times `init_scale`.
     """
     numbers, init = tuple(range(len(shape))), nn.initializers.zeros
     if inputs:

@@ -46,7 +46,7 @@ class Options:
     the buckets are for these.
   bias_distance: from which on all distances are in the last bucket.
   scale_scores: scores are divided by the root of a head's width (1706.03762);
-    T5 does not, and its queries begin as much smaller.
+    T5 does not divide, and its query matrix begins smaller by this factor instead.
   causal: a token sees none after it.
   sinks: a learned score per head that takes part in the softmax, and whose
     value is zero.

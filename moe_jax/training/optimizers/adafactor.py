@@ -17,7 +17,7 @@ def build(
 ) -> optimizers.Optimizer:
   """Second moments are factored over rows and columns of large matrices.
 
-  A matrix of attention has a side for all heads together.
+  In attention, heads and their width count as one axis, as in T5X.
 
   Updates are clipped in their root mean square and scaled by that of the
   parameter; the schedule is the learning rate.

@@ -195,6 +195,12 @@ def _check_networks(layer, made, how, place):
       f"the target's activation of experts = {experts.activation} is"
       f" {old.activation} in the source ({place}); change model.moe.activation"
     )
+  biased = "down_bias" in old.axes
+  if biased != ("down_bias" in experts.axes):
+    raise ConfigError(
+      f"the networks of the source have {'' if biased else 'no '}biases in {place}, and"
+      f" the experts of the target differ; set model.moe.use_bias = {biased}"
+    )
   if layer.recipe is not None:
     number = layer.recipe.num_experts
     if made.recipe.num_experts % number or old.width != experts.width:
@@ -233,7 +239,7 @@ def _layer(kinds, old, ours, how, rng, place):
       name = path.removeprefix(_EXPERTS)
       new[path] = _experts(layer, made, name, old)
     elif path.startswith(_ROUTER):
-      new[path] = _router(layer, made, path, own, old, how, rng)
+      new[path] = _router(layer, made, path, own, old, how, rng, place)
     else:
       new[path] = _fitting(old, path, own.shape, place)
   if how.method == "drop" and made.recipe is not None:
@@ -259,14 +265,14 @@ def _experts(layer, made, name, old):
   return np.stack([*parts] * (number // cuts))
 
 
-def _router(layer, made, path, own, old, how, rng):
+def _router(layer, made, path, own, old, how, rng, place):
   """A parameter of the router: the source's, repeated, or the target's own."""
   last = own.shape[-1] == made.recipe.num_experts
   if layer.recipe is None:
     cuts = _cuts(layer, made)
     # The parts of a network have the logits of the first of them.
     return np.repeat(own[..., ::cuts], cuts, axis=-1) if last else own
-  given = old[path]
+  given = _fitting(old, path, own.shape[:-1], place, 1)
   if not last:
     return given
   whole = np.concatenate([given] * (own.shape[-1] // given.shape[-1]), axis=-1)
@@ -308,14 +314,21 @@ def _of_model(given, path, own):
   return own
 
 
-def _fitting(given, path, shape, place):
+def _fitting(given, path, shape, place, free=0):
   """A parameter of the source.
+
+  Args:
+    given: parameters of the source.
+    path: of the parameter.
+    shape: that it must have, without its last `free` axes.
+    place: of the layer, for messages.
+    free: number of axes that may have any length.
 
   Raises:
     ConfigError: it is not there, or of another shape.
   """
   found = given.get(path)
-  if found is None or found.shape != shape:
+  if found is None or found.shape[: found.ndim - free] != shape:
     there = "not there" if found is None else f"of shape {found.shape}"
     raise ConfigError(
       f"the parameter {path}{place and f' of {place}'} has shape {shape} in the target"
