@@ -377,6 +377,13 @@ SCALES = {"demo": demo}
 """
 
 
+def run_of(arm, work):
+  """The run of an arm with seed 0."""
+  made = plan.make(questions.load("balance"), arms=[arm], workdir=work)
+  (run,) = look(made).launch(seeds=1).runs
+  return run
+
+
 def test_arms_that_start_from_the_runs_of_another(small, programs, capsys):
   folder, work = small
   (folder / "sweep.py").write_text(STARTS)
@@ -411,10 +418,7 @@ def test_arms_that_start_from_the_runs_of_another(small, programs, capsys):
   assert rows.keys() == {"on", "dense"}
 
   # One that another launch is running is no start yet, and one that diverged never.
-  made = look(
-    plan.make(questions.load("balance"), arms=["dense"], workdir=work / "y")
-  )
-  (start,) = made.launch(seeds=1).runs
+  start = run_of("dense", work / "y")
   command = [
     "balance",
     f"--workdir={work}/y",
