@@ -233,7 +233,7 @@ def test_an_interrupted_preparation_leaves_nothing(prepare, monkeypatch):
   (corpus.directory / "index.json").unlink()
   before = os.listdir(root)
 
-  def write(name, builder, features, tokenizer, folder):
+  def write(name, builder, features, tokenizer, folder, whole):
     (folder / "train-000.tokens").write_bytes(b"half")
     raise KeyboardInterrupt
 
