@@ -1,4 +1,4 @@
-"""Student's t-interval of a mean over seeds."""
+"""Intervals: Student's of a mean over seeds, Wilson's of a share of runs."""
 
 import math
 import statistics
@@ -61,3 +61,11 @@ def paired(ones: dict[int, float], others: dict[int, float]) -> Interval | None:
   """The interval of `one - other` over common seeds; None if there are none."""
   seeds = sorted(ones.keys() & others.keys())
   return of([ones[s] - others[s] for s in seeds]) if seeds else None
+
+
+def wilson(count: int, total: int) -> tuple[float, float]:
+  """The ends of the 95 % interval of a share (Wilson, 1927)."""
+  from scipy import stats
+
+  ends = stats.binomtest(count, total).proportion_ci(LEVEL, method="wilson")
+  return float(ends.low), float(ends.high)

@@ -1,0 +1,1 @@
+"""Which choices of the Switch Transformer matter, and which keep training stable?"""
