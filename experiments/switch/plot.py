@@ -5,7 +5,8 @@ from experiments.report import Claim, Column, Report
 from experiments.scaling import speedup
 from experiments.switch import sweep
 
-MARGIN = 0.5  # Nats above the lowest loss at which a run has failed.
+MARGIN = 0.5  # Nats above the lowest loss before at which a run is not stable.
+WARM_UP = 50
 LOSS = "validation/loss"
 _BASE = "switch_1.25"
 _PAIRS = (
@@ -21,8 +22,8 @@ _PAIRS = (
 def derive(rows: list[dict], curves: list[dict]) -> list[dict]:
   """Rows with "failed" and the speed-ups over `t5`, see `speedup`.
 
-  A run has failed if the mean training loss of its last quarter is `MARGIN` above the
-  lowest loss of any line, or if it diverged. Failed runs have no speed-up.
+  A run has failed if it diverged, or if a training line after the warm-up has a loss
+  `MARGIN` above the lowest one before it. Failed runs have no speed-up.
   """
   lines, points = (
     runs.grouped(
@@ -32,8 +33,7 @@ def derive(rows: list[dict], curves: list[dict]) -> list[dict]:
   )
   by_place, derived = {(r["arm"], r["seed"]): r for r in rows}, []
   for (arm, seed), row in by_place.items():
-    losses = [loss for _, loss in lines.get((arm, seed), ())]
-    new = row | {"failed": _failed(row, losses)}
+    new = row | {"failed": _failed(row, sorted(lines.get((arm, seed), ())))}
     ends = points.get(("t5", seed)), points.get((arm, seed))
     if arm in sweep.HEADLINE and all(ends) and not new["failed"]:
       new["step_speedup"] = speedup.speedup(*map(sorted, ends))
@@ -45,11 +45,13 @@ def derive(rows: list[dict], curves: list[dict]) -> list[dict]:
   return derived
 
 
-def _failed(row, losses):
-  if runs.DIVERGED in row or not losses:
-    return 1.0
-  late = losses[-len(losses) // 4 :]
-  return float(sum(late) / len(late) > min(losses) + MARGIN)
+def _failed(row, points):
+  lowest = float("inf")
+  for step, loss in points:
+    if step > WARM_UP and loss > lowest + MARGIN:
+      return 1.0
+    lowest = min(lowest, loss)
+  return float(runs.DIVERGED in row)
 
 
 def stability(rows: list[dict]) -> list[str]:
@@ -81,8 +83,8 @@ REPORT = Report(
       "failed",
       "failed",
       digits=2,
-      meaning="share of the runs whose training loss ended 0.5 nats above its lowest"
-      " value, or that diverged.",
+      meaning="share of the runs that diverged, or whose training loss rose after the"
+      " warm-up to 0.5 nats above the lowest before.",
     ),
     Column(
       "step_speedup",
