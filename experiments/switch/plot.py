@@ -15,6 +15,7 @@ _PAIRS = (
   *((f"{k}_2.0", f"{k}_1.0") for k in ("switch", "top2")),
   *((arm, _BASE) for arm in sweep.ONE_CHANGE),
   ("selective", "bfloat16"),
+  *((arm, "short_t5") for arm in sweep.SHORT[1:]),
   *((arm, "fast") for arm in sweep.STABILITY[1:]),
 )
 

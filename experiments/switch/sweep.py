@@ -14,6 +14,8 @@ HEADLINE += tuple(f"top2_{c}" for c in CAPACITIES)
 ONE_CHANGE = (
   *("bfloat16", "selective", "init_1.0", "dropout_0.1", "dropout_0.1_0.4"),
 )
+# The task of T5's spans.
+SHORT = ("short_t5", "short_t5_wide", "short_switch")
 # At a rate at which some runs fail, for a sixth of the steps.
 STABILITY = (
   *("fast", "fast_z_loss", "fast_clip", "fast_dropout", "fast_no_jitter"),
@@ -44,7 +46,8 @@ def cpu() -> sweeps.Sweep:
   """
   tuned = {"t5": "t5", "switch": "switch_1.25", "top2": "top2_1.25"}
   like = {arm: tuned[arm.split("_")[0]] for arm in HEADLINE}
-  like |= dict.fromkeys(ONE_CHANGE, "switch_1.25")
+  like |= dict.fromkeys((*ONE_CHANGE, "short_switch"), "switch_1.25")
+  like |= dict.fromkeys(("short_t5", "short_t5_wide"), "t5")
   rates = tuning.Stage(
     dict.fromkeys(tuned.values(), "optim.learning_rate"),
     (3e-2, 1e-1, 3e-1),
@@ -53,7 +56,7 @@ def cpu() -> sweeps.Sweep:
   )
   return sweeps.Sweep(
     _config(small.cpu_config()),
-    _arms() | _fast(),
+    _arms() | _short() | _fast(),
     seeds=8,
     stages=(rates,),
     seeds_of=dict.fromkeys(STABILITY, 16),
@@ -85,9 +88,8 @@ def _published(c, steps, batch_size):
 def _config(c):
   """T5 of two layers on each side, the second with 16 experts.
 
-  Half of the text is to be filled in, in long spans. With T5's, of which a seventh is,
-  a model of this size learns so little in these steps that not even a dense network
-  four times as wide is better.
+  Half of the text is to be filled in, in long spans, so that a step has enough targets
+  to learn from; the arms `SHORT` have T5's spans.
   """
   base = switch.get_config("base_16")
   c.task = dict(base.task) | SPANS
@@ -128,6 +130,16 @@ def _arms() -> sweeps.Arms:
     **{f"top2_{c}": own | _TOP_2 for c, own in halves.items()},
     **{name: _capacity(1.25) | own for name, own in one.items()},
   }
+
+
+def _short():
+  """Arms with T5's spans, of which 16 rows have 464 targets."""
+  spans = {
+    "task": dict(switch.get_config("base_16").task),
+    "model.moe.tokens_per_group": 16 * 29,
+  }
+  own = {"t5": "t5", "t5_wide": "t5_wide", "switch": "switch_1.25"}
+  return {f"short_{k}": spans | _arms()[arm] for k, arm in own.items()}
 
 
 def _fast():
