@@ -59,7 +59,7 @@ def cpu() -> sweeps.Sweep:
     _arms() | _short() | _fast(),
     seeds=8,
     stages=(rates,),
-    seeds_of=dict.fromkeys(STABILITY, 16),
+    seeds_of=dict.fromkeys(STABILITY, 16) | dict.fromkeys(SHORT, 5),
   )
 
 
@@ -97,6 +97,7 @@ def _config(c):
   for key in (
     *("name", "pattern", "activation", "init_scale", "attention"),
     *("tie_embeddings", "scale_output", "scale_embedding", "norm_eps"),
+    "embedding_variance",
   ):
     c.model[key] = base.model[key]
   c.model.update(num_layers=2, prefix=(), d_model=16, d_ff=32)
