@@ -21,7 +21,7 @@ STABILITY = (
   *("fast", "fast_z_loss", "fast_clip", "fast_dropout", "fast_no_jitter"),
   *("fast_init_1.0", "fast_bfloat16", "fast_t5"),
 )
-FAST = 0.7  # Their learning rate, which does not fall.
+FAST = 0.6  # Their learning rate, which does not fall.
 SPANS = {"noise_density": 0.5, "mean_span": 16}
 TARGETS = 129  # Tokens of the targets of 128 inputs, with these spans.
 _TOP_2 = {"model.moe.top_k": 2, "model.moe.router.renormalize": True}
