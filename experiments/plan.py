@@ -263,7 +263,7 @@ class Experiment:
     if not stages:
       return []
     words = {a: tuning.describe(stages, a, self.chosen(a)) for a in self.arms}
-    alike = runs.grouped((words[arm], arm) for arm in self.arms)
+    alike = runs.grouped((words[arm], arm) for arm in self.arms if words[arm])
     last = tuning.SEED + max(s.seeds for s in stages) - 1
     seeds = f"s {tuning.SEED} to {last}" if last > tuning.SEED else f" {last}"
     return [

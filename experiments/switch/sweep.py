@@ -78,6 +78,7 @@ SCALES = {"demo": demo, "cpu": cpu, "gpu": gpu, "pod": pod}
 
 def _published(c, steps, batch_size):
   c.data.update(name="text_of_your_own", batch_size=batch_size)
+  c.model.dtype = "float32"  # Of all arms but those about precision.
   c.train.num_steps = steps
   c.eval.update(every=steps // 10, batch_size=256, batches_per_domain=16)
   kept = (*HEADLINE, *ONE_CHANGE)
