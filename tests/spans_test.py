@@ -339,6 +339,9 @@ def test_an_epoch_has_every_window_once_and_other_noise(corpus):
   places = [read.index(windows[0], i * n) for i in range(3)]
   inputs = {batch["inputs"][place].tobytes() for place in places}
   assert len(inputs) == 3
+  noise = train(corpus)[0]["inputs"] >= V
+  other = train(corpus, seed=4)[0]["inputs"] >= V
+  assert (noise != other).any(axis=1).mean() > 0.5
 
 
 def test_a_row_depends_on_seed_step_and_place_alone(corpus):
