@@ -131,7 +131,7 @@ def _arguments(argv):
   methods = ("copy", "drop", "granular")
   add("--method", choices=methods, default="copy", help="default: copy")
   words = "share of the hidden units that drop begins anew (default: 0.5)"
-  add("--ratio", type=float, default=0.5, help=words)
+  add("--ratio", type=float, help=words)
   words = "of copied columns of a router, over their deviation (default: 0)"
   add("--router_noise", type=float, default=0.0, help=words)
   add("--seed", type=int, default=0, help="of the draws (default: 0)")

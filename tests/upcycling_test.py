@@ -2,9 +2,11 @@
 
 import os
 import tempfile
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,7 +15,7 @@ from moe_jax import hf, main, models, upcycle
 from moe_jax.core.errors import ConfigError
 from moe_jax.hf import architecture, config
 from moe_jax.run import config as config_lib
-from moe_jax.training import checkpoint, trained
+from moe_jax.training import checkpoint, starts, trained
 from moe_jax.training.starts import upcycling
 from moe_jax.training.starts.upcycling import Upcycling
 from tests import parity
@@ -107,6 +109,36 @@ def test_the_function_is_kept(name):
   assert experts["down"].shape[1] == c.moe.num_experts
 
 
+@pytest.mark.parametrize(
+  "name, value",
+  [("scale", 2.5), ("apply_to", "input"), ("output_masking", 0.2)],
+)
+def test_weights_that_do_not_add_up_to_1(name, value):
+  source = made(dense(section()), seed=1)
+  model, params = up(source, section(router=SUM_1 | {name: value}))
+  assert not upcycling.keeps(source[0], model)
+  assert np.abs(logits(model, params) - logits(*source)).max() > 1e-3
+
+
+def test_a_softmax_of_the_chosen_adds_up_to_1():
+  """As Mixtral has it."""
+  chosen = {"name": "top_k", "score_before_top_k": False}
+  source = made(dense(section()), seed=1)
+  model, params = up(source, section(router=chosen))
+  assert upcycling.keeps(source[0], model)
+  np.testing.assert_allclose(
+    logits(model, params), logits(*source), atol=1e-5, rtol=1e-5
+  )
+
+
+def test_options_that_would_do_nothing():
+  source = made(dense(section()), seed=1)
+  with pytest.raises(ConfigError, match="ratio = 0.25 is of the method drop"):
+    up(source, section(), ratio=0.25)
+  with pytest.raises(ConfigError, match="router_noise = 0.1 .* leave it out"):
+    up(source, section(), router_noise=0.1)
+
+
 def test_the_target_may_have_more_tokens():
   """Such as the end that every tokenizer gets here; logits of others stay."""
   for tied in (True, False):
@@ -173,6 +205,43 @@ def test_a_share_of_units_begins_anew():
   assert len({*map(tuple, drawn)}) == 4
   for name in ("up_bias", "down_bias"):
     np.testing.assert_array_equal(new[name][0, 3], old[name][0])
+
+
+def test_experts_that_were_there_stay():
+  """Of a source with experts, only what is added begins anew."""
+  source = made(section(num_experts=2), seed=1)
+  _, params = up(source, section(), method="drop")
+  old = source[1]["decoder"]["0"]["moe"]["experts"]["up"]
+  new = params["decoder"]["0"]["moe"]["experts"]["up"]
+  np.testing.assert_array_equal(new[:, :2], old)
+  assert (new[:, 2:] != old).any((0, 2, 3)).all()
+
+
+class State(NamedTuple):
+  """What `starts.replaced` takes of a state."""
+
+  params: dict
+  balance: dict
+  ema: dict | None = None
+
+  def replace(self, **fields):
+    return self._replace(**fields)
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_what_a_run_takes_from_its_start(average, monkeypatch, tmp_path):
+  """Parameters, their average too, and the state of the same balancers."""
+  given = {"params": {"w": np.ones(3)}, "balance": {"bias": np.ones(2)}}
+  monkeypatch.setattr(starts, "variables", lambda path: given)
+  params, balance = {"w": jnp.zeros(3)}, {"bias": jnp.zeros(2)}
+  state = State(params, balance, params if average else None)
+  found = starts.replaced(state, None, str(tmp_path), {}, 0)
+  assert found.params["w"].tolist() == [1, 1, 1]
+  assert found.balance["bias"].tolist() == [1, 1]
+  assert found.ema == (found.params if average else None)
+  other = State(params, {"bias": jnp.zeros(4)})
+  found = starts.replaced(other, None, str(tmp_path), {}, 0)
+  assert found.balance["bias"].tolist() == [0] * 4
 
 
 def test_the_parts_of_a_network():
@@ -309,8 +378,15 @@ def test_from_a_run_to_a_run(run, capsys, monkeypatch):
 def test_weights_of_another_model(run, capsys):
   folder, flags = run
   place = f"--config.init_from={folder}/dense"
+  other = folder / "other"
   with pytest.raises(ConfigError, match="moe_jax.upcycle"):
-    main.main([*flags, *MORE, KEPT_STILL, place, f"--workdir={folder}/other"])
+    main.main([*flags, *MORE, KEPT_STILL, place, f"--workdir={other}"])
+  # The folder takes another config.
+  assert not (other / "run.json").exists()
+  assert not any(other.glob("checkpoints/*"))
+  place = f"--config.init_from={other}/checkpoints"
+  with pytest.raises(ConfigError, match=r"init_from = .*checkpoints: there is"):
+    main.main([*flags, *MORE, KEPT_STILL, place, f"--workdir={other}"])
   with pytest.raises(ConfigError, match="init_from = nowhere is no folder"):
     main.main(
       [*flags, "--config.init_from=nowhere", f"--workdir={folder}/none"]

@@ -119,13 +119,12 @@ def _begin(program, seed, start, directory, checkpoints, progress):
   restored = checkpoints.restore(program.abstract_state)
   facts = program.facts() | {"seed": seed}
   if restored is None:
-    directory.start_over(**facts)
-    lines = Lines(program, directory, progress)
     state = program.init(jax.random.key(seed))
-    if start is not None:
+    if start is not None:  # Before anything is written: it may be refused.
       how = program.config.upcycle
       state = starts.replaced(state, program.model, start, how, seed)
-    return state, 0, lines
+    directory.start_over(**facts)
+    return state, 0, Lines(program, directory, progress)
   known = restored.meta["data"]
   if known != program.task.fingerprint:
     raise ConfigError(

@@ -38,7 +38,7 @@ def replaced(state, model, path: str, how: Mapping, seed: int):
   """
   check(path)
   if how:
-    source = trained.of_folder(path)
+    source = _read(trained.of_folder, path)
     old = source.variables["params"]
     initial = multihost_utils.process_allgather(state.params, tiled=True)
     made = upcycling.Upcycling(**how)
@@ -46,7 +46,7 @@ def replaced(state, model, path: str, how: Mapping, seed: int):
     params = upcycling.upcycled(source.model, old, model, initial, made)
     given = {"params": params}
   else:
-    given = variables(path)
+    given = _read(variables, path)
   params = _fitted(given["params"], state.params, path)
   balance, before = state.balance, given.get("balance", {})
   if _shapes(before) == _shapes(balance):
@@ -141,6 +141,13 @@ def distance(source, model, variables: Mapping, length: int = 32) -> float:
   ]
   most = logits[0].shape[-1]
   return float(jnp.abs(logits[0] - logits[1][..., :most]).max())
+
+
+def _read(load, path):
+  try:
+    return load(path)
+  except ConfigError as e:
+    raise ConfigError(f"{KEY} = {path}: {e}") from e
 
 
 def _fitted(given, wanted, path):

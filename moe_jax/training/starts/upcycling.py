@@ -29,7 +29,7 @@ import numpy as np
 from flax import traverse_util
 
 from moe_jax.core.errors import ConfigError
-from moe_jax.core.options import integer, number, shown, word
+from moe_jax.core.options import integer, number, optional, shown, word
 from moe_jax.models import embedding
 
 _EXPERTS, _DENSE, _ROUTER = "moe/experts/", "mlp/", "moe/router/"
@@ -41,14 +41,14 @@ class Upcycling(NamedTuple):
   """Options.
 
   method: see above.
-  ratio: share of an expert's hidden units that "drop" begins anew.
+  ratio: share of an expert's hidden units that "drop" begins anew; None: a half.
   router_noise: deviation of what is added to copied columns of a router, over
     their own.
   seed: of what is drawn.
   """
 
   method: word("copy", "drop", "granular") = "copy"
-  ratio: number(0, 1) = 0.5
+  ratio: optional(number(0, 1)) = None
   router_noise: number(0) = 0.0
   seed: integer(0) = 0
 
@@ -111,12 +111,28 @@ def _keeps(layer, made):
   """Whether weights add up to 1, over all copies of what a token took."""
   router, grouping = made.recipe.router, made.grouping
   bounded = grouping.capacity_factor or grouping.capacity
-  if bounded or not router.spec.options.get("renormalize"):
+  if bounded or not _averages(router):
     return False
   if layer.recipe is None:
-    return router.top_k % _cuts(layer, made) == 0
-  copies = made.recipe.num_experts // layer.recipe.num_experts
-  return router.top_k == copies * layer.recipe.router.top_k
+    cuts = _cuts(layer, made)
+    return cuts == 1 or (router.top_k or 1) % cuts == 0
+  copies, old = (
+    made.recipe.num_experts // layer.recipe.num_experts,
+    layer.recipe.router,
+  )
+  return _averages(old) and router.top_k == copies * (old.top_k or 0)
+
+
+def _averages(router):
+  """Whether a token gets a mean of its experts' outputs, with any weights."""
+  options = router.spec.options
+  of_chosen = options.get("score_before_top_k") is False
+  adds_up = options.get("renormalize") or (
+    of_chosen and options["score"] == "softmax"
+  )
+  plain = {"scale": 1.0, "apply_to": "output", "output_masking": 0.0}
+  plain |= {"expert_scale": False}
+  return adds_up and all(options.get(k, v) == v for k, v in plain.items())
 
 
 def check(source, target, how) -> None:
@@ -126,6 +142,7 @@ def check(source, target, how) -> None:
       f"the source is of the kind {type(source).__name__} and the target of"
       f" {type(target).__name__}; set model.name so that they are the same"
     )
+  _check_options(source, how)
   _same(source.arch, target.arch, _OF_MODEL, "")
   _check_tokens(source.arch, target.arch)
   for one, other in zip(source.arch.stacks, target.arch.stacks):
@@ -137,6 +154,20 @@ def check(source, target, how) -> None:
       fields = [name for name in fields if name not in _IDLE]
       _same(layer.attention, made.attention, fields, f"{place}, attention")
       _check_networks(layer, made, how, place)
+
+
+def _check_options(source, how):
+  """Raises ConfigError for options that would do nothing."""
+  if how.ratio is not None and how.method != "drop":
+    raise ConfigError(
+      f"ratio = {how.ratio} is of the method drop, and the method is {how.method};"
+      " leave it out"
+    )
+  if how.router_noise and not source.sublayers:
+    raise ConfigError(
+      f"router_noise = {how.router_noise} is of the routers of a source with"
+      " experts, and this one is dense; leave it out"
+    )
 
 
 _SIZES = ("vocab_size", "source_vocab_size")
@@ -295,8 +326,9 @@ def _begin_anew(new, kept, how, rng):
     if k.startswith(_EXPERTS) and "bias" not in k
   }
   number, width, _ = new[names["down"]].shape
+  share = 0.5 if how.ratio is None else how.ratio
   for expert in range(kept if kept > 1 else 0, number):
-    units = rng.permutation(width)[: int(how.ratio * width)]
+    units = rng.permutation(width)[: int(share * width)]
     for name, path in names.items():
       matrix = new[path][expert]
       where = (units,) if name == "down" else (slice(None), units)
