@@ -10,7 +10,7 @@ from moe_jax.run import processes, provenance, run_directory
 from moe_jax.run.progress import Progress
 from moe_jax.training import loop
 from moe_jax.training import program as programs
-from moe_jax.training.starts import upcycling
+from moe_jax.training.starts import fit, upcycling
 
 
 def train(launch: plan.Launch, deadline: float | None = None) -> None:
@@ -72,7 +72,7 @@ def _check_start(run):
     programs.build(one.config, prepare=False)[-1] for one in (run.start, run)
   )
   try:
-    upcycling.check(source, target, upcycling.Upcycling(**run.config.upcycle))
+    fit.check(source, target, upcycling.Upcycling(**run.config.upcycle))
   except ConfigError as e:
     raise ConfigError(
       f"arm {run.arm} cannot start from {run.start.arm}: {e}"

@@ -21,7 +21,7 @@ def main(argv=None) -> int:
 
   from moe_jax import models
   from moe_jax.training import program, starts
-  from moe_jax.training.starts import upcycling
+  from moe_jax.training.starts import fit, upcycling
 
   starts.check_empty(args.out)
   config = config_lib.load(
@@ -46,7 +46,7 @@ def main(argv=None) -> int:
   made = upcycling.upcycled(
     source.model, source.variables["params"], model, initial["params"], how
   )
-  kept = upcycling.keeps(source.model, model, how)
+  kept = fit.keeps(source.model, model, how)
   section, given = models.dropless(config.model.to_dict()), task.given
   dropless = models.build(section, plugins=config.plugins, **given)
   distance = starts.distance(source, dropless, {**initial, "params": made})

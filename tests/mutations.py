@@ -1441,7 +1441,7 @@ FAULTS = (
   ),
   Fault(
     "biases of the source are left out",
-    "moe_jax/training/starts/upcycling.py",
+    "moe_jax/training/starts/fit.py",
     'if biased != ("down_bias" in experts.axes):',
     "if False:",
     "upcycling_test.py::test_sources_that_do_not_fit",

@@ -16,7 +16,7 @@ from moe_jax.core.errors import ConfigError
 from moe_jax.hf import architecture, config
 from moe_jax.run import config as config_lib
 from moe_jax.training import checkpoint, starts, trained
-from moe_jax.training.starts import upcycling
+from moe_jax.training.starts import fit, upcycling
 from moe_jax.training.starts.upcycling import Upcycling
 from tests import parity
 
@@ -101,7 +101,7 @@ def test_the_function_is_kept(name):
   old.activation = c.activation = c.moe.activation
   source = made(old, seed=1)
   model, params = up(source, c, **options)
-  assert upcycling.keeps(source[0], model, Upcycling(**options))
+  assert fit.keeps(source[0], model, Upcycling(**options))
   np.testing.assert_allclose(
     logits(model, params), logits(*source), atol=1e-5, rtol=1e-5
   )
@@ -116,7 +116,7 @@ def test_the_function_is_kept(name):
 def test_weights_that_do_not_add_up_to_1(name, value):
   source = made(dense(section()), seed=1)
   model, params = up(source, section(router=SUM_1 | {name: value}))
-  assert not upcycling.keeps(source[0], model)
+  assert not fit.keeps(source[0], model, Upcycling())
   assert np.abs(logits(model, params) - logits(*source)).max() > 1e-3
 
 
@@ -125,7 +125,7 @@ def test_a_softmax_of_the_chosen_adds_up_to_1():
   chosen = {"name": "top_k", "score_before_top_k": False}
   source = made(dense(section()), seed=1)
   model, params = up(source, section(router=chosen))
-  assert upcycling.keeps(source[0], model)
+  assert fit.keeps(source[0], model, Upcycling())
   np.testing.assert_allclose(
     logits(model, params), logits(*source), atol=1e-5, rtol=1e-5
   )
@@ -163,7 +163,7 @@ def test_more_experts_of_experts():
   """4 to 8, and a token takes both copies of what it took."""
   source = made(section(num_experts=4, top_k=2), seed=1)
   model, params = up(source, section(num_experts=8, top_k=4))
-  assert upcycling.keeps(source[0], model)
+  assert fit.keeps(source[0], model, Upcycling())
   np.testing.assert_allclose(
     logits(model, params), logits(*source), atol=1e-5, rtol=1e-5
   )
@@ -171,10 +171,10 @@ def test_more_experts_of_experts():
   kernel = moe["router"]["kernel"]
   np.testing.assert_array_equal(kernel[..., :4], kernel[..., 4:])
   model, params = up(source, section(num_experts=8, top_k=2))
-  assert not upcycling.keeps(source[0], model)
+  assert not fit.keeps(source[0], model, Upcycling())
   assert np.abs(logits(model, params) - logits(*source)).max() > 1e-3
   model, params = up(source, section(num_experts=8, top_k=4), router_noise=0.01)
-  assert not upcycling.keeps(source[0], model, Upcycling(router_noise=0.01))
+  assert not fit.keeps(source[0], model, Upcycling(router_noise=0.01))
   noisy = params["decoder"]["0"]["moe"]["router"]["kernel"]
   np.testing.assert_array_equal(noisy[..., :4], kernel[..., :4])
   share = (noisy - kernel)[..., 4:].std() / kernel[..., :4].std()
@@ -185,7 +185,7 @@ def test_a_share_of_units_begins_anew():
   """Drop-Upcycling: whole units, others in each expert, with old moments."""
   source = made(dense(section()), seed=1)
   model, params = up(source, section(), method="drop", ratio=0.25)
-  assert not upcycling.keeps(source[0], model, Upcycling("drop"))
+  assert not fit.keeps(source[0], model, Upcycling("drop"))
   old = source[1]["decoder"]["0"]["mlp"]
   new = params["decoder"]["0"]["moe"]["experts"]
   drawn = []
@@ -512,5 +512,5 @@ def test_published_dense_models_get_experts(name):
   params = upcycling.upcycled(
     source, variables["params"], target, drawn(target, 0)
   )
-  assert upcycling.keeps(source, target)
+  assert fit.keeps(source, target, Upcycling())
   np.testing.assert_allclose(logits(target, params), wanted, atol=1e-5)
