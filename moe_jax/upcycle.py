@@ -9,7 +9,6 @@ the source is kept, is in docs/upcycling.md.
 """
 
 from moe_jax.core import options
-from moe_jax.core.errors import ConfigError
 from moe_jax.run import command
 from moe_jax.run import config as config_lib
 from moe_jax.training import trained
@@ -34,8 +33,7 @@ def main(argv=None) -> int:
     config = config_lib.overridden(_like(config, source, args.hf), overrides)
     if args.hf and len(source.model.arch.stacks) > 1:
       config = trained.with_tokens(config, source)
-  if source.config is not None:
-    _same_text(source.config, config, args)
+  fit.check_text(source, config, args.hf or args.checkpoint)
   program.check(config)
   task = program.build_task(config, prepare=False)
   model = program.build_model(config, task)
@@ -101,20 +99,6 @@ def _sparse(part):
   if "d_ff" in part:
     changed["moe"] = part["moe"] | {"d_expert": part["d_ff"]}
   return part | changed
-
-
-def _same_text(old, new, args):
-  keys = "name", "end", "start", "sentinels"
-  pairs = {
-    f"task.{key}": (old.task.get(key), new.task.get(key)) for key in keys
-  }
-  pairs["data.tokenizer"] = old.data.tokenizer, new.data.tokenizer
-  for key, (before, after) in pairs.items():
-    if before != after:
-      raise ConfigError(
-        f"{args.checkpoint} is a run with {key} = {before}, and the config has"
-        f" {after}; give a config of the same tokens"
-      )
 
 
 def _arguments(argv):

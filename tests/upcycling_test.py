@@ -13,6 +13,7 @@ import pytest
 from configs import tiny
 from moe_jax import hf, main, models, upcycle
 from moe_jax.core.errors import ConfigError
+from moe_jax.data import tokenizers
 from moe_jax.hf import architecture, config
 from moe_jax.run import config as config_lib
 from moe_jax.training import checkpoint, starts, trained
@@ -233,14 +234,15 @@ def test_what_a_run_takes_from_its_start(average, monkeypatch, tmp_path):
   """Parameters, their average too, and the state of the same balancers."""
   given = {"params": {"w": np.ones(3)}, "balance": {"bias": np.ones(2)}}
   monkeypatch.setattr(starts, "variables", lambda path: given)
+  same = tiny.get_config()
   params, balance = {"w": jnp.zeros(3)}, {"bias": jnp.zeros(2)}
   state = State(params, balance, params if average else None)
-  found = starts.replaced(state, None, str(tmp_path), {}, 0)
+  found = starts.replaced(state, None, same, str(tmp_path), 0)
   assert found.params["w"].tolist() == [1, 1, 1]
   assert found.balance["bias"].tolist() == [1, 1]
   assert found.ema == (found.params if average else None)
   other = State(params, {"bias": jnp.zeros(4)})
-  found = starts.replaced(other, None, str(tmp_path), {}, 0)
+  found = starts.replaced(other, None, same, str(tmp_path), 0)
   assert found.balance["bias"].tolist() == [0] * 4
 
 
@@ -449,11 +451,25 @@ def test_the_sizes_of_published_weights(name, tmp_path, capsys):
   assert made.model.arch.d_model == 24 and made.config.task.name == task
   found = logits(made.model, made.variables["params"])
   np.testing.assert_allclose(found, logits(model, params), atol=1e-5)
+  words = "d_model = .* is 24 in the source"
   if name == "t5":
     assert (made.ends, made.start) == ((1,), (0,))
-  else:
-    with pytest.raises(ConfigError, match="d_model = .* is 24 in the source"):
-      upcycle.main([f"--hf={folder}", *flags, f"--out={tmp_path}/other"])
+    words = "task.end = 1, and the config has None"
+  with pytest.raises(ConfigError, match=words):
+    upcycle.main([f"--hf={folder}", *flags, f"--out={tmp_path}/other"])
+
+
+def test_tokens_that_mean_something_else():
+  """A vocabulary that is large enough does not make them the same."""
+  source = trained.Trained(*made(section()), tokenizers.load(), (256,))
+  fit.check_text(source, tiny.get_config(), "there")
+  other = source.tokenizer._replace(name="words.json", key="words")
+  with pytest.raises(
+    ConfigError, match="there has data.tokenizer = words.json, .* has bytes"
+  ):
+    fit.check_text(
+      source._replace(tokenizer=other), tiny.get_config(), "there"
+    )
 
 
 def test_routing_is_that_of_the_config(tmp_path):

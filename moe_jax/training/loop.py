@@ -121,8 +121,8 @@ def _begin(program, seed, start, directory, checkpoints, progress):
   if restored is None:
     state = program.init(jax.random.key(seed))
     if start is not None:  # Before anything is written: it may be refused.
-      how = program.config.upcycle
-      state = starts.replaced(state, program.model, start, how, seed)
+      of_run = program.model, program.config
+      state = starts.replaced(state, *of_run, start, seed)
     directory.start_over(**facts)
     return state, 0, Lines(program, directory, progress)
   known = restored.meta["data"]

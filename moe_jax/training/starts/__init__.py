@@ -14,31 +14,31 @@ from jax.experimental import multihost_utils
 from moe_jax.core import files, parallel
 from moe_jax.core.errors import ConfigError
 from moe_jax.training import checkpoint, trained
-from moe_jax.training.starts import upcycling
+from moe_jax.training.starts import fit, upcycling
 
 KEY = "init_from"
 
 
-def replaced(state, model, path: str, how: Mapping, seed: int):
-  """A new TrainState with the parameters that a config's `init_from` names.
+def replaced(state, model, config, path: str, seed: int):
+  """A new TrainState with parameters of another model.
 
   Balancers go on from the state that they had there, where both have it; optimizer
   and random key are those of a new run.
 
   Args:
     state: of step 0.
-    model: of the run.
+    model, config: of the run. Without `config.upcycle`, the other model is the same.
     path: a run's work directory, one of its checkpoints, a folder of
       `moe_jax.upcycle` or published weights.
-    how: options of `Upcycling`; {}: the parameters are those of the same model.
-    seed: of the run; added to that of `how`.
+    seed: of the run; added to that of `config.upcycle`.
 
   Raises:
     ConfigError: there are none, or of a model that does not fit; says where.
   """
   check(path)
-  if how:
+  if how := config.upcycle:
     source = _read(trained.of_folder, path)
+    fit.check_text(source, config, path)
     old = source.variables["params"]
     initial = multihost_utils.process_allgather(state.params, tiled=True)
     made = upcycling.Upcycling(**how)

@@ -4,6 +4,7 @@ import dataclasses
 
 from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import shown
+from moe_jax.data import tokenizers
 from moe_jax.models import embedding
 
 # Options of attention that matter in training only.
@@ -52,6 +53,38 @@ def _averages(router):
   plain = {"scale": 1.0, "apply_to": "output", "output_masking": 0.0}
   plain |= {"expert_scale": False}
   return adds_up and all(options.get(k, v) == v for k, v in plain.items())
+
+
+def check_text(source, config, path: str) -> None:
+  """Raises ConfigError for a config whose tokens mean something else.
+
+  Args:
+    source: a `trained.Trained`.
+    config: of the model to make.
+    path: of the source, for messages.
+  """
+  task, tokenizer = config.task, config.data.tokenizer
+  if source.config is not None:
+    old = source.config
+    keys = "name", "end", "start", "sentinels"
+    pairs = {f"task.{k}": (old.task.get(k), task.get(k)) for k in keys}
+    pairs["data.tokenizer"] = old.data.tokenizer, tokenizer
+  else:
+    tokens = {"end": source.ends, "start": source.start}
+    two_texts = len(source.model.arch.stacks) > 1
+    pairs = {
+      f"task.{k}": (ids[0], task.get(k))
+      for k, ids in tokens.items()
+      if two_texts and ids
+    }
+    if tokenizers.load(tokenizer).key != source.tokenizer.key:
+      pairs["data.tokenizer"] = source.tokenizer.name, tokenizer
+  for key, (before, after) in pairs.items():
+    if before != after:
+      raise ConfigError(
+        f"{path} has {key} = {before}, and the config has {after}; give a config of"
+        " the same tokens"
+      )
 
 
 def check(source, target, how) -> None:
