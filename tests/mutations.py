@@ -1260,8 +1260,8 @@ FAULTS = (
   Fault(
     "an encoder sees earlier tokens only",
     "moe_jax/models/encoder_decoder.py",
-    "causal=False",
-    "causal=True",
+    "parts.attention, causal=False",
+    "parts.attention, causal=True",
     "encoder_decoder_test.py::test_the_decoder_is_causal_and_the_encoder_is_not",
   ),
   Fault(
@@ -1295,8 +1295,8 @@ FAULTS = (
   Fault(
     "every place drops the same numbers",
     "moe_jax/models/dropout.py",
-    "number = layer_index * places + place",
-    "number = layer_index * places",
+    "number = layer_index * len(PLACES) + PLACES.index(place)",
+    "number = layer_index * len(PLACES)",
     "encoder_decoder_test.py::test_every_place_drops_with_keys_of_its_own",
   ),
   Fault(
@@ -1316,8 +1316,8 @@ FAULTS = (
   Fault(
     "the network after the experts is left out",
     "moe_jax/models/stack.py",
-    "      x_BLD = add(mlp(norm(name), next(rngs_B)))",
-    "      mlp(norm(name), next(rngs_B))",
+    '      x_BLD = add("mlp", mlp(norm(name), rng_B("hidden")))',
+    '      mlp(norm(name), rng_B("hidden"))',
     "encoder_decoder_test.py::test_dense_networks_after_experts",
   ),
   Fault(

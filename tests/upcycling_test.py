@@ -467,9 +467,7 @@ def test_tokens_that_mean_something_else():
   with pytest.raises(
     ConfigError, match="there has data.tokenizer = words.json, .* has bytes"
   ):
-    fit.check_text(
-      source._replace(tokenizer=other), tiny.get_config(), "there"
-    )
+    fit.check_text(source._replace(tokenizer=other), tiny.get_config(), "there")
 
 
 def test_routing_is_that_of_the_config(tmp_path):

@@ -114,9 +114,15 @@ def check(
         f"the model has layers for {parts.sequence}, which a batch of this task does"
         f" not have: {', '.join(sorted(lengths))}; change model.name or task.name"
       )
-    one, length = parts[:2], lengths[parts.sequence]
+    length = lengths[parts.sequence]
     for key, batch in batches.items():
-      groups.check(*one, length=length, batch=batch, key=key, mesh=mesh)
+      options = {"length": length, "batch": batch, "key": key, "mesh": mesh}
+      try:
+        groups.check(parts.recipe, parts.grouping, **options)
+      except ConfigError as e:
+        if len(lengths) == 1:
+          raise
+        raise ConfigError(f"layers of {parts.sequence}: {e}") from e
   shards = parallel.token_shards(mesh)
   for key, batch in batches.items():
     if batch % shards:

@@ -59,7 +59,7 @@ for _name in (
   "names",
   "sequence",
   "first_number",
-  "looks_back",
+  "causal",
 ):
   del OPTIONS[_name]
 # Keys of `config.model.encoder`: those of its layers.
@@ -169,7 +169,9 @@ class Decoder(nn.Module):
     call = stack.Call(context, experts)
     call, drop = stack.dropping(arch, call, rng, first, train)
     table_VD = embedding.table(self, arch)
-    x_BLD = drop(embedding.vectors(arch, table_VD, tokens_BL, context, mesh))
+    x_BLD = embedding.vectors(arch, table_VD, tokens_BL, context, mesh)
+    x_BLD = drop(x_BLD, "embedding")
     x_BLD, aux = stack.run(self, arch, x_BLD, call, train, collect)
     x_BLD = norms.Norm(arch.norm, arch.norm_eps, name="final_norm")(x_BLD)
-    return embedding.logits(self, arch, table_VD, drop(x_BLD), mesh), aux
+    x_BLD = drop(x_BLD, "norm")
+    return embedding.logits(self, arch, table_VD, x_BLD, mesh), aux

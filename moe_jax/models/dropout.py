@@ -1,7 +1,5 @@
 """Dropout (1207.0580) whose draws do not depend on the mesh or micro-batch."""
 
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 
@@ -9,6 +7,10 @@ from moe_jax.moe.types import Array
 
 # No group of tokens has this number, see `layer.group_keys`.
 _DROPOUT = 2**31 - 1
+# Where numbers drop out: sublayers have outputs, attention has weights, dense networks
+# have hidden units, and a stack has its embeddings and its last norm.
+PLACES = ("attention", "attention_weights", "cross", "cross_weights", "moe")
+PLACES += ("mlp", "hidden", "embedding", "norm")
 
 
 def of_rows(rng: Array, batch: int, first: int | Array = 0) -> Array:
@@ -23,14 +25,18 @@ def of_rows(rng: Array, batch: int, first: int | Array = 0) -> Array:
   return jax.vmap(jax.random.fold_in, (None, 0))(rng, first + jnp.arange(batch))
 
 
-def keys(rng_B: Array | None, layer_index, places: int) -> Iterator:
-  """Keys [B] for each place of a layer; None each where there are none."""
-  for place in range(places):
-    if rng_B is None:
-      yield None
-    else:
-      number = layer_index * places + place
-      yield jax.vmap(jax.random.fold_in, (0, None))(rng_B, number)
+def keys(rng_B: Array | None, layer_index, place: str) -> Array | None:
+  """A key for each row, at a place of a layer; None where there is no dropout.
+
+  Args:
+    rng_B: from `of_rows`.
+    layer_index: number of the layer in the model.
+    place: one of `PLACES`.
+  """
+  if rng_B is None:
+    return None
+  number = layer_index * len(PLACES) + PLACES.index(place)
+  return jax.vmap(jax.random.fold_in, (0, None))(rng_B, number)
 
 
 def drop(x: Array, rate: float, rng_B: Array | None) -> Array:

@@ -104,7 +104,7 @@ def build(
       **own | {"kinds": kinds, "mesh": mesh, "names": names, **more}
     )
 
-  encoder = made("encoder", of_encoder, looks_back=False)
+  encoder = made("encoder", of_encoder, causal=False)
   encoder = dataclasses.replace(encoder, kinds=_seeing_all(encoder.kinds))
   more = {"sequence": "targets", "first_number": encoder.num_layers}
   fields["encoder"] = encoder
@@ -233,6 +233,7 @@ class EncoderDecoder(nn.Module):
     call = stack.Call(context, {**experts, "rng": rng, "first": first}, cross)
     call, drop = stack.dropping(one, call, rng, first, train)
     x_BLD = embedding.vectors(arch, table_VD, tokens_BL, context, arch.mesh)
-    x_BLD, aux = stack.run(self, one, drop(x_BLD), call, train, collect)
+    x_BLD = drop(x_BLD, "embedding")
+    x_BLD, aux = stack.run(self, one, x_BLD, call, train, collect)
     norm = norms.Norm(one.norm, one.norm_eps, name=f"{one.names[1]}_norm")
-    return drop(norm(x_BLD)), aux
+    return drop(norm(x_BLD), "norm"), aux

@@ -23,14 +23,15 @@ REMAT = {
   "dispatch": _only(*dispatchers.SAVED, *exchange.SAVED),
   "block": _only(*dispatchers.SAVED),
 }
-_PLACES = 7  # In a layer, where numbers drop out.
+# The number of the layers for dropout outside of layers, which none of them has.
+_OUTSIDE = 2**20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stack:
   """Everything about some layers but their parameters. Hashable.
 
-  num_layers: of them.
+  num_layers: how many layers there are.
   kinds: (kind, Layer) of every kind in prefix and pattern.
   prefix, pattern: kinds of the first layers, and of the ones that repeat
     after them. A kind names the feed-forward networks of a layer: "dense", "moe",
@@ -48,7 +49,7 @@ class Stack:
   names: of the parameters of prefix and pattern.
   sequence: the array of a batch whose tokens pass these layers.
   first_number: number of the first of them in the model.
-  looks_back: whether a token must not depend on later ones.
+  causal: whether a token must not depend on later ones.
 
   Raises:
     ConfigError: options that do not fit together, with the remedy.
@@ -69,7 +70,7 @@ class Stack:
   names: tuple[str, str] = ("prefix", "decoder")
   sequence: str = "inputs"
   first_number: int = 0
-  looks_back: bool = True
+  causal: bool = True
 
   def __post_init__(self):
     rest = self.num_layers - len(self.prefix)
@@ -159,7 +160,7 @@ class Stack:
       length: tokens of a sequence.
       train: whether capacity is that of training.
     """
-    if not self.looks_back or self.allow_noncausal:
+    if not self.causal or self.allow_noncausal:
       return
     for kind, parts in self.kinds:
       if not parts.attention.causal:
@@ -250,13 +251,15 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x_BLD, layer_index, call):
     m, parts, aux = self.stack, self.stack.layer(self.kind), {}
-    rngs_B = dropout.keys(call.rng_B, layer_index, _PLACES)
+
+    def rng_B(place):
+      return dropout.keys(call.rng_B, layer_index, place)
 
     def norm(name):
       return norms.Norm(m.norm, m.norm_eps, name=f"{name}_norm")(x_BLD)
 
-    def add(y):
-      y = dropout.drop(y, m.dropout, next(rngs_B))
+    def add(name, y):
+      y = dropout.drop(y, m.dropout, rng_B(name))
       names = ("batch", None, None)
       return parallel.constrain(x_BLD + y, names, m.mesh)
 
@@ -264,23 +267,23 @@ class Block(nn.Module):
       rate = m.drops(m.attention_dropout)
       more = {"dropout": rate} if rate else {}
       module = options.module(options, m.mesh, name=name, **more)
-      context = context._replace(rng_B=next(rngs_B))
-      return module(norm(name), context)
+      context = context._replace(rng_B=rng_B(f"{name}_weights"))
+      return add(name, module(norm(name), context))
 
-    x_BLD = add(attend("attention", parts.attention, call.context))
+    x_BLD = attend("attention", parts.attention, call.context)
     if call.cross is not None:
-      x_BLD = add(attend("cross", parts.attention.across, call.cross))
+      x_BLD = attend("cross", parts.attention.across, call.cross)
     if parts.recipe is not None:
       moe = linen.MoE(parts.recipe, parts.grouping, m.mesh, name="moe")
       more = {"train": self.train, "collect": self.collect}
       more |= {"layer_index": layer_index, **call.experts}
       y, stats, collected = moe(norm("ffn"), **more)
       aux["moe"] = {"stats": stats, **collected}
-      x_BLD = add(y)
+      x_BLD = add("moe", y)
     if parts.mlp is not None:
       name = "ffn" if parts.recipe is None else "mlp"
       mlp = Dense(parts.mlp, m.mesh, m.drops(m.hidden_dropout), name="mlp")
-      x_BLD = add(mlp(norm(name), next(rngs_B)))
+      x_BLD = add("mlp", mlp(norm(name), rng_B("hidden")))
     return x_BLD, aux
 
 
@@ -343,7 +346,7 @@ def run(module, stack: Stack, x_BLD: Array, call: Call, train, collect):
 
 
 def dropping(stack: Stack, call: Call, rng, first, train: bool):
-  """(the call with keys for dropout, a function that drops numbers of x_BLD).
+  """(the call with keys for dropout, (x_BLD, place) -> x_BLD with dropout).
 
   Args:
     stack: whose dropout it is.
@@ -352,13 +355,14 @@ def dropping(stack: Stack, call: Call, rng, first, train: bool):
     train: outside of training nothing is dropped.
   """
   rates = stack.dropout, stack.attention_dropout, stack.hidden_dropout
-  if not (train and any(rates) and rng is not None):
-    return call, lambda x_BLD: x_BLD
-  batch = len(call.context.tokens.mask_BL)
-  rng_B = dropout.of_rows(rng, batch, first)
-  # A number that no layer has.
-  ends = dropout.keys(rng_B, 2**20 + stack.first_number, _PLACES)
-  drop = lambda x_BLD: dropout.drop(x_BLD, stack.dropout, next(ends))  # noqa: E731
+  rng_B = None
+  if train and any(rates) and rng is not None:
+    rng_B = dropout.of_rows(rng, len(call.context.tokens.mask_BL), first)
+
+  def drop(x_BLD, place):
+    keys = dropout.keys(rng_B, _OUTSIDE + stack.first_number, place)
+    return dropout.drop(x_BLD, stack.dropout, keys)
+
   return call._replace(rng_B=rng_B), drop
 
 

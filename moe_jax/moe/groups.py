@@ -76,9 +76,10 @@ class Grouping(NamedTuple):
     return tokens, recipe
 
   def _bound(self, recipe, tokens, train):
-    factor, num_experts = self.capacity_factor, recipe.num_experts
-    if not train:
-      factor = self.eval_capacity_factor or factor
+    num_experts, key = recipe.num_experts, "capacity_factor"
+    if not train and self.eval_capacity_factor:
+      key = "eval_capacity_factor"
+    factor = getattr(self, key)
     if self.capacity and self.capacity_factor:
       raise ConfigError(
         f"capacity = {self.capacity} and capacity_factor = {self.capacity_factor}"
@@ -102,7 +103,7 @@ class Grouping(NamedTuple):
     mean_k = recipe.experts_per_token
     bound = Bound(self.capacity, buckets)
     if not self.capacity:
-      bound = capacity(factor, tokens, mean_k, buckets, *rounding)
+      bound = capacity(factor, tokens, mean_k, buckets, *rounding, key)
     # No more than a group can send to a bucket.
     most = dispatchers.most_rows(tokens, top_k, num_experts // buckets, None)
     return bound._replace(slots=min(bound.slots, most))
@@ -122,7 +123,14 @@ class Grouping(NamedTuple):
 
 
 def capacity(
-  factor, tokens, top_k, expert_buckets, rounding="floor", multiple=1, minimum=0
+  factor,
+  tokens,
+  top_k,
+  expert_buckets,
+  rounding="floor",
+  multiple=1,
+  minimum=0,
+  key="capacity_factor",
 ) -> Bound:
   """Slots of one group: factor * T * K / buckets each (2101.03961, eq. 3).
 
@@ -137,6 +145,7 @@ def capacity(
     rounding: "floor" (Switch), "ceil" or "round" (V-MoE), to a whole number.
     multiple: then up to a multiple of it (V-MoE takes 4).
     minimum: no fewer slots than that (4 in Mesh TensorFlow's Switch).
+    key: name of the factor, for messages.
 
   Raises:
     ConfigError: it rounds to zero.
@@ -147,10 +156,10 @@ def capacity(
   slots = max(-(-slots // multiple) * multiple, minimum)
   if slots < 1:
     raise ConfigError(
-      f"the capacity rounds to zero: capacity_factor = {factor} times"
+      f"the capacity rounds to zero: {key} = {factor} times"
       f" {tokens} tokens_per_group times top_k = {top_k} over {expert_buckets}"
-      " buckets of experts is below 1; raise capacity_factor or"
-      " tokens_per_group, or set min_capacity"
+      f" buckets of experts is below 1; raise {key} or tokens_per_group, or set"
+      " min_capacity"
     )
   return Bound(slots, expert_buckets)
 
