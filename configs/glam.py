@@ -2,7 +2,9 @@
 
 Every second layer has 64 experts, of which a token takes two as in GShard: the
 second one with a probability of twice its weight, a balance loss of 0.01, and
-slots for twice the balanced load. Experts are not gated, dense layers are. Every
+slots for the balanced load of both: the paper's factor of 2 is of the tokens. They are
+given token by token; in the public code first choices come before second ones, which
+shows a token what later ones choose. Experts are not gated, dense layers are. Every
 layer has a table of position biases; their buckets are T5's here. Adafactor keeps
 at most 0.99 of its moments, and the sum of the output's softmax has a loss of 1e-4.
 The 8B and 1.7B models are those whose printed sizes have a vocabulary of 32,000.
@@ -40,7 +42,7 @@ def _64b():
   c.model.moe.top_k = 2
   c.model.moe.d_expert = 32_768
   c.model.moe.activation = "gelu"
-  c.model.moe.capacity_factor = 2.0
+  c.model.moe.capacity_factor = 1.0
   c.model.moe.dispatcher = {"name": "gather", "order": "token"}
   c.model.moe.router = {
     "name": "top_k",

@@ -3,7 +3,8 @@
 Every fourth layer of encoder and decoder has 128 experts, of which a token takes
 two. The weights of those that have a slot for it add up to 1. In training an expert has
 slots for the balanced load, in evaluation for all tokens. Networks, projections and
-norms have biases; positions are sinusoids. In training a whole output of the experts
+norms have biases; positions are sinusoids. The tokens of a row share slots here; the
+paper does not say how many do. In training a whole output of the experts
 is 0 with a chance of 0.2 (expert output masking).
 
   python -m moe_jax.params --config=configs/nllb_moe.py:54b

@@ -94,7 +94,8 @@ def shrunk(c: ConfigDict) -> ConfigDict:
   m.dtype = "float32"
   moe.num_experts = 8
   moe.top_k = min(2, moe.top_k)
-  moe.d_expert = 8
+  # Published files of encoder-decoders have one width.
+  moe.d_expert = m.d_ff if m.name == "encoder_decoder" else 8
   if "num_expert_groups" in moe.router:
     moe.router.update(num_expert_groups=4, top_expert_groups=2)
   for options in (m.attention, *m.variants.values()):

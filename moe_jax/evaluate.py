@@ -96,7 +96,7 @@ def _of_two_texts(args, overrides, loaded) -> int:
   if args.bleu:
     # A run's slots are for whole texts, and these are written token by token.
     writer = loaded if args.hf else trained.load(args)
-    more, signature = bleu.of_run(writer, task, args.bleu, args.beams)
+    more, signature = bleu.of_run(writer, task, args.bleu, args.beams or 4)
   told = _report(sums, task, loaded.model, **more)
   if signature:
     told["bleu_signature"] = signature
@@ -158,7 +158,12 @@ def _of_file(args, overrides, loaded):
 
 
 def _part(data, name):
-  """The part of a mixture that has a dataset, or a section `data` itself; {}: none."""
+  """The part of the data that is a dataset; {} if it is not there.
+
+  Args:
+    data: a section `data`, which is the only part if it has no mixture.
+    name: of the dataset.
+  """
   parts = [*data.mixture.values()] or [data]
   return next((part for part in parts if part["name"] == name), {})
 
@@ -180,13 +185,15 @@ def _arguments(argv):
   words = "also translate N validation pairs, for their BLEU (extra: bleu)"
   add("--bleu", type=count, metavar="N", help=words)
   words = "beams of the search for --bleu (default: 4)"
-  add("--beams", type=count, default=4, help=words)
+  add("--beams", type=count, metavar="N", help=words)
   words = "has task and data on which a published encoder-decoder is scored"
   add("--config", metavar="FILE[:VARIANT]", help=words)
   add("--json", metavar="PATH", help="metrics, and shares of experts")
   args, overrides = config_lib.parse_overrides(parser, argv)
   if overrides and not args.config:
     raise ConfigError(f"--config.{overrides[0]} changes a --config; give one")
+  if args.beams and not args.bleu:
+    raise ConfigError(f"--beams={args.beams} is of --bleu; give --bleu=N too")
   needs = args.data_dir or (args.hf and not args.config)
   if args.dataset is None and needs:
     raise ConfigError("give the text to evaluate on with --dataset=NAME")

@@ -16,6 +16,8 @@ from flax import linen as nn
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
+import configs.nllb_moe
+import configs.switch
 from moe_jax import evaluate, hf, models
 from moe_jax.core.errors import ConfigError
 from moe_jax.hf import architecture, config
@@ -190,6 +192,21 @@ def test_the_sparse_layers_of_switch(count, sparse, layers):
   again = read(**fields)
   assert again["encoder.layers"] == ours["encoder.layers"]
   assert again["layers"] == ours["layers"]
+  if layers.count("m") == sparse:
+    assert fields["num_sparse_encoder_layers"] == sparse
+
+
+def test_small_models_of_presets_can_be_saved():
+  """Of NLLB as they train, as nothing is dropped in evaluation; of Switch dropless."""
+  section = configs.nllb_moe.get_config("tiny").model.to_dict()
+  family, _ = config.write(models.build(section, vocab_size=288).arch, None)
+  assert family.model_type == "nllb-moe"
+  section = configs.switch.get_config("tiny").model.to_dict()
+  with pytest.raises(ConfigError, match="capacity_factor"):
+    config.write(models.build(section, vocab_size=288).arch, None)
+  section = models.dropless(section)
+  family, _ = config.write(models.build(section, vocab_size=288).arch, None)
+  assert family.model_type == "switch_transformers"
 
 
 def test_the_step_of_switch_counts_more():

@@ -41,7 +41,6 @@ def prepare(
     fingerprint: only this content will do; None: any.
     pair: {"source", "target": features that are read in place of the text feature,
       see `pairs`; "prefix": text before a source}, unless a part has its own.
-
     whole: as in `corpora.prepare`.
 
   Raises:

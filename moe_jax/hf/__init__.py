@@ -105,7 +105,7 @@ def save(
 
   Args:
     path: folder to make; not there yet, or empty.
-    model, variables: as `load` returns them, or of a run of ours, as it trains.
+    model, variables: as `load` returns them, or `trained.of_run` of a run of ours.
     model_type: of config.json; None: the first that has such models.
     max_shard_bytes: files are as large, or hold a single tensor.
     extra: fields of config.json that change nothing in what a model computes,

@@ -159,7 +159,7 @@ def _slots(recipe, grouping):
   factor = grouping.eval_capacity_factor or grouping.capacity_factor
   slots = grouping._replace(capacity_factor=factor)._asdict()
   del slots["eval_capacity_factor"]
-  if not grouping.capacity and factor in (None, "dropless"):
+  if not grouping.capacity and _is_dropless(factor, recipe, grouping):
     return {"moe.router.priority": None}
   if grouping.capacity:
     keys = "tokens_per_group", "capacity", "expert_buckets"
@@ -171,6 +171,15 @@ def _slots(recipe, grouping):
   if recipe.router.top_k == 1:
     slots["order"] = None
   return {f"moe.{key}": value for key, value in slots.items()}
+
+
+def _is_dropless(factor, recipe, grouping):
+  """Whether every expert has slots for all tokens."""
+  if factor in (None, "dropless"):
+    return True
+  number = recipe.num_experts
+  own = grouping.expert_buckets in (None, number)
+  return own and factor * (recipe.router.top_k or 0) >= number
 
 
 def _experts(recipe):

@@ -99,7 +99,7 @@ class State(NamedTuple):
 
 
 class Turn(NamedTuple):
-  """What a step is told, none of which is compiled.
+  """Numbers of one step of a search. A program takes any of them.
 
   place: index of the new token in its text.
   ends: tokens that end a text.
@@ -250,5 +250,5 @@ def reordered(cache, parent_BW: Array):
 
 
 def _row_axis(path):
-  """Of an array by its names, the first of which is a collection."""
+  """The axis of the rows in an array of a cache; `path` has its names."""
   return 0 if len(path) == 2 else 1

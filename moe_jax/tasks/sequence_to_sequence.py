@@ -163,9 +163,9 @@ def _spec(lengths):
 
 
 def _metrics(loss: Mean, sums) -> dict[str, Mean]:
-  """Those per target token: nats, their negative, and the share predicted right.
+  """Means over target tokens: nats, their negative, and the share predicted right.
 
-  And bits per byte of the targets' text, where that is counted.
+  Bits per byte of the targets' text are there too, where bytes are counted.
   """
   total, number = sums["cross_entropy"], loss.weight
   metrics = {

@@ -44,7 +44,7 @@ def _write_layers(ours):
     kinds = [layer["kind"] for layer in ours[f"{stack}layers"]]
     count = len(kinds)
     # More sparse layers than there are layers make none.
-    for sparse in range(count + 2):
+    for sparse in (kinds.count("moe"), *range(count + 2)):
       if _kinds(count, _step(count, sparse)) == kinds:
         values[field] = sparse
         break

@@ -89,7 +89,7 @@ class Heads(nn.Module):
     return [store(self, *part, context.first, places) for part in parts.items()]
 
   def kept(self, name: str, make) -> Array:
-    """What `make()` gives, or gave in the first call of generation."""
+    """The result of `make()`, which generation calls in its first step only."""
     generates = self.is_mutable_collection("memory")
     if not generates or self.is_initializing():
       return make()

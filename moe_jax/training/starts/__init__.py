@@ -122,7 +122,9 @@ def own(task, model, seed: int) -> dict:
 
 
 def distance(source, model, variables: Mapping, length: int = 32) -> float:
-  """The largest difference of two models' logits, of and on tokens of the source.
+  """The largest difference of two models' logits, on random tokens of the source.
+
+  Only logits of tokens that both know are compared.
 
   Args:
     source: a `trained.Trained`.
