@@ -8,7 +8,7 @@ source, or gets them with --like_source. What the methods are, and when the func
 the source is kept, is in docs/upcycling.md.
 """
 
-from moe_jax.core import options
+from moe_jax.core import files, options
 from moe_jax.run import command
 from moe_jax.run import config as config_lib
 from moe_jax.training import trained
@@ -22,7 +22,7 @@ def main(argv=None) -> int:
   from moe_jax.training import program, starts
   from moe_jax.training.starts import fit, upcycling
 
-  starts.check_empty(args.out)
+  files.check_empty(args.out)
   config = config_lib.load(
     args.config,
     () if args.like_source else overrides,

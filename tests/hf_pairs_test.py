@@ -501,7 +501,7 @@ def test_what_we_train_can_be_saved(name, model_type, tmp_path):
     "--config.task.sentinels=(400, -1)": "401 tokens, and the model knows 288",
     "--config.model.d_model=8": "model.d_model=8 has no effect on published",
     "--config.data.seq_len=x": "data.seq_len = 'x' is not",
-    "--config=configs/base.py": "next_token is no task of an encoder-decoder",
+    "--config=configs/base.py": "next_token has no end and start",
     "--dropless": "--dropless is of a run",
     "--bleu=3": "--bleu is for the task translation",
   }.items():

@@ -160,6 +160,22 @@ def test_the_target_may_have_more_tokens():
     np.testing.assert_array_equal(new, drawn(target, 2)["embedding"][V:])
 
 
+@pytest.mark.parametrize(
+  "key, name",
+  [("vocab_size", "embedding"), ("source_vocab_size", "source_em.*")],
+)
+def test_the_target_may_not_have_fewer_tokens(key, name):
+  c = encoder_decoder()
+  c.source_vocab_size = V
+  old = dense(c)
+  old[key] = V + 3
+  source = models.build(old, vocab_size=V)
+  with pytest.raises(
+    ConfigError, match=f"target's {name} is for {V} tokens.* for {V + 3}"
+  ):
+    up((source, drawn(source, 1)), c)
+
+
 def test_more_experts_of_experts():
   """4 to 8, and a token takes both copies of what it took."""
   source = made(section(num_experts=4, top_k=2), seed=1)
@@ -293,7 +309,6 @@ def switched(key, value, **moe):
     (switched("num_layers", 4), {}, ["num_layers = 4", "2"]),
     (switched("norm", "layer"), {}, ["norm", "layer", "rms"]),
     (switched("rope_theta", 1e6), {}, ["rope_theta", "layer 0, attention"]),
-    (switched("vocab_size", 30), {}, ["vocab_size = 30", "40"]),
     (section(d_expert=16), {}, ["d_expert = 16", "24"]),
     (section(d_expert=12), {}, ["d_expert = 12", "granular"]),
     (section(d_expert=7), {"method": "granular"}, ["d_expert = 7"]),

@@ -155,6 +155,30 @@ def scratch_folder(parent: str | os.PathLike, prefix: str):
     _SCRATCH.discard(folder)
 
 
+def check_empty(path: str | os.PathLike) -> None:
+  """Raises ConfigError for a folder to make that is there with something in it."""
+  folder = pathlib.Path(path)
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise ConfigError(f"{path} is not an empty folder; give another")
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike):
+  """Gives a folder to fill, which appears at `path` as a whole or not at all.
+
+  Raises:
+    ConfigError: the folder is there with something in it.
+  """
+  check_empty(path)
+  folder = pathlib.Path(path).absolute()
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  with scratch_folder(folder.parent, f".{folder.name}-") as work:
+    whole = work / "whole"
+    whole.mkdir()
+    yield whole
+    whole.rename(folder)
+
+
 def remove_scratch() -> None:
   """Removes all scratch folders, as this process ends without unwinding."""
   for folder in tuple(_SCRATCH):

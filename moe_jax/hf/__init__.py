@@ -117,8 +117,7 @@ def save(
       folder is not empty.
   """
   path, extra = pathlib.Path(path), dict(extra or {})
-  if path.exists() and (not path.is_dir() or any(path.iterdir())):
-    raise ConfigError(f"{path} is not an empty folder; save to another")
+  files.check_empty(path)
   family, values = config.write(model.arch, model_type)
   for name in extra:
     if not fields.ignored(name) or name in values:
@@ -137,13 +136,8 @@ def save(
   if source.generation:
     special = {k: x for k, x in extra.items() if k in source.generation}
     texts["generation_config.json"] = {**source.generation, **special}
-  path.parent.mkdir(parents=True, exist_ok=True)
-  # Under another name until it is whole.
-  with files.scratch_folder(path.parent, f".{path.name}-") as work:
-    whole = work / "whole"
-    whole.mkdir()
+  with files.whole_folder(path) as whole:
     texts |= weights.write(wanted, whole, max_shard_bytes)
     for name, value in texts.items():
       text = json.dumps(value, indent=2, sort_keys=True)
       (whole / name).write_text(f"{text}\n")
-    whole.rename(path)

@@ -37,6 +37,11 @@ class Vocabulary:
   positions: word("none", "sinusoidal") = "none"
   dtype: word("float32", "bfloat16", "float64")
 
+  @property
+  def tables(self) -> dict[str, int]:
+    """{parameter that has an entry for every token: how many tokens}."""
+    return dict.fromkeys(("embedding", "head"), self.vocab_size)
+
 
 def size(own: int | None, needed: int) -> int:
   """V of a model.

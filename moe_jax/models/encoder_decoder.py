@@ -62,6 +62,12 @@ class Architecture(embedding.Vocabulary):
     return self.encoder, self.decoder
 
   @property
+  def tables(self) -> dict[str, int]:
+    """As in `embedding.Vocabulary`."""
+    own = {"source_embedding": self.source_vocab_size or self.vocab_size}
+    return super().tables | own
+
+  @property
   def mesh(self) -> jax.sharding.Mesh | None:
     """What to run on; None: one device."""
     return self.decoder.mesh

@@ -18,7 +18,7 @@ class Trained(NamedTuple):
     document.
   config: of the run; None for published weights.
   step: of the run's checkpoint.
-  start: tokens that the texts of an encoder-decoder begin with.
+  start: tokens that a model which reads another text begins its own with.
   """
 
   model: Any
@@ -190,7 +190,7 @@ def with_tokens(config, loaded: Trained):
   """A config with the tokenizer of published weights, and their end and start.
 
   Args:
-    config: of a task of an encoder-decoder, which stays as it is. What its task says
+    config: of a task that knows such tokens. It stays as it is; what its task says
       about these tokens counts.
     loaded: from `published`.
 
@@ -204,8 +204,8 @@ def with_tokens(config, loaded: Trained):
   build = registry.find("tasks", name, config.plugins, "task.name").build
   if not {"end", "start"} <= {*of(build)}:
     raise ConfigError(
-      f"task.name = {name} is no task of an encoder-decoder; set it to"
-      " span_corruption or translation"
+      f"task.name = {name} has no end and start, which the published model has; set"
+      " it to span_corruption or translation"
     )
   values, tokens = config.to_dict(), {"end": loaded.ends, "start": loaded.start}
   known = {key: ids[0] for key, ids in tokens.items() if ids}

@@ -64,13 +64,6 @@ def check(path: str | None) -> None:
     )
 
 
-def check_empty(path: str) -> None:
-  """Raises ConfigError for a folder to make that is there with something in it."""
-  folder = pathlib.Path(path)
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise ConfigError(f"{path} is not an empty folder; give another")
-
-
 def variables(path: str) -> dict:
   """{"params", "balance"} of a run or of published weights, in numpy.
 
@@ -99,19 +92,13 @@ def write(path: str, config, variables: Mapping) -> None:
   Raises:
     ConfigError: the folder is not empty.
   """
-  check_empty(path)
-  folder = pathlib.Path(path).absolute()
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  with files.scratch_folder(folder.parent, f".{folder.name}-") as work:
-    whole = work / "whole"
-    whole.mkdir()
+  with files.whole_folder(path) as whole:
     text = json.dumps(config.to_dict(), indent=2)
     files.write_text(whole / "config.json", f"{text}\n")
     checkpoints = checkpoint.Checkpoints(whole / "checkpoints")
     arrays = {k: x for k, x in variables.items() if x}
     checkpoints.save(0, jax.tree.map(jnp.asarray, arrays), {})
     checkpoints.close()
-    whole.rename(folder)
 
 
 def own(task, model, seed: int) -> dict:

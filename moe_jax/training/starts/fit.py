@@ -122,22 +122,21 @@ def _check_options(source, how):
     )
 
 
-_SIZES = ("vocab_size", "source_vocab_size")
 _OF_MODEL = [
   field.name
   for field in dataclasses.fields(embedding.Vocabulary)
-  if field.name not in ("dtype", "embedding_variance", *_SIZES)
+  if field.name not in ("dtype", "embedding_variance", "vocab_size")
 ]
 
 
 def _check_tokens(one, other):
   """Raises ConfigError for a target that has fewer tokens than the source."""
-  for name in _SIZES:
-    old, new = (getattr(arch, name, None) for arch in (one, other))
-    if old and new and new < old:
+  for name, old in one.tables.items():
+    new = other.tables[name]
+    if new < old:
       raise ConfigError(
-        f"the target's {name} = {new} is less than the {old} of the source; give at"
-        " least as many"
+        f"the target's {name} is for {new} tokens, and that of the source for {old};"
+        " give a vocab_size that is at least as large"
       )
 
 

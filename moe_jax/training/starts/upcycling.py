@@ -32,8 +32,6 @@ from moe_jax.core.options import integer, number, optional, word
 from moe_jax.training.starts import fit
 
 _EXPERTS, _DENSE, _ROUTER = "moe/experts/", "mlp/", "moe/router/"
-# Parameters with an entry for every token of the vocabulary.
-_OF_TOKENS = ("embedding", "source_embedding", "head")
 
 
 class Upcycling(NamedTuple):
@@ -82,7 +80,8 @@ def upcycled(
   )
   for path in made:
     if not path.startswith(inner):
-      made[path] = _of_model(given, path, made[path])
+      more = path in target.arch.tables
+      made[path] = _of_model(given, path, made[path], more)
   for one, other in zip(source.arch.stacks, target.arch.stacks):
     old = _layers(given, one)
     for index, ours in enumerate(_layers(made, other)):
@@ -169,10 +168,17 @@ def _begin_anew(new, kept, how, rng):
         matrix[where] = rng.normal(part.mean(), part.std(), part.shape)
 
 
-def _of_model(given, path, own):
-  """A parameter beside the layers: the source's, with own rows for tokens beyond its."""
+def _of_model(given, path, own, more):
+  """A parameter beside the layers, which is that of the source.
+
+  Args:
+    given: parameters of the source.
+    path, own: of the parameter, and the target's first values.
+    more: whether it has entries for tokens, of which the target may have more. Those
+      keep its own values.
+  """
   found = given.get(path)
-  if path not in _OF_TOKENS or found is None or found.shape == own.shape:
+  if not more or found is None or found.shape == own.shape:
     return _fitting(given, path, own.shape, "")
   own[tuple(map(slice, found.shape))] = found
   return own
