@@ -72,7 +72,7 @@ def found_by_ours(tables_B, beams, ends, num_tokens=N):
       [after(table, tokens) for tokens in rows]
       for table, rows in zip(tables_B, running)
     ]
-    now = beam.turn(beams, place, num_tokens, ends)
+    now = beam.numbers_of_step(beams, place, num_tokens, ends)
     logits = np.array(logits, np.float32).reshape(*sizes, vocab)
     state, parent_BW = advance(state, logits, now)
     kept = np.take_along_axis(running, np.asarray(parent_BW)[..., None], 1)

@@ -9,6 +9,8 @@ A packing is the pairs in a random order, cut into rows: a row ends before the f
 pair whose source or target has no more room. An epoch has every pair once; it is
 one of a few packings, whose rows stand in a new random order. Row r of step s
 depends on the seed, s and r alone.
+
+In names of arrays P are the pairs of a split, K those of a batch, and 2 the sides.
 """
 
 import dataclasses

@@ -70,7 +70,7 @@ class Texts(NamedTuple):
   beam_BWN: Array
   score_BW: Array
 
-  def pick(self, index_BJ: Array) -> "Texts":
+  def take(self, index_BJ: Array) -> "Texts":
     """Those texts of each prompt."""
     wide = index_BJ[..., None]
     return Texts(
@@ -81,7 +81,7 @@ class Texts(NamedTuple):
 
   def best(self, number: int) -> "Texts":
     """The `number` texts of the highest scores, in descending order."""
-    return self.pick(jax.lax.top_k(self.score_BW, number)[1])
+    return self.take(jax.lax.top_k(self.score_BW, number)[1])
 
 
 class State(NamedTuple):
@@ -98,7 +98,7 @@ class State(NamedTuple):
   open_B: Array
 
 
-class Turn(NamedTuple):
+class StepNumbers(NamedTuple):
   """Numbers of one step of a search. A program takes any of them.
 
   place: index of the new token in its text.
@@ -116,8 +116,10 @@ class Turn(NamedTuple):
   bound: np.float32
 
 
-def turn(beams: Beams, place: int, num_tokens: int, ends) -> Turn:
-  """The `Turn` of the step that adds the token at a place.
+def numbers_of_step(
+  beams: Beams, place: int, num_tokens: int, ends
+) -> StepNumbers:
+  """The numbers of the step that adds the token at a place.
 
   Args:
     beams: of the search.
@@ -131,7 +133,7 @@ def turn(beams: Beams, place: int, num_tokens: int, ends) -> Turn:
     float(n) ** beams.length_penalty
     for n in (length, longest if far else length)
   )
-  return Turn(
+  return StepNumbers(
     np.int32(place),
     np.asarray(ends, np.int32),
     np.bool_(place + 1 == num_tokens),
@@ -150,13 +152,15 @@ def begin(batch: int, num_beams: int, num_tokens: int, dtype) -> State:
   return State(running, finished, jnp.ones(batch, bool))
 
 
-def advance(state: State, logits_BWV: Array, now: Turn) -> tuple[State, Array]:
+def advance(
+  state: State, logits_BWV: Array, now: StepNumbers
+) -> tuple[State, Array]:
   """Adds a token to every beam.
 
   Args:
     state: before.
     logits_BWV: of the next token of each beam.
-    now: from `turn`.
+    now: from `numbers_of_step`.
 
   Returns:
     The state; parent_BW, the beam that each of the new beams continues.
@@ -193,7 +197,7 @@ def _candidates(running, logits_BWV, now):
     score_BWV.reshape(batch, num_beams * vocab_size), number
   )
   beam_BJ, token_BJ = index_BJ // vocab_size, index_BJ % vocab_size
-  texts = running.pick(beam_BJ)
+  texts = running.take(beam_BJ)
   made = Texts(
     texts.token_BWN.at[:, :, now.place].set(token_BJ),
     texts.beam_BWN.at[:, :, now.place].set(beam_BJ),

@@ -138,12 +138,12 @@ def _search(options, variables, texts, beams, rows, num_tokens, ends):
   """`generate` with beams, from padded texts."""
   sizes, told = (beams.num_beams, num_tokens), (num_tokens, ends)
   cache, logits_BV, chosen = step(*options, variables, {}, *texts)
-  now, routed = beam.turn(beams, 0, *told), [chosen]
+  now, routed = beam.numbers_of_step(beams, 0, *told), [chosen]
   cache, state = first_beams(*sizes, cache, logits_BV, now)
   for place in range(1, num_tokens):
     if not np.asarray(state.open_B)[:rows].any():
       break
-    now = beam.turn(beams, place, *told)
+    now = beam.numbers_of_step(beams, place, *told)
     cache, state, chosen = next_beams(*options, variables, cache, state, now)
     routed.append(chosen)
   found = jax.device_get(state.finished.best(beams.num_returned))
@@ -248,14 +248,14 @@ def step(model, length, experts, variables, cache, *texts):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def first_beams(num_beams, num_tokens, cache, logits_BV, now: beam.Turn):
+def first_beams(num_beams, num_tokens, cache, logits_BV, now: beam.StepNumbers):
   """(the cache of every beam, the state of the search) after the first token.
 
   Args:
     num_beams, num_tokens: of the search.
     cache: of the prompts, as `step` returns it.
     logits_BV: of the first tokens.
-    now: from `beam.turn`.
+    now: from `beam.numbers_of_step`.
   """
   batch, vocab_size = logits_BV.shape
   state = beam.begin(batch, num_beams, num_tokens, logits_BV.dtype)
@@ -272,7 +272,7 @@ def next_beams(model, length, experts, variables, cache, state, now):
   Args:
     model, length, experts, variables: as in `step`.
     cache, state: that the last step returned.
-    now: from `beam.turn`.
+    now: from `beam.numbers_of_step`.
   """
   token_BW = state.running.token_BWN[:, :, now.place - 1]
   texts = _next(model, token_BW.ravel())
