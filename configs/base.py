@@ -33,7 +33,8 @@ def get_config() -> ConfigDict:
   c.data.text_feature = "text"  # the feature of an example that is read
   c.data.domain_feature = "domain"  # the feature with its domain, if any
   # Instead of that one: {label: {"name": ..., "weight": ..., "dir": ...}}, and the
-  # features, if they are others; in translation also source, target and prefix.
+  # features, if they are others; in translation also source, target, prefix,
+  # source_begin and target_begin.
   c.data.mixture = ConfigDict()
   c.data.tokenizer = "bytes"  # or a tokenizer.json, or a SentencePiece .model
   c.data.separate_documents = True  # no attention or loss across their ends

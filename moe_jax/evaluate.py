@@ -73,8 +73,10 @@ def _of_two_texts(args, overrides, loaded) -> int:
       " two; leave it out"
     )
   config = _task_of(args, overrides, loaded)
+  begin = ()
   if args.bleu:
     bleu.check(config)
+    begin = bleu.begin(config)
   arch = loaded.model.arch
   task = program.build_task(config, arch.mesh)
   if task.given["vocab_size"] > arch.vocab_size:
@@ -96,7 +98,8 @@ def _of_two_texts(args, overrides, loaded) -> int:
   if args.bleu:
     # A run's slots are for whole texts, and these are written token by token.
     writer = loaded if args.hf else trained.load(args)
-    more, signature = bleu.of_run(writer, task, args.bleu, args.beams or 4)
+    options = args.bleu, args.beams or 4, begin
+    more, signature = bleu.of_run(writer, task, *options)
   told = _report(sums, task, loaded.model, **more)
   if signature:
     told["bleu_signature"] = signature
@@ -108,6 +111,8 @@ def _of_two_texts(args, overrides, loaded) -> int:
 
 def _task_of(args, overrides, loaded):
   """The config of a run; or of a file, with the tokens of published weights."""
+  from moe_jax.data import mixed
+
   config = loaded.config
   if config is not None and args.config:
     raise ConfigError(
@@ -137,7 +142,7 @@ def _task_of(args, overrides, loaded):
     own["dir"] = args.data_dir or part.get("dir")
     own |= {k: part[k] for k in ("text_feature", "domain_feature") if k in part}
     texts += [f"data.{k}={x!r}" for k, x in own.items()]
-    pair = {k: part[k] for k in ("source", "target", "prefix") if k in part}
+    pair = {k: part[k] for k in mixed.PAIR if k in part}
     texts += [f"task.{k}={x!r}" for k, x in pair.items()]
   return config_lib.overridden(config, texts)
 

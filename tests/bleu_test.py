@@ -12,6 +12,7 @@ from configs import tiny
 from moe_jax import evaluate, models
 from moe_jax.core.errors import ConfigError
 from moe_jax.models import decoding
+from moe_jax.run import config as config_lib
 from moe_jax.tasks import bleu
 from moe_jax.training import checkpoint, program, trained
 from tests import beam_test, encoder_decoder_test
@@ -81,6 +82,32 @@ def test_what_has_no_bleu(monkeypatch):
   monkeypatch.setattr(bleu.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ConfigError, match="extra bleu"):
     bleu.check(config)
+
+
+def test_tokens_that_targets_begin_with(translator, monkeypatch):
+  """They are given to the search, and no part of either text."""
+  run, _ = translator
+  c = config_lib.load(str(run / "config.json"))
+  c.task = {"name": "translation", "target_begin": (7, 8)}
+  loaded, task = trained.of_run(str(run)), program.build_task(c)
+
+  def written(model, variables, prompts, most, *, start, beams, **options):
+    assert start == (256, 7, 8) and beams.length_before == 2
+    texts = dict(PAIRS)
+    rows = [[*texts[loaded.tokenizer.decode(p[:-1])].encode()] for p in prompts]
+    assert len({*map(len, rows)}) == 1
+    return decoding.Generated(np.array(rows), {}, None)
+
+  monkeypatch.setattr(decoding, "generate", written)
+  found, _ = bleu.of_run(loaded, task, 4, num_beams=2, begin=(7, 8))
+  assert found["bleu"] == pytest.approx(100)
+  assert bleu.begin(c) == (7, 8)
+  values = c.to_dict()
+  values["data"]["mixture"]["a"]["target_begin"] = (9,)
+  with pytest.raises(ConfigError, match="2 values of target_begin"):
+    bleu.begin(config_lib.locked(values))
+  values["data"]["mixture"]["b"]["target_begin"] = (9,)
+  assert bleu.begin(config_lib.locked(values)) == (9,)
 
 
 def test_bleu_is_of_the_first_pairs_of_all_domains(translator, monkeypatch):

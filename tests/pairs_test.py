@@ -248,6 +248,7 @@ def test_parts_have_features_and_a_prefix_of_their_own(folder, tmp_path):
     "cache_dir": str(tmp_path / "cache"),
   }
   pair = {"source": "de", "target": "en", "prefix": "to en: "}
+  pair |= {"source_begin": (), "target_begin": ()}
   corpus = mixed.prepare(data, pair=pair)
   assert texts_of(corpus, "train") == {
     "back": [("to de: 1", "a"), ("to de: 2", "")],
@@ -257,6 +258,35 @@ def test_parts_have_features_and_a_prefix_of_their_own(folder, tmp_path):
   assert again.fingerprint == corpus.fingerprint
   with pytest.raises(ConfigError, match="source, target, prefix of data.mixt"):
     mixed.prepare(data)
+
+
+def test_tokens_of_languages_stand_before_both_sides(folder, tmp_path):
+  """Before texts that are there; a part of a mixture has others."""
+  path = folder(train_de="a\n\n", train_en="1\n2\n", validation_tsv="d\t4")
+  shared = {"name": "mine", "dir": str(path)}
+  own = {"source_begin": [9, 8], "target_begin": []}
+  data = {
+    "mixture": {"back": shared | own, "forth": shared},
+    "tokenizer": "bytes",
+    "cache_dir": str(tmp_path / "cache"),
+  }
+  pair = {"source": "de", "target": "en", "prefix": "x"}
+  pair |= {"source_begin": (3,), "target_begin": (4, 5)}
+  corpus = mixed.prepare(data, pair=pair)
+  end, x, a, one, two = 256, *map(ord, "xa12")
+  wanted = [3, x, a, end, 4, 5, one, end, end, 4, 5, two, end]
+  assert corpus.tokens("train", "forth").tolist() == wanted
+  wanted = [9, 8, x, a, end, one, end, end, two, end]
+  assert corpus.tokens("train", "back").tolist() == wanted
+  plain = mixed.prepare(
+    data | {"mixture": {}, "text_feature": "text", **shared},
+    pair=pair | {"source_begin": (), "target_begin": ()},
+  )
+  assert plain.tokens("train", "text").tolist()[:3] == [x, a, end]
+  with pytest.raises(
+    ConfigError, match="target_begin = .256,. has a token bey"
+  ):
+    mixed.prepare(data, pair=pair | {"target_begin": (256,)})
 
 
 def test_the_built_in_pairs_are_docstrings_and_definitions():

@@ -105,6 +105,7 @@ def prepare(
   text_feature: str | tuple[str, str] = "text",
   domain_feature: str = "domain",
   prefix: str = "",
+  begins: tuple[tuple[int, ...], ...] = ((), ()),
   tokenizer: str = "bytes",
   cache_dir: str | os.PathLike | None = None,
   plugins: tuple[str, ...] = (),
@@ -128,6 +129,8 @@ def prepare(
       called "text".
     prefix: text before the first of two texts, such as "translate English to
       German: " (T5).
+    begins: tokens before the first of two texts, and before the second, such as
+      those of their languages (NLLB).
     tokenizer: see `tokenizers.load`.
     cache_dir: where the caches lie; $XDG_CACHE_HOME/moe_jax or
       ~/.cache/moe_jax by default.
@@ -144,11 +147,24 @@ def prepare(
   tokenizer = tokenizers.load(tokenizer)
   features = documents.Features(text_feature, domain_feature, prefix)
   source = documents.find(name, data_dir, plugins, features)
-  lossy = [] if whole or tokenizer.name == "bytes" else ["lossy"]
-  key = _sha256([_FORMAT, source[0], features, tokenizer.key, *lossy])
+  more = [] if whole or tokenizer.name == "bytes" else ["lossy"]
+  if any(begins):
+    _check_begins(begins, tokenizer)
+    features, more = features._replace(begins=begins), [*more, begins]
+  key = _sha256([_FORMAT, source[0], features[:3], tokenizer.key, *more])
   entry = _entry(name, cache_dir, key[:_KEY_LENGTH])
   made = _open(entry) or _make(name, source, features, tokenizer, entry, whole)
   return wanted(made, fingerprint)
+
+
+def _check_begins(begins, tokenizer):
+  most = tokenizer.vocab_size - 2  # The last token is our end of a document.
+  for side, tokens in zip(("source", "target"), begins):
+    if tokens and max(tokens) > most:
+      raise ConfigError(
+        f"task.{side}_begin = {tuple(tokens)} has a token beyond {most}, the last one"
+        f" of data.tokenizer = {tokenizer.name!r}; give ids of that tokenizer"
+      )
 
 
 def wanted(corpus: Corpus, fingerprint: str | None) -> Corpus:
@@ -290,7 +306,7 @@ def _write_tokens(name, builder, features, tokenizer, folder, whole):
   # (split, domain) -> tokens, documents, bytes of text, bytes of the tokens.
   counts = collections.defaultdict(lambda: np.zeros(4, np.int64))
   dtype = _dtype(tokenizer.vocab_size)
-  for split, domain, text in documents.read(name, builder, features):
+  for split, domain, text, begin in documents.read(name, builder, features):
     if domain not in domains:
       domains.append(domain)
     if len(domains) > _MOST_DOMAINS:
@@ -300,9 +316,10 @@ def _write_tokens(name, builder, features, tokenizer, folder, whole):
         ' label, or "none" for one domain'
       )
     tokens = np.append(tokenizer.encode(text), tokenizer.end)
+    num_bytes = tokenizer.num_bytes_V[tokens].sum()
+    tokens = np.append(np.array(begin, tokens.dtype), tokens)
     with _file(folder, split, domains.index(domain)).open("ab") as file:
       file.write(tokens.astype(dtype).tobytes())
-    num_bytes = tokenizer.num_bytes_V[tokens].sum()
     counts[split, domain] += tokens.size, 1, len(text), num_bytes
   _check_bytes(name, features, tokenizer, counts, whole)
   return {

@@ -30,11 +30,13 @@ class Features(NamedTuple):
     which are two documents, one after the other.
   domain: the one that names the domain.
   prefix: text before every source that is not empty.
+  begins: tokens before the sources, and before the targets, that are not empty.
   """
 
   text: str | tuple[str, str]
   domain: str
   prefix: str = ""
+  begins: tuple[tuple[int, ...], ...] = ((), ())
 
   @property
   def texts(self) -> dict[str, str]:
@@ -109,8 +111,8 @@ def split_of(text: bytes) -> str:
 
 def read(
   name: str, builder, features: Features
-) -> Iterator[tuple[str, str, bytes]]:
-  """Yields (split, domain, text as bytes) of every document.
+) -> Iterator[tuple[str, str, bytes, tuple[int, ...]]]:
+  """Yields (split, domain, text as bytes, tokens before it) of every document.
 
   The hash of an example's first text decides where it is held out.
 
@@ -129,8 +131,8 @@ def read(
         domain = _as_bytes(domain).decode("utf-8", "replace")
       own_split = split if held_out else split_of(texts[0])
       texts[0] = texts[0] and features.prefix.encode() + texts[0]
-      for text in texts:
-        yield own_split, domain, text
+      for text, begin in zip(texts, features.begins):
+        yield own_split, domain, text, begin if text else ()
 
 
 def _examples(name, builder, split):

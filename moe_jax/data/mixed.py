@@ -5,8 +5,15 @@ import itertools
 from collections.abc import Mapping
 
 from moe_jax.core.errors import ConfigError
-from moe_jax.core.options import labelled, number, section, text
-from moe_jax.data import corpora
+from moe_jax.core.options import (
+  integer,
+  items,
+  labelled,
+  number,
+  section,
+  text,
+)
+from moe_jax.data import corpora, tokenizers
 
 _DATASET = {
   "name": str,
@@ -15,8 +22,10 @@ _DATASET = {
   "domain_feature": str,
 }
 # Keys of a part that has pairs, whose defaults are those of the task.
-_PAIR = {"source": text(), "target": text(), "prefix": str}
-_PART = _DATASET | _PAIR | {"weight": number(above=0)}
+_IDS = items(integer(0))
+PAIR = {"source": text(), "target": text(), "prefix": str}
+PAIR |= {"source_begin": _IDS, "target_begin": _IDS}
+_PART = _DATASET | PAIR | {"weight": number(above=0)}
 # Keys of `config.data`.
 OPTIONS = _DATASET | {
   "mixture": labelled(section(_PART, ["name"])),
@@ -25,12 +34,34 @@ OPTIONS = _DATASET | {
 }
 
 
+def of_config(
+  config, fingerprint: str | None, prepared: bool, **how
+) -> corpora.Corpus:
+  """Returns the corpus of a config.
+
+  Args:
+    config: a whole config.
+    fingerprint: see `prepare`.
+    prepared: False: a corpus that knows its tokens and has no text.
+    **how: more arguments of `prepare`.
+
+  Raises:
+    ConfigError: as `prepare`.
+  """
+  data = config.data
+  if prepared:
+    how |= {"plugins": config.plugins, "fingerprint": fingerprint}
+    return prepare(data, **how)
+  tokenizer = tokenizers.load(data.tokenizer)
+  return corpora.Corpus(data.name, tokenizer.num_bytes_V)
+
+
 def prepare(
   data: Mapping,
   *,
   plugins: tuple[str, ...] = (),
   fingerprint: str | None = None,
-  pair: Mapping[str, str] | None = None,
+  pair: Mapping | None = None,
   whole: bool = True,
 ) -> corpora.Corpus:
   """Returns the corpus of the section `data` of a config.
@@ -39,8 +70,8 @@ def prepare(
     data: see `configs/base.py`.
     plugins: folders with datasets of your own.
     fingerprint: only this content will do; None: any.
-    pair: {"source", "target": features that are read in place of the text feature,
-      see `pairs`; "prefix": text before a source}, unless a part has its own.
+    pair: options of the task translation that say what a pair is, unless a part has
+      its own: {"source", "target", "prefix", "source_begin", "target_begin"}.
     whole: as in `corpora.prepare`.
 
   Raises:
@@ -51,10 +82,13 @@ def prepare(
 
   def prepared(part, **options):
     options |= {k: part[k] for k in _DATASET if k in part and k != "dir"}
-    own = {k: part[k] for k in _PAIR if k in part}
+    own = {k: part[k] for k in PAIR if k in part}
     if pair is not None:
-      source, target, prefix = {**pair, **own}.values()
-      options |= {"text_feature": (source, target), "prefix": prefix}
+      own = {**pair, **own}
+      sides = own["source"], own["target"]
+      begins = (own.get(f"{k}_begin", ()) for k in ("source", "target"))
+      options |= {"text_feature": sides, "prefix": own["prefix"]}
+      options["begins"] = tuple(map(tuple, begins))
     elif own:
       raise ConfigError(
         f"{', '.join(own)} of data.mixture is of the task translation, and this task"

@@ -3,6 +3,7 @@
 import collections
 import importlib.util
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -25,8 +26,26 @@ def check(config) -> None:
     )
 
 
+def begin(config) -> tuple[int, ...]:
+  """The tokens that all targets of a config begin with.
+
+  Raises:
+    ConfigError: parts of its mixture have different ones.
+  """
+  own = config.task.get("target_begin", ())
+  parts = config.data.mixture.values()
+  begins = {tuple(part.get("target_begin", own)) for part in parts}
+  begins = begins or {tuple(own)}
+  if len(begins) > 1:
+    raise ConfigError(
+      f"--bleu is of targets that begin alike, and data.mixture has {len(begins)}"
+      " values of target_begin; choose a part with --dataset=NAME"
+    )
+  return begins.pop()
+
+
 def of_run(
-  loaded, task, number: int, num_beams: int
+  loaded, task, number: int, num_beams: int, begin: Sequence[int] = ()
 ) -> tuple[dict[str, float], str]:
   """({"bleu": of the corpus, "bleu_pairs": how many pairs it is of}, its signature).
 
@@ -38,13 +57,17 @@ def of_run(
     number: of the validation pairs that are translated, the first ones of all
       domains in turn.
     num_beams: see `beam.Beams`; 1: the most probable tokens.
+    begin: tokens that every target begins with, which are given.
   """
   from sacrebleu.metrics import BLEU
 
   pairs = [*itertools.islice(_in_turn(_pairs(task, number)), number)]
-  beams = beam.Beams(num_beams) if num_beams > 1 else None
+  beams = None
+  if num_beams > 1:
+    beams = beam.Beams(num_beams, length_before=len(begin))
   ends = loaded.ends if task.end is None else (task.end,)
   start = loaded.start if task.start is None else (task.start,)
+  start = *start, *begin
   written = []
   for first in range(0, len(pairs), _AT_ONCE):
     group = pairs[first : first + _AT_ONCE]
@@ -59,7 +82,7 @@ def of_run(
       length=task.lengths["inputs"],
     )
     written += [_text(loaded, row, ends) for row in made.tokens_BN]
-  wanted = [_text(loaded, target, ends) for _, target in pairs]
+  wanted = [_text(loaded, target[len(begin) :], ends) for _, target in pairs]
   metric = BLEU()
   score = metric.corpus_score(written, [wanted]).score
   values = {"bleu": score, "bleu_pairs": float(len(pairs))}

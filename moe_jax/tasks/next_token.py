@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_jax.core import parallel
 from moe_jax.core.options import number, optional, text
-from moe_jax.data import batches, corpora, mixed, tokenizers
+from moe_jax.data import batches, mixed
 from moe_jax.moe.types import Array, Mean
 from moe_jax.tasks import Task
 from moe_jax.tasks.replay import Replay
@@ -41,13 +41,7 @@ def build(
   Raises:
     ConfigError: no such data, or impossible numbers.
   """
-  if prepare:
-    corpus = mixed.prepare(
-      config.data, plugins=config.plugins, fingerprint=fingerprint
-    )
-  else:
-    tokenizer = tokenizers.load(config.data.tokenizer)
-    corpus = corpora.Corpus(config.data.name, tokenizer.num_bytes_V)
+  corpus = mixed.of_config(config, fingerprint, prepare)
   steps = config.train.num_steps if prepare else 1
   recorded = None if replay is None else Replay(replay, steps)
   return of_corpus(config, corpus, mesh, recorded, z_loss)

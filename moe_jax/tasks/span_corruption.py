@@ -1,7 +1,7 @@
 """Span corruption: an encoder-decoder fills in spans of a text (T5, 1910.10683)."""
 
 from moe_jax.core.options import integer, items, number, optional
-from moe_jax.data import corpora, mixed, spans, tokenizers
+from moe_jax.data import mixed, spans
 from moe_jax.tasks import Task, sequence_to_sequence
 
 
@@ -44,13 +44,8 @@ def build(
     separate_documents=data.separate_documents,
     **{"sentinels": sentinels, "end": end, "start": start},
   )
-  if prepare:
-    # It reports no bits per byte, and T5's tokens leave some characters out.
-    options = {"plugins": config.plugins, "fingerprint": fingerprint}
-    corpus = mixed.prepare(data, whole=False, **options)
-  else:
-    tokenizer = tokenizers.load(data.tokenizer)
-    corpus = corpora.Corpus(data.name, tokenizer.num_bytes_V)
+  # It reports no bits per byte, and T5's tokens leave some characters out.
+  corpus = mixed.of_config(config, fingerprint, prepare, whole=False)
   more = {"z_loss": z_loss, "label_smoothing": label_smoothing}
   return of_corpus(config, corpus, corruption, mesh, **more)
 

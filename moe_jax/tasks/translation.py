@@ -3,8 +3,8 @@
 import numpy as np
 
 from moe_jax.core.errors import ConfigError
-from moe_jax.core.options import integer, number, optional, text
-from moe_jax.data import corpora, mixed, pairs, tokenizers
+from moe_jax.core.options import integer, items, number, optional, text
+from moe_jax.data import mixed, pairs
 from moe_jax.tasks import Task, sequence_to_sequence
 
 
@@ -16,6 +16,8 @@ def build(
   source: text() = "source",
   target: text() = "target",
   prefix: str = "",
+  source_begin: items(integer(0)) = (),
+  target_begin: items(integer(0)) = (),
   targets_length: optional(integer(1)) = None,
   packing: bool = True,
   too_long: pairs.TOO_LONG = "error",
@@ -32,7 +34,10 @@ def build(
       `data.text_feature` is not read.
     mesh, fingerprint, prepare: as in `next_token.build`.
     source, target, prefix: features such as "de" and "en", and text before every
-      source. Parts of `data.mixture` may have others.
+      source.
+    source_begin, target_begin: tokens before every source and target, such as those
+      of their languages (NLLB, 2207.04672). Parts of `data.mixture` may have others
+      of these five.
     targets_length: tokens of a row of targets; None: those of inputs.
     packing: whether a row has several pairs, which do not see each other.
     too_long: "error", "drop" or "truncate", see `pairs.Packing`.
@@ -49,16 +54,9 @@ def build(
       "data.separate_documents = False is not for the task translation, whose pairs"
       " never see each other; set it to True"
     )
-  if prepare:
-    corpus = mixed.prepare(
-      data,
-      plugins=config.plugins,
-      fingerprint=fingerprint,
-      pair={"source": source, "target": target, "prefix": prefix},
-    )
-  else:
-    tokenizer = tokenizers.load(data.tokenizer)
-    corpus = corpora.Corpus(data.name, tokenizer.num_bytes_V)
+  pair = {"source": source, "target": target, "prefix": prefix}
+  pair |= {"source_begin": source_begin, "target_begin": target_begin}
+  corpus = mixed.of_config(config, fingerprint, prepare, pair=pair)
   rows = pairs.Packing(
     inputs_length=data.seq_len,
     targets_length=targets_length or data.seq_len,
