@@ -31,7 +31,7 @@ def cpu() -> sweeps.Sweep:
   """
   c = _config(small.cpu_config(), 128)
   c.eval.update(every=100, batches_per_domain=32)
-  key, rates = "optim.learning_rate", (3e-3, 1e-2, 3e-2)
+  key, rates = "optim.learning_rate", (1e-3, 3e-3, 1e-2, 3e-2)
   like = dict.fromkeys(DENSE[1:], "dense") | {"scratch_granular": "scratch"}
   first = tuning.Stage({"dense": key, "scratch": key}, rates, like=like)
   like = dict.fromkeys((*COPIES[1:], "copy_long"), "copy")
