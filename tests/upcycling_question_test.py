@@ -10,7 +10,7 @@ from experiments.upcycling import plot, sweep
 from moe_jax.core.errors import ConfigError
 from moe_jax.models import counts
 from moe_jax.training import program
-from moe_jax.training.starts import upcycling
+from moe_jax.training.starts import fit, upcycling
 
 
 def line(start, slope):
@@ -75,12 +75,12 @@ def test_arms_fit_what_they_start_from(scale):
   for arm, source in sweep.STARTS.items():
     how = configs[arm].upcycle
     if how:
-      upcycling.check(models[source], models[arm], upcycling.Upcycling(**how))
+      fit.check(models[source], models[arm], upcycling.Upcycling(**how))
   kept = {
     arm
     for arm, source in sweep.STARTS.items()
     if (how := configs[arm].upcycle)
-    and upcycling.keeps(models[source], models[arm], upcycling.Upcycling(**how))
+    and fit.keeps(models[source], models[arm], upcycling.Upcycling(**how))
   }
   assert kept == {"copy", "copy_long", "granular"}
   assert flops["dense_on"] == pytest.approx(flops["copy"], rel=0.002)
