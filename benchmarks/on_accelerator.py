@@ -36,7 +36,7 @@ from typing import NamedTuple
 from benchmarks import accelerator_tables, shapes, timing
 from moe_jax.run import command
 
-_CASES = 8  # Of products: each dtype with each width; on a CPU a few of them.
+_CASES = 8  # Products that are checked: each dtype with each width.
 table = accelerator_tables.table  # See `benchmarks.tables`.
 _PACKAGES = ("jaxlib", "tokamax", "jax-triton", "triton", "libtpu")
 # The share of all minutes at which a part ends, and the seconds that its first

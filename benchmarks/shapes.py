@@ -33,8 +33,8 @@ SHAPES = {
   "S4": Shape(512, 1024, 64, 2),
   "S5": Shape(256, 512, 256, 8),
 }
-# What benchmarks.on_accelerator times: two of our own, one layer of two models,
-# and one device's share of a third one's layer with 64 devices along `expert`,
+# The shapes that benchmarks.on_accelerator times: two of our own, a layer of two
+# models, and one device's share of a third one's layer with 64 devices along `expert`,
 # at 4096 tokens on each: 4 of 256 experts, and 32768 rows.
 ACCELERATOR = {
   "A1": Shape(1024, 2048, 16, 2, 8192),

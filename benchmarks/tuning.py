@@ -18,7 +18,7 @@ from benchmarks.shapes import Shape
 from moe_jax.moe.kernels import gpu
 
 _THREADS = 8  # That compile at a time.
-_LEAST_SECONDS = 0.02  # Of one timing: single calls are too short.
+_LEAST_SECONDS = 0.02  # A timing takes as long; single calls are too short.
 _MOST_CALLS = 20  # In one timing.
 
 
@@ -34,7 +34,7 @@ def products(shape: Shape) -> list[gpu.Product]:
 
 
 def candidates(product: gpu.Product, wrong=()) -> list[str]:
-  """Those that can compute it; XLA's own only if there is no other."""
+  """The kernels that can compute it; XLA's own only if there is no other."""
   refusal = lambda name: gpu.load(name).refusal(product, gpu.device())  # noqa: E731
   ready = [n for n in gpu.CANDIDATES[:-1] if n not in wrong and not refusal(n)]
   return ready or [gpu.CANDIDATES[-1]]
@@ -155,7 +155,7 @@ def interleaved(
 def _seconds(call, count):
   started = time.perf_counter()
   for _ in range(count):
-    last = call()  # Of the others, nothing is kept.
+    last = call()  # Only the last result is kept.
   jax.block_until_ready(last)
   return time.perf_counter() - started
 

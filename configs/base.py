@@ -81,7 +81,7 @@ def get_config() -> ConfigDict:
   c.model.use_bias = False  # biases in dense layers
   c.model.init_scale = 1.0  # variance of weights times fan-in (Switch: 0.1)
   c.model.dropout = 0.0  # of what sublayers add, in training (T5)
-  # Of the weights of attention, and of hidden units; None: as dropout.
+  # The dropout of attention's weights, and of hidden units; None: as dropout.
   c.model.attention_dropout = c.model.hidden_dropout = None
   # Recomputed in the backward pass: "none", "dispatch" (blocks without the
   # exchange between devices), "block" (whole blocks).

@@ -3,10 +3,12 @@
 The kernels run in Pallas' interpreter, on a stand-in for a device.
 """
 
+import concurrent.futures
 import importlib.util
 import json
 import os
 import sys
+import time
 import types
 
 import jax
@@ -62,6 +64,7 @@ def on(monkeypatch):
     monkeypatch.setattr(
       gpu.load("mosaic"), "missing", lambda m: None if there[m] else MISSING
     )
+    monkeypatch.setattr(gpu.load("triton"), "_too_old", lambda: None)
 
   return be
 
@@ -313,10 +316,14 @@ def tokamax(monkeypatch):
     module(name)
   module(root, **parts)
   knobs = types.SimpleNamespace(NvidiaTool=Assembler)
-  module("triton", knobs=knobs)
-  gpu.load("triton")._match_assembler.cache_clear()
+  module("triton", knobs=knobs, __version__="3.9.0")
+  ours = gpu.load("triton")
+  kept = ours._match_assembler, ours._too_old, gpu.load("mosaic").missing
+  for function in kept:
+    function.cache_clear()
   yield given
-  gpu.load("triton")._match_assembler.cache_clear()
+  for function in kept:
+    function.cache_clear()
 
 
 class Assembler:
@@ -348,6 +355,36 @@ def test_triton_writes_for_the_assembler_that_is_there(tokamax, monkeypatch):
   triton._match_assembler.cache_clear()
   triton._match_assembler()
   assert newer not in os.environ
+
+
+def test_an_older_triton_is_refused(tokamax, monkeypatch):
+  """jax-triton takes it, and tokamax's kernels do not compile."""
+  triton = gpu.load("triton")
+  product = gpu.Product("y", 77, 4, 128, 64, "bfloat16")
+  assert triton.refusal(product, device()) is None
+  monkeypatch.setattr(sys.modules["triton"], "__version__", "3.8.1")
+  triton._too_old.cache_clear()
+  words = "Triton 3.8.1 is older than 3.9; install triton>=3.9"
+  assert triton.refusal(product, device()) == words
+
+
+def test_modules_of_tokamax_are_imported_one_after_another(monkeypatch):
+  """Some import each other, and two threads would wait for each other."""
+  busy, most = [], []
+
+  def slow(name):
+    busy.append(name)
+    most.append(len(busy))
+    time.sleep(0.05)
+    busy.remove(name)
+
+  mosaic = gpu.load("mosaic")
+  monkeypatch.setattr(mosaic.importlib, "import_module", slow)
+  mosaic.missing.cache_clear()
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    assert [*pool.map(mosaic.missing, "abcd")] == [None] * 4
+  mosaic.missing.cache_clear()
+  assert most == [1] * 4
 
 
 def test_three_products_by_two_kernels(on, tokamax):

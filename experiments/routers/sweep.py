@@ -10,7 +10,7 @@ from experiments import small, sweeps, tuning
 HEADLINE = (
   *("dense", "hash", "switch", "gshard", "segmented", "deepseek", "fine"),
 )
-WIDTH = 128  # Of a dense layer.
+WIDTH = 128  # The hidden width of a dense layer.
 _LOSS = {"name": "switch", "coefficient": 1e-2}
 
 

@@ -25,7 +25,7 @@ _NEEDLESS = re.compile(
   r"rotary_emb\.(inv_freq|(cos|sin)_cached)|masked_bias|\blm_head\.weight"
   r"|embed_positions\.weights"
 )
-_ROWS = 4096  # Of a tensor that are compared at a time.
+_ROWS = 4096  # Rows of a tensor that are compared at a time.
 
 
 def check(

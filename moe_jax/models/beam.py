@@ -71,7 +71,7 @@ class Texts(NamedTuple):
   score_BW: Array
 
   def take(self, index_BJ: Array) -> "Texts":
-    """Those texts of each prompt."""
+    """The texts with these indices, of each prompt."""
     wide = index_BJ[..., None]
     return Texts(
       jnp.take_along_axis(self.token_BWN, wide, axis=1),

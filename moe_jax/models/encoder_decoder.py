@@ -69,7 +69,7 @@ class Architecture(embedding.Vocabulary):
 
   @property
   def mesh(self) -> jax.sharding.Mesh | None:
-    """What to run on; None: one device."""
+    """The devices to run on; None: one device."""
     return self.decoder.mesh
 
 

@@ -188,7 +188,7 @@ class Stack:
 
 
 class Call(NamedTuple):
-  """What all layers of a stack get in a forward pass.
+  """The arguments that all layers of a stack get in a forward pass.
 
   context: of self-attention, see `attention.context`.
   experts: arguments of `linen.MoE` beside x.

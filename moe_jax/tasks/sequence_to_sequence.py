@@ -78,7 +78,7 @@ def scoring(
 
 
 def _texts(batch):
-  """What the encoder and the decoder read."""
+  """(The text that the encoder reads, the text that the decoder reads)."""
   inputs, targets = (
     (batch[f"{side}_mask"], batch[f"{side}_document"])
     for side in ("inputs", "targets")

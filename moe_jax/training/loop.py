@@ -211,7 +211,7 @@ class Lines:
     self._progress = progress
     self._waiting = []  # (step, sums on the devices) not added up yet.
     self._skipped = 0
-    self._loads = {}  # Of the last step that was added up.
+    self._loads = {}  # The loads of the last step that was added up.
     # Sums of the next line of metrics.
     self._means = {k: Mean(*pair) for k, pair in (begun or {}).items()}
     self._tokens, self._since = 0.0, time.monotonic()

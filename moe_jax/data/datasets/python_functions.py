@@ -15,7 +15,7 @@ import inspect
 
 from moe_jax.data.datasets import _builder, installed, python_sources
 
-MOST_BYTES = 127  # Of either text, which has 128 tokens with its end as bytes.
+MOST_BYTES = 127  # A text of so many has 128 tokens with its end, as bytes.
 _FUNCTIONS = ast.FunctionDef, ast.AsyncFunctionDef
 
 

@@ -99,7 +99,7 @@ class Options:
 
   @property
   def bias_table(self) -> tuple[int, int, int, bool]:
-    """What layers have in common that share a table of the position bias."""
+    """Options that layers with the same table of position biases must agree in."""
     sizes = self.bias_buckets, self.num_heads, self.bias_distance
     return *sizes, self.causal
 

@@ -40,7 +40,8 @@ def build(
   width: how far scores are from 0 at most, 1 or more; None: scores are between 0
     and 1. What lies outside of the bins is counted in the last ones.
   """
-  reach = 1.0 if width is None else 2 * width  # Of a score less another.
+  # The largest difference of two scores.
+  reach = 1.0 if width is None else 2 * width
   if isinstance(reach, int | float) and 2 * reach / bins > 0.1:
     raise ConfigError(
       f"bins = {bins} for scores that differ by up to {reach:g} are bins wider than"

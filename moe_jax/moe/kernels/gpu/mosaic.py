@@ -7,10 +7,15 @@ transposed: this is in its kernels, and calling them one by one does not avoid i
 
 import functools
 import importlib
+import threading
 
 import jax
 
 from moe_jax.moe.kernels import gpu
+
+# Modules of tokamax import each other: two threads that begin with different ones
+# would wait for each other.
+_IMPORTING = threading.Lock()
 
 
 def refusal(product, device):
@@ -67,7 +72,8 @@ def ragged_dot(op, kind, a, b, sizes_E):
 def missing(module):
   """Why tokamax's kernels of a module are not there; None if they are."""
   try:
-    importlib.import_module(f"tokamax._src.ops.ragged_dot.{module}")
+    with _IMPORTING:
+      importlib.import_module(f"tokamax._src.ops.ragged_dot.{module}")
   except (ImportError, AttributeError) as e:
     return (
       f"{e}; the extras cuda12 and cuda13 install it on Python 3.12 or later"

@@ -12,6 +12,7 @@ import shutil
 from moe_jax.moe.kernels import gpu
 from moe_jax.moe.kernels.gpu import mosaic
 
+_VERSION = 3, 9  # What the kernels of tokamax 0.0.17 are written for.
 # Where Triton looks for the assembler: that of Ampere, and that of newer GPUs.
 _ASSEMBLERS = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
 
@@ -19,7 +20,18 @@ _ASSEMBLERS = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
 def refusal(product, device):
   floats = (*gpu.HALVES, "float32")
   why = gpu.needs(product, device, range(8, 100), floats, multiple=1)
-  return why or mosaic.missing("triton")
+  return why or mosaic.missing("triton") or _too_old()
+
+
+@functools.cache
+def _too_old():
+  """Why tokamax's kernels are not for the Triton that is there; None if they are."""
+  import triton
+
+  if tuple(map(int, triton.__version__.split(".")[:2])) < _VERSION:
+    least = ".".join(map(str, _VERSION))
+    return f"Triton {triton.__version__} is older than {least}; install triton>={least}"
+  return None
 
 
 def tilings(product, device):
