@@ -26,6 +26,8 @@ def derive(rows: list[dict], curves: list[dict]) -> list[dict]:
     those of the whole run from scratch.
   passed: tokens at which the run from scratch passes the arm for the rest of the run,
     counted from the start of both, over those that the dense model was trained on.
+  lead_first, lead_last: bits per byte by which the arm is ahead of the run from scratch
+    after a third of its steps, and at the end.
   """
   points = runs.grouped(
     ((p["arm"], p["seed"]), (p["step"], p[LOSS])) for p in curves if LOSS in p
@@ -47,6 +49,9 @@ def derive(rows: list[dict], curves: list[dict]) -> list[dict]:
       if arm != "dense_on":
         step = passing(scratch, own)
         new |= {} if step is None else {"passed": step / source["steps"]}
+        third = row["steps"] / 3
+        for name, place in (("first", third), ("last", own[-1][0])):
+          new[f"lead_{name}"] = _at(scratch, place) - _at(own, place)
     derived.append(new)
   return derived
 
@@ -88,6 +93,16 @@ def crossings(rows: list[dict]) -> list[str]:
     if passed:
       share = intervals.words([100 * x for x in passed], 0)
       line += f", after {share} % of the tokens of {sweep.STARTS[arm]}"
+    leads = [
+      intervals.words([r[f"lead_{place}"] for r in own], 3)
+      for place in ("first", "last")
+      if all(f"lead_{place}" in r for r in own)
+    ]
+    if leads:
+      line += (
+        f"; it was behind by {leads[0]} bits per byte after a third of the"
+      )
+      line += f" steps, and by {leads[1]} at the end"
     lines.append(f"{line}.")
   return lines
 
