@@ -17,7 +17,7 @@ from moe_jax.launch import local
 from moe_jax.run import config as config_lib
 from moe_jax.run import processes, run_directory, signals
 from moe_jax.training import program, starts
-from tests import kill, pod
+from tests import kill, pod, tiers
 
 
 def test_two_processes_stopped_and_gone_on_in_one(tmp_path):
@@ -185,7 +185,7 @@ def test_an_error_in_one_process_ends_all(who, error, code):
   assert "\nerror: another process of this run has ended" in f"\n{last}"
 
 
-@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("who", tiers.only([1], [0, 1]))
 def test_a_process_that_hangs_ends_the_others(who):
   """Process 0 is the one through which they talk."""
   _, _, other, said = ending(who, "signal.raise_signal(signal.SIGSTOP)")
@@ -205,7 +205,7 @@ def test_a_work_directory_that_is_not_shared(tmp_path, monkeypatch):
     assert said.startswith("error: process 1 does not see what process 0 has")
 
 
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("index", tiers.only([1], [0, 1]))
 def test_a_coordinator_that_is_not_there(tmp_path, index):
   """Nor, for the coordinator, the other process."""
   with socket.socket() as s:
