@@ -1267,8 +1267,8 @@ FAULTS = (
   Fault(
     "a packed target attends to all inputs",
     "moe_jax/models/attention/context.py",
-    "  if context.is_across:\n    return sees_BLM\n",
-    "  if context.is_across:\n    return sees_BLM | True\n",
+    "  if context.is_cross:\n    return sees_BLM\n",
+    "  if context.is_cross:\n    return sees_BLM | True\n",
     "encoder_decoder_test.py::test_packed_texts_are_those_alone",
   ),
   Fault(

@@ -118,7 +118,7 @@ def _flops_of_pair(arch, sizes, lengths):
   flops += 2 * sizes["active_decoder"] * targets
   flops += 2 * arch.vocab_size * arch.d_model * targets
   # Keys and values of the encoder's tokens are made of these.
-  across = [decoder.layer(kind).attention.across for kind in decoder.layers]
+  across = [decoder.layer(kind).attention.as_cross() for kind in decoder.layers]
   made = sum(layer.cached_per_token for layer in across) * arch.d_model
   flops += 2 * made * (inputs - targets)
   flops += _per_pair(encoder) * inputs**2 + _per_pair(decoder) * targets**2

@@ -116,7 +116,7 @@ def build(
   fields["encoder"] = encoder
   fields["decoder"] = made("decoder", section, **more)
   for _, parts in fields["decoder"].kinds:
-    _ = parts.attention.across  # Refuses attention that cannot.
+    parts.attention.as_cross()  # It raises for attention that cannot be.
   del end_of_document
   return EncoderDecoder(Architecture(**fields))
 
@@ -187,15 +187,18 @@ class EncoderDecoder(nn.Module):
         name = "source_embedding"
         source_VD = embedding.table(self, arch, name, arch.source_vocab_size)
       context = attention.context.packed(*inputs[1:])
-      one = arch.encoder, source_VD, inputs.token_BL, context
-      memory, aux = self._run(*one, **options)
+      memory, aux = self._run(
+        arch.encoder, source_VD, inputs.token_BL, context, **options
+      )
       memory, keys = context.real(memory), context.tokens
     targets = targets.filled()
     context = self._of_targets(targets, cache_length)
     keys = self._remembered(keys, cache_length)
-    cross = attention.context.across(context.tokens, keys, memory)
-    one = arch.decoder, table_VD, targets.token_BL, context
-    x_BLD, of_decoder = self._run(*one, cross=cross, **options)
+    cross = attention.context.cross(context.tokens, keys, memory)
+    options["cross"] = cross
+    x_BLD, of_decoder = self._run(
+      arch.decoder, table_VD, targets.token_BL, context, **options
+    )
     logits_BLV = embedding.logits(self, arch, table_VD, x_BLD, mesh)
     return logits_BLV, aux | of_decoder
 
@@ -219,7 +222,7 @@ class EncoderDecoder(nn.Module):
 
   def _run(
     self,
-    one,
+    own,
     table_VD,
     tokens_BL,
     context,
@@ -233,13 +236,13 @@ class EncoderDecoder(nn.Module):
     """(x_BLD after the last norm, aux) of one stack."""
     arch = self.arch
     if not self.is_initializing():
-      one.check_causal(tokens_BL.shape[1], train)
+      own.check_causal(tokens_BL.shape[1], train)
     features = {"token_id": tokens_BL, "position": context.tokens.position_BL}
     experts = {"mask_BL": context.tokens.mask_BL, "features": features}
     call = stack.Call(context, {**experts, "rng": rng, "first": first}, cross)
-    call, drop = stack.dropping(one, call, rng, first, train)
+    call, drop = stack.dropping(own, call, rng, first, train)
     x_BLD = embedding.vectors(arch, table_VD, tokens_BL, context, arch.mesh)
     x_BLD = drop(x_BLD, "embedding")
-    x_BLD, aux = stack.run(self, one, x_BLD, call, train, collect)
-    norm = norms.Norm(one.norm, one.norm_eps, name=f"{one.names[1]}_norm")
+    x_BLD, aux = stack.run(self, own, x_BLD, call, train, collect)
+    norm = norms.Norm(own.norm, own.norm_eps, name=f"{own.names[1]}_norm")
     return drop(norm(x_BLD), "norm"), aux

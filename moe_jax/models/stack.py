@@ -272,7 +272,7 @@ class Block(nn.Module):
 
     x_BLD = attend("attention", parts.attention, call.context)
     if call.cross is not None:
-      x_BLD = attend("cross", parts.attention.across, call.cross)
+      x_BLD = attend("cross", parts.attention.as_cross(), call.cross)
     if parts.recipe is not None:
       moe = linen.MoE(parts.recipe, parts.grouping, m.mesh, name="moe")
       more = {"train": self.train, "collect": self.collect}

@@ -39,7 +39,7 @@ class Context(NamedTuple):
   tokens: of the call.
   first: place of the first of them among the M of a cache; None: no cache.
   keys: the tokens at all places, those of this call included; a place that is
-    not taken yet is padding. Or those of another sequence, see `across`.
+    not taken yet is padding. Or those of another sequence, see `cross`.
   memory_BMD: vectors of that sequence; None: keys and values of it are cached.
   bias: position bias that layers share, see `positions.bias`; None: there is none.
   rng_B: keys for the dropout of weights; None: there is none.
@@ -53,7 +53,7 @@ class Context(NamedTuple):
   rng_B: Array | None = None
 
   @property
-  def is_across(self) -> bool:
+  def is_cross(self) -> bool:
     """Whether keys are those of another sequence."""
     return self.first is None and self.keys is not None
 
@@ -102,7 +102,7 @@ def packed(mask_BL: Array, document_BL: Array) -> Context:
   return Context(tokens._replace(relative_BL=place_1L))
 
 
-def across(queries: Tokens, keys: Tokens, memory_BMD: Array | None) -> Context:
+def cross(queries: Tokens, keys: Tokens, memory_BMD: Array | None) -> Context:
   """The Context of attention from one sequence to another.
 
   A token sees those of the document with its own document's number.
@@ -161,7 +161,7 @@ def visible(options: Options, context: Context) -> Array:
 
   query, key = pairs("document_BL")
   sees_BLM = (query == key) & keys.mask_BL[:, None, :]
-  if context.is_across:
+  if context.is_cross:
     return sees_BLM
   if options.window is not None:
     query, key = pairs("relative_BL")

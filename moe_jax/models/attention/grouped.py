@@ -26,7 +26,7 @@ class Attention(heads.Heads):
     # Scores begin with the same variance, whether they are scaled or not (T5).
     scale = divisor**2 / m.head_dim
     q = self._heads(x_BLD, "query", "heads", m.num_heads, scale)
-    if context.is_across:
+    if context.is_cross:
       k, v = (
         self.kept(name, functools.partial(self._of_memory, name, context))
         for name in ("key", "value")
@@ -98,8 +98,7 @@ class Options(options.Options):
         f"rotary_dim = {turned} is odd or more than head_dim = {self.head_dim}"
       )
 
-  @property
-  def across(self) -> "Options":
+  def as_cross(self) -> "Options":
     """The same without positions: a query sees all of another sequence."""
     own = {"rope": "none", "position_bias": "none", "causal": False}
     own |= {"window": None, "chunk": None, "temperature": None, "sinks": False}

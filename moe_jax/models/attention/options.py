@@ -19,7 +19,7 @@ class Options:
     cached_per_token: numbers that generation keeps of a token, in a layer;
     flops_per_pair: FLOPs of one query and one key: their score, and the
       value's share of the result;
-    across: the options of attention to another stack's output, where it has
+    as_cross(): the options of attention to another stack's output, where it has
       such.
 
   num_heads: H query heads.
@@ -103,8 +103,7 @@ class Options:
     sizes = self.bias_buckets, self.num_heads, self.bias_distance
     return *sizes, self.causal
 
-  @property
-  def across(self) -> "Options":
+  def as_cross(self) -> "Options":
     """The same for attention to another stack's output, without positions.
 
     Raises:
