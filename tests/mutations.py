@@ -1468,6 +1468,28 @@ FAULTS = (
     "upcycling_test.py::test_what_a_run_takes_from_its_start",
   ),
   Fault(
+    "scaled weights are said to keep the function",
+    "moe_jax/training/starts/fit.py",
+    'plain = {"scale": 1.0, "apply_to": "output", "output_masking": 0.0}',
+    'plain = {"apply_to": "output", "output_masking": 0.0}',
+    "upcycling_test.py::test_weights_that_do_not_add_up_to_1",
+  ),
+  Fault(
+    "a run has begun before its start is looked at",
+    "moe_jax/training/loop.py",
+    "    state = program.init(jax.random.key(seed))\n    if start",
+    "    directory.start_over(**facts)\n"
+    "    state = program.init(jax.random.key(seed))\n    if start",
+    "upcycling_test.py::test_weights_of_another_model",
+  ),
+  Fault(
+    "tokens of languages stand before empty texts",
+    "moe_jax/data/documents.py",
+    "begin if text else ()",
+    "begin",
+    "pairs_test.py::test_tokens_of_languages_stand_before_both_sides",
+  ),
+  Fault(
     "experts take the dropout of the model before their own",
     "moe_jax/models/layers.py",
     'rates = moe["expert_dropout"], model["hidden_dropout"], model["dropout"]',
