@@ -32,6 +32,13 @@ DROPPED = Column(
   "dropped",
   meaning="share of the validation assignments that found no free slot.",
 )
+TOTAL_PARAMETERS = Column(
+  "total_parameters",
+  "M total",
+  digits=2,
+  factor=1e-6,
+  meaning="10^6 parameters.",
+)
 TRAIN_FLOPS = Column(
   "train_flops",
   "TFLOP",

@@ -39,13 +39,7 @@ REPORT = Report(
       digits=2,
       meaning="experts of a token on the validation windows, mean over layers.",
     ),
-    Column(
-      "total_parameters",
-      "M total",
-      digits=2,
-      factor=1e-6,
-      meaning="10^6 parameters.",
-    ),
+    columns.TOTAL_PARAMETERS,
     Column(
       "active_parameters",
       "M active",

@@ -24,7 +24,7 @@ def demo() -> sweeps.Sweep:
 
 
 def cpu() -> sweeps.Sweep:
-  """The committed scale: an hour on two CPU cores, a run on each.
+  """The committed scale: less than two hours on two CPU cores, a run on each.
 
   The learning rate is tuned for the dense model and from scratch, then for the
   copies; the other arms take theirs.

@@ -63,7 +63,7 @@ class Architecture(embedding.Vocabulary):
 
   @property
   def tables(self) -> dict[str, int]:
-    """As in `embedding.Vocabulary`."""
+    """{parameter that has an entry for every token: how many tokens}."""
     own = {"source_embedding": self.source_vocab_size or self.vocab_size}
     return super().tables | own
 
@@ -222,7 +222,7 @@ class EncoderDecoder(nn.Module):
 
   def _run(
     self,
-    own,
+    side,
     table_VD,
     tokens_BL,
     context,
@@ -236,13 +236,13 @@ class EncoderDecoder(nn.Module):
     """(x_BLD after the last norm, aux) of one stack."""
     arch = self.arch
     if not self.is_initializing():
-      own.check_causal(tokens_BL.shape[1], train)
+      side.check_causal(tokens_BL.shape[1], train)
     features = {"token_id": tokens_BL, "position": context.tokens.position_BL}
     experts = {"mask_BL": context.tokens.mask_BL, "features": features}
     call = stack.Call(context, {**experts, "rng": rng, "first": first}, cross)
-    call, drop = stack.dropping(own, call, rng, first, train)
+    call, drop = stack.dropping(side, call, rng, first, train)
     x_BLD = embedding.vectors(arch, table_VD, tokens_BL, context, arch.mesh)
     x_BLD = drop(x_BLD, "embedding")
-    x_BLD, aux = stack.run(self, own, x_BLD, call, train, collect)
-    norm = norms.Norm(own.norm, own.norm_eps, name=f"{own.names[1]}_norm")
+    x_BLD, aux = stack.run(self, side, x_BLD, call, train, collect)
+    norm = norms.Norm(side.norm, side.norm_eps, name=f"{side.names[1]}_norm")
     return drop(norm(x_BLD), "norm"), aux

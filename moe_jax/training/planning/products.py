@@ -128,7 +128,7 @@ def _of_convolution(out, x, w, rest):
 
 @functools.cache
 def _taps(size, out, window, before, stride, spread, apart):
-  """How many pairs of a place of the result and of the window meet an input."""
+  """The number of pairs of a result and a place in the window that meet an input."""
   place = stride * np.arange(out)[:, None] + apart * np.arange(window) - before
   return int(
     ((place % spread == 0) & (place >= 0) & (place // spread < size)).sum()

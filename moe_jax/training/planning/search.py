@@ -22,7 +22,7 @@ _ARRAYS |= {
   "floats": 7.0,
   "masks": 0.5,
 }
-# What is kept for the backward pass over what it would take without gaps.
+# The memory of what is kept for the backward pass, over that without gaps.
 _PACKING = 1.1
 # The last dimension of an array on a TPU is stored in multiples of this.
 _LANES = 128
