@@ -40,19 +40,20 @@ def main(argv=None) -> int:
   how = upcycling.Upcycling(
     args.method, args.ratio, args.router_noise, args.seed
   )
+  fit.check(source.model, model, how)  # Before anything is computed.
   initial = starts.own(task, model, args.seed)
-  made = upcycling.upcycled(
-    source.model, source.variables["params"], model, initial["params"], how
-  )
-  kept = fit.keeps(source.model, model, how)
+  made = upcycling.upcycled(source.model, source.variables, model, initial, how)
+  why = fit.changes(source.model, model, how)
   section, given = models.dropless(config.model.to_dict()), task.given
   dropless = models.build(section, plugins=config.plugins, **given)
-  distance = starts.distance(source, dropless, {**initial, "params": made})
-  words = "the function of the source is kept" if kept else "a new function"
-  starts.write(args.out, config, {**initial, "params": made})
+  distance = starts.distance(source, dropless, made)
+  words = (
+    f"a new function: {why}" if why else "the function of the source is kept"
+  )
+  starts.write(args.out, config, made)
   print(
-    f"{args.out}: {words}; on random tokens its logits differ by up to"
-    f" {distance:.1e}, without a bound on the experts"
+    f"{args.out}: {words}. On random tokens its logits differ by up to"
+    f" {distance:.1e} where experts take all of their tokens."
   )
   return 0
 
@@ -65,9 +66,11 @@ def _like(config, source, hf_path):
   values = config.to_dict()
   new = values["model"]
   made = old | {"moe": _routed(old, new)}
-  # An encoder has the other keys from its decoder.
-  own = old["encoder"] | {"moe": dict(new["encoder"].get("moe", {}))}
-  made["encoder"] = own if old["encoder"] else {}
+  if len(source.model.arch.stacks) > 1:
+    routed = _routed(_of_encoder(old), _of_encoder(new))
+    # The rest is the decoder's, whatever flags make of it.
+    own = {k: x for k, x in routed.items() if x != made["moe"][k]}
+    made["encoder"] = old["encoder"] | {"moe": own}
   if not source.model.sublayers:
     made["encoder"] = _sparse(made["encoder"])
     made = _sparse(made)
@@ -77,6 +80,13 @@ def _like(config, source, hf_path):
     values["data"]["tokenizer"] = source.tokenizer.name
   values["model"] = new | made | {key: new[key] for key in kept}
   return config_lib.locked(values)
+
+
+def _of_encoder(section):
+  """A section `model` with the encoder's keys in the place of the decoder's."""
+  own = dict(section["encoder"])
+  own["moe"] = {**section["moe"], **own.get("moe", {})}
+  return section | own
 
 
 def _routed(old, new):
@@ -126,7 +136,8 @@ def _arguments(argv):
   values = {
     k: getattr(args, k) for k in ("method", "ratio", "router_noise", "seed")
   }
-  options.arguments(Upcycling).check(values, "the flags")
+  for name, option in options.of(Upcycling).items():
+    option.check(values[name], f"--{name}")
   return args, overrides
 
 

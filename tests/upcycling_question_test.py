@@ -81,7 +81,7 @@ def test_arms_fit_what_they_start_from(scale):
     arm
     for arm, source in sweep.STARTS.items()
     if (how := configs[arm].upcycle)
-    and fit.keeps(models[source], models[arm], upcycling.Upcycling(**how))
+    and not fit.changes(models[source], models[arm], upcycling.Upcycling(**how))
   }
   assert kept == {"copy", "copy_long", "granular"}
   assert flops["dense_on"] == pytest.approx(flops["copy"], rel=0.002)

@@ -76,7 +76,9 @@ def up(source, target, **options):
   source = source if isinstance(source, tuple) else made(source, seed=1)
   model, initial = made(target, seed=2)
   how = Upcycling(**options)
-  return model, upcycling.upcycled(*source, model, initial, how)
+  (old, params), initial = source, {"params": initial}
+  made_of = old, {"params": params}, model, initial, how
+  return model, upcycling.upcycled(*made_of)["params"]
 
 
 KEPT = {
@@ -102,7 +104,7 @@ def test_the_function_is_kept(name):
   old.activation = c.activation = c.moe.activation
   source = made(old, seed=1)
   model, params = up(source, c, **options)
-  assert fit.keeps(source[0], model, Upcycling(**options))
+  assert not fit.changes(source[0], model, Upcycling(**options))
   np.testing.assert_allclose(
     logits(model, params), logits(*source), atol=1e-5, rtol=1e-5
   )
@@ -117,7 +119,7 @@ def test_the_function_is_kept(name):
 def test_weights_that_do_not_add_up_to_1(name, value):
   source = made(dense(section()), seed=1)
   model, params = up(source, section(router=SUM_1 | {name: value}))
-  assert not fit.keeps(source[0], model, Upcycling())
+  assert fit.changes(source[0], model, Upcycling())
   assert np.abs(logits(model, params) - logits(*source)).max() > 1e-3
 
 
@@ -126,7 +128,7 @@ def test_a_softmax_of_the_chosen_adds_up_to_1():
   chosen = {"name": "top_k", "score_before_top_k": False}
   source = made(dense(section()), seed=1)
   model, params = up(source, section(router=chosen))
-  assert fit.keeps(source[0], model, Upcycling())
+  assert not fit.changes(source[0], model, Upcycling())
   np.testing.assert_allclose(
     logits(model, params), logits(*source), atol=1e-5, rtol=1e-5
   )
@@ -148,7 +150,8 @@ def test_the_target_may_have_more_tokens():
     c.vocab_size = V + 3
     source = made(old, seed=1)
     target = models.build(c, vocab_size=V + 3)
-    params = upcycling.upcycled(*source, target, drawn(target, 2))
+    variables = {"params": source[1]}, target, {"params": drawn(target, 2)}
+    params = upcycling.upcycled(source[0], *variables)["params"]
     token_BL = np.arange(V, dtype=np.int32)[None, :L]
     found, wanted = (
       model.apply({"params": params}, token_BL)[0]
@@ -180,7 +183,7 @@ def test_more_experts_of_experts():
   """4 to 8, and a token takes both copies of what it took."""
   source = made(section(num_experts=4, top_k=2), seed=1)
   model, params = up(source, section(num_experts=8, top_k=4))
-  assert fit.keeps(source[0], model, Upcycling())
+  assert not fit.changes(source[0], model, Upcycling())
   np.testing.assert_allclose(
     logits(model, params), logits(*source), atol=1e-5, rtol=1e-5
   )
@@ -188,10 +191,10 @@ def test_more_experts_of_experts():
   kernel = moe["router"]["kernel"]
   np.testing.assert_array_equal(kernel[..., :4], kernel[..., 4:])
   model, params = up(source, section(num_experts=8, top_k=2))
-  assert not fit.keeps(source[0], model, Upcycling())
+  assert fit.changes(source[0], model, Upcycling())
   assert np.abs(logits(model, params) - logits(*source)).max() > 1e-3
   model, params = up(source, section(num_experts=8, top_k=4), router_noise=0.01)
-  assert not fit.keeps(source[0], model, Upcycling(router_noise=0.01))
+  assert fit.changes(source[0], model, Upcycling(router_noise=0.01))
   noisy = params["decoder"]["0"]["moe"]["router"]["kernel"]
   np.testing.assert_array_equal(noisy[..., :4], kernel[..., :4])
   share = (noisy - kernel)[..., 4:].std() / kernel[..., :4].std()
@@ -202,7 +205,7 @@ def test_a_share_of_units_begins_anew():
   """Drop-Upcycling: whole units, others in each expert, with old moments."""
   source = made(dense(section()), seed=1)
   model, params = up(source, section(), method="drop", ratio=0.25)
-  assert not fit.keeps(source[0], model, Upcycling("drop"))
+  assert fit.changes(source[0], model, Upcycling("drop"))
   old = source[1]["decoder"]["0"]["mlp"]
   new = params["decoder"]["0"]["moe"]["experts"]
   drawn = []
@@ -249,14 +252,20 @@ class State(NamedTuple):
 def test_what_a_run_takes_from_its_start(average, monkeypatch, tmp_path):
   """Parameters, their average too, and the state of the same balancers."""
   given = {"params": {"w": np.ones(3)}, "balance": {"bias": np.ones(2)}}
-  monkeypatch.setattr(starts, "variables", lambda path: given)
+  monkeypatch.setattr(starts, "variables", lambda path, config: given)
+  (tmp_path / "checkpoints" / "3").mkdir(parents=True)
   same = tiny.get_config()
   params, balance = {"w": jnp.zeros(3)}, {"bias": jnp.zeros(2)}
   state = State(params, balance, params if average else None)
   found = starts.replaced(state, None, same, str(tmp_path), 0)
   assert found.params["w"].tolist() == [1, 1, 1]
   assert found.balance["bias"].tolist() == [1, 1]
-  assert found.ema == (found.params if average else None)
+  assert (found.ema is not None) == average
+  if (
+    average
+  ):  # A step gives up the arrays of a state, so that none is there twice.
+    assert found.ema["w"].tolist() == [1, 1, 1]
+    assert found.ema["w"] is not found.params["w"]
   other = State(params, {"bias": jnp.zeros(4)})
   found = starts.replaced(other, None, same, str(tmp_path), 0)
   assert found.balance["bias"].tolist() == [0] * 4
@@ -319,7 +328,7 @@ def switched(key, value, **moe):
     ),
     (section(activation="relu"), {}, ["relu", "swiglu"]),
     (section(use_bias=False), {}, ["have biases", "use_bias = True"]),
-    (section(num_shared_experts=1), {}, ["shared"]),
+    (section(num_shared_experts=1), {}, ["shared experts", "nothing"]),
     (switched("pattern", ("moe+dense",)), {}, ["after its experts"]),
   ],
 )
@@ -343,6 +352,107 @@ def test_experts_that_are_no_multiple():
   biased = section(num_experts=8, router=SUM_1 | {"use_bias": True})
   with pytest.raises(ConfigError, match="moe/router/kernel_bias .* not there"):
     up(section(num_experts=4), biased)
+
+
+SHARED = {"num_shared_experts": 1, "shared_gate": True}
+
+
+@pytest.mark.parametrize("pattern, more", [("moe+dense", {}), ("moe", SHARED)])
+def test_networks_beside_the_experts_are_kept(pattern, more):
+  """ST-MoE's dense network, and shared experts, where both sides have them."""
+  old, c = section(**more), section(num_experts=8, top_k=4, **more)
+  old.pattern = c.pattern = (pattern,)
+  source = made(old, seed=1)
+  model, params = up(source, c)
+  assert not fit.changes(source[0], model, Upcycling())
+  np.testing.assert_allclose(
+    logits(model, params), logits(*source), atol=1e-5, rtol=1e-5
+  )
+
+
+def changed(c, **keys):
+  c.update(keys)
+  return c
+
+
+@pytest.mark.parametrize(
+  "source, target, words",
+  [
+    (section(**SHARED), section(num_experts=8), "moe/shared/down.* layer 0"),
+    (switched("pattern", ("moe+dense",)), section(), "mlp/down"),
+    (
+      dense(switched("activation", "relu")),
+      dense(section()),
+      "activation = 'swiglu' is 'relu' .* dense network",
+    ),
+    (
+      dense(section()),
+      dense(switched("use_bias", False)),
+      "mlp/down_bias, mlp/gate_bias, mlp/up_bias in inputs, layer 0",
+    ),
+    (section(router=SUM_1 | {"use_bias": True}), section(), "kernel_bias"),
+    (
+      changed(encoder_decoder(), source_vocab_size=V),
+      encoder_decoder(),
+      "the source has source_embedding, and the target",
+    ),
+  ],
+)
+def test_nothing_of_the_source_is_dropped(source, target, words):
+  with pytest.raises(ConfigError, match=words):
+    up(source if isinstance(source, tuple) else made(source), target)
+
+
+@pytest.mark.parametrize(
+  "router",
+  [
+    SUM_1 | {"score": "sigmoid"},
+    SUM_1 | {"cosine": True},
+    SUM_1 | {"num_expert_groups": 2, "top_expert_groups": 1},
+  ],
+)
+def test_other_choices_keep_no_function(router):
+  source, _ = made(section(num_experts=4))
+  target, _ = made(section(num_experts=8, top_k=4, router=router))
+  assert fit.changes(source, target, Upcycling())
+  # Groups of neighbours are others where experts are copied.
+  if "num_expert_groups" in router:
+    source, _ = made(section(num_experts=4, router=router))
+    assert fit.changes(source, target, Upcycling())
+  slots = {"capacity_factor": 1.0, "dispatcher": {"name": "gather"}}
+  source, _ = made(section(num_experts=4, **slots))
+  same, _ = made(section(num_experts=8, top_k=4))
+  assert fit.changes(source, same, Upcycling())
+
+
+def test_a_bias_of_selection_goes_on():
+  """A copy has the bias of the expert that it copies."""
+  bias = {"load": {"name": "bias", "rate": 0.1}}
+  old, c = (
+    section(num_experts=n, top_k=k, balancers=bias) for n, k in ((4, 2), (8, 4))
+  )
+  rng = np.random.default_rng(0)
+  (source, params), (model, initial) = made(old, seed=1), made(c, seed=2)
+  shapes = nn.unbox(models.variables(source))["balance"]
+  state = jax.tree.map(lambda x: rng.normal(size=x.shape), shapes)
+  zeros = nn.unbox(models.variables(model))["balance"]
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), zeros)
+  found = upcycling.upcycled(
+    source,
+    {"params": params, "balance": state},
+    model,
+    {"params": initial, "balance": zeros},
+  )
+  assert not fit.changes(source, model, Upcycling())
+  (was,), (now,) = map(jax.tree.leaves, (state, found["balance"]))
+  np.testing.assert_allclose(now, np.concatenate([was, was], -1), rtol=1e-6)
+  token_BL = np.arange(L, dtype=np.int32)[None]
+  given = {"params": params, "balance": state}
+  wanted, ours = (
+    one.apply(weights, token_BL)[0]
+    for one, weights in ((source, given), (model, found))
+  )
+  np.testing.assert_allclose(ours, wanted, atol=1e-5, rtol=1e-5)
 
 
 MORE = ["--config.model.moe.router={'name': 'top_k', 'renormalize': True}"]
@@ -401,8 +511,11 @@ def test_weights_of_another_model(run, capsys):
   # The folder takes another config.
   assert not (other / "run.json").exists()
   assert not any(other.glob("checkpoints/*"))
-  place = f"--config.init_from={other}/checkpoints"
-  with pytest.raises(ConfigError, match=r"init_from = .*checkpoints: there is"):
+  assert not (other / "config.json").exists()
+  place = f"--config.init_from={other}"
+  with pytest.raises(
+    ConfigError, match=r"init_from = .*: there is no checkpoint"
+  ):
     main.main([*flags, *MORE, KEPT_STILL, place, f"--workdir={other}"])
   with pytest.raises(ConfigError, match="init_from = nowhere is no folder"):
     main.main(
@@ -485,6 +598,52 @@ def test_tokens_that_mean_something_else():
     fit.check_text(source._replace(tokenizer=other), tiny.get_config(), "there")
 
 
+def test_weights_of_other_tokens_begin_no_run(run, monkeypatch, caplog):
+  """Also where a run only goes on with them; other options are told."""
+  folder, flags = run
+  c = config_lib.load(flags[0].partition("=")[2], [x[9:] for x in flags[1:]])
+  c.model.pattern = ("dense",)
+  c.model.norm_eps = 1e-3
+  starts.variables(f"{folder}/dense", c)
+  assert (
+    "model of" in caplog.text and "norm_eps = 1e-06, here 0.001" in caplog.text
+  )
+  c.data.tokenizer = "words.json"
+  with pytest.raises(
+    ConfigError, match="data.tokenizer = bytes, .* words.json"
+  ):
+    starts.variables(f"{folder}/dense/checkpoints/6", c)
+  old = {"task": {"name": "span_corruption", "sentinels": [9, -1], "end": 1}}
+  old["data"] = {"tokenizer": "words.json"}
+  c.task = {"name": "span_corruption", "sentinels": (9, -1), "end": 1}
+  fit.check_run(old, c, "there")
+  c.task.sentinels = None
+  with pytest.raises(ConfigError, match=r"task.sentinels = \(9, -1\), .* None"):
+    fit.check_run(old, c, "there")
+  c.task = {"name": "translation", "end": 2}
+  with pytest.raises(ConfigError, match="task.end = 1, .* 2"):
+    fit.check_run(old, c, "there")
+
+
+def test_the_encoder_of_a_source_keeps_its_width():
+  """With the routing of the config's encoder, where that has one of its own."""
+  old, new = encoder_decoder(), encoder_decoder(num_experts=16)
+  old.encoder = {"moe": {"d_expert": 20}}
+  new.encoder = {"moe": {"tokens_per_group": 24}}
+  new.moe.d_expert = 7
+  c = tiny.get_config()
+  c.task = {"name": "span_corruption"}
+  source = trained.Trained(models.build(old, vocab_size=V), {}, None, ())
+  c.model = old
+  source = source._replace(config=c)
+  target = tiny.get_config()
+  target.model = new
+  found = upcycle._like(target, source, None).model
+  assert found.moe.num_experts == 16 and found.moe.d_expert == 24
+  wanted = {"d_expert": 20, "tokens_per_group": 24}
+  assert found.encoder.moe.to_dict() == wanted
+
+
 def test_routing_is_that_of_the_config(tmp_path):
   """With the sizes of the source: of T5 in both stacks, or of fewer experts."""
   t5 = dense(encoder_decoder())
@@ -541,5 +700,5 @@ def test_published_dense_models_get_experts(name):
   params = upcycling.upcycled(
     source, variables["params"], target, drawn(target, 0)
   )
-  assert fit.keeps(source, target, Upcycling())
+  assert not fit.changes(source, target, Upcycling())
   np.testing.assert_allclose(logits(target, params), wanted, atol=1e-5)

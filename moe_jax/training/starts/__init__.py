@@ -1,5 +1,6 @@
 """The parameters that a run starts with, when they are those of another model."""
 
+import functools
 import json
 import pathlib
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from jax.experimental import multihost_utils
 
 from moe_jax.core import files, parallel
 from moe_jax.core.errors import ConfigError
+from moe_jax.data import tokenizers
 from moe_jax.training import checkpoint, trained
 from moe_jax.training.starts import fit, upcycling
 
@@ -39,44 +41,67 @@ def replaced(state, model, config, path: str, seed: int):
   if how := config.upcycle:
     source = _read(trained.of_folder, path)
     fit.check_text(source, config, path)
-    old = source.variables["params"]
-    initial = multihost_utils.process_allgather(state.params, tiled=True)
+    initial = {"params": state.params, "balance": state.balance}
+    initial = multihost_utils.process_allgather(initial, tiled=True)
     made = upcycling.Upcycling(**how)
     made = made._replace(seed=made.seed + seed)
-    params = upcycling.upcycled(source.model, old, model, initial, made)
-    given = {"params": params}
+    args = source.model, source.variables, model, initial, made
+    given = upcycling.upcycled(*args)
   else:
-    given = _read(variables, path)
+    given = _read(functools.partial(variables, config=config), path)
   params = _fitted(given["params"], state.params, path)
   balance, before = state.balance, given.get("balance", {})
   if _shapes(before) == _shapes(balance):
     balance = _placed(before, balance)
-  ema = state.ema and params
+  # Arrays of its own, because a step gives up those of the state.
+  ema = state.ema and _placed(given["params"], state.ema)
   return state.replace(params=params, balance=balance, ema=ema)
 
 
 def check(path: str | None) -> None:
   """Raises ConfigError for a path that is no folder; None is no path."""
-  if path is not None and not pathlib.Path(path).is_dir():
+  if path is None:
+    return
+  folder = pathlib.Path(path)
+  if not folder.is_dir():
     raise ConfigError(
       f"{KEY} = {path} is no folder; give a run's work directory, one of its"
       " checkpoints, or a folder of published weights"
     )
+  if not trained.is_published(folder):
+    _read(checkpoint.folders_of, folder.absolute())
 
 
-def variables(path: str) -> dict:
+def variables(path: str, config) -> dict:
   """{"params", "balance"} of a run or of published weights, in numpy.
 
-  Raises:
-    ConfigError: there are none at the path, or they cannot be read.
-  """
-  folder = pathlib.Path(path)
-  if not trained.is_published(folder):
-    return checkpoint.load_variables(folder)
-  from moe_jax import hf
+  Args:
+    path: as in `replaced`.
+    config: of the run that begins with them.
 
-  _, found = hf.load(folder)
-  return jax.device_get(found)
+  Raises:
+    ConfigError: there are none at the path, they cannot be read, or their tokens
+      are others.
+  """
+  folder = pathlib.Path(path).absolute()
+  if trained.is_published(folder):
+    from moe_jax import hf
+
+    model, found = hf.load(folder)
+    file = folder / "tokenizer.json"
+    known = tokenizers.load(file) if file.exists() else None
+    fit.check_published(model.arch, known, config, path)
+    fit.tell_differences(hf.section(folder), config, path)
+    return jax.device_get(found)
+  found = checkpoint.load_variables(folder)
+  for place in (folder, *folder.parents[:2]):
+    if (place / "config.json").exists():
+      what = "the config of a run", "give a whole work directory"
+      old = files.read_json(place / "config.json", *what)
+      fit.check_run(old, config, path)
+      fit.tell_differences(old["model"], config, path)
+      break
+  return found
 
 
 def write(path: str, config, variables: Mapping) -> None:

@@ -1,46 +1,83 @@
 """Whether a model fits the one whose weights it is to begin with (upcycling)."""
 
 import dataclasses
+import json
+import logging
+import operator
+from collections.abc import Mapping
 
+import flax.linen as nn
+from flax import traverse_util
+
+from moe_jax import models
 from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import shown
 from moe_jax.data import tokenizers
 from moe_jax.models import embedding
+from moe_jax.run import config as config_lib
 
 # Options of attention that matter in training only.
 _IDLE = ("init_scale",)
+# Keys of `config.model` that change nothing in what a model computes.
+_NO_FUNCTION = ("vocab_size", "remat", "dtype", "exchange", "grouped_matmul")
+_NO_FUNCTION += ("init_scale", "embedding_variance")
+# Options of routers that are of training, or compared elsewhere.
+_OF_TRAINING = ("top_k", "jitter", "noise", "init_scale", "second_expert")
+_OF_TRAINING += ("second_threshold", "allow_constant_weight", "priority")
 
 
-def keeps(source, target, how) -> bool:
-  """Whether the target computes what the source does, as its routing tells.
+def changes(source, target, how) -> str:
+  """Why the target computes something else than the source; "": it does not.
 
   Args:
     source, target: models that `check` does not refuse.
     how: `upcycling.Upcycling`.
   """
   if how.method == "drop" or how.router_noise:
-    return False
-  return all(
-    made.recipe is None or _keeps(layer, made)
-    for one, other in zip(source.arch.stacks, target.arch.stacks)
-    for layer, made in zip(
-      map(one.layer, one.layers), map(other.layer, other.layers)
-    )
-  )
+    return "weights are drawn anew"
+  for one, other in zip(source.arch.stacks, target.arch.stacks):
+    layers = map(one.layer, one.layers), map(other.layer, other.layers)
+    for layer, made in zip(*layers):
+      if made.recipe and (why := _changes(layer, made)):
+        return why
+  return ""
 
 
-def _keeps(layer, made):
-  """Whether weights add up to 1, over all copies of what a token took."""
+def _changes(layer, made) -> str:
+  """`changes` of a layer with experts."""
   router, grouping = made.recipe.router, made.grouping
-  bounded = grouping.capacity_factor or grouping.capacity
-  if bounded or not _averages(router):
-    return False
+  if _bounded(grouping) or (layer.recipe and _bounded(layer.grouping)):
+    return "experts have slots, so that assignments can be dropped"
+  if not _averages(router) or (
+    layer.recipe and not _averages(layer.recipe.router)
+  ):
+    return "the weights of a token do not add up to 1 (router.renormalize)"
   if layer.recipe is None:
     parts = num_parts(layer, made)
-    return parts == 1 or (router.top_k or 1) % parts == 0
-  old = layer.recipe.router
-  copies = made.recipe.num_experts // layer.recipe.num_experts
-  return _averages(old) and router.top_k == copies * (old.top_k or 0)
+    if parts > 1 and (router.top_k or 1) % parts:
+      return f"top_k is no multiple of the {parts} parts of a network"
+    return ""
+  old, number = layer.recipe.router, layer.recipe.num_experts
+  copies = made.recipe.num_experts // number
+  if operator.ne(*map(_that_count, (layer.recipe, made.recipe))):
+    return "the routers or what shifts their choices differ"
+  if copies > 1 and router.spec.options.get("num_expert_groups", 1) > 1:
+    return "the groups of experts are others where experts are copied"
+  if router.top_k != copies * (old.top_k or 0):
+    return f"top_k is not {copies} times that of the source"
+  return ""
+
+
+def _bounded(grouping):
+  return bool(grouping.capacity_factor or grouping.capacity)
+
+
+def _that_count(recipe):
+  """What a layer's choices and weights follow from, beside parameters and K."""
+  spec = recipe.router.spec
+  options = {k: x for k, x in spec.options.items() if k not in _OF_TRAINING}
+  balancers = {k: b.spec.name for k, b in recipe.balancers if b.select}
+  return spec.name, options, balancers
 
 
 def _averages(router):
@@ -63,28 +100,85 @@ def check_text(source, config, path: str) -> None:
     config: of the model to make.
     path: of the source, for messages.
   """
-  task, tokenizer = config.task, config.data.tokenizer
-  if source.config is not None:
-    old = source.config
-    keys = "name", "end", "start", "sentinels"
-    pairs = {f"task.{k}": (old.task.get(k), task.get(k)) for k in keys}
-    pairs["data.tokenizer"] = old.data.tokenizer, tokenizer
-  else:
-    tokens = {"end": source.ends, "start": source.start}
-    two_texts = len(source.model.arch.stacks) > 1
+  if source.config is None:
+    check_published(source.model.arch, source.tokenizer, config, path)
+    return
+  names = source.config.task.name, config.task.name
+  _check_equal({"task.name": names}, path)
+  check_run(source.config.to_dict(), config, path)
+
+
+def check_run(old: Mapping, config, path: str) -> None:
+  """`check_text` for a run, whose task may be another.
+
+  Args:
+    old: the content of the run's config.json.
+    config, path: as in `check_text`.
+  """
+  before, after = old["task"], config.task
+  keys = ["end", "start"]
+  if before["name"] == after.name:
+    keys.append("sentinels")
+  pairs = {f"task.{k}": (before.get(k), after.get(k)) for k in keys}
+  pairs["data.tokenizer"] = old["data"]["tokenizer"], config.data.tokenizer
+  _check_equal(pairs, path)
+
+
+def check_published(arch, tokenizer, config, path: str) -> None:
+  """`check_text` for published weights.
+
+  Args:
+    arch: of their model, with what their folder says beside.
+    tokenizer: of their folder; None: it has none.
+    config, path: as in `check_text`.
+  """
+  pairs, source = {}, arch.source
+  if len(arch.stacks) > 1 and source:
+    start = () if source.start is None else (source.start,)
+    tokens = {"end": source.ends, "start": start}
     pairs = {
-      f"task.{k}": (ids[0], task.get(k))
+      f"task.{k}": (ids[0], config.task.get(k))
       for k, ids in tokens.items()
-      if two_texts and ids
+      if ids
     }
-    if tokenizers.load(tokenizer).key != source.tokenizer.key:
-      pairs["data.tokenizer"] = source.tokenizer.name, tokenizer
+  name = config.data.tokenizer
+  if tokenizer and tokenizers.load(name).key != tokenizer.key:
+    pairs["data.tokenizer"] = tokenizer.name, name
+  _check_equal(pairs, path)
+
+
+def _check_equal(pairs, path):
+  """Raises ConfigError for a value of a source that differs from the config's."""
   for key, (before, after) in pairs.items():
+    before, after = (
+      tuple(x) if isinstance(x, list) else x for x in (before, after)
+    )
     if before != after:
       raise ConfigError(
         f"{path} has {key} = {before}, and the config has {after}; give a config of"
         " the same tokens"
       )
+
+
+def tell_differences(old: Mapping, config, path: str) -> None:
+  """Warns of options of a model whose weights begin another one's.
+
+  Args:
+    old: the section `model` of the source.
+    config: of the run that takes its weights.
+    path: of the source.
+  """
+  before, after = (
+    {k: json.dumps(x) for k, x in config_lib.flat(one)}
+    for one in (old, config.model.to_dict())
+  )
+  differ = [
+    f"{key} = {value}, here {after[key]}"
+    for key, value in before.items()
+    if after.get(key, value) != value and not key.endswith(_NO_FUNCTION)
+  ]
+  if differ:
+    logging.warning("The model of %s has %s", path, "; ".join(differ))
 
 
 def check(source, target, how) -> None:
@@ -106,6 +200,48 @@ def check(source, target, how) -> None:
       fields = [name for name in fields if name not in _IDLE]
       _same(layer.attention, made.attention, fields, f"{place}, attention")
       _check_networks(layer, made, how, place)
+  _check_used(source, target)
+
+
+def _check_used(source, target):
+  """Raises ConfigError for parameters of the source that the target has not."""
+  paths = [
+    traverse_util.flatten_dict(
+      nn.unbox(models.variables(one))["params"], sep="/"
+    )
+    for one in (source, target)
+  ]
+  for place, old, new in _pairs(source.arch, target.arch, *paths):
+    made = {k.replace("moe/experts/", "mlp/") for k in new}
+    if left := sorted(old - new - (set() if _has_experts(old) else made)):
+      raise ConfigError(
+        f"the source has {', '.join(left)}{place}, and the target has not; give a"
+        " target config with the networks and biases of the source"
+      )
+
+
+def _has_experts(paths):
+  return any(path.startswith("moe/experts/") for path in paths)
+
+
+def _pairs(one, other, old, new):
+  """(words, paths of the source, of the target) of each layer, and of all else."""
+  inner = set()
+  for ours, theirs in zip(one.stacks, other.stacks):
+    both = zip(_of_layers(old, ours), _of_layers(new, theirs))
+    for index, (left, right) in enumerate(both):
+      yield f" in {ours.sequence}, layer {index}", left, right
+    inner |= {name for stack in (ours, theirs) for name, *_ in stack.segments}
+  yield (
+    "",
+    *({k for k in x if k.split("/")[0] not in inner} for x in (old, new)),
+  )
+
+
+def _of_layers(paths, stack):
+  """Yields the parameters of each layer, by their paths in it."""
+  for begin, _ in places(stack):
+    yield {k.removeprefix(begin) for k in paths if k.startswith(begin)}
 
 
 def _check_options(source, how):
@@ -158,17 +294,11 @@ def _check_networks(layer, made, how, place):
         f"the source has experts in {place}, and the target has none there; change"
         " model.pattern of the target"
       )
+    _same(
+      layer.mlp, made.mlp, ("activation", "width"), f"{place}, dense network"
+    )
     return
-  if made.mlp is not None:
-    raise ConfigError(
-      f"the target has a dense network after its experts in {place}, for which the"
-      ' source has nothing; take a pattern of "moe"'
-    )
-  if made.recipe.shared or made.recipe.cheap or made.recipe.latent:
-    raise ConfigError(
-      f"the target has shared, cheap or latent experts in {place}, for which the"
-      " source has nothing; leave them out"
-    )
+  _check_beside(layer, made, place)
   experts = made.recipe.experts
   old = layer.recipe.experts if layer.recipe else layer.mlp
   if old.activation != experts.activation:
@@ -206,6 +336,38 @@ def _check_networks(layer, made, how, place):
     )
 
 
+def _check_beside(layer, made, place):
+  """Raises ConfigError for other networks beside the experts than the source has."""
+  if made.mlp is not None and (layer.recipe is None or layer.mlp is None):
+    raise ConfigError(
+      f"the target has a dense network after its experts in {place}, for which the"
+      ' source has nothing; take a pattern of "moe"'
+    )
+  if made.mlp and layer.mlp:
+    _same(
+      layer.mlp, made.mlp, ("activation", "width"), f"{place}, dense network"
+    )
+  for name in ("shared", "latent", "cheap"):
+    network = getattr(made.recipe, name)
+    old = layer.recipe and getattr(layer.recipe, name)
+    if network and (not old or name == "cheap"):
+      raise ConfigError(
+        f"the target has {name} experts in {place}, for which the source has nothing"
+        " that could be taken; leave them out"
+      )
+    if network and old:
+      fields = "activation", "width"
+      _same(old, network, fields, f"{place}, {name} experts")
+
+
 def num_parts(layer, made) -> int:
   """G: experts that are together one dense network of the source."""
   return max(1, layer.mlp.width // made.recipe.experts.width)
+
+
+def places(stack):
+  """(path, repeat) of every layer of a stack."""
+  for name, pattern, repeats, _ in stack.segments:
+    for repeat in range(repeats):
+      for i in range(len(pattern)):
+        yield f"{name}/{i}/", repeat

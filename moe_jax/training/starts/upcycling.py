@@ -54,27 +54,28 @@ COPY = Upcycling()
 
 
 def upcycled(
-  source, source_params: Mapping, target, initial: Mapping, how=COPY
+  source, source_variables: Mapping, target, initial: Mapping, how=COPY
 ) -> dict:
-  """The parameters that a model begins with.
+  """The variables that a model begins with.
 
   Args:
     source: model of the same layers, dense or with fewer experts.
-    source_params: its parameters.
+    source_variables: its variables.
     target: model with experts.
-    initial: its own first parameters.
+    initial: its own first variables.
     how: options.
 
   Returns:
-    Parameters as `initial` has them, in numpy.
+    Variables as `initial` has them, in numpy: the parameters, and in "balance" the
+    states of balancers, of the source where both have the same balancer.
 
   Raises:
     ConfigError: the source does not fit the target; says where.
   """
   fit.check(source, target, how)
   rng = np.random.default_rng(how.seed)
-  made = _flat(initial)
-  given = _flat(source_params)
+  made = _flat(initial["params"])
+  given = _flat(source_variables["params"])
   inner = tuple(
     f"{name}/" for one in (source, target) for name in _segments(one)
   )
@@ -89,7 +90,43 @@ def upcycled(
       place = f"{one.sequence}, layer {index}"
       new = _layer(kinds, old[index], ours, how, rng, place)
       _store(made, other, index, new)
+  states = _states(source, source_variables, target, initial)
+  params = traverse_util.unflatten_dict(made, sep="/")
+  return {**initial, "params": params, "balance": states}
+
+
+def _states(source, source_variables, target, initial):
+  """States of balancers: of experts that are copies, those of what they copy."""
+  made = _flat(initial.get("balance", {}))
+  given = _flat(source_variables.get("balance", {}))
+  for one, other in zip(source.arch.stacks, target.arch.stacks):
+    layers = zip(_layers(given, one), _layers(made, other))
+    for index, (old, ours) in enumerate(layers):
+      recipes = (side.layer(side.layers[index]).recipe for side in (one, other))
+      if not old or None in (recipes := [*recipes]):
+        continue
+      names = [{k: b.spec.name for k, b in r.balancers} for r in recipes]
+      same = names[0].items() & names[1].items()
+      labels = tuple(f"moe/{label}/" for label, _ in same)
+      times = recipes[1].num_experts // recipes[0].num_experts
+      new = {
+        k: _repeated(old[k], x.shape, times)
+        for k, x in ours.items()
+        if k.startswith(labels) and k in old
+      }
+      _store(
+        made, other, index, {k: x for k, x in new.items() if x is not None}
+      )
   return traverse_util.unflatten_dict(made, sep="/")
+
+
+def _repeated(state, shape, times):
+  """A state for so many times the experts; None: it cannot be of this shape."""
+  if state.shape == shape:
+    return state
+  if not shape or state.shape != (*shape[:-1], shape[-1] // times):
+    return None
+  return np.concatenate([state] * times, axis=-1)
 
 
 def _layer(kinds, old, ours, how, rng, place):
@@ -218,23 +255,15 @@ def _segments(model):
       yield name
 
 
-def _places(stack):
-  """(path, repeat) of every layer of a stack."""
-  for name, pattern, repeats, _ in stack.segments:
-    for repeat in range(repeats):
-      for i in range(len(pattern)):
-        yield f"{name}/{i}/", repeat
-
-
 def _layers(flat, stack):
   """[{path in the layer: array}] of the layers of a stack."""
   return [
     {k.removeprefix(p): x[r] for k, x in flat.items() if k.startswith(p)}
-    for p, r in _places(stack)
+    for p, r in fit.places(stack)
   ]
 
 
 def _store(flat, stack, number, new):
-  path, repeat = [*_places(stack)][number]
+  path, repeat = [*fit.places(stack)][number]
   for name, x in new.items():
     flat[path + name][repeat] = x
