@@ -46,7 +46,8 @@ def test_equal_compute_counts_what_an_arm_started_from():
     # The mean of three evaluations ends at step 1400.
     scratch, copy = found["scratch", seed], found["copy", seed]
     assert scratch["all_bits"] == pytest.approx(3.0 - 1.4 + seed)
-    assert copy["all_bits"] == pytest.approx(2.5 - 0.0002 * 1200 + seed)
+    # So far scratch has used 2800 FLOPs, of which 600 were the dense model's.
+    assert copy["all_bits"] == pytest.approx(2.5 - 0.0002 * 1100 + seed)
     assert copy["passed"] == pytest.approx(625 / 600)
     assert "passed" not in found["dense", seed]
   text = plot.crossings([*found.values()])

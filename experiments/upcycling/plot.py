@@ -23,7 +23,7 @@ def derive(rows: list[dict], curves: list[dict]) -> list[dict]:
   """Rows with what an arm is beside the same model from scratch, of the same seed.
 
   all_bits: bits per byte where the FLOPs of an arm and of what it started from are
-    those of the whole run from scratch.
+    those of the run from scratch, at the last step of its smoothed curve.
   passed: tokens at which the run from scratch passes the arm for the rest of the run,
     counted from the start of both, over those that the dense model was trained on.
   lead_first, lead_last: bits per byte by which the arm is ahead of the run from scratch
@@ -43,7 +43,9 @@ def derive(rows: list[dict], curves: list[dict]) -> list[dict]:
     if arm in sweep.SCRATCH and own:
       new["all_bits"] = own[-1][1]
     if source and scratch and own:
-      left = by_place[twin]["train_flops"] - source["train_flops"]
+      # Means of three evaluations end before the last one.
+      share = scratch[-1][0] / by_place[twin]["steps"]
+      left = share * by_place[twin]["train_flops"] - source["train_flops"]
       bits = _at(own, left * row["steps"] / row["train_flops"])
       new |= {} if bits is None else {"all_bits": bits}
       if arm != "dense_on":
