@@ -16,6 +16,8 @@ def main(argv=None) -> int:
   from moe_jax.tasks import next_token
   from moe_jax.training import traces
 
+  if args.json:
+    command.check_writable(args.json)  # Not after minutes.
   loaded = trained.load(args, dropless=args.dropless)
   if len(loaded.model.arch.stacks) > 1:
     return _of_two_texts(args, overrides, loaded)
@@ -24,6 +26,8 @@ def main(argv=None) -> int:
     raise ConfigError(
       f"{flag} is for an encoder-decoder, and this model is none; leave it out"
     )
+  if args.dataset is None and args.hf:
+    raise ConfigError("give the text to evaluate on with --dataset=NAME")
   settings, corpus = _settings(args, loaded), _text(args, loaded)
   if args.trace:
     command.check_writable(args.trace)
@@ -64,7 +68,7 @@ def _report(sums, task, model, **more) -> dict:
 def _of_two_texts(args, overrides, loaded) -> int:
   """The metrics of an encoder-decoder on its task."""
   from moe_jax import models
-  from moe_jax.tasks import bleu
+  from moe_jax.tasks import bleu, translation
   from moe_jax.training import evaluation, program
 
   if args.trace:
@@ -76,7 +80,7 @@ def _of_two_texts(args, overrides, loaded) -> int:
   begin = ()
   if args.bleu:
     bleu.check(config)
-    begin = bleu.begin(config)
+    _, begin = translation.begins(config)
   arch = loaded.model.arch
   task = program.build_task(config, arch.mesh)
   if task.given["vocab_size"] > arch.vocab_size:
@@ -93,7 +97,11 @@ def _of_two_texts(args, overrides, loaded) -> int:
   sums = evaluation.of_task(loaded.model, loaded.variables, task)
   scored = sum(int(part["loss"].weight) for part in sums.values())
   lengths = " and ".join(f"{n} {name}" for name, n in task.lengths.items())
-  print(f"{scored} target tokens, in rows of {lengths}")
+  bound = "dropless" if args.dropless else "the capacity of its config"
+  print(
+    f"{scored} target tokens, in {config.eval.batch_size} rows at a time of {lengths},"
+    f" with {bound}"
+  )
   more, signature = {}, None
   if args.bleu:
     # A run's slots are for whole texts, and these are written token by token.
@@ -138,7 +146,7 @@ def _task_of(args, overrides, loaded):
   texts = [f"{k}={x!r}" for k, x in given.items() if x is not None]
   if args.dataset is not None:
     part = _part(config.data, args.dataset)
-    own = {"mixture": {}, "name": args.dataset}
+    own = {"mixture": {}, "name": part.get("name", args.dataset)}
     own["dir"] = args.data_dir or part.get("dir")
     own |= {k: part[k] for k in ("text_feature", "domain_feature") if k in part}
     texts += [f"data.{k}={x!r}" for k, x in own.items()]
@@ -159,7 +167,13 @@ def _of_file(args, overrides, loaded):
   trust = args.trust_plugins
   config = config_lib.load(args.config, overrides, trust_plugins=trust)
   program.check(config)
-  return trained.with_tokens(config, loaded)
+  config = trained.with_tokens(config, loaded)
+  if config.task.name == "span_corruption" and not config.task.get("sentinels"):
+    raise ConfigError(
+      "task.sentinels is not given, and the published model knows its own; give them,"
+      ' as --config.task.sentinels="(32099, -1)" for T5 and Switch'
+    )
+  return config
 
 
 def _part(data, name):
@@ -167,17 +181,30 @@ def _part(data, name):
 
   Args:
     data: a section `data`, which is the only part if it has no mixture.
-    name: of the dataset.
+    name: of the dataset, or the label of a part.
+
+  Raises:
+    ConfigError: several parts are of this dataset.
   """
-  parts = [*data.mixture.values()] or [data]
-  return next((part for part in parts if part["name"] == name), {})
+  if name in data.mixture:
+    return data.mixture[name]
+  parts = data.mixture or {"": data}
+  labels = [label for label, part in parts.items() if part["name"] == name]
+  if len(labels) > 1:
+    raise ConfigError(
+      f"--dataset={name} is in several parts of data.mixture; give the label of one"
+      f" in its place: {', '.join(labels)}"
+    )
+  return parts[labels[0]] if labels else {}
 
 
 def _arguments(argv):
   parser = config_lib.Parser(__doc__, prog="python -m moe_jax.evaluate")
   add, count = parser.add_argument, config_lib.at_least_1
   trained.add_flags(parser)
-  words = "as config.data.name has it (default: the data of the run)"
+  words = (
+    "as config.data.name has it, or a label of data.mixture (default: all)"
+  )
   add("--dataset", metavar="NAME", help=words)
   add("--data_dir", metavar="DIR", help="folder of a prepared TFDS dataset")
   add("--seq_len", type=count, help="tokens (default: the run's, or 256)")
@@ -196,12 +223,12 @@ def _arguments(argv):
   add("--json", metavar="PATH", help="metrics, and shares of experts")
   args, overrides = config_lib.parse_overrides(parser, argv)
   if overrides and not args.config:
-    raise ConfigError(f"--config.{overrides[0]} changes a --config; give one")
+    remedy = "give one" if args.hf else "a run has its own, so leave it out"
+    raise ConfigError(f"--config.{overrides[0]} changes a --config; {remedy}")
   if args.beams and not args.bleu:
     raise ConfigError(f"--beams={args.beams} is of --bleu; give --bleu=N too")
-  needs = args.data_dir or (args.hf and not args.config)
-  if args.dataset is None and needs:
-    raise ConfigError("give the text to evaluate on with --dataset=NAME")
+  if args.dataset is None and args.data_dir:
+    raise ConfigError("give the dataset in --data_dir with --dataset=NAME")
   return args, overrides
 
 
@@ -212,14 +239,16 @@ def _text(args, loaded):
   run = loaded.config
   if args.dataset is None:
     return mixed.prepare(run.data, plugins=run.plugins)
+  name = args.dataset
   own = {"tokenizer": loaded.tokenizer.name, "data_dir": args.data_dir}
   if run is not None:
     own |= {"plugins": run.plugins, "cache_dir": run.data.cache_dir}
     part = _part(run.data, args.dataset)
+    name = part.get("name", name)
     features = {"text_feature", "domain_feature"} & {*part}
     own |= {k: part[k] for k in features}
     own["data_dir"] = args.data_dir or part.get("dir")
-  return corpora.prepare(args.dataset, **own)
+  return corpora.prepare(name, **own)
 
 
 def _settings(args, loaded) -> dict:

@@ -35,14 +35,17 @@ def main(argv=None) -> int:
   prompts = [tokenizer.prompt(text.encode()).tolist() for text in args.prompt]
   start, before = None, prompts
   if decoding.takes_two(model):
-    prompts = [_ended(prompt, ends) for prompt in prompts]
-    said = _without_begin(tokenizer, args.start)
+    of_source, of_target = _begins(loaded.config, args.part)
+    prompts = [[*of_source, *_ended(prompt, ends)] for prompt in prompts]
+    said = [*of_target, *_without_begin(tokenizer, args.start)]
     start = [*loaded.start, *said]
     before = [start] * len(prompts)
     beams = beams and beams._replace(length_before=len(said))
-  elif args.start:
+  elif args.start or args.part:
+    flag = "--start" if args.start else "--part"
     raise ConfigError(
-      f"--start={args.start} is for an encoder-decoder; put it into the prompt"
+      f"{flag}={args.start or args.part} is for an encoder-decoder; leave it out, or"
+      " put it into the prompt"
     )
   made = decoding.generate(
     model,
@@ -59,6 +62,8 @@ def main(argv=None) -> int:
   longest = max(map(len, before))
   for row, filled in enumerate(made.tokens_BN.tolist()):
     number, tokens = row // several, [t for t in filled if t >= 0]
+    if start and len(prompts) > 1 and row % several == 0:
+      print(f"{args.prompt[number]}:")
     said = tokenizer.decode([t for t in tokens if t not in ends])
     score = f"{made.score_B[row]:9.4f}  " if several > 1 else ""
     print(score + ("" if start else args.prompt[number]) + said)
@@ -89,7 +94,8 @@ def table(tokenizer, tokens, experts) -> str:
       f"{layer}: {' '.join(map(str, chosen[i]))}"
       for layer, chosen in experts.items()
     ]
-    text = repr(tokenizer.decode([int(token)]))
+    said = tokenizer.decode([int(token)])
+    text = repr(said) if said else f"<token {token}>"
     lines.append(f"{text:>12}  {'  '.join(cells)}")
   return "\n".join(lines)
 
@@ -103,6 +109,19 @@ def _of_encoder(model):
 def _ended(prompt, ends):
   """A prompt with the token that ends a text, as the encoder has seen in training."""
   return prompt if prompt[-1:] == [*ends[:1]] else [*prompt, *ends[:1]]
+
+
+def _begins(config, part):
+  """Tokens before the prompts and before the answers of a run of translation."""
+  if config is not None and config.task.name == "translation":
+    from moe_jax.tasks import translation
+
+    return translation.begins(config, part)
+  if part is not None:
+    raise ConfigError(
+      f"--part={part} is for a run of translation; leave it out"
+    )
+  return (), ()
 
 
 def _without_begin(tokenizer, text):
@@ -175,6 +194,8 @@ def _arguments(argv):
   )
   words = "what an answer begins with, such as the token of a language"
   add("--start", default="", metavar="TEXT", help=words)
+  words = "part of data.mixture whose tokens of languages prompt and answer get"
+  add("--part", metavar="LABEL", help=words)
   add("--num_tokens", type=count, default=64, help="at most (default: 64)")
   add("--temperature", type=float, default=0.0, help="0: the likeliest token")
   add("--top_k", type=count, help="draw from so many likeliest tokens only")
@@ -189,7 +210,13 @@ def _arguments(argv):
   words = "print so many of the best texts, with their scores (default: 1)"
   add("--num_returned", type=count, help=words)
   add("--experts", action="store_true", help="print the experts of every token")
-  return parser.parse_args(argv)
+  args = parser.parse_args(argv)
+  for name in ("top_k", "top_p", "seed"):
+    if getattr(args, name) and not args.temperature:
+      raise ConfigError(
+        f"--{name} is of draws: give a --temperature above 0, or leave it out"
+      )
+  return args
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ import pytest
 import sacrebleu
 
 from configs import tiny
-from moe_jax import evaluate, models
+from moe_jax import evaluate, generate, models
 from moe_jax.core.errors import ConfigError
 from moe_jax.models import decoding
 from moe_jax.run import config as config_lib
-from moe_jax.tasks import bleu
+from moe_jax.tasks import bleu, translation
 from moe_jax.training import checkpoint, program, trained
 from tests import beam_test, encoder_decoder_test
 
@@ -101,13 +101,17 @@ def test_tokens_that_targets_begin_with(translator, monkeypatch):
   monkeypatch.setattr(decoding, "generate", written)
   found, _ = bleu.of_run(loaded, task, 4, num_beams=2, begin=(7, 8))
   assert found["bleu"] == pytest.approx(100)
-  assert bleu.begin(c) == (7, 8)
+  assert translation.begins(c) == ((), (7, 8))
   values = c.to_dict()
   values["data"]["mixture"]["a"]["target_begin"] = (9,)
-  with pytest.raises(ConfigError, match="2 values of target_begin"):
-    bleu.begin(config_lib.locked(values))
+  two = config_lib.locked(values)
+  with pytest.raises(ConfigError, match="2 different pairs .* the parts a, b"):
+    translation.begins(two)
+  assert translation.begins(two, "a") == ((), (9,))
+  with pytest.raises(ConfigError, match="the part of data.mixture"):
+    translation.begins(two, "c")
   values["data"]["mixture"]["b"]["target_begin"] = (9,)
-  assert bleu.begin(config_lib.locked(values)) == (9,)
+  assert translation.begins(config_lib.locked(values)) == ((), (9,))
 
 
 def test_bleu_is_of_the_first_pairs_of_all_domains(translator, monkeypatch):
@@ -131,3 +135,42 @@ def test_bleu_is_of_the_first_pairs_of_all_domains(translator, monkeypatch):
   said = [t if t != PAIRS[1][1] else "five sweet apples" for _, t in first]
   wanted = sacrebleu.corpus_bleu(said, [[t for _, t in first]]).score
   assert found == {"bleu": wanted, "bleu_pairs": 4.0} and 10 < wanted < 95
+
+
+def test_prompts_of_a_run_get_the_tokens_of_its_languages(
+  translator, monkeypatch, capsys
+):
+  """Before the source, and before what is written, of the part that is asked for."""
+  run, _ = translator
+  values = json.loads((run / "config.json").read_text())
+  values["task"] |= {"source_begin": (5,), "target_begin": (7, 8)}
+  (run / "config.json").write_text(json.dumps(values))
+  asked, whole = [], decoding.generate
+
+  def seen(model, variables, prompts, *args, **options):
+    asked.append((prompts, options["start"], options["beams"].length_before))
+    return whole(model, variables, prompts, *args, **options)
+
+  monkeypatch.setattr(decoding, "generate", seen)
+  flags = [f"--checkpoint={run}", "--prompt=a", "--num_tokens=2", "--beams=2"]
+  assert generate.main([*flags, "--start=b"]) == 0
+  assert asked == [([[5, 97, 256]], [256, 7, 8, 98], 3)]
+  values["data"]["mixture"]["a"]["target_begin"] = (9,)
+  (run / "config.json").write_text(json.dumps(values))
+  with pytest.raises(ConfigError, match="choose one of the parts a, b"):
+    generate.main(flags)
+  assert generate.main([*flags, "--part=a"]) == 0
+  assert asked[1] == ([[5, 97, 256]], [256, 9], 1)
+
+
+def test_a_dataset_that_several_parts_have(translator):
+  """Two directions of a language pair, say; their labels tell them apart."""
+  run, _ = translator
+  values = json.loads((run / "config.json").read_text())
+  for part in values["data"]["mixture"].values():
+    part["name"] = "pairs"
+  (run / "config.json").write_text(json.dumps(values))
+  flags = [f"--checkpoint={run}", "--bleu=2", "--beams=2"]
+  with pytest.raises(ConfigError, match="several parts .*: a, b"):
+    evaluate.main([*flags, "--dataset=pairs"])
+  assert evaluate.main([*flags, "--dataset=b"]) == 0

@@ -523,7 +523,7 @@ def test_a_dataset_that_cannot_serve_says_why(make_dataset, tmp_path):
     assert os.listdir(tmp_path / "cache") == []
 
   folder = make_dataset({"train": [{"prose": "abc"}]})
-  refused(folder, r'the feature "text" .* not there; .* is: \[\'prose\'\]')
+  refused(folder, 'the feature "text" .* is not there; .* of text: prose')
   folder = make_dataset({"test": [{"text": "abc"}]})
   refused(folder, r"no documents in the split train, .* \{'test': 1\}")
   info = pathlib.Path(folder) / "dataset_info.json"

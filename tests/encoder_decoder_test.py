@@ -246,6 +246,25 @@ def test_dense_networks_after_experts():
     assert np.abs(after - before).max() > 1e-3
 
 
+def test_layers_without_a_position_bias_get_none():
+  """Though others of the stack share a table; they may have other heads."""
+  c = section(pattern=("dense@plain", "dense"))
+  c.variants = {
+    "plain": {"position_bias": "none", "num_heads": 1, "num_kv_heads": 1}
+  }
+  model, params = begun(c)
+  inputs, targets = texts()
+  for side in ("encoder", "decoder"):
+    for part, name in (("attention", "out"), ("mlp", "down")):
+      layer = params[side]["1"][part]
+      layer[name] = jnp.zeros_like(layer[name])
+  before = apply(model, params, Text(inputs), Text(targets))
+  params["decoder_position_bias"] += 3 * jnp.arange(2)[None, :]
+  params["decoder_position_bias"] *= jnp.arange(8)[:, None]
+  after = apply(model, params, Text(inputs), Text(targets))
+  np.testing.assert_array_equal(before, after)
+
+
 def test_a_table_for_every_layer():
   c = section()
   c.attention.position_bias = "layer"

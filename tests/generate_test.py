@@ -351,15 +351,19 @@ def test_the_command_on_an_encoder_decoder(t5, capsys):
     experts = {k: x[row] for k, x in made.experts.items()}
     of_prompt = {"01": experts.pop("01")}
     if row % 2 == 0:
+      wanted.insert(len(wanted) - 1, f"{['a<extra_id_1>b', ''][row // 2]}:")
       wanted.append(generate.table(tokenizer, prompt, of_prompt))
     text = [*start, *tokens][:-1]
     wanted.append(generate.table(tokenizer, text, experts))
   assert lines == "\n".join(wanted).splitlines()
-  assert wanted[1].splitlines()[1].startswith("'<extra_id_1>'  01: ")
+  assert wanted[2].splitlines()[1].startswith("'<extra_id_1>'  01: ")
   assert generate.main([f"--checkpoint={t5}", *flags, "--mesh=1,2,4,1"]) == 0
   assert capsys.readouterr().out.splitlines() == lines
   with pytest.raises(ConfigError, match="<extra_id_9> in a prompt is no sent"):
     generate.main([f"--checkpoint={t5}", "--prompt=<extra_id_9>"])
+  for flag in ("--top_k=3", "--top_p=0.5", "--seed=1"):
+    with pytest.raises(ConfigError, match="is of draws: give a --temperature"):
+      generate.main([f"--checkpoint={t5}", "--prompt=a", flag])
   with pytest.raises(ConfigError, match="--num_returned is of a beam search"):
     generate.main([f"--checkpoint={t5}", "--prompt=a", "--num_returned=2"])
 

@@ -312,6 +312,16 @@ def test_a_part_may_warm_up_later():
   plain = moved(c, gradients, params)
   c.part_warmup_steps = {"router": 4}
   late = moved(c, gradients, params)
+  # The rest are all parts without a number of their own.
+  c.part_warmup_steps = {"rest": 4, "router": 1}
+  for one, other in zip(plain, moved(c, gradients, params)):
+    equal = jax.tree.map(lambda x, y: bool((x == y).all()), one, other)
+    of_router = jax.tree.map(
+      lambda role, x: role.part != "router" or x, ROLES, equal
+    )
+    assert all(jax.tree.leaves(of_router))
+    if one is plain[0]:
+      assert not all(jax.tree.leaves(equal))
   for step, (one, other) in enumerate(zip(plain, late)):
     share = min((step + 1) / 4, 1)
     jax.tree.map(
@@ -399,6 +409,11 @@ def test_clipping():
     ({"warmup_steps": 20}, ["warmup_steps = 20"]),
     ({"schedule": "wsd", "decay_steps": 0}, ["decay_steps = 0"]),
     ({"schedule": "rsqrt", "decay_steps": 0}, ["decay_steps = 0", "10_000"]),
+    (
+      {"schedule": "rsqrt", "decay_steps": 3, "warmup_steps": 4},
+      ["decay_steps = 3", "from the 4 of the warm-up on"],
+    ),
+    ({"learning_rate_factors": {"rest": 0.0}}, ["nothing is learnt"]),
     ({"part_warmup_steps": {"router": 0}}, ["router = 0"]),
     ({"learning_rate": float("nan")}, ["learning_rate = nan"]),
     ({"clip_norm": float("inf")}, ["clip_norm = inf"]),
@@ -430,9 +445,10 @@ def test_a_plugin_that_builds_something_else(tmp_path):
 def sections():
   """Sections that differ in every number, for each optimizer and schedule."""
   for name, schedule in zip(OURS, (*SCHEDULES, "cosine")):
-    c = options(name, schedule=schedule, decay_steps=3, clip_norm=1.0)
-    other = options(name, schedule=schedule, decay_steps=2, clip_norm=0.5)
-    other.update(learning_rate=0.2, warmup_steps=3, final_fraction=0.3)
+    same = {"schedule": schedule, "warmup_steps": 2}
+    c = options(name, decay_steps=3, clip_norm=1.0, **same)
+    other = options(name, decay_steps=2, clip_norm=0.5, **same)
+    other.update(learning_rate=0.2, warmup_steps=1, final_fraction=0.3)
     other.update(weight_decay=0.3)
     for key in ("learning_rate_factors", "weight_decay_factors"):
       other[key] = {"router": 0.5, "experts": 0.2, "rest": 0.1}
@@ -514,6 +530,8 @@ def test_rates_of_arguments_and_of_constants(name):
   ):
     c = options("adamw", learning_rate=peak, schedule=name, decay_steps=decay)
     c.warmup_steps = warmup
+    if name == "rsqrt":  # It falls after the warm-up.
+      c.decay_steps = max(decay, warmup)
     steps = jnp.arange(num_steps + 1)
     theirs = jax.jit(lambda s, c=c, n=num_steps: jax.lax.map(of_optax(c, n), s))
     np.testing.assert_allclose(

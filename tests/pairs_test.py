@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from moe_jax.core import registry
 from moe_jax.core.errors import ConfigError
-from moe_jax.data import corpora, draws, mixed, pairs
+from moe_jax.data import corpora, draws, mixed, pairs, tokenizers
 from tests.tokenizers_test import make_tokenizer
 
 END = 256
@@ -260,7 +260,9 @@ def test_parts_have_features_and_a_prefix_of_their_own(folder, tmp_path):
     mixed.prepare(data)
 
 
-def test_tokens_of_languages_stand_before_both_sides(folder, tmp_path):
+def test_tokens_of_languages_stand_before_both_sides(
+  folder, tmp_path, monkeypatch
+):
   """Before texts that are there; a part of a mixture has others."""
   path = folder(train_de="a\n\n", train_en="1\n2\n", validation_tsv="d\t4")
   shared = {"name": "mine", "dir": str(path)}
@@ -283,6 +285,16 @@ def test_tokens_of_languages_stand_before_both_sides(folder, tmp_path):
     pair=pair | {"source_begin": (), "target_begin": ()},
   )
   assert plain.tokens("train", "text").tolist()[:3] == [x, a, end]
+  # A text that no token stands for is an empty one, and is refused as such.
+  blank = tokenizers.load()._replace(
+    encode=lambda text: np.array([*text.strip(b"x")], np.int64)
+  )
+  monkeypatch.setattr(tokenizers, "load", lambda name: blank)
+  path = folder(train_de="x\n", train_en="1\n", validation_tsv="d\t4")
+  data["mixture"] = {"blank": {"name": "blank", "dir": str(path)}}
+  tokens = mixed.prepare(data, pair=pair | {"prefix": ""})
+  assert tokens.tokens("train", "blank").tolist() == [end, 4, 5, one, end]
+  monkeypatch.undo()
   with pytest.raises(
     ConfigError, match="target_begin = .256,. has a token bey"
   ):
@@ -577,8 +589,9 @@ def test_pairs_that_are_too_long_are_refused():
     with pytest.raises(
       ConfigError,
       match="made has 3 pairs in its split (train|validation) that are longer than"
-      " data.seq_len = 24 tokens or task.targets_length = 16, up to 31 and 41; set"
-      ' longer ones, or task.too_long to "drop" or "truncate"',
+      " data.seq_len = 24 or task.targets_length = 16: the longest source has 31"
+      " tokens, and the longest target 41; set longer ones, or task.too_long to"
+      ' "drop" or "truncate"',
     ):
       read(LONG)
   fits = {"inputs_length": 31, "targets_length": 41}
@@ -586,10 +599,12 @@ def test_pairs_that_are_too_long_are_refused():
   assert sorted(itertools.chain(*epoch)) == written(LONG)
 
 
-def test_pairs_that_are_too_long_are_dropped_or_truncated():
+def test_pairs_that_are_too_long_are_dropped_or_truncated(caplog):
   texts = written(LONG)
   (epoch,) = epochs_of(train(LONG, too_long="drop"), 1, 2)
   assert sorted(itertools.chain(*epoch)) == [texts[0], texts[2]]
+  assert "split train, domain d0" in caplog.text
+  assert "pairs are left out (task.too_long = drop)" in caplog.text
   found = validate(LONG, too_long="drop")
   assert [p for _, b in found for r in range(4) for p in pairs_of(b, r)] == [
     texts[0],

@@ -349,9 +349,9 @@ def test_only_decoders_are_planned():
   config.task.name, config.model.name = "digits", "patches"
   config.model.update(pattern=("moe",), prefix=())
   for make in (plan.of_train_step, plan.of_decoding):
-    with pytest.raises(ConfigError, match="a plan is of decoders, and Patches"):
+    with pytest.raises(ConfigError, match="decoders, and model.name = patches"):
       make(config, CPU, jax.devices()[:1], "cpu:1")
-  with pytest.raises(ConfigError, match="change model.name to decoder"):
+  with pytest.raises(ConfigError, match="model.name = patches is none"):
     search.ranked(config, chips.CHIPS["v5p"], jax.devices(), ring=2)
 
 

@@ -56,12 +56,16 @@ def test_a_run_that_saved_checkpoints_every_word(begun, config):
 
 
 def test_a_folder_in_which_nothing_began(tmp_path, config):
-  """A folder with only the config of a refused run takes another run."""
+  """Nothing is left of a run that was refused, and its folder takes another one."""
   for seed in (1, 2):
     config.seed = seed
-    RunDirectory(tmp_path, config).close()
-    assert json.loads((tmp_path / "config.json").read_text())["seed"] == seed
-  (tmp_path / "run.json").write_text("{}")
+    with RunDirectory(tmp_path, config):
+      there = json.loads((tmp_path / "config.json").read_text())
+      assert there["seed"] == seed
+      (tmp_path / "checkpoints").mkdir()
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+  with RunDirectory(tmp_path, config):
+    (tmp_path / "run.json").write_text("{}")
   config.seed = 3
   with pytest.raises(ConfigError, match="config.seed = 2, and now it is 3"):
     RunDirectory(tmp_path, config)

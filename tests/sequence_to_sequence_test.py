@@ -310,7 +310,12 @@ def test_options_reach_the_batches():
     (
       ("span_corruption", {"sentinels": (1, -1)}),
       {},
-      r"task.sentinels = \(1, -1\) are not",
+      r"task.sentinels = \(1, -1\) must be the first",
+    ),
+    (
+      ("span_corruption", {"sentinels": (254, 1)}),
+      {},
+      "the token 254, which stands for text",
     ),
     (("span_corruption", {"sentinels": (2, 0)}), {}, "task.sentinels = "),
     (("span_corruption", {"end": -1}), {}, "task.end = -1"),
@@ -341,8 +346,8 @@ def test_options_reach_the_batches():
     (
       ("translation", {"source": "de", "target": "en"}),
       {"name": "king_james"},
-      'the feature "de" of dataset king_james is not text but not there; set'
-      " task.source to one",
+      'the feature "de" of dataset king_james is not there; set'
+      " task.source to a feature of text: text",
     ),
   ],
 )

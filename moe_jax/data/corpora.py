@@ -317,7 +317,8 @@ def _write_tokens(name, builder, features, tokenizer, folder, whole):
       )
     tokens = np.append(tokenizer.encode(text), tokenizer.end)
     num_bytes = tokenizer.num_bytes_V[tokens].sum()
-    tokens = np.append(np.array(begin, tokens.dtype), tokens)
+    if tokens.size > 1:  # An empty text stays one, and is refused.
+      tokens = np.append(np.array(begin, tokens.dtype), tokens)
     with _file(folder, split, domains.index(domain)).open("ab") as file:
       file.write(tokens.astype(dtype).tobytes())
     counts[split, domain] += tokens.size, 1, len(text), num_bytes

@@ -77,11 +77,12 @@ def check(name: str, builder, wanted: Features) -> None:
   ]
   for key, text in wanted.texts.items():
     if text not in texts:
-      kind = type(features.get(text)).__name__
-      kind = f"a {kind}" if text in features else "not there"
+      what = "is not there"
+      if text in features:
+        what = f"is not text but a {type(features[text]).__name__}"
       raise ConfigError(
-        f'the feature "{text}" of dataset {name} is not text but {kind};'
-        f" set {key} to one that is: {sorted(texts)}"
+        f'the feature "{text}" of dataset {name} {what}; set {key} to a feature of'
+        f" text: {', '.join(sorted(texts))}"
       )
   # The default feature of the domain need not be there.
   if wanted.domain not in ("domain", "none", *features):

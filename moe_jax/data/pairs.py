@@ -15,6 +15,7 @@ In names of arrays P are the pairs of a split, K those of a batch, and 2 the sid
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -173,11 +174,18 @@ def _of_split(corpus, split, packing) -> Pairs:
     size_P2 = np.diff(ends, prepend=-1).reshape(-1, 2)
     start_P2 = ends.reshape(-1, 2) + 1 - size_P2
     empty_P, long_P = (size_P2 == 1).any(1), (size_P2 > limits).any(1)
+    changed, number = empty_P | long_P, len(size_P2)
     if packing.too_long == "drop":
-      kept_P = ~empty_P & ~long_P
-      start_P2, size_P2 = start_P2[kept_P], size_P2[kept_P]
+      start_P2, size_P2 = start_P2[~changed], size_P2[~changed]
     elif empty_P.any():
       _refuse_empty(corpus, f"{split}, domain {domain},", size_P2)
+    if packing.too_long != "error" and changed.any():
+      words = "left out" if packing.too_long == "drop" else "cut"
+      logging.warning(
+        "%s, split %s, domain %s: %d of %d pairs are %s (task.too_long = %s)",
+        *(corpus.name, split, domain, changed.sum(), number, words),
+        packing.too_long,
+      )
     starts.append(start_P2)
     sizes.append(size_P2)
   first_D = np.cumsum([0, *map(len, sizes)])
@@ -202,10 +210,11 @@ def _refuse_long(corpus, split, packing, size_P2):
   if long_P.any():
     source, target = size_P2.max(axis=0)
     raise ConfigError(
-      f"dataset {corpus.name} has {long_P.sum()} pairs in its split {split} that"
-      f" are longer than data.seq_len = {packing.inputs_length} tokens or"
-      f" task.targets_length = {packing.targets_length}, up to {source} and"
-      f' {target}; set longer ones, or task.too_long to "drop" or "truncate"'
+      f"dataset {corpus.name} has {long_P.sum()} pairs in its split {split} that are"
+      f" longer than data.seq_len = {packing.inputs_length} or task.targets_length ="
+      f" {packing.targets_length}: the longest source has {source} tokens, and the"
+      f' longest target {target}; set longer ones, or task.too_long to "drop" or'
+      ' "truncate"'
     )
 
 

@@ -68,8 +68,9 @@ class Corruption:
     first, step = self.sentinels or (0, 1)
     if abs(step) != 1 or first + step * (self.num_sentinels - 1) < 0:
       raise ConfigError(
-        f"task.sentinels = {self.sentinels} are not the first one and 1 or -1, with"
-        f" {self.num_sentinels} tokens from there on; a row has as many spans"
+        f"task.sentinels = {self.sentinels} must be the first sentinel, and 1 or -1 for"
+        f" the direction of the next ones; a row here needs {self.num_sentinels} of them,"
+        " and no token is below 0"
       )
 
   @property
@@ -98,7 +99,8 @@ def lengths(
 
   The window is the longest one whose inputs have at most `inputs_length` tokens,
   and they have exactly as many, but where almost every second token would be a
-  sentinel.
+  sentinel. T5 takes a token off both at a density of a half, where targets would be
+  longer than inputs; here they are.
 
   Args:
     inputs_length, noise_density, mean_span: see `Corruption`.

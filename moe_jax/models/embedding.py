@@ -43,19 +43,20 @@ class Vocabulary:
     return dict.fromkeys(("embedding", "head"), self.vocab_size)
 
 
-def size(own: int | None, needed: int) -> int:
+def size(own: int | None, needed: int, key: str = "vocab_size") -> int:
   """V of a model.
 
   Args:
     own: `model.vocab_size`, which takes the place of the other one.
     needed: V of the data.
+    key: in the section `model` that `own` stands under.
 
   Raises:
     ConfigError: the data has more tokens than the model.
   """
   if own is not None and own < needed:
     raise ConfigError(
-      f"model.vocab_size = {own} is less than the {needed} tokens of the"
+      f"model.{key} = {own} is less than the {needed} tokens of the"
       " data; raise it, or set it to None"
     )
   return own or needed

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.core import options as options_lib
+from moe_jax.core.errors import ConfigError
 from moe_jax.models import attention, decoder, embedding, layers, norms, stack
 from moe_jax.moe.types import Array, Sublayer
 
@@ -100,6 +101,9 @@ def build(
   fields = decoder.options(section, Architecture.__dataclass_fields__)
   del fields["encoder"]
   fields["vocab_size"] = embedding.size(section["vocab_size"], vocab_size)
+  key = "source_vocab_size"
+  if section[key]:
+    embedding.size(section[key], vocab_size, key)
 
   def made(name, section, **more):
     layers.check(section, plugins)
@@ -110,7 +114,10 @@ def build(
       **own | {"kinds": kinds, "mesh": mesh, "names": names, **more}
     )
 
-  encoder = made("encoder", of_encoder, causal=False)
+  try:
+    encoder = made("encoder", of_encoder, causal=False)
+  except ConfigError as e:
+    raise ConfigError(f"the layers of the encoder, model.encoder: {e}") from e
   encoder = dataclasses.replace(encoder, kinds=_seeing_all(encoder.kinds))
   more = {"sequence": "targets", "first_number": encoder.num_layers}
   fields["encoder"] = encoder

@@ -62,6 +62,7 @@ class RunDirectory(contextlib.ExitStack):
     with files.writing(self.path):
       self.path.mkdir(parents=True, exist_ok=True)
       stack.enter_context(_lock(self.path))
+    stack.callback(self._take_back)
     facts = self._begin(self._config.to_json(indent=2, sort_keys=True))
     self._sizes = {n: _size(self.path / n) for n in (_CONFIG, _METRICS)}
     return facts
@@ -82,8 +83,16 @@ class RunDirectory(contextlib.ExitStack):
         )
     return facts
 
+  def _take_back(self):
+    """Leaves nothing of a run that was refused before it began."""
+    if self._has_begun():
+      return
+    (self.path / _CONFIG).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # Something else is in there.
+      (self.path / "checkpoints").rmdir()
+
   def _has_begun(self):
-    """Whether the folder holds a run; a refused start leaves only config.json."""
+    """Whether the folder holds a run."""
     begun = (_FACTS, _METRICS, "checkpoints/*")
     return any(any(self.path.glob(pattern)) for pattern in begun)
 
@@ -270,12 +279,14 @@ def _check_same(path, known, wanted):
   known = config_lib.complete(known)
   known, wanted = (dict(config_lib.numbers(x)) for x in (known, wanted))
   for key in sorted({*known, *wanted}):
-    old, new = (d.get(key, "not set") for d in (known, wanted))
+    old, new = known.get(key), wanted.get(key)
     if old != new:
+      now = f"now it is {new!r}; give the same value"
+      if key not in known:
+        now = "it was not given there; leave it out"
       raise ConfigError(
-        f"{path} holds a run with config.{key} = {old!r}, and now it is"
-        f" {new!r}; give the same value to go on with that run, or choose"
-        " another --workdir"
+        f"{path} holds a run with config.{key} = {old!r}, and {now} to go on with"
+        " that run, or choose another --workdir"
       )
 
 

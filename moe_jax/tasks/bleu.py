@@ -26,24 +26,6 @@ def check(config) -> None:
     )
 
 
-def begin(config) -> tuple[int, ...]:
-  """The tokens that all targets of a config begin with.
-
-  Raises:
-    ConfigError: parts of its mixture have different ones.
-  """
-  own = config.task.get("target_begin", ())
-  parts = config.data.mixture.values()
-  begins = {tuple(part.get("target_begin", own)) for part in parts}
-  begins = begins or {tuple(own)}
-  if len(begins) > 1:
-    raise ConfigError(
-      f"--bleu is of targets that begin alike, and data.mixture has {len(begins)}"
-      " values of target_begin; choose a part with --dataset=NAME"
-    )
-  return begins.pop()
-
-
 def of_run(
   loaded, task, number: int, num_beams: int, begin: Sequence[int] = ()
 ) -> tuple[dict[str, float], str]:

@@ -1,5 +1,8 @@
 """Span corruption: an encoder-decoder fills in spans of a text (T5, 1910.10683)."""
 
+import numpy as np
+
+from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import integer, items, number, optional
 from moe_jax.data import mixed, spans
 from moe_jax.tasks import Task, sequence_to_sequence
@@ -46,8 +49,20 @@ def build(
   )
   # It reports no bits per byte, and T5's tokens leave some characters out.
   corpus = mixed.of_config(config, fingerprint, prepare, whole=False)
+  _check_sentinels(corpus, corruption)
   more = {"z_loss": z_loss, "label_smoothing": label_smoothing}
   return of_corpus(config, corpus, corruption, mesh, **more)
+
+
+def _check_sentinels(corpus, corruption):
+  """Raises ConfigError for a sentinel that a text may have, too."""
+  num_bytes_V = np.asarray(corpus.num_bytes_V)
+  for token in map(int, corruption.of_spans(corpus.vocab_size)):
+    if num_bytes_V[token : token + 1].any():
+      raise ConfigError(
+        f"task.sentinels = {corruption.sentinels} has the token {token}, which stands"
+        " for text in data.tokenizer; give tokens that no text has, or None"
+      )
 
 
 def of_corpus(

@@ -3,7 +3,7 @@
 import numpy as np
 
 from moe_jax.core.errors import ConfigError
-from moe_jax.core.options import integer, items, number, optional, text
+from moe_jax.core.options import integer, items, number, optional, text, word
 from moe_jax.data import mixed, pairs
 from moe_jax.tasks import Task, sequence_to_sequence
 
@@ -66,6 +66,33 @@ def build(
   )
   more = {"z_loss": z_loss, "label_smoothing": label_smoothing}
   return of_corpus(config, corpus, rows, mesh, **more)
+
+
+def begins(config, part: str | None = None) -> tuple[tuple[int, ...], ...]:
+  """(tokens that all sources begin with, those that all targets begin with).
+
+  Args:
+    config: of a run of this task.
+    part: the label in `data.mixture` of those that are meant; None: all.
+
+  Raises:
+    ConfigError: there is no such part, or parts differ.
+  """
+  parts, task = dict(config.data.mixture), config.task
+  if part is not None:
+    word(*parts).check(part, "the part of data.mixture")
+    parts = {part: parts[part]}
+  keys = "source_begin", "target_begin"
+  found = {
+    tuple(tuple(own.get(key, task.get(key, ()))) for key in keys)
+    for own in parts.values() or [{}]
+  }
+  if len(found) > 1:
+    raise ConfigError(
+      f"the parts of data.mixture have {len(found)} different pairs of source_begin"
+      f" and target_begin; choose one of the parts {', '.join(parts)}"
+    )
+  return found.pop()
 
 
 def of_corpus(

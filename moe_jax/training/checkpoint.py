@@ -209,7 +209,7 @@ def load_step(path: str | os.PathLike, ema: bool = False) -> tuple[int, dict]:
   """
   params = "ema" if ema else "params"
   names = params, "balance"
-  folders = _folders(pathlib.Path(path).absolute())
+  folders = folders_of(pathlib.Path(path).absolute())
   damaged, variables, _ = _newest_whole(
     folders, lambda folder: _read_arrays(folder, names), parts=names
   )
@@ -240,8 +240,8 @@ def _read_arrays(folder, names):
   return handler.restore(folder / "state", args=args)
 
 
-def _folders(path):
-  """The checkpoints that a path may stand for, the newest first."""
+def folders_of(path: pathlib.Path) -> list[pathlib.Path]:
+  """The checkpoints that a path may stand for, the newest first; never none."""
   if (path / "state").is_dir():
     return [path]
   if folders := newest_first(path / "checkpoints") or newest_first(path):

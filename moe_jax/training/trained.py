@@ -204,8 +204,8 @@ def with_tokens(config, loaded: Trained):
   build = registry.find("tasks", name, config.plugins, "task.name").build
   if not {"end", "start"} <= {*of(build)}:
     raise ConfigError(
-      f"task.name = {name} has no end and start, which the published model has; set"
-      " it to span_corruption or translation"
+      f"task.name = {name} has no end and start, which the published model has; give"
+      " a config of a task that has them"
     )
   values, tokens = config.to_dict(), {"end": loaded.ends, "start": loaded.start}
   known = {key: ids[0] for key, ids in tokens.items() if ids}

@@ -112,8 +112,9 @@ class Heads(nn.Module):
       "BLJjh,BMJh->BJjLM", q, k_BMJh, preferred_element_type=dtype
     )
     scores /= divisor
-    bias = context.bias
-    if self.options.position_bias == "layer":
+    kind = self.options.position_bias
+    bias = context.bias if kind == "shared" else None
+    if kind == "layer":
       bias = positions.bias(self, "position_bias", self.options, context)
     if bias is not None:
       shape = len(bias), groups, heads // groups, *bias.shape[2:]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from moe_jax.core import registry, roles
+from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import integer, number, optional, part, section
 from moe_jax.training.optimizers import schedules
 
@@ -84,22 +85,26 @@ def numbers(
     _of_all_parts(section[f"{name}_factors"])
     for name in ("learning_rate", "weight_decay")
   )
+  if not any(rates.values()):
+    raise ConfigError(
+      "optim.learning_rate_factors are 0 for all parts, so that nothing is learnt; the"
+      " part rest is all that are not named"
+    )
   decay = section["weight_decay"] if optimizer.decays else 0.0
+  warmups = _of_all_parts(section["part_warmup_steps"], None)
   return {
     "direction": dict(optimizer.numbers),
     "schedule": schedules.numbers(section, num_steps),
     "factors": rates,
     "decay": {part: decay * factor for part, factor in decays.items()},
     "clip_norm": section["clip_norm"],
-    "warmups": {
-      k: 1 / n for k, n in dict(section["part_warmup_steps"]).items()
-    },
+    "warmups": {part: 1 / n for part, n in warmups.items() if n},
   }
 
 
-def _of_all_parts(given):
-  """{part: factor}, that of the rest where a part has none."""
-  rest = given.get("rest", 1.0)
+def _of_all_parts(given, default=1.0):
+  """{part: number}, that of the rest where a part has none."""
+  rest = given.get("rest", default)
   return {part: given.get(part, rest) for part in roles.FACTORS}
 
 

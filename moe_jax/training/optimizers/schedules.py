@@ -48,10 +48,11 @@ def numbers(section: Mapping, num_steps: int) -> dict[str, Any]:
       f"optim.decay_steps = {decay} is not between 1 and the {rest} steps after"
       " the warm-up"
     )
-  if section["schedule"] == "rsqrt" and not decay:
+  if section["schedule"] == "rsqrt" and not 0 < decay >= warmup:
     raise ConfigError(
-      "optim.decay_steps = 0 is not the number of steps after which the schedule"
-      ' "rsqrt" falls; give one, such as 10_000 (T5)'
+      f"optim.decay_steps = {decay} is not the number of steps after which the"
+      f' schedule "rsqrt" falls, from the {warmup} of the warm-up on; give one, such'
+      " as 10_000 (T5)"
     )
   # Step s counts from 0: the first update already moves, the warm-up's last
   # one is at the peak.
@@ -75,8 +76,9 @@ def rate(n: Mapping[str, Any]) -> optax.Schedule:
   """Linear warm-up to the peak, then one of
 
   "constant"; "rsqrt": stable up to step `decay_steps`, then its peak times
-  sqrt(decay_steps / step) (T5, 1910.10683); "cosine" down to `final_fraction` of it at the last step; "wsd":
-  stable, then linear to `final_fraction` over the last `decay_steps`.
+  sqrt(decay_steps / step) (T5, 1910.10683); "cosine" down to `final_fraction` of it at
+  the last step; "wsd": stable, then linear to `final_fraction` over the last
+  `decay_steps`.
   """
 
   def schedule(step):

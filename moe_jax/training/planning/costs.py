@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.core import parallel, roles
+from moe_jax.core import parallel, registry, roles
 from moe_jax.core.errors import ConfigError
 from moe_jax.models import decoder
 from moe_jax.moe import exchange
@@ -113,12 +113,13 @@ class Matrix(NamedTuple):
   last: bool
 
 
-def check(model) -> None:
+def check(config) -> None:
   """Raises ConfigError for a model whose costs have no closed form here."""
-  if not isinstance(model, decoder.Decoder):
+  name, plugins = config.model.name, config.plugins
+  made = registry.find("models", name, plugins, "model.name").build
+  if made is not decoder.build:
     raise ConfigError(
-      f"a plan is of decoders, and {type(model).__name__} is none; change"
-      " model.name to decoder"
+      f"a plan is of decoders, and model.name = {name} is none; change it"
     )
 
 

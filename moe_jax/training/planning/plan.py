@@ -103,9 +103,8 @@ def build(config, chip, devices) -> tuple:
   if chip.platform == "gpu":  # The others want a GPU before they compile.
     config = config.copy_and_resolve_references()
     config.model.moe.grouped_matmul = "gpu:xla"
-  mesh, task, model = program.build(config, devices, prepare=False)
-  costs.check(model)
-  return mesh, task, model
+  costs.check(config)
+  return program.build(config, devices, prepare=False)
 
 
 def of_train_step(config, chip, devices, topology: str) -> Plan:

@@ -73,9 +73,9 @@ def ranked(config, chip: chips.Chip, devices, ring: int) -> list[Candidate]:
     devices: of a topology.
     ring: see `plan.bounds`.
   """
+  costs.check(config)
   task = program.build_task(config, prepare=False)
   model = program.build_model(config, task)
-  costs.check(model)
   boxed = plan.parameters(task, model)
   per_parameter = plan.state_bytes_per_parameter(config, task, model)
   found = []
