@@ -18,6 +18,8 @@ def main(argv=None) -> int:
 
   if args.json:
     command.check_writable(args.json)  # Not after minutes.
+  if args.hf and args.dataset is None and not args.config:
+    _refuse_no_text(args.hf)
   loaded = trained.load(args, dropless=args.dropless)
   if len(loaded.model.arch.stacks) > 1:
     return _of_two_texts(args, overrides, loaded)
@@ -26,8 +28,6 @@ def main(argv=None) -> int:
     raise ConfigError(
       f"{flag} is for an encoder-decoder, and this model is none; leave it out"
     )
-  if args.dataset is None and args.hf:
-    raise ConfigError("give the text to evaluate on with --dataset=NAME")
   settings, corpus = _settings(args, loaded), _text(args, loaded)
   if args.trace:
     command.check_writable(args.trace)
@@ -44,6 +44,18 @@ def main(argv=None) -> int:
   if args.json:
     command.write_json(args.json, told)
   return 0
+
+
+def _refuse_no_text(path):
+  """Raises ConfigError for a published model without a text to score it on."""
+  from moe_jax import hf
+
+  if hf.section(path)["name"] == "decoder":
+    raise ConfigError("give the text to evaluate on with --dataset=NAME")
+  raise ConfigError(
+    f"{path} is of an encoder-decoder, whose task its folder does not name; give a"
+    " config that does, such as --config=configs/switch.py:base_8"
+  )
 
 
 def _report(sums, task, model, **more) -> dict:
@@ -128,10 +140,7 @@ def _task_of(args, overrides, loaded):
     )
   if config is None:
     if not args.config:
-      raise ConfigError(
-        "--hf is of an encoder-decoder, whose task its folder does not name; give a"
-        " config that does, such as --config=configs/switch.py:base_8"
-      )
+      _refuse_no_text(args.hf)
     if args.dropless:
       raise ConfigError(
         "--dropless is of a run: published encoder-decoders have the slots that their"

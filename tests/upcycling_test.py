@@ -697,8 +697,7 @@ def test_published_dense_models_get_experts(name):
   target = architecture.build(ours, name)
   source, variables = hf.load(parity.FOLDER / name)
   wanted = logits(source, variables["params"])
-  params = upcycling.upcycled(
-    source, variables["params"], target, drawn(target, 0)
-  )
+  initial = {"params": drawn(target, 0)}
+  params = upcycling.upcycled(source, variables, target, initial)["params"]
   assert not fit.changes(source, target, Upcycling())
   np.testing.assert_allclose(logits(target, params), wanted, atol=1e-5)
