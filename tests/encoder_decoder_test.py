@@ -349,10 +349,10 @@ def test_parts_take_the_dropout_of_the_model(hidden, wanted):
 
 @pytest.mark.parametrize("scaled", [True, False])
 def test_first_weights(scaled):
-  """Scores begin with equal variances, and T5's embeddings with 1."""
+  """Scores begin with equal variances, T5's embeddings with 1; T5X's biases."""
   width, head = 64, 16
   c = section(d_model=width, head_dim=head, init_scale=0.5)
-  c.attention["scale_scores"] = scaled
+  c.attention.update(scale_scores=scaled, bias_buckets=64, bias_distance=128)
   c.update(embedding_variance=None if scaled else 1.0, tie_embeddings=False)
   _, params = begun(c)
   wanted = 0.5 if scaled else 0.5 / head
@@ -360,6 +360,8 @@ def test_first_weights(scaled):
     found = params["decoder"]["0"][name]
     assert found["query"].var() * width == pytest.approx(wanted, rel=0.2)
     assert found["key"].var() * width == pytest.approx(0.5, rel=0.2)
+  table = params["decoder_position_bias"]
+  assert table.var() == pytest.approx(2 / sum(table.shape), rel=0.2)
   wanted = 1 / width if scaled else 1.0
   assert params["embedding"].var() == pytest.approx(wanted, rel=0.2)
   assert params["head"].var() == pytest.approx(1 / width, rel=0.2)

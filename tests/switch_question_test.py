@@ -4,6 +4,8 @@ import pytest
 
 from experiments import intervals
 from experiments.switch import plot, sweep
+from moe_jax import models
+from moe_jax.data import spans
 
 
 def row(arm, seed=0, **more):
@@ -74,14 +76,60 @@ def test_counts_have_wilson_intervals():
   ]
 
 
+def test_medians_are_of_pairs():
+  values = {"t5": (-3.0, -2.0, -2.5), "switch_2.0": (-2.9, -1.8, -9.0)}
+  rows = [
+    row(arm, seed, neg_log_perplexity=value)
+    for arm, own in values.items()
+    for seed, value in enumerate(own)
+  ]
+  (line,) = plot.medians(rows[:-1] + [row("fast", neg_log_perplexity=-1.0)])
+  assert "switch_2.0 minus t5: median +0.150, higher in 2 of 2 pairs" in line
+  (line,) = plot.medians(rows)
+  assert "switch_2.0 minus t5: median +0.100, higher in 2 of 3 pairs" in line
+
+
+def slots(config, train):
+  """Slots of an expert in a group of each side."""
+  model = models.build(config.model, vocab_size=300)
+  lengths = (config.data.seq_len, sweep.TARGETS)
+  found = []
+  for stack, length in zip(model.arch.stacks, lengths):
+    layer = stack.layer("moe")
+    _, recipe = layer.grouping.resolve(layer.recipe, length, train)
+    found.append(recipe.bound.slots)
+  return found
+
+
 def test_papers_capacities():
-  """Two choices have slots for half of the factor each; arms differ in one thing."""
+  """Two choices share the slots of one; arms differ in one thing."""
   arms = sweep.cpu().configs()
-  one, two = arms["switch_1.25"].model.moe, arms["top2_1.25"].model.moe
-  assert one.capacity_factor * one.top_k == two.capacity_factor * two.top_k
-  assert two.router.second_expert == "random"
+  for factor in sweep.CAPACITIES:
+    for train in (True, False):
+      of_one, of_two = (
+        slots(arms[f"{name}_{factor}"], train) for name in ("switch", "top2")
+      )
+      assert of_one == of_two
+      wanted = factor if train else max(2.0, factor)
+      assert of_one[0] == int(wanted * 16 * 128 / 16)
+  two = arms["top2_1.25"].model
+  assert two.moe.router.second_expert == "random"
+  assert two.moe.dispatcher.order == "choice"
+  assert two.moe.balancers.load.count == "first"
   for name in sweep.ONE_CHANGE:
     assert arms[name].model.moe.capacity_factor == 1.25
   assert arms["t5"].model.pattern == ("dense",)
   widths = arms["t5"].model.d_ff, arms["t5_wide"].model.d_ff
-  assert widths[1] == 4 * widths[0] == 4 * one.d_expert
+  assert widths[1] == 4 * widths[0] == 4 * two.moe.d_expert
+
+
+@pytest.mark.parametrize("scale, devices", [("gpu", 8), ("pod", 128)])
+def test_published_scales_have_groups_for_their_devices(scale, devices):
+  """In training and evaluation, with all devices along `expert`."""
+  config = sweep.SCALES[scale]().configs()["top2_1.25"]
+  model = models.build(config.model, vocab_size=300)
+  _, targets = spans.lengths(config.data.seq_len)
+  for stack, length in zip(model.arch.stacks, (config.data.seq_len, targets)):
+    tokens = stack.layer("moe").grouping.tokens(length)
+    for rows in (config.data.batch_size, config.eval.batch_size):
+      assert rows * length % (devices * tokens) == 0

@@ -1,5 +1,7 @@
 """The report of switch."""
 
+import statistics
+
 from experiments import columns, figures, intervals, runs
 from experiments.report import Claim, Column, Report
 from experiments.scaling import speedup
@@ -71,6 +73,26 @@ def stability(rows: list[dict]) -> list[str]:
   return lines
 
 
+def medians(rows: list[dict]) -> list[str]:
+  """A line for each pair of arms: a seed that stalls moves means, and no median."""
+  values = {(r["arm"], r["seed"]): r["neg_log_perplexity"] for r in rows}
+  lines = []
+  for arm, baseline in _PAIRS:
+    differences = [
+      value - values[baseline, seed]
+      for (name, seed), value in values.items()
+      if name == arm and (baseline, seed) in values
+    ]
+    if differences and arm not in sweep.STABILITY:
+      higher = sum(x > 0 for x in differences)
+      lines.append(
+        f"- NLP, {arm} minus {baseline}: median"
+        f" {statistics.median(differences):+.3f}, higher in {higher} of"
+        f" {len(differences)} pairs."
+      )
+  return lines
+
+
 REPORT = Report(
   columns=(
     Column(
@@ -102,6 +124,13 @@ REPORT = Report(
       optional=True,
     ),
     columns.DROPPED,
+    Column(
+      "train/dropped/capacity",
+      "no slot",
+      digits=3,
+      meaning="share of the assignments of the last training steps that found no free"
+      " slot.",
+    ),
     columns.MAX_VIO_GLOBAL,
     columns.TOTAL_PARAMETERS,
     columns.TRAIN_FLOPS,
@@ -110,7 +139,7 @@ REPORT = Report(
   claims=tuple(Claim("neg_log_perplexity", *pair) for pair in _PAIRS),
   derive=derive,
   needs=("loss", LOSS),
-  findings=(stability,),
+  findings=(medians, stability),
   plots=(
     figures.Curve(
       "loss", "training loss, nats per target", arms=lambda _: sweep.HEADLINE

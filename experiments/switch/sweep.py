@@ -1,7 +1,8 @@
 """The arms: tables 1 to 3 of Switch (2101.03961), and table 4 of ST-MoE (2202.08906).
 
 Capacity factors are the papers', which do not multiply by the number of choices: two
-choices have slots for half of the factor each.
+choices have slots for half of the factor each, in training and in evaluation. All first
+choices of a group take their slots before second ones, as in the papers' code.
 """
 
 from configs import published, switch
@@ -24,10 +25,14 @@ STABILITY = (
 FAST = 0.6  # Their learning rate, which does not fall.
 SPANS = {"noise_density": 0.5, "mean_span": 16}
 TARGETS = 129  # Tokens of the targets of 128 inputs, with these spans.
-_TOP_2 = {"model.moe.top_k": 2, "model.moe.router.renormalize": True}
-_TOP_2 |= {
+_TOP_2 = {
+  "model.moe.top_k": 2,
+  "model.moe.router.renormalize": True,
   "model.moe.router.second_expert": "random",
   "model.moe.router.second_threshold": 0.2,
+  "model.moe.dispatcher.order": "choice",
+  "model.moe.balancers.load.count": "first",
+  "model.allow_noncausal": True,
 }
 
 
@@ -64,13 +69,23 @@ def cpu() -> sweeps.Sweep:
 
 
 def gpu() -> sweeps.Sweep:
-  """Switch-Base with 32 experts and its dense model, for a part of the steps."""
-  return _published(switch.get_config("base_32"), 20_000, 256)
+  """Switch-Base with 32 experts and its dense model, for a part of the steps.
+
+  Groups of 16 rows, so that up to 16 devices have whole ones.
+  """
+  c = switch.get_config("base_32")
+  published.groups_of(c.model, 16 * 512, 16 * 114)
+  return _published(c, 20_000, 256)
 
 
 def pod() -> sweeps.Sweep:
-  """The paper's own size: 128 experts, 100,000 steps of 2^20 tokens."""
-  return _published(switch.get_config("base_128"), 100_000, 2048)
+  """The paper's own size: 128 experts, 100,000 steps of 2^20 tokens.
+
+  Groups of 16 rows, so that 128 devices have one each.
+  """
+  c = switch.get_config("base_128")
+  published.groups_of(c.model, 16 * 512, 16 * 114)
+  return _published(c, 100_000, 2048)
 
 
 SCALES = {"demo": demo, "cpu": cpu, "gpu": gpu, "pod": pod}
@@ -80,7 +95,8 @@ def _published(c, steps, batch_size):
   c.data.update(name="text_of_your_own", batch_size=batch_size)
   c.model.dtype = "float32"  # Of all arms but those about precision.
   c.train.num_steps = steps
-  c.eval.update(every=steps // 10, batch_size=256, batches_per_domain=16)
+  c.eval.update(every=steps // 10, batches_per_domain=16)
+  c.eval.batch_size = batch_size
   kept = (*HEADLINE, *ONE_CHANGE)
   arms = {k: v for k, v in _arms().items() if k in kept and k != "t5_wide"}
   return sweeps.Sweep(c, arms, seeds=3)
@@ -115,7 +131,7 @@ def _config(c):
 
 def _arms() -> sweeps.Arms:
   factors = {c: _capacity(c) for c in CAPACITIES}
-  halves = {c: _capacity(c / 2) for c in CAPACITIES}
+  halves = {c: _capacity(c, 2) | _TOP_2 for c in CAPACITIES}
   dense = {"model.pattern": ("dense",)}
   one = {
     # Everything in bfloat16, and everything but the router (selective precision).
@@ -129,7 +145,7 @@ def _arms() -> sweeps.Arms:
     "t5": dense,
     "t5_wide": dense | {"model.d_ff": 128},
     **{f"switch_{c}": own for c, own in factors.items()},
-    **{f"top2_{c}": own | _TOP_2 for c, own in halves.items()},
+    **{f"top2_{c}": own for c, own in halves.items()},
     **{name: _capacity(1.25) | own for name, own in one.items()},
   }
 
@@ -163,11 +179,11 @@ def _fast():
   return {k: short | _capacity(1.25) | own for k, own in changes.items()}
 
 
-def _capacity(factor):
-  """Slots in training; twice as many of the balanced load in evaluation."""
+def _capacity(factor, top_k=1):
+  """Slots for `factor` times the tokens in training, and for twice in evaluation."""
   return {
-    "model.moe.capacity_factor": factor,
-    "model.moe.eval_capacity_factor": max(2.0, factor),
+    "model.moe.capacity_factor": factor / top_k,
+    "model.moe.eval_capacity_factor": max(2.0, factor) / top_k,
   }
 
 

@@ -171,6 +171,8 @@ def tempered(q_BLHh: Array, position_BL: Array, options) -> Array:
 def bias(module: nn.Module, name: str, options, context) -> Array:
   """[B or 1, H, L, M]: a learned number for the distance of two tokens.
 
+  The table begins with uniform numbers of variance 2 / (buckets + H), as in T5X.
+
   Args:
     module: linen module that has the table.
     name: of the table, a parameter [buckets, H].
@@ -178,7 +180,7 @@ def bias(module: nn.Module, name: str, options, context) -> Array:
     context: of the call.
   """
   shape = options.bias_buckets, options.num_heads
-  init = nn.initializers.normal(options.num_heads**-0.5)
+  init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
   init = roles.declared(init, (None, "heads"), "attention")
   table_NH = module.param(name, init, shape)
   keys = context.keys or context.tokens
