@@ -496,6 +496,9 @@ def test_what_we_train_can_be_saved(name, model_type, tmp_path):
   flags += ["--dataset=mine", f"--data_dir={tmp_path}", "--seq_len=24"]
   flags += ["--config=configs/switch.py:tiny", "--batches_per_domain=1"]
   flags += [f"--config.data.cache_dir={tmp_path / 'cache'}"]
+  with pytest.raises(ConfigError, match="task.sentinels is not given"):
+    evaluate.main(flags)
+  flags += ["--config.task.sentinels=(257, 1)"]
   assert evaluate.main(flags) == 0
   told = json.loads((tmp_path / "json").read_text())
   assert 4 < -told["metrics"]["neg_log_perplexity"] < 20
