@@ -1,5 +1,6 @@
 """Experts made of dense networks: what is kept, what is new, what is refused."""
 
+import json
 import os
 import tempfile
 from typing import NamedTuple
@@ -608,6 +609,13 @@ def test_weights_of_other_tokens_begin_no_run(run, monkeypatch, caplog):
   assert (
     "model of" in caplog.text and "norm_eps = 1e-06, here 0.001" in caplog.text
   )
+  # A run of an older version, whose config has no task, had the only one.
+  path = folder / "dense" / "config.json"
+  whole = path.read_text()
+  bare = {k: x for k, x in json.loads(whole).items() if k != "task"}
+  path.write_text(json.dumps(bare))
+  starts.variables(f"{folder}/dense", c)
+  path.write_text(whole)
   c.data.tokenizer = "words.json"
   with pytest.raises(
     ConfigError, match="data.tokenizer = bytes, .* words.json"

@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from moe_jax.core import files, parallel
 from moe_jax.core.errors import ConfigError
 from moe_jax.data import tokenizers
+from moe_jax.run import config as config_lib
 from moe_jax.training import checkpoint, trained
 from moe_jax.training.starts import fit, upcycling
 
@@ -97,7 +98,7 @@ def variables(path: str, config) -> dict:
   for place in (folder, *folder.parents[:2]):
     if (place / "config.json").exists():
       what = "the config of a run", "give a whole work directory"
-      old = files.read_json(place / "config.json", *what)
+      old = config_lib.complete(files.read_json(place / "config.json", *what))
       fit.check_run(old, config, path)
       fit.tell_differences(old["model"], config, path)
       break
