@@ -28,7 +28,7 @@ def main(argv=None) -> int:
   """The command."""
   args = _arguments(argv)
 
-  from moe_jax.models import decoding
+  from moe_jax.models.generation import decoding
 
   beams, loaded = _beams(args), with_sentinels(trained.load(args))
   tokenizer, ends, model = loaded.tokenizer, loaded.ends, loaded.model
@@ -171,7 +171,7 @@ def with_sentinels(loaded: trained.Trained) -> trained.Trained:
 
 def _beams(args):
   """The beams that the flags ask for; None: no search."""
-  from moe_jax.models import beam
+  from moe_jax.models.generation import beam
 
   names = "length_penalty", "early_stopping", "num_returned"
   given = {k: v for k in names if (v := getattr(args, k)) is not None}

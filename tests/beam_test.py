@@ -11,10 +11,10 @@ import pytest
 from configs import tiny
 from moe_jax import models
 from moe_jax.core.errors import ConfigError
-from moe_jax.models import beam, decoding
-from moe_jax.models.beam import Beams
-from moe_jax.models.decoding import Sampling
 from moe_jax.models.encoder_decoder import Text
+from moe_jax.models.generation import beam, decoding
+from moe_jax.models.generation.beam import Beams
+from moe_jax.models.generation.decoding import Sampling
 from tests import encoder_decoder_test
 
 V, N = 9, 6

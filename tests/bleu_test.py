@@ -11,7 +11,7 @@ import sacrebleu
 from configs import tiny
 from moe_jax import evaluate, generate, models
 from moe_jax.core.errors import ConfigError
-from moe_jax.models import decoding
+from moe_jax.models.generation import decoding
 from moe_jax.run import config as config_lib
 from moe_jax.tasks import bleu, translation
 from moe_jax.training import checkpoint, program, trained

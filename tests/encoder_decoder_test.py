@@ -14,9 +14,10 @@ from flax import traverse_util
 from configs import tiny
 from moe_jax import models
 from moe_jax.core.errors import ConfigError
-from moe_jax.models import counts, dropout
+from moe_jax.models import counts
 from moe_jax.models.attention import positions
 from moe_jax.models.encoder_decoder import Text
+from moe_jax.models.parts import dropout
 
 V, B, LI, LT = 40, 4, 12, 8
 RNG = jax.random.key(3)

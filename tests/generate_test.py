@@ -15,10 +15,10 @@ from moe_jax import evaluate, generate, hf, main, models
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
 from moe_jax.data import batches, corpora
-from moe_jax.models import decoding
-from moe_jax.models.beam import Beams
-from moe_jax.models.decoding import Sampling
 from moe_jax.models.encoder_decoder import Text
+from moe_jax.models.generation import decoding
+from moe_jax.models.generation.beam import Beams
+from moe_jax.models.generation.decoding import Sampling
 from moe_jax.training import checkpoint, program, trained
 from tests import beam_test, encoder_decoder_test, parity, tokenizers_test
 from tests.small import SmallCorpus

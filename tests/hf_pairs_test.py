@@ -22,8 +22,9 @@ from moe_jax import evaluate, hf, models
 from moe_jax.core.errors import ConfigError
 from moe_jax.hf import architecture, config
 from moe_jax.hf.families import nllb_moe, switch_transformers
-from moe_jax.models import beam, counts, decoding
+from moe_jax.models import counts
 from moe_jax.models.encoder_decoder import Text
+from moe_jax.models.generation import beam, decoding
 from moe_jax.training import trained
 from tests import hf_pairs, mesh_cases, parity, tiers
 

@@ -19,7 +19,8 @@ from flax import traverse_util
 from moe_jax import evaluate, hf, models
 from moe_jax.core.errors import ConfigError
 from moe_jax.hf import architecture, config, families, rows, weights
-from moe_jax.models import counts, decoding
+from moe_jax.models import counts
+from moe_jax.models.generation import decoding
 from tests import hf_pairs, mesh_cases, parity, tiers
 
 NAMES = sorted(parity.cases())

@@ -356,7 +356,7 @@ FAULTS = (
   # Kinds of layers.
   Fault(
     "a variant has the MoE keys of the model",
-    "moe_jax/models/layers.py",
+    "moe_jax/models/parts/layers.py",
     'moe = dict(model["moe"]) | dict(own.get("moe", {}))',
     'moe = dict(own.get("moe", {})) | dict(model["moe"])',
     "recipes_test.py::test_a_variant_overrides_the_keys_that_it_has",
@@ -476,7 +476,7 @@ FAULTS = (
   ),
   Fault(
     "layers take their number for that of the first sequence",
-    "moe_jax/models/stack.py",
+    "moe_jax/models/parts/stack.py",
     "segment(x_BLD, index_R, call)",
     "segment(x_BLD, index_R, call._replace(experts={**call.experts, 'first': start}))",
     "parallel_test.py::test_accumulation_is_one_large_batch",
@@ -841,7 +841,7 @@ FAULTS = (
   ),
   Fault(
     "a decoder takes slots by choice",
-    "moe_jax/models/stack.py",
+    "moe_jax/models/parts/stack.py",
     "      if not recipe.looking_ahead:",
     "      if True:",
     "causality_test.py::test_what_leaks_is_refused[choice-gather]",
@@ -899,7 +899,7 @@ FAULTS = (
   ),
   Fault(
     "top-p leaves out the token that reaches it",
-    "moe_jax/models/decoding.py",
+    "moe_jax/models/generation/decoding.py",
     "jnp.cumsum(prob_BV, axis=-1) - prob_BV < sampling.top_p",
     "jnp.cumsum(prob_BV, axis=-1) < sampling.top_p",
     "generate_test.py::test_sampling_as_it_is_defined",
@@ -1035,7 +1035,7 @@ FAULTS = (
   ),
   Fault(
     "texts are not filled up to the devices of a mesh",
-    "moe_jax/models/decoding.py",
+    "moe_jax/models/generation/decoding.py",
     "-len(prompts) % shards",
     "0",
     "generate_test.py::test_the_command_on_a_run",
@@ -1294,28 +1294,28 @@ FAULTS = (
   ),
   Fault(
     "every place drops the same numbers",
-    "moe_jax/models/dropout.py",
+    "moe_jax/models/parts/dropout.py",
     "number = layer_index * len(PLACES) + PLACES.index(place)",
     "number = layer_index * len(PLACES)",
     "encoder_decoder_test.py::test_every_place_drops_with_keys_of_its_own",
   ),
   Fault(
     "dropout depends on the micro-batch",
-    "moe_jax/models/dropout.py",
+    "moe_jax/models/parts/dropout.py",
     "first + jnp.arange(batch)",
     "jnp.arange(batch)",
     "encoder_decoder_test.py::test_dropout_of_a_model",
   ),
   Fault(
     "what is left is not larger",
-    "moe_jax/models/dropout.py",
+    "moe_jax/models/parts/dropout.py",
     "x / (1 - rate), 0)",
     "x, 0)",
     "encoder_decoder_test.py::test_what_drops_out",
   ),
   Fault(
     "the network after the experts is left out",
-    "moe_jax/models/stack.py",
+    "moe_jax/models/parts/stack.py",
     '      x_BLD = add("mlp", mlp(norm(name), rng_B("hidden")))',
     '      mlp(norm(name), rng_B("hidden"))',
     "encoder_decoder_test.py::test_dense_networks_after_experts",
@@ -1350,7 +1350,7 @@ FAULTS = (
   ),
   Fault(
     "beams keep the cache of their place",
-    "moe_jax/models/beam.py",
+    "moe_jax/models/generation/beam.py",
     "index = parent_BW.reshape(",
     "index = (0 * parent_BW).reshape(",
     "beam_test.py::test_texts_and_experts_are_those_of_whole_passes",
@@ -1420,14 +1420,14 @@ FAULTS = (
   ),
   Fault(
     "a text that has ended goes on",
-    "moe_jax/models/beam.py",
+    "moe_jax/models/generation/beam.py",
     "score_BW=jnp.where(ended_BJ, -jnp.inf, score_BJ)",
     "score_BW=jnp.where(ended_BJ, score_BJ, score_BJ)",
     "beam_test.py::test_against_plain_loops",
   ),
   Fault(
     "scores of texts are not divided by their length",
-    "moe_jax/models/beam.py",
+    "moe_jax/models/generation/beam.py",
     "jnp.where(counts_BJ, score_BJ / now.divisor, -jnp.inf)",
     "jnp.where(counts_BJ, score_BJ, -jnp.inf)",
     "beam_test.py::test_against_plain_loops",
@@ -1582,7 +1582,7 @@ FAULTS = (
   ),
   Fault(
     "experts take the dropout of the model before their own",
-    "moe_jax/models/layers.py",
+    "moe_jax/models/parts/layers.py",
     'rates = moe["expert_dropout"], model["hidden_dropout"], model["dropout"]',
     'rates = model["dropout"], model["hidden_dropout"], moe["expert_dropout"]',
     "encoder_decoder_test.py::test_parts_take_the_dropout_of_the_model",
@@ -1646,7 +1646,7 @@ FAULTS = (
   # Plans.
   Fault(
     "a segment of one repeat keeps all that its forward pass computes",
-    "moe_jax/models/stack.py",
+    "moe_jax/models/parts/stack.py",
     "prevent_cse=self.alone",
     "prevent_cse=False",
     "plan_test.py::test_a_step_on_tpus",

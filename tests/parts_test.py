@@ -17,7 +17,7 @@ from configs import tiny
 from moe_jax import models
 from moe_jax.core import parallel, registry
 from moe_jax.core.errors import ConfigError
-from moe_jax.models import decoding
+from moe_jax.models.generation import decoding
 from moe_jax.moe import exchange, experts, layer
 from moe_jax.moe.types import Bound, Side
 from moe_jax.training import program, train_step

@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 
 from moe_jax import models
-from moe_jax.models import stack
+from moe_jax.models.parts import stack
 from moe_jax.moe import dispatchers, exchange
 from moe_jax.tasks import next_token
 from moe_jax.training import balancing

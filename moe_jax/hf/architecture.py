@@ -12,7 +12,7 @@ from moe_jax import models
 from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import defaults
 from moe_jax.hf import rows
-from moe_jax.models import layers
+from moe_jax.models.parts import layers
 from moe_jax.moe import experts, pool
 from moe_jax.moe.layer import Recipe
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from moe_jax.core import options as options_lib
 from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import integer, of, optional
-from moe_jax.models import attention, embedding, layers, norms, stack
+from moe_jax.models import attention
+from moe_jax.models.parts import embedding, layers, norms, stack
 from moe_jax.moe.types import Array, Sublayer
 
 

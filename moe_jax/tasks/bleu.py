@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe_jax.core.errors import ConfigError
-from moe_jax.models import beam, decoding
+from moe_jax.models.generation import beam, decoding
 
 _AT_ONCE = 16  # Sources of a search.
 

@@ -23,7 +23,8 @@ from moe_jax.core.options import (
   section,
 )
 from moe_jax.data import batches, mixed
-from moe_jax.models import counts, layers
+from moe_jax.models import counts
+from moe_jax.models.parts import layers
 from moe_jax.moe import kernels
 from moe_jax.run import writers
 from moe_jax.training import (

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import integer, number, optional, word
-from moe_jax.models import norms
 from moe_jax.models.attention import heads, options, positions
 from moe_jax.models.attention.context import Context
+from moe_jax.models.parts import norms
 from moe_jax.moe.types import Array
 
 

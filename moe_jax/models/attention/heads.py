@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.core import parallel, roles
-from moe_jax.models import dropout, norms
 from moe_jax.models.attention import positions
 from moe_jax.models.attention.context import Context, store, visible
 from moe_jax.models.attention.options import Options
+from moe_jax.models.parts import dropout, norms
 from moe_jax.moe import kernels
 from moe_jax.moe.types import Array
 

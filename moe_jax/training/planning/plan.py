@@ -15,7 +15,8 @@ import numpy as np
 from moe_jax import models
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
-from moe_jax.models import counts, decoding
+from moe_jax.models import counts
+from moe_jax.models.generation import decoding
 from moe_jax.training import program, train_step
 from moe_jax.training.planning import (
   chips,

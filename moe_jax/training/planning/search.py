@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
-from moe_jax.models import stack
+from moe_jax.models.parts import stack
 from moe_jax.moe import exchange
 from moe_jax.training import program
 from moe_jax.training.planning import chips, costs, plan, topologies

@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from moe_jax.models import layers
+from moe_jax.models.parts import layers
 from moe_jax.moe.linen import MoE
 from moe_jax.moe.types import Sublayer
 

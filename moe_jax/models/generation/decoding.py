@@ -16,8 +16,8 @@ from moe_jax import models
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import arguments, integer, number, optional
-from moe_jax.models import beam
 from moe_jax.models.encoder_decoder import Text
+from moe_jax.models.generation import beam
 from moe_jax.moe.types import TokenChoice
 
 

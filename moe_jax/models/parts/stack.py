@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from moe_jax.core import parallel, roles
 from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import integer, items, number, optional, word
-from moe_jax.models import attention, dropout, norms
-from moe_jax.models.layers import Layer
+from moe_jax.models import attention
+from moe_jax.models.parts import dropout, norms
+from moe_jax.models.parts.layers import Layer
 from moe_jax.moe import dispatchers, exchange, experts, kernels, linen
 from moe_jax.moe.types import Array, Mlp, Sublayer
 
