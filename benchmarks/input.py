@@ -14,7 +14,8 @@ import pathlib
 import statistics
 import time
 
-from moe_jax.data import batches, corpora
+from moe_jax.data import batches
+from moe_jax.data.text import corpora
 from moe_jax.run import command
 from moe_jax.run import config as config_lib
 

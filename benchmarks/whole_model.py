@@ -89,7 +89,7 @@ def prepare(config) -> Arm:
 
 def _row(name, arm, seconds, dense):
   plan, tokens = arm.step.memory_analysis(), arm.config.data.batch_size
-  tokens *= arm.task.tokens_per_example
+  tokens *= sum(arm.task.lengths.values())
   rate = tokens / statistics.median(seconds)
   chip = chips.of_device(jax.devices()[0].device_kind)
   peak = chip and chip.flops

@@ -83,6 +83,9 @@ def get_config() -> ConfigDict:
   c.model.dropout = 0.0  # of what sublayers add, in training (T5)
   # The dropout of attention's weights, and of hidden units; None: as dropout.
   c.model.attention_dropout = c.model.hidden_dropout = None
+  # How the model "vision" reads images: patch, pooling, positions, d_head and
+  # head_bias, see moe_jax/models/parts/image.py.
+  c.model.image = ConfigDict()
   # Recomputed in the backward pass: "none", "dispatch" (blocks without the
   # exchange between devices), "block" (whole blocks).
   c.model.remat = "none"
@@ -105,8 +108,9 @@ def get_config() -> ConfigDict:
   moe.activation = "swiglu"  # of experts: relu, gelu, swiglu, geglu
   moe.use_bias = False  # biases in experts
   moe.expert_dropout = None  # of hidden units; None: model.hidden_dropout
+  moe.equal_experts = False  # all of a layer begin equal (V-MoE)
   moe.init_scale = 1.0  # variance of expert weights times fan-in (Switch: 0.1)
-  moe.tokens_per_group = "sequence"  # or a number
+  moe.tokens_per_group = "sequence"  # or a number, or "8 sequences"
   moe.capacity_factor = 2.0  # slots over balanced load; None: dropless (sorted)
   # Outside of training; None: the same; or "dropless".
   moe.eval_capacity_factor = None

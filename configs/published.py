@@ -56,6 +56,32 @@ def encoder_decoder() -> ConfigDict:
   return c
 
 
+def vision(
+  d_model, d_ff, num_layers, num_heads, *, task, image, attention=None
+) -> ConfigDict:
+  """ViT (2010.11929) on images of 224 pixels, with layer norms and biases.
+
+  The learning rate falls to 0 on a line after 10,000 steps of warm-up.
+  """
+  c = decoder()
+  c.task = {"name": "classify_images", "size": 224, "channels": 3, **task}
+  c.data.update(name="imagenet2012", batch_size=4096)
+  m = c.model
+  m.update(name="vision", d_model=d_model, d_ff=d_ff, num_layers=num_layers)
+  m.update(num_heads=num_heads, num_kv_heads=num_heads)
+  m.head_dim = d_model // num_heads
+  m.update(norm="layer_bias", norm_eps=1e-6, use_bias=True, activation="gelu")
+  m.pattern, m.image = ("dense",), image
+  m.attention = {"rope": "none", "bias": "all", **(attention or {})}
+  m.moe.update(activation="gelu", use_bias=True)
+  c.optim.optimizer = {"name": "adamw", "b2": 0.999}
+  c.optim.update(warmup_steps=10_000, final_fraction=0.0, clip_norm=None)
+  c.train.num_steps = 300_000
+  c.optim.update(schedule="wsd", decay_steps=290_000)
+  c.eval.batch_size = 64
+  return c
+
+
 def one_of(sizes: Mapping[str, Callable[[], ConfigDict]], variant: str):
   """The config of a size, or the first size shrunk.
 
@@ -80,11 +106,26 @@ def groups_of(model: ConfigDict, inputs, targets) -> None:
     model.encoder.moe = own
 
 
+def _of_digits(c):
+  """Changes what a vision transformer reads to images of 8 x 8 pixels."""
+  c.data.name = "digits"
+  c.task.update(size=8, channels=1, num_classes=10)
+  c.task.augment = {"shift": 1}
+  m = c.model
+  m.update(vocab_size=None, d_model=32, head_dim=8)
+  m.image.update(patch=2, head_bias=-2.0)
+  if "d_head" in m.image:
+    m.image.d_head = 32
+  c.optim.update(schedule="cosine", learning_rate=3e-3)
+
+
 def shrunk(c: ConfigDict) -> ConfigDict:
   """The same in everything but its sizes."""
   m, moe = c.model, c.model.moe
   latent, many = "kv_lora_rank" in m.attention, m.num_kv_heads == m.num_heads
   m.update(vocab_size=288, d_model=16, num_heads=4, head_dim=4, d_ff=24)
+  if m.name == "vision":
+    _of_digits(c)
   m.num_kv_heads = 4 if latent or many else 2
   if m.source_vocab_size:
     m.source_vocab_size = 288

@@ -1,6 +1,7 @@
 """Loss and routing metrics on a dataset, of a run or of published weights.
 
 python -m moe_jax.evaluate --hf=PATH --dataset=python_sources
+python -m moe_jax.evaluate --checkpoint=RUN --config.model.moe.router.priority=score
 """
 
 from moe_jax.core.errors import ConfigError
@@ -20,7 +21,17 @@ def main(argv=None) -> int:
     command.check_writable(args.json)  # Not after minutes.
   if args.hf and args.dataset is None and not args.config:
     _refuse_no_text(args.hf)
-  loaded = trained.load(args, dropless=args.dropless)
+  if args.checkpoint and not args.config:
+    trust = args.trust_plugins
+    config = trained.config_of(args.checkpoint, overrides, trust)
+    if not trained.has_text(config):
+      return _without_text(args, config)
+  if args.few_shot:
+    raise ConfigError(
+      "--few_shot is of a run that classifies images, and this is none; leave it out"
+    )
+  own = () if args.config else overrides
+  loaded = trained.load(args, dropless=args.dropless, overrides=own)
   if len(loaded.model.arch.stacks) > 1:
     return _of_two_texts(args, overrides, loaded)
   if args.config or args.bleu:
@@ -46,6 +57,51 @@ def main(argv=None) -> int:
   return 0
 
 
+def _without_text(args, config) -> int:
+  """The metrics of a run whose task has no text."""
+  from moe_jax import models
+  from moe_jax.core import parallel
+  from moe_jax.training import evaluation, program
+
+  for name in ("seq_len", "trace", "bleu", "beams"):
+    if getattr(args, name):
+      raise ConfigError(
+        f"--{name} is for text, and this is a run of the task {config.task.name};"
+        " leave it out"
+      )
+  given = {
+    "data.name": args.dataset,
+    "data.dir": args.data_dir,
+    "eval.batch_size": args.batch_size,
+    "eval.batches_per_domain": args.batches_per_domain,
+  }
+  texts = [f"{k}={x!r}" for k, x in given.items() if x is not None]
+  config = config_lib.overridden(config, texts)
+  if args.dropless:
+    values = config.to_dict()
+    values["model"] = models.dropless(values["model"])
+    config = config_lib.locked(values)
+  mesh = args.mesh and parallel.mesh_or_none(args.mesh)
+  task = program.build_task(config, mesh)
+  model = program.build_model(config, task, mesh)
+  _, variables = trained.weights(args.checkpoint, model, args.ema)
+  sums = evaluation.of_task(model, variables, task)
+  scored = sum(int(part["loss"].weight) for part in sums.values())
+  print(f"{scored} examples, {config.eval.batch_size} at a time")
+  more = {}
+  if args.few_shot:
+    if task.few_shot is None:
+      raise ConfigError(
+        f"the task {config.task.name} has no classes for --few_shot; leave it out"
+      )
+    options = args.few_shot, config.eval.batch_size
+    more = task.few_shot(model, variables, *options)
+  told = _report(sums, task, model, **more)
+  if args.json:
+    command.write_json(args.json, told)
+  return 0
+
+
 def _refuse_no_text(path):
   """Raises ConfigError for a published model without a text to score it on."""
   from moe_jax import hf
@@ -60,13 +116,14 @@ def _refuse_no_text(path):
 
 def _report(sums, task, model, **more) -> dict:
   """Prints metrics and the most used experts; returns them for a file."""
+  from moe_jax import models
   from moe_jax.training import evaluation
 
   values, rows = evaluation.table(sums, task, model) | more, []
   for name, value in values.items():
     print(f"{name:32}{value:12.4f}")
-  if model.sublayers:
-    shares = evaluation.specialisation(sums, model.sublayers)
+  if models.sublayers(model):
+    shares = evaluation.specialisation(sums, models.sublayers(model))
     table = evaluation.describe(shares)
     print(f"\nThe most used experts of each domain:\n\n{table}")
     rows = [
@@ -131,7 +188,7 @@ def _of_two_texts(args, overrides, loaded) -> int:
 
 def _task_of(args, overrides, loaded):
   """The config of a run; or of a file, with the tokens of published weights."""
-  from moe_jax.data import mixed
+  from moe_jax.data.text import mixed
 
   config = loaded.config
   if config is not None and args.config:
@@ -227,13 +284,14 @@ def _arguments(argv):
   add("--bleu", type=count, metavar="N", help=words)
   words = "beams of the search for --bleu (default: 4)"
   add("--beams", type=count, metavar="N", help=words)
+  words = "accuracy of a linear classifier after 1,5,... images of every class"
+  add("--few_shot", type=_shots, metavar="N,N,...", help=words)
   words = "has task and data on which a published encoder-decoder is scored"
   add("--config", metavar="FILE[:VARIANT]", help=words)
   add("--json", metavar="PATH", help="metrics, and shares of experts")
   args, overrides = config_lib.parse_overrides(parser, argv)
-  if overrides and not args.config:
-    remedy = "give one" if args.hf else "a run has its own, so leave it out"
-    raise ConfigError(f"--config.{overrides[0]} changes a --config; {remedy}")
+  if overrides and args.hf and not args.config:
+    raise ConfigError(f"--config.{overrides[0]} changes a --config; give one")
   if args.beams and not args.bleu:
     raise ConfigError(f"--beams={args.beams} is of --bleu; give --bleu=N too")
   if args.dataset is None and args.data_dir:
@@ -241,9 +299,14 @@ def _arguments(argv):
   return args, overrides
 
 
+def _shots(text):
+  """The numbers of a flag --few_shot=1,5,10."""
+  return tuple(config_lib.at_least_1(one) for one in text.split(","))
+
+
 def _text(args, loaded):
   """The corpus of the flags, or of the run."""
-  from moe_jax.data import corpora, mixed
+  from moe_jax.data.text import corpora, mixed
 
   run = loaded.config
   if args.dataset is None:

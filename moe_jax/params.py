@@ -18,8 +18,7 @@ def main(argv=None) -> int:
   add("--vocab_size", type=int, help="V, if the config has none (257: bytes)")
   args, config = config_lib.parse(parser, argv)
 
-  import jax
-
+  from moe_jax import models
   from moe_jax.models import counts
   from moe_jax.training import program
 
@@ -28,10 +27,11 @@ def main(argv=None) -> int:
   program.check(config)
   task = program.build_task(config, prepare=False)
   model = program.build_model(config, task)
-  variables = jax.eval_shape(lambda: task.init(model, jax.random.key(0)))
+  variables = models.variables(model)
   sizes = counts.count(model, variables)
   width = BYTES[args.bytes]
-  flops = counts.train_flops_per_token(model, sizes, task.lengths)
+  lengths = models.lengths(model, task.lengths)
+  flops = counts.train_flops_per_token(model, sizes, lengths)
   sizes["train_flops_per_token"] = flops
   sizes[f"weights_bytes_{args.bytes}"] = sizes["total"] * width
   if hasattr(model, "arch"):  # A decoder keeps what attention needs again.

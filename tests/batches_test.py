@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from moe_jax.core.errors import ConfigError
-from moe_jax.data import batches, corpora
+from moe_jax.data import batches
+from moe_jax.data.text import corpora
 
 SEQ_LEN = 7
 DOMAINS = ("code", "empty", "tiny", "prose")

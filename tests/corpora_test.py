@@ -15,7 +15,8 @@ import tokenizers as library
 
 from moe_jax.core import registry
 from moe_jax.core.errors import ConfigError
-from moe_jax.data import corpora
+from moe_jax.data import caches
+from moe_jax.data.text import corpora
 from tests.tokenizers_test import TEXTS, make_tokenizer
 
 PLUGIN = '''
@@ -210,7 +211,7 @@ def test_files_of_another_size_than_the_index_says_are_noticed(prepare):
     index = json.loads(path.read_text())
     index["num_tokens"]["train"]["crow"] = size
     del index["digest"]
-    index["digest"] = corpora._sha256(index)
+    index["digest"] = caches.sha256(index)
     path.write_text(json.dumps(index))
     assert prepare() == first
     assert json.loads(path.read_text()) == good

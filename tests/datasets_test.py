@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 
 from moe_jax.core import registry
 from moe_jax.core.errors import ConfigError
-from moe_jax.data import corpora
+from moe_jax.data.text import corpora
 
 MEGABYTE = 10**6
 
@@ -184,7 +184,8 @@ def test_two_processes_prepare_the_same_and_need_no_tensorflow(
 ):
   script = """
 import json, sys
-from moe_jax.data import batches, corpora, datasets
+from moe_jax.data import batches, datasets
+from moe_jax.data.text import corpora
 late = {"jax", "grain", "tensorflow_datasets", "pyarrow"} & set(sys.modules)
 corpus = corpora.prepare("python_sources", cache_dir=sys.argv[1])
 batch = batches.train_batches(corpus, seq_len=8, batch_size=2, seed=0)[3]

@@ -20,7 +20,7 @@ from experiments import launch, runs
 from moe_jax import evaluate, generate, params
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError, Interrupted
-from moe_jax.data import mixed
+from moe_jax.data.text import mixed
 from moe_jax.run import run_directory
 from moe_jax.training import checkpoint, loop, program
 from tests import house, kill, small
@@ -187,10 +187,12 @@ def test_images_through_the_same_loop(ask, tmp_path, monkeypatch, capsys):
 def check_commands(run, capsys):
   """Commands for text say that it has none; those for any run take it."""
   trust = ["--trust_plugins"]
-  for other, more in ((generate, ["--prompt=x"]), (evaluate, [])):
-    with pytest.raises(ConfigError, match="task digits, which has no text"):
-      other.main([f"--checkpoint={run}", *trust, *more])
-  capsys.readouterr()
+  with pytest.raises(ConfigError, match="task digits, which has no text"):
+    generate.main([f"--checkpoint={run}", *trust, "--prompt=x"])
+  with pytest.raises(ConfigError, match="task digits has no classes for --few"):
+    evaluate.main([f"--checkpoint={run}", *trust, "--few_shot=1"])
+  assert evaluate.main([f"--checkpoint={run}", *trust]) == 0
+  assert "360 examples, 60 at a time" in capsys.readouterr().out
   assert params.main([f"--config={run}/config.json", *trust]) == 0
   counted = capsys.readouterr().out
   assert "weights_bytes" in counted and "kv_cache" not in counted

@@ -14,7 +14,8 @@ from configs import tiny
 from moe_jax import evaluate, generate, hf, main, models
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
-from moe_jax.data import batches, corpora
+from moe_jax.data import batches
+from moe_jax.data.text import corpora
 from moe_jax.models.encoder_decoder import Text
 from moe_jax.models.generation import decoding
 from moe_jax.models.generation.beam import Beams

@@ -8,7 +8,7 @@ import pytest
 
 from experiments import sweeps
 from moe_jax.core.errors import ConfigError, Interrupted
-from moe_jax.data import mixed
+from moe_jax.data.text import mixed
 from moe_jax.run import config as config_lib
 from moe_jax.run import run_directory
 from moe_jax.training import loop, program

@@ -6,7 +6,7 @@ import pytest
 
 from experiments.routers import leak
 from moe_jax.core.errors import ConfigError
-from moe_jax.data import tokenizers
+from moe_jax.data.text import tokenizers
 from moe_jax.training import program, trained
 from tests import small
 

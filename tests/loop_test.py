@@ -16,7 +16,7 @@ import pytest
 from flax import traverse_util
 
 from moe_jax.core.errors import ConfigError, Interrupted, RunError
-from moe_jax.data import mixed
+from moe_jax.data.text import mixed
 from moe_jax.run import run_directory, signals
 from moe_jax.training import checkpoint, loop, program
 from tests import kill

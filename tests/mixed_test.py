@@ -11,7 +11,8 @@ import tensorflow_datasets as tfds
 from configs import base
 from moe_jax import main, models
 from moe_jax.core.errors import ConfigError
-from moe_jax.data import batches, mixed
+from moe_jax.data import batches
+from moe_jax.data.text import mixed
 from moe_jax.run import config, run_directory
 from tests import tiers
 

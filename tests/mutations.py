@@ -670,7 +670,7 @@ FAULTS = (
   ),
   Fault(
     "a dataset's folder names code that is run",
-    "moe_jax/data/documents.py",
+    "moe_jax/data/sources.py",
     'if not name.startswith("tensorflow_datasets."):',
     "if False:",
     "corpora_test.py::test_a_folder_that_names_code_runs_none",
@@ -1222,16 +1222,16 @@ FAULTS = (
   ),
   Fault(
     "text that spells a special token becomes that token",
-    "moe_jax/data/tokenizers.py",
+    "moe_jax/data/text/tokenizers.py",
     "tokenizer.encode_special_tokens = as_text",
     "tokenizer.encode_special_tokens = False",
     "tokenizers_test.py::test_text_that_spells_a_special_token_is_text",
   ),
   Fault(
     "the index of a token cache is believed without its digest",
-    "moe_jax/data/corpora.py",
-    "if digest == _sha256(index):",
-    "if digest or _sha256(index):",
+    "moe_jax/data/caches.py",
+    "if digest == sha256(index):",
+    "if digest or sha256(index):",
     "corpora_test.py::test_all_of_the_index_is_under_its_digest",
   ),
   # Hooks.
@@ -1259,9 +1259,9 @@ FAULTS = (
   # Encoder-decoders.
   Fault(
     "an encoder sees earlier tokens only",
-    "moe_jax/models/encoder_decoder.py",
-    "parts.attention, causal=False",
-    "parts.attention, causal=True",
+    "moe_jax/models/attention/options.py",
+    "dataclasses.replace(self, causal=False)",
+    "dataclasses.replace(self, causal=True)",
     "encoder_decoder_test.py::test_the_decoder_is_causal_and_the_encoder_is_not",
   ),
   Fault(
@@ -1532,7 +1532,7 @@ FAULTS = (
   ),
   Fault(
     "the tokens of a language hide an empty text",
-    "moe_jax/data/corpora.py",
+    "moe_jax/data/text/corpora.py",
     "if tokens.size > 1:",
     "if True:",
     "pairs_test.py::test_tokens_of_languages_stand_before_both_sides",
@@ -1575,7 +1575,7 @@ FAULTS = (
   ),
   Fault(
     "tokens of languages stand before empty texts",
-    "moe_jax/data/documents.py",
+    "moe_jax/data/text/documents.py",
     "begin if text else ()",
     "begin",
     "pairs_test.py::test_tokens_of_languages_stand_before_both_sides",

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from moe_jax.core import registry
 from moe_jax.core.errors import ConfigError
-from moe_jax.data import corpora, draws, mixed, pairs, tokenizers
+from moe_jax.data import draws, pairs
+from moe_jax.data.text import corpora, mixed, tokenizers
 from tests.tokenizers_test import make_tokenizer
 
 END = 256

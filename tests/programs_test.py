@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from experiments import plan, questions, train
 from moe_jax.core import parallel
-from moe_jax.data import mixed
+from moe_jax.data.text import mixed
 from moe_jax.training import program, train_step
 from tests import small
 

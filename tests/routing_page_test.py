@@ -7,7 +7,7 @@ import pytest
 
 from configs import tiny
 from moe_jax.core import registry
-from moe_jax.data import mixed
+from moe_jax.data.text import mixed
 from moe_jax.moe import types
 from moe_jax.moe.routers import hash as hash_router
 from moe_jax.training import program

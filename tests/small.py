@@ -5,7 +5,7 @@ import functools
 import numpy as np
 
 from configs import tiny
-from moe_jax.data import corpora, tokenizers
+from moe_jax.data.text import corpora, tokenizers
 from moe_jax.tasks import next_token
 from moe_jax.training import train_step
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_jax.core.errors import ConfigError
-from moe_jax.data import corpora, spans
+from moe_jax.data import spans
+from moe_jax.data.text import corpora
 
 V = 50  # Its last token, 49, ends a document; the first sentinel is 50.
 END = V - 1

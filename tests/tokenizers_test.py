@@ -8,7 +8,7 @@ import tokenizers as library
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from moe_jax.core.errors import ConfigError
-from moe_jax.data import tokenizers
+from moe_jax.data.text import tokenizers
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

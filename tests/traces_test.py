@@ -11,7 +11,7 @@ import pytest
 from moe_jax import evaluate, report
 from moe_jax.core import registry
 from moe_jax.core.errors import ConfigError
-from moe_jax.data import mixed
+from moe_jax.data.text import mixed
 from moe_jax.moe import experts as experts_lib
 from moe_jax.moe import layer as layer_lib
 from moe_jax.moe import linen

@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 from moe_jax import models
-from moe_jax.data import mixed
+from moe_jax.data.text import mixed
 from moe_jax.training import balancing, evaluation, program, train_step
 from tests import mesh_cases, oracle, small, tiers
 from tests.small import ROWS, L, SmallCorpus, V, config

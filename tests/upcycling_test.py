@@ -14,7 +14,7 @@ import pytest
 from configs import tiny
 from moe_jax import hf, main, models, upcycle
 from moe_jax.core.errors import ConfigError
-from moe_jax.data import tokenizers
+from moe_jax.data.text import tokenizers
 from moe_jax.hf import architecture, config
 from moe_jax.run import config as config_lib
 from moe_jax.training import checkpoint, starts, trained

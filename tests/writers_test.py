@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from moe_jax.core.errors import ConfigError, Interrupted
-from moe_jax.data import mixed
+from moe_jax.data.text import mixed
 from moe_jax.run import config as config_lib
 from moe_jax.run import run_directory, writers
 from moe_jax.training import loop, program

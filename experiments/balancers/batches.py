@@ -96,7 +96,7 @@ def by_size(loads_NRE, length: int, top_k: int) -> list[dict]:
 
 def measure(folder: pathlib.Path) -> list[dict]:
   """The rows of all finished runs of the headline's arms in a work directory."""
-  from moe_jax.data import mixed
+  from moe_jax.data.text import mixed
 
   rows, corpus = [], None
   for arm in sweep.HEADLINE:

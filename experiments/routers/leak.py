@@ -97,7 +97,7 @@ def main(argv=None) -> int:
   parser.add_argument("--json", metavar="PATH", help="the numbers of each run")
   args = parser.parse_args(argv)
 
-  from moe_jax.data import mixed
+  from moe_jax.data.text import mixed
 
   rows = []
   for path in args.runs:

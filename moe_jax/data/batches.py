@@ -15,7 +15,7 @@ import numpy as np
 
 from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import integer
-from moe_jax.data import corpora
+from moe_jax.data.text import corpora
 
 OPTIONS = {
   "seq_len": integer(1),

@@ -23,7 +23,8 @@ import numpy as np
 
 from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import word
-from moe_jax.data import batches, corpora, draws
+from moe_jax.data import batches, draws
+from moe_jax.data.text import corpora
 
 TOO_LONG = word("error", "drop", "truncate")
 # Epochs take turns among so many, so that the rows before any step are soon counted.

@@ -21,7 +21,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from moe_jax.core.errors import ConfigError
-from moe_jax.data import batches, corpora, draws
+from moe_jax.data import batches, draws
+from moe_jax.data.text import corpora
 
 _OF_VALIDATION = 2**63  # The seed of its noise; no run has it.
 _SHORTEST = 3  # Inputs of two tokens: one kept, a sentinel, and the end.

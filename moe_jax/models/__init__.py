@@ -1,7 +1,12 @@
 """Models by name, built from a config; below here there is no config.
 
-A model is a linen module. `sublayers` tells where its MoE layers are, as
-{path: Sublayer}; a model without MoE layers need not have it.
+A model is a linen module with
+
+  example(batch): arguments of a call for so many rows, without content;
+  mesh: the devices to run on, or `arch` with it, if there are several;
+  sublayers: {path: Sublayer}, where its MoE layers are; if there are any;
+  lengths: {kind of sequence: tokens of an example} of those that the model itself
+    makes of what a task gives it, such as patches of an image; if there are any.
 """
 
 import inspect
@@ -9,26 +14,15 @@ import itertools
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 
 from moe_jax.core import parallel, registry
 from moe_jax.core.errors import ConfigError
-from moe_jax.models import decoder
+from moe_jax.models.parts import section as section_lib
 from moe_jax.moe import groups
 from moe_jax.moe.types import Sublayer
 
-OPTIONS = decoder.OPTIONS  # Every key of `config.model`.
-# Files of this folder that are no models.
-SHARED = (
-  "beam",
-  "counts",
-  "decoding",
-  "dropout",
-  "embedding",
-  "layers",
-  "norms",
-  "stack",
-)
+OPTIONS = section_lib.OPTIONS  # Every key of `config.model`.
+SHARED = ("counts",)  # Files of this folder that are no models.
 # Keys of a section `model.moe`: experts take every token that is sent to them,
 # and no sequence shares a group with another.
 DROPLESS = groups.Grouping()._asdict() | {"dispatcher": {"name": "sorted"}}
@@ -104,7 +98,7 @@ def check(
 
   Args:
     model: from `build`.
-    lengths: tokens in a sequence of every kind, see `tasks.Task`.
+    lengths: from `lengths`.
     batches: {config key that sets it: sequences of a forward pass}.
     mesh: of the model.
   """
@@ -137,16 +131,30 @@ def check(
 
 def variables(model):
   """Shapes of a model's variables, boxed with their logical axes."""
-  mesh, rng = model.arch.mesh, jax.random.key(0)
-  return jax.eval_shape(lambda: init(model, rng, mesh))
+  return jax.eval_shape(lambda: init(model, jax.random.key(0)))
 
 
-def init(model, rng, mesh=None):
-  """The variables of a model of text, boxed with their logical axes."""
-  tokens_BL = jnp.zeros((parallel.token_shards(mesh), 1), jnp.int32)
-  return model.init(rng, *model.arguments(tokens_BL))
+def init(model, rng):
+  """New variables of a model, boxed with their logical axes."""
+  shards = parallel.token_shards(mesh_of(model))
+  return model.init(rng, *model.example(shards))
+
+
+def mesh_of(model) -> jax.sharding.Mesh | None:
+  """The devices that a model runs on; None: one device."""
+  return getattr(getattr(model, "arch", model), "mesh", None)
+
+
+def lengths(model, of_task: Mapping[str, int]) -> dict[str, int]:
+  """Tokens of an example, by the kind of sequence.
+
+  Args:
+    model: from `build`.
+    of_task: `tasks.Task.lengths`, the sequences that a batch has.
+  """
+  return {**of_task, **getattr(model, "lengths", {})}
 
 
 def shardings(model):
   """Shardings of a model's variables on its mesh."""
-  return parallel.shardings(variables(model), model.arch.mesh)
+  return parallel.shardings(variables(model), mesh_of(model))

@@ -1,5 +1,6 @@
 """Parameters, operations and cache of a model, without allocating any of it."""
 
+import fractions
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -85,7 +86,7 @@ def train_flops_per_token(model, sizes: dict, lengths: Mapping) -> int:
   Args:
     model: from `models.build`.
     sizes: from `count`.
-    lengths: of the task: L of every sequence.
+    lengths: see `models.lengths`.
   """
   return 3 * flops_per_token(model, sizes, lengths)
 
@@ -96,46 +97,19 @@ def flops_per_token(model, sizes: dict, lengths: Mapping) -> int:
   Args:
     model: from `models.build`.
     sizes: from `count`.
-    lengths: tokens that it looks at, of every sequence; with several it is a mean
-      over the tokens of all.
+    lengths: see `models.lengths`: tokens that a token looks at. The operations of an
+      example are shared by all of them.
   """
-  weights = sizes["active"] - sizes.get("norm", 0)
-  arch = getattr(model, "arch", None)
-  if arch is None:  # A model of somebody else's.
-    return 2 * weights
-  if len(arch.stacks) > 1:
-    return round(_flops_of_pair(arch, sizes, lengths) / sum(lengths.values()))
-  if not arch.tie_embeddings:  # Looked up; tied, it is the output layer.
-    weights -= sizes["embedding"]
-  return 2 * weights + _per_pair(arch) * lengths["inputs"]
-
-
-def _flops_of_pair(arch, sizes, lengths):
-  """Operations for one input of an encoder-decoder and its target."""
-  encoder, decoder = arch.stacks
-  inputs, targets = (lengths[one.sequence] for one in arch.stacks)
-  flops = 2 * sizes["active_encoder"] * inputs
-  flops += 2 * sizes["active_decoder"] * targets
-  flops += 2 * arch.vocab_size * arch.d_model * targets
-  # Keys and values of the encoder's tokens are made of these.
-  across = [decoder.layer(kind).attention.as_cross() for kind in decoder.layers]
-  made = sum(layer.cached_per_token for layer in across) * arch.d_model
-  flops += 2 * made * (inputs - targets)
-  flops += _per_pair(encoder) * inputs**2 + _per_pair(decoder) * targets**2
-  return flops + sum(x.flops_per_pair for x in across) * inputs * targets
-
-
-def _per_pair(stack):
-  """Operations of all layers for one query and one key."""
-  layers = map(stack.layer, stack.layers)
-  return sum(layer.attention.flops_per_pair for layer in layers)
+  if not hasattr(model, "arch"):  # A model of somebody else's.
+    return 2 * (sizes["active"] - sizes.get("norm", 0))
+  flops = model.arch.flops(sizes, lengths)
+  return round(fractions.Fraction(flops, sum(lengths.values())))
 
 
 def kv_cache_per_token(model) -> int:
   """Numbers that attention keeps for every token that a decoder has made."""
   stack = model.arch.stacks[-1]
-  layers = map(stack.layer, stack.layers)
-  return sum(layer.attention.cached_per_token for layer in layers)
+  return sum(parts.attention.cached_per_token for parts in stack.each_layer)
 
 
 def describe(model) -> dict:

@@ -8,11 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.core import options as options_lib
-from moe_jax.core.errors import ConfigError
-from moe_jax.core.options import integer, of, optional
 from moe_jax.models import attention
 from moe_jax.models.parts import embedding, layers, norms, stack
+from moe_jax.models.parts import section as section_lib
 from moe_jax.moe.types import Array, Sublayer
 
 
@@ -43,39 +41,12 @@ class Architecture(stack.Stack, embedding.Vocabulary):
     """The only one of a decoder."""
     return (self,)
 
-
-# Every key of `config.model`.
-OPTIONS = {
-  **of(stack.Stack),
-  **of(embedding.Vocabulary),
-  **layers.OPTIONS,
-  "name": str,
-  "vocab_size": optional(integer(1)),
-  "source_vocab_size": optional(integer(1)),
-}
-# These fields are no config keys: `build` gets them as arguments or makes them.
-for _name in (
-  "kinds",
-  "mesh",
-  "names",
-  "sequence",
-  "first_number",
-  "causal",
-):
-  del OPTIONS[_name]
-# Keys of `config.model.encoder`: those of its layers.
-ENCODER = {k: OPTIONS[k] for k in ("num_layers", "prefix", "pattern")}
-ENCODER |= layers.OPTIONS | layers.OF_A_VARIANT
-OPTIONS["encoder"] = options_lib.section(ENCODER, required=())
-
-
-def options(section: Mapping, fields: Mapping) -> dict:
-  """The options of a section `model` that are fields of a class."""
-  return {
-    key: tuple(value) if isinstance(value, list) else value
-    for key, value in section.items()
-    if key in fields
-  }
+  def flops(self, sizes: Mapping, lengths: Mapping) -> int:
+    """Operations of a forward pass of a text, see `counts.flops_per_token`."""
+    weights, length = sizes["active"] - sizes.get("norm", 0), lengths["inputs"]
+    if not self.tie_embeddings:  # Looked up; tied, it is the output layer.
+      weights -= sizes["embedding"]
+    return 2 * weights * length + self.flops_per_pair * length**2
 
 
 def build(
@@ -97,15 +68,8 @@ def build(
   Raises:
     ConfigError: impossible values, naming them and the remedy.
   """
-  options_lib.section(OPTIONS).check(section, "model")
-  for key in ("encoder", "source_vocab_size"):
-    if section[key]:
-      raise ConfigError(
-        f"model.{key} = {options_lib.shown(section[key])} has no meaning in a"
-        " decoder, which has no encoder; leave it out, or set model.name ="
-        " encoder_decoder"
-      )
-  own = options(section, Architecture.__dataclass_fields__)
+  section_lib.check(section, "vocab_size")
+  own = section_lib.fields(section, Architecture)
   own["vocab_size"] = embedding.size(section["vocab_size"], vocab_size)
   own["kinds"] = layers.kinds(section, mesh, plugins)
   own |= {"end_of_document": end_of_document, "mesh": mesh}
@@ -125,6 +89,10 @@ class Decoder(nn.Module):
   def arguments(self, tokens_BL: Array) -> tuple:
     """Arguments of a call with these tokens."""
     return (tokens_BL,)
+
+  def example(self, batch: int) -> tuple:
+    """See `models`."""
+    return self.arguments(jnp.zeros((batch, 1), jnp.int32))
 
   @nn.compact
   def __call__(

@@ -8,10 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.core import options as options_lib
 from moe_jax.core.errors import ConfigError
-from moe_jax.models import attention, decoder
+from moe_jax.models import attention
 from moe_jax.models.parts import embedding, layers, norms, stack
+from moe_jax.models.parts import section as section_lib
 from moe_jax.moe.types import Array, Sublayer
 
 
@@ -63,6 +63,22 @@ class Architecture(embedding.Vocabulary):
     """In the order in which tokens pass them."""
     return self.encoder, self.decoder
 
+  def flops(self, sizes: Mapping, lengths: Mapping) -> int:
+    """Operations of a forward pass of a pair, see `counts.flops_per_token`."""
+    inputs, targets = (lengths[one.sequence] for one in self.stacks)
+    weights = sizes["active_encoder"] * inputs
+    weights += (
+      sizes["active_decoder"] + self.vocab_size * self.d_model
+    ) * targets
+    # Keys and values of the encoder's tokens are made of these.
+    across = [parts.attention.as_cross() for parts in self.decoder.each_layer]
+    made = sum(one.cached_per_token for one in across) * self.d_model
+    weights += made * (inputs - targets)
+    flops = self.encoder.flops_per_pair * inputs**2
+    flops += self.decoder.flops_per_pair * targets**2
+    flops += sum(one.flops_per_pair for one in across) * inputs * targets
+    return 2 * weights + flops
+
   @property
   def tables(self) -> dict[str, int]:
     """{parameter that has an entry for every token: how many tokens}."""
@@ -95,11 +111,11 @@ def build(
   Raises:
     ConfigError: impossible values, naming them and the remedy.
   """
-  options_lib.section(decoder.OPTIONS).check(section, "model")
+  section_lib.check(section, "vocab_size", "source_vocab_size", "encoder")
   own = dict(section["encoder"])
   of_encoder = {**section, **own}
   of_encoder["moe"] = {**section["moe"], **own.get("moe", {})}
-  fields = decoder.options(section, Architecture.__dataclass_fields__)
+  fields = section_lib.fields(section, Architecture)
   del fields["encoder"]
   fields["vocab_size"] = embedding.size(section["vocab_size"], vocab_size)
   key = "source_vocab_size"
@@ -108,7 +124,7 @@ def build(
 
   def made(name, section, **more):
     layers.check(section, plugins)
-    own = decoder.options(section, stack.Stack.__dataclass_fields__)
+    own = section_lib.fields(section, stack.Stack)
     names = f"{name}_prefix", name
     kinds = layers.kinds(section, mesh, plugins)
     return stack.Stack(
@@ -119,7 +135,7 @@ def build(
     encoder = made("encoder", of_encoder, causal=False)
   except ConfigError as e:
     raise ConfigError(f"the layers of the encoder, model.encoder: {e}") from e
-  encoder = dataclasses.replace(encoder, kinds=_seeing_all(encoder.kinds))
+  encoder = encoder.seeing_all()
   more = {"sequence": "targets", "first_number": encoder.num_layers}
   fields["encoder"] = encoder
   fields["decoder"] = made("decoder", section, **more)
@@ -127,19 +143,6 @@ def build(
     parts.attention.as_cross()  # It raises for attention that cannot be.
   del end_of_document
   return EncoderDecoder(Architecture(**fields))
-
-
-def _seeing_all(kinds):
-  """Options of layers whose tokens attend to later ones too."""
-  return tuple(
-    (
-      kind,
-      parts._replace(
-        attention=dataclasses.replace(parts.attention, causal=False)
-      ),
-    )
-    for kind, parts in kinds
-  )
 
 
 class EncoderDecoder(nn.Module):
@@ -155,6 +158,10 @@ class EncoderDecoder(nn.Module):
   def arguments(self, tokens_BL: Array) -> tuple:
     """Arguments of a call with these tokens on both sides."""
     return Text(tokens_BL), Text(tokens_BL)
+
+  def example(self, batch: int) -> tuple:
+    """See `models`."""
+    return self.arguments(jnp.zeros((batch, 1), jnp.int32))
 
   @nn.compact
   def __call__(

@@ -122,6 +122,7 @@ def build(
   use_bias: bool = False,
   init_scale: number(above=0) = 1.0,
   expert_dropout: optional(number(0, below=1)) = None,
+  equal_experts: bool = False,
   grouped_matmul: optional(word(*kernels.BACKENDS)) = None,
 ) -> Experts:
   """E networks of the same width.
@@ -134,16 +135,13 @@ def build(
     init_scale: variance of the weights times fan-in (Switch takes 0.1).
     expert_dropout: chance that a hidden unit of a row is 0 in training, and the
       others are larger (2101.03961, 2.4, has 0.4 in fine-tuning); None: 0.
+    equal_experts: all of a layer begin with the same weights (V-MoE, 2106.05974).
     grouped_matmul: a file of `kernels`, for ragged rows; None: the platform's.
   """
   options = activation, use_bias, init_scale
   mlp = dense(d_expert, *options)
   expert = functools.partial(network, activation)
   dropping = functools.partial(_dropping, activation, expert_dropout, d_expert)
-
-  def init(rng, num_experts, d_model):
-    rngs = jax.random.split(rng, num_experts)
-    return jax.vmap(lambda rng: mlp.init(rng, d_model))(rngs)
 
   def apply(params, rows, rng_GE):
     count_GE, of_rows, x = rows.tokens_per_expert_GE, expert, rows.x
@@ -164,7 +162,7 @@ def build(
     return Rows(y_EGCD.swapaxes(0, 1))
 
   return Experts(
-    init,
+    functools.partial(_init, mlp, equal_experts),
     axes={k: ("expert", *v) for k, v in mlp.axes.items()},
     apply=apply,
     added_once=mlp.added_once,
@@ -172,10 +170,18 @@ def build(
     checked=grouped_matmul is None or kernels.is_checked(grouped_matmul),
     width=d_expert,
     resized=lambda width: build(
-      width, *options, expert_dropout, grouped_matmul
+      width, *options, expert_dropout, equal_experts, grouped_matmul
     ),
     activation=activation,
   )
+
+
+def _init(mlp, equal, rng, num_experts, d_model):
+  """The parameters of all experts; `equal` ones have the same."""
+  rngs = jax.random.split(rng, num_experts)
+  if equal:
+    rngs = jnp.broadcast_to(rngs[0], rngs.shape)
+  return jax.vmap(lambda rng: mlp.init(rng, d_model))(rngs)
 
 
 def _by_expert(x_GEC):

@@ -2,24 +2,35 @@
 
 import dataclasses
 import math
+import re
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
-from moe_jax.core.options import either, integer, number, optional, word
+from moe_jax.core.options import Option, either, integer, number, optional, word
 from moe_jax.moe import dispatchers, layer
 from moe_jax.moe.types import Array, Bound, TokenChoice
 
 _FACTOR = number(above=0)
+_SEQUENCES = re.compile(r"([1-9]\d{0,8}) sequences")
+# Tokens in a group: a number, or those of so many sequences.
+TOKENS = either(
+  integer(1),
+  Option(
+    '"sequence", or such as "8 sequences"',
+    lambda x: x == "sequence" or bool(_SEQUENCES.fullmatch(str(x))),
+  ),
+)
 ROUNDINGS = {"floor": math.floor, "ceil": math.ceil, "round": round}
 
 
 class Grouping(NamedTuple):
   """Groups of tokens, and the capacity of experts in each.
 
-  tokens_per_group: T, or "sequence". Whole sequences or whole fractions.
+  tokens_per_group: T, in whole sequences or whole fractions of one; or "sequence",
+    or "8 sequences", of any length.
   capacity_factor: slots over balanced load; None: dropless.
   eval_capacity_factor: the same outside training; None: as in training;
     "dropless".
@@ -29,7 +40,7 @@ class Grouping(NamedTuple):
   capacity_rounding, capacity_multiple, min_capacity: see `capacity`.
   """
 
-  tokens_per_group: either(integer(1), word("sequence")) = "sequence"
+  tokens_per_group: TOKENS = "sequence"
   capacity_factor: optional(_FACTOR) = None
   eval_capacity_factor: optional(either(_FACTOR, word("dropless"))) = None
   capacity: optional(integer(1)) = None
@@ -45,7 +56,10 @@ class Grouping(NamedTuple):
       ConfigError: groups that cut across sequences.
     """
     tokens = self.tokens_per_group
-    tokens = length if tokens == "sequence" else tokens
+    if tokens == "sequence":
+      return length
+    if isinstance(tokens, str):
+      return int(_SEQUENCES.fullmatch(tokens)[1]) * length
     if tokens % length and length % tokens:
       raise ConfigError(
         f"tokens_per_group = {tokens} is neither a multiple nor a divisor of the"

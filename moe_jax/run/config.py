@@ -25,7 +25,8 @@ _FREE = (*IDLE, "data.dir", "train.max_skipped_in_a_row")
 # Sections whose keys are up to the config: the options of a part, and parts or
 # data by a label.
 OPEN = ("task", "upcycle", "data.mixture", "optim.optimizer", "model.attention")
-OPEN += ("model.encoder", "model.variants", "model.moe.router", "model.moe.dispatcher")
+OPEN += ("model.encoder",
+  "model.image", "model.variants", "model.moe.router", "model.moe.dispatcher")
 OPEN += ("model.moe.balancers", "train.hooks", "optim.part_warmup_steps")
 OPEN += ("optim.learning_rate_factors", "optim.weight_decay_factors")
 _FOLDER_OF_A_PART = re.compile(r"data\.mixture\..+\.dir")

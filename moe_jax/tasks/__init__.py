@@ -28,16 +28,17 @@ class Task:
   metrics: (loss, sums) -> {name: Mean}, on the host.
   by_domain: metrics that are also reported for every domain.
   lengths: {array of a batch: tokens of a sequence, which groups are made of}, for
-    every sequence that has layers, see `types.Sublayer`.
-  tokens_per_example: positions of the model that an example takes.
+    every sequence that has layers, see `types.Sublayer`; but for those that a model
+    makes itself, see `models.lengths`.
   given: what `models.build` passes to the model beside its section.
-  init: (model, rng) -> the model's variables, boxed with their logical axes.
   train: (seed, rows) -> batches by step, arrays [A, B/A, ...]: those rows of
     each of A micro-batches. A step's batch depends on seed and step alone.
   validation: (rows) -> pairs of a domain and a batch, arrays [B, ...], always
     in the same order.
   domains: their names, in the order of the numbers that "domain" of a batch has.
   check: (model) -> None, raises ConfigError for a model that does not fit.
+  few_shot: (model, variables, shots, batch_size) -> metrics, see `few_shot`; None:
+    it has no classes to learn from a few examples.
   name: of the data.
   fingerprint: changes when the data does.
   sources: what the data was made of, for run.json.
@@ -50,14 +51,13 @@ class Task:
   loss: Callable[..., tuple[Mean, Mapping[str, Array], Mapping]]
   metrics: Callable[..., dict[str, Mean]]
   by_domain: tuple[str, ...]
-  lengths: Mapping[str, int]
-  tokens_per_example: int
+  lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
   given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  init: Callable[..., Any] | None = None
   train: Callable[..., Any] | None = None
   validation: Callable[..., Iterator[tuple[str, Batch]]] | None = None
   domains: tuple[str, ...] = ()
   check: Callable[[Any], None] = lambda model: None
+  few_shot: Callable[..., Mapping[str, float]] | None = None
   name: str = ""
   fingerprint: str = ""
   sources: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -67,4 +67,4 @@ class Task:
 
 PART = Task  # `build` of each file returns one.
 # Files of this folder that are no tasks.
-SHARED = ("bleu", "replay", "sequence_to_sequence")
+SHARED = ("bleu", "few_shot", "replay", "sequence_to_sequence")

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.core import parallel
 from moe_jax.core.options import number, optional, text
-from moe_jax.data import batches, mixed
+from moe_jax.data import batches
+from moe_jax.data.text import mixed
 from moe_jax.moe.types import Array, Mean
 from moe_jax.tasks import Task
 from moe_jax.tasks.replay import Replay
@@ -60,17 +60,12 @@ def of_corpus(
   """
   data = config.data
 
-  def init(model, rng):
-    shards = parallel.token_shards(mesh)
-    return model.init(rng, jnp.zeros((shards, 1), jnp.int32))
-
   end = corpus.end_of_document if data.separate_documents else None
   task = scoring(
     np.asarray(corpus.num_bytes_V, np.int32),
     data.seq_len,
     z_loss=z_loss,
     given={"vocab_size": corpus.vocab_size, "end_of_document": end},
-    init=init,
     train=functools.partial(
       batches.train_batches,
       corpus,
@@ -149,7 +144,6 @@ def scoring(
     metrics=_metrics,
     by_domain=("bits_per_byte",),
     lengths={"inputs": seq_len},
-    tokens_per_example=seq_len,
     **data,
   )
 

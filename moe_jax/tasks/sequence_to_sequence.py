@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
 from moe_jax.models.encoder_decoder import Text
 from moe_jax.moe.types import Array, Mean
@@ -57,11 +56,6 @@ def scoring(
     more = _more(logits_BLV, mask, mean.total, z_loss, label_smoothing)
     return mean + Mean(more, 0), sums, aux
 
-  def init(model, rng):
-    token_BL = jnp.zeros((parallel.token_shards(mesh), 1), jnp.int32)
-    text = Text(token_BL, jnp.ones_like(token_BL, bool), token_BL)
-    return model.init(rng, text, text)
-
   return Task(
     spec=_spec(lengths),
     weight=lambda batch: batch["targets_mask"].sum(),
@@ -69,9 +63,7 @@ def scoring(
     metrics=_metrics,
     by_domain=("neg_log_perplexity",),
     lengths=dict(lengths),
-    tokens_per_example=sum(lengths.values()),
     given={"vocab_size": vocab_size, "end_of_document": None},
-    init=init,
     check=_check,
     **data,
   )

@@ -4,7 +4,8 @@ import numpy as np
 
 from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import integer, items, number, optional, text, word
-from moe_jax.data import mixed, pairs
+from moe_jax.data import pairs
+from moe_jax.data.text import mixed
 from moe_jax.tasks import Task, sequence_to_sequence
 
 

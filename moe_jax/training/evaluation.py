@@ -42,7 +42,8 @@ def eval_step(params, balance, batch, index, *, model, task, collect=False):
   stats = balancing.statistics(aux, models.sublayers(model))
   made = {"loss": loss, "task": sums, "stats": balancing.sum_groups(stats)}
   if collect:
-    made["routing"] = traces.routed(aux, model, batch_size, task.lengths)
+    lengths = models.lengths(model, task.lengths)
+    made["routing"] = traces.routed(aux, model, batch_size, lengths)
   return made
 
 

@@ -22,7 +22,8 @@ from moe_jax.core.options import (
   part,
   section,
 )
-from moe_jax.data import batches, mixed
+from moe_jax.data import batches
+from moe_jax.data.text import mixed
 from moe_jax.models import counts
 from moe_jax.models.parts import layers
 from moe_jax.moe import kernels
@@ -79,6 +80,7 @@ class Program:
 
   Attributes:
     config, mesh, task, model: what it was made of.
+    lengths: of the model, see `models.lengths`.
     mesh_check: see `mesh_check.check`; None without a mesh.
     init: (rng) -> TrainState.
     train_step: (state, batch) -> (state, sums), see `train_step.train_step`.
@@ -106,13 +108,14 @@ class Program:
     writers.check(config.writers)
     self.config = config
     self.mesh, self.task, self.model = build(config, fingerprint=fingerprint)
+    self.lengths = models.lengths(self.model, self.task.lengths)
     self.task.train(0, None)  # Refuses too little data now, not later.
     self.task.validation(None)
     self._micro_batch = config.data.batch_size // config.train.accumulation
     self.mesh_check = None
     if self.mesh is not None and config.train.check_mesh:
       self.mesh_check = mesh_check.check(
-        self.model, self.task.lengths, config.model.dtype, self.mesh
+        self.model, self.lengths, config.model.dtype, self.mesh
       )
     started = time.monotonic()
     numbers = train_step.numbers(config, self.model)
@@ -131,7 +134,7 @@ class Program:
     platform = parallel.platform(self.mesh)
     wanted = config.model.moe.grouped_matmul
     backend = kernels.backend_for(platform, wanted)
-    flops = counts.train_flops_per_token(model, self.sizes, task.lengths)
+    flops = counts.train_flops_per_token(model, self.sizes, self.lengths)
     return {
       "data": task.fingerprint,
       "data_sources": task.sources,
@@ -142,7 +145,7 @@ class Program:
       "recipe": counts.describe(model),
       "parameters": self.sizes,
       "train_flops_per_token": flops,
-      "tokens_per_step": config.data.batch_size * task.tokens_per_example,
+      "tokens_per_step": config.data.batch_size * sum(self.lengths.values()),
       "compile_seconds": self.compile_seconds,
     }
 
@@ -339,7 +342,8 @@ def build_model(config, task, mesh=None):
     "data.batch_size over train.accumulation": micro,
     "eval.batch_size": config.eval.batch_size,
   }
-  models.check(model, lengths=task.lengths, batches=batches, mesh=mesh)
+  lengths = models.lengths(model, task.lengths)
+  models.check(model, lengths=lengths, batches=batches, mesh=mesh)
   task.check(model)
   return model
 

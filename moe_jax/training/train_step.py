@@ -69,7 +69,7 @@ def parts(config, model, task) -> dict:
   Returns:
     {"model", "task", "optimizer": numbers["optim"] -> optax optimizer}.
   """
-  variables = jax.eval_shape(lambda: task.init(model, jax.random.key(0)))
+  variables = models.variables(model)
   optimizer = functools.partial(
     optimizers.build,
     optimizers.load(config.optim, config.plugins).direction,
@@ -87,7 +87,7 @@ def init_state(rng: Array, *, model, task, optimizer, numbers) -> TrainState:
     numbers: from `numbers`.
   """
   init_rng, rng = jax.random.split(rng)
-  init = parallel.automatic(functools.partial(task.init, model), jax.P())
+  init = parallel.automatic(functools.partial(models.init, model), jax.P())
   variables = init(init_rng)
   params = variables["params"]
   return TrainState(
@@ -241,7 +241,8 @@ def _accumulate(state, batch, model, task, sublayers, once, collect):
     )
     routing = {}
     if collect:
-      routing = traces.routed(aux, model, batch_size, task.lengths)
+      lengths = models.lengths(model, task.lengths)
+      routing = traces.routed(aux, model, batch_size, lengths)
     stats = balancing.statistics(aux, sublayers)
     balance = balancing.loss(sublayers, state.balance, stats, so_far, params)
     balance /= accumulation

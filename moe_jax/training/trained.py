@@ -3,10 +3,11 @@
 import argparse
 import logging
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from moe_jax.core.errors import ConfigError
-from moe_jax.data import tokenizers
+from moe_jax.data.text import tokenizers
 from moe_jax.run import config as config_lib
 
 
@@ -65,12 +66,15 @@ def _sizes(text):
     ) from None
 
 
-def load(args: argparse.Namespace, dropless: bool = True) -> Trained:
+def load(
+  args: argparse.Namespace, dropless: bool = True, overrides=()
+) -> Trained:
   """Loads the weights that the flags of `add_flags` name.
 
   Args:
     args: from a parser with these flags.
     dropless: see `of_run`.
+    overrides: see `of_run`; none for published weights.
 
   Raises:
     ConfigError: as `of_run` and `published`, or an impossible mesh.
@@ -81,7 +85,7 @@ def load(args: argparse.Namespace, dropless: bool = True) -> Trained:
   if args.checkpoint:
     trust, ema = args.trust_plugins, args.ema
     options = {"trust_plugins": trust, "dropless": dropless, "ema": ema}
-    return of_run(args.checkpoint, mesh, **options)
+    return of_run(args.checkpoint, mesh, overrides=overrides, **options)
   if args.ema:
     raise ConfigError("--ema is of a run: give --checkpoint, or leave it out")
   return published(args.hf, args.dtype, mesh)
@@ -94,6 +98,7 @@ def of_run(
   trust_plugins: bool = False,
   dropless: bool = True,
   ema: bool = False,
+  overrides: Sequence[str] = (),
 ) -> Trained:
   """The newest checkpoint of a run, or one of them.
 
@@ -104,33 +109,23 @@ def of_run(
     dropless: experts take all their tokens; else they have the run's capacity,
       and groups of tokens are the run's.
     ema: the moving average of the parameters in their place.
+    overrides: values of the config, as `config_lib.overridden` takes them.
 
   Raises:
     ConfigError: there is no run, or one of a task without text, no checkpoint
-      that can be read, the model does not divide over the mesh, or it has
-      plugins that are not trusted.
+      that can be read or of another model, the model does not divide over the
+      mesh, or it has plugins that are not trusted.
   """
-  import jax
-
   from moe_jax import models
-  from moe_jax.training import checkpoint, program
+  from moe_jax.training import program
 
-  folder = pathlib.Path(path).absolute()
-  runs = [
-    f for f in (folder, *folder.parents[:2]) if (f / "config.json").exists()
-  ]
-  if not runs:
-    raise ConfigError(f"{path} is no work directory of a run, nor in one")
-  config = config_lib.load(
-    str(runs[0] / "config.json"), trust_plugins=trust_plugins
-  )
-  program.check(config)
-  task = program.build_task(config, prepare=False)
-  if "vocab_size" not in task.given:
+  config = config_of(path, overrides, trust_plugins)
+  if not has_text(config):
     raise ConfigError(
       f"{path} is a run of the task {config.task.name}, which has no text; this"
       " command is for models of text"
     )
+  task = program.build_task(config, prepare=False)
   section = config.model.to_dict()
   section = models.dropless(section) if dropless else section
   tokenizer = tokenizers.load(config.data.tokenizer)
@@ -138,12 +133,81 @@ def of_run(
   tokenizer = tokenizer._replace(prompt=tokenizer.encode, begin=())
   plugins = config.plugins
   model = models.build(section, mesh=mesh, plugins=plugins, **task.given)
-  step, variables = checkpoint.load_step(folder, ema)
-  if mesh is not None:
-    variables = jax.device_put(variables, models.shardings(model))
+  step, variables = weights(path, model, ema)
   end = tokenizer.end if task.end is None else task.end
   start = end if task.start is None else task.start
   return Trained(model, variables, tokenizer, (end,), config, step, (start,))
+
+
+def config_of(
+  path: str, overrides: Sequence[str] = (), trust_plugins: bool = False
+):
+  """The config of a run, checked; the arguments are those of `of_run`.
+
+  Raises:
+    ConfigError: there is no run, or an impossible value.
+  """
+  from moe_jax.training import program
+
+  folder = pathlib.Path(path).absolute()
+  runs = [
+    f for f in (folder, *folder.parents[:2]) if (f / "config.json").exists()
+  ]
+  if not runs:
+    raise ConfigError(f"{path} is no work directory of a run, nor in one")
+  file = str(runs[0] / "config.json")
+  config = config_lib.load(file, overrides, trust_plugins=trust_plugins)
+  program.check(config)
+  return config
+
+
+def has_text(config) -> bool:
+  """Whether the task of a config has text, and so a vocabulary."""
+  from moe_jax.core import registry
+  from moe_jax.training import program
+
+  module = registry.find("tasks", config.task.name, config.plugins, "task.name")
+  if not getattr(module, "TEXT", True):
+    return False
+  return "vocab_size" in program.build_task(config, prepare=False).given
+
+
+def weights(path: str, model, ema: bool = False) -> tuple[int, dict]:
+  """(step, variables) of a run's checkpoint, for a model that may be another.
+
+  Args:
+    path, ema: see `of_run`.
+    model: from `models.build`.
+
+  Raises:
+    ConfigError: no checkpoint can be read, or its parameters are not the model's.
+  """
+  import jax
+  from flax import linen as nn
+  from flax import traverse_util
+
+  from moe_jax import models
+  from moe_jax.training import checkpoint
+
+  step, variables = checkpoint.load_step(pathlib.Path(path).absolute(), ema)
+  shapes = (nn.unbox(models.variables(model)), variables)
+  found, wanted = (
+    {
+      k: x.shape
+      for k, x in traverse_util.flatten_dict(one["params"], sep="/").items()
+    }
+    for one in reversed(shapes)
+  )
+  differ = sorted(k for k, shape in wanted.items() if found.get(k) != shape)
+  if differ or found.keys() - wanted.keys():
+    name = (differ or sorted(found.keys() - wanted.keys()))[0]
+    raise ConfigError(
+      f"the parameter {name} of {path} has the shape {found.get(name)}, and that of"
+      f" the config {wanted.get(name)}; change nothing that makes other parameters"
+    )
+  if models.mesh_of(model) is not None:
+    variables = jax.device_put(variables, models.shardings(model))
+  return step, variables
 
 
 def is_published(path: pathlib.Path) -> bool:

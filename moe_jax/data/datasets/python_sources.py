@@ -13,7 +13,7 @@ import sys
 import warnings
 
 from moe_jax.core.errors import ConfigError
-from moe_jax.data import documents
+from moe_jax.data import sources
 from moe_jax.data.datasets import _builder, installed
 
 # Dependencies of ours, all of them under Apache-2.0 or BSD.
@@ -60,7 +60,7 @@ def split(files) -> dict[str, list]:
   """
   examples = {"train": [], "validation": []}
   for name, texts in files:
-    own = examples[documents.split_of(texts["code"].encode())]
+    own = examples[sources.split_of(texts["code"].encode())]
     for domain, text in texts.items():
       example = {"text": text, "domain": domain, "document": name}
       own.append((f"{domain}/{name}", example))

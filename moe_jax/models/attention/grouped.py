@@ -34,7 +34,7 @@ class Attention(heads.Heads):
       return self.attend(q, k, v, context, divisor)
     k = self._heads(x_BLD, "key", "kv_heads", m.num_kv_heads)
     v = self._heads(x_BLD, "value", "kv_heads", m.num_kv_heads)
-    if m.qk_norm in ("head", "projection"):
+    if m.qk_norm in ("head", "head_layer", "projection"):
       q, k = self._norm(q, "query_norm"), self._norm(k, "key_norm")
     if m.clip is not None:
       q, k, v = (jnp.clip(x, -m.clip, m.clip) for x in (q, k, v))
@@ -64,10 +64,11 @@ class Attention(heads.Heads):
     return self.project(x_BLD, name, shape, axes, bias, scale)
 
   def _norm(self, x_BLHh, name):
-    shape = x_BLHh.shape
-    if self.options.qk_norm == "projection":
+    m, shape = self.options, x_BLHh.shape
+    kind = "layer" if m.qk_norm == "head_layer" else "rms"
+    if m.qk_norm == "projection":
       x_BLHh = x_BLHh.reshape(*shape[:2], -1)
-    return self.norm(x_BLHh, name, self.options.norm_eps).reshape(shape)
+    return self.norm(x_BLHh, name, m.norm_eps, kind).reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +78,15 @@ class Options(options.Options):
   bias: after which projections: "none", "qkv", "all" (also the output).
   qk_norm: RMS norm of queries and keys, before rotation: "head", of every
     head; "projection", of all heads as one vector; "l2": of every head, after
-    rotation and without a scale; "none".
+    rotation and without a scale; "head_layer": layer norm of every head, before
+    rotation; "none".
   clip: queries, keys and values are clipped to [-clip, clip]; None: not.
   rotary_dim: so many of a head's numbers turn with the position, an even number;
     None: all of them.
   """
 
   bias: word("none", "qkv", "all") = "none"
-  qk_norm: word("none", "head", "projection", "l2") = "none"
+  qk_norm: word("none", "head", "head_layer", "projection", "l2") = "none"
   clip: optional(number(above=0)) = None
   rotary_dim: optional(integer(2)) = None
 

@@ -77,9 +77,9 @@ class Heads(nn.Module):
       return y
     return parallel.constrain(y, ("batch", None, *axes[inputs:]), self.mesh)
 
-  def norm(self, x, name: str, eps: float) -> Array:
-    """RMS norm of the last axis, with a scale of its own."""
-    return norms.Norm("rms", eps, "attention", name=name)(x)
+  def norm(self, x, name: str, eps: float, kind: str = "rms") -> Array:
+    """Norm of the last axis, with a scale of its own, see `norms.Norm`."""
+    return norms.Norm(kind, eps, "attention", name=name)(x)
 
   def cached(self, context: Context, **parts: Array) -> list[Array]:
     """Parts [B, L, ...] of these tokens, or [B, M, ...] of all in the cache."""

@@ -103,6 +103,10 @@ class Options:
     sizes = self.bias_buckets, self.num_heads, self.bias_distance
     return *sizes, self.causal
 
+  def seeing_all(self) -> "Options":
+    """The same for tokens that attend to later ones too."""
+    return dataclasses.replace(self, causal=False)
+
   def as_cross(self) -> "Options":
     """The same for attention to another stack's output, without positions.
 

@@ -166,7 +166,7 @@ def _search(options, variables, texts, beams, rows, num_tokens, ends):
 
 def takes_two(model) -> bool:
   """Whether a model has an encoder beside its decoder."""
-  return len(model.arguments(np.zeros((1, 1), np.int32))) == 2
+  return len(model.example(1)) == 2
 
 
 def _starts(model, prompts, start):

@@ -103,7 +103,7 @@ class Stack:
         if feature not in given:
           raise ConfigError(
             f'the router of layers "{kind}" looks at the feature "{feature}", which'
-            f" a decoder does not have; it has: {', '.join(sorted(given))}"
+            f" this model does not have; it has: {', '.join(sorted(given))}"
           )
         values = given[feature] or math.inf
         if known is not None and values > known:
@@ -131,6 +131,16 @@ class Stack:
     return sum((p * repeats for _, p, repeats, _ in self.segments), ())
 
   @property
+  def each_layer(self) -> tuple[Layer, ...]:
+    """The parts of every layer, from the first to the last."""
+    return tuple(map(self.layer, self.layers))
+
+  @property
+  def flops_per_pair(self) -> int:
+    """Operations of all layers for one query and one key."""
+    return sum(parts.attention.flops_per_pair for parts in self.each_layer)
+
+  @property
   def sublayers(self) -> dict[str, Sublayer]:
     """{"SEGMENT/POSITION/moe": ...}: where the parameters, the balancers' state
     and the statistics of the MoE layers are."""
@@ -149,6 +159,14 @@ class Stack:
   def drops(self, rate: float | None) -> float:
     """A rate of dropout, which is `dropout` if there is none of its own."""
     return self.dropout if rate is None else rate
+
+  def seeing_all(self) -> "Stack":
+    """The same layers with attention to later tokens too."""
+    kinds = (
+      (kind, parts._replace(attention=parts.attention.seeing_all()))
+      for kind, parts in self.kinds
+    )
+    return dataclasses.replace(self, kinds=tuple(kinds))
 
   def layer(self, kind: str) -> Layer:
     """The layer of this kind."""

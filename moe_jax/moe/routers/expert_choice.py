@@ -13,27 +13,36 @@ its causal relative.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.core.options import integer
+from moe_jax.core.options import integer, word
 from moe_jax.moe import scores
 from moe_jax.moe.types import GIVEN, Router, Routing, SlotChoice
 
 CONTRACT_OPTIONS = {"top_k": 2}
+_ROUNDINGS = ("floor", "ceil", "round")  # Functions of NumPy and of jax.numpy.
 
 
-def build(top_k: integer(1)) -> Router:
-  """Args: top_k: K, experts of a token on average."""
+def build(top_k: integer(1), rounding: word(*_ROUNDINGS) = "floor") -> Router:
+  """Args:
+  top_k: K, experts of a token on average.
+  rounding: of C; Soft MoE's experiments (2308.00951) have "round".
+  """
+
+  def slots_of(tokens, num_experts, numpy):
+    rounded = getattr(numpy, rounding)(tokens * top_k / num_experts)
+    return numpy.maximum(rounded, 1).astype(int)
 
   def route(params, x_TD, *, num_experts, select, side, rng):
     del select, rng  # A shift of all scores of an expert changes no choice.
     logits_TE = scores.logits(params, x_TD)
     prob_TE = jax.nn.softmax(logits_TE)
-    slots = max(1, x_TD.shape[0] * top_k // num_experts)
+    slots = int(slots_of(x_TD.shape[0], num_experts, np))
     wanted_TE = jnp.where(side.mask_T[:, None], prob_TE, -jnp.inf)
     _, token_EC = jax.lax.top_k(jax.lax.stop_gradient(wanted_TE).T, slots)
     token_EC = checkpoint_name(token_EC, "expert")
-    full = jnp.maximum(1, side.mask_T.sum() * top_k // num_experts)
+    full = slots_of(side.mask_T.sum(), num_experts, jnp)
     choice = SlotChoice(
       token_EC=token_EC,
       weight_EC=jnp.take_along_axis(prob_TE.T, token_EC, axis=1),

@@ -133,7 +133,7 @@ def of_train_step(config, task, mesh) -> Step:
   """
   remat, micro_batches = config.model.remat, config.train.accumulation
   sequences = config.data.batch_size // micro_batches
-  tokens = sequences * task.tokens_per_example
+  tokens = sequences * sum(task.lengths.values())
   return Step(
     tokens=tokens // parallel.token_shards(mesh),
     micro_batches=micro_batches,

@@ -230,8 +230,7 @@ def state_bytes_per_parameter(config, task, model) -> float:
 
 def parameters(task, model):
   """Shapes of a model's parameters, boxed with their roles."""
-  init = lambda: task.init(model, jax.random.key(0))  # noqa: E731
-  return jax.eval_shape(init)["params"]
+  return models.variables(model)["params"]
 
 
 def _plan(name, call, trees, *, step, boxed, flops_per_token, mesh, **given):

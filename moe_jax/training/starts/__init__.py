@@ -12,12 +12,14 @@ import numpy as np
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
+from moe_jax import models
 from moe_jax.core import files, parallel
 from moe_jax.core.errors import ConfigError
-from moe_jax.data import tokenizers
+from moe_jax.data.text import tokenizers
+from moe_jax.hf import vmoe_files
 from moe_jax.run import config as config_lib
 from moe_jax.training import checkpoint, trained
-from moe_jax.training.starts import fit, upcycling
+from moe_jax.training.starts import fit, images, upcycling
 
 KEY = "init_from"
 
@@ -32,7 +34,7 @@ def replaced(state, model, config, path: str, seed: int):
     state: of step 0.
     model, config: of the run. Without `config.upcycle`, the other model is the same.
     path: a run's work directory, one of its checkpoints, a folder of
-      `moe_jax.upcycle` or published weights.
+      `moe_jax.upcycle` or published weights, or the prefix of V-MoE's files.
     seed: of the run; added to that of `config.upcycle`.
 
   Raises:
@@ -49,8 +51,10 @@ def replaced(state, model, config, path: str, seed: int):
     args = source.model, source.variables, model, initial, made
     given = upcycling.upcycled(*args)
   else:
-    given = _read(functools.partial(variables, config=config), path)
-  params = _fitted(given["params"], state.params, path)
+    read = functools.partial(variables, config=config, model=model)
+    given = _read(read, path)
+  adapt = functools.partial(images.fitted, given["params"], model)
+  params = _fitted(_read(adapt, path), state.params, path)
   balance, before = state.balance, given.get("balance", {})
   if _shapes(before) == _shapes(balance):
     balance = _placed(before, balance)
@@ -61,29 +65,34 @@ def replaced(state, model, config, path: str, seed: int):
 
 def check(path: str | None) -> None:
   """Raises ConfigError for a path that is no folder; None is no path."""
-  if path is None:
+  if path is None or vmoe_files.exists(path):
     return
   folder = pathlib.Path(path)
   if not folder.is_dir():
     raise ConfigError(
       f"{KEY} = {path} is no folder; give a run's work directory, one of its"
-      " checkpoints, or a folder of published weights"
+      " checkpoints, a folder of published weights, or the prefix of V-MoE's files"
     )
   if not trained.is_published(folder):
     _read(checkpoint.folders_of, folder.absolute())
 
 
-def variables(path: str, config) -> dict:
+def variables(path: str, config, model=None) -> dict:
   """{"params", "balance"} of a run or of published weights, in numpy.
 
   Args:
     path: as in `replaced`.
     config: of the run that begins with them.
+    model: of the run, which says where the arrays of V-MoE's files belong.
 
   Raises:
     ConfigError: there are none at the path, they cannot be read, or their tokens
       are others.
   """
+  if vmoe_files.exists(path):
+    from moe_jax.hf import vmoe
+
+    return {"params": vmoe.load(path, model)}
   folder = pathlib.Path(path).absolute()
   if trained.is_published(folder):
     from moe_jax import hf
@@ -130,7 +139,7 @@ def write(path: str, config, variables: Mapping) -> None:
 def own(task, model, seed: int) -> dict:
   """The variables that a run of this seed starts with by itself, in numpy."""
   rng, _ = jax.random.split(jax.random.key(seed))  # As in `init_state`.
-  made = jax.jit(lambda rng: nn.unbox(task.init(model, rng)))(rng)
+  made = jax.jit(lambda rng: nn.unbox(models.init(model, rng)))(rng)
   return jax.device_get(dict(made))
 
 

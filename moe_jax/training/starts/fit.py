@@ -12,7 +12,7 @@ from flax import traverse_util
 from moe_jax import models
 from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import shown
-from moe_jax.data import tokenizers
+from moe_jax.data.text import tokenizers
 from moe_jax.models.parts import embedding
 from moe_jax.run import config as config_lib
 

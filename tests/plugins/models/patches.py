@@ -38,6 +38,9 @@ class Patches(nn.Module):
       for i, kind in enumerate(self.kinds)
     }
 
+  def example(self, batch):
+    return (jnp.zeros((batch, 8, 8)),)
+
   @nn.compact
   def __call__(self, image, rng=None, *, first=0, train=False):
     batch = len(image)

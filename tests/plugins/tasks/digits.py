@@ -23,10 +23,6 @@ def build(config, mesh=None, fingerprint=None, prepare=True) -> Task:
   size = config.data.batch_size
   micro = size // config.train.accumulation
 
-  def init(model, rng):
-    shards = 1 if mesh is None else mesh.size
-    return model.init(rng, jnp.zeros((shards, 8, 8)))
-
   def batch(index, weight):
     return {"image": images[index], "label": labels[index], "weight": weight}
 
@@ -68,7 +64,6 @@ def build(config, mesh=None, fingerprint=None, prepare=True) -> Task:
       "label": jax.ShapeDtypeStruct((), jnp.int32),
       "weight": jax.ShapeDtypeStruct((), jnp.float32),
     },
-    init=init,
     train=lambda seed, rows=None: Train(seed, rows),
     validation=validation,
     weight=lambda batch: batch["weight"].sum(),
@@ -79,7 +74,6 @@ def build(config, mesh=None, fingerprint=None, prepare=True) -> Task:
     },
     by_domain=("error",),
     lengths={"inputs": 16},
-    tokens_per_example=16,
     name="digits",
     fingerprint=hashlib.sha256(images.tobytes()).hexdigest(),
     sources={"scikit-learn": "load_digits"},

@@ -13,7 +13,7 @@ from moe_jax.core.options import (
   section,
   text,
 )
-from moe_jax.data import corpora, tokenizers
+from moe_jax.data.text import corpora, tokenizers
 
 _DATASET = {
   "name": str,

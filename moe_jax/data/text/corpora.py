@@ -6,31 +6,25 @@ what is in it and where it came from. It appears as a whole or not at all.
 """
 
 import collections
-import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from absl import logging
 
-from moe_jax.core import files
-from moe_jax.core.errors import ConfigError, first_line
-from moe_jax.data import documents, tokenizers
+from moe_jax.core.errors import ConfigError
+from moe_jax.data import caches, sources
+from moe_jax.data.text import documents, tokenizers
 
-SPLITS = documents.SPLITS
+SPLITS = sources.SPLITS
 Table = Mapping[str, Mapping[str, Any]]  # {split: {domain: value}}
 
 _FORMAT = 3  # Raise it when the files mean something else than before.
-_KEY_LENGTH = 16
 _MOST_DOMAINS = 256
 _MOST_LOST = 0.01  # Share of a text's bytes that its tokens may lose.
-_FULL_DISK = re.compile("No space left on device|Disk quota exceeded")
 # Fields that a corpus and its index have in common.
 _FIELDS = ("name", "fingerprint", "num_tokens", "num_documents", "sources")
 
@@ -146,15 +140,18 @@ def prepare(
     return corpus
   tokenizer = tokenizers.load(tokenizer)
   features = documents.Features(text_feature, domain_feature, prefix)
-  source = documents.find(name, data_dir, plugins, features)
+  source = sources.find(name, data_dir, plugins, features)
   more = [] if whole or tokenizer.name == "bytes" else ["lossy"]
   if any(begins):
     _check_begins(begins, tokenizer)
     features, more = features._replace(begins=begins), [*more, begins]
-  key = _sha256([_FORMAT, source[0], features[:3], tokenizer.key, *more])
-  entry = _entry(name, cache_dir, key[:_KEY_LENGTH])
-  made = _open(entry) or _make(name, source, features, tokenizer, entry, whole)
-  return wanted(made, fingerprint)
+  made_of = [_FORMAT, source[0], features[:3], tokenizer.key, *more]
+  entry = caches.entry(name, cache_dir, made_of)
+
+  def write(folder):
+    _prepare_in(folder, name, source, features, tokenizer, whole)
+
+  return wanted(caches.get(name, entry, write, _open), fingerprint)
 
 
 def _check_begins(begins, tokenizer):
@@ -187,16 +184,8 @@ def cached(
     name, cache_dir: see `prepare`.
     fingerprint: only those with this content; None: all.
   """
-  pattern = _entry(name, cache_dir, "[0-9a-f]" * _KEY_LENGTH)
-  entries = sorted(pattern.parent.glob(pattern.name))
+  entries = caches.entries(name, cache_dir)
   yield from filter(None, (_open(entry, fingerprint) for entry in entries))
-
-
-def _entry(name, cache_dir, key):
-  home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  root = pathlib.Path(cache_dir or f"{home}/moe_jax").expanduser().absolute()
-  word = re.sub(r"[^\w.-]", "_", name)
-  return root / f"{word}-{key}"
 
 
 def _open(entry, fingerprint=None):
@@ -206,29 +195,22 @@ def _open(entry, fingerprint=None):
     entry: the folder.
     fingerprint: None is returned for a corpus with another one.
   """
-  # Files that are too short cannot be mapped, which is a ValueError.
-  with contextlib.suppress(ValueError, OSError):
-    index = files.read_json(
-      entry / "index.json", "the index of a token cache", "remove its folder"
-    )
-    digest = index.pop("digest", None)
-    right = fingerprint in (None, index.get("fingerprint"))
-    if index.get("format") != _FORMAT or not right:
+
+  def made(index):
+    if fingerprint not in (None, index.get("fingerprint")):
       return None
-    if digest == _sha256(index):
-      arrays = _map_tokens(entry, index)
-      # All of it is read: a run's fingerprint stands for what it trains on.
-      if index["fingerprint"] == _fingerprint(arrays):
-        return Corpus(
-          num_bytes_V=tuple(index["num_bytes_V"]),
-          parts=((1.0, tuple(index["domains"])),),
-          arrays=arrays,
-          directory=entry,
-          **{k: index[k] for k in _FIELDS},
-        )
-  if entry.exists():
-    logging.warning("The token cache %s is damaged and not used", entry)
-  return None
+    arrays = _map_tokens(entry, index)
+    # All of it is read: a run's fingerprint stands for what it trains on.
+    caches.check_content(index, _fingerprint(arrays))
+    return Corpus(
+      num_bytes_V=tuple(index["num_bytes_V"]),
+      parts=((1.0, tuple(index["domains"])),),
+      arrays=arrays,
+      directory=entry,
+      **{k: index[k] for k in _FIELDS},
+    )
+
+  return caches.read(entry, _FORMAT, made)
 
 
 def _map_tokens(folder, index):
@@ -249,7 +231,7 @@ def _fingerprint(arrays):
   def digest(split, domain):
     return hashlib.sha256(arrays[split][domain]).hexdigest()
 
-  return _sha256(_table(arrays["train"], digest))
+  return caches.sha256(_table(arrays["train"], digest))
 
 
 def _file(folder, split, number):
@@ -260,44 +242,15 @@ def _table(domains, value):
   return {split: {d: value(split, d) for d in domains} for split in SPLITS}
 
 
-def _make(name, source, features, tokenizer, entry, whole):
-  """Prepares beside the final place and moves the whole there at the end."""
-  logging.info("Preparing dataset %s in %s, once", name, entry)
-  try:
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    with files.scratch_folder(entry.parent, f".{entry.name}-") as scratch:
-      _prepare_in(scratch / "new", name, source, features, tokenizer, whole)
-      if entry.exists() and _open(entry) is None:
-        entry.rename(scratch / "broken")
-      try:
-        (scratch / "new").rename(entry)
-      except OSError:  # Another process was faster: its content is the same.
-        if _open(entry) is None:
-          raise
-  except (OSError, RuntimeError) as e:
-    # TFDS raises a RuntimeError where its writers find the disk full.
-    if isinstance(e, RuntimeError) and not _FULL_DISK.search(str(e)):
-      raise
-    raise ConfigError(
-      f"the token cache {entry} cannot be prepared ({first_line(e)}); free space"
-      " there, or set data.cache_dir or XDG_CACHE_HOME to another folder"
-    ) from e
-  corpus = _open(entry)
-  logging.info("Prepared %s: %s", name, corpus.num_tokens)
-  return corpus
-
-
 def _prepare_in(folder, name, source, features, tokenizer, whole):
   """Writes all files of a cache."""
-  folder.mkdir()
   versions, prepared = source
   builder = prepared(folder)
-  documents.check(name, builder, features)
+  features.check(name, builder)
   index = {"format": _FORMAT, "name": name, "sources": versions}
   index |= _write_tokens(name, builder, features, tokenizer, folder, whole)
   index["fingerprint"] = _fingerprint(_map_tokens(folder, index))
-  index["digest"] = _sha256(index)
-  (folder / "index.json").write_text(json.dumps(index, indent=2))
+  caches.write_index(folder, index)
 
 
 def _write_tokens(name, builder, features, tokenizer, folder, whole):
@@ -352,8 +305,3 @@ def _check_bytes(name, features, tokenizer, counts, whole):
 
 def _dtype(vocab_size):
   return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
-
-
-def _sha256(value):
-  text = json.dumps(value, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,266 @@
+"""Images of one size and their labels in memory-mapped files, made once.
+
+A cache is a folder with two flat files for each split, of pixels and of labels, and
+an index.json. See `data.caches`.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_jax.core.errors import ConfigError
+from moe_jax.data import caches, sources
+from moe_jax.data.images import folders
+
+SPLITS = sources.SPLITS
+
+_FORMAT = 1  # Raise it when the files mean something else than before.
+
+
+class Features(NamedTuple):
+  """The features that are read: names of an image and of a label."""
+
+  image: str
+  label: str
+
+  def check(self, name: str, builder) -> None:
+    """Raises ConfigError for a dataset without images or labels of these names."""
+    import tensorflow_datasets as tfds
+
+    kinds = {
+      "image": (tfds.features.Image, "images"),
+      "label": (tfds.features.ClassLabel, "class labels"),
+    }
+    features = dict(builder.info.features.items())
+    for key, (kind, what) in kinds.items():
+      fitting = sorted(k for k, f in features.items() if isinstance(f, kind))
+      own = getattr(self, key)
+      if own not in fitting:
+        others = ", ".join(fitting) or f"there are none, but {sorted(features)}"
+        raise ConfigError(
+          f'dataset {name} has no {what} under the name "{own}"; set task.{key} to a'
+          f" feature with {what}: {others}"
+        )
+    sizes = {k: v.num_examples for k, v in builder.info.splits.items()}
+    if sizes and not (sizes.get("train") and sizes.get("validation", 1)):
+      raise ConfigError(
+        f"dataset {name} has no images in the split train, or an empty split"
+        f" validation: {sizes}; prepare a copy of it that has images there"
+      )
+
+  def plain(self, folder: pathlib.Path):
+    """See `sources.Wanted`."""
+    files, classes = folders.find(folder, SPLITS)
+    paths = [path for found in files.values() for path, _ in found]
+    return (
+      (paths, lambda: folders.Builder(files, classes, *self)) if files else None
+    )
+
+  @property
+  def words(self) -> str:
+    """See `sources.Wanted`."""
+    return "folders of images train/CLASS"
+
+
+class Size(NamedTuple):
+  """The form that all images get.
+
+  pixels: (height, width) that they are resized to; None: they have one size.
+  channels: 1 or 3; None: all have the same number.
+  """
+
+  pixels: tuple[int, int] | None
+  channels: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+  """The images of a prepared dataset. Without `classes` there are none.
+
+  name: of the dataset.
+  shape: H, W and channels of every image.
+  classes: their names.
+  fingerprint: sha256 of all pixels and labels.
+  arrays: {split: (uint8 [N, H, W, channels], int32 [N])}, mapped from files.
+  sources: names and versions of what they were made from.
+  directory: the cache's folder.
+  """
+
+  name: str
+  shape: tuple[int, int, int]
+  classes: tuple[str, ...] = ()
+  fingerprint: str = ""
+  arrays: Mapping[str, tuple[np.ndarray, np.ndarray]] = dataclasses.field(
+    default_factory=dict, repr=False, compare=False
+  )
+  sources: Mapping = dataclasses.field(default_factory=dict)
+  directory: pathlib.Path | None = None
+
+
+def prepare(
+  name: str,
+  *,
+  data_dir: str | os.PathLike | None = None,
+  features: Features,
+  size: Size,
+  cache_dir: str | os.PathLike | None = None,
+  plugins: tuple[str, ...] = (),
+  fingerprint: str | None = None,
+) -> Images:
+  """Returns the images of a dataset; makes their cache where there is none yet.
+
+  Args:
+    name: a dataset of `registry.names("datasets")`, or any that TFDS knows, such as
+      "cifar10"; with `data_dir`, any word to call it by.
+    data_dir: folder of a prepared TFDS dataset, or of images by class, see
+      `folders`. It has a split `train`; images are held out of it by their hash
+      if there is no split `validation`.
+    features: what is read.
+    size: of all images.
+    cache_dir, plugins, fingerprint: as in `corpora.prepare`.
+
+  Raises:
+    ConfigError: no such dataset, folder, feature, split or content, images of
+      several sizes, a label that is no class, a damaged file, or no space.
+  """
+  if fingerprint is not None:
+    for folder in caches.entries(name, cache_dir):
+      if (images := _open(folder, fingerprint)) is not None:
+        return images
+  source = sources.find(name, data_dir, plugins, features)
+  folder = caches.entry(name, cache_dir, [_FORMAT, source[0], features, size])
+
+  def write(folder):
+    _write(folder, name, source, features, size)
+
+  images = caches.get(name, folder, write, _open)
+  if fingerprint not in (None, images.fingerprint):
+    raise ConfigError(
+      f"{name} has fingerprint {images.fingerprint}, but {fingerprint} was asked for"
+      " and is not in data.cache_dir; install the versions that it was made from"
+      " (run.json has them), or start a new run"
+    )
+  return images
+
+
+def _open(folder, fingerprint=None):
+  """Returns the `Images` of a cache folder; None if it is not whole, or another."""
+
+  def made(index):
+    if fingerprint not in (None, index.get("fingerprint")):
+      return None
+    arrays = _mapped(folder, index)
+    caches.check_content(index, _fingerprint(arrays))
+    return Images(
+      name=index["name"],
+      shape=tuple(index["shape"]),
+      classes=tuple(index["classes"]),
+      fingerprint=index["fingerprint"],
+      arrays=arrays,
+      sources=index["sources"],
+      directory=folder,
+    )
+
+  return caches.read(folder, _FORMAT, made)
+
+
+def _mapped(folder, index):
+  """Returns `Images.arrays` of a cache folder."""
+  return {
+    split: (
+      np.memmap(
+        folder / f"{split}.pixels", np.uint8, "r", shape=(n, *index["shape"])
+      ),
+      np.memmap(folder / f"{split}.labels", "<i4", "r", shape=(n,)),
+    )
+    for split, n in index["num_images"].items()
+  }
+
+
+def _fingerprint(arrays):
+  digests = {
+    split: [hashlib.sha256(np.ascontiguousarray(x)).hexdigest() for x in pair]
+    for split, pair in arrays.items()
+  }
+  return caches.sha256(digests)
+
+
+def _write(folder, name, source, features, size):
+  """Writes all files of a cache."""
+  versions, prepared = source
+  builder = prepared(folder)
+  features.check(name, builder)
+  classes = list(dict(builder.info.features.items())[features.label].names)
+  counts, shape = dict.fromkeys(SPLITS, 0), None
+  with contextlib.ExitStack() as stack:
+    files = {
+      (split, kind): stack.enter_context(
+        (folder / f"{split}.{kind}").open("wb")
+      )
+      for split in SPLITS
+      for kind in ("pixels", "labels")
+    }
+    for split, place, pixels, label in _read(name, builder, features, size):
+      shape = shape or pixels.shape
+      _check(pixels, label, shape, len(classes), place)
+      files[split, "pixels"].write(pixels.tobytes())
+      files[split, "labels"].write(np.int32(label).astype("<i4").tobytes())
+      counts[split] += 1
+  if not all(counts.values()):
+    raise ConfigError(
+      f"dataset {name} has too few images to hold some out: {counts}; use more, or"
+      " give it a split validation"
+    )
+  index = {"format": _FORMAT, "name": name, "sources": versions, "shape": shape}
+  index |= {"classes": classes, "num_images": counts}
+  index["fingerprint"] = _fingerprint(_mapped(folder, index))
+  caches.write_index(folder, index)
+
+
+def _read(name, builder, features, size):
+  """Yields (split, words for its place, pixels, label) of every image."""
+  held_out = "validation" in builder.info.splits
+  for split in SPLITS if held_out else ("train",):
+    for number, example in enumerate(sources.examples(name, builder, split)):
+      pixels = _sized(np.asarray(example[features.image]), size)
+      own = split if held_out else sources.split_of(pixels.tobytes())
+      place = f"image {number} of the split {split} of dataset {name}"
+      yield own, place, pixels, int(example[features.label])
+
+
+def _sized(pixels, size):
+  """Returns an image of the size, with so many channels."""
+  from PIL import Image
+
+  channels = size.channels or pixels.shape[2]
+  if size == (None, None) or (size.pixels, channels) == (
+    pixels.shape[:2],
+    pixels.shape[2],
+  ):
+    return pixels
+  image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+  image = image.convert("L" if channels == 1 else "RGB")
+  if size.pixels is not None and size.pixels != pixels.shape[:2]:
+    # Pillow smooths before it makes an image smaller.
+    image = image.resize(size.pixels[::-1], Image.Resampling.BICUBIC)
+  pixels = np.asarray(image)
+  return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _check(pixels, label, shape, num_classes, place):
+  if pixels.shape != shape:
+    raise ConfigError(
+      f"{place} has height, width and channels {pixels.shape}, and the first one has"
+      f" {shape}; set task.size and task.channels, to which all are changed"
+    )
+  if not 0 <= label < num_classes:
+    raise ConfigError(
+      f"{place} has the label {label}, which is not one of its {num_classes} classes"
+      f" 0 to {num_classes - 1}; leave it out, or mend the dataset"
+    )

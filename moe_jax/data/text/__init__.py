@@ -1,0 +1,1 @@
+"""Corpora of text: their documents, their tokens, and mixtures of several."""

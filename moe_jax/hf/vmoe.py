@@ -1,0 +1,138 @@
+"""Weights of V-MoE and Soft MoE as their public code names and stores them.
+
+  python -m moe_jax.main --config=configs/vmoe.py:s_32 --config.init_from=PREFIX ...
+
+A checkpoint is the files PREFIX.index and PREFIX.data-00000-of-00001, ... Only
+parameters are read; what the model is stands in no file, and is the config's.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from flax import traverse_util
+
+from moe_jax.core.errors import ConfigError
+from moe_jax.hf import vmoe_files
+from moe_jax.moe.types import Mixture
+
+_SCALE = "router/scale"  # A number there, and a vector of length 1 here.
+
+# Names of a parameter there and here; in a layer, "L/" stands for the layer's path.
+_OUTSIDE = {
+  "embedding/kernel": "patches",
+  "embedding/bias": "patches_bias",
+  "cls": "class_token",
+  "Encoder/posembed_input/pos_embedding": "positions",
+  "Encoder/encoder_norm/scale": "final_norm/scale",
+  "Encoder/encoder_norm/bias": "final_norm/bias",
+  "pre_logits/kernel": "before_head",
+  "pre_logits/bias": "before_head_bias",
+  "head/kernel": "head",
+  "head/bias": "head_bias",
+}
+_LAYER = {
+  "SelfAttention/query_ln/scale": "attention/query_norm/scale",
+  "SelfAttention/key_ln/scale": "attention/key_norm/scale",
+  "Moe/Router/scale": "moe/router/scale",
+}
+for _theirs, _ours in (("LayerNorm_0", "attention"), ("LayerNorm_1", "ffn")):
+  for _kind in ("scale", "bias"):
+    _LAYER[f"{_theirs}/{_kind}"] = f"{_ours}_norm/{_kind}"
+for _name in ("query", "key", "value", "out"):
+  _LAYER[f"SelfAttention/{_name}/kernel"] = f"attention/{_name}"
+  _LAYER[f"SelfAttention/{_name}/bias"] = f"attention/{_name}_bias"
+for _place, _network in (("Mlp", "mlp"), ("Moe/Mlp", "moe/experts")):
+  for _dense, _name in (("Dense_0", "up"), ("Dense_1", "down")):
+    _LAYER[f"{_place}/{_dense}/kernel"] = f"{_network}/{_name}"
+    _LAYER[f"{_place}/{_dense}/bias"] = f"{_network}/{_name}_bias"
+
+
+def load(prefix: str, model) -> dict:
+  """The parameters of a checkpoint, nested as those of a model.
+
+  Args:
+    prefix: of its files, without ".index".
+    model: a `vision.Vision`, which has the same layers.
+
+  Raises:
+    ConfigError: the files are damaged, or parameters are missing or too many.
+  """
+  arrays = vmoe_files.read(prefix)
+  if not hasattr(getattr(model, "arch", None), "image"):
+    raise ConfigError(
+      f"{prefix} is a checkpoint of V-MoE, for model.name = vision alone; change one"
+    )
+  params = [name for name in arrays if name.startswith("params/")]
+  if params:  # A train state; else the parameters alone.
+    arrays = {name.removeprefix("params/"): arrays[name] for name in params}
+  return to_params(arrays, model, prefix)
+
+
+def save(prefix: str, model, params: Mapping) -> None:
+  """Writes parameters as V-MoE's code reads them.
+
+  Args:
+    prefix: of the files to write.
+    model: a `vision.Vision`.
+    params: of the model.
+  """
+  arrays = of_params(params, model)
+  vmoe_files.write(prefix, {f"params/{k}": x for k, x in arrays.items()})
+
+
+def to_params(arrays: Mapping[str, np.ndarray], model, where: str) -> dict:
+  """Parameters by V-MoE's names, nested as those of a model; see `load`."""
+  left, found = dict(arrays), {}
+  for theirs, ours, repeat in _names(model):
+    if theirs in left:
+      found[ours, repeat] = _here(left.pop(theirs), ours)
+  if left:
+    raise ConfigError(
+      f"{where} has {len(left)} parameters that the model has no place for:"
+      f" {', '.join(sorted(left)[:3])}; change model.num_layers, prefix and pattern"
+      " to those of its config"
+    )
+  flat = {}
+  for ours in dict.fromkeys(path for path, _ in found):
+    repeats = [array for (path, _), array in found.items() if path == ours]
+    flat[ours] = repeats[0] if (ours, None) in found else np.stack(repeats)
+  return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def of_params(params: Mapping, model) -> dict[str, np.ndarray]:
+  """A model's parameters by V-MoE's names."""
+  flat, arrays = traverse_util.flatten_dict(dict(params), sep="/"), {}
+  arch = model.arch
+  patch = arch.image.patch, arch.image.patch, arch.shape[2], arch.d_model
+  for theirs, ours, repeat in _names(model):
+    if ours in flat:
+      array = np.asarray(flat[ours] if repeat is None else flat[ours][repeat])
+      shape = patch if ours == "patches" else array.shape
+      shape = () if ours.endswith(_SCALE) else shape
+      arrays[theirs] = array.reshape(shape)
+  return arrays
+
+
+def _here(array, ours):
+  """An array in its shape here."""
+  array = np.asarray(array)
+  if ours == "patches":
+    return array.reshape(-1, array.shape[-1])
+  return array.reshape(1) if ours.endswith(_SCALE) else array
+
+
+def _names(model) -> Iterator[tuple[str, str, int | None]]:
+  """(name there, path here, number of the repeat, if it is in a layer)."""
+  for theirs, ours in _OUTSIDE.items():
+    yield theirs, ours, None
+  for segment, pattern, repeats, first in model.arch.segments:
+    for place, kind in enumerate(pattern):
+      recipe = model.arch.layer(kind).recipe
+      soft = recipe is not None and recipe.router.form is Mixture
+      kernel = "mu" if soft else "dense/kernel"
+      names = {f"Moe/Router/{kernel}": "moe/router/kernel", **_LAYER}
+      for repeat in range(repeats):
+        number = first + place + repeat * len(pattern)
+        for theirs, ours in names.items():
+          theirs = f"Encoder/encoderblock_{number}/{theirs}"
+          yield theirs, f"{segment}/{place}/{ours}", repeat

@@ -1,0 +1,159 @@
+"""Images to vectors of their patches, and a vector to logits of classes."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.core import parallel, roles
+from moe_jax.core.errors import ConfigError
+from moe_jax.core.options import integer, number, optional, word
+from moe_jax.moe import kernels
+from moe_jax.moe.types import Array
+
+_INITS = nn.initializers.lecun_normal(), nn.initializers.zeros
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+  """How a model reads images; the keys of `config.model.image`. Hashable.
+
+  patch: pixels on each side of a patch, which is one token (ViT, 2010.11929).
+  pooling: the vector that classes are told from: "token", that of a class token
+    before the patches, or "mean", of all patches (Soft MoE, 2308.00951).
+  positions: what is added to the vectors: "learned", a vector of each place, the
+    class token's too; "waves", sines and cosines of the row and the column of a
+    patch (MoCo v3, 2104.02057); "none".
+  d_head: width of a layer tanh(W x + b) before the output (V-MoE has one of the
+    model's width); None: there is none.
+  head_bias: of the output at the start. V-MoE, whose classes are not exclusive,
+    begins with -ln(classes).
+  """
+
+  patch: integer(1)
+  pooling: word("token", "mean") = "token"
+  positions: word("learned", "waves", "none") = "learned"
+  d_head: optional(integer(1)) = None
+  head_bias: number() = 0.0
+
+  def grid(self, shape: tuple[int, int, int]) -> tuple[int, int]:
+    """Rows and columns of patches of an image.
+
+    Args:
+      shape: H, W and channels of an image.
+
+    Raises:
+      ConfigError: they are no whole number.
+    """
+    height, width, _ = shape
+    if height % self.patch or width % self.patch:
+      raise ConfigError(
+        f"model.image.patch = {self.patch} does not divide images of {height} x"
+        f" {width} pixels; change it or task.size"
+      )
+    return height // self.patch, width // self.patch
+
+  def tokens(self, shape: tuple[int, int, int]) -> int:
+    """L: tokens of an image, the class token included."""
+    rows, columns = self.grid(shape)
+    return rows * columns + (self.pooling == "token")
+
+
+def vectors(module: nn.Module, arch, image_BHWC: Array) -> Array:
+  """x_BLD of images.
+
+  Args:
+    module: the linen module that has the parameters.
+    arch: of the model, with fields image, d_model, dtype and mesh.
+    image_BHWC: numbers, whose mean is about 0.
+  """
+  made, shape = arch.image, image_BHWC.shape
+  (rows, columns), p = made.grid(shape[1:]), made.patch
+  x = image_BHWC.reshape(len(image_BHWC), rows, p, columns, p, shape[3])
+  x_BLP = (
+    x.swapaxes(2, 3).reshape(len(x), rows * columns, -1).astype(arch.dtype)
+  )
+  x_BLD = _linear(module, arch, x_BLP, "patches", arch.d_model, "patches")
+  if made.positions == "waves":
+    waves_LD = _waves(rows, columns, arch.d_model)
+    x_BLD += waves_LD.astype(x_BLD.dtype)[None]
+  shape = 1, 1, arch.d_model
+  if made.pooling == "token":
+    token = _vector(module, "class_token", shape, nn.initializers.zeros)
+    token = jnp.broadcast_to(
+      token.astype(x_BLD.dtype), (len(x_BLD), *shape[1:])
+    )
+    x_BLD = jnp.concatenate([token, x_BLD], axis=1)
+  if made.positions == "learned":
+    shape, init = (1, *x_BLD.shape[1:]), nn.initializers.normal(0.02)  # ViT's.
+    x_BLD += _vector(module, "positions", shape, init).astype(x_BLD.dtype)
+  return parallel.constrain(x_BLD, ("batch", None, None), arch.mesh)
+
+
+def pooled(module: nn.Module, arch, x_BLD: Array) -> Array:
+  """x_BD: the vectors that classes are told from.
+
+  Args:
+    module, arch: as in `vectors`.
+    x_BLD: after the last norm.
+  """
+  made = arch.image
+  x_BD = x_BLD[:, 0] if made.pooling == "token" else x_BLD.mean(axis=1)
+  if made.d_head is not None:
+    x_BD = _linear(module, arch, x_BD, "before_head", made.d_head, "head")
+    x_BD = jnp.tanh(x_BD)
+  return x_BD
+
+
+def logits(module: nn.Module, arch, x_BD: Array, num_classes: int) -> Array:
+  """Logits of classes [B, classes] in at least float32, 0 x + bias at the start."""
+  x_BD = x_BD.astype(jnp.promote_types(x_BD.dtype, jnp.float32))
+  bias = nn.initializers.constant(arch.image.head_bias)
+  inits = nn.initializers.zeros, bias
+  return _linear(module, arch, x_BD, "head", num_classes, "head", inits)
+
+
+def _linear(module, arch, x, name, width, part, inits=_INITS):
+  """x W + b, of which W is `name` and b is `name`_bias.
+
+  Args:
+    module, arch: as in `vectors`.
+    x: [..., inputs].
+    name, width, part: of W, see `roles.Declared`.
+    inits: of W and b.
+  """
+  axes = (None, "embed") if part == "patches" else ("embed", None)
+  shape, names = (x.shape[-1], width), (name, f"{name}_bias")
+  made = []
+  for i, init in enumerate(inits):
+    declared = roles.declared(init, axes[i:], part)
+    w = module.param(names[i], declared, shape[i:]).astype(x.dtype)
+    made.append(parallel.gathered(w, axes[i:], arch.mesh))
+  w, b = made
+  return kernels.product(x, w) + b.reshape((1,) * (x.ndim - 1) + b.shape)
+
+
+def _vector(module, name, shape, init):
+  """A parameter that is added or put before the patches, and does not decay."""
+  made = roles.declared(init, (None, None, "embed"), "embedding")
+  return module.param(name, made, shape)
+
+
+def _waves(rows: int, columns: int, d_model: int) -> np.ndarray:
+  """[L, D]: sines and cosines of columns, then of rows, of D/4 frequencies each.
+
+  Raises:
+    ConfigError: D is no multiple of 4, or below 8.
+  """
+  if d_model % 4 or d_model < 8:
+    raise ConfigError(
+      f'model.image.positions = "waves" needs a d_model that is a multiple of 4, at'
+      f" least 8, and it is {d_model}; change one of them"
+    )
+  frequency = 10_000.0 ** -np.linspace(0, 1, d_model // 4)
+  row, column = (x.ravel() for x in np.mgrid[:rows, :columns])
+  angles = [np.multiply.outer(x, frequency) for x in (column, row)]
+  return np.concatenate(
+    [f(x) for x in angles for f in (np.sin, np.cos)], axis=1
+  )

@@ -1,0 +1,250 @@
+"""Runs that classify images: from the command, stopped, evaluated, gone on from."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import evaluate, generate, main, params
+from moe_jax.core import parallel
+from moe_jax.core.errors import ConfigError
+from moe_jax.data.images import prepared
+from moe_jax.hf import vmoe
+from moe_jax.run import config as config_lib
+from moe_jax.tasks import few_shot
+from moe_jax.training import checkpoint, loop, program, trained
+
+FLAGS = (
+  "--config=configs/vmoe.py:tiny",
+  "--config.data.batch_size=32",
+  "--config.train.num_steps=300",
+  "--config.optim.learning_rate=0.01",
+  "--config.train.log_every=10",
+  "--config.eval.batch_size=64",
+  "--config.eval.batches_per_domain=None",
+  "--config.model.remat=none",  # It compiles faster.
+)
+
+
+def lines(folder, split):
+  rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+  return [
+    {k: v for k, v in row.items() if k != "tokens_per_second"}
+    for row in rows
+    if row["split"] == split
+  ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+  """The tests are of whole runs, and `vision_test` has the meshes."""
+  with pytest.MonkeyPatch.context() as m:
+    m.setattr(parallel, "mesh_or_none", lambda *_: None)
+    yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """The work directory of a run of V-MoE's tiny on digits."""
+  folder = tmp_path_factory.mktemp("run")
+  main.main([*FLAGS, f"--workdir={folder}"])
+  return folder
+
+
+def test_it_learns(run):
+  losses = [row["loss"] for row in lines(run, "train")]
+  assert losses[-1] < 0.8 * losses[0]
+  (found,) = lines(run, "validation")
+  assert found["accuracy"] > 0.2 and found["accuracy_5"] > found["accuracy"]
+  facts = json.loads((run / "run.json").read_text())
+  assert facts["tokens_per_step"] == 32 * 17
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["vmoe", "soft_moe"])
+def test_a_run_that_was_stopped_is_the_run(tmp_path, monkeypatch, name):
+  """Bit for bit: parameters and lines, from a checkpoint in the middle."""
+  flags = [f"--config=configs/{name}.py:tiny", *FLAGS[1:]]
+  flags += ["--config.train.num_steps=12", "--config.checkpoint.every=5"]
+  main.main([*flags, f"--workdir={tmp_path}/whole"])
+  steps, step = [], loop.take_step
+
+  def until(*args, **kwargs):
+    steps.append(1)
+    if len(steps) == 8:
+      raise KeyboardInterrupt
+    return step(*args, **kwargs)
+
+  with monkeypatch.context() as m:
+    m.setattr(loop, "take_step", until)
+    with pytest.raises(KeyboardInterrupt):
+      main.main([*flags, f"--workdir={tmp_path}/twice"])
+  main.main([*flags, f"--workdir={tmp_path}/twice"])
+  folders = tmp_path / "whole", tmp_path / "twice"
+  one, two = map(checkpoint.load_params, folders)
+  jax.tree.map(np.testing.assert_array_equal, one, two)
+  for split in ("train", "validation"):
+    assert lines(folders[0], split) == lines(folders[1], split)
+
+
+def metrics_of(run, path, *flags):
+  evaluate.main([f"--checkpoint={run}", f"--json={path}", *flags])
+  return json.loads(path.read_text())["metrics"]
+
+
+def test_evaluation(run, tmp_path, capsys):
+  """As at the end of the run; with other routing; and after a few images."""
+  found = metrics_of(run, tmp_path / "a.json", "--few_shot=1,5")
+  (wanted,) = lines(run, "validation")
+  for name in ("loss", "accuracy", "max_vio"):
+    assert found[name] == pytest.approx(wanted[name], rel=1e-5)
+  assert 0.1 < found["few_shot/1"] < found["few_shot/5"] < 1
+  assert "106 examples, 64 at a time" in capsys.readouterr().out
+  less = ["--config.model.moe.eval_capacity_factor=0.5"]
+  less.append("--config.model.moe.capacity_multiple=1")
+  plain = metrics_of(run, tmp_path / "b.json", *less)
+  best = ["--config.model.moe.router.priority=score"]
+  by_score = metrics_of(run, tmp_path / "c.json", *less, *best)
+  assert plain["dropped"] > 0.4 and by_score["dropped"] > 0.4
+  assert plain["loss"] != by_score["loss"]
+  all_of_them = metrics_of(run, tmp_path / "d.json", *less, "--dropless")
+  assert all_of_them["dropped"] == 0
+
+
+@pytest.mark.parametrize(
+  "flags, words",
+  [
+    (
+      ["--config.model.d_model=24"],
+      "has the shape .*change nothing that makes",
+    ),
+    (
+      ["--seq_len=4"],
+      "--seq_len is for text, and this is a run of the task cl",
+    ),
+    (["--few_shot=400"], "--few_shot=400 needs as many training images"),
+    (["--config.model.moe.top_k=9"], "top_k = 9 is more than"),
+  ],
+)
+def test_evaluations_that_are_refused(run, flags, words):
+  with pytest.raises(ConfigError, match=words):
+    evaluate.main([f"--checkpoint={run}", *flags])
+
+
+def test_no_text_can_be_written(run):
+  with pytest.raises(ConfigError, match="classify_images, which has no text"):
+    generate.main([f"--checkpoint={run}", "--prompt=a"])
+
+
+def started(tmp_path, *flags):
+  main.main(
+    [*FLAGS, "--config.train.num_steps=2", f"--workdir={tmp_path}/next", *flags]
+  )
+  return lines(tmp_path / "next", "train")
+
+
+def test_other_images_and_classes(run, tmp_path, caplog):
+  """Places are interpolated, and the output begins anew with its bias."""
+  flags = [f"--config.init_from={run}", "--config.task.size=12"]
+  flags += ["--config.task.num_classes=12", "--config.train.log_every=1"]
+  first = started(tmp_path, *flags)[0]
+  assert "places of 4 x 4 patches" in caplog.text
+  assert "output layer is new" in caplog.text
+  loss = 11 * np.log1p(np.exp(-2)) + np.log1p(np.exp(2))
+  assert first["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_files_of_vmoe_begin_a_run(run, tmp_path):
+  """The same loss at the first step as from the run that they were written from."""
+  config = trained.config_of(str(run))
+  task = program.build_task(config)
+  model = program.build_model(config, task)
+  _, variables = trained.weights(str(run), model)
+  prefix = f"{tmp_path}/weights"
+  vmoe.save(prefix, model, variables["params"])
+  every = "--config.train.log_every=1"
+  losses = [
+    started(tmp_path / name, f"--config.init_from={start}", every)[0]["loss"]
+    for name, start in (("a", run), ("b", prefix))
+  ]
+  assert losses[0] == losses[1]
+  with pytest.raises(ConfigError, match="for model.name = vision alone"):
+    main.main(
+      [
+        "--config=configs/tiny.py",
+        f"--config.init_from={prefix}",
+        f"--workdir={tmp_path}/text",
+      ]
+    )
+
+
+def test_parameters_without_images(tmp_path, capsys):
+  params.main(["--config=configs/vmoe.py:s_32", f"--json={tmp_path}/a.json"])
+  found = json.loads((tmp_path / "a.json").read_text())
+  assert found["total"] == 296_895_347
+  for key in ("size", "num_classes"):
+    with pytest.raises(
+      ConfigError, match=f"task.{key} = None is that of the data"
+    ):
+      params.main(
+        ["--config=configs/vmoe.py:s_32", f"--config.task.{key}=None"]
+      )
+
+
+IMPOSSIBLE = {
+  "task.num_classes = 3 is less than the 10 classes": ["task.num_classes=3"],
+  'no images under the name "text"': ["task.image=text"],
+  "task.channels = 2 is not": ["task.channels=2"],
+  "task.loss = 'other' is not": ["task.loss=other"],
+  'task.augment has no "blur"': ["task.augment.blur=1"],
+  "needs images with 3 channels": ["task.augment.saturation=0.5"],
+  "patch = 3 does not divide images of 8 x 8": ["model.image.patch=3"],
+  'the model "decoder" is not for this task': ["model.name=decoder"],
+  'there is no dataset "digit"': ["data.name=digit"],
+}
+
+
+@pytest.mark.parametrize("words", IMPOSSIBLE)
+def test_impossible_configs(words, tmp_path):
+  """Before anything is written."""
+  flags = [f"--config.{text}" for text in IMPOSSIBLE[words]]
+  with pytest.raises(ConfigError, match=words):
+    main.main([*FLAGS, *flags, f"--workdir={tmp_path}/run"])
+  assert not [*tmp_path.glob("run/[!.]*")]
+
+
+def test_every_tiny_has_its_task():
+  for name in ("vmoe", "soft_moe"):
+    c = config_lib.load(f"configs/{name}.py:tiny")
+    task = program.build_task(c, prepare=False)
+    assert task.given == {"image_shape": (8, 8, 1), "num_classes": 10}
+
+
+def test_few_shots_of_a_model_that_knows_all(monkeypatch):
+  """Vectors from which a linear classifier can tell everything, or nothing."""
+  rng = np.random.default_rng(0)
+  labels = {"train": np.arange(60) % 3, "validation": np.arange(90) % 3}
+  arrays = {
+    k: (rng.integers(0, 255, (len(y), 2, 2, 1)).astype(np.uint8), y)
+    for k, y in labels.items()
+  }
+  for x, y in arrays.values():
+    x[:, 0, 0, 0] = 80 * y
+  images = prepared.Images("x", (2, 2, 1), ("a", "b", "c"), "0", arrays)
+
+  class Model:
+    def __init__(self, knows):
+      self.knows = knows
+
+    def apply(self, variables, x, mask, classify):
+      hot = jax.nn.one_hot(x[:, 0, 0, 0] // 80, 3)
+      return (hot if self.knows else x[:, 1].reshape(len(x), -1)), {}
+
+  scale = lambda x: x.astype(jnp.float32)  # noqa: E731
+  args = {}, (1, 5), 16
+  good = few_shot.accuracies(images, scale, Model(True), *args)
+  assert good == {"few_shot/1": 1.0, "few_shot/5": 1.0}
+  bad = few_shot.accuracies(images, scale, Model(False), *args)
+  assert all(value < 0.6 for value in bad.values())
