@@ -87,7 +87,7 @@ def test_the_references_logits_and_files(name, tmp_path):
   logits = np.asarray(LOGITS(model, variables, want["tokens"]))
   assert np.abs(want["logits"]).max() > 1
   np.testing.assert_allclose(logits, want["logits"], atol=1e-4, rtol=0)
-  hf.save(tmp_path / "copy", model, variables, max_shard_bytes=9_000)
+  hf.save(tmp_path / "copy", model, variables, max_shard_bytes=8_000)
   one, other = (tensors(p) for p in (parity.FOLDER / name, tmp_path / "copy"))
   assert one.keys() == other.keys()
   for tensor in one:
@@ -232,7 +232,7 @@ def copy(tmp_path):
   """A copy of a checkpoint in several files."""
   model, variables = hf.load(parity.FOLDER / "qwen2_moe_b")
   path = tmp_path / "model"
-  hf.save(path, model, variables, max_shard_bytes=20_000)
+  hf.save(path, model, variables, max_shard_bytes=8_000)
   assert len(list(path.glob("*.safetensors"))) > 2
   return path
 

@@ -601,7 +601,9 @@ def test_three_steps_on_a_mesh(name):
     )
     if mesh is not None:
       _check_places(state, mesh)
-    step = jax.jit(step).lower(state, batch, numbers)
+    if mesh is not None:  # As a program asks for.
+      placed = {"out_shardings": (placed["out_shardings"], None)}
+    step = jax.jit(step, **placed).lower(state, batch, numbers)
     step = step.compile()
     losses, average = [], np.float64(up_of(state.params))
     for _ in range(3):
