@@ -86,6 +86,9 @@ def get_config() -> ConfigDict:
   # How the model "vision" reads images: patch, pooling, positions, d_head and
   # head_bias, see moe_jax/models/parts/image.py.
   c.model.image = ConfigDict()
+  # How the model "diffusion" reads videos: patch and num_waves, see
+  # moe_jax/models/parts/video.py.
+  c.model.video = ConfigDict()
   # Recomputed in the backward pass: "none", "dispatch" (blocks without the
   # exchange between devices), "block" (whole blocks).
   c.model.remat = "none"

@@ -107,15 +107,19 @@ def groups_of(model: ConfigDict, inputs, targets) -> None:
 
 
 def _of_digits(c):
-  """Changes what a vision transformer reads to images of 8 x 8 pixels."""
-  c.data.name = "digits"
-  c.task.update(size=8, channels=1, num_classes=10)
-  c.task.augment = {"shift": 1}
-  m = c.model
+  """Changes what a model of images or videos reads to images of 8 x 8 pixels."""
+  c.data.name, m = "digits", c.model
+  own = {"size": 8, "channels": 1, "num_classes": 10}
   m.update(vocab_size=None, d_model=32, head_dim=8)
-  m.image.update(patch=2, head_bias=-2.0)
-  if "d_head" in m.image:
-    m.image.d_head = 32
+  if m.name == "vision":
+    own["augment"] = {"shift": 1}
+    m.image.update(patch=2, head_bias=-2.0)
+    if "d_head" in m.image:
+      m.image.d_head = 32
+  else:
+    own |= {"shape": None, "text": None, "more_channels": 0, "shift": 3.0}
+    m.video.num_waves = 16
+  c.task = c.task.to_dict() | own
   c.optim.update(schedule="cosine", learning_rate=3e-3)
 
 
@@ -124,7 +128,7 @@ def shrunk(c: ConfigDict) -> ConfigDict:
   m, moe = c.model, c.model.moe
   latent, many = "kv_lora_rank" in m.attention, m.num_kv_heads == m.num_heads
   m.update(vocab_size=288, d_model=16, num_heads=4, head_dim=4, d_ff=24)
-  if m.name == "vision":
+  if m.name in ("vision", "diffusion"):
     _of_digits(c)
   m.num_kv_heads = 4 if latent or many else 2
   if m.source_vocab_size:

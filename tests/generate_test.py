@@ -418,7 +418,7 @@ def test_a_run_begins_no_text(tmp_path, monkeypatch):
   c = tiny.get_config()
   c.data.tokenizer = found.name
   (tmp_path / "config.json").write_text(c.to_json())
-  monkeypatch.setattr(checkpoint, "load_step", lambda *a: (0, {}))
+  monkeypatch.setattr(trained, "weights", lambda *a: (0, {}))
   found = trained.of_run(str(tmp_path)).tokenizer
   assert found.begin == ()
   for text in (b"a<s>", b""):

@@ -62,7 +62,12 @@ def test_names_are_sorted():
     *("hierarchical", "noisy_top_k", "random", "relu", "sinkhorn", "soft"),
     *("tile_rounded", "top_k", "top_p"),
   ]
-  assert registry.names("models") == ["decoder", "encoder_decoder"]
+  assert registry.names("models") == [
+    "decoder",
+    "diffusion",
+    "encoder_decoder",
+    "vision",
+  ]
   for kind in ("balancers", "dispatchers"):
     names = registry.names(kind)
     assert names == sorted(names) and len(names) >= 3

@@ -5,6 +5,7 @@ import pytest
 
 from experiments import plan, questions
 from experiments.upcycling import plot, sweep
+from moe_jax import models
 from moe_jax.core.errors import ConfigError
 from moe_jax.models import counts
 from moe_jax.training import program
@@ -60,7 +61,7 @@ def test_equal_compute_counts_what_an_arm_started_from():
 def test_arms_fit_what_they_start_from(scale):
   """The sizes too: a dense model that goes on has the FLOPs of those with experts."""
   configs = sweep.SCALES[scale]().configs()
-  models, flops = {}, {}
+  made, flops = {}, {}
   for arm, c in configs.items():
     with c.unlocked():
       c.data.update(name="python_sources", dir=None)
@@ -69,16 +70,16 @@ def test_arms_fit_what_they_start_from(scale):
     _, task, model = program.build(c, devices, prepare=False)
     sizes = counts.count(model, models.variables(model))
     each = counts.train_flops_per_token(model, sizes, task.lengths)
-    models[arm], flops[arm] = model, each * c.train.num_steps
+    made[arm], flops[arm] = model, each * c.train.num_steps
   for arm, source in sweep.STARTS.items():
     how = configs[arm].upcycle
     if how:
-      fit.check(models[source], models[arm], upcycling.Upcycling(**how))
+      fit.check(made[source], made[arm], upcycling.Upcycling(**how))
   kept = {
     arm
     for arm, source in sweep.STARTS.items()
     if (how := configs[arm].upcycle)
-    and not fit.changes(models[source], models[arm], upcycling.Upcycling(**how))
+    and not fit.changes(made[source], made[arm], upcycling.Upcycling(**how))
   }
   assert kept == {"copy", "copy_long", "granular"}
   assert flops["dense_on"] == pytest.approx(flops["copy"], rel=0.002)

@@ -253,7 +253,7 @@ class State(NamedTuple):
 def test_what_a_run_takes_from_its_start(average, monkeypatch, tmp_path):
   """Parameters, their average too, and the state of the same balancers."""
   given = {"params": {"w": np.ones(3)}, "balance": {"bias": np.ones(2)}}
-  monkeypatch.setattr(starts, "variables", lambda path, config: given)
+  monkeypatch.setattr(starts, "variables", lambda path, config, model: given)
   (tmp_path / "checkpoints" / "3").mkdir(parents=True)
   same = tiny.get_config()
   params, balance = {"w": jnp.zeros(3)}, {"bias": jnp.zeros(2)}

@@ -308,7 +308,9 @@ def config(accumulation=1, balanced=True):
   c.model.update(dropout=0.1)
   moe = c.model.moe
   # Groups of two images, and slots for fewer tokens than come.
-  moe.update(tokens_per_group="2 sequences", capacity_factor=0.7, capacity_multiple=1)
+  moe.update(
+    tokens_per_group="2 sequences", capacity_factor=0.7, capacity_multiple=1
+  )
   c.task.augment = {"flip": True, "shift": 1, "area": (0.5, 1.0), "mixup": 0.4}
   c.optim.optimizer = {"name": "sgd"}
   c.optim.update(learning_rate=0.1, schedule="constant", warmup_steps=0)

@@ -72,7 +72,9 @@ def section(ours: Mapping) -> dict[str, Any]:
       listed = rows.listed(kinds).items()
       options |= {f"{stack}{key}": value for key, value in listed}
   options.pop("left_out", None)
-  return {"encoder": {}, "image": {}} | traverse_util.unflatten_dict(options, sep=".")
+  return dict.fromkeys(
+    ("encoder", "image", "video"), {}
+  ) | traverse_util.unflatten_dict(options, sep=".")
 
 
 def describe(arch) -> dict[str, Any]:

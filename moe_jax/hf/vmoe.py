@@ -6,13 +6,12 @@ A checkpoint is the files PREFIX.index and PREFIX.data-00000-of-00001, ... Only
 parameters are read; what the model is stands in no file, and is the config's.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
-from flax import traverse_util
 
 from moe_jax.core.errors import ConfigError
-from moe_jax.hf import vmoe_files
+from moe_jax.hf import by_layer, vmoe_files
 from moe_jax.moe.types import Mixture
 
 _SCALE = "router/scale"  # A number there, and a vector of length 1 here.
@@ -82,57 +81,37 @@ def save(prefix: str, model, params: Mapping) -> None:
 
 def to_params(arrays: Mapping[str, np.ndarray], model, where: str) -> dict:
   """Parameters by V-MoE's names, nested as those of a model; see `load`."""
-  left, found = dict(arrays), {}
-  for theirs, ours, repeat in _names(model):
-    if theirs in left:
-      found[ours, repeat] = _here(left.pop(theirs), ours)
-  if left:
-    raise ConfigError(
-      f"{where} has {len(left)} parameters that the model has no place for:"
-      f" {', '.join(sorted(left)[:3])}; change model.num_layers, prefix and pattern"
-      " to those of its config"
-    )
-  flat = {}
-  for ours in dict.fromkeys(path for path, _ in found):
-    repeats = [array for (path, _), array in found.items() if path == ours]
-    flat[ours] = repeats[0] if (ours, None) in found else np.stack(repeats)
-  return traverse_util.unflatten_dict(flat, sep="/")
+  return by_layer.nested(arrays, _names(model), _here, where)
 
 
 def of_params(params: Mapping, model) -> dict[str, np.ndarray]:
   """A model's parameters by V-MoE's names."""
-  flat, arrays = traverse_util.flatten_dict(dict(params), sep="/"), {}
   arch = model.arch
   patch = arch.image.patch, arch.image.patch, arch.shape[2], arch.d_model
-  for theirs, ours, repeat in _names(model):
-    if ours in flat:
-      array = np.asarray(flat[ours] if repeat is None else flat[ours][repeat])
-      shape = patch if ours == "patches" else array.shape
-      shape = () if ours.endswith(_SCALE) else shape
-      arrays[theirs] = array.reshape(shape)
-  return arrays
+
+  def there(array, ours):
+    shape = patch if ours == "patches" else array.shape
+    return array.reshape(() if ours.endswith(_SCALE) else shape)
+
+  return by_layer.flat(params, _names(model), there)
 
 
 def _here(array, ours):
   """An array in its shape here."""
-  array = np.asarray(array)
   if ours == "patches":
     return array.reshape(-1, array.shape[-1])
   return array.reshape(1) if ours.endswith(_SCALE) else array
 
 
-def _names(model) -> Iterator[tuple[str, str, int | None]]:
-  """(name there, path here, number of the repeat, if it is in a layer)."""
-  for theirs, ours in _OUTSIDE.items():
-    yield theirs, ours, None
-  for segment, pattern, repeats, first in model.arch.segments:
-    for place, kind in enumerate(pattern):
-      recipe = model.arch.layer(kind).recipe
-      soft = recipe is not None and recipe.router.form is Mixture
-      kernel = "mu" if soft else "dense/kernel"
-      names = {f"Moe/Router/{kernel}": "moe/router/kernel", **_LAYER}
-      for repeat in range(repeats):
-        number = first + place + repeat * len(pattern)
-        for theirs, ours in names.items():
-          theirs = f"Encoder/encoderblock_{number}/{theirs}"
-          yield theirs, f"{segment}/{place}/{ours}", repeat
+def _names(model):
+  """See `by_layer.names`."""
+
+  def of_layer(number, kind):
+    recipe = model.arch.layer(kind).recipe
+    soft = recipe is not None and recipe.router.form is Mixture
+    kernel = "mu" if soft else "dense/kernel"
+    names = {f"Moe/Router/{kernel}": "moe/router/kernel", **_LAYER}
+    block = f"Encoder/encoderblock_{number}"
+    return {f"{block}/{theirs}": ours for theirs, ours in names.items()}
+
+  return by_layer.names(model.arch.segments, _OUTSIDE, of_layer)

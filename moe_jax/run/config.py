@@ -25,8 +25,14 @@ _FREE = (*IDLE, "data.dir", "train.max_skipped_in_a_row")
 # Sections whose keys are up to the config: the options of a part, and parts or
 # data by a label.
 OPEN = ("task", "upcycle", "data.mixture", "optim.optimizer", "model.attention")
-OPEN += ("model.encoder",
-  "model.image", "model.variants", "model.moe.router", "model.moe.dispatcher")
+OPEN += (
+  "model.encoder",
+  "model.image",
+  "model.video",
+  "model.variants",
+  "model.moe.router",
+  "model.moe.dispatcher",
+)
 OPEN += ("model.moe.balancers", "train.hooks", "optim.part_warmup_steps")
 OPEN += ("optim.learning_rate_factors", "optim.weight_decay_factors")
 _FOLDER_OF_A_PART = re.compile(r"data\.mixture\..+\.dir")
@@ -308,6 +314,13 @@ def at_least_1(text: str) -> int:
   """The type of a flag that counts something."""
   if not text.isdecimal() or not integer(1).fits(int(text)):
     raise argparse.ArgumentTypeError(f"{text} is not {integer(1).words}")
+  return int(text)
+
+
+def at_least_0(text: str) -> int:
+  """The type of a flag that numbers something."""
+  if not text.isdecimal() or not integer(0).fits(int(text)):
+    raise argparse.ArgumentTypeError(f"{text} is not {integer(0).words}")
   return int(text)
 
 

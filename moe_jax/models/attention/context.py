@@ -41,6 +41,8 @@ class Context(NamedTuple):
   keys: the tokens at all places, those of this call included; a place that is
     not taken yet is padding. Or those of another sequence, see `cross`.
   memory_BMD: vectors of that sequence; None: keys and values of it are cached.
+  axes_1L: place of every token along each axis of a grid, for rotary positions of
+    several axes; None: there is one axis.
   bias: position bias that layers share, see `positions.bias`; None: there is none.
   rng_B: keys for the dropout of weights; None: there is none.
   """
@@ -49,6 +51,7 @@ class Context(NamedTuple):
   first: Array | None = None
   keys: Tokens | None = None
   memory_BMD: Array | None = None
+  axes_1L: tuple[Array, ...] | None = None
   bias: Array | None = None
   rng_B: Array | None = None
 

@@ -31,14 +31,14 @@ class Attention(heads.Heads):
         self.kept(name, functools.partial(self._of_memory, name, context))
         for name in ("key", "value")
       )
+      q = self._normed(q, "query")
       return self.attend(q, k, v, context, divisor)
     k = self._heads(x_BLD, "key", "kv_heads", m.num_kv_heads)
     v = self._heads(x_BLD, "value", "kv_heads", m.num_kv_heads)
-    if m.qk_norm in ("head", "head_layer", "projection"):
-      q, k = self._norm(q, "query_norm"), self._norm(k, "key_norm")
+    q, k = self._normed(q, "query"), self._normed(k, "key")
     if m.clip is not None:
       q, k, v = (jnp.clip(x, -m.clip, m.clip) for x in (q, k, v))
-    q, k = (self._turned(x, tokens) for x in (q, k))
+    q, k = (self._turned(x, context) for x in (q, k))
     if m.qk_norm == "l2":
       q, k = (norms.unit(x, m.norm_eps).astype(x.dtype) for x in (q, k))
     q = positions.tempered(q, tokens.position_BL, m)
@@ -48,24 +48,41 @@ class Attention(heads.Heads):
   def _of_memory(self, name, context):
     """Keys or values of another sequence."""
     heads = "kv_heads", self.options.num_kv_heads
-    return self._heads(context.memory_BMD, name, *heads)
+    made = self._heads(context.memory_BMD, name, *heads)
+    return self._normed(made, name) if name == "key" else made
 
-  def _turned(self, x_BLHh, tokens):
+  def _turned(self, x_BLHh, context):
     """Queries or keys, of which all or the first part turn with the position."""
     m, turned = self.options, self.options.rotary_dim
+    if m.rope_axes > 1:
+      return self._turned_by_axes(x_BLHh, context.axes_1L)
+    tokens = context.tokens
     if turned is None:
       return positions.rotate(x_BLHh, tokens.relative_BL, m)
     first = positions.rotate(x_BLHh[..., :turned], tokens.relative_BL, m)
     return jnp.concatenate([first, x_BLHh[..., turned:]], axis=-1)
+
+  def _turned_by_axes(self, x_BLHh, axes_1L):
+    """Parts of a head that turn with the place along an axis each (Wan)."""
+    number = self.options.rope_axes
+    pairs = x_BLHh.shape[-1] // 2
+    size = 2 * (pairs // number)
+    ends = [2 * pairs - size * left for left in range(number - 1, 0, -1)]
+    parts = zip(jnp.split(x_BLHh, ends, axis=-1), axes_1L)
+    turned = [positions.rotate(x, place, self.options) for x, place in parts]
+    return jnp.concatenate(turned, axis=-1)
 
   def _heads(self, x_BLD, name, logical, number, scale=1.0):
     shape, axes = (number, self.options.head_dim), ("embed", logical, None)
     bias = self.options.bias != "none"
     return self.project(x_BLD, name, shape, axes, bias, scale)
 
-  def _norm(self, x_BLHh, name):
+  def _normed(self, x_BLHh, name):
+    """Queries or keys after the norm that they have before they turn."""
+    if self.options.qk_norm in ("none", "l2"):
+      return x_BLHh
     m, shape = self.options, x_BLHh.shape
-    kind = "layer" if m.qk_norm == "head_layer" else "rms"
+    kind, name = "layer" if m.qk_norm == "head_layer" else "rms", f"{name}_norm"
     if m.qk_norm == "projection":
       x_BLHh = x_BLHh.reshape(*shape[:2], -1)
     return self.norm(x_BLHh, name, m.norm_eps, kind).reshape(shape)
@@ -81,6 +98,8 @@ class Options(options.Options):
     rotation and without a scale; "head_layer": layer norm of every head, before
     rotation; "none".
   clip: queries, keys and values are clipped to [-clip, clip]; None: not.
+  rope_axes: of a grid, along each of which a part of a head's pairs turns; the model
+    has to have such places. 1: tokens stand in a row.
   rotary_dim: so many of a head's numbers turn with the position, an even number;
     None: all of them.
   """
@@ -89,6 +108,7 @@ class Options(options.Options):
   qk_norm: word("none", "head", "head_layer", "projection", "l2") = "none"
   clip: optional(number(above=0)) = None
   rotary_dim: optional(integer(2)) = None
+  rope_axes: integer(1, 3) = 1
 
   module = Attention
 
@@ -104,7 +124,9 @@ class Options(options.Options):
     """The same without positions: a query sees all of another sequence."""
     own = {"rope": "none", "position_bias": "none", "causal": False}
     own |= {"window": None, "chunk": None, "temperature": None, "sinks": False}
-    own |= {"qk_norm": "none", "clip": None, "rotary_dim": None}
+    own |= {"clip": None, "rotary_dim": None, "rope_axes": 1}
+    if self.qk_norm == "l2":
+      own["qk_norm"] = "none"
     return dataclasses.replace(self, **own)
 
   @property

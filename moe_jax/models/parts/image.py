@@ -9,10 +9,10 @@ import numpy as np
 from moe_jax.core import parallel, roles
 from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import integer, number, optional, word
-from moe_jax.moe import kernels
+from moe_jax.models.parts.dense import linear
 from moe_jax.moe.types import Array
 
-_INITS = nn.initializers.lecun_normal(), nn.initializers.zeros
+_FAN = nn.initializers.lecun_normal()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def vectors(module: nn.Module, arch, image_BHWC: Array) -> Array:
   x_BLP = (
     x.swapaxes(2, 3).reshape(len(x), rows * columns, -1).astype(arch.dtype)
   )
-  x_BLD = _linear(module, arch, x_BLP, "patches", arch.d_model, "patches")
+  x_BLD = linear(module, arch, x_BLP, "patches", arch.d_model, "patches", _FAN)
   if made.positions == "waves":
     waves_LD = _waves(rows, columns, arch.d_model)
     x_BLD += waves_LD.astype(x_BLD.dtype)[None]
@@ -101,7 +101,7 @@ def pooled(module: nn.Module, arch, x_BLD: Array) -> Array:
   made = arch.image
   x_BD = x_BLD[:, 0] if made.pooling == "token" else x_BLD.mean(axis=1)
   if made.d_head is not None:
-    x_BD = _linear(module, arch, x_BD, "before_head", made.d_head, "head")
+    x_BD = linear(module, arch, x_BD, "before_head", made.d_head, "head", _FAN)
     x_BD = jnp.tanh(x_BD)
   return x_BD
 
@@ -111,27 +111,7 @@ def logits(module: nn.Module, arch, x_BD: Array, num_classes: int) -> Array:
   x_BD = x_BD.astype(jnp.promote_types(x_BD.dtype, jnp.float32))
   bias = nn.initializers.constant(arch.image.head_bias)
   inits = nn.initializers.zeros, bias
-  return _linear(module, arch, x_BD, "head", num_classes, "head", inits)
-
-
-def _linear(module, arch, x, name, width, part, inits=_INITS):
-  """x W + b, of which W is `name` and b is `name`_bias.
-
-  Args:
-    module, arch: as in `vectors`.
-    x: [..., inputs].
-    name, width, part: of W, see `roles.Declared`.
-    inits: of W and b.
-  """
-  axes = (None, "embed") if part == "patches" else ("embed", None)
-  shape, names = (x.shape[-1], width), (name, f"{name}_bias")
-  made = []
-  for i, init in enumerate(inits):
-    declared = roles.declared(init, axes[i:], part)
-    w = module.param(names[i], declared, shape[i:]).astype(x.dtype)
-    made.append(parallel.gathered(w, axes[i:], arch.mesh))
-  w, b = made
-  return kernels.product(x, w) + b.reshape((1,) * (x.ndim - 1) + b.shape)
+  return linear(module, arch, x_BD, "head", num_classes, "head", *inits)
 
 
 def _vector(module, name, shape, init):

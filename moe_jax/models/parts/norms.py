@@ -6,13 +6,14 @@ import jax.numpy as jnp
 from moe_jax.core import roles
 from moe_jax.moe.types import Array
 
-KINDS = ("rms", "layer", "layer_bias")
+KINDS = ("rms", "layer", "layer_bias", "plain")
 
 
 class Norm(nn.Module):
   """x / rms(x) * scale (1910.07467), or of x - mean(x) (1607.06450).
 
-  kind: "rms", "layer", or "layer_bias", which adds a bias.
+  kind: "rms", "layer", "layer_bias", which adds a bias, or "plain", a layer norm
+    without parameters (OLMo, 2402.00838).
   eps: added to the mean square.
   part: of the model that the scale is counted to.
   """
@@ -23,6 +24,8 @@ class Norm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
+    if self.kind == "plain":
+      return unit(x, self.eps, centred=True).astype(x.dtype)
     ones = roles.declared(nn.initializers.ones, (None,), self.part)
     scale = self.param("scale", ones, x.shape[-1:])
     scale = scale.reshape((1,) * (x.ndim - 1) + scale.shape)

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from moe_jax.core import options as options_lib
 from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import integer, of, optional
-from moe_jax.models.parts import embedding, image, layers, stack
+from moe_jax.models.parts import embedding, image, layers, stack, video
 
 # These fields of a stack are no keys: models get or make them.
 _MADE = ("kinds", "mesh", "names", "sequence", "first_number", "causal")
+_MADE += ("axes",)
 
 # Every key of `config.model`.
 OPTIONS = {
@@ -20,6 +21,7 @@ OPTIONS = {
   "vocab_size": optional(integer(1)),
   "source_vocab_size": optional(integer(1)),
   "image": options_lib.section(of(image.Image), required=()),
+  "video": options_lib.section(of(video.Video), required=()),
 }
 # Keys of `config.model.encoder`: those of its layers.
 ENCODER = {k: OPTIONS[k] for k in ("num_layers", "prefix", "pattern")}
@@ -33,6 +35,7 @@ _READERS = {
   "source_vocab_size": "encoder_decoder",
   "encoder": "encoder_decoder",
   "image": "vision",
+  "video": "diffusion",
 }
 
 

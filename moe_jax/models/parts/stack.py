@@ -9,14 +9,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.core import parallel, roles
+from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import integer, items, number, optional, word
 from moe_jax.models import attention
-from moe_jax.models.parts import dropout, norms
+from moe_jax.models.parts import dense, dropout, modulation, norms
 from moe_jax.models.parts.layers import Layer
-from moe_jax.moe import dispatchers, exchange, experts, kernels, linen
-from moe_jax.moe.types import Array, Mlp, Sublayer
+from moe_jax.moe import dispatchers, exchange, linen
+from moe_jax.moe.types import Array, Sublayer
 
 _only = jax.checkpoint_policies.save_only_these_names
 REMAT = {
@@ -51,6 +51,7 @@ class Stack:
   sequence: the array of a batch whose tokens pass these layers.
   first_number: number of the first of them in the model.
   causal: whether a token must not depend on later ones.
+  axes: of the grid that tokens stand in; 1: they stand in a row.
 
   Raises:
     ConfigError: options that do not fit together, with the remedy.
@@ -72,6 +73,7 @@ class Stack:
   sequence: str = "inputs"
   first_number: int = 0
   causal: bool = True
+  axes: int = 1
 
   def __post_init__(self):
     rest = self.num_layers - len(self.prefix)
@@ -80,6 +82,13 @@ class Stack:
         f"num_layers = {self.num_layers} is not the prefix {self.prefix} plus a"
         f" whole number of patterns {self.pattern}"
       )
+    for kind, parts in self.kinds:
+      axes = getattr(parts.attention, "rope_axes", 1)
+      if axes not in (1, self.axes):
+        raise ConfigError(
+          f'attention of layers "{kind}" has rope_axes = {axes}, and the tokens of this'
+          f" model stand in a grid of {self.axes}; set it to 1 or {self.axes}"
+        )
     tables = {
       parts.attention.bias_table
       for _, parts in self.kinds
@@ -212,44 +221,15 @@ class Call(NamedTuple):
   context: of self-attention, see `attention.context`.
   experts: arguments of `linen.MoE` beside x.
   cross: of attention to another stack's output; None: there is none.
+  condition_BND: of the modulation of sublayers, see `modulation`; None: there is none.
   rng_B: keys of the rows, for dropout; None: there is none.
   """
 
   context: attention.context.Context
   experts: Mapping
   cross: attention.context.Context | None = None
+  condition_BND: Array | None = None
   rng_B: Array | None = None
-
-
-class Dense(nn.Module):
-  """An ordinary feed-forward network, with dropout of its hidden units."""
-
-  mlp: Mlp
-  mesh: jax.sharding.Mesh | None = None
-  dropout: float = 0.0
-
-  @nn.compact
-  def __call__(self, x_BLD, rng_B=None):
-    def init(rng, name):
-      return self.mlp.init(rng, x_BLD.shape[-1])[name]
-
-    axes = self.mlp.axes
-    params = {
-      name: self.param(name, roles.declared(init, axes[name], "dense"), name)
-      for name in axes
-    }
-    params = {
-      name: parallel.gathered(w.astype(x_BLD.dtype), axes[name], self.mesh)
-      for name, w in params.items()
-    }
-    if rng_B is None or not self.dropout:
-      return self.mlp.apply(params, x_BLD)
-
-    def linear(params, name, x):
-      x = dropout.drop(x, self.dropout, rng_B) if name == "down" else x
-      return kernels.linear(params, name, x)
-
-    return experts.network(self.mlp.activation, linear, params, x_BLD)
 
 
 class Block(nn.Module):
@@ -274,10 +254,16 @@ class Block(nn.Module):
     def rng_B(place):
       return dropout.keys(call.rng_B, layer_index, place)
 
-    def norm(name):
-      return norms.Norm(m.norm, m.norm_eps, name=f"{name}_norm")(x_BLD)
+    modulated = modulation.of_block(self, call.condition_BND)
 
-    def add(name, y):
+    def norm(name):
+      own = modulated.get(name)
+      kind = m.norm if own is None else "plain"
+      y = norms.Norm(kind, m.norm_eps, name=f"{name}_norm")(x_BLD)
+      return y if own is None else own.entered(y)
+
+    def add(name, y, of=""):
+      y = modulated[of].left(y) if of in modulated else y
       y = dropout.drop(y, m.dropout, rng_B(name))
       names = ("batch", None, None)
       return parallel.constrain(x_BLD + y, names, m.mesh)
@@ -287,7 +273,7 @@ class Block(nn.Module):
       more = {"dropout": rate} if rate else {}
       module = options.module(options, m.mesh, name=name, **more)
       context = context._replace(rng_B=rng_B(f"{name}_weights"))
-      return add(name, module(norm(name), context))
+      return add(name, module(norm(name), context), name)
 
     x_BLD = attend("attention", parts.attention, call.context)
     if call.cross is not None:
@@ -298,11 +284,13 @@ class Block(nn.Module):
       more |= {"layer_index": layer_index, **call.experts}
       y, stats, collected = moe(norm("ffn"), **more)
       aux["moe"] = {"stats": stats, **collected}
-      x_BLD = add("moe", y)
+      x_BLD = add("moe", y, "ffn")
     if parts.mlp is not None:
       name = "ffn" if parts.recipe is None else "mlp"
-      mlp = Dense(parts.mlp, m.mesh, m.drops(m.hidden_dropout), name="mlp")
-      x_BLD = add("mlp", mlp(norm(name), rng_B("hidden")))
+      mlp = dense.Dense(
+        parts.mlp, m.mesh, m.drops(m.hidden_dropout), name="mlp"
+      )
+      x_BLD = add("mlp", mlp(norm(name), rng_B("hidden")), name)
     return x_BLD, aux
 
 

@@ -1,0 +1,506 @@
+"""Diffusion transformers: Wan2.2's public code, timesteps, sampling, meshes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from configs import base, wan2_2
+from moe_jax import models
+from moe_jax.core import parallel
+from moe_jax.core.errors import ConfigError
+from moe_jax.data.images import videos
+from moe_jax.hf import wan
+from moe_jax.models import counts
+from moe_jax.models.diffusion import Condition
+from moe_jax.models.generation import flow
+from moe_jax.tasks import denoise
+from moe_jax.training import program, train_step
+from tests import small, tiers, wan_parity
+from tests.encoder_decoder_training_test import assert_close
+
+
+def section(d_model=24, d_ff=40, num_layers=2, num_heads=2, **more):
+  m = base.get_config().model
+  with m.unlocked():
+    m.update(name="diffusion", d_model=d_model, d_ff=d_ff)
+    m.update(num_layers=num_layers, num_heads=num_heads, num_kv_heads=num_heads)
+    m.update(head_dim=d_model // num_heads, norm="layer_bias", use_bias=True)
+    m.update(activation="gelu", pattern=("dense",), **more)
+    m.attention = {
+      "bias": "all",
+      "qk_norm": "projection",
+      "rope": "interleaved",
+      "rope_axes": 3,
+    }
+    if "video" not in more:
+      m.video = {"patch": (1, 2, 2), "num_waves": 16}
+  return m.to_dict()
+
+
+def of_case(name):
+  """(model, parameters, arrays) of a file of `wan_parity`."""
+  grid, length, width, o = wan_parity.CASES[name]
+  video = {"patch": (1, 2, 2), "num_waves": o["freq_dim"]}
+  sizes = o["dim"], o["ffn_dim"], o["num_layers"], o["num_heads"]
+  model = models.build(
+    section(*sizes, video=video),
+    video_shape=(*grid, o["out_dim"]),
+    more_channels=o["in_dim"] - o["out_dim"],
+    text=(length, width),
+  )
+  with np.load(wan_parity.FOLDER / f"{name}.npz") as file:
+    arrays = dict(file)
+  params = {
+    k.removeprefix("params/"): arrays.pop(k)
+    for k in list(arrays)
+    if k.startswith("params/")
+  }
+  return model, params, arrays
+
+
+@pytest.mark.parametrize("name", wan_parity.CASES)
+def test_the_public_code(name, tmp_path):
+  """What is predicted within 1e-5, and names both ways, through files too."""
+  model, arrays, given = of_case(name)
+  params = wan.to_params(arrays, model, name)
+  condition = Condition(text_BMT=given["text"])
+  with jax.default_matmul_precision("highest"):
+    found, _ = model.apply(
+      {"params": params}, given["video"], given["time"], condition
+    )
+  np.testing.assert_allclose(found, given["predicted"], atol=1e-5)
+  back = wan.of_params(params, model)
+  assert back.keys() == arrays.keys()
+  for path, array in back.items():
+    np.testing.assert_array_equal(array, arrays[path])
+  wan.save(tmp_path / "a", model, params)
+  again = wan.load(tmp_path / "a", model)
+  jax.tree.map(np.testing.assert_array_equal, again, params)
+  with pytest.raises(ConfigError, match="no \\*.safetensors"):
+    wan.load(tmp_path, model)
+  (file,) = (tmp_path / "a").iterdir()
+  file.write_bytes(file.read_bytes()[:100])
+  with pytest.raises(ConfigError, match="no whole safetensors"):
+    wan.load(tmp_path / "a", model)
+
+
+@pytest.mark.parametrize("name, channels", [("t2v_a14b", 16), ("i2v_a14b", 36)])
+def test_sizes_to_the_unit(name, channels):
+  """Of one of the two networks, by the shapes of the published config."""
+  c = wan2_2.get_config(name)
+  task = program.build_task(c, prepare=False)
+  model = program.build_model(c, task)
+  found = counts.count(model, models.variables(model))
+  d, ff, waves, text = 5120, 13_824, 256, 4096
+  attention = 4 * (d * d + d) + 2 * d
+  block = 2 * attention + 2 * d + 2 * d * ff + ff + d + 6 * d
+  total = 40 * block + 4 * channels * d + d
+  total += text * d + d + d * d + d + waves * d + d + d * d + d
+  total += d * 6 * d + 6 * d + d * 64 + 64 + 2 * d
+  assert found["total"] == found["active"] == total
+  lengths = models.lengths(model, task.lengths)
+  assert lengths == {"patches": 21 * 30 * 52}
+
+
+def test_the_condition_matters():
+  model, arrays, given = of_case("wan_a")
+  params = wan.to_params(arrays, model, "here")
+  video, time, text = given["video"], given["time"], given["text"]
+
+  def predicted(text, mask=None):
+    condition = Condition(text_BMT=text, mask_BM=mask)
+    return model.apply({"params": params}, video, time, condition)[0]
+
+  plain = predicted(text)
+  assert np.abs(predicted(0 * text) - plain).max() > 1e-2
+  mask = np.arange(text.shape[1])[None] < np.array([[2], [5]])
+  other = np.where(mask[..., None], text, 7.0)
+  masked = predicted(other, mask)
+  np.testing.assert_allclose(masked, predicted(text, mask), atol=1e-5)
+  np.testing.assert_allclose(masked[1], plain[1], atol=1e-5)
+  assert np.abs(masked[0] - plain[0]).max() > 1e-3
+
+
+# Sampling.
+
+
+def pair():
+  """(model, the variables of two networks) with classes."""
+  model = models.build(section(), video_shape=(1, 4, 4, 1), num_classes=3)
+  made = []
+  for seed in range(2):
+    variables = nn.unbox(models.init(model, jax.random.key(seed)))
+    rng = np.random.default_rng(seed)
+    noise = jax.tree.map(
+      lambda x, rng=rng: rng.normal(0, 0.1, x.shape).astype(x.dtype), variables
+    )
+    made.append(jax.tree.map(jnp.add, variables, noise))
+  return model, made
+
+
+def test_two_networks_as_each_by_hand():
+  """Euler's steps in numpy, with guidance; at the boundary the first one runs."""
+  model, (high, low) = pair()
+  label = np.array([2, 0], np.int32)
+  noise = (
+    np.random.default_rng(0).normal(size=(2, 1, 4, 4, 1)).astype(np.float32)
+  )
+  how = flow.Sampling(steps=8, shift=3.0)
+  times = how.times
+  assert times[0] == 1 and times[-1] == 0 and (np.diff(times) < 0).all()
+  boundary, steps = float(times[3]), []
+  networks = (
+    flow.Network("high", boundary, lambda: high, 4.0),
+    flow.Network("low", 0.0, lambda: low, 2.0),
+  )
+  found = flow.sample(
+    *(model, networks, noise, Condition(label), how),
+    tell=lambda *step: steps.append(step[2]),
+  )
+  assert steps == ["high"] * 4 + ["low"] * 4
+  x = noise
+  for i in range(8):
+    variables, guidance = (high, 4.0) if i <= 3 else (low, 2.0)
+    time = np.full(2, times[i], np.float32)
+
+    def v(labels, variables=variables, x=x, time=time):
+      labels = np.asarray(labels, np.int32)
+      return model.apply(variables, x, time, Condition(labels))[0]
+
+    none = v([-1, -1])
+    x = x + (times[i + 1] - times[i]) * (none + guidance * (v(label) - none))
+  np.testing.assert_allclose(found, x, atol=1e-4)
+
+
+def test_one_network_is_in_memory_at_a_time():
+  """The second one is read after the first is gone."""
+  model, both = pair()
+  arrays, alive = [jax.tree.leaves(v) for v in both], []
+  host = [jax.device_get(v) for v in both]
+  del both
+  del arrays
+  before = sum(x.nbytes for x in jax.live_arrays())
+  size = sum(x.nbytes for x in jax.tree.leaves(host[0]))
+
+  def read(i):
+    alive.append(sum(x.nbytes for x in jax.live_arrays()) - before)
+    return jax.device_put(host[i])
+
+  networks = (
+    flow.Network("high", 0.5, functools.partial(read, 0)),
+    flow.Network("low", 0.0, functools.partial(read, 1)),
+  )
+  noise = np.zeros((1, 1, 4, 4, 1), np.float32)
+  label = Condition(np.zeros(1, np.int32))
+  flow.sample(model, networks, noise, label, flow.Sampling(steps=4))
+  assert len(alive) == 2 and all(x < 0.5 * size for x in alive)
+
+
+def test_noise_says_the_same_as_velocity():
+  """A model that knows the video, told in either way, ends there."""
+  target = (
+    np.random.default_rng(0).normal(size=(2, 1, 4, 4, 1)).astype(np.float32)
+  )
+
+  class Knows:
+    def __init__(self, predict):
+      self.predict = predict
+
+    def apply(self, variables, x, time, condition):
+      t = time.reshape(-1, 1, 1, 1, 1)
+      both = jnp.concatenate([jnp.asarray(target)] * 2)
+      noise = (x - (1 - t) * both) / t
+      return (noise if self.predict == "noise" else noise - both), {}
+
+  noise = np.random.default_rng(1).normal(size=target.shape).astype(np.float32)
+  one = (flow.Network("all", 0.0, dict),)
+  for predict in ("velocity", "noise"):
+    how = flow.Sampling(steps=6, shift=2.0, predict=predict)
+    found = flow.sample(Knows(predict), one, noise, Condition(), how)
+    np.testing.assert_allclose(found, target, atol=1e-4)
+
+
+# The task.
+
+
+def data(channels=1, text=None):
+  rng = np.random.default_rng(0)
+  arrays = {}
+  for split, n in (("train", 40), ("validation", 9)):
+    arrays[split] = {
+      "video": rng.integers(0, 256, (n, 1, 4, 4, channels)).astype(np.uint8),
+      "label": rng.integers(0, 3, n).astype(np.int32),
+    }
+  return videos.Videos("random", (1, 4, 4, channels), 3, arrays=arrays)
+
+
+class Fixed:
+  """A model that predicts zeros, and keeps what it is given."""
+
+  class arch:  # noqa: N801
+    dtype = "float32"
+
+  def apply(self, variables, x, time, condition, mask, rng, **options):
+    self.given = x, time, condition
+    return jnp.zeros_like(x), {}
+
+
+def made(**options):
+  c = base.get_config()
+  c.data.batch_size = 20
+  with c.unlocked():
+    c.eval.update(batch_size=4, batches_per_domain=None)
+  own = {"predict": "velocity", "shift": 1.0, "unconditional": 0.0} | options
+  ends = own.pop("ends", (0.0, 1.0))
+  ranges = {"a": (0.0, 0.5), "b": (0.5, 1.0)}
+  return denoise.of_videos(c, data(), ranges, ends, **own)
+
+
+def loss_of(task, batch, rng=None, train=False):
+  model = Fixed()
+  batch = {k: jnp.asarray(x) for k, x in batch.items()}
+  loss, _, _ = task.loss(model, {}, batch, rng, 0, train)
+  return loss, model.given
+
+
+@pytest.mark.parametrize("predict", ["velocity", "noise"])
+def test_the_loss_by_hand(predict):
+  task = made(predict=predict)
+  batch = task.train(3, None)[2]
+  batch = {k: x[0] for k, x in batch.items()}
+  batch["mask"] = np.arange(20) != 4
+  loss, (x, time, condition) = loss_of(task, batch, jax.random.key(0), True)
+  video, t = (
+    batch["video"] / 127.5 - 1,
+    np.float64(time).reshape(-1, 1, 1, 1, 1),
+  )
+  noise = (np.float64(x) - (1 - t) * video) / t
+  target = noise - video if predict == "velocity" else noise
+  wanted = (target**2).mean((1, 2, 3, 4))[batch["mask"]].sum()
+  assert float(loss.total) == pytest.approx(wanted, rel=1e-3)
+  assert float(loss.weight) == 19
+  np.testing.assert_array_equal(condition.label_B, batch["label"])
+  assert abs(noise[t[:, 0, 0, 0, 0] > 0.2].std() - 1) < 0.15
+
+
+def test_timesteps_have_their_shift_and_range():
+  keys = jax.random.split(jax.random.key(0), 4000)
+  for shift, ends in (
+    (1.0, (0.0, 1.0)),
+    (5.0, (0.0, 1.0)),
+    (5.0, (0.875, 1.0)),
+  ):
+    draw = functools.partial(denoise._timestep, ends, shift)
+    found = np.sort(jax.vmap(draw)(keys))
+    low, high = (x / (shift - (shift - 1) * x) for x in ends)
+    u = low + (high - low) * (np.arange(4000) + 0.5) / 4000
+    wanted = shift * u / (1 + (shift - 1) * u)
+    assert np.abs(found - wanted).max() < 0.04 * (ends[1] - ends[0])
+    assert ends[0] <= found[0] and found[-1] <= ends[1]
+
+
+def test_conditions_are_left_out_in_training_alone():
+  task = made(unconditional=0.5)
+  batch = {k: x[0] for k, x in task.train(3, None)[2].items()}
+  _, (*_, condition) = loss_of(task, batch, jax.random.key(0), True)
+  share = np.mean(np.asarray(condition.label_B) == -1)
+  assert 0.2 < share < 0.8
+  _, (*_, condition) = loss_of(
+    task, batch | {"time": np.full(20, 0.3, np.float32)}
+  )
+  assert (np.asarray(condition.label_B) >= 0).all()
+
+
+def test_validation_is_every_video_in_every_range():
+  task = made()
+  found = [*task.validation(None)]
+  assert [name for name, _ in found] == ["a"] * 3 + ["b"] * 3
+  for name, low in (("a", 0.0), ("b", 0.5)):
+    parts = [b for own, b in found if own == name]
+    mask = np.concatenate([b["mask"] for b in parts])
+    number = np.concatenate([b["number"] for b in parts])[mask]
+    time = np.concatenate([b["time"] for b in parts])[mask]
+    np.testing.assert_array_equal(number, np.arange(9))
+    assert low <= time.min() and time.max() <= low + 0.5
+    # Spread over the whole range, and the first few are too.
+    assert np.diff(np.sort(time)).max() < 0.13
+    assert np.ptp(time[:3]) > 0.15
+  first, again = (loss_of(task, found[0][1])[0] for _ in range(2))
+  assert float(first.total) == float(again.total)
+
+
+# Steps.
+
+
+def config(accumulation=1, balanced=True):
+  """Experts by timestep in one layer, and a router that sees it in another."""
+  c = wan2_2.get_config("tiny")
+  c.data.batch_size = 16
+  c.model.update(
+    section(d_model=16, d_ff=24, num_heads=2) | {"dtype": "float64"}
+  )
+  c.model.update(num_layers=2, pattern=("moe@time", "moe"), remat="none")
+  c.model.attention = {"bias": "all", "rope": "interleaved", "rope_axes": 3}
+  moe = c.model.moe
+  moe.update(
+    num_experts=4, top_k=2, d_expert=12, activation="gelu", use_bias=True
+  )
+  moe.update(capacity_factor=1.0, tokens_per_group="2 sequences")
+  moe.dispatcher = {"name": "gather", "order": "token"}
+  moe.balancers = {"load": {"name": "switch", "coefficient": 0.1}}
+  if not balanced:
+    moe.balancers = {}
+  by_time = {"name": "by_feature", "feature": "timestep", "num_values": 4}
+  by_time["boundaries"] = (0.25, 0.5, 0.75)
+  own = {"router": by_time, "top_k": 1, "balancers": {}}
+  c.model.variants = {"time": {"moe": own | {"capacity_factor": 3.0}}}
+  c.optim.optimizer = {"name": "sgd"}
+  c.optim.update(learning_rate=0.1, schedule="constant", warmup_steps=0)
+  c.optim.clip_norm = None
+  c.train.accumulation = accumulation
+  return c
+
+
+@functools.cache
+def stepped(sizes=None, accumulation=1, balanced=True):
+  """(parameters, sums) after a step from the same start."""
+  c = config(accumulation, balanced)
+  mesh = sizes and parallel.make_mesh(sizes)
+  options = {"predict": "velocity", "shift": 3.0, "unconditional": 0.2}
+  task = denoise.of_videos(c, data(), {"all": (0, 1)}, (0.0, 1.0), **options)
+  model = models.build(c.model, mesh=mesh, **task.given)
+  lengths = models.lengths(model, task.lengths)
+  batches = {"rows": 16 // accumulation}
+  models.check(model, lengths=lengths, batches=batches, mesh=mesh)
+  init, step = small.training(c, model, task, mesh)
+  state = jax.jit(lambda rng: nn.unbox(init(rng)))(jax.random.key(0))
+  rng = np.random.default_rng(1)
+  moved = lambda x: jnp.asarray(x + rng.normal(0, 0.1, x.shape))  # noqa: E731
+  state = state.replace(params=jax.tree.map(moved, state.params))
+  if mesh is not None:
+    boxed = jax.eval_shape(init, jax.random.key(0))
+    state = jax.device_put(state, train_step.shardings(boxed, mesh))
+  batch = task.train(3, None)[5]
+  state, sums = jax.jit(step)(state, batch, train_step.numbers(c, model))
+  return jax.device_get((state.params, sums))
+
+
+@pytest.mark.parametrize(
+  "sizes",
+  tiers.only([(1, 2, 2, 2)], [(2, 1, 4, 1), (1, 2, 2, 2), (8, 1, 1, 1)]),
+)
+def test_a_step_on_a_mesh_is_that_without(sizes):
+  with jax.enable_x64(True):
+    wanted, found = stepped(), stepped(sizes)
+  assert_close(found, wanted)
+  by_time, other = wanted[1]["stats"].values()
+  # All tokens of a video have its timestep, and so one of the four experts.
+  assert (
+    by_time.count_E.sum(tuple(range(by_time.count_E.ndim - 1))) % 4 == 0
+  ).all()
+  assert by_time.count_E.sum() == 16 * 4 and other.count_E.sum() == 2 * 16 * 4
+
+
+@pytest.mark.long
+def test_micro_batches_are_one_large_batch():
+  with jax.enable_x64(True):
+    (params, sums), (others, wanted) = (
+      stepped(accumulation=n, balanced=False) for n in (2, 1)
+    )
+  for name in ("loss", "task"):
+    assert_close(sums[name], wanted[name])
+  assert_close(params, others)
+
+
+# What is refused.
+
+IMPOSSIBLE = {
+  r"patch = \(2, 2, 2\) does not divide videos of 1 frames": {
+    "video": {"patch": (2, 2, 2)}
+  },
+  "needs model.video": {"video": {}},
+  "num_waves = 7 is odd": {"video": {"patch": (1, 2, 2), "num_waves": 7}},
+  "model.image = .* has no meaning in the model diffusion": {
+    "image": {"patch": 2}
+  },
+  "rope_axes = 2, and the tokens of this model stand in a grid of 3": {
+    "attention": {"rope_axes": 2}
+  },
+}
+
+
+@pytest.mark.parametrize("words", IMPOSSIBLE)
+def test_impossible_models(words):
+  own = section() | IMPOSSIBLE[words]
+  with pytest.raises(ConfigError, match=words):
+    models.build(own, video_shape=(1, 4, 4, 1), num_classes=3)
+
+
+def test_a_decoder_has_no_grid():
+  own = section() | {"name": "decoder", "video": {}}
+  with pytest.raises(ConfigError, match="stand in a grid of 1; set it to 1"):
+    models.build(own, vocab_size=9)
+
+
+@pytest.mark.parametrize(
+  "boundary, expert, words",
+  [
+    (0.5, None, "give both or neither"),
+    (None, "low", "give both or neither"),
+    (1.0, "high", "leaves no timesteps for task.expert = 'high'"),
+    (0.0, "low", "leaves no timesteps"),
+  ],
+)
+def test_impossible_boundaries(boundary, expert, words):
+  with pytest.raises(ConfigError, match=words):
+    denoise.timesteps(boundary, expert)
+
+
+def folder_of(path, **changes):
+  """A folder of arrays of videos, some of which are others."""
+  rng = np.random.default_rng(0)
+  for split, n in (("train", 12), ("validation", 4)):
+    arrays = {
+      "video": rng.normal(size=(n, 2, 4, 4, 1)).astype(np.float32),
+      "text": rng.normal(size=(n, 3, 5)).astype(np.float32),
+      "label": np.arange(n) % 3,
+    }
+    for kind, array in arrays.items():
+      array = changes.get(f"{split}_{kind}", array)
+      if array is not None:
+        np.save(path / f"{split}_{kind}.npy", array)
+  return str(path)
+
+
+def test_folders_of_arrays(tmp_path):
+  found = videos.of_folder("own", folder_of(tmp_path))
+  assert found.shape == (2, 4, 4, 1) and found.text == (3, 5)
+  assert found.num_classes == 3 and videos.is_folder(str(tmp_path))
+  batch = videos.train_batches(found, 0, batch_size=4)[1]
+  assert batch["text"].shape == (4, 3, 5) and batch["video"].dtype == np.float32
+
+
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    ({"validation_text": None}, "text in one split alone"),
+    ({"train_text": np.zeros((3, 3, 5))}, "entries; give each as many"),
+    ({"train_video": np.zeros((12, 4, 4, 1))}, "5 axes are needed"),
+    ({"validation_video": np.zeros((4, 2, 6, 4, 1))}, "make them equal"),
+    ({"validation_label": np.full(4, 7)}, "has labels from 7 to 7"),
+  ],
+)
+def test_arrays_that_do_not_fit(tmp_path, changes, words):
+  with pytest.raises(ConfigError, match=words):
+    videos.of_folder("own", folder_of(tmp_path, **changes))
+
+
+def test_a_damaged_array(tmp_path):
+  folder_of(tmp_path)
+  (tmp_path / "train_text.npy").write_bytes(b"\x93NUMPY nothing")
+  with pytest.raises(ConfigError, match="train_text.npy is no whole array"):
+    videos.of_folder("own", str(tmp_path))

@@ -1,0 +1,182 @@
+"""The command that samples, on runs of the two networks of Wan2.2's tiny."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from moe_jax import evaluate, main, sample
+from moe_jax.core import parallel
+from moe_jax.core.errors import ConfigError
+from moe_jax.hf import wan
+from moe_jax.training import checkpoint, loop, program, trained
+from tests.diffusion_test import folder_of
+
+FLAGS = (
+  "--config=configs/wan2_2.py:tiny",
+  "--config.data.batch_size=32",
+  "--config.train.num_steps=150",
+  "--config.train.log_every=30",
+  "--config.eval.batch_size=64",
+  "--config.model.remat=none",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+  """The tests are of whole runs, and `diffusion_test` has the meshes."""
+  with pytest.MonkeyPatch.context() as m:
+    m.setattr(parallel, "mesh_or_none", lambda *_: None)
+    yield
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+  """The work directories of the two networks."""
+  folder = tmp_path_factory.mktemp("runs")
+  for expert in ("high", "low"):
+    flags = [f"--config.task.expert={expert}", f"--workdir={folder}/{expert}"]
+    main.main([*FLAGS, *flags])
+  return folder
+
+
+def lines(folder, split):
+  rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+  return [row for row in rows if row["split"] == split]
+
+
+def test_both_learn_in_their_own_range(runs):
+  ranges = {"high": 1, "low": 7}
+  for expert, number in ranges.items():
+    losses = [row["loss"] for row in lines(runs / expert, "train")]
+    assert losses[-1] < 0.8 * losses[0]
+    (found,) = lines(runs / expert, "validation")
+    own = [k for k in found if k.startswith("loss/")]
+    assert len(own) == number
+    mean = np.mean([found[k] for k in own])
+    assert found["loss"] == pytest.approx(mean, rel=1e-5)
+
+
+def test_samples(runs, tmp_path, capsys):
+  flags = [
+    f"--checkpoint={runs}/high",
+    f"--low={runs}/low",
+    f"--out={tmp_path}",
+  ]
+  flags += ["--number=5", "--steps=10", "--label=3"]
+  assert sample.main(flags) == 0
+  said = capsys.readouterr().out
+  # shift = 3: t = 3u / (1 + 2u) is at least 0.875 for u = 1, 0.9, 0.8, 0.7.
+  assert "steps 0 to 3, from t = 1.000 on: the network high" in said
+  assert "steps 4 to 9, from t = 0.818 on: the network low" in said
+  image = np.asarray(Image.open(tmp_path / "samples.png"))
+  assert image.shape == (16, 24) and image[:, :8].std() > 0
+  assert (image[8:, 16:] == 0).all()  # There are five samples in six places.
+  sample.main([*flags, "--seed=1"])
+  other = np.asarray(Image.open(tmp_path / "samples.png"))
+  assert (other != image).any()
+  sample.main(flags)
+  again = np.asarray(Image.open(tmp_path / "samples.png"))
+  np.testing.assert_array_equal(again, image)
+
+
+def test_published_weights_are_the_same(runs, tmp_path, capsys):
+  """Written as Wan's code names them and read again, without classes."""
+  path = folder_of(tmp_path, train_label=None, validation_label=None)
+  flags = [*FLAGS[:1], *FLAGS[3:], f"--config.data.dir={path}"]
+  flags += ["--config.train.num_steps=2", "--config.data.batch_size=4"]
+  flags += [
+    "--config.model.video.patch=(1, 2, 2)",
+    "--config.eval.batch_size=4",
+  ]
+  for expert in ("high", "low"):
+    own = [f"--config.task.expert={expert}", f"--workdir={tmp_path}/{expert}"]
+    main.main([*flags, *own])
+    config = trained.config_of(f"{tmp_path}/{expert}")
+    model = program.build_model(config, program.build_task(config))
+    _, variables = trained.weights(f"{tmp_path}/{expert}", model)
+    wan.save(tmp_path / f"{expert}_wan", model, variables["params"])
+  text = ["--text", f"{tmp_path}/train_text.npy", "--number=2", "--steps=4"]
+  for name, more in {
+    "a": [f"--checkpoint={tmp_path}/high", f"--low={tmp_path}/low"],
+    "b": [
+      f"--wan={tmp_path}/high_wan",
+      f"--wan_low={tmp_path}/low_wan",
+      *FLAGS[:1],
+      "--config.task.shape=(2, 4, 4, 1)",
+      "--config.task.text=(3, 5)",
+      "--config.task.num_classes=0",
+    ],
+  }.items():
+    assert sample.main([*text, *more, f"--out={tmp_path}/{name}"]) == 0
+  for i in range(2):
+    one, two = (Image.open(tmp_path / x / f"00{i}.gif") for x in "ab")
+    assert one.n_frames == two.n_frames == 2
+    for frame in range(2):
+      one.seek(frame), two.seek(frame)
+      np.testing.assert_array_equal(np.asarray(one), np.asarray(two))
+
+
+REFUSED = {
+  "weights --low .* are missing": ["--checkpoint={high}"],
+  "weights of task.expert = high are missing": [
+    "--checkpoint={low}",
+    "--low={low}",
+  ],
+  "not 0.875 and 'low'": ["--checkpoint={high}", "--low={high}"],
+  "--label=10 is not below the 10 classes": [
+    *("--checkpoint={high}", "--low={low}", "--label=10")
+  ],
+  "--wan and --config belong together": ["--wan={high}"],
+  "no work directory of a run": ["--checkpoint={out}"],
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_is_refused(runs, tmp_path, words):
+  places = {"high": runs / "high", "low": runs / "low", "out": tmp_path}
+  flags = [flag.format(**places) for flag in REFUSED[words]]
+  with pytest.raises(ConfigError, match=words):
+    sample.main([*flags, f"--out={tmp_path}/out"])
+  assert not (tmp_path / "out").exists()
+
+
+def test_a_boundary_outside():
+  for value in (-0.1, 1.5):
+    with pytest.raises(
+      ConfigError, match="task.boundary = .* is not a number of 0"
+    ):
+      main.main(
+        [*FLAGS, f"--config.task.boundary={value}", "--workdir=nowhere"]
+      )
+
+
+def test_evaluation(runs, tmp_path):
+  evaluate.main([f"--checkpoint={runs}/low", f"--json={tmp_path}/a.json"])
+  found = json.loads((tmp_path / "a.json").read_text())["metrics"]
+  (wanted,) = lines(runs / "low", "validation")
+  assert found["loss/0.000-0.125"] > found["loss/0.750-0.875"]
+  assert wanted["loss"] > 0
+
+
+@pytest.mark.long
+def test_a_run_that_was_stopped_is_the_run(tmp_path, monkeypatch):
+  flags = [*FLAGS, "--config.train.num_steps=12", "--config.checkpoint.every=5"]
+  main.main([*flags, f"--workdir={tmp_path}/whole"])
+  steps, step = [], loop.take_step
+
+  def until(*args, **kwargs):
+    steps.append(1)
+    if len(steps) == 8:
+      raise KeyboardInterrupt
+    return step(*args, **kwargs)
+
+  with monkeypatch.context() as m:
+    m.setattr(loop, "take_step", until)
+    with pytest.raises(KeyboardInterrupt):
+      main.main([*flags, f"--workdir={tmp_path}/twice"])
+  main.main([*flags, f"--workdir={tmp_path}/twice"])
+  one, two = (checkpoint.load_params(tmp_path / x) for x in ("whole", "twice"))
+  jax.tree.map(np.testing.assert_array_equal, one, two)
