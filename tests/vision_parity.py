@@ -32,7 +32,7 @@ CASES = {
     "router": "choice",
     "multiple": 1,
     "capacity": 1.0,
-    "per_group": 3,
+    "classifier": "gap",
   },
   "soft": {"router": "soft", "slots": 2, "classifier": "gap", "per_group": 1},
   "soft_normed": {
