@@ -1335,7 +1335,7 @@ FAULTS = (
   ),
   Fault(
     "the output of other classes is kept",
-    "moe_jax/training/starts/images.py",
+    "moe_jax/models/parts/image.py",
     "head.shape[1] != arch.num_classes",
     "head.shape[1] < 0",
     "classify_images_test.py::test_other_images_and_classes",

@@ -6,7 +6,9 @@ A model is a linen module with
   mesh: the devices to run on, or `arch` with it, if there are several;
   sublayers: {path: Sublayer}, where its MoE layers are; if there are any;
   lengths: {kind of sequence: tokens of an example} of those that the model itself
-    makes of what a task gives it, such as patches of an image; if there are any.
+    makes of what a task gives it, such as patches of an image; if there are any;
+  adapted(params, path): weights of a model with other inputs or outputs, from a path,
+    for this one; if it can take such.
 """
 
 import inspect

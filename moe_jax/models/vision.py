@@ -100,6 +100,10 @@ class Vision(nn.Module):
     """See `models`."""
     return {"patches": self.arch.image.tokens(self.arch.shape)}
 
+  def adapted(self, params: Mapping, path: str) -> dict:
+    """See `models` and `image.adapted`."""
+    return image.adapted(params, self.arch, path)
+
   def example(self, batch: int) -> tuple:
     """See `models`."""
     return (jnp.zeros((batch, *self.arch.shape)),)

@@ -19,7 +19,7 @@ from moe_jax.data.text import tokenizers
 from moe_jax.hf import vmoe_files
 from moe_jax.run import config as config_lib
 from moe_jax.training import checkpoint, trained
-from moe_jax.training.starts import fit, images, upcycling
+from moe_jax.training.starts import fit, upcycling
 
 KEY = "init_from"
 
@@ -53,8 +53,10 @@ def replaced(state, model, config, path: str, seed: int):
   else:
     read = functools.partial(variables, config=config, model=model)
     given = _read(read, path)
-  adapt = functools.partial(images.fitted, given["params"], model)
-  params = _fitted(_read(adapt, path), state.params, path)
+  params = given["params"]
+  if hasattr(model, "adapted"):
+    params = _read(functools.partial(model.adapted, params), path)
+  params = _fitted(params, state.params, path)
   balance, before = state.balance, given.get("balance", {})
   if _shapes(before) == _shapes(balance):
     balance = _placed(before, balance)
