@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from moe_jax import evaluate, generate, main, params
 from moe_jax.core import parallel
@@ -248,3 +249,39 @@ def test_few_shots_of_a_model_that_knows_all(monkeypatch):
   assert good == {"few_shot/1": 1.0, "few_shot/5": 1.0}
   bad = few_shot.accuracies(images, scale, Model(False), *args)
   assert all(value < 0.6 for value in bad.values())
+
+
+def test_pictures_of_experts(tmp_path):
+  """A row of images, a row of maps, and the same in TensorBoard."""
+  flags = ["--config.train.num_steps=4", "--config.writers=('tensorboard',)"]
+  flags += [
+    "--config.train.hooks.a.name=pictures",
+    "--config.train.hooks.a.every=2",
+  ]
+  main.main([*FLAGS, *flags, f"--workdir={tmp_path}"])
+  folder = tmp_path / "pictures" / "experts"
+  assert [p.name for p in sorted(folder.iterdir())] == [
+    "00000002.png",
+    "00000004.png",
+  ]
+  image = np.asarray(Image.open(folder / "00000004.png"))
+  assert image.shape == (2 * 66, 8 * 66, 3)
+  # A patch is of one colour, of as many colours as experts at most.
+  maps = image[66:].reshape(66, 8, 66, 3)[1:-1, :, 1:-1]
+  patches = maps.reshape(4, 16, 8, 4, 16, 3).transpose(0, 2, 3, 1, 4, 5)
+  patches = patches.reshape(-1, 16 * 16, 3)
+  assert (patches == patches[:, :1]).all()
+  assert 1 < len({tuple(one[0]) for one in patches}) <= 8
+  events = b"".join(
+    p.read_bytes() for p in (tmp_path / "tensorboard").iterdir()
+  )
+  assert b"PNG" in events and b"experts" in events
+
+
+def test_a_task_without_pictures(tmp_path):
+  hook = [
+    "--config.train.hooks.a.name=pictures",
+    "--config.train.hooks.a.every=2",
+  ]
+  with pytest.raises(ConfigError, match="next_token has no pictures"):
+    main.main(["--config=configs/tiny.py", *hook, f"--workdir={tmp_path}/run"])

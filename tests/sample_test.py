@@ -180,3 +180,16 @@ def test_a_run_that_was_stopped_is_the_run(tmp_path, monkeypatch):
   main.main([*flags, f"--workdir={tmp_path}/twice"])
   one, two = (checkpoint.load_params(tmp_path / x) for x in ("whole", "twice"))
   jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_pictures_of_denoised_images(tmp_path):
+  """Three rows of images, and samples where one network is for all timesteps."""
+  flags = ["--config.train.num_steps=2", "--config.task.boundary=None"]
+  flags += ["--config.task.expert=None", "--config.train.hooks.a.every=2"]
+  flags += ["--config.train.hooks.a.name=pictures", f"--workdir={tmp_path}"]
+  main.main([*FLAGS, *flags])
+  shapes = {"denoised": (3 * 66, 8 * 66, 3), "samples": (66, 8 * 66, 3)}
+  for name, shape in shapes.items():
+    file = tmp_path / "pictures" / name / "00000002.png"
+    image = np.asarray(Image.open(file))
+    assert image.shape == shape and image[:66].std() > 20

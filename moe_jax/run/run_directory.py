@@ -50,7 +50,7 @@ class RunDirectory(contextlib.ExitStack):
     """
     super().__init__()
     self.path, self.lines = pathlib.Path(path), 0
-    self._config, self._loggers = config, []
+    self._config, self._writers = config, []
     self._sizes = {}  # Bytes of the files, as this process has left them.
     with contextlib.ExitStack() as stack:
       self.facts = processes.by_first(lambda: self._open(stack))
@@ -146,9 +146,9 @@ class RunDirectory(contextlib.ExitStack):
         f" where {lines} were written; bring them back, or choose another"
         " --workdir to start again"
       )
-    for log, close in writers.begin(self._config, self.path, step):
-      self.callback(close)
-      self._loggers.append(log)
+    self._writers = writers.begin(self._config, self.path, step)
+    for writer in self._writers:
+      self.callback(writer.close)
     if (self.path / _METRICS).exists():
       self._write(_METRICS, "".join(json.dumps(x) + "\n" for x in kept))
     return len(kept)
@@ -195,8 +195,30 @@ class RunDirectory(contextlib.ExitStack):
     if not processes.is_first():
       return
     self._append(json.dumps({"step": step, "split": split, **metrics}) + "\n")
-    for log in self._loggers if split != LOADS else ():
-      log(step, split, metrics)
+    for writer in self._writers if split != LOADS else ():
+      writer.log(step, split, metrics)
+
+  def show(self, step: int, name: str, pixels) -> None:
+    """Writes pictures/NAME/STEP.png, and gives it to the writers.
+
+    Args:
+      step: of the run.
+      name: of what is shown.
+      pixels: bytes [height, width, 3].
+
+    Raises:
+      RunError: it cannot be written.
+    """
+    if not processes.is_first():
+      return
+    from PIL import Image  # Only for who shows something.
+
+    path = self.path / "pictures" / name / f"{step:08d}.png"
+    with files.writing(path):
+      path.parent.mkdir(parents=True, exist_ok=True)
+      Image.fromarray(pixels).save(path)
+    for writer in self._writers:
+      writer.image(step, name, pixels)
 
   def sync(self) -> None:
     """Returns when metrics.jsonl would survive a loss of power.

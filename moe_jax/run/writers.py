@@ -7,9 +7,19 @@ the writer's name.
 import hashlib
 import importlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 from moe_jax.core.errors import ConfigError, first_line
 from moe_jax.core.options import items, word
+
+
+class Writer(NamedTuple):
+  """log(step, split, metrics) takes a line of metrics; image(step, name, pixels) bytes
+  [height, width, 3]; close() ends it."""
+
+  log: Callable
+  image: Callable
+  close: Callable
 
 
 def _tensorboard(config, path, step):
@@ -29,7 +39,10 @@ def _tensorboard(config, path, step):
     for name, value in metrics.items():
       writer.add_scalar(f"{split}/{name}", value, step)
 
-  return log, writer.close
+  def image(step, name, pixels):
+    writer.add_image(name, pixels, step, dataformats="HWC")
+
+  return Writer(log, image, writer.close)
 
 
 def _wandb(config, path, step):
@@ -54,7 +67,10 @@ def _wandb(config, path, step):
   def log(step, split, metrics):
     run.log({f"{split}/{k}": v for k, v in metrics.items()}, step=step)
 
-  return log, run.finish
+  def image(step, name, pixels):
+    run.log({name: wandb.Image(pixels)}, step=step)
+
+  return Writer(log, image, run.finish)
 
 
 # {name: (function that begins it, its library)}.
@@ -79,16 +95,13 @@ def check(names) -> None:
       ) from None
 
 
-def begin(config, path, step: int) -> list[tuple[Callable, Callable]]:
+def begin(config, path, step: int) -> list[Writer]:
   """Begins the writers that a config names.
 
   Args:
     config: of the run.
     path: the work directory.
     step: that the run goes on from.
-
-  Returns:
-    (log, close) of each: log(step, split, metrics) takes a line of metrics.
 
   Raises:
     ConfigError: one cannot begin, without a network for instance.

@@ -39,6 +39,8 @@ class Task:
   check: (model) -> None, raises ConfigError for a model that does not fit.
   few_shot: (model, variables, shots, batch_size) -> metrics, see `few_shot`; None:
     it has no classes to learn from a few examples.
+  pictures: (model, variables) -> {name: bytes [height, width, 3]}, for the hook
+    `pictures`; None: there are none.
   name: of the data.
   fingerprint: changes when the data does.
   sources: what the data was made of, for run.json.
@@ -58,6 +60,7 @@ class Task:
   domains: tuple[str, ...] = ()
   check: Callable[[Any], None] = lambda model: None
   few_shot: Callable[..., Mapping[str, float]] | None = None
+  pictures: Callable[..., Mapping[str, Any]] | None = None
   name: str = ""
   fingerprint: str = ""
   sources: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -67,4 +70,4 @@ class Task:
 
 PART = Task  # `build` of each file returns one.
 # Files of this folder that are no tasks.
-SHARED = ("bleu", "few_shot", "replay", "sequence_to_sequence")
+SHARED = ("bleu", "few_shot", "pictures", "replay", "sequence_to_sequence")

@@ -21,7 +21,7 @@ from moe_jax.core.options import (
 from moe_jax.data.images import augment as augment_lib
 from moe_jax.data.images import batches, prepared
 from moe_jax.moe.types import Array, Mean
-from moe_jax.tasks import Task, few_shot
+from moe_jax.tasks import Task, few_shot, pictures
 
 _SIZE = optional(either(integer(1), items((integer(1), integer(1)))))
 _AUGMENT = section(of(augment_lib.Augmentation), required=())
@@ -118,6 +118,10 @@ def of_images(
       f"task.num_classes = {num_classes} is less than the {known} classes of dataset"
       f" {images.name}; raise it, or set it to None"
     )
+
+  def scale(x):
+    return augment_lib.scaled(x, tuple(size), jnp.float32)
+
   return scoring(
     images.shape,
     tuple(size),
@@ -135,11 +139,8 @@ def of_images(
       batch_size=config.eval.batch_size,
       batches_per_domain=config.eval.batches_per_domain,
     ),
-    few_shot=functools.partial(
-      few_shot.accuracies,
-      images,
-      lambda x: augment_lib.scaled(x, tuple(size), jnp.float32),
-    ),
+    few_shot=functools.partial(few_shot.accuracies, images, scale),
+    pictures=functools.partial(pictures.experts, images, scale),
     domains=(batches.DOMAIN,),
     name=images.name,
     fingerprint=images.fingerprint,

@@ -27,7 +27,7 @@ from moe_jax.core.options import (
 from moe_jax.data.images import prepared, videos
 from moe_jax.models.diffusion import Condition
 from moe_jax.moe.types import Mean
-from moe_jax.tasks import Task
+from moe_jax.tasks import Task, pictures
 
 TEXT = False  # Its batches have none.
 EXPERTS = (
@@ -209,6 +209,7 @@ def of_videos(config, found: videos.Videos, ranges, ends, **options) -> Task:
     validation=functools.partial(
       videos.validation_batches, found, ranges, **more
     ),
+    pictures=functools.partial(pictures.denoised, found, ends, options),
     domains=tuple(ranges),
     name=found.name,
     fingerprint=found.fingerprint,

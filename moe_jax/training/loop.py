@@ -89,7 +89,7 @@ def run(
     places = directory, checkpoints, progress
     state, step, lines = _begin(program, seed, start, *places)
     stream = program.batches(seed)
-    made = hooks.build(program.config, hooks.Run(directory.path, program))
+    made = hooks.of_run(program, directory)
     while True:
       if step in train.profile_steps:
         jax.block_until_ready(state)

@@ -39,10 +39,12 @@ class Run(NamedTuple):
 
   folder: the work directory, for files of the hook.
   program: the `Program`, with the run's config, mesh, task and model.
+  show: (step, name, bytes [height, width, 3]) -> None, see `RunDirectory.show`.
   """
 
   folder: pathlib.Path
   program: Any
+  show: Callable[[int, str, Any], None] = lambda *picture: None
 
 
 def check(config) -> None:
@@ -68,6 +70,11 @@ def build(config, run: Run) -> list[tuple[int, Hook]]:
       )
     made.append((every, hook))
   return made
+
+
+def of_run(program, directory) -> list[tuple[int, Hook]]:
+  """The hooks of a program that runs in a `RunDirectory`; raises as `build`."""
+  return build(program.config, Run(directory.path, program, directory.show))
 
 
 def collects(config) -> bool:

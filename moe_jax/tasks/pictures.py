@@ -1,0 +1,141 @@
+"""Pictures of what a model does: the experts of patches, and denoised videos.
+
+All are arrays of bytes [height, width, 3], for the hook `pictures`.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import models
+from moe_jax.data.images import videos
+from moe_jax.models.diffusion import Condition
+from moe_jax.models.generation import flow
+from moe_jax.moe.types import TokenChoice
+
+NUMBER = 8  # Images, or videos, in a row.
+_LEAST = 64  # Pixels of a side of an image in a picture.
+
+
+def experts(images, scale, model, variables: Mapping) -> dict[str, np.ndarray]:
+  """{"experts": picture}: images, and below them the first expert of each patch.
+
+  A row is a MoE layer in which tokens choose experts; a colour is an expert. Black
+  patches have none.
+
+  Args:
+    images: `prepared.Images`.
+    scale: (uint8 images) -> what the model gets.
+    model, variables: a `vision.Vision` and its weights.
+  """
+  pixels, arch = images.arrays["validation"][0][:NUMBER], model.arch
+  grid = arch.image.grid(arch.shape)
+  # Whole groups may have more images than a row.
+  (length,) = model.lengths.values()
+  groups = [x.grouping.tokens(length) for x in model.sublayers.values()]
+  batch = NUMBER * max([1, *(tokens // length for tokens in groups)])
+  batch = np.resize(pixels, (batch, *pixels.shape[1:]))
+  apply = jax.jit(lambda v, x: model.apply(v, scale(x), collect="routing")[1])
+  aux, rows = apply(variables, batch), [[_coloured(x) for x in pixels]]
+  for path, parts in models.sublayers(model).items():
+    if parts.recipe.router.form is not TokenChoice:
+      continue
+    choice = models.at(aux, path)["choice"]
+    first = jnp.where(choice.valid_TK, choice.expert_TK, -1)[..., 0]
+    first = np.asarray(first).reshape(len(parts.numbers), len(batch), -1)
+    first = first[:, :NUMBER, -grid[0] * grid[1] :]  # Without a class token.
+    colours = _palette(parts.recipe.pool)
+    rows += [
+      [colours[one].reshape(*grid, 3) for one in layer] for layer in first
+    ]
+  return {"experts": _sheet(rows)}
+
+
+def denoised(
+  found: videos.Videos, ends, options: Mapping, model, variables: Mapping
+) -> dict[str, np.ndarray]:
+  """{"denoised": picture, "samples": picture} of the first frames.
+
+  "denoised" has videos, these with noise, and what the model makes of them in one
+  step, at timesteps that rise from left to right. "samples" are there where one network
+  is for all timesteps.
+
+  Args:
+    found: with arrays.
+    ends: lowest and highest timestep of the model.
+    options: predict and shift of `denoise.build`.
+    model, variables: a `diffusion.Diffusion` and its weights.
+  """
+  arrays = {k: x[:NUMBER] for k, x in found.arrays["validation"].items()}
+  if found.shape[3] not in (1, 3):
+    return {}  # Latents are no pixels.
+  arrays = {k: np.resize(x, (NUMBER, *x.shape[1:])) for k, x in arrays.items()}
+  x = np.asarray(numbers(arrays["video"]))
+  noise = np.random.default_rng(0).normal(size=x.shape).astype(np.float32)
+  time = np.linspace(*ends, NUMBER + 2, dtype=np.float32)[1:-1]
+  share = time.reshape(-1, 1, 1, 1, 1)
+  noisy = (1 - share) * x + share * noise
+  label = arrays.get("label")
+  label = None if label is None else label.astype(np.int32)
+  condition = Condition(label, arrays.get("text"), arrays.get("text_mask"))
+  more = arrays.get("more")
+  given = noisy if more is None else np.concatenate([noisy, more], axis=-1)
+  predicted, _ = jax.jit(model.apply)(variables, given, time, condition)
+  clean = noisy - share * predicted  # x = x_t - t v, as v = noise - x.
+  if options["predict"] == "noise":
+    clean = (noisy - share * predicted) / np.maximum(1 - share, 1e-3)
+  rows = [
+    [_bytes(one[0]) for one in row] for row in (x, noisy, np.asarray(clean))
+  ]
+  made = {"denoised": _sheet(rows)}
+  if tuple(ends) == (0.0, 1.0):
+    one = (flow.Network("all", 0.0, lambda: variables),)
+    how = flow.Sampling(24, options["shift"], options["predict"])
+    samples = flow.sample(model, one, noise, condition, how, more)
+    made["samples"] = _sheet([[_bytes(one[0]) for one in np.asarray(samples)]])
+  return made
+
+
+def numbers(video):
+  """Numbers from -1 to 1 of bytes; others as they are."""
+  video = np.asarray(video)
+  scaled = video.astype(np.float32)
+  return scaled / 127.5 - 1 if video.dtype == np.uint8 else scaled
+
+
+def _bytes(x):
+  """Bytes with three channels of numbers from -1 to 1."""
+  return _coloured(np.clip((x + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8))
+
+
+def _coloured(pixels):
+  return np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+
+
+def _palette(number: int) -> np.ndarray:
+  """Colours [number + 1, 3] of experts; the last one is of -1, none."""
+  from matplotlib import colors
+
+  hue = np.arange(number) * 0.6180339887498949 % 1
+  bright = np.where(np.arange(number) % 2, 0.65, 0.95)
+  found = colors.hsv_to_rgb(
+    np.stack([hue, np.full(number, 0.75), bright], axis=1)
+  )
+  return np.append(
+    (255 * found).astype(np.uint8), np.zeros((1, 3), np.uint8), axis=0
+  )
+
+
+def _sheet(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+  """One picture of rows of pictures, enlarged to one size, with lines between."""
+  side = max(_LEAST, *(max(x.shape[:2]) for row in rows for x in row))
+  made = []
+  for row in rows:
+    tiles = []
+    for x in row:
+      height, width = (np.arange(side) * n // side for n in x.shape[:2])
+      tiles.append(np.pad(x[height][:, width], ((1, 1), (1, 1), (0, 0))))
+    made.append(np.concatenate(tiles, axis=1))
+  return np.concatenate(made)

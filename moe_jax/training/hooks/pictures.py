@@ -1,0 +1,27 @@
+"""Shows what the task has to show of its model.
+
+The pictures are WORKDIR/pictures/NAME/STEP.png, and TensorBoard and W&B get them where
+they are among the writers.
+"""
+
+from moe_jax.core.errors import ConfigError
+from moe_jax.training import hooks
+
+
+def build(run: hooks.Run) -> hooks.Hook:
+  """Shows the task's pictures."""
+  program = run.program if run else None
+  if program is not None and program.task.pictures is None:
+    raise ConfigError(
+      f"the task {program.config.task.name} has no pictures for train.hooks; leave the"
+      " hook out"
+    )
+
+  def show(state, step, metrics):
+    del metrics
+    variables = {"params": state.params, "balance": state.balance}
+    made = program.task.pictures(program.model, variables)
+    for name, pixels in made.items():
+      run.show(step, name, pixels)
+
+  return show
