@@ -4,12 +4,19 @@ The pictures are WORKDIR/pictures/NAME/STEP.png, and TensorBoard and W&B get the
 they are among the writers.
 """
 
+import jax
+
 from moe_jax.core.errors import ConfigError
 from moe_jax.training import hooks
 
 
 def build(run: hooks.Run) -> hooks.Hook:
   """Shows the task's pictures."""
+  if jax.process_count() > 1:
+    raise ConfigError(
+      "the hook pictures runs the model in one process alone, and there are several;"
+      " leave it out"
+    )
   program = run.program if run else None
   if program is not None and program.task.pictures is None:
     raise ConfigError(
