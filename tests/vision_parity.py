@@ -6,6 +6,7 @@ writes tests/images/ anew. It needs checkouts of google-research/vmoe and of
 google-research/vision_transformer; the tests need only the files. Noise is off.
 """
 
+import argparse
 import pathlib
 import sys
 
@@ -173,7 +174,12 @@ def _make(name, seed):
   print(f"{name}: {sum(x.size for x in flat.values())} parameters", flush=True)
 
 
-def main() -> int:
+def main(argv=None) -> int:
+  argparse.ArgumentParser(
+    prog="python -m tests.vision_parity",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  ).parse_args(argv)
   FOLDER.mkdir(exist_ok=True)
   for seed, name in enumerate(CASES):
     _make(name, seed)

@@ -7,6 +7,7 @@ which it reads wan/modules/model.py alone; the tests need only the files. The
 attention kernels of that code need a GPU, and torch's attention takes their place.
 """
 
+import argparse
 import importlib.util
 import os
 import pathlib
@@ -98,7 +99,12 @@ def _make(name, seed):
   )
 
 
-def main() -> int:
+def main(argv=None) -> int:
+  argparse.ArgumentParser(
+    prog="python -m tests.wan_parity",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  ).parse_args(argv)
   for seed, name in enumerate(CASES):
     _make(name, seed)
   return 0
