@@ -15,7 +15,8 @@ from moe_jax.data.images import prepared
 from moe_jax.hf import vmoe
 from moe_jax.run import config as config_lib
 from moe_jax.tasks import few_shot
-from moe_jax.training import checkpoint, loop, program, trained
+from moe_jax.training import program, trained
+from tests import pair_of_runs
 
 FLAGS = (
   "--config=configs/vmoe.py:tiny",
@@ -30,12 +31,7 @@ FLAGS = (
 
 
 def lines(folder, split):
-  rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-  return [
-    {k: v for k, v in row.items() if k != "tokens_per_second"}
-    for row in rows
-    if row["split"] == split
-  ]
+  return [row for row in pair_of_runs.lines(folder) if row["split"] == split]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,29 +61,10 @@ def test_it_learns(run):
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["vmoe", "soft_moe"])
-def test_a_run_that_was_stopped_is_the_run(tmp_path, monkeypatch, name):
-  """Bit for bit: parameters and lines, from a checkpoint in the middle."""
+def test_a_run_that_was_stopped_is_the_run(tmp_path, name):
   flags = [f"--config=configs/{name}.py:tiny", *FLAGS[1:]]
   flags += ["--config.train.num_steps=12", "--config.checkpoint.every=5"]
-  main.main([*flags, f"--workdir={tmp_path}/whole"])
-  steps, step = [], loop.take_step
-
-  def until(*args, **kwargs):
-    steps.append(1)
-    if len(steps) == 8:
-      raise KeyboardInterrupt
-    return step(*args, **kwargs)
-
-  with monkeypatch.context() as m:
-    m.setattr(loop, "take_step", until)
-    with pytest.raises(KeyboardInterrupt):
-      main.main([*flags, f"--workdir={tmp_path}/twice"])
-  main.main([*flags, f"--workdir={tmp_path}/twice"])
-  folders = tmp_path / "whole", tmp_path / "twice"
-  one, two = map(checkpoint.load_params, folders)
-  jax.tree.map(np.testing.assert_array_equal, one, two)
-  for split in ("train", "validation"):
-    assert lines(folders[0], split) == lines(folders[1], split)
+  pair_of_runs.check_stopped(flags, tmp_path)
 
 
 def metrics_of(run, path, *flags):

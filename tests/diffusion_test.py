@@ -12,7 +12,6 @@ from flax import linen as nn
 
 from configs import base, wan2_2
 from moe_jax import models
-from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
 from moe_jax.data.images import videos
 from moe_jax.hf import wan
@@ -20,8 +19,8 @@ from moe_jax.models import counts
 from moe_jax.models.diffusion import Condition
 from moe_jax.models.generation import flow
 from moe_jax.tasks import denoise
-from moe_jax.training import program, train_step
-from tests import small, tiers, wan_parity
+from moe_jax.training import program
+from tests import pair_of_runs, tiers, wan_parity
 from tests.encoder_decoder_training_test import assert_close
 
 
@@ -369,24 +368,10 @@ def config(accumulation=1, balanced=True):
 def stepped(sizes=None, accumulation=1, balanced=True):
   """(parameters, sums) after a step from the same start."""
   c = config(accumulation, balanced)
-  mesh = sizes and parallel.make_mesh(sizes)
   options = {"predict": "velocity", "shift": 3.0, "unconditional": 0.2}
-  task = denoise.of_videos(c, data(), {"all": (0, 1)}, (0.0, 1.0), **options)
-  model = models.build(c.model, mesh=mesh, **task.given)
-  lengths = models.lengths(model, task.lengths)
-  batches = {"rows": 16 // accumulation}
-  models.check(model, lengths=lengths, batches=batches, mesh=mesh)
-  init, step = small.training(c, model, task, mesh)
-  state = jax.jit(lambda rng: nn.unbox(init(rng)))(jax.random.key(0))
-  rng = np.random.default_rng(1)
-  moved = lambda x: jnp.asarray(x + rng.normal(0, 0.1, x.shape))  # noqa: E731
-  state = state.replace(params=jax.tree.map(moved, state.params))
-  if mesh is not None:
-    boxed = jax.eval_shape(init, jax.random.key(0))
-    state = jax.device_put(state, train_step.shardings(boxed, mesh))
-  batch = task.train(3, None)[5]
-  state, sums = jax.jit(step)(state, batch, train_step.numbers(c, model))
-  return jax.device_get((state.params, sums))
+  ends = 0.0, 1.0
+  task = denoise.of_videos(c, data(), {"all": ends}, ends, **options)
+  return pair_of_runs.stepped(c, lambda mesh: task, sizes)
 
 
 @pytest.mark.parametrize(

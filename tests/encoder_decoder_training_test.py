@@ -1,20 +1,15 @@
 """Training steps of encoder-decoders: any mesh, any micro-batches, any stop."""
 
 import functools
-import json
 
 import jax
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from configs import switch
-from moe_jax import main, models
-from moe_jax.core import parallel
 from moe_jax.data import spans
 from moe_jax.tasks import span_corruption
-from moe_jax.training import checkpoint, train_step
-from tests import small, tiers
+from tests import pair_of_runs, small, tiers
 
 MESHES = ((2, 1, 4, 1), (1, 2, 2, 2))
 ROWS = 16
@@ -55,25 +50,7 @@ def task_of(c, mesh=None):
 def stepped(sizes=None, accumulation=1, balanced=True):
   """(parameters, sums) after a step from the same start."""
   c = config(accumulation, balanced)
-  mesh = sizes and parallel.make_mesh(sizes)
-  task = task_of(c, mesh)
-  given = {**task.given, "mesh": mesh}
-  model = models.build(c.model, **given)
-  micro = ROWS // accumulation
-  batches = {"rows": micro}
-  models.check(model, lengths=task.lengths, batches=batches, mesh=mesh)
-  init, step = small.training(c, model, task, mesh)
-  state = jax.jit(lambda rng: nn.unbox(init(rng)))(jax.random.key(0))
-  wide = lambda x: x.astype(np.float64)  # noqa: E731
-  state = state.replace(params=jax.tree.map(wide, state.params))
-  if mesh is not None:
-    boxed = jax.eval_shape(init, jax.random.key(0))
-    state = jax.device_put(state, train_step.shardings(boxed, mesh))
-  batch = task.train(3, None)[5]
-  batch = {k: batch[k] for k in task.spec}
-  numbers = train_step.numbers(c, model)
-  state, sums = jax.jit(step)(state, batch, numbers)
-  return jax.device_get((state.params, sums))
+  return pair_of_runs.stepped(c, lambda mesh: task_of(c, mesh), sizes)
 
 
 def assert_close(found, wanted):
@@ -124,36 +101,6 @@ FLAGS = (
 
 
 @pytest.mark.long
-def test_a_run_that_was_stopped_is_the_run(tmp_path, monkeypatch):
-  """Bit for bit: parameters and lines, from a checkpoint in the middle."""
+def test_a_run_that_was_stopped_is_the_run(tmp_path):
   with jax.enable_x64(False):
-    main.main([*FLAGS, f"--workdir={tmp_path}/whole"])
-    from moe_jax.training import loop
-
-    steps = []
-    step = loop.take_step
-
-    def until(*args, **kwargs):
-      steps.append(1)
-      if len(steps) == 8:
-        raise KeyboardInterrupt
-      return step(*args, **kwargs)
-
-    monkeypatch.setattr(loop, "take_step", until)
-    with pytest.raises(KeyboardInterrupt):
-      main.main([*FLAGS, f"--workdir={tmp_path}/twice"])
-    monkeypatch.setattr(loop, "take_step", step)
-    main.main([*FLAGS, f"--workdir={tmp_path}/twice"])
-    one, two = (
-      checkpoint.load_params(tmp_path / x) for x in ("whole", "twice")
-    )
-    jax.tree.map(np.testing.assert_array_equal, one, two)
-
-  def lines(name):
-    text = (tmp_path / name / "metrics.jsonl").read_text()
-    rows = map(json.loads, text.splitlines())
-    return [
-      {k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows
-    ]
-
-  assert lines("whole") == lines("twice")
+    pair_of_runs.check_stopped(FLAGS, tmp_path)

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,7 +10,8 @@ from moe_jax import evaluate, main, sample
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
 from moe_jax.hf import wan
-from moe_jax.training import checkpoint, loop, program, trained
+from moe_jax.training import program, trained
+from tests import pair_of_runs
 from tests.diffusion_test import folder_of
 
 FLAGS = (
@@ -43,8 +43,7 @@ def runs(tmp_path_factory):
 
 
 def lines(folder, split):
-  rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-  return [row for row in rows if row["split"] == split]
+  return [row for row in pair_of_runs.lines(folder) if row["split"] == split]
 
 
 def test_both_learn_in_their_own_range(runs):
@@ -162,24 +161,9 @@ def test_evaluation(runs, tmp_path):
 
 
 @pytest.mark.long
-def test_a_run_that_was_stopped_is_the_run(tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_is_the_run(tmp_path):
   flags = [*FLAGS, "--config.train.num_steps=12", "--config.checkpoint.every=5"]
-  main.main([*flags, f"--workdir={tmp_path}/whole"])
-  steps, step = [], loop.take_step
-
-  def until(*args, **kwargs):
-    steps.append(1)
-    if len(steps) == 8:
-      raise KeyboardInterrupt
-    return step(*args, **kwargs)
-
-  with monkeypatch.context() as m:
-    m.setattr(loop, "take_step", until)
-    with pytest.raises(KeyboardInterrupt):
-      main.main([*flags, f"--workdir={tmp_path}/twice"])
-  main.main([*flags, f"--workdir={tmp_path}/twice"])
-  one, two = (checkpoint.load_params(tmp_path / x) for x in ("whole", "twice"))
-  jax.tree.map(np.testing.assert_array_equal, one, two)
+  pair_of_runs.check_stopped(flags, tmp_path)
 
 
 def test_pictures_of_denoised_images(tmp_path):

@@ -11,7 +11,6 @@ from flax import linen as nn
 
 from configs import vmoe as config_file
 from moe_jax import models
-from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
 from moe_jax.data.images import prepared
 from moe_jax.hf import vmoe, vmoe_files
@@ -19,8 +18,8 @@ from moe_jax.models import counts
 from moe_jax.models.parts import image as image_lib
 from moe_jax.moe.types import Side
 from moe_jax.tasks import classify_images
-from moe_jax.training import balancing, program, train_step
-from tests import small, tiers, vision_parity
+from moe_jax.training import balancing, program
+from tests import pair_of_runs, tiers, vision_parity
 from tests.encoder_decoder_training_test import assert_close
 
 
@@ -326,27 +325,9 @@ def config(accumulation=1, balanced=True):
 def stepped(sizes=None, accumulation=1, balanced=True):
   """(parameters, sums) after a step from the same start."""
   c = config(accumulation, balanced)
-  mesh = sizes and parallel.make_mesh(sizes)
-  options = {
-    "augment": classify_images.augment_lib.Augmentation(**c.task.augment)
-  }
-  task = classify_images.of_images(c, images(), (SIZE, SIZE), **options)
-  model = models.build(c.model, mesh=mesh, **task.given)
-  batches = {"rows": ROWS // accumulation}
-  lengths = models.lengths(model, task.lengths)
-  models.check(model, lengths=lengths, batches=batches, mesh=mesh)
-  init, step = small.training(c, model, task, mesh)
-  state = jax.jit(lambda rng: nn.unbox(init(rng)))(jax.random.key(0))
-  rng = np.random.default_rng(1)
-  # The output begins at zero, which would hide the gradients of all else.
-  moved = lambda x: jnp.asarray(x + rng.normal(0, 0.1, x.shape))  # noqa: E731
-  state = state.replace(params=jax.tree.map(moved, state.params))
-  if mesh is not None:
-    boxed = jax.eval_shape(init, jax.random.key(0))
-    state = jax.device_put(state, train_step.shardings(boxed, mesh))
-  batch = task.train(3, None)[5]
-  state, sums = jax.jit(step)(state, batch, train_step.numbers(c, model))
-  return jax.device_get((state.params, sums))
+  augment = classify_images.augment_lib.Augmentation(**c.task.augment)
+  task = classify_images.of_images(c, images(), (SIZE, SIZE), augment=augment)
+  return pair_of_runs.stepped(c, lambda mesh: task, sizes)
 
 
 @pytest.mark.parametrize(
