@@ -20,6 +20,7 @@ from moe_jax.training import program, starts
 from tests import kill, pod, tiers
 
 
+@pytest.mark.long
 def test_two_processes_stopped_and_gone_on_in_one(tmp_path):
   """Losses and one step to stop at; `python -m tests.pod` does more."""
   # Its experts are made of a dense network.
