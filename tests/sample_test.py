@@ -142,14 +142,11 @@ def test_what_is_refused(runs, tmp_path, words):
   assert not (tmp_path / "out").exists()
 
 
-def test_a_boundary_outside():
+def test_a_boundary_outside(tmp_path):
   for value in (-0.1, 1.5):
-    with pytest.raises(
-      ConfigError, match="task.boundary = .* is not a number of 0"
-    ):
-      main.main(
-        [*FLAGS, f"--config.task.boundary={value}", "--workdir=nowhere"]
-      )
+    flags = [f"--config.task.boundary={value}", f"--workdir={tmp_path}/run"]
+    with pytest.raises(ConfigError, match="task.boundary = .* is not a number"):
+      main.main([*FLAGS, *flags])
 
 
 def test_evaluation(runs, tmp_path):
