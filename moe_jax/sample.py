@@ -20,7 +20,7 @@ def main(argv=None) -> int:
 
   from moe_jax.models.generation import flow
 
-  config, task, model = _read(args, overrides)
+  config, model = _read(args, overrides)
   options = _options(config)
   condition, more = _condition(args, model.arch)
   networks = _networks(args, model, options)
@@ -37,12 +37,11 @@ def main(argv=None) -> int:
     (first, t), (last, _) = steps[0], steps[-1]
     print(f"steps {first} to {last}, from t = {t:.3f} on: the network {name}")
   _write(jax.device_get(found), pathlib.Path(args.out))
-  del task
   return 0
 
 
 def _read(args, overrides):
-  """(config, task, model) of the run, or of --config."""
+  """(config, model) of the run, or of --config."""
   from moe_jax.training import program
 
   if args.checkpoint:
@@ -57,7 +56,7 @@ def _read(args, overrides):
   # Sizes of the data are those that the run has read.
   prepare = bool(args.checkpoint) and config.task.get("shape") is None
   task = program.build_task(config, prepare=prepare)
-  return config, task, program.build_model(config, task)
+  return config, program.build_model(config, task)
 
 
 def _options(config):
@@ -78,6 +77,7 @@ def _networks(args, model, options):
 
   def reader(run, folder):
     if folder:
+      wan.files(folder)  # Before the steps of another network.
       return lambda: {"params": wan.load(folder, model)}
     return lambda: trained.weights(run, model, args.ema)[1]
 

@@ -83,6 +83,10 @@ def test_the_public_code(name, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, again, params)
   with pytest.raises(ConfigError, match="no \\*.safetensors"):
     wan.load(tmp_path, model)
+  for lost in ("blocks.1.ffn.0.bias", "head.head.weight"):
+    fewer = {k: x for k, x in arrays.items() if k != lost}
+    with pytest.raises(ConfigError, match=f"lacks 1 parameters.*{lost}"):
+      wan.to_params(fewer, model, "here")
   (file,) = (tmp_path / "a").iterdir()
   file.write_bytes(file.read_bytes()[:100])
   with pytest.raises(ConfigError, match="no whole safetensors"):

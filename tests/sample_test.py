@@ -128,6 +128,9 @@ REFUSED = {
   "--label=10 is not below the 10 classes": [
     *("--checkpoint={high}", "--low={low}", "--label=10")
   ],
+  "no \\*.safetensors; give the folder of one network": [
+    *("--checkpoint={high}", "--wan_low={out}")
+  ],
   "--wan and --config belong together": ["--wan={high}"],
   "no work directory of a run": ["--checkpoint={out}"],
 }

@@ -23,7 +23,7 @@ Source = tuple[dict[str, str], Callable[[pathlib.Path], Any]]
 
 
 class Wanted(Protocol):
-  """What is read of a dataset."""
+  """The features that a reader asks of a dataset."""
 
   def check(self, name: str, builder) -> None:
     """Raises ConfigError for a dataset that lacks what is read."""

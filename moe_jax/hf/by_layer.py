@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
+from flax import linen as nn
 from flax import traverse_util
 
+from moe_jax import models
 from moe_jax.core.errors import ConfigError
 
 # (name there, path here, number of the repeat; None outside of layers).
@@ -35,20 +37,22 @@ def nested(
   arrays: Mapping[str, np.ndarray],
   of: Iterable[Name],
   here: Callable,
+  model: nn.Module,
   where: str,
 ) -> dict:
   """Parameters as a model has them.
 
   Args:
     arrays: by their names there.
-    of: see `names`; a name need not be there.
+    of: see `names`; the model need not have all of them.
     here: (array, path here) -> the array in its shape here.
+    model: that is to have them.
     where: they come from, for messages.
 
   Raises:
-    ConfigError: an array has no place in the model.
+    ConfigError: an array has no place in the model, or the model lacks one.
   """
-  left, found = dict(arrays), {}
+  left, found, of = dict(arrays), {}, [*of]
   for theirs, ours, repeat in of:
     if theirs in left:
       found[ours, repeat] = here(np.asarray(left.pop(theirs)), ours)
@@ -57,6 +61,17 @@ def nested(
       f"{where} has {len(left)} parameters that the model has no place for:"
       f" {', '.join(sorted(left)[:3])}; change model.num_layers, prefix and pattern"
       " to those of its config"
+    )
+  wanted = nn.unbox(models.variables(model))["params"]
+  wanted = traverse_util.flatten_dict(wanted, sep="/")
+  lacking = [
+    name for name, ours, _ in of if ours in wanted and name not in arrays
+  ]
+  lacking += sorted(wanted.keys() - {ours for _, ours, _ in of})
+  if lacking:
+    raise ConfigError(
+      f"{where} lacks {len(lacking)} parameters that the model has:"
+      f" {', '.join(lacking[:3])}; fetch all of its files, or give the config of them"
     )
   flat = {}
   for ours in dict.fromkeys(path for path, _ in found):

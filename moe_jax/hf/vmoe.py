@@ -81,7 +81,7 @@ def save(prefix: str, model, params: Mapping) -> None:
 
 def to_params(arrays: Mapping[str, np.ndarray], model, where: str) -> dict:
   """Parameters by V-MoE's names, nested as those of a model; see `load`."""
-  return by_layer.nested(arrays, _names(model), _here, where)
+  return by_layer.nested(arrays, _names(model), _here, model, where)
 
 
 def of_params(params: Mapping, model) -> dict[str, np.ndarray]:

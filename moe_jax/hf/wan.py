@@ -40,6 +40,17 @@ def _both(modules):
   return names | {f"{k}.bias": f"{ours}_bias" for k, ours in modules.items()}
 
 
+def files(folder: str | os.PathLike) -> list[pathlib.Path]:
+  """The files of a network; raises ConfigError if there are none."""
+  found = sorted(pathlib.Path(folder).glob("*.safetensors"))
+  if not found:
+    raise ConfigError(
+      f"{folder} has no *.safetensors; give the folder of one network, such as"
+      " high_noise_model"
+    )
+  return found
+
+
 def load(folder: str | os.PathLike, model) -> dict:
   """The parameters of a network, nested as those of a model.
 
@@ -56,14 +67,8 @@ def load(folder: str | os.PathLike, model) -> dict:
     raise ConfigError(
       "reading safetensors needs the extra hf: pip install 'moe_jax[hf]'"
     ) from None
-  files = sorted(pathlib.Path(folder).glob("*.safetensors"))
-  if not files:
-    raise ConfigError(
-      f"{folder} has no *.safetensors; give the folder of one network, such as"
-      " high_noise_model"
-    )
   arrays = {}
-  for file in files:
+  for file in files(folder):
     try:
       with safe_open(file, framework="flax") as opened:
         for name in opened.keys():  # noqa: SIM118
@@ -105,7 +110,7 @@ def to_params(arrays: Mapping[str, np.ndarray], model, where: str) -> dict:
       return array.reshape(heads)
     return array
 
-  return by_layer.nested(arrays, _names(model), here, where)
+  return by_layer.nested(arrays, _names(model), here, model, where)
 
 
 def of_params(params: Mapping, model) -> dict[str, np.ndarray]:

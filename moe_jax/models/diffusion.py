@@ -19,7 +19,7 @@ _AXES = 3  # Frames, rows, columns.
 
 
 class Condition(NamedTuple):
-  """What a video is to show. A model reads one of the two, or none.
+  """The class or the text of a video. A model reads one of the two, or none.
 
   label_B: int32, the class; below 0: none is named.
   text_BMT: vectors of a text, which an encoder outside of this package has made.

@@ -8,9 +8,7 @@ import jax.numpy as jnp
 
 from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import (
-  either,
   integer,
-  items,
   number,
   of,
   optional,
@@ -23,7 +21,6 @@ from moe_jax.data.images import batches, prepared
 from moe_jax.moe.types import Array, Mean
 from moe_jax.tasks import Task, few_shot, pictures
 
-_SIZE = optional(either(integer(1), items((integer(1), integer(1)))))
 _AUGMENT = section(of(augment_lib.Augmentation), required=())
 TEXT = False  # Its batches have none.
 _TOP = 5  # The second accuracy counts a label among the best so many classes.
@@ -36,9 +33,9 @@ def build(
   prepare: bool = True,
   image: text() = "image",
   label: text() = "label",
-  size: _SIZE = None,
-  stored_size: _SIZE = None,
-  channels: optional(either(integer(1, 1), integer(3, 3))) = None,
+  size: prepared.SIZE = None,
+  stored_size: prepared.SIZE = None,
+  channels: prepared.CHANNELS = None,
   num_classes: optional(integer(2)) = None,
   loss: word("softmax", "sigmoid") = "softmax",
   label_smoothing: number(0, below=1) = 0.0,
@@ -68,7 +65,7 @@ def build(
     ConfigError: no such data, images of several sizes, or impossible numbers.
   """
   how = augment_lib.Augmentation(**augment)
-  stored = prepared.Size(_pair(stored_size or size), channels)
+  stored = prepared.Size(prepared.pair(stored_size or size), channels)
   if prepare:
     images = prepared.prepare(
       config.data.name,
@@ -87,13 +84,8 @@ def build(
     images = prepared.Images(config.data.name, (*stored.pixels, channels or 3))
   how.check(images.shape[2])
   options = {"loss": loss, "label_smoothing": label_smoothing, "augment": how}
-  size = _pair(size) or images.shape[:2]
+  size = prepared.pair(size) or images.shape[:2]
   return of_images(config, images, size, num_classes, **options)
-
-
-def _pair(size):
-  """(height, width) of a number of pixels, or of both."""
-  return (size, size) if isinstance(size, int) else size and tuple(size)
 
 
 def of_images(

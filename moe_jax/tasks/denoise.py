@@ -36,7 +36,6 @@ EXPERTS = (
 )  # Networks for timesteps from the boundary on, and below.
 _OF_NOISE = 2**30  # A number that no layer and no group folds in.
 _POSITIVE = integer(1)
-_SIDE = optional(either(_POSITIVE, items((_POSITIVE, _POSITIVE))))
 _SHAPE = optional(items((_POSITIVE,) * 4))
 
 
@@ -47,8 +46,8 @@ def build(
   prepare: bool = True,
   image: text() = "image",
   label: text() = "label",
-  size: _SIDE = None,
-  channels: optional(either(integer(1, 1), integer(3, 3))) = None,
+  size: prepared.SIZE = None,
+  channels: prepared.CHANNELS = None,
   shape: _SHAPE = None,
   text: optional(items((_POSITIVE, _POSITIVE))) = None,
   more_channels: integer(0) = 0,
@@ -108,12 +107,7 @@ def _of_size(size, channels):
     raise ConfigError(
       "task.shape = None is that of the data, which is not read here; set it"
     )
-  return (1, *_pair(size), channels or 3)
-
-
-def _pair(size):
-  """(height, width) of a number of pixels, or of both."""
-  return (size, size) if isinstance(size, int) else size and tuple(size)
+  return (1, *prepared.pair(size), channels or 3)
 
 
 def _ranges(levels, ends):
@@ -158,9 +152,7 @@ def _read(config, image, label, size, channels, fingerprint):
     data.name,
     data_dir=data.dir,
     features=prepared.Features(image, label),
-    size=prepared.Size(
-      (size, size) if isinstance(size, int) else size, channels
-    ),
+    size=prepared.Size(prepared.pair(size), channels),
     cache_dir=data.cache_dir,
     plugins=tuple(config.plugins),
     fingerprint=fingerprint,

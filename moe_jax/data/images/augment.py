@@ -21,7 +21,7 @@ _RATIO = 4 / 3  # The longest side of a part over its shortest (1409.4842).
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-  """What is changed, with the strength of it. All are drawn for every image.
+  """The changes and their strength. Each is drawn for every image.
 
   area: (least, most) share of the image, a random part of which is taken and resized
     (1409.4842; V-MoE takes 0.05 to 1); None: all of it.

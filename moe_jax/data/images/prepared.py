@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_jax.core.errors import ConfigError
+from moe_jax.core.options import either, integer, items, optional
 from moe_jax.data import caches, sources
 from moe_jax.data.images import folders
 
@@ -66,6 +67,17 @@ class Features(NamedTuple):
   def words(self) -> str:
     """See `sources.Wanted`."""
     return "folders of images train/CLASS"
+
+
+_PIXELS = integer(1)
+# Pixels of an image: of each side, or (height, width); None: as they are.
+SIZE = optional(either(_PIXELS, items((_PIXELS, _PIXELS))))
+CHANNELS = optional(either(integer(1, 1), integer(3, 3)))
+
+
+def pair(size) -> tuple[int, int] | None:
+  """(height, width) of a value of `SIZE`."""
+  return (size, size) if isinstance(size, int) else size and tuple(size)
 
 
 class Size(NamedTuple):
