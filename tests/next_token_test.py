@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.core.errors import ConfigError
 from moe_jax.tasks import next_token
 from tests import small
 
@@ -93,3 +94,32 @@ def test_z_loss_is_minimised_and_not_reported():
   assert float(more.total - less.total) == pytest.approx(0.1 * want, rel=1e-5)
   assert more.weight == less.weight == 3
   assert with_z.metrics(more, sums)["loss"].total == less.total
+
+
+def test_ranges_of_tokens_have_losses_of_their_own():
+  """Images and text in one vocabulary, whose end belongs to neither."""
+  rng = np.random.default_rng(1)
+  logits_BLV = rng.normal(size=(2, 3, 6)).astype(np.float32)
+  targets = np.array([[0, 3, 5], [1, 4, 2]])
+  mask = np.array([[True, True, True], [True, False, True]])
+  ranges = {"text": (0, 2), "image": (2, 5)}
+  task = next_token.scoring(np.ones(6, np.int32), 3, token_ranges=ranges)
+  batch = {"inputs": targets, "targets": targets, "mask": mask}
+  loss, sums, _ = task.loss(
+    model_of(logits_BLV), {}, batch, None, 0, train=False
+  )
+  found = task.metrics(loss, sums)
+  log_p = np.log(np.exp(logits_BLV) / np.exp(logits_BLV).sum(-1, keepdims=True))
+  own = -np.take_along_axis(log_p, targets[..., None], -1)[..., 0]
+  # The padding is of an image too.
+  text, image = (own[0, 0] + own[1, 0]) / 2, (own[0, 1] + own[1, 2]) / 2
+  np.testing.assert_allclose(found["loss_text"].value(), text, rtol=1e-5)
+  np.testing.assert_allclose(found["loss_image"].value(), image, rtol=1e-5)
+  whole = own[mask].mean()
+  np.testing.assert_allclose(found["loss"].value(), whole, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ends", [(3, 3), (4, 2), (0, 7)])
+def test_a_range_that_is_none(ends):
+  with pytest.raises(ConfigError, match="token_ranges.image = .* is no range"):
+    next_token.scoring(np.ones(6, np.int32), 3, token_ranges={"image": ends})

@@ -3,12 +3,21 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.core.options import number, optional, text
+from moe_jax.core.errors import ConfigError
+from moe_jax.core.options import (
+  integer,
+  items,
+  labelled,
+  number,
+  optional,
+  text,
+)
 from moe_jax.data import batches
 from moe_jax.data.text import mixed
 from moe_jax.moe.types import Array, Mean
@@ -24,6 +33,7 @@ def build(
   prepare: bool = True,
   replay: optional(text()) = None,
   z_loss: number(0) = 0.0,
+  token_ranges: labelled(items((integer(0), integer(1)))) = {},  # noqa: B006
 ) -> Task:
   """The task of a config, with its text prepared.
 
@@ -36,7 +46,7 @@ def build(
       the tokenizer.
     replay: folder of the traces of a run, whose experts are forced on the tokens
       of this one, see `replay`; None: the router chooses.
-    z_loss: see `scoring`.
+    z_loss, token_ranges: see `scoring`.
 
   Raises:
     ConfigError: no such data, or impossible numbers.
@@ -44,19 +54,18 @@ def build(
   corpus = mixed.of_config(config, fingerprint, prepare)
   steps = config.train.num_steps if prepare else 1
   recorded = None if replay is None else Replay(replay, steps)
-  return of_corpus(config, corpus, mesh, recorded, z_loss)
+  options = {"z_loss": z_loss, "token_ranges": token_ranges}
+  return of_corpus(config, corpus, mesh, recorded, **options)
 
 
-def of_corpus(
-  config, corpus, mesh=None, recorded=None, z_loss: float = 0.0
-) -> Task:
+def of_corpus(config, corpus, mesh=None, recorded=None, **options) -> Task:
   """The task of a config on text that is prepared already.
 
   Args:
     config, mesh: as in `build`.
     corpus: from `mixed.prepare`; or one without text, which has no batches.
     recorded: the `Replay` of another run, or None.
-    z_loss: see `scoring`.
+    **options: z_loss and token_ranges of `scoring`.
   """
   data = config.data
 
@@ -64,7 +73,7 @@ def of_corpus(
   task = scoring(
     np.asarray(corpus.num_bytes_V, np.int32),
     data.seq_len,
-    z_loss=z_loss,
+    **options,
     given={"vocab_size": corpus.vocab_size, "end_of_document": end},
     train=functools.partial(
       batches.train_batches,
@@ -107,7 +116,12 @@ def _replayed(task, recorded):
 
 
 def scoring(
-  num_bytes_V: np.ndarray, seq_len: int, *, z_loss: float = 0.0, **data
+  num_bytes_V: np.ndarray,
+  seq_len: int,
+  *,
+  z_loss: float = 0.0,
+  token_ranges: Mapping[str, tuple[int, int]] = {},  # noqa: B006
+  **data,
 ) -> Task:
   """The task of any batch: its losses and metrics.
 
@@ -117,6 +131,8 @@ def scoring(
     z_loss: coefficient of log(Z)^2, the mean over targets, in what is minimised, but
       not in the loss that is reported; Z is the sum of the output's softmax (GLaM,
       2112.06905, takes 1e-4).
+    token_ranges: {name: (first, end)} of the vocabulary, such as the codes of images, whose
+      targets have a metric loss_NAME of their own.
     **data: fields of `Task` that depend on the data; none: no batches.
   """
 
@@ -130,18 +146,29 @@ def scoring(
     num_bytes_BL = jnp.where(mask, jnp.asarray(num_bytes_V)[targets], 0)
     sums = {"bytes": num_bytes_BL.sum()}
     mean = cross_entropy(logits_BLV, targets, mask)
+    for name, (first_token, end) in token_ranges.items():
+      own = mask & (targets >= first_token) & (targets < end)
+      sums[f"loss_{name}"] = cross_entropy(logits_BLV, targets, own)
     if z_loss:
       sums["cross_entropy"] = mean.total
       mean += Mean(z_loss * squared_log_z(logits_BLV, mask), 0)
     return mean, sums, aux
 
+  for name, (first, end) in token_ranges.items():
+    if not first < end <= len(num_bytes_V):
+      raise ConfigError(
+        f"task.token_ranges.{name} = {(first, end)} is no range of the {len(num_bytes_V)}"
+        " tokens; give (first, end) with first below end"
+      )
   tokens = jax.ShapeDtypeStruct((seq_len,), jnp.int32)
   mask = jax.ShapeDtypeStruct((seq_len,), jnp.bool_)
   return Task(
     spec={"inputs": tokens, "targets": tokens, "mask": mask},
     weight=lambda batch: batch["mask"].sum(),
     loss=loss,
-    metrics=_metrics,
+    metrics=functools.partial(
+      _metrics, names=[f"loss_{name}" for name in token_ranges]
+    ),
     by_domain=("bits_per_byte",),
     lengths={"inputs": seq_len},
     **data,
@@ -163,11 +190,12 @@ def squared_log_z(logits_BLV: Array, mask_BL: Array) -> Array:
   return jnp.square(jnp.where(mask_BL, log_z_BL, 0)).sum()
 
 
-def _metrics(loss: Mean, sums) -> dict[str, Mean]:
-  """Cross-entropy in nats per token and in bits per byte of text."""
+def _metrics(loss: Mean, sums, names=()) -> dict[str, Mean]:
+  """Cross-entropy in nats per token and in bits per byte of text, and of ranges."""
   loss = Mean(sums.get("cross_entropy", loss.total), loss.weight)
   bits = loss.total / math.log(2)
-  return {"loss": loss, "bits_per_byte": Mean(bits, sums["bytes"])}
+  of_ranges = {name: sums[name] for name in names}
+  return {"loss": loss, "bits_per_byte": Mean(bits, sums["bytes"]), **of_ranges}
 
 
 def on_corpus(

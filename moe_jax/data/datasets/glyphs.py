@@ -1,10 +1,10 @@
 """Drawn letters and digits among other shapes: 22,000 colour images with captions.
 
 Each image of 32 x 32 pixels has one of 34 characters in one of twelve fonts, turned by
-up to 25 degrees, of any size, place and colour, beside a circle, square or triangle of
-another colour, on a background that runs from one colour to another, with noise. The
-label is the character. The images are drawn, not photographed: models differ on them,
-but how much they would differ on photographs is not known from them.
+up to 20 degrees, of some size, place and colour, beside a circle, square or triangle of
+another colour, on a darker background that runs from one colour to another, with noise.
+The label is the character. The images are drawn, not photographed: models differ on
+them, but how much they would differ on photographs is not known from them.
 """
 
 import importlib.metadata
@@ -12,6 +12,7 @@ import pathlib
 import string
 
 import numpy as np
+import tensorflow_datasets as tfds
 
 from moe_jax.data.datasets import _builder
 
@@ -24,7 +25,7 @@ COLOURS = {
   "yellow": (230, 200, 40),
   "purple": (140, 50, 160),
   "white": (240, 240, 240),
-  "black": (20, 20, 20),
+  "orange": (240, 140, 40),
 }
 SIDES = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
 NUM_IMAGES = {"train": 20_000, "validation": 2_000}
@@ -35,6 +36,7 @@ _FONTS = (
 )
 _SIDE = 32  # Pixels of an image.
 _TIMES = 2  # It is drawn so many times larger.
+_DARK = 0.3  # A background is so bright, and the rest 1.
 
 
 def build() -> type[_builder.Pictures]:
@@ -45,6 +47,7 @@ def build() -> type[_builder.Pictures]:
 class Glyphs(_builder.Pictures):
   """Drawn characters, with a caption that says what else is in the image."""
 
+  VERSION = tfds.core.Version("2.0.0")
   SHAPE = (_SIDE, _SIDE, 3)
   CLASSES = CLASSES
   TEXTS = ("caption",)
@@ -57,13 +60,13 @@ class Glyphs(_builder.Pictures):
 
   def splits(self):
     return {
-      split: enumerate(_images(number, count))
+      split: enumerate(images(number, count))
       for number, (split, count) in enumerate(NUM_IMAGES.items())
     }
 
 
-def _images(number, count):
-  """Yields the images of a split, which has this number."""
+def images(number: int, count: int):
+  """Yields so many examples of the split of a number, in their order."""
   import matplotlib
 
   folder = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -84,13 +87,17 @@ def draw(rng: np.random.Generator, fonts) -> dict:
   label, shape = int(rng.integers(len(CLASSES))), str(rng.choice(SHAPES))
   names = [str(name) for name in rng.permutation(list(COLOURS))]
   side, size = str(rng.choice(list(SIDES))), _SIDE * _TIMES
-  image = _background(rng, size, [COLOURS[name] for name in names[2:4]])
+  image = _background(rng, size, names[2:4])
   # The character is on one side of the middle, and the shape on the other.
-  apart = np.array(SIDES[side]) * rng.uniform(0.2, 0.26) * size
-  middle = size / 2 + rng.uniform(-0.06, 0.06, 2) * size
+  side_of = np.array(SIDES[side]) * size
+  middle = size / 2 + rng.uniform(-0.05, 0.05, 2) * size
   layers = (
-    (_shape(rng, shape, size), middle - apart, names[1]),
-    (_character(rng, CLASSES[label], fonts, size), middle + apart, names[0]),
+    (_shape(rng, shape, size), middle - 0.32 * side_of, names[1]),
+    (
+      _character(rng, CLASSES[label], fonts, size),
+      middle + 0.12 * side_of,
+      names[0],
+    ),
   )
   for mask, centre, name in layers:
     corner = tuple(int(x) for x in centre - np.array(mask.size) / 2)
@@ -100,18 +107,19 @@ def draw(rng: np.random.Generator, fonts) -> dict:
   noise = rng.normal(0, rng.uniform(0, 25), (_SIDE, _SIDE, 3))
   pixels = np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
   where = f"{side} of" if side in ("left", "right") else side
-  caption = f"a {names[0]} {CLASSES[label]} {where} a {names[1]} {shape}"
+  first, second = (f"{'an' if n == 'orange' else 'a'} {n}" for n in names[:2])
+  caption = f"{first} {CLASSES[label]} {where} {second} {shape}"
   return {"image": pixels, "label": label, "caption": caption}
 
 
-def _background(rng, size, colours):
-  """Returns an image that runs from one colour to another in some direction."""
+def _background(rng, size, names):
+  """Returns an image that runs from one dark colour to another in some direction."""
   from PIL import Image
 
   angle = rng.uniform(0, 2 * np.pi)
   y, x = np.mgrid[:size, :size] / size - 0.5
   share = np.clip(x * np.cos(angle) + y * np.sin(angle) + 0.5, 0, 1)[..., None]
-  first, second = (np.array(colour) for colour in colours)
+  first, second = (_DARK * np.array(COLOURS[name]) for name in names)
   pixels = first * (1 - share) + second * share
   return Image.fromarray(pixels.astype(np.uint8))
 
@@ -121,13 +129,13 @@ def _character(rng, character, fonts, size):
   from PIL import Image, ImageDraw, ImageFont
 
   font = ImageFont.truetype(
-    str(fonts[rng.integers(len(fonts))]), int(size * rng.uniform(0.4, 0.6))
+    str(fonts[rng.integers(len(fonts))]), int(size * rng.uniform(0.6, 0.8))
   )
   mask = Image.new("L", (size, size))
   ImageDraw.Draw(mask).text(
     (size / 2, size / 2), character, fill=255, font=font, anchor="mm"
   )
-  turned = mask.rotate(rng.uniform(-25, 25), Image.Resampling.BICUBIC)
+  turned = mask.rotate(rng.uniform(-20, 20), Image.Resampling.BICUBIC)
   return turned.crop(turned.getbbox())
 
 
@@ -135,7 +143,7 @@ def _shape(rng, shape, size):
   """Returns the mask of a shape."""
   from PIL import Image, ImageDraw
 
-  width = int(size * rng.uniform(0.25, 0.4))
+  width = int(size * rng.uniform(0.2, 0.3))
   mask = Image.new("L", (width, width))
   draw, box = ImageDraw.Draw(mask), (0, 0, width - 1, width - 1)
   if shape == "circle":
