@@ -19,6 +19,7 @@ from moe_jax.core import files
 from moe_jax.core.errors import ConfigError, first_line
 
 _KEY_LENGTH = 16
+_CHECKED = ".checked"  # The digest of the files that were found to be right.
 _FULL_DISK = re.compile("No space left on device|Disk quota exceeded")
 
 
@@ -75,10 +76,32 @@ def read(
   return None
 
 
-def check_content(index: dict, fingerprint: str) -> None:
-  """Raises ValueError for arrays with another fingerprint than the index has."""
-  if index["fingerprint"] != fingerprint:
+def check_content(
+  folder: pathlib.Path, index: dict, fingerprint: Callable[[], str]
+) -> None:
+  """Raises ValueError for arrays with another fingerprint than the index has.
+
+  All bytes are read once; then as long as no file has another size or time.
+
+  Args:
+    folder: of the cache.
+    index: of the cache.
+    fingerprint: () -> that of the arrays; it reads all of them.
+  """
+  stats = {
+    file.name: [file.stat().st_size, file.stat().st_mtime_ns]
+    for file in folder.iterdir()
+    if file.is_file() and file.name != _CHECKED
+  }
+  mark = folder / _CHECKED
+  wanted = sha256([index["fingerprint"], stats])
+  with contextlib.suppress(OSError):
+    if mark.read_text() == wanted:
+      return
+  if index["fingerprint"] != fingerprint():
     raise ValueError("the arrays are not those of the index")
+  with contextlib.suppress(OSError):  # Who may not write there, reads again.
+    mark.write_text(wanted)
 
 
 def write_index(folder: pathlib.Path, index: dict) -> None:

@@ -200,8 +200,8 @@ def _open(entry, fingerprint=None):
     if fingerprint not in (None, index.get("fingerprint")):
       return None
     arrays = _map_tokens(entry, index)
-    # All of it is read: a run's fingerprint stands for what it trains on.
-    caches.check_content(index, _fingerprint(arrays))
+    # A run's fingerprint stands for what it trains on.
+    caches.check_content(entry, index, lambda: _fingerprint(arrays))
     return Corpus(
       num_bytes_V=tuple(index["num_bytes_V"]),
       parts=((1.0, tuple(index["domains"])),),
