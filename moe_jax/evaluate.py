@@ -71,11 +71,12 @@ def _without_text(args, config) -> int:
       )
   given = {
     "data.name": args.dataset,
-    "data.dir": args.data_dir,
     "eval.batch_size": args.batch_size,
     "eval.batches_per_domain": args.batches_per_domain,
   }
   texts = [f"{k}={x!r}" for k, x in given.items() if x is not None]
+  if args.dataset:  # In its own place, and not in that of the run's.
+    texts.append(f"data.dir={args.data_dir!r}")
   config = config_lib.overridden(config, texts)
   if args.dropless:
     values = config.to_dict()
@@ -85,15 +86,15 @@ def _without_text(args, config) -> int:
   task = program.build_task(config, mesh)
   model = program.build_model(config, task, mesh)
   _, variables = trained.weights(args.checkpoint, model, args.ema)
+  if args.few_shot and task.few_shot is None:
+    raise ConfigError(
+      f"the task {config.task.name} has no classes for --few_shot; leave it out"
+    )
   sums = evaluation.of_task(model, variables, task)
   scored = sum(int(part["loss"].weight) for part in sums.values())
   print(f"{scored} examples, {config.eval.batch_size} at a time")
   more = {}
   if args.few_shot:
-    if task.few_shot is None:
-      raise ConfigError(
-        f"the task {config.task.name} has no classes for --few_shot; leave it out"
-      )
     options = args.few_shot, config.eval.batch_size
     more = task.few_shot(model, variables, *options)
   told = _report(sums, task, model, **more)

@@ -3,8 +3,10 @@
 python -m moe_jax.sample --checkpoint=RUN --out=samples --number=16 --label=3
 """
 
+import argparse
 import pathlib
 
+from moe_jax.core import files
 from moe_jax.core.errors import ConfigError
 from moe_jax.run import command
 from moe_jax.run import config as config_lib
@@ -18,25 +20,30 @@ def main(argv=None) -> int:
   import jax
   import jax.numpy as jnp
 
+  from moe_jax import models
   from moe_jax.models.generation import flow
 
   config, model = _read(args, overrides)
   options = _options(config)
-  condition, more = _condition(args, model.arch)
+  # Whole groups of tokens may be of more samples than are asked for.
+  number = models.whole_batch(model, args.number)
+  condition, none, more = _condition(args, model.arch, number)
   networks = _networks(args, model, options)
   how = flow.Sampling(args.steps, options["shift"], options["predict"])
-  shape = args.number, *model.arch.shape
+  shape = number, *model.arch.shape
   noise = jax.random.normal(jax.random.key(args.seed), shape, jnp.float32)
-  ran = []
+  out, ran = pathlib.Path(args.out), []
+  with files.writing(out):  # Not after minutes.
+    out.mkdir(parents=True, exist_ok=True)
   found = flow.sample(
-    *(model, networks, noise, condition, how, more),
+    *(model, networks, noise, condition, how, more, none),
     tell=lambda number, time, name: ran.append((number, time, name)),
   )
   for name in dict.fromkeys(name for _, _, name in ran):
     steps = [(n, t) for n, t, own in ran if own == name]
     (first, t), (last, _) = steps[0], steps[-1]
     print(f"steps {first} to {last}, from t = {t:.3f} on: the network {name}")
-  _write(jax.device_get(found), pathlib.Path(args.out))
+  _write(jax.device_get(found)[: args.number], out)
   return 0
 
 
@@ -76,9 +83,10 @@ def _networks(args, model, options):
   both = guidance if isinstance(guidance, tuple | list) else (guidance,) * 2
 
   def reader(run, folder):
-    if folder:
-      wan.files(folder)  # Before the steps of another network.
+    if folder:  # It is checked before the steps of another network.
+      wan.check(folder, model)
       return lambda: {"params": wan.load(folder, model)}
+    trained.check(run, model, args.ema)
     return lambda: trained.weights(run, model, args.ema)[1]
 
   boundary, own = options["boundary"], options["expert"]
@@ -111,13 +119,16 @@ def _networks(args, model, options):
   )
 
 
-def _condition(args, arch):
-  """(Condition, more channels) of the flags."""
+def _condition(args, arch, number):
+  """(Condition, what guidance leads away from or None, more channels) of the flags."""
   import numpy as np
 
   from moe_jax.models.diffusion import Condition
 
-  label = text = more = None
+  label = text = mask = none = more = None
+  _refuse(args, ("label",), arch.num_classes, "classes")
+  _refuse(args, ("text", "text_mask", "text_none"), arch.text, "texts")
+  _refuse(args, ("more",), arch.more_channels, "channels beside")
   if arch.num_classes:
     labels = args.label or range(arch.num_classes)
     for one in labels:
@@ -125,22 +136,35 @@ def _condition(args, arch):
         raise ConfigError(
           f"--label={one} is not below the {arch.num_classes} classes of the run"
         )
-    label = np.resize(np.array([*labels], np.int32), args.number)
-  elif args.label:
-    raise ConfigError(
-      "--label names classes, and this model has none; leave it out"
-    )
+    label = np.resize(np.array([*labels], np.int32), number)
   if arch.text:
-    text = _array("--text", args.text, arch.text, args.number)
+    text = _array("--text", args.text, arch.text, number)
+    if args.text_mask:
+      shape = arch.text[:1]
+      mask = _array("--text_mask", args.text_mask, shape, number) != 0
+    if args.text_none:
+      away = _array("--text_none", args.text_none, arch.text, number)
+      none = Condition(label, text, mask).none._replace(text_BMT=away)
   if arch.more_channels:
     shape = (*arch.shape[:3], arch.more_channels)
-    more = _array("--more", args.more, shape, args.number)
-  return Condition(label, text), more
+    more = _array("--more", args.more, shape, number)
+  return Condition(label, text, mask), none, more
+
+
+def _refuse(args, names, there, what):
+  """Raises ConfigError for flags of what a model does not read."""
+  for name in names:
+    if getattr(args, name) is not None and not there:
+      raise ConfigError(
+        f"--{name} is of {what}, and this model has none; leave it out"
+      )
 
 
 def _array(flag, path, shape, number):
   """The array of a file, repeated as often as there are samples."""
   import numpy as np
+
+  from moe_jax.data.images import videos
 
   if path is None:
     raise ConfigError(
@@ -152,12 +176,16 @@ def _array(flag, path, shape, number):
     raise ConfigError(
       f"{flag}={path} cannot be read ({e}); write it with numpy.save"
     ) from e
+  if not isinstance(array, np.ndarray):
+    raise ConfigError(
+      f"{flag}={path} has several arrays; write one with numpy.save"
+    )
   if array.shape[-len(shape) :] != tuple(shape):
     raise ConfigError(
       f"{flag}={path} has the shape {array.shape}, and the model needs"
       f" [..., {', '.join(map(str, shape))}]"
     )
-  array = array.reshape(-1, *shape).astype(np.float32)
+  array = np.asarray(videos.numbers(array.reshape(-1, *shape)))
   return np.resize(array, (number, *shape))
 
 
@@ -165,7 +193,6 @@ def _write(found, folder):
   """One PNG of all images, a GIF of each video, or latents as an array."""
   import numpy as np
 
-  folder.mkdir(parents=True, exist_ok=True)
   number, frames, *_, channels = found.shape
   if channels not in (1, 3):
     np.save(folder / "latents.npy", found)
@@ -243,6 +270,10 @@ def _arguments(argv):
   add("--label", type=_labels, metavar="N,N,...", help=words)
   words = "vectors of texts that the model's encoder has made"
   add("--text", metavar="FILE.npy", help=words)
+  words = "their masks, False for vectors of padding (default: none are)"
+  add("--text_mask", metavar="FILE.npy", help=words)
+  words = "vectors of the text that guidance leads away from (default: zeros)"
+  add("--text_none", metavar="FILE.npy", help=words)
   words = "channels that the model reads beside, such as those of a first frame"
   add("--more", metavar="FILE.npy", help=words)
   words = "one number, or HIGH,LOW (default: that of the config)"
@@ -255,6 +286,10 @@ def _arguments(argv):
     raise ConfigError(
       "--wan and --config belong together; give both, or --checkpoint"
     )
+  if args.low and args.wan_low:
+    raise ConfigError(
+      "--low and --wan_low are of one network; give one of them"
+    )
   return args, overrides
 
 
@@ -264,6 +299,8 @@ def _labels(text):
 
 def _guidance(text):
   numbers = tuple(float(one) for one in text.split(","))
+  if len(numbers) > 2:
+    raise argparse.ArgumentTypeError(f"{text} has more than two numbers")
   return numbers if len(numbers) == 2 else numbers[0]
 
 

@@ -13,6 +13,7 @@ from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
 from moe_jax.data.images import prepared
 from moe_jax.hf import vmoe
+from moe_jax.models.parts import image
 from moe_jax.run import config as config_lib
 from moe_jax.tasks import few_shot
 from moe_jax.training import program, trained
@@ -134,6 +135,44 @@ def test_other_images_and_classes(run, tmp_path, caplog):
   assert first["loss"] == pytest.approx(loss, rel=1e-4)
 
 
+def test_other_classes_with_a_moving_average(run, tmp_path):
+  flags = [f"--config.init_from={run}", "--config.task.num_classes=12"]
+  started(tmp_path, *flags, "--config.train.ema=0.9")
+  (found,) = lines(tmp_path / "next", "validation")
+  assert np.isfinite(found["ema/loss"])
+
+
+def test_places_are_interpolated():
+  """On a line between places, and other shapes of as many places too."""
+  rows = np.arange(4.0)[:, None] * np.ones((4, 4))
+  square = np.stack([rows, rows.T], axis=-1).reshape(1, 16, 2)
+  kept = image._resized(square, False, (4, 4), "here")
+  np.testing.assert_array_equal(kept, square)
+  found = image._resized(square, False, (8, 4), "here").reshape(8, 4, 2)
+  wanted = np.clip((np.arange(8) + 0.5) / 2 - 0.5, 0, 3)
+  np.testing.assert_allclose(found[..., 0], wanted[:, None] * np.ones(4))
+  np.testing.assert_allclose(found[..., 1], np.arange(4.0) * np.ones((8, 1)))
+  long = image._resized(square, False, (2, 8), "here").reshape(2, 8, 2)
+  np.testing.assert_allclose(long[..., 0], [[0.5] * 8, [2.5] * 8])
+
+
+def test_another_dataset_has_a_place_of_its_own(tmp_path, run, monkeypatch):
+  """`--dataset` without `--data_dir` is not looked for in the run's folder."""
+  asked = []
+
+  def build_task(config, mesh):
+    asked.append((config.data.name, config.data.dir))
+    raise ConfigError("seen")
+
+  monkeypatch.setattr(program, "build_task", build_task)
+  flags = [f"--checkpoint={run}", "--config.data.dir=elsewhere"]
+  for more in ([], ["--dataset=digits"], ["--dataset=a", "--data_dir=b"]):
+    monkeypatch.setattr(trained, "has_text", lambda _: False)
+    with pytest.raises(ConfigError, match="seen"):
+      evaluate.main([*flags, *more])
+  assert asked == [("digits", "elsewhere"), ("digits", None), ("a", "b")]
+
+
 def test_files_of_vmoe_begin_a_run(run, tmp_path):
   """The same loss at the first step as from the run that they were written from."""
   config = trained.config_of(str(run))
@@ -226,6 +265,25 @@ def test_few_shots_of_a_model_that_knows_all(monkeypatch):
   assert good == {"few_shot/1": 1.0, "few_shot/5": 1.0}
   bad = few_shot.accuracies(images, scale, Model(False), *args)
   assert all(value < 0.6 for value in bad.values())
+  # In folders of images all of a class stand together.
+  arrays["validation"] = tuple(
+    x[np.argsort(labels["validation"], kind="stable")]
+    for x in arrays["validation"]
+  )
+  assert few_shot.accuracies(images, scale, Model(True), *args) == good
+
+
+def test_few_shots_choose_without_the_images_that_count(monkeypatch):
+  """Of two regularisations that are alike on one half, the first one is taken."""
+  monkeypatch.setattr(few_shot, "_REGULARISATIONS", np.array([1e9, 1e-9]))
+  rng = np.random.default_rng(0)
+  label_N = np.repeat([0, 1], [6, 4])
+  x_NF = np.eye(2)[label_N] + 0.01 * rng.normal(size=(10, 2))
+  # With much of it all are of the class that is seen most, as every second one is.
+  wanted_M = np.tile([0, 1], 10)
+  others_MF = np.eye(2)[wanted_M]
+  found = few_shot._accuracy(x_NF, label_N, others_MF, wanted_M, 3)
+  assert found == 0
 
 
 def test_pictures_of_experts(tmp_path):

@@ -42,11 +42,11 @@ def section(d_model=24, d_ff=40, num_layers=2, num_heads=2, **more):
   return m.to_dict()
 
 
-def of_case(name):
+def of_case(name, wider=0):
   """(model, parameters, arrays) of a file of `wan_parity`."""
   grid, length, width, o = wan_parity.CASES[name]
   video = {"patch": (1, 2, 2), "num_waves": o["freq_dim"]}
-  sizes = o["dim"], o["ffn_dim"], o["num_layers"], o["num_heads"]
+  sizes = o["dim"], o["ffn_dim"] + wider, o["num_layers"], o["num_heads"]
   model = models.build(
     section(*sizes, video=video),
     video_shape=(*grid, o["out_dim"]),
@@ -83,6 +83,11 @@ def test_the_public_code(name, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, again, params)
   with pytest.raises(ConfigError, match="no \\*.safetensors"):
     wan.load(tmp_path, model)
+  wan.check(tmp_path / "a", model)
+  wider, *_ = of_case(name, wider=8)
+  for read in (wan.load, wan.check):
+    with pytest.raises(ConfigError, match="has blocks.0.ffn.* of shape"):
+      read(tmp_path / "a", wider)
   for lost in ("blocks.1.ffn.0.bias", "head.head.weight"):
     fewer = {k: x for k, x in arrays.items() if k != lost}
     with pytest.raises(ConfigError, match=f"lacks 1 parameters.*{lost}"):
@@ -203,28 +208,88 @@ def test_one_network_is_in_memory_at_a_time():
   assert len(read) == 2 * len(jax.tree.leaves(host[0]))
 
 
+class Knows:
+  """A model that knows the video, told in either way, but for a part of it."""
+
+  def __init__(self, predict, target, wrong=0.0):
+    self.predict, self.target, self.wrong = predict, target, wrong
+
+  def apply(self, variables, x, time, condition):
+    t = time.reshape(-1, 1, 1, 1, 1)
+    target = jnp.concatenate([jnp.asarray(self.target)] * (len(x) // 2))
+    noise = (x - (1 - t) * target) / t
+    found = noise if self.predict == "noise" else noise - target
+    return (1 + self.wrong) * found, {}
+
+
+def sampled(model, steps=6, guidance=1.0):
+  noise = np.random.default_rng(1).normal(size=model.target.shape)
+  one = (flow.Network("all", 0.0, dict, guidance),)
+  how = flow.Sampling(steps=steps, shift=2.0, predict=model.predict)
+  return flow.sample(model, one, noise.astype(np.float32), Condition(), how)
+
+
 def test_noise_says_the_same_as_velocity():
-  """A model that knows the video, told in either way, ends there."""
-  target = (
-    np.random.default_rng(0).normal(size=(2, 1, 4, 4, 1)).astype(np.float32)
-  )
-
-  class Knows:
-    def __init__(self, predict):
-      self.predict = predict
-
-    def apply(self, variables, x, time, condition):
-      t = time.reshape(-1, 1, 1, 1, 1)
-      both = jnp.concatenate([jnp.asarray(target)] * 2)
-      noise = (x - (1 - t) * both) / t
-      return (noise if self.predict == "noise" else noise - both), {}
-
-  noise = np.random.default_rng(1).normal(size=target.shape).astype(np.float32)
-  one = (flow.Network("all", 0.0, dict),)
-  for predict in ("velocity", "noise"):
-    how = flow.Sampling(steps=6, shift=2.0, predict=predict)
-    found = flow.sample(Knows(predict), one, noise, Condition(), how)
+  """And where it is a little wrong, the first step does not magnify it."""
+  rng = np.random.default_rng(0)
+  target = rng.normal(size=(2, 1, 4, 4, 1)).astype(np.float32)
+  for predict, guidance in (("velocity", 1.0), ("noise", 1.0), ("noise", 2.0)):
+    found = sampled(Knows(predict, target), guidance=guidance)
     np.testing.assert_allclose(found, target, atol=1e-4)
+    found = sampled(Knows(predict, target, wrong=0.01), 40, guidance)
+    assert np.abs(found - target).max() < 0.15
+
+
+def test_the_text_that_guidance_leads_away_from():
+  """Zeros, or one that is given; at a guidance of 1 it plays no part."""
+  model = models.build(section(), video_shape=(1, 4, 4, 1), text=(3, 5))
+  variables = nn.unbox(models.init(model, jax.random.key(0)))
+  rng = np.random.default_rng(0)
+  variables = jax.tree.map(
+    lambda x: x + rng.normal(0, 0.1, x.shape).astype(x.dtype), variables
+  )
+  text, away = rng.normal(size=(2, 2, 3, 5)).astype(np.float32)
+  noise = rng.normal(size=(2, 1, 4, 4, 1)).astype(np.float32)
+  how, condition = flow.Sampling(steps=1), Condition(text_BMT=text)
+
+  def found(guidance, none):
+    one = (flow.Network("all", 0.0, lambda: variables, guidance),)
+    given = none if none is None else Condition(text_BMT=none)
+    args = model, one, noise, condition, how, None, given
+    return np.asarray(flow.sample(*args))
+
+  ones = np.ones(2, np.float32)
+
+  def v(text):
+    return model.apply(variables, noise, ones, Condition(text_BMT=text))[0]
+
+  for none in (None, away):
+    start = v(0 * text if none is None else none)
+    wanted = noise - (start + 3 * (v(text) - start))
+    np.testing.assert_allclose(found(3.0, none), wanted, atol=1e-5)
+  np.testing.assert_array_equal(found(1.0, away), found(1.0, None))
+
+
+def test_both_a_class_and_a_text():
+  """Each changes what is predicted."""
+  sizes = {"video_shape": (1, 4, 4, 1), "num_classes": 3, "text": (3, 5)}
+  model = models.build(section(), **sizes)
+  variables = nn.unbox(models.init(model, jax.random.key(0)))
+  rng = np.random.default_rng(0)
+  variables = jax.tree.map(
+    lambda x: x + rng.normal(0, 0.1, x.shape).astype(x.dtype), variables
+  )
+  video, time, condition = model.example(2)
+  video = rng.normal(size=video.shape).astype(np.float32)
+
+  def predicted(**changes):
+    own = condition._replace(**changes)
+    return np.asarray(model.apply(variables, video, time, own)[0])
+
+  plain = predicted()
+  assert np.abs(predicted(label_B=np.array([1, 2])) - plain).max() > 1e-3
+  text = rng.normal(size=(2, 3, 5)).astype(np.float32)
+  assert np.abs(predicted(text_BMT=text) - plain).max() > 1e-3
 
 
 # The task.
@@ -329,9 +394,9 @@ def test_validation_is_every_video_in_every_range():
     time = np.concatenate([b["time"] for b in parts])[mask]
     np.testing.assert_array_equal(number, np.arange(9))
     assert low <= time.min() and time.max() <= low + 0.5
-    # Spread over the whole range, and the first few are too.
-    assert np.diff(np.sort(time)).max() < 0.13
-    assert np.ptp(time[:3]) > 0.15
+    # They cover the range evenly, in no order.
+    np.testing.assert_allclose(np.diff(np.sort(time)), 0.5 / 9, rtol=1e-4)
+    assert len({*np.sign(np.diff(time))}) == 2
   first, again = (loss_of(task, found[0][1])[0] for _ in range(2))
   assert float(first.total) == float(again.total)
 
@@ -436,6 +501,24 @@ def test_a_decoder_has_no_grid():
 
 
 @pytest.mark.parametrize(
+  "levels, ends, edges",
+  [
+    (8, (0.875, 1.0), [0.875, 1.0]),
+    (8, (0.0, 0.875), [0.125 * n for n in range(8)]),
+    (10, (0.0, 0.3), [0.0, 0.1, 0.2, 0.3]),
+    (8, (0.9, 1.0), [0.9, 1.0]),
+    (1, (0.2, 0.3), [0.2, 0.3]),
+  ],
+)
+def test_ranges_of_timesteps_are_of_equal_size(levels, ends, edges):
+  found = denoise._ranges(levels, ends)
+  pairs = [*found.values()]
+  np.testing.assert_allclose([a for a, _ in pairs], edges[:-1], atol=1e-12)
+  np.testing.assert_allclose([b for _, b in pairs], edges[1:], atol=1e-12)
+  assert [*found] == [f"{a:.3f}-{b:.3f}" for a, b in pairs]
+
+
+@pytest.mark.parametrize(
   "boundary, expert, words",
   [
     (0.5, None, "give both or neither"),
@@ -449,17 +532,21 @@ def test_impossible_boundaries(boundary, expert, words):
     denoise.timesteps(boundary, expert)
 
 
+COUNTS = {"train": 12, "validation": 4}
+
+
 def folder_of(path, **changes):
-  """A folder of arrays of videos, some of which are others."""
+  """A folder of arrays of videos, some of which are others, or more."""
   rng = np.random.default_rng(0)
-  for split, n in (("train", 12), ("validation", 4)):
+  for split, n in COUNTS.items():
     arrays = {
       "video": rng.normal(size=(n, 2, 4, 4, 1)).astype(np.float32),
       "text": rng.normal(size=(n, 3, 5)).astype(np.float32),
       "label": np.arange(n) % 3,
     }
-    for kind, array in arrays.items():
-      array = changes.get(f"{split}_{kind}", array)
+    kinds = {*arrays, "more", "text_mask"}
+    for kind in kinds:
+      array = changes.get(f"{split}_{kind}", arrays.get(kind))
       if array is not None:
         np.save(path / f"{split}_{kind}.npy", array)
   return str(path)
@@ -481,11 +568,81 @@ def test_folders_of_arrays(tmp_path):
     ({"train_video": np.zeros((12, 4, 4, 1))}, "5 axes are needed"),
     ({"validation_video": np.zeros((4, 2, 6, 4, 1))}, "make them equal"),
     ({"validation_label": np.full(4, 7)}, "has labels from 7 to 7"),
+    ({"train_label": np.arange(12) / 2}, "type float64, and it needs whole"),
+    ({"train_text": np.zeros((12, 3, 5), bool)}, "needs bytes"),
+    (
+      {f"{split}_text": None for split in videos.SPLITS}
+      | {f"{k}_text_mask": np.ones((n, 3), bool) for k, n in COUNTS.items()},
+      "text_mask.npy without train_text.npy",
+    ),
+    (
+      {f"{k}_text_mask": np.ones((n, 4), bool) for k, n in COUNTS.items()},
+      r"has the sizes \(4,\), and train_text.npy \(3,\)",
+    ),
+    (
+      {f"{k}_more": np.ones((n, 2, 4, 6, 1)) for k, n in COUNTS.items()},
+      "train_more.npy has the sizes .* make them equal",
+    ),
   ],
 )
 def test_arrays_that_do_not_fit(tmp_path, changes, words):
   with pytest.raises(ConfigError, match=words):
     videos.of_folder("own", folder_of(tmp_path, **changes))
+
+
+def test_several_arrays_in_a_file(tmp_path):
+  path = folder_of(tmp_path)
+  with open(tmp_path / "train_text.npy", "wb") as file:
+    np.savez(file, a=np.zeros(3), b=np.zeros(3))
+  with pytest.raises(
+    ConfigError, match="several arrays, and 3 axes are needed"
+  ):
+    videos.of_folder("own", path)
+
+
+def test_a_config_of_other_data(tmp_path):
+  """Sizes that are given too have to be those of the arrays."""
+  c = wan2_2.get_config("tiny")
+  c.data.dir, c.task = folder_of(tmp_path), {"name": "denoise"}
+  assert program.build_task(c).given["text"] == (3, 5)
+  for key, value in {
+    "shape": (2, 4, 4, 3),
+    "text": (3, 6),
+    "num_classes": 5,
+    "more_channels": 2,
+  }.items():
+    c.task = {"name": "denoise", key: value}
+    with pytest.raises(ConfigError, match=f"task.{key} = .* is not that of"):
+      program.build_task(c)
+
+
+def test_channels_beside_are_scaled_as_videos_are(tmp_path):
+  """In training and in pictures: bytes are numbers from -1 to 1."""
+  rng = np.random.default_rng(0)
+  more = {
+    f"{k}_more": rng.integers(0, 256, (n, 2, 4, 4, 2)).astype(np.uint8)
+    for k, n in COUNTS.items()
+  }
+  found = videos.of_folder("own", folder_of(tmp_path, **more))
+  c = base.get_config()
+  c.data.batch_size = c.eval.batch_size = 4
+  options = {"predict": "velocity", "shift": 1.0, "unconditional": 0.0}
+  ends = 0.0, 1.0
+  task = denoise.of_videos(c, found, {"a": ends}, ends, **options)
+  batch = {k: x[0] for k, x in task.train(3, None)[2].items()}
+  _, (x, _, _) = loss_of(task, batch, jax.random.key(0), True)
+  beside = batch["more"] / 127.5 - 1
+  np.testing.assert_allclose(x[..., 1:], beside, atol=1e-6)
+
+  class Seen(Fixed):
+    def apply(self, variables, x, time, condition, collect=None):
+      assert -1 <= x[..., 1:].min() <= x[..., 1:].max() <= 1
+      return jnp.zeros_like(x[..., :1]), {}
+
+  Seen.lengths, Seen.sublayers = {"patches": 8}, {}
+  with jax.disable_jit():
+    made = task.pictures(Seen(), {})
+  assert made.keys() == {"denoised", "samples"}
 
 
 def test_a_damaged_array(tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from moe_jax.core.errors import ConfigError
-from moe_jax.data.datasets import glyphs
+from moe_jax.data.datasets import captioned_glyphs, glyphs
 from moe_jax.data.images import augment, batches, folders, prepared
 from moe_jax.moe.types import Mean
 from moe_jax.tasks import classify_images
@@ -89,6 +90,13 @@ def test_a_cache_is_used_again_and_mended(digits, cache, monkeypatch):
     pixels.write_bytes(content)
     assert again().fingerprint == digits.fingerprint
     assert pixels.read_bytes() == whole
+  # Its bytes are read once, and again only where a file is another.
+  with monkeypatch.context() as m:
+    m.setattr(prepared, "_fingerprint", None)
+    assert again() == digits
+    os.utime(pixels)
+    with pytest.raises(TypeError):
+      again()
   with pytest.raises(ConfigError, match="but 123 was asked for"):
     prepared.prepare(
       "digits",
@@ -116,7 +124,7 @@ def test_folders_of_images(tmp_path):
 
 
 def test_images_of_several_sizes(tmp_path):
-  path = folder_of(tmp_path / "a", sizes=((6, 6), (6, 8)))
+  path = folder_of(tmp_path / "a", sizes=((6, 6), (6, 8)), each=48)
   with pytest.raises(
     ConfigError, match=r"image 1 .*\(6, 8, 3\).*set task.size"
   ):
@@ -130,6 +138,47 @@ def test_images_of_several_sizes(tmp_path):
   with pytest.raises(ConfigError, match="set task.size and task.channels"):
     of_folder(grey, tmp_path)
   assert not list(tmp_path.glob("own-*/*.scratch"))
+
+
+def test_images_are_held_out_alike_at_any_size(tmp_path):
+  """So that a run at another size begins with none of its validation images."""
+  path, shares = folder_of(tmp_path / "a"), []
+  for number, file in enumerate(sorted(path.glob("train/*/*"))):
+    # An image of one brightness, which stays whatever its size is.
+    Image.new("RGB", (6, 6), (5 * number,) * 3).save(file)
+  for size in (AS_THEY_ARE, prepared.Size((3, 3), 1), prepared.Size((9, 9), 3)):
+    images, _ = of_folder(path, tmp_path, size).arrays["validation"]
+    shares.append(sorted(images[:, 0, 0, 0].tolist()))
+  assert shares[0] and shares[0] == shares[1] == shares[2]
+
+
+def test_kinds_of_files(tmp_path):
+  """Grey of 16 bits, turned photographs, palettes; and what is refused."""
+  read = {}
+  deep = np.array([[0, 256, 65535], [512, 1024, 32768]], np.uint16)
+  Image.fromarray(deep).save(tmp_path / "deep.png")
+  read["deep"] = folders._read(tmp_path / "deep.png")
+  np.testing.assert_array_equal(read["deep"][..., 0], deep >> 8)
+  photo, exif = Image.new("RGB", (4, 2), (9, 8, 7)), Image.Exif()
+  exif[0x0112] = 6  # It is to be turned by a quarter.
+  photo.save(tmp_path / "photo.png", exif=exif)
+  assert folders._read(tmp_path / "photo.png").shape == (4, 2, 3)
+  photo.convert("P").save(tmp_path / "palette.gif")
+  assert folders._read(tmp_path / "palette.gif").shape == (2, 4, 3)
+  Image.fromarray(np.full((2, 2), 0.5, np.float32)).save(tmp_path / "f.tiff")
+  with pytest.raises(ValueError, match="f.tiff is no whole image: its numbers"):
+    folders._read(tmp_path / "f.tiff")
+
+
+def test_numbers_that_are_no_bytes(tmp_path, monkeypatch):
+  path = folder_of(tmp_path / "a")
+  monkeypatch.setattr(
+    folders, "_read", lambda _: np.zeros((6, 6, 3), np.uint16)
+  )
+  with pytest.raises(
+    ConfigError, match="has numbers of type uint16, and images"
+  ):
+    of_folder(path, tmp_path)
 
 
 def test_a_smaller_image_is_smooth(tmp_path):
@@ -416,6 +465,13 @@ def test_equal_logits_are_not_right():
   assert float(metrics["accuracy_5"].total) == 5
 
 
+def test_a_model_that_diverged_is_right_nowhere():
+  logits = np.full((7, 7), np.nan)
+  _, metrics = scored(logits, np.arange(7), np.ones(7, bool))
+  assert float(metrics["accuracy"].total) == 0
+  assert float(metrics["accuracy_5"].total) == 0
+
+
 # Drawn images.
 
 
@@ -456,3 +512,33 @@ def test_the_character_has_its_colour():
     distance = np.abs(part - np.array(glyphs.COLOURS[words[1]])).max(-1)
     near.append((distance < 70).sum())
   assert np.mean(np.array(near) >= 4) > 0.9
+
+
+def test_codes_of_images_and_captions():
+  """144 codes of pixels, which are not text, and then a caption that is."""
+  import matplotlib
+
+  folder = f"{matplotlib.get_data_path()}/fonts/ttf"
+  fonts = [f"{folder}/{font}.ttf" for font in glyphs._FONTS]
+  x = glyphs.draw(np.random.default_rng(3), fonts)
+  text = captioned_glyphs._document(x)["text"]
+  codes, caption = np.frombuffer(text[:144], np.uint8), text[144:]
+  assert codes.min() >= captioned_glyphs.FIRST and caption.isascii()
+  assert caption.decode() == x["caption"]
+  small = Image.fromarray(x["image"]).resize((12, 12), Image.Resampling.BOX)
+  shown = captioned_glyphs.pixels_of(codes).astype(int)
+  # Half of the steps of 2, 3 and 2 bits.
+  assert (np.abs(shown - np.asarray(small)) <= (32, 16, 32)).all()
+  assert len(np.unique(shown.reshape(-1, 3), axis=0)) > 4
+
+
+def test_captions_are_english():
+  import matplotlib
+
+  folder = f"{matplotlib.get_data_path()}/fonts/ttf"
+  fonts = [f"{folder}/{font}.ttf" for font in glyphs._FONTS]
+  captions = [
+    glyphs.draw(np.random.default_rng(i), fonts)["caption"] for i in range(40)
+  ]
+  assert any("an orange" in caption for caption in captions)
+  assert not any("a orange" in caption for caption in captions)

@@ -10,6 +10,7 @@ from moe_jax import evaluate, main, sample
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
 from moe_jax.hf import wan
+from moe_jax.models.generation import flow
 from moe_jax.training import program, trained
 from tests import pair_of_runs
 from tests.diffusion_test import folder_of
@@ -85,6 +86,7 @@ def test_published_weights_are_the_same(runs, tmp_path, capsys):
   """Written as Wan's code names them and read again, without classes."""
   path = folder_of(tmp_path, train_label=None, validation_label=None)
   flags = [*FLAGS[:1], *FLAGS[3:], f"--config.data.dir={path}"]
+  flags += ["--config.task.num_classes=0"]
   flags += ["--config.train.num_steps=2", "--config.data.batch_size=4"]
   flags += [
     "--config.model.video.patch=(1, 2, 2)",
@@ -132,6 +134,18 @@ REFUSED = {
     *("--checkpoint={high}", "--wan_low={out}")
   ],
   "--wan and --config belong together": ["--wan={high}"],
+  "--low and --wan_low are of one network": [
+    *("--checkpoint={high}", "--low={low}", "--wan_low={low}")
+  ],
+  "--text is of texts, and this model has none": [
+    *("--checkpoint={high}", "--low={low}", "--text=a.npy")
+  ],
+  "--more is of channels beside": [
+    *("--checkpoint={high}", "--low={low}", "--more=a.npy")
+  ],
+  "has the shape .*change nothing that makes": [
+    *("--checkpoint={high}", "--low={low}", "--config.model.d_ff=40")
+  ],
   "no work directory of a run": ["--checkpoint={out}"],
 }
 
@@ -143,6 +157,62 @@ def test_what_is_refused(runs, tmp_path, words):
   with pytest.raises(ConfigError, match=words):
     sample.main([*flags, f"--out={tmp_path}/out"])
   assert not (tmp_path / "out").exists()
+
+
+def test_the_second_network_is_checked_before_the_first_runs(
+  runs, tmp_path, monkeypatch
+):
+  """A run of other sizes, and one without a checkpoint."""
+  flags = ["--config.task.expert=low", f"--workdir={tmp_path}/wide"]
+  flags += ["--config.train.num_steps=2", "--config.model.d_ff=40"]
+  main.main([*FLAGS, *flags])
+  (tmp_path / "none").mkdir()
+  (tmp_path / "none" / "config.json").write_text(
+    (runs / "low" / "config.json").read_text()
+  )
+  monkeypatch.setattr(flow, "sample", None)
+  for low, words in (("wide", "has the shape"), ("none", "no checkpoint in")):
+    flags = [f"--checkpoint={runs}/high", f"--low={tmp_path}/{low}"]
+    with pytest.raises(ConfigError, match=words):
+      sample.main([*flags, f"--out={tmp_path}/out"])
+
+
+def test_guidance_of_each_network(runs, tmp_path, monkeypatch):
+  """The first number is that of the network for more noise."""
+  given = []
+
+  def sampled(model, networks, noise, *args, **options):
+    given.append([(one.name, one.guidance) for one in networks])
+    return noise
+
+  monkeypatch.setattr(flow, "sample", sampled)
+  flags = [f"--checkpoint={runs}/high", f"--low={runs}/low"]
+  flags += [f"--out={tmp_path}", "--number=1"]
+  for more in ([], ["--guidance=5,2"], ["--guidance=7"]):
+    sample.main([*flags, *more])
+  assert given == [
+    [("high", high), ("low", low)] for high, low in ((4, 3), (5, 2), (7, 7))
+  ]
+  with pytest.raises(SystemExit):
+    sample.main([*flags, "--guidance=4,3,2"])
+
+
+def test_any_number_of_samples_fills_whole_groups(tmp_path):
+  """The rest is left out, and the first few are the same."""
+  flags = ["--config.train.num_steps=2", "--config.task.boundary=None"]
+  flags += ["--config.task.expert=None", "--config.model.pattern=('moe',)"]
+  flags += ["--config.model.moe.tokens_per_group=8 sequences"]
+  flags += ["--config.train.hooks.a.name=pictures"]
+  flags += ["--config.train.hooks.a.every=2"]
+  main.main([*FLAGS, *flags, f"--workdir={tmp_path}/run"])
+  found = {}
+  for number in (3, 8):
+    flags = [f"--checkpoint={tmp_path}/run", f"--number={number}", "--steps=2"]
+    sample.main([*flags, f"--out={tmp_path}/{number}"])
+    found[number] = np.asarray(Image.open(tmp_path / f"{number}/samples.png"))
+  assert found[3].shape == (16, 16) and found[8].shape == (24, 24)
+  np.testing.assert_array_equal(found[3][:8], found[8][:8, :16])
+  assert found[3][:8].std() > 0 and (tmp_path / "run" / "pictures").is_dir()
 
 
 def test_a_boundary_outside(tmp_path):
@@ -157,7 +227,7 @@ def test_evaluation(runs, tmp_path):
   found = json.loads((tmp_path / "a.json").read_text())["metrics"]
   (wanted,) = lines(runs / "low", "validation")
   assert found["loss/0.000-0.125"] > found["loss/0.750-0.875"]
-  assert wanted["loss"] > 0
+  assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
 
 
 @pytest.mark.long

@@ -215,6 +215,22 @@ def test_sizes_to_the_unit(name):
   assert counted(name)["active"] == total + head - idle
 
 
+@pytest.mark.parametrize(
+  "name, d, ff, layers",
+  [("s_16", 384, 1536, 12), ("b_16", 768, 3072, 12), ("l_16", 1024, 4096, 24)],
+)
+def test_sizes_of_soft_moe_to_the_unit(name, d, ff, layers):
+  """128 experts of a slot each, in the second half of the layers (2308.00951)."""
+  places, mlp, sparse = 14**2, 2 * d * ff + ff + d, layers // 2
+  # With scales of heads, which are 64 wide, for queries and for keys.
+  attention = 4 * (d * d + d) + 2 * 64
+  total = 3 * 16 * 16 * d + d + places * d
+  total += layers * (attention + 2 * 2 * d) + (layers - sparse) * mlp + 2 * d
+  # Experts, directions of their slots, and a scale.
+  total += sparse * (128 * mlp + 128 * d + 1)
+  assert counted(f"soft_moe:{name}")["total"] == total + 29_593 * (d + 1)
+
+
 def test_patches_by_loops():
   """A patch is its pixels row by row; the class token is the first."""
   s, model = made("ample")

@@ -1,5 +1,6 @@
 """Parameters under other names, one array for every layer, and nested ones here."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
@@ -50,20 +51,32 @@ def nested(
     where: they come from, for messages.
 
   Raises:
-    ConfigError: an array has no place in the model, or the model lacks one.
+    ConfigError: an array has no place in the model or another shape, or the model
+      lacks one.
   """
+  found, flat = placed(arrays, of, here, model, where), {}
+  for ours in dict.fromkeys(path for path, _ in found):
+    repeats = [array for (path, _), array in found.items() if path == ours]
+    flat[ours] = repeats[0] if (ours, None) in found else np.stack(repeats)
+  return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def placed(arrays, of, here, model, where) -> dict:
+  """{(path here, number of the repeat): array}, checked; see `nested`."""
   left, found, of = dict(arrays), {}, [*of]
+  wanted = nn.unbox(models.variables(model))["params"]
+  wanted = traverse_util.flatten_dict(wanted, sep="/")
   for theirs, ours, repeat in of:
     if theirs in left:
-      found[ours, repeat] = here(np.asarray(left.pop(theirs)), ours)
+      found[ours, repeat] = _fitting(
+        left.pop(theirs), theirs, ours, repeat, here, wanted.get(ours), where
+      )
   if left:
     raise ConfigError(
       f"{where} has {len(left)} parameters that the model has no place for:"
       f" {', '.join(sorted(left)[:3])}; change model.num_layers, prefix and pattern"
       " to those of its config"
     )
-  wanted = nn.unbox(models.variables(model))["params"]
-  wanted = traverse_util.flatten_dict(wanted, sep="/")
   lacking = [
     name for name, ours, _ in of if ours in wanted and name not in arrays
   ]
@@ -73,11 +86,24 @@ def nested(
       f"{where} lacks {len(lacking)} parameters that the model has:"
       f" {', '.join(lacking[:3])}; fetch all of its files, or give the config of them"
     )
-  flat = {}
-  for ours in dict.fromkeys(path for path, _ in found):
-    repeats = [array for (path, _), array in found.items() if path == ours]
-    flat[ours] = repeats[0] if (ours, None) in found else np.stack(repeats)
-  return traverse_util.unflatten_dict(flat, sep="/")
+  return found
+
+
+def _fitting(array, theirs, ours, repeat, here, wanted, where):
+  """An array in its shape here; raises ConfigError if it is not the model's."""
+  shape = None
+  if wanted is not None:
+    shape = wanted.shape[repeat is not None :]
+  with contextlib.suppress(
+    ValueError
+  ):  # It cannot be brought to any such shape.
+    made = here(np.asarray(array), ours)
+    if shape in (None, made.shape):
+      return made
+  raise ConfigError(
+    f"{where} has {theirs} of shape {tuple(array.shape)}, from which the model's {ours}"
+    f" of shape {tuple(shape or ())} cannot be made; give the config of these weights"
+  )
 
 
 def flat(params: Mapping, of: Iterable[Name], there: Callable) -> dict:

@@ -59,8 +59,26 @@ def load(folder: str | os.PathLike, model) -> dict:
     model: a `diffusion.Diffusion` of the same sizes.
 
   Raises:
-    ConfigError: there are no such files, or parameters are missing or too many.
+    ConfigError: there are no such files, parameters are missing or too many, or
+      have other sizes.
   """
+  arrays = _read(folder, lambda opened, name: opened.get_tensor(name))
+  return to_params(arrays, model, str(folder))
+
+
+def check(folder: str | os.PathLike, model) -> None:
+  """Raises as `load`, and reads no more than names and sizes."""
+
+  def nothing(opened, name):
+    shape = opened.get_slice(name).get_shape()
+    return np.broadcast_to(np.float32(0), shape)  # It takes no memory.
+
+  args = _read(folder, nothing), _names(model), _here(model), model, str(folder)
+  by_layer.placed(*args)
+
+
+def _read(folder, one):
+  """{name: one(file, name)} of all parameters in a folder."""
   try:
     from safetensors import SafetensorError, safe_open
   except ImportError:
@@ -72,12 +90,12 @@ def load(folder: str | os.PathLike, model) -> dict:
     try:
       with safe_open(file, framework="flax") as opened:
         for name in opened.keys():  # noqa: SIM118
-          arrays[name] = np.asarray(opened.get_tensor(name))
+          arrays[name] = np.asarray(one(opened, name))
     except (SafetensorError, OSError, ValueError) as e:
       raise ConfigError(
         f"{file} is no whole safetensors file ({e}); fetch it again"
       ) from e
-  return to_params(arrays, model, str(folder))
+  return arrays
 
 
 def save(folder: str | os.PathLike, model, params: Mapping) -> None:
@@ -94,6 +112,11 @@ def save(folder: str | os.PathLike, model, params: Mapping) -> None:
 
 def to_params(arrays: Mapping[str, np.ndarray], model, where: str) -> dict:
   """Parameters by Wan's names, nested as those of a model; see `load`."""
+  return by_layer.nested(arrays, _names(model), _here(model), model, where)
+
+
+def _here(model):
+  """(array there, path here) -> the array in its shape here."""
   heads = _heads(model)
 
   def here(array, ours):
@@ -110,7 +133,7 @@ def to_params(arrays: Mapping[str, np.ndarray], model, where: str) -> dict:
       return array.reshape(heads)
     return array
 
-  return by_layer.nested(arrays, _names(model), here, model, where)
+  return here
 
 
 def of_params(params: Mapping, model) -> dict[str, np.ndarray]:

@@ -13,6 +13,7 @@ A model is a linen module with
 
 import inspect
 import itertools
+import math
 from collections.abc import Mapping
 
 import jax
@@ -129,6 +130,15 @@ def check(
   stacks = model.arch.stacks if hasattr(model, "arch") else ()
   for stack, train in itertools.product(stacks, (True, False)):
     stack.check_causal(lengths[stack.sequence], train)
+
+
+def whole_batch(model, number: int) -> int:
+  """The least number of examples, this or more, that fill whole groups of tokens."""
+  sequences = [1]
+  for parts in sublayers(model).values():
+    length = model.lengths[parts.sequence]
+    sequences.append(max(1, parts.grouping.tokens(length) // length))
+  return -(-number // math.lcm(*sequences)) * math.lcm(*sequences)
 
 
 def variables(model):

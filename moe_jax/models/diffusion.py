@@ -19,7 +19,7 @@ _AXES = 3  # Frames, rows, columns.
 
 
 class Condition(NamedTuple):
-  """The class or the text of a video. A model reads one of the two, or none.
+  """The class and the text of a video. A model reads those that its data has.
 
   label_B: int32, the class; below 0: none is named.
   text_BMT: vectors of a text, which an encoder outside of this package has made.
@@ -29,6 +29,16 @@ class Condition(NamedTuple):
   label_B: Array | None = None
   text_BMT: Array | None = None
   mask_BM: Array | None = None
+
+  @property
+  def none(self) -> "Condition":
+    """The same without a class, and with zeros for a text."""
+    label_B, text_BMT = self.label_B, self.text_BMT
+    if label_B is not None:
+      label_B = jnp.full_like(label_B, -1)
+    if text_BMT is not None:
+      text_BMT = jnp.zeros_like(text_BMT)
+    return Condition(label_B, text_BMT, self.mask_BM)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,9 +149,10 @@ class Diffusion(nn.Module):
     """See `models`."""
     arch = self.arch
     channels = arch.shape[3] + arch.more_channels
-    condition = Condition(jnp.zeros(batch, jnp.int32))
-    if arch.text:
-      condition = Condition(text_BMT=jnp.zeros((batch, *arch.text)))
+    condition = Condition(
+      jnp.zeros(batch, jnp.int32) if arch.num_classes else None,
+      jnp.zeros((batch, *arch.text)) if arch.text else None,
+    )
     shape = batch, *arch.shape[:3], channels
     return jnp.zeros(shape), jnp.zeros(batch), condition
 

@@ -216,10 +216,13 @@ LOSSES = {"softmax": softmax_cross_entropy, "sigmoid": sigmoid_cross_entropy}
 
 
 def _right(logits_BC, label_B, mask_B, n):
-  """How many labels are among the n best classes; of equal ones the first is best."""
+  """How many labels are among the n best classes; of equal ones the first is best.
+
+  Logits that are no numbers are right nowhere.
+  """
   own_B1 = jnp.take_along_axis(logits_BC, label_B[:, None], axis=1)
   before_BC = jnp.arange(logits_BC.shape[1])[None] < label_B[:, None]
-  better_BC = (logits_BC > own_B1) | ((logits_BC == own_B1) & before_BC)
+  better_BC = ~(logits_BC <= own_B1) | ((logits_BC == own_B1) & before_BC)
   return ((better_BC.sum(axis=1) < n) & mask_B).sum()
 
 

@@ -71,7 +71,8 @@ def build(
     fingerprint, prepare: as in `next_token.build`; without batches nothing is read.
     image, label, size, channels: of images, as in `classify_images.build`.
     shape, text, more_channels, num_classes: of the data, where it is not read:
-      (frames, height, width, channels), (vectors of a text, their width), ...
+      (frames, height, width, channels), (vectors of a text, their width), ...; where it
+      is read they need not be given.
     predict: what the model is to say of a noisy video.
     shift: s of training and of sampling.
     boundary: the timestep from which on another network is used; None: one network
@@ -80,25 +81,35 @@ def build(
     unconditional: share of the videos whose condition is left out in training, for
       guidance (2207.12598).
     guidance: of sampling; two numbers are those of the two networks, "high" first.
-    levels: ranges of timesteps, of equal size, whose losses are reported.
+    levels: ranges of timesteps whose losses are reported. A network of a part of the
+      timesteps has its part of them, one at least. They are of equal size.
 
   Raises:
     ConfigError: no such data, or impossible numbers.
   """
   del mesh, guidance  # Sampling reads it.
   ends = timesteps(boundary, expert)
+  sizes = {"num_classes": num_classes, "more_channels": more_channels}
+  sizes |= {"shape": shape, "text": text and tuple(text)}
   if prepare:
     found = _read(config, image, label, size, channels, fingerprint)
-    if shape is not None and tuple(shape) != found.shape:
-      raise ConfigError(
-        f"task.shape = {shape} is not that of the data, {found.shape}; leave it out"
-      )
+    _check(found, sizes)
   else:
-    shape = tuple(shape or _of_size(size, channels))
-    own = shape, num_classes, text and tuple(text), more_channels
-    found = videos.Videos(config.data.name, *own)
+    sizes["shape"] = tuple(shape or _of_size(size, channels))
+    found = videos.Videos(config.data.name, **sizes)
   options = {"predict": predict, "shift": shift, "unconditional": unconditional}
   return of_videos(config, found, _ranges(levels, ends), ends, **options)
+
+
+def _check(found, sizes):
+  """Raises ConfigError for sizes of a config that are not those of the data."""
+  for key, value in sizes.items():
+    there = getattr(found, key)
+    value = tuple(value) if isinstance(value, list | tuple) else value
+    if value and value != there:
+      raise ConfigError(
+        f"task.{key} = {value} is not that of the data, {there}; set it to that"
+      )
 
 
 def _of_size(size, channels):
@@ -111,9 +122,9 @@ def _of_size(size, channels):
 
 
 def _ranges(levels, ends):
-  """{name: (from, to)} of the ranges of timesteps between two ends."""
-  edges = np.union1d(np.linspace(0, 1, levels + 1), ends)
-  edges = [float(x) for x in edges if ends[0] <= x <= ends[1]]
+  """{name: (from, to)} of ranges of timesteps, of equal size between two ends."""
+  number = max(1, round(levels * (ends[1] - ends[0])))
+  edges = np.linspace(*ends, number + 1).tolist()
   return {f"{a:.3f}-{b:.3f}": (a, b) for a, b in zip(edges, edges[1:])}
 
 
@@ -218,7 +229,7 @@ def _loss(
   ends, options, model, variables, batch, rng, first, train, collect=None
 ):
   """`Task.loss`: the mean over the numbers of a video, summed over videos."""
-  x = numbers(batch["video"], model.arch.dtype)
+  x = videos.numbers(batch["video"], model.arch.dtype)
   draws = train and rng is not None
   key, index = jax.random.key(1), batch["number"]
   if draws:
@@ -242,21 +253,15 @@ def _loss(
     chance = functools.partial(jax.random.bernoulli, p=options["unconditional"])
     left_out_B = jax.vmap(chance)(keys_B3[:, 2])
   if "more" in batch:
-    noisy = jnp.concatenate([noisy, numbers(batch["more"], x.dtype)], axis=-1)
+    noisy = jnp.concatenate(
+      [noisy, videos.numbers(batch["more"], x.dtype)], axis=-1
+    )
   more = {"first": first, "train": train, "collect": collect}
   args = noisy, time_B, condition(batch, left_out_B), batch["mask"], rng
   predicted, aux = model.apply(variables, *args, **more)
   error_B = jnp.square(predicted - target).mean(axis=(1, 2, 3, 4))
   total = jnp.where(batch["mask"], error_B, 0).sum()
   return Mean(total, batch["mask"].sum().astype(total.dtype)), {}, aux
-
-
-def numbers(video, dtype):
-  """Numbers from -1 to 1 of bytes, in at least float32; others as they are."""
-  dtype = jnp.promote_types(dtype, jnp.float32)
-  if video.dtype == jnp.uint8:
-    return video.astype(dtype) / 127.5 - 1
-  return video.astype(dtype)
 
 
 def condition(batch, left_out_B) -> Condition:

@@ -3,6 +3,7 @@
 All are arrays of bytes [height, width, 3], for the hook `pictures`.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -32,13 +33,11 @@ def experts(images, scale, model, variables: Mapping) -> dict[str, np.ndarray]:
   """
   pixels, arch = images.arrays["validation"][0][:NUMBER], model.arch
   grid = arch.image.grid(arch.shape)
-  # Whole groups may have more images than a row.
-  (length,) = model.lengths.values()
-  groups = [x.grouping.tokens(length) for x in model.sublayers.values()]
-  batch = NUMBER * max([1, *(tokens // length for tokens in groups)])
-  batch = np.resize(pixels, (batch, *pixels.shape[1:]))
-  apply = jax.jit(lambda v, x: model.apply(v, scale(x), collect="routing")[1])
-  aux, rows = apply(variables, batch), [[_coloured(x) for x in pixels]]
+  batch = np.resize(
+    pixels, (models.whole_batch(model, NUMBER), *pixels.shape[1:])
+  )
+  aux = _compiled(model, "routing")(variables, scale(batch))[1]
+  rows = [[_coloured(x) for x in pixels]]
   for path, parts in models.sublayers(model).items():
     if parts.recipe.router.form is not TokenChoice:
       continue
@@ -71,38 +70,41 @@ def denoised(
   arrays = {k: x[:NUMBER] for k, x in found.arrays["validation"].items()}
   if found.shape[3] not in (1, 3):
     return {}  # Latents are no pixels.
-  arrays = {k: np.resize(x, (NUMBER, *x.shape[1:])) for k, x in arrays.items()}
-  x = np.asarray(numbers(arrays["video"]))
+  number = models.whole_batch(model, NUMBER)
+  arrays = {k: np.resize(x, (number, *x.shape[1:])) for k, x in arrays.items()}
+  x = np.asarray(videos.numbers(arrays["video"]))
   noise = np.random.default_rng(0).normal(size=x.shape).astype(np.float32)
   time = np.linspace(*ends, NUMBER + 2, dtype=np.float32)[1:-1]
+  time = np.resize(time, number)
   share = time.reshape(-1, 1, 1, 1, 1)
   noisy = (1 - share) * x + share * noise
   label = arrays.get("label")
   label = None if label is None else label.astype(np.int32)
   condition = Condition(label, arrays.get("text"), arrays.get("text_mask"))
   more = arrays.get("more")
+  more = None if more is None else np.asarray(videos.numbers(more))
   given = noisy if more is None else np.concatenate([noisy, more], axis=-1)
-  predicted, _ = jax.jit(model.apply)(variables, given, time, condition)
+  predicted, _ = _compiled(model)(variables, given, time, condition)
   clean = noisy - share * predicted  # x = x_t - t v, as v = noise - x.
   if options["predict"] == "noise":
     clean = (noisy - share * predicted) / np.maximum(1 - share, 1e-3)
   rows = [
-    [_bytes(one[0]) for one in row] for row in (x, noisy, np.asarray(clean))
+    [_bytes(one[0]) for one in row[:NUMBER]]
+    for row in (x, noisy, np.asarray(clean))
   ]
   made = {"denoised": _sheet(rows)}
   if tuple(ends) == (0.0, 1.0):
     one = (flow.Network("all", 0.0, lambda: variables),)
     how = flow.Sampling(24, options["shift"], options["predict"])
     samples = flow.sample(model, one, noise, condition, how, more)
-    made["samples"] = _sheet([[_bytes(one[0]) for one in np.asarray(samples)]])
+    samples = np.asarray(samples)[:NUMBER]
+    made["samples"] = _sheet([[_bytes(one[0]) for one in samples]])
   return made
 
 
-def numbers(video):
-  """Numbers from -1 to 1 of bytes; others as they are."""
-  video = np.asarray(video)
-  scaled = video.astype(np.float32)
-  return scaled / 127.5 - 1 if video.dtype == np.uint8 else scaled
+@functools.lru_cache(maxsize=8)  # The hook calls again and again.
+def _compiled(model, collect=None):
+  return jax.jit(functools.partial(model.apply, collect=collect))
 
 
 def _bytes(x):
@@ -129,13 +131,19 @@ def _palette(number: int) -> np.ndarray:
 
 
 def _sheet(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-  """One picture of rows of pictures, enlarged to one size, with lines between."""
-  side = max(_LEAST, *(max(x.shape[:2]) for row in rows for x in row))
+  """One picture of rows of pictures, enlarged to one size, with lines between.
+
+  The first picture says how high they are for their width.
+  """
+  height, width = rows[0][0].shape[:2]
+  sides = [_LEAST * n / max(height, width) for n in (height, width)]
+  most = max(x.shape[0] / sides[0] for row in rows for x in row)
+  sides = [round(max(1, most) * n) for n in sides]
   made = []
   for row in rows:
     tiles = []
     for x in row:
-      height, width = (np.arange(side) * n // side for n in x.shape[:2])
-      tiles.append(np.pad(x[height][:, width], ((1, 1), (1, 1), (0, 0))))
+      places = (np.arange(n) * m // n for n, m in zip(sides, x.shape[:2]))
+      tiles.append(np.pad(x[np.ix_(*places)], ((1, 1), (1, 1), (0, 0))))
     made.append(np.concatenate(tiles, axis=1))
   return np.concatenate(made)

@@ -54,15 +54,23 @@ def of_task(model, variables: Mapping, task) -> dict[str, Mapping]:
     model, variables: from `trained.load`.
     task: with batches.
   """
-  score = functools.partial(eval_step, model=model, task=task)
-  compiled = jax.jit(score)
-  variables = {"balance": {}, **variables}
+  return scorer(model, task)(variables)
 
-  def step(whole, index):
-    batch = {k: whole[k] for k in task.spec}
-    return compiled(**variables, batch=batch, index=np.int32(index))
 
-  return by_domain(step, task.validation(None))
+def scorer(model, task):
+  """`of_task` of any variables of a model, which is compiled once."""
+  compiled = jax.jit(functools.partial(eval_step, model=model, task=task))
+
+  def score(variables):
+    variables = {"balance": {}, **variables}
+
+    def step(whole, index):
+      batch = {k: whole[k] for k in task.spec}
+      return compiled(**variables, batch=batch, index=np.int32(index))
+
+    return by_domain(step, task.validation(None))
+
+  return score
 
 
 def by_domain(step, batches, stop=lambda: False) -> dict[str, Mapping] | None:

@@ -183,21 +183,43 @@ def weights(path: str, model, ema: bool = False) -> tuple[int, dict]:
     ConfigError: no checkpoint can be read, or its parameters are not the model's.
   """
   import jax
-  from flax import linen as nn
-  from flax import traverse_util
 
   from moe_jax import models
   from moe_jax.training import checkpoint
 
   step, variables = checkpoint.load_step(pathlib.Path(path).absolute(), ema)
-  shapes = (nn.unbox(models.variables(model)), variables)
-  found, wanted = (
-    {
-      k: x.shape
-      for k, x in traverse_util.flatten_dict(one["params"], sep="/").items()
-    }
-    for one in reversed(shapes)
-  )
+  _check_shapes(path, _shapes(variables), model)
+  if models.mesh_of(model) is not None:
+    variables = jax.device_put(variables, models.shardings(model))
+  return step, variables
+
+
+def check(path: str, model, ema: bool = False) -> None:
+  """Raises ConfigError as `weights` does, but reads no array."""
+  import orbax.checkpoint as ocp
+
+  from moe_jax.training import checkpoint
+
+  folder = checkpoint.folders_of(pathlib.Path(path).absolute())[0]
+  tree = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
+  params = tree.get("ema" if ema else "params")
+  if params:  # Without an average `weights` says so.
+    _check_shapes(path, _shapes({"params": params}), model)
+
+
+def _shapes(variables):
+  from flax import traverse_util
+
+  flat = traverse_util.flatten_dict(dict(variables["params"]), sep="/")
+  return {name: tuple(x.shape) for name, x in flat.items()}
+
+
+def _check_shapes(path, found, model):
+  from flax import linen as nn
+
+  from moe_jax import models
+
+  wanted = _shapes(nn.unbox(models.variables(model)))
   differ = sorted(k for k, shape in wanted.items() if found.get(k) != shape)
   if differ or found.keys() - wanted.keys():
     name = (differ or sorted(found.keys() - wanted.keys()))[0]
@@ -205,9 +227,6 @@ def weights(path: str, model, ema: bool = False) -> tuple[int, dict]:
       f"the parameter {name} of {path} has the shape {found.get(name)}, and that of"
       f" the config {wanted.get(name)}; change nothing that makes other parameters"
     )
-  if models.mesh_of(model) is not None:
-    variables = jax.device_put(variables, models.shardings(model))
-  return step, variables
 
 
 def is_published(path: pathlib.Path) -> bool:

@@ -15,6 +15,7 @@ from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import integer, items, number, optional
 from moe_jax.moe.types import Array
 
+_OF_MIXUP = 2**30  # A number that no image has.
 _SHARE = number(above=0, high=1)
 _RATIO = 4 / 3  # The longest side of a part over its shortest (1409.4842).
 
@@ -88,7 +89,7 @@ def mixed(how: Augmentation, x_BHWC: Array, target_BC: Array, rng, first):
   """(images, targets), each with a share of those of the next image in the batch."""
   if not how.mixup:
     return x_BHWC, target_BC
-  keys = _of_rows(jax.random.fold_in(rng, 1), len(x_BHWC), first)
+  keys = _of_rows(jax.random.fold_in(rng, _OF_MIXUP), len(x_BHWC), first)
   beta = lambda key: jax.random.beta(key, how.mixup, how.mixup)  # noqa: E731
   share_B = jax.vmap(beta)(keys).astype(x_BHWC.dtype)
   share_B = jnp.maximum(share_B, 1 - share_B)  # The first one stays the larger.

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_MOST = 2**16 - 1  # Of a pixel with 16 bits.
 # {split: (file, number of its class) of every image}.
 Files = Mapping[str, Sequence[tuple[pathlib.Path, int]]]
 
@@ -100,13 +101,25 @@ class _Examples:
 
 
 def _read(path):
-  """Returns the pixels of a file, uint8 [H, W, 3], or [H, W, 1] of grey ones."""
-  from PIL import Image
+  """Returns the pixels of a file, uint8 [H, W, 3], or [H, W, 1] of grey ones.
+
+  They stand as the camera says, and of 16 bits the upper ones are kept.
+  """
+  from PIL import Image, ImageOps
 
   try:
     with Image.open(path) as image:
-      kind = "L" if image.mode in ("1", "L", "I", "I;16", "LA") else "RGB"
-      pixels = np.asarray(image.convert(kind))
+      image = ImageOps.exif_transpose(image)
+      if image.mode.startswith("I"):
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() > _MOST:
+          raise ValueError(f"its numbers are not between 0 and {_MOST}")
+        pixels = (pixels >> 8).astype(np.uint8)
+      elif image.mode == "F":
+        raise ValueError("its numbers are fractions; write it with bytes")
+      else:
+        kind = "L" if image.mode in ("1", "L", "LA") else "RGB"
+        pixels = np.asarray(image.convert(kind))
   except Exception as e:  # Pillow raises many kinds.
     raise ValueError(f"{path} is no whole image: {e}") from e
   return pixels.reshape(*pixels.shape[:2], -1)

@@ -21,7 +21,7 @@ from moe_jax.data.images import folders
 
 SPLITS = sources.SPLITS
 
-_FORMAT = 1  # Raise it when the files mean something else than before.
+_FORMAT = 2  # Raise it when the files mean something else than before.
 
 
 class Features(NamedTuple):
@@ -168,7 +168,7 @@ def _open(folder, fingerprint=None):
     if fingerprint not in (None, index.get("fingerprint")):
       return None
     arrays = _mapped(folder, index)
-    caches.check_content(index, _fingerprint(arrays))
+    caches.check_content(folder, index, lambda: _fingerprint(arrays))
     return Images(
       name=index["name"],
       shape=tuple(index["shape"]),
@@ -240,10 +240,16 @@ def _read(name, builder, features, size):
   held_out = "validation" in builder.info.splits
   for split in SPLITS if held_out else ("train",):
     for number, example in enumerate(sources.examples(name, builder, split)):
-      pixels = _sized(np.asarray(example[features.image]), size)
-      own = split if held_out else sources.split_of(pixels.tobytes())
+      pixels = np.asarray(example[features.image])
       place = f"image {number} of the split {split} of dataset {name}"
-      yield own, place, pixels, int(example[features.label])
+      if pixels.dtype != np.uint8:
+        raise ConfigError(
+          f"{place} has numbers of type {pixels.dtype}, and images are bytes (uint8);"
+          " prepare a copy of the dataset with bytes"
+        )
+      # Held out by what is stored there, so at any size the same.
+      own = split if held_out else sources.split_of(pixels.tobytes())
+      yield own, place, _sized(pixels, size), int(example[features.label])
 
 
 def _sized(pixels, size):

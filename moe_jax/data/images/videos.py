@@ -14,6 +14,7 @@ import dataclasses
 import pathlib
 from collections.abc import Iterator, Mapping
 
+import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.core.errors import ConfigError, first_line
@@ -66,6 +67,14 @@ def of_images(images: prepared.Images) -> Videos:
   )
 
 
+def numbers(video, dtype=jnp.float32):
+  """Numbers from -1 to 1 of bytes, in at least float32; others as they are."""
+  dtype = jnp.promote_types(dtype, jnp.float32)
+  if video.dtype == jnp.uint8:
+    return video.astype(dtype) / 127.5 - 1
+  return video.astype(dtype)
+
+
 def is_folder(folder: str | None) -> bool:
   """Whether a folder has arrays of videos."""
   if folder is None:
@@ -115,10 +124,10 @@ def _mapped(file, axes):
     raise ConfigError(
       f"{file} is no whole array ({first_line(e)}); write it again with numpy.save"
     ) from e
-  if array.ndim != axes:
+  if not isinstance(array, np.ndarray) or array.ndim != axes:
     raise ConfigError(
-      f"{file} has the shape {array.shape}, and {axes} axes are needed: see"
-      " docs/data.md"
+      f"{file} has the shape {getattr(array, 'shape', 'of several arrays')}, and"
+      f" {axes} axes are needed: see docs/data.md"
     )
   return array
 
@@ -137,6 +146,7 @@ def _check(path, split, own, first):
       f"the arrays of {split} in {path} have {sizes} entries; give each as many, and"
       " one or more"
     )
+  _check_kinds(path, split, own)
   for kind, array in own.items():
     if array.shape[1:] != first[kind].shape[1:]:
       raise ConfigError(
@@ -149,6 +159,29 @@ def _check(path, split, own, first):
       f"{path}: {split}_label.npy has labels from {label.min()} to {label.max()}, and"
       f" those of train go from 0 to {known.max()}"
     )
+
+
+def _check_kinds(path, split, own):
+  """Raises ConfigError for arrays of a split of the wrong type, or of other sizes."""
+  kinds = {"label": "iu", "text_mask": "b"}
+  for kind, array in own.items():
+    if array.dtype.kind not in kinds.get(kind, "uf"):
+      what = {"label": "whole numbers", "text_mask": "True and False"}
+      raise ConfigError(
+        f"{path}: {split}_{kind}.npy has the type {array.dtype}, and it needs"
+        f" {what.get(kind, 'bytes (uint8) or fractions')}; write it again"
+      )
+  sides = {"more": ("video", slice(1, 4)), "text_mask": ("text", slice(1, 2))}
+  for kind, (of, axes) in sides.items():
+    if kind in own and (of not in own):
+      raise ConfigError(
+        f"{path} has {split}_{kind}.npy without {split}_{of}.npy; add it"
+      )
+    if kind in own and own[kind].shape[axes] != own[of].shape[axes]:
+      raise ConfigError(
+        f"{path}: {split}_{kind}.npy has the sizes {own[kind].shape[axes]}, and"
+        f" {split}_{of}.npy {own[of].shape[axes]}; make them equal"
+      )
 
 
 def train_batches(
@@ -194,7 +227,7 @@ def validation_batches(
 
   Args:
     videos, rows: as in `train_batches`.
-    ranges: {name: (from, to)} of timesteps. Those of its videos are spread evenly.
+    ranges: {name: (from, to)} of timesteps. Those of all videos cover one evenly.
     batch_size, batches_per_domain: as in `batches.validation_batches`.
 
   Returns:
@@ -204,24 +237,17 @@ def validation_batches(
   arrays = videos.arrays["validation"]
   count = len(arrays["video"])
   chosen = batch_size, batches_per_domain, rows
+  # All cover a range evenly, and those of a few batches are spread over it.
+  order = np.random.default_rng(0).permutation(count)
   for name, numbers, read in batches.validation_rows(
     dict.fromkeys(ranges, count), *chosen
   ):
     low, high = ranges[name]
-    # Neighbours are far apart, so that any few of them cover the range.
-    share = (read * 0.6180339887498949 + 0.5 / count) % 1
-    padded = (
-      np.resize(read, len(numbers))
-      if len(read)
-      else np.zeros(len(numbers), int)
-    )
-    batch = _batch(
-      arrays,
-      padded,
-      padded,
-      np.resize(low + share * (high - low), len(numbers)),
-    )
-    yield name, batch | {"mask": np.arange(len(numbers)) < len(read)}
+    share = (order[read] + 0.5) / count
+    padded = np.resize(np.append(read, 0), len(numbers))
+    time = np.resize(np.append(low + share * (high - low), low), len(numbers))
+    mask = np.arange(len(numbers)) < len(read)
+    yield name, _batch(arrays, padded, padded, time) | {"mask": mask}
 
 
 def _batch(arrays, places, numbers, time):

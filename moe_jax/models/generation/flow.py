@@ -70,6 +70,7 @@ def sample(
   condition: Condition,
   how: Sampling,
   more_BFHWC: Array | None = None,
+  none: Condition | None = None,
   tell: Callable[[int, float, str], None] = lambda *step: None,
 ) -> Array:
   """Videos, as numbers from about -1 to 1, or latents.
@@ -81,36 +82,64 @@ def sample(
     condition: what the videos are to show.
     how: the steps.
     more_BFHWC: channels that the model reads beside; None: there are none.
+    none: what guidance leads away from; None: `condition.none`.
     tell: called with the number of a step, its timestep and its network's name.
   """
-  step = jax.jit(functools.partial(_step, model, how.predict))
-  x, name, variables = noise_BFHWC, None, None
+  step = _compiled(model, how.predict)
+  none = condition.none if none is None else none
+  x, name, variables = jnp.asarray(noise_BFHWC), None, None
   for number, (time, after) in enumerate(zip(how.times, how.times[1:])):
     own = at(networks, time)
     if own.name != name:
-      variables = None  # The one before is let go of first.
-      name, variables = own.name, own.read()
+      x.block_until_ready()  # The one before has run,
+      variables = None  # and is let go of first.
+      name, variables = own.name, jax.device_put(own.read())
     tell(number, float(time), name)
-    x = step(variables, x, time, after, condition, own.guidance, more_BFHWC)
+    args = time, after, condition, none, own.guidance, more_BFHWC
+    x = step(variables, x, *args, guided=own.guidance != 1)
   return x
 
 
+@functools.lru_cache(maxsize=8)  # A hook samples again and again.
+def _compiled(model, predict):
+  step = functools.partial(_step, model, predict)
+  return jax.jit(step, static_argnames="guided")
+
+
 def _step(
-  model, predict, variables, x, time, after, condition, guidance, more_BFHWC
+  model,
+  predict,
+  variables,
+  x,
+  time,
+  after,
+  condition,
+  none,
+  guidance,
+  more_BFHWC,
+  *,
+  guided,
 ):
   """x at the timestep after this one."""
-  batch, x2 = len(x), jnp.concatenate([x, x])
-  if more_BFHWC is not None:
-    x2 = jnp.concatenate([x2, jnp.concatenate([more_BFHWC] * 2)], axis=-1)
-  none = Condition(
-    None if condition.label_B is None else jnp.full_like(condition.label_B, -1),
-    None if condition.text_BMT is None else jnp.zeros_like(condition.text_BMT),
-    condition.mask_BM,
-  )
-  both = jax.tree.map(lambda *pair: jnp.concatenate(pair), condition, none)
-  time_B = jnp.full(2 * batch, time, x.dtype)
-  with_it, without = jnp.split(model.apply(variables, x2, time_B, both)[0], 2)
-  v = without + guidance * (with_it - without)
-  if predict == "noise":  # v = noise - x_0, and x = (1 - t) x_0 + t noise.
-    v = (v - x) / jnp.maximum(1 - time, 1e-3)
+
+  def predicted(conditions):
+    number = len(conditions)
+    given = x
+    if more_BFHWC is not None:
+      given = jnp.concatenate([x, more_BFHWC], axis=-1)
+    given = jnp.concatenate([given] * number)
+    together = jax.tree.map(lambda *xs: jnp.concatenate(xs), *conditions)
+    time_B = jnp.full(number * len(x), time, x.dtype)
+    found, _ = model.apply(variables, given, time_B, together)
+    return jnp.split(found, number)
+
+  if guided:
+    without, with_it = predicted([none, condition])
+    v = without + guidance * (with_it - without)
+  else:
+    (v,) = predicted([condition])
+  if predict == "noise":
+    # v = noise - x_0, and x = (1 - t) x_0 + t noise. At t = 1, where this says
+    # nothing of x_0, it is taken at the middle of the step.
+    v = (v - x) / jnp.maximum(1 - time, (time - after) / 2)
   return x + (after - time) * v

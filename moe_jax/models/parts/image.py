@@ -178,9 +178,9 @@ def _resized(positions_1LD, token, grid, path):
   """Vectors of the places of a grid, from those of a square one."""
   first_1TD, rest_1PD = np.split(positions_1LD, [int(token)], axis=1)
   places, (rows, columns) = rest_1PD.shape[1], grid
-  if places == rows * columns:
-    return positions_1LD
   side = math.isqrt(places)
+  if places == rows * columns and (rows == columns or side**2 != places):
+    return positions_1LD  # The same grid, as far as its places say.
   if side**2 != places:
     raise ConfigError(
       f"the {places} places of patches in {path} are no square, and this model has"

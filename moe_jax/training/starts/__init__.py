@@ -56,12 +56,12 @@ def replaced(state, model, config, path: str, seed: int):
   params = given["params"]
   if hasattr(model, "adapted"):
     params = _read(functools.partial(model.adapted, params), path)
+  # Arrays of its own, because a step gives up those of the state.
+  ema = state.ema and _fitted(params, state.ema, path)
   params = _fitted(params, state.params, path)
   balance, before = state.balance, given.get("balance", {})
   if _shapes(before) == _shapes(balance):
     balance = _placed(before, balance)
-  # Arrays of its own, because a step gives up those of the state.
-  ema = state.ema and _placed(given["params"], state.ema)
   return state.replace(params=params, balance=balance, ema=ema)
 
 
