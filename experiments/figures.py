@@ -24,12 +24,13 @@ _MARKERS = list("osD^vPX*")
 class Curve(NamedTuple):
   """A metric over training: a line, and a band from lowest to highest seed.
 
-  metric: of the training lines; also the name of the files.
+  metric: of the training lines.
   label: of the vertical axis.
   floor: a metric that is drawn as one dashed line, or None.
   floor_label: of that line.
   log: logarithmic vertical axis.
   arms: rows -> names of the arms that it shows; None: all.
+  name: of the files; "": that of the metric.
   """
 
   metric: str
@@ -38,13 +39,14 @@ class Curve(NamedTuple):
   floor_label: str = ""
   log: bool = False
   arms: Callable[[list[dict]], Collection[str]] | None = None
+  name: str = ""
 
   @property
   def needs(self) -> set[str]:
     return {self.metric, self.floor} - {None}
 
   def draw(self, rows: list[dict], points: list[dict], folder) -> None:
-    """Writes <metric>.png and <metric>.pdf.
+    """Writes <name>.png and <name>.pdf.
 
     Args:
       rows: of the report; for the order of the arms.
@@ -65,7 +67,7 @@ class Curve(NamedTuple):
     if self.log:
       _log_scale(axes, "y")
     axes.set(xlabel="step (band: lowest to highest seed)", ylabel=self.label)
-    save(figure, axes, folder, self.metric)
+    save(figure, axes, folder, self.name or self.metric)
 
 
 class Scatter(NamedTuple):

@@ -125,7 +125,8 @@ class Experiment:
     if overrides is None:
       raise ConfigError(
         f"the arm {arm} of {self.question.name} is not tuned yet at scale"
-        f" {self.scale}; give the same command with --tune first"
+        f" {self.scale}; give the same command with --tune first, or wait for the"
+        " launch that is tuning it"
       )
     count = seeds or self.sweep.seeds_of.get(arm, self.sweep.seeds)
     return self._runs(arm, range(count), overrides)

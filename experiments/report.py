@@ -69,7 +69,8 @@ class Report(NamedTuple):
   claims: differences between arms; shown where both arms are.
   plots: drawn from the rows and from the curves, see `figures`.
   derive: (rows, curves) -> the rows with metrics that take several runs, such as
-    an arm relative to another; None: there are none.
+    an arm relative to another; None: there are none. A row that it makes of several
+    runs has their number as "runs".
   needs: metrics of the curves that `derive` reads.
   findings: each rows -> lines of text, for under the claims.
   """
@@ -230,7 +231,8 @@ def _about(rows):
     for seeds, alike in sorted(arms.items(), key=lambda x: -len(x[1]))
   ]
   scales = ", ".join(dict.fromkeys(r["scale"] for r in rows))
-  about = f"Scale {scales}, {len(rows)} runs, {'; '.join(words)}."
+  number = sum(r.get("runs", 1) for r in rows)
+  about = f"Scale {scales}, {number} runs, {'; '.join(words)}."
   if any(len(seeds) > intervals.FEW for seeds in arms):
     about += " Mean ± half the 95 % t-interval over seeds."
   if any(1 < len(seeds) <= intervals.FEW for seeds in arms):

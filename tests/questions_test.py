@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import experiments
-from experiments import columns, launch, questions, sweeps
+from experiments import columns, launch, questions, runs, sweeps
 from moe_jax import models
 from moe_jax.core.errors import ConfigError
 from moe_jax.models import counts
@@ -39,6 +39,13 @@ def test_a_committed_question_is_whole(name):
     arms = question.scales[scale]().configs()
     assert len({sweeps.digest(c) for c in arms.values()}) == len(arms)
     pairs |= {(arm, baseline) for arm in arms for baseline in arms}
+  if question.report.derive:  # It may make rows of several runs.
+    rows, curves = (
+      runs.read_csv(question.folder / f"{table}.csv")
+      for table in ("results", "curves")
+    )
+    made = {r["arm"] for r in question.report.derive(rows, curves)}
+    pairs |= {(arm, baseline) for arm in made for baseline in made}
   for claim in question.report.claims:
     assert (claim.arm, claim.baseline) in pairs
 
@@ -138,7 +145,7 @@ def test_a_question_may_lie_anywhere(mine, tmp_path, capsys):
     launch.main([flag, "--help"])
   assert stopped.value.code == 0
   words = " ".join(capsys.readouterr().out.split())
-  assert "load_balancing, mine, routers, scaling" in words
+  assert "load_balancing, mine, modalities, routers, scaling" in words
   assert launch.main([flag, "--list"]) == 0
   listed = capsys.readouterr().out.splitlines()
   assert "mine                    Is it mine?" in listed

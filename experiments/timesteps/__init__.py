@@ -1,0 +1,1 @@
+"""Experts for denoising: one network, two by timestep, or experts in its layers?"""
