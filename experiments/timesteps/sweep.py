@@ -26,10 +26,12 @@ def demo() -> sweeps.Sweep:
 def cpu() -> sweeps.Sweep:
   """The committed scale: about an hour on two CPU cores, a run on each.
 
-  The learning rate is tuned for the dense network and for one with experts.
+  The learning rate is tuned for the dense network and for one with experts. The arms
+  that train for longer are left to `gpu`.
   """
   c = _config(64, 128, steps=1500)
-  return _sweep(c, None, seeds=5, tune=True)
+  names = [arm for arm in _arms(c.model, 1500) if arm not in LONGER]
+  return _sweep(c, names, seeds=5, tune=True)
 
 
 def gpu() -> sweeps.Sweep:
@@ -62,6 +64,7 @@ def _names(kind, boundary):
 # {name of two networks: the arms that train them}
 PAIRS = {f"two_{b}": _names("two", b) for b in BOUNDARIES}
 PAIRS[f"full_{FULL}"] = _names("full", FULL)
+LONGER = ("one_long", *PAIRS[f"full_{FULL}"])
 
 
 def _config(width, d_ff, steps):
@@ -92,25 +95,31 @@ def _sweep(c, names, seeds, tune=False):
     own = dict.fromkeys(("one", "moe"), "optim.learning_rate")
     like = {arm: "one" for arm in arms if arm not in own}
     like |= {arm: "moe" for arm in arms if arm.startswith("by_time")}
-    rates = (1e-3, 2e-3, 4e-3, 8e-3)
+    rates = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
     stages = (tuning.Stage(own, rates, metric="loss", like=like),)
   return sweeps.Sweep(c, arms, seeds=seeds, stages=stages)
 
 
 def _arms(m, steps) -> sweeps.Arms:
-  arms = {"one": {}, "one_long": {"train.num_steps": 2 * steps}}
+  pairs = {}
   for name, sides in PAIRS.items():
-    boundary = float(name.split("_")[1])
-    shares = (1 - boundary, boundary) if name.startswith("two") else (1, 1)
+    boundary, is_full = float(name.split("_")[1]), name.startswith("full")
+    shares = (1, 1) if is_full else (1 - boundary, boundary)
     for arm, expert, share in zip(sides, ("high", "low"), shares):
-      arms[arm] = {
+      pairs[arm] = {
         "task.boundary": boundary,
         "task.expert": expert,
         "train.num_steps": round(share * steps),
       }
-  arms["moe"] = {"model.pattern": ("moe",)}
-  arms |= {f"by_time_{n}": _by_time(m, n) for n in (2, 8)}
-  return arms
+  longer = {arm: pairs.pop(arm) for arm in PAIRS[f"full_{FULL}"]}
+  return {
+    "one": {},
+    **pairs,
+    "moe": {"model.pattern": ("moe",)},
+    **{f"by_time_{n}": _by_time(m, n) for n in (2, 8)},
+    "one_long": {"train.num_steps": 2 * steps},
+    **longer,
+  }
 
 
 def _by_time(m, number):
