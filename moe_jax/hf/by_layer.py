@@ -63,18 +63,15 @@ def nested(
 
 def placed(arrays, of, here, model, where) -> dict:
   """{(path here, number of the repeat): array}, checked; see `nested`."""
-  left, found, of = dict(arrays), {}, [*of]
+  of = [*of]
+  known = {theirs for theirs, _, _ in of}
+  left = sorted(arrays.keys() - known)
   wanted = nn.unbox(models.variables(model))["params"]
   wanted = traverse_util.flatten_dict(wanted, sep="/")
-  for theirs, ours, repeat in of:
-    if theirs in left:
-      found[ours, repeat] = _fitting(
-        left.pop(theirs), theirs, ours, repeat, here, wanted.get(ours), where
-      )
   if left:
     raise ConfigError(
       f"{where} has {len(left)} parameters that the model has no place for:"
-      f" {', '.join(sorted(left)[:3])}; change model.num_layers, prefix and pattern"
+      f" {', '.join(left[:3])}; change model.num_layers, prefix and pattern"
       " to those of its config"
     )
   lacking = [
@@ -86,7 +83,13 @@ def placed(arrays, of, here, model, where) -> dict:
       f"{where} lacks {len(lacking)} parameters that the model has:"
       f" {', '.join(lacking[:3])}; fetch all of its files, or give the config of them"
     )
-  return found
+  return {
+    (ours, repeat): _fitting(
+      arrays[theirs], theirs, ours, repeat, here, wanted.get(ours), where
+    )
+    for theirs, ours, repeat in of
+    if theirs in arrays
+  }
 
 
 def _fitting(array, theirs, ours, repeat, here, wanted, where):
@@ -94,9 +97,7 @@ def _fitting(array, theirs, ours, repeat, here, wanted, where):
   shape = None
   if wanted is not None:
     shape = wanted.shape[repeat is not None :]
-  with contextlib.suppress(
-    ValueError
-  ):  # It cannot be brought to any such shape.
+  with contextlib.suppress(ValueError):  # No array of other sizes can.
     made = here(np.asarray(array), ours)
     if shape in (None, made.shape):
       return made
