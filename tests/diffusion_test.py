@@ -238,6 +238,8 @@ def test_noise_says_the_same_as_velocity():
     np.testing.assert_allclose(found, target, atol=1e-4)
     found = sampled(Knows(predict, target, wrong=0.01), 40, guidance)
     assert np.abs(found - target).max() < 0.15
+  found = sampled(Knows("noise", target, wrong=0.01), steps=1)
+  assert np.abs(found).max() < 6  # The noise itself is up to 3.
 
 
 def test_the_text_that_guidance_leads_away_from():
