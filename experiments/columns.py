@@ -32,6 +32,12 @@ DROPPED = Column(
   "dropped",
   meaning="share of the validation assignments that found no free slot.",
 )
+NO_SLOT = Column(
+  "train/dropped/capacity",
+  "no slot",
+  meaning="share of the assignments of the last training steps that found no free"
+  " slot.",
+)
 TOTAL_PARAMETERS = Column(
   "total_parameters",
   "M total",

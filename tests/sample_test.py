@@ -137,6 +137,7 @@ REFUSED = {
   "--low and --wan_low are of one network": [
     *("--checkpoint={high}", "--low={low}", "--wan_low={low}")
   ],
+  "has no moving average": [*("--checkpoint={high}", "--low={low}", "--ema")],
   "--text is of texts, and this model has none": [
     *("--checkpoint={high}", "--low={low}", "--text=a.npy")
   ],

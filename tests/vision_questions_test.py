@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 
 from experiments import questions, report, sweeps
+from experiments.modalities import sweep as modalities
 from experiments.timesteps import plot as timesteps
 from experiments.timesteps import sweep as denoising
 from experiments.vision import slots
 from moe_jax import main, models
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
+from moe_jax.data.datasets import captioned_glyphs
 from moe_jax.models import counts
 from moe_jax.training import evaluation, program, trained
 
@@ -80,6 +82,7 @@ def test_arms_of_modalities_have_equal_flops(scale):
   for name, (_, flops) in arms.items():
     assert flops == pytest.approx(dense, rel=0.05), name
   assert arms["shared"][0]["total"] == arms["split"][0]["total"]
+  assert modalities.FIRST == captioned_glyphs.FIRST
 
 
 # The rows of two networks.

@@ -124,13 +124,7 @@ REPORT = Report(
       optional=True,
     ),
     columns.DROPPED,
-    Column(
-      "train/dropped/capacity",
-      "no slot",
-      digits=3,
-      meaning="share of the assignments of the last training steps that found no free"
-      " slot.",
-    ),
+    columns.NO_SLOT,
     columns.MAX_VIO_GLOBAL,
     columns.TOTAL_PARAMETERS,
     columns.TRAIN_FLOPS,

@@ -35,13 +35,7 @@ REPORT = Report(
       best=min,
     ),
     columns.DROPPED,
-    Column(
-      "train/dropped/capacity",
-      "no slot",
-      digits=3,
-      meaning="share of the assignments of the last training steps that found no free"
-      " slot.",
-    ),
+    columns.NO_SLOT,
     columns.MAX_VIO_GLOBAL,
     columns.TOTAL_PARAMETERS,
     columns.TRAIN_FLOPS,

@@ -136,13 +136,15 @@ def main(argv=None) -> int:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("runs", nargs="+", metavar="DIR", help="finished runs")
+  words = "finished runs; none: draw the rows that are there again"
+  parser.add_argument("runs", nargs="*", metavar="DIR", help=words)
   parser.add_argument("--out", default=str(FOLDER), metavar="DIR")
   args = parser.parse_args(argv)
   folder = pathlib.Path(args.out)
   folder.mkdir(parents=True, exist_ok=True)
-  rows = measure(args.runs)
-  runs.write_csv(folder / "slots.csv", rows)
+  if args.runs:
+    runs.write_csv(folder / "slots.csv", measure(args.runs))
+  rows = read(folder)
   draw(rows, folder)
   print(table(rows))
   return 0

@@ -203,8 +203,9 @@ def check(path: str, model, ema: bool = False) -> None:
   folder = checkpoint.folders_of(pathlib.Path(path).absolute())[0]
   tree = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
   params = tree.get("ema" if ema else "params")
-  if params:  # Without an average `weights` says so.
-    _check_shapes(path, _shapes({"params": params}), model)
+  if not params:
+    weights(path, model, ema)  # It says what is missing.
+  _check_shapes(path, _shapes({"params": params}), model)
 
 
 def _shapes(variables):
