@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import types
 import weakref
 
 import jax
@@ -18,6 +19,7 @@ from moe_jax.hf import wan
 from moe_jax.models import counts
 from moe_jax.models.diffusion import Condition
 from moe_jax.models.generation import flow
+from moe_jax.models.parts import video
 from moe_jax.tasks import denoise
 from moe_jax.training import program
 from tests import pair_of_runs, tiers, wan_parity
@@ -642,6 +644,9 @@ def test_channels_beside_are_scaled_as_videos_are(tmp_path):
       return jnp.zeros_like(x[..., :1]), {}
 
   Seen.lengths, Seen.sublayers = {"patches": 8}, {}
+  Seen.arch = types.SimpleNamespace(
+    dtype="float32", shape=found.shape, video=video.Video((1, 2, 2))
+  )
   with jax.disable_jit():
     made = task.pictures(Seen(), {})
   assert made.keys() == {"denoised", "samples"}

@@ -11,7 +11,8 @@ from moe_jax.core.errors import ConfigError, Interrupted
 from moe_jax.data.text import mixed
 from moe_jax.run import config as config_lib
 from moe_jax.run import run_directory
-from moe_jax.training import loop, program
+from moe_jax.training import hooks, loop, program
+from moe_jax.training.hooks import loads as load_hook
 from tests import kill, small
 from tests.loop_test import Told
 
@@ -145,3 +146,27 @@ def test_a_wrong_hook_is_refused_before_anything_compiles(
 def test_a_hook_that_is_no_function_is_named(go, tmp_path):
   with pytest.raises(ConfigError, match="hooks/broken.*returned None, not a f"):
     go(tmp_path, mine={"name": "broken", "every": 1})
+
+
+def test_the_map_of_loads():
+  """Rows are layers; white is the mean, red is more, blue less, black no expert."""
+  loads = [np.array([5, 5, 0, 10]), np.array([3, 3])]
+  image = load_hook.load_map(loads)
+  side = load_hook._SIDE
+  assert image.shape == (2 * side, 4 * side, 3) and image.dtype == np.uint8
+  tiles = image.reshape(2, side, 4, side, 3).swapaxes(1, 2)
+  assert (tiles == tiles[:, :, :1, :1]).all()
+  (white, same, less, more), (first, second, *none) = tiles[:, :, 0, 0]
+  assert (np.stack([same, first, second]) == white).all() and np.ptp(white) < 5
+  assert less[2] > 2 * less[0] and more[0] > 2 * more[2]
+  assert not np.any(none)
+
+
+def test_loads_are_shown_where_there_are_some(go, tmp_path):
+  go(tmp_path, loads={"name": "loads", "every": 5})
+  names = [path.name for path in sorted(tmp_path.glob("pictures/loads/*"))]
+  assert names == ["00000005.png", "00000010.png"]
+  seen = []
+  run = hooks.Run(tmp_path, None, lambda *picture: seen.append(picture))
+  load_hook.build(run)(None, 5, {"tokens_per_expert": {}})
+  assert not seen  # Of a model without experts.

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import experiments
@@ -28,7 +29,7 @@ def demo():
   c.optim.learning_rate = 1e-3
   c.train.num_steps = 8
   c.train.log_every = 4
-  c.train.hooks = {{"loads": {{"name": "heat_map", "every": 4}}}}
+  c.train.hooks = {{"loads": {{"name": "load_arrays", "every": 4}}}}
   c.eval.batches_per_domain = 1
   arms = sweeps.over("model.moe.router", {{
     "cosine": {{"name": "cosine", "temperature": 0.2}},
@@ -82,8 +83,10 @@ def test_it_trains_on_a_mesh_and_appears_in_a_report(
   assert run["mesh"] == {"data": 1, "fsdp": 2, "expert": 4, "tensor": 1}
   (recipe,) = run["recipe"].values()
   assert recipe["router"] == {"name": "cosine", "top_k": 2, "temperature": 0.2}
-  drawn = sorted(path.name for path in (folder / "heat_map").iterdir())
-  assert drawn == ["00000004-00.png", "00000008-00.png"]
+  kept = sorted((folder / "load_arrays").iterdir())
+  assert [path.name for path in kept] == ["00000004.npz", "00000008.npz"]
+  (loads_E,) = np.load(kept[0]).values()
+  assert loads_E.sum() > 0 and loads_E.dtype == np.int64
   first, last = run_directory.read_metrics(folder, "train")
   assert last["loss"] < first["loss"]
   assert last["router_entropy"] > 0 and last["max_vio"] > 0

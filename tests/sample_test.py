@@ -238,13 +238,28 @@ def test_a_run_that_was_stopped_is_the_run(tmp_path):
 
 
 def test_pictures_of_denoised_images(tmp_path):
-  """Three rows of images, and samples where one network is for all timesteps."""
-  flags = ["--config.train.num_steps=2", "--config.task.boundary=None"]
-  flags += ["--config.task.expert=None", "--config.train.hooks.a.every=2"]
-  flags += ["--config.train.hooks.a.name=pictures", f"--workdir={tmp_path}"]
-  main.main([*FLAGS, *flags])
-  shapes = {"denoised": (3 * 66, 8 * 66, 3), "samples": (66, 8 * 66, 3)}
+  """Three rows of images, their experts, and samples of a network for all timesteps.
+
+  The layer sees the timestep, and has an expert for those below 0.4, and another one.
+  """
+  router = {"name": "by_feature", "feature": "timestep", "num_values": 2}
+  moe = {"model.moe.router": router | {"boundaries": (0.4,)}}
+  moe |= {"model.moe.num_experts": 2, "model.moe.top_k": 1}
+  moe |= {"model.moe.balancers": {}, "model.pattern": ("moe",)}
+  hook = {"train.hooks.a.name": "pictures", "train.hooks.a.every": 2}
+  more = {"train.num_steps": 2, "task.boundary": None, "task.expert": None}
+  values = (moe | hook | more).items()
+  flags = [f"--config.{key}={value}" for key, value in values]
+  main.main([*FLAGS, *flags, f"--workdir={tmp_path}"])
+  shapes = {"denoised": (4 * 66, 8 * 66, 3), "samples": (66, 8 * 66, 3)}
+  image = {}
   for name, shape in shapes.items():
     file = tmp_path / "pictures" / name / "00000002.png"
-    image = np.asarray(Image.open(file))
-    assert image.shape == shape and image[:66].std() > 20
+    image[name] = np.asarray(Image.open(file))
+    assert image[name].shape == shape and image[name][:66].std() > 20
+  tiles = image["denoised"][-66:].reshape(66, 8, 66, 3).swapaxes(0, 1)
+  colours = [np.unique(x.reshape(-1, 3), axis=0) for x in tiles[:, 1:-1, 1:-1]]
+  assert [len(own) for own in colours] == [1] * 8  # A video has one timestep.
+  # Timesteps are 1/9, 2/9, ..., 8/9.
+  first = [(own == colours[0]).all() for own in colours]
+  assert first == [True] * 3 + [False] * 5

@@ -36,20 +36,27 @@ def experts(images, scale, model, variables: Mapping) -> dict[str, np.ndarray]:
   batch = np.resize(
     pixels, (models.whole_batch(model, NUMBER), *pixels.shape[1:])
   )
-  aux = _compiled(model, "routing")(variables, scale(batch))[1]
-  rows = [[_coloured(x) for x in pixels]]
+  aux = _compiled(model)(variables, scale(batch))[1]
+  patches = slice(-grid[0] * grid[1], None)  # Without a class token.
+  rows = _first_experts(model, aux, len(batch), patches, grid)
+  return {"experts": _sheet([[_coloured(x) for x in pixels], *rows])}
+
+
+def _first_experts(model, aux, number, patches, grid):
+  """A row of maps for each layer in which tokens choose experts."""
+  rows = []
   for path, parts in models.sublayers(model).items():
     if parts.recipe.router.form is not TokenChoice:
       continue
     choice = models.at(aux, path)["choice"]
     first = jnp.where(choice.valid_TK, choice.expert_TK, -1)[..., 0]
-    first = np.asarray(first).reshape(len(parts.numbers), len(batch), -1)
-    first = first[:, :NUMBER, -grid[0] * grid[1] :]  # Without a class token.
+    first = np.asarray(first).reshape(len(parts.numbers), number, -1)
     colours = _palette(parts.recipe.pool)
     rows += [
-      [colours[one].reshape(*grid, 3) for one in layer] for layer in first
+      [colours[one].reshape(*grid, 3) for one in layer]
+      for layer in first[:, :NUMBER, patches]
     ]
-  return {"experts": _sheet(rows)}
+  return rows
 
 
 def denoised(
@@ -58,8 +65,9 @@ def denoised(
   """{"denoised": picture, "samples": picture} of the first frames.
 
   "denoised" has videos, these with noise, and what the model makes of them in one
-  step, at timesteps that rise from left to right. "samples" are there where one network
-  is for all timesteps.
+  step, at timesteps that rise from left to right. Below them are the first experts of
+  their patches, as in `experts`. "samples" are there where one network is for all
+  timesteps.
 
   Args:
     found: with arrays.
@@ -84,7 +92,8 @@ def denoised(
   more = arrays.get("more")
   more = None if more is None else np.asarray(videos.numbers(more))
   given = noisy if more is None else np.concatenate([noisy, more], axis=-1)
-  predicted, _ = _compiled(model)(variables, given, time, condition)
+  apply = _compiled(model)
+  predicted, aux = apply(variables, given, time, condition)
   clean = noisy - share * predicted  # x = x_t - t v, as v = noise - x.
   if options["predict"] == "noise":
     clean = (noisy - share * predicted) / np.maximum(1 - share, 1e-3)
@@ -92,6 +101,9 @@ def denoised(
     [_bytes(one[0]) for one in row[:NUMBER]]
     for row in (x, noisy, np.asarray(clean))
   ]
+  grid = model.arch.video.grid(model.arch.shape)[1:]
+  patches = slice(grid[0] * grid[1])  # Of the first frames.
+  rows += _first_experts(model, aux, number, patches, grid)
   made = {"denoised": _sheet(rows)}
   if tuple(ends) == (0.0, 1.0):
     one = (flow.Network("all", 0.0, lambda: variables),)
@@ -103,8 +115,8 @@ def denoised(
 
 
 @functools.lru_cache(maxsize=8)  # The hook calls again and again.
-def _compiled(model, collect=None):
-  return jax.jit(functools.partial(model.apply, collect=collect))
+def _compiled(model):
+  return jax.jit(functools.partial(model.apply, collect="routing"))
 
 
 def _bytes(x):
