@@ -2,6 +2,7 @@
 
 python -m moe_jax.evaluate --hf=PATH --dataset=python_sources
 python -m moe_jax.evaluate --checkpoint=RUN --config.model.moe.router.priority=score
+python -m moe_jax.evaluate --hf=PREFIX --config=configs/vmoe.py:b_16
 """
 
 from moe_jax.core.errors import ConfigError
@@ -21,9 +22,8 @@ def main(argv=None) -> int:
     command.check_writable(args.json)  # Not after minutes.
   if args.hf and args.dataset is None and not args.config:
     _refuse_no_text(args.hf)
-  if args.checkpoint and not args.config:
-    trust = args.trust_plugins
-    config = trained.config_of(args.checkpoint, overrides, trust)
+  if bool(args.checkpoint) != bool(args.config):
+    config = _read(args, overrides)
     if not trained.has_text(config):
       return _without_text(args, config)
   if args.few_shot:
@@ -57,8 +57,20 @@ def main(argv=None) -> int:
   return 0
 
 
+def _read(args, overrides):
+  """The config of the run, or of --config."""
+  from moe_jax.training import program
+
+  trust = args.trust_plugins
+  if args.checkpoint:
+    return trained.config_of(args.checkpoint, overrides, trust)
+  config = config_lib.load(args.config, overrides, trust_plugins=trust)
+  program.check(config)
+  return config
+
+
 def _without_text(args, config) -> int:
-  """The metrics of a run whose task has no text."""
+  """The metrics of a task without text, of a run or of published weights."""
   from moe_jax import models
   from moe_jax.core import parallel
   from moe_jax.training import evaluation, program
@@ -66,13 +78,14 @@ def _without_text(args, config) -> int:
   for name in ("seq_len", "trace", "bleu", "beams"):
     if getattr(args, name):
       raise ConfigError(
-        f"--{name} is for text, and this is a run of the task {config.task.name};"
+        f"--{name} is for text, and the task {config.task.name} has none;"
         " leave it out"
       )
   given = {
     "data.name": args.dataset,
     "eval.batch_size": args.batch_size,
     "eval.batches_per_domain": args.batches_per_domain,
+    "model.dtype": args.dtype if args.hf else None,
   }
   texts = [f"{k}={x!r}" for k, x in given.items() if x is not None]
   if args.dataset:  # In its own place, and not in that of the run's.
@@ -85,7 +98,7 @@ def _without_text(args, config) -> int:
   mesh = args.mesh and parallel.mesh_or_none(args.mesh)
   task = program.build_task(config, mesh)
   model = program.build_model(config, task, mesh)
-  _, variables = trained.weights(args.checkpoint, model, args.ema)
+  variables = _weights(args, model)
   if args.few_shot and task.few_shot is None:
     raise ConfigError(
       f"the task {config.task.name} has no classes for --few_shot; leave it out"
@@ -101,6 +114,29 @@ def _without_text(args, config) -> int:
   if args.json:
     command.write_json(args.json, told)
   return 0
+
+
+def _weights(args, model):
+  """The variables of a run, or of published weights."""
+  import jax
+
+  from moe_jax import models
+  from moe_jax.hf import of_config
+
+  if args.checkpoint:
+    return trained.weights(args.checkpoint, model, args.ema)[1]
+  if args.ema:
+    raise ConfigError("--ema is of a run: give --checkpoint, or leave it out")
+  params = of_config.load(args.hf, model)
+  if params is None:
+    raise ConfigError(
+      f"--hf={args.hf} has no weights for the task of --config; give the prefix of"
+      " V-MoE's files, or the folder of a network of Wan2.2"
+    )
+  variables = {"params": params}
+  if models.mesh_of(model) is not None:
+    variables = jax.device_put(variables, models.shardings(model))
+  return variables
 
 
 def _refuse_no_text(path):
@@ -287,7 +323,7 @@ def _arguments(argv):
   add("--beams", type=count, metavar="N", help=words)
   words = "accuracy of a linear classifier after 1,5,... images of every class"
   add("--few_shot", type=_shots, metavar="N,N,...", help=words)
-  words = "has task and data on which a published encoder-decoder is scored"
+  words = "has the task of --hf, and the model of V-MoE's and Wan2.2's weights"
   add("--config", metavar="FILE[:VARIANT]", help=words)
   add("--json", metavar="PATH", help="metrics, and shares of experts")
   args, overrides = config_lib.parse_overrides(parser, argv)

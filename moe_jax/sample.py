@@ -76,7 +76,7 @@ def _options(config):
 
 def _networks(args, model, options):
   """The `flow.Network`s of the flags, from the most noise to the least."""
-  from moe_jax.hf import wan
+  from moe_jax.hf.of_config import wan
   from moe_jax.models.generation.flow import Network
 
   guidance = options["guidance"] if args.guidance is None else args.guidance

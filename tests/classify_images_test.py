@@ -12,7 +12,7 @@ from moe_jax import evaluate, generate, main, params
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
 from moe_jax.data.images import prepared
-from moe_jax.hf import vmoe
+from moe_jax.hf.of_config import vmoe
 from moe_jax.models.parts import image
 from moe_jax.run import config as config_lib
 from moe_jax.tasks import few_shot
@@ -101,7 +101,7 @@ def test_evaluation(run, tmp_path, capsys):
     ),
     (
       ["--seq_len=4"],
-      "--seq_len is for text, and this is a run of the task cl",
+      "--seq_len is for text, and the task classify_images has none",
     ),
     (["--few_shot=400"], "--few_shot=400 needs as many training images"),
     (["--config.model.moe.top_k=9"], "top_k = 9 is more than"),
@@ -195,6 +195,31 @@ def test_files_of_vmoe_begin_a_run(run, tmp_path):
         f"--workdir={tmp_path}/text",
       ]
     )
+
+
+def test_files_of_vmoe_are_evaluated(run, tmp_path):
+  """As the run that they were written from, with slots of the flags."""
+  config = trained.config_of(str(run))
+  model = program.build_model(config, program.build_task(config))
+  _, variables = trained.weights(str(run), model)
+  prefix, found = f"{tmp_path}/weights", {}
+  vmoe.save(prefix, model, variables["params"])
+  for name, source in {
+    "run": [f"--checkpoint={run}"],
+    "files": [f"--hf={prefix}", f"--config={run}/config.json"],
+  }.items():
+    flags = ["--config.model.moe.eval_capacity_factor=0.5", "--few_shot=1"]
+    evaluate.main([*source, *flags, f"--json={tmp_path}/{name}.json"])
+    found[name] = json.loads((tmp_path / f"{name}.json").read_text())
+  assert found["run"] == found["files"]
+  assert found["run"]["metrics"]["dropped"] > 0.2
+  refused = {
+    "--ema is of a run": ["--ema", f"--hf={prefix}"],
+    "has no weights for the task of --config": [f"--hf={tmp_path}"],
+  }
+  for words, flags in refused.items():
+    with pytest.raises(ConfigError, match=words):
+      evaluate.main([*flags, f"--config={run}/config.json"])
 
 
 def test_parameters_without_images(tmp_path, capsys):

@@ -15,7 +15,7 @@ from configs import base, wan2_2
 from moe_jax import models
 from moe_jax.core.errors import ConfigError
 from moe_jax.data.images import videos
-from moe_jax.hf import wan
+from moe_jax.hf.of_config import wan
 from moe_jax.models import counts
 from moe_jax.models.diffusion import Condition
 from moe_jax.models.generation import flow

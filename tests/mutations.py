@@ -1307,7 +1307,7 @@ FAULTS = (
   ),
   Fault(
     "published weights of other sizes are taken",
-    "moe_jax/hf/by_layer.py",
+    "moe_jax/hf/of_config/by_layer.py",
     "if shape in (None, made.shape):",
     "if True:",
     "diffusion_test.py::test_the_public_code",
@@ -1384,7 +1384,7 @@ FAULTS = (
   ),
   Fault(
     "parts of an array may be missing",
-    "moe_jax/hf/vmoe_files.py",
+    "moe_jax/hf/of_config/vmoe_files.py",
     "if filled[path] != array.size:",
     "if False:",
     "vision_test.py::test_damaged_files",

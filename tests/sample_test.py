@@ -2,16 +2,17 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from moe_jax import evaluate, main, sample
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
-from moe_jax.hf import wan
+from moe_jax.hf.of_config import wan
 from moe_jax.models.generation import flow
-from moe_jax.training import program, trained
+from moe_jax.training import program, starts, trained
 from tests import pair_of_runs
 from tests.diffusion_test import folder_of
 
@@ -45,6 +46,13 @@ def runs(tmp_path_factory):
 
 def lines(folder, split):
   return [row for row in pair_of_runs.lines(folder) if row["split"] == split]
+
+
+def frames(path):
+  """The frames of a GIF."""
+  with Image.open(path) as image:
+    frames = ImageSequence.Iterator(image)
+    return [np.asarray(one.convert("RGB")) for one in frames]
 
 
 def test_both_learn_in_their_own_range(runs):
@@ -113,11 +121,22 @@ def test_published_weights_are_the_same(runs, tmp_path, capsys):
   }.items():
     assert sample.main([*text, *more, f"--out={tmp_path}/{name}"]) == 0
   for i in range(2):
-    one, two = (Image.open(tmp_path / x / f"00{i}.gif") for x in "ab")
-    assert one.n_frames == two.n_frames == 2
-    for frame in range(2):
-      one.seek(frame), two.seek(frame)
-      np.testing.assert_array_equal(np.asarray(one), np.asarray(two))
+    first, second = (frames(tmp_path / x / f"00{i}.gif") for x in "ab")
+    assert len(first) == 2
+    np.testing.assert_array_equal(first, second)
+  # The same files are evaluated, and begin a run.
+  for name, source in {
+    "c": [f"--checkpoint={tmp_path}/low"],
+    "d": [
+      f"--hf={tmp_path}/low_wan",
+      f"--config={tmp_path}/low/config.json",
+    ],
+  }.items():
+    evaluate.main([*source, f"--json={tmp_path}/{name}.json"])
+  found = [json.loads((tmp_path / f"{x}.json").read_text()) for x in "cd"]
+  assert found[0] == found[1] and found[0]["metrics"]["loss"] > 0
+  begun = starts.variables(f"{tmp_path}/low_wan", config, model)["params"]
+  jax.tree.map(np.testing.assert_array_equal, begun, variables["params"])
 
 
 REFUSED = {

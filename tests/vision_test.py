@@ -13,7 +13,7 @@ from configs import vmoe as config_file
 from moe_jax import models
 from moe_jax.core.errors import ConfigError
 from moe_jax.data.images import prepared
-from moe_jax.hf import vmoe, vmoe_files
+from moe_jax.hf.of_config import vmoe, vmoe_files
 from moe_jax.models import counts
 from moe_jax.models.parts import image as image_lib
 from moe_jax.moe.types import Side

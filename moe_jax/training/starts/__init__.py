@@ -16,7 +16,7 @@ from moe_jax import models
 from moe_jax.core import files, parallel
 from moe_jax.core.errors import ConfigError
 from moe_jax.data.text import tokenizers
-from moe_jax.hf import vmoe_files
+from moe_jax.hf import of_config
 from moe_jax.run import config as config_lib
 from moe_jax.training import checkpoint, trained
 from moe_jax.training.starts import fit, upcycling
@@ -34,7 +34,7 @@ def replaced(state, model, config, path: str, seed: int):
     state: of step 0.
     model, config: of the run. Without `config.upcycle`, the other model is the same.
     path: a run's work directory, one of its checkpoints, a folder of
-      `moe_jax.upcycle` or published weights, or the prefix of V-MoE's files.
+      `moe_jax.upcycle` or published weights, or what `hf.of_config` reads.
     seed: of the run; added to that of `config.upcycle`.
 
   Raises:
@@ -67,13 +67,14 @@ def replaced(state, model, config, path: str, seed: int):
 
 def check(path: str | None) -> None:
   """Raises ConfigError for a path that is no folder; None is no path."""
-  if path is None or vmoe_files.exists(path):
+  if path is None or of_config.exists(path):
     return
   folder = pathlib.Path(path)
   if not folder.is_dir():
     raise ConfigError(
       f"{KEY} = {path} is no folder; give a run's work directory, one of its"
-      " checkpoints, a folder of published weights, or the prefix of V-MoE's files"
+      " checkpoints, a folder of published weights, or the prefix of a checkpoint's"
+      " files"
     )
   if not trained.is_published(folder):
     _read(checkpoint.folders_of, folder.absolute())
@@ -85,16 +86,14 @@ def variables(path: str, config, model=None) -> dict:
   Args:
     path: as in `replaced`.
     config: of the run that begins with them.
-    model: of the run, which says where the arrays of V-MoE's files belong.
+    model: of the run, which says where the arrays of `hf.of_config` belong.
 
   Raises:
     ConfigError: there are none at the path, they cannot be read, or their tokens
       are others.
   """
-  if vmoe_files.exists(path):
-    from moe_jax.hf import vmoe
-
-    return {"params": vmoe.load(path, model)}
+  if (params := of_config.load(path, model)) is not None:
+    return {"params": params}
   folder = pathlib.Path(path).absolute()
   if trained.is_published(folder):
     from moe_jax import hf

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from moe_jax.core.errors import ConfigError
-from moe_jax.hf import by_layer
+from moe_jax.hf.of_config import by_layer
 
 # Names of a module there, whose parameters are weight and bias, and of the matrix here.
 _OUTSIDE = {

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from moe_jax.core.errors import ConfigError
-from moe_jax.hf import by_layer, vmoe_files
+from moe_jax.hf.of_config import by_layer, vmoe_files
 from moe_jax.moe.types import Mixture
 
 _SCALE = "router/scale"  # A number there, and a vector of length 1 here.
