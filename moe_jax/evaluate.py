@@ -118,9 +118,6 @@ def _without_text(args, config) -> int:
 
 def _weights(args, model):
   """The variables of a run, or of published weights."""
-  import jax
-
-  from moe_jax import models
   from moe_jax.hf import of_config
 
   if args.checkpoint:
@@ -133,10 +130,7 @@ def _weights(args, model):
       f"--hf={args.hf} has no weights for the task of --config; give the prefix of"
       " V-MoE's files, or the folder of a network of Wan2.2"
     )
-  variables = {"params": params}
-  if models.mesh_of(model) is not None:
-    variables = jax.device_put(variables, models.shardings(model))
-  return variables
+  return trained.placed({"params": params}, model)
 
 
 def _refuse_no_text(path):

@@ -49,8 +49,10 @@ def main(argv=None) -> int:
 
 def _read(args, overrides):
   """(config, model) of the run, or of --config."""
+  from moe_jax.core import parallel
   from moe_jax.training import program
 
+  mesh = args.mesh and parallel.mesh_or_none(args.mesh)
   if args.checkpoint:
     config = trained.config_of(args.checkpoint, overrides, args.trust_plugins)
   else:
@@ -63,7 +65,7 @@ def _read(args, overrides):
   # Sizes of the data are those that the run has read.
   prepare = bool(args.checkpoint) and config.task.get("shape") is None
   task = program.build_task(config, prepare=prepare)
-  return config, program.build_model(config, task)
+  return config, program.build_model(config, task, mesh)
 
 
 def _options(config):
@@ -85,7 +87,7 @@ def _networks(args, model, options):
   def reader(run, folder):
     if folder:  # It is checked before the steps of another network.
       wan.check(folder, model)
-      return lambda: {"params": wan.load(folder, model)}
+      return lambda: trained.placed({"params": wan.load(folder, model)}, model)
     trained.check(run, model, args.ema)
     return lambda: trained.weights(run, model, args.ema)[1]
 
@@ -280,6 +282,7 @@ def _arguments(argv):
   add("--guidance", type=_guidance, metavar="G", help=words)
   average = "the moving average of a run's parameters (train.ema)"
   add("--ema", action="store_true", help=average)
+  trained.add_mesh(parser)
   config_lib.add_trust(parser)
   args, overrides = config_lib.parse_overrides(parser, argv)
   if bool(args.wan) != bool(args.config):

@@ -26,6 +26,9 @@ FLAGS = (
 )
 
 
+MESH_OR_NONE = parallel.mesh_or_none
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
   """The tests are of whole runs, and `diffusion_test` has the meshes."""
@@ -88,6 +91,21 @@ def test_samples(runs, tmp_path, capsys):
   sample.main(flags)
   again = np.asarray(Image.open(tmp_path / "samples.png"))
   np.testing.assert_array_equal(again, image)
+
+
+def test_samples_on_a_mesh(runs, tmp_path, monkeypatch):
+  """As on one device; the samples beyond the number fill the devices."""
+  monkeypatch.setattr(parallel, "mesh_or_none", MESH_OR_NONE)
+  flags = [f"--checkpoint={runs}/high", f"--low={runs}/low"]
+  flags += ["--number=3", "--steps=8"]
+  for name, mesh in (("one", []), ("mesh", ["--mesh=2,2,1,2"])):
+    sample.main([*flags, *mesh, f"--out={tmp_path}/{name}"])
+  one, mesh = (
+    np.asarray(Image.open(tmp_path / name / "samples.png")).astype(int)
+    for name in ("one", "mesh")
+  )
+  assert one.shape == (16, 16) and one[:, :8].std() > 0
+  np.testing.assert_allclose(mesh, one, atol=1)  # Numbers are rounded to bytes.
 
 
 def test_published_weights_are_the_same(runs, tmp_path, capsys):

@@ -133,12 +133,16 @@ def check(
 
 
 def whole_batch(model, number: int) -> int:
-  """The least number of examples, this or more, that fill whole groups of tokens."""
+  """The least number of examples, this or more, that fill whole groups of tokens.
+
+  On a mesh every device that has tokens has as many groups.
+  """
   sequences = [1]
   for parts in sublayers(model).values():
     length = model.lengths[parts.sequence]
     sequences.append(max(1, parts.grouping.tokens(length) // length))
-  return -(-number // math.lcm(*sequences)) * math.lcm(*sequences)
+  least = math.lcm(*sequences) * parallel.token_shards(mesh_of(model))
+  return -(-number // least) * least
 
 
 def variables(model):

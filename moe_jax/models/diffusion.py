@@ -169,7 +169,7 @@ class Diffusion(nn.Module):
     train: bool = False,
     collect: str | None = None,
   ) -> tuple[Array, dict]:
-    """What the task makes a model predict, such as the velocity.
+    """Predicts the velocity, or the noise, as the task has it.
 
     Args:
       video_BFHWC: noisy videos, with `more_channels` last.

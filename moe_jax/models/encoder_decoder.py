@@ -60,7 +60,7 @@ class Architecture(embedding.Vocabulary):
 
   @property
   def stacks(self) -> tuple[stack.Stack, ...]:
-    """In the order in which tokens pass them."""
+    """Encoder and decoder, in the order in which tokens pass them."""
     return self.encoder, self.decoder
 
   def flops(self, sizes: Mapping, lengths: Mapping) -> int:

@@ -216,7 +216,7 @@ LOSSES = {"softmax": softmax_cross_entropy, "sigmoid": sigmoid_cross_entropy}
 
 
 def _right(logits_BC, label_B, mask_B, n):
-  """How many labels are among the n best classes; of equal ones the first is best.
+  """The number of labels among the n best classes; of equal ones the first is best.
 
   Logits that are no numbers are right nowhere.
   """

@@ -265,7 +265,7 @@ def _loss(
 
 
 def condition(batch, left_out_B) -> Condition:
-  """What videos are to show; nothing where it is left out."""
+  """The condition of a batch, without label and text where it is left out."""
   label_B, text_BMT = batch.get("label"), batch.get("text")
   if label_B is not None:
     label_B = jnp.where(left_out_B, -1, label_B)

@@ -1,4 +1,4 @@
-"""How well a linear classifier of a model's vectors does after a few images.
+"""The accuracy of a linear classifier that has seen a few images' vectors.
 
 V-MoE (2106.05974, 4.2) reports it for models that have seen other images. The vectors
 of n images of every class, and the targets 1 and -1 of their classes, are fitted by

@@ -48,13 +48,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     default="float32",
     help="of --hf; a run has its own",
   )
+  add_mesh(parser)
+  config_lib.add_trust(parser)
+
+
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+  """Adds the flag --mesh."""
   parser.add_argument(
     "--mesh",
     type=_sizes,
     metavar="DATA,FSDP,EXPERT,TENSOR",
     help="devices along each axis, -1: what is left; default: one device",
   )
-  config_lib.add_trust(parser)
 
 
 def _sizes(text):
@@ -182,16 +187,22 @@ def weights(path: str, model, ema: bool = False) -> tuple[int, dict]:
   Raises:
     ConfigError: no checkpoint can be read, or its parameters are not the model's.
   """
-  import jax
-
-  from moe_jax import models
   from moe_jax.training import checkpoint
 
   step, variables = checkpoint.load_step(pathlib.Path(path).absolute(), ema)
   _check_shapes(path, _shapes(variables), model)
-  if models.mesh_of(model) is not None:
-    variables = jax.device_put(variables, models.shardings(model))
-  return step, variables
+  return step, placed(variables, model)
+
+
+def placed(variables: dict, model) -> dict:
+  """Variables on the devices of the model's mesh, if it has one."""
+  import jax
+
+  from moe_jax import models
+
+  if models.mesh_of(model) is None:
+    return variables
+  return jax.device_put(variables, models.shardings(model))
 
 
 def check(path: str, model, ema: bool = False) -> None:

@@ -69,7 +69,7 @@ def scaled(image_BHWC: Array, size: tuple[int, int], dtype) -> Array:
 def changed(
   how: Augmentation, image_BHWC: Array, size: tuple[int, int], dtype, rng, first
 ) -> Array:
-  """As `scaled`, after the changes but for mixup.
+  """Scales images as `scaled` does, and makes all changes but mixup.
 
   Args:
     how: the changes.

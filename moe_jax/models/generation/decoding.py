@@ -267,7 +267,7 @@ def first_beams(num_beams, num_tokens, cache, logits_BV, now: beam.StepNumbers):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4, 5))
 def next_beams(model, length, experts, variables, cache, state, now):
-  """As `first_beams`, after a later token, with the experts of the token before.
+  """The beams after a later token, and the experts of the token before.
 
   Args:
     model, length, experts, variables: as in `step`.

@@ -26,11 +26,11 @@ class Modulation(NamedTuple):
   gate: Array | None = None
 
   def entered(self, x_BLD: Array) -> Array:
-    """What the sublayer gets of a normalised x."""
+    """The input of the sublayer, x (1 + scale) + shift of a normalised x."""
     return (x_BLD * (1 + self.scale) + self.shift).astype(x_BLD.dtype)
 
   def left(self, y_BLD: Array) -> Array:
-    """What is added of the sublayer's output."""
+    """The output of the sublayer times its gate, to be added to x."""
     return (y_BLD * self.gate).astype(y_BLD.dtype)
 
 

@@ -73,7 +73,7 @@ def _bounded(grouping):
 
 
 def _that_count(recipe):
-  """What a layer's choices and weights follow from, beside parameters and K."""
+  """The options that decide a layer's choices and weights, beside parameters and K."""
   spec = recipe.router.spec
   options = {k: x for k, x in spec.options.items() if k not in _OF_TRAINING}
   balancers = {k: b.spec.name for k, b in recipe.balancers if b.select}
