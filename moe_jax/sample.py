@@ -25,8 +25,10 @@ def main(argv=None) -> int:
 
   config, model = _read(args, overrides)
   options = _options(config)
-  # Whole groups of tokens may be of more samples than are asked for.
-  number = models.whole_batch(model, args.number)
+  # Parts are of whole groups of tokens, and may be of more samples than are asked for.
+  parts = -(-args.number // args.batch_size)
+  at_once = models.whole_batch(model, -(-args.number // parts))
+  number = parts * at_once
   condition, none, more = _condition(args, model.arch, number)
   networks = _networks(args, model, options)
   how = flow.Sampling(args.steps, options["shift"], options["predict"])
@@ -38,12 +40,13 @@ def main(argv=None) -> int:
   found = flow.sample(
     *(model, networks, noise, condition, how, more, none),
     tell=lambda number, time, name: ran.append((number, time, name)),
+    at_once=at_once,
   )
   for name in dict.fromkeys(name for _, _, name in ran):
     steps = [(n, t) for n, t, own in ran if own == name]
     (first, t), (last, _) = steps[0], steps[-1]
     print(f"steps {first} to {last}, from t = {t:.3f} on: the network {name}")
-  _write(jax.device_get(found)[: args.number], out)
+  _write(found[: args.number], out)
   return 0
 
 
@@ -266,6 +269,8 @@ def _arguments(argv):
     "--out", metavar="DIR", required=True, help="folder of the files to write"
   )
   add("--number", type=count, default=16, help="of samples (default: 16)")
+  words = "samples that are computed at once (default: 64)"
+  add("--batch_size", type=count, default=64, help=words)
   add("--steps", type=count, default=40, help="of the sampler (default: 40)")
   add("--seed", type=int, default=0, help="of the noise (default: 0)")
   words = "classes of the samples, such as 3 or 0,1,2 (default: each in turn)"

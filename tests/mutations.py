@@ -1280,9 +1280,30 @@ FAULTS = (
   Fault(
     "both networks stay in memory",
     "moe_jax/models/generation/flow.py",
-    "      variables = None  # and",
-    "      del name  # and",
+    "    del variables, run, moved  # They",
+    "    del n  # They",
     "diffusion_test.py::test_one_network_is_in_memory_at_a_time",
+  ),
+  Fault(
+    "samples on the second part go on from the condition of the first",
+    "moe_jax/models/generation/flow.py",
+    "x = [*map(moved, x, beside)]",
+    "x = [moved(own, beside[0]) for own in x]",
+    "sample_test.py::test_samples_in_parts",
+  ),
+  Fault(
+    "the map of loads shows counts in place of their ratio to the mean",
+    "moe_jax/training/hooks/loads.py",
+    "load_E / np.maximum(np.mean(load_E), 1e-9)",
+    "load_E",
+    "hooks_test.py::test_the_map_of_loads",
+  ),
+  Fault(
+    "published weights are evaluated as a decoder's",
+    "moe_jax/evaluate.py",
+    "if bool(args.checkpoint) != bool(args.config):",
+    "if args.checkpoint and not args.config:",
+    "classify_images_test.py::test_files_of_vmoe_are_evaluated",
   ),
   Fault(
     "guidance points away from the condition",

@@ -93,6 +93,28 @@ def test_samples(runs, tmp_path, capsys):
   np.testing.assert_array_equal(again, image)
 
 
+def test_samples_in_parts(runs, tmp_path, monkeypatch):
+  """The same samples, three or two at once, from networks that are read once."""
+  read, weights = [], trained.weights
+
+  def reader(path, *options):
+    read.append(path)
+    return weights(path, *options)
+
+  monkeypatch.setattr(trained, "weights", reader)
+  flags = [f"--checkpoint={runs}/high", f"--low={runs}/low"]
+  flags += ["--number=5", "--steps=8"]
+  for name, more in (("whole", []), ("parts", ["--batch_size=3"])):
+    sample.main([*flags, *more, f"--out={tmp_path}/{name}"])
+  whole, parts = (
+    np.asarray(Image.open(tmp_path / name / "samples.png")).astype(int)
+    for name in ("whole", "parts")
+  )
+  assert whole.shape == (16, 24) and whole[:, :8].std() > 0
+  np.testing.assert_allclose(parts, whole, atol=1)
+  assert read == [f"{runs}/high", f"{runs}/low"] * 2
+
+
 def test_samples_on_a_mesh(runs, tmp_path, monkeypatch):
   """As on one device; the samples beyond the number fill the devices."""
   monkeypatch.setattr(parallel, "mesh_or_none", MESH_OR_NONE)

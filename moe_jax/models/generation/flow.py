@@ -6,6 +6,8 @@ timesteps, as in Wan2.2, only the one in use is kept.
 """
 
 import functools
+import itertools
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -72,7 +74,8 @@ def sample(
   more_BFHWC: Array | None = None,
   none: Condition | None = None,
   tell: Callable[[int, float, str], None] = lambda *step: None,
-) -> Array:
+  at_once: int | None = None,
+) -> np.ndarray:
   """Videos, as numbers from about -1 to 1, or latents.
 
   Args:
@@ -84,20 +87,37 @@ def sample(
     more_BFHWC: channels that the model reads beside; None: there are none.
     none: what guidance leads away from; None: `condition.none`.
     tell: called with the number of a step, its timestep and its network's name.
+    at_once: videos that are computed together, which divides B; None: all. Each network
+      is read once for all of them.
   """
   step = _compiled(model, how.predict)
-  none = condition.none if none is None else none
-  x, name, variables = jnp.asarray(noise_BFHWC), None, None
-  for number, (time, after) in enumerate(zip(how.times, how.times[1:])):
-    own = at(networks, time)
-    if own.name != name:
-      x.block_until_ready()  # The one before has run,
-      variables = None  # and is let go of first.
-      name, variables = own.name, jax.device_put(own.read())
-    tell(number, float(time), name)
-    args = time, after, condition, none, own.guidance, more_BFHWC
-    x = step(variables, x, *args, guided=own.guidance != 1)
-  return x
+  given = condition, condition.none if none is None else none, more_BFHWC
+  number = at_once or len(noise_BFHWC)
+  x, beside = zip(*_parts((noise_BFHWC, given), len(noise_BFHWC), number))
+  steps = enumerate(zip(how.times, how.times[1:]))
+  for own, group in itertools.groupby(steps, lambda s: at(networks, s[1][0])):
+    its, variables = [*group], jax.device_put(own.read())
+    for n, (time, _) in its:
+      tell(n, float(time), own.name)
+    run = functools.partial(step, variables, guided=own.guidance != 1)
+    moved = functools.partial(_moved, run, its, own.guidance)
+    x = [*map(moved, x, beside)]
+    del variables, run, moved  # They go before the next network is read.
+  return np.concatenate(x)
+
+
+def _parts(arrays, length, number):
+  """Arrays [B, ...] in parts of so many."""
+  for first in range(0, length, number):
+    part = slice(first, first + number)
+    yield jax.tree.map(operator.itemgetter(part), arrays)
+
+
+def _moved(step, steps, guidance, x, beside):
+  """x after the steps of one network, on the host."""
+  for _, times in steps:
+    x = step(x, times, *beside, guidance)
+  return np.asarray(x)
 
 
 @functools.lru_cache(maxsize=8)  # A hook samples again and again.
@@ -111,16 +131,16 @@ def _step(
   predict,
   variables,
   x,
-  time,
-  after,
+  times,
   condition,
   none,
-  guidance,
   more_BFHWC,
+  guidance,
   *,
   guided,
 ):
-  """x at the timestep after this one."""
+  """x at the second of two timesteps; it is at the first."""
+  time, after = times
 
   def predicted(conditions):
     number = len(conditions)
