@@ -23,14 +23,14 @@ def demo() -> sweeps.Sweep:
 
 
 def cpu() -> sweeps.Sweep:
-  """The committed scale: about half an hour on two CPU cores, a run on each.
+  """The committed scale: about an hour on two CPU cores, a run on each.
 
   The learning rate is tuned for the dense model and for shared experts.
   """
   c = _config(small.cpu_config(), d_ff=128)
-  c.data.update(seq_len=512, batch_size=8)
-  c.train.num_steps = 1000
-  c.eval.update(every=200, batch_size=8, batches_per_domain=16)
+  c.data.update(seq_len=256, batch_size=16)
+  c.train.num_steps = 500
+  c.eval.update(every=100, batch_size=16, batches_per_domain=16)
   keys = dict.fromkeys(("dense", "shared"), "optim.learning_rate")
   like = {"split": "shared", "one_each": "dense"}
   rates = tuning.Stage(keys, (3e-3, 1e-2, 3e-2), metric="loss", like=like)
