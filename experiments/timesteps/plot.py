@@ -10,7 +10,7 @@ _FULL = f"full_{sweep.FULL}"
 _ADDED = ("steps", "total_parameters", "train_flops", "train_seconds")
 _PAIRS = (
   *((name, "one") for name in sweep.PAIRS if name != _FULL),
-  *((_FULL, "one_long"), ("one_long", "one")),
+  *((_FULL, "one"), (_FULL, "one_long"), ("one_long", "one")),
   *(("moe", "one"), ("by_time_2", "one"), ("by_time_8", "one")),
   ("by_time_8", "moe"),
 )
