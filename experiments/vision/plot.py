@@ -10,6 +10,7 @@ _PAIRS = (
   *((arm, "dense") for arm in ("dense_wide", "sparse", "soft", "choice")),
   *((arm, "sparse") for arm in ("soft", *sweep.LIKE_SPARSE)),
   *(("soft", "choice"), ("experts_32", "experts_4"), (_TIGHT[1], _TIGHT[0])),
+  *((arm, "soft") for arm in sweep.LIKE_SOFT),
 )
 
 

@@ -15,7 +15,8 @@ LIKE_SPARSE = (
   *("top1", "last", "choice", "experts_4", "experts_32"),
   *(f"plain_{TIGHT}", f"priority_{TIGHT}", "no_losses", "distinct"),
 )
-ARMS = ("dense", "dense_wide", "sparse", "soft", *LIKE_SPARSE)
+LIKE_SOFT = ("soft_dot", "soft_dot_distinct")
+ARMS = ("dense", "dense_wide", "sparse", "soft", *LIKE_SPARSE, *LIKE_SOFT)
 
 
 def demo() -> sweeps.Sweep:
@@ -35,6 +36,7 @@ def cpu() -> sweeps.Sweep:
   The learning rate is tuned for the dense model, for sparse and for soft experts.
   """
   like = {arm: "sparse" for arm in LIKE_SPARSE} | {"dense_wide": "dense"}
+  like |= dict.fromkeys(LIKE_SOFT, "soft")
   keys = dict.fromkeys(("dense", "sparse", "soft"), "optim.learning_rate")
   rates = tuning.Stage(keys, (5e-4, 1e-3, 2e-3, 4e-3), metric="loss", like=like)
   c = _config(64, 128, heads=2, experts=8)
@@ -103,7 +105,13 @@ def _arms(m, tokens) -> sweeps.Arms:
     "model.moe.eval_capacity_factor": None,
     "model.moe.dispatcher": {"name": "sorted"},
   }
-  soft = {"name": "soft", "normalize": True, "average": number * slots / tokens}
+  average = number * slots / tokens
+  soft = dropless | {
+    "model.moe.top_k": slots,
+    "model.moe.router": {"name": "soft", "normalize": True, "average": average},
+    "model.moe.tokens_per_group": "sequence",
+  }
+  dot = {"model.moe.router": {"name": "soft", "average": average}}
   choice = {"name": "expert_choice", "rounding": "round"}
   tight = {
     "model.moe.capacity_factor": TIGHT,
@@ -114,12 +122,9 @@ def _arms(m, tokens) -> sweeps.Arms:
     "dense": {"model.pattern": ("dense",)},
     "dense_wide": {"model.pattern": ("dense",), "model.d_ff": 2 * m.d_ff},
     "sparse": {},
-    "soft": dropless
-    | {
-      "model.moe.top_k": slots,
-      "model.moe.router": soft,
-      "model.moe.tokens_per_group": "sequence",
-    },
+    "soft": soft,
+    "soft_dot": soft | dot,
+    "soft_dot_distinct": soft | dot | {"model.moe.equal_experts": False},
     "top1": {"model.moe.top_k": 1, "model.moe.d_expert": m.d_ff},
     "last": {"model.prefix": ("dense",) * (m.num_layers - 2)},
     "choice": dropless | {"model.moe.top_k": 1, "model.moe.router": choice},
