@@ -2,10 +2,19 @@
 
 The second half of the layers has 128 experts with one slot each, for the 196 patches
 of an image. There is no class token: the classes are told from the mean of the last
-vectors. Queries and keys are normalised. The optimizer is that of the published
-configs, but for the final fall of the learning rate to 0 in 50,000 steps.
-`dense_*` are the transformers beside, and `choice_*` have routers in which experts
-choose tokens (2202.09368), with as many slots as tokens.
+vectors. Queries and keys are normalised. `dense_*` are the transformers beside, and
+`choice_*` have routers in which experts choose tokens (2202.09368), with as many slots
+as tokens.
+
+The configs follow vmoe/projects/soft_moe/configs/pretrain_jft4b.py of the public code
+(google-research/vmoe), but for these differences:
+
+  learning rate  Here it has no final fall to 0 in 50,000 steps.
+  weight decay   In the router of Soft MoE, the directions of the slots decay here, and
+                 their common scale decays there.
+  noise          In training, the logits of `choice_*` get noise with a standard
+                 deviation of 1/128 there (noise_std = 1.0). Our router `expert_choice`
+                 has no noise.
 
   python -m moe_jax.params --config=configs/soft_moe.py:s_16
   python -m moe_jax.main --config=configs/soft_moe.py:tiny --workdir=runs/soft_moe

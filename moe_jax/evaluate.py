@@ -2,7 +2,7 @@
 
 python -m moe_jax.evaluate --hf=PATH --dataset=python_sources
 python -m moe_jax.evaluate --checkpoint=RUN --config.model.moe.router.priority=score
-python -m moe_jax.evaluate --hf=PREFIX --config=configs/vmoe.py:b_16
+python -m moe_jax.evaluate --hf=PREFIX --config=configs/vmoe.py:imagenet_s_32
 """
 
 from moe_jax.core.errors import ConfigError
@@ -98,11 +98,13 @@ def _without_text(args, config) -> int:
   mesh = args.mesh and parallel.mesh_or_none(args.mesh)
   task = program.build_task(config, mesh)
   model = program.build_model(config, task, mesh)
-  variables = _weights(args, model)
   if args.few_shot and task.few_shot is None:
     raise ConfigError(
       f"the task {config.task.name} has no classes for --few_shot; leave it out"
     )
+  if args.few_shot:
+    task.check_few_shot(args.few_shot)
+  variables = _weights(args, model)
   sums = evaluation.of_task(model, variables, task)
   scored = sum(int(part["loss"].weight) for part in sums.values())
   print(f"{scored} examples, {config.eval.batch_size} at a time")
@@ -136,7 +138,13 @@ def _weights(args, model):
 def _refuse_no_text(path):
   """Raises ConfigError for a published model without a text to score it on."""
   from moe_jax import hf
+  from moe_jax.hf import of_config
 
+  if of_config.exists(path):
+    raise ConfigError(
+      f"{path} says nothing about its model; give a config that does, such as"
+      " --config=configs/vmoe.py:imagenet_s_32"
+    )
   if hf.section(path)["name"] == "decoder":
     raise ConfigError("give the text to evaluate on with --dataset=NAME")
   raise ConfigError(

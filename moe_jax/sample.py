@@ -4,6 +4,7 @@ python -m moe_jax.sample --checkpoint=RUN --out=samples --number=16 --label=3
 """
 
 import argparse
+import math
 import pathlib
 
 from moe_jax.core import files
@@ -21,7 +22,8 @@ def main(argv=None) -> int:
   import jax.numpy as jnp
 
   from moe_jax import models
-  from moe_jax.models.generation import flow
+  from moe_jax.data.images import written
+  from moe_jax.models.generation import conditions, flow
 
   config, model = _read(args, overrides)
   options = _options(config)
@@ -29,7 +31,9 @@ def main(argv=None) -> int:
   parts = -(-args.number // args.batch_size)
   at_once = models.whole_batch(model, -(-args.number // parts))
   number = parts * at_once
-  condition, none, more = _condition(args, model.arch, number)
+  given = {name: getattr(args, name) for name in conditions.Given._fields}
+  of_files = conditions.read(conditions.Given(**given), model.arch, number)
+  condition, none, more = of_files
   networks = _networks(args, model, options)
   how = flow.Sampling(args.steps, options["shift"], options["predict"])
   shape = number, *model.arch.shape
@@ -46,7 +50,7 @@ def main(argv=None) -> int:
     steps = [(n, t) for n, t, own in ran if own == name]
     (first, t), (last, _) = steps[0], steps[-1]
     print(f"steps {first} to {last}, from t = {t:.3f} on: the network {name}")
-  _write(found[: args.number], out)
+  print(written.write(found[: args.number], out))
   return 0
 
 
@@ -57,7 +61,7 @@ def _read(args, overrides):
 
   mesh = args.mesh and parallel.mesh_or_none(args.mesh)
   if args.checkpoint:
-    config = trained.config_of(args.checkpoint, overrides, args.trust_plugins)
+    config = _of_run(args.checkpoint, overrides, args.trust_plugins)
   else:
     config = config_lib.load(args.config, overrides)
     program.check(config)
@@ -65,10 +69,26 @@ def _read(args, overrides):
     raise ConfigError(
       f"the task is {config.task.name}, and samples are of denoise; give a run of it"
     )
-  # Sizes of the data are those that the run has read.
-  prepare = bool(args.checkpoint) and config.task.get("shape") is None
-  task = program.build_task(config, prepare=prepare)
+  task = program.build_task(config, prepare=False)
   return config, program.build_model(config, task, mesh)
+
+
+def _of_run(path, overrides, trust):
+  """The config of a run with the sizes of the data that it has read."""
+  config = trained.config_of(path, overrides, trust)
+  if config.task.name != "denoise":
+    return config
+  own = _options(trained.config_of(path, (), trust))["predict"]
+  if _options(config)["predict"] != own:
+    raise ConfigError(
+      f"task.predict is {own!r} in the run {path}, whose network says nothing else; leave"
+      " --config.task.predict out"
+    )
+  names = {"video_shape": "shape", "text": "text", "num_classes": "num_classes"}
+  names["more_channels"] = "more_channels"
+  sizes = trained.facts_of(path).get("given", {})
+  texts = [f"task.{names[key]}={sizes[key]!r}" for key in names & sizes.keys()]
+  return config_lib.overridden(config, texts)
 
 
 def _options(config):
@@ -102,6 +122,10 @@ def _networks(args, model, options):
         f"{low} is a second network, and the config has no task.boundary; leave it out,"
         " or set --config.task.boundary and expert"
       )
+    if args.guidance and isinstance(args.guidance, tuple):
+      raise ConfigError(
+        "--guidance has two numbers, and there is one network; give one number"
+      )
     return (Network("all", 0.0, reader(args.checkpoint, args.wan), both[0]),)
   if not low or own == "low":
     lacking = (
@@ -109,141 +133,23 @@ def _networks(args, model, options):
     )
     raise ConfigError(
       f"task.boundary = {boundary} parts two networks, and the weights {lacking} are"
-      " missing; give --checkpoint=RUN for high noise and --low=RUN for low noise"
+      " missing; give --checkpoint (or --wan) for high noise, and --low (or --wan_low) for"
+      " low noise"
     )
   if args.low:
-    other = trained.config_of(args.low, (), args.trust_plugins).task
-    if (other.get("boundary"), other.get("expert")) != (boundary, "low"):
-      raise ConfigError(
-        f"--low={args.low} has task.boundary = {other.get('boundary')} and task.expert"
-        f" = {other.get('expert')!r}, not {boundary} and 'low'; give the run of low noise"
-      )
+    other = _options(trained.config_of(args.low, (), args.trust_plugins))
+    wanted = {"boundary": boundary, "expert": "low"}
+    wanted["predict"] = options["predict"]
+    for key, value in wanted.items():
+      if other.get(key) != value:
+        raise ConfigError(
+          f"--low={args.low} has task.{key} = {other.get(key)!r}, not {value!r}; give the"
+          " run of low noise that belongs to the other"
+        )
   return (
     Network("high", boundary, reader(args.checkpoint, args.wan), both[0]),
     Network("low", 0.0, reader(args.low, args.wan_low), both[1]),
   )
-
-
-def _condition(args, arch, number):
-  """(Condition, what guidance leads away from or None, more channels) of the flags."""
-  import numpy as np
-
-  from moe_jax.models.diffusion import Condition
-
-  label = text = mask = none = more = None
-  _refuse(args, ("label",), arch.num_classes, "classes")
-  _refuse(args, ("text", "text_mask", "text_none"), arch.text, "texts")
-  _refuse(args, ("more",), arch.more_channels, "channels beside")
-  if arch.num_classes:
-    labels = args.label or range(arch.num_classes)
-    for one in labels:
-      if one >= arch.num_classes:
-        raise ConfigError(
-          f"--label={one} is not below the {arch.num_classes} classes of the run"
-        )
-    label = np.resize(np.array([*labels], np.int32), number)
-  if arch.text:
-    text = _array("--text", args.text, arch.text, number)
-    if args.text_mask:
-      shape = arch.text[:1]
-      mask = _array("--text_mask", args.text_mask, shape, number) != 0
-    if args.text_none:
-      away = _array("--text_none", args.text_none, arch.text, number)
-      none = Condition(label, text, mask).none._replace(text_BMT=away)
-  if arch.more_channels:
-    shape = (*arch.shape[:3], arch.more_channels)
-    more = _array("--more", args.more, shape, number)
-  return Condition(label, text, mask), none, more
-
-
-def _refuse(args, names, there, what):
-  """Raises ConfigError for flags of what a model does not read."""
-  for name in names:
-    if getattr(args, name) is not None and not there:
-      raise ConfigError(
-        f"--{name} is of {what}, and this model has none; leave it out"
-      )
-
-
-def _array(flag, path, shape, number):
-  """The array of a file, repeated as often as there are samples."""
-  import numpy as np
-
-  from moe_jax.data.images import videos
-
-  if path is None:
-    raise ConfigError(
-      f"the model needs {flag}=FILE.npy with an array [..., {', '.join(map(str, shape))}]"
-    )
-  try:
-    array = np.load(path, allow_pickle=False)
-  except (OSError, ValueError, EOFError) as e:
-    raise ConfigError(
-      f"{flag}={path} cannot be read ({e}); write it with numpy.save"
-    ) from e
-  if not isinstance(array, np.ndarray):
-    raise ConfigError(
-      f"{flag}={path} has several arrays; write one with numpy.save"
-    )
-  if array.shape[-len(shape) :] != tuple(shape):
-    raise ConfigError(
-      f"{flag}={path} has the shape {array.shape}, and the model needs"
-      f" [..., {', '.join(map(str, shape))}]"
-    )
-  array = np.asarray(videos.numbers(array.reshape(-1, *shape)))
-  return np.resize(array, (number, *shape))
-
-
-def _write(found, folder):
-  """One PNG of all images, a GIF of each video, or latents as an array."""
-  import numpy as np
-
-  number, frames, *_, channels = found.shape
-  if channels not in (1, 3):
-    np.save(folder / "latents.npy", found)
-    print(
-      f"The latents are in {folder}/latents.npy, for the decoder of their VAE."
-    )
-    return
-  pixels = np.clip((found + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8)
-  if frames == 1:
-    _save(_sheet(pixels[:, 0]), folder / "samples.png")
-    print(f"The images are in {folder}/samples.png.")
-    return
-  for i, video in enumerate(pixels):
-    _save(video, folder / f"{i:03}.gif")
-  print(f"The videos are in {folder}/000.gif to {number - 1:03}.gif.")
-
-
-def _sheet(pixels):
-  """All images [N, H, W, C] as one, in rows."""
-  import numpy as np
-
-  columns = int(np.ceil(len(pixels) ** 0.5))
-  rows = -(-len(pixels) // columns)
-  room = np.zeros((rows * columns, *pixels.shape[1:]), np.uint8)
-  room[: len(pixels)] = pixels
-  _, height, width, channels = room.shape
-  sheet = room.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
-  return sheet.reshape(1, rows * height, columns * width, channels)
-
-
-def _save(frames, path):
-  """Frames [F, H, W, C] as a file."""
-  from PIL import Image
-
-  frames = frames[..., 0] if frames.shape[-1] == 1 else frames
-  first, *others = map(Image.fromarray, frames)
-  if others:
-    more = {
-      "save_all": True,
-      "append_images": others,
-      "duration": 125,
-      "loop": 0,
-    }
-    first.save(path, **more)
-  else:
-    first.save(path)
 
 
 def _arguments(argv):
@@ -272,7 +178,7 @@ def _arguments(argv):
   words = "samples that are computed at once (default: 64)"
   add("--batch_size", type=count, default=64, help=words)
   add("--steps", type=count, default=40, help="of the sampler (default: 40)")
-  add("--seed", type=int, default=0, help="of the noise (default: 0)")
+  add("--seed", type=_seed, default=0, help="of the noise (default: 0)")
   words = "classes of the samples, such as 3 or 0,1,2 (default: each in turn)"
   add("--label", type=_labels, metavar="N,N,...", help=words)
   words = "vectors of texts that the model's encoder has made"
@@ -281,6 +187,7 @@ def _arguments(argv):
   add("--text_mask", metavar="FILE.npy", help=words)
   words = "vectors of the text that guidance leads away from (default: zeros)"
   add("--text_none", metavar="FILE.npy", help=words)
+  add("--text_none_mask", metavar="FILE.npy", help="their masks")
   words = "channels that the model reads beside, such as those of a first frame"
   add("--more", metavar="FILE.npy", help=words)
   words = "one number, or HIGH,LOW (default: that of the config)"
@@ -305,10 +212,19 @@ def _labels(text):
   return tuple(config_lib.at_least_0(one) for one in text.split(","))
 
 
+def _seed(text):
+  seed = config_lib.at_least_0(text)
+  if seed >= 2**63:
+    raise argparse.ArgumentTypeError(f"{text} is not below 2^63")
+  return seed
+
+
 def _guidance(text):
   numbers = tuple(float(one) for one in text.split(","))
   if len(numbers) > 2:
     raise argparse.ArgumentTypeError(f"{text} has more than two numbers")
+  if not all(0 <= one < math.inf for one in numbers):
+    raise argparse.ArgumentTypeError(f"{text} has no finite numbers from 0 on")
   return numbers if len(numbers) == 2 else numbers[0]
 
 

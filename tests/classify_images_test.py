@@ -6,17 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from PIL import Image
 
-from moe_jax import evaluate, generate, main, params
+from moe_jax import evaluate, generate, main, models, params
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
 from moe_jax.data.images import prepared
 from moe_jax.hf.of_config import vmoe
 from moe_jax.models.parts import image
+from moe_jax.moe import types
 from moe_jax.run import config as config_lib
-from moe_jax.tasks import few_shot
-from moe_jax.training import program, trained
+from moe_jax.tasks import classify_images, few_shot, pictures
+from moe_jax.training import program, starts, trained
 from tests import pair_of_runs
 
 FLAGS = (
@@ -197,6 +199,43 @@ def test_files_of_vmoe_begin_a_run(run, tmp_path):
     )
 
 
+def test_files_of_vmoe_begin_a_run_on_other_images(
+  run, tmp_path, caplog, monkeypatch
+):
+  """Their places are interpolated; other kinds of models are refused uncompiled."""
+  config = trained.config_of(str(run))
+  model = program.build_model(config, program.build_task(config))
+  _, variables = trained.weights(str(run), model)
+  prefix = f"{tmp_path}/weights"
+  vmoe.save(prefix, model, variables["params"])
+  flags = ["--config.task.size=12", "--config.task.num_classes=12"]
+  every = "--config.train.log_every=1"
+  losses = [
+    started(tmp_path / name, f"--config.init_from={start}", every, *flags)
+    for name, start in (("a", run), ("b", prefix))
+  ]
+  assert losses[0][0]["loss"] == losses[1][0]["loss"]
+  assert caplog.text.count("places of 4 x 4 patches") == 2
+  monkeypatch.setattr(starts, "replaced", None)
+  refused = {"model.image.pooling=mean": "has a class token"}
+  refused["model.d_ff=40"] = "from which the model's .* cannot be made"
+  for flag, words in refused.items():
+    with pytest.raises(ConfigError, match=words):
+      started(
+        tmp_path / "c", f"--config.init_from={prefix}", f"--config.{flag}"
+      )
+
+
+def test_whole_numbers_are_no_weights(run, tmp_path):
+  config = trained.config_of(str(run))
+  model = program.build_model(config, program.build_task(config))
+  _, variables = trained.weights(str(run), model)
+  arrays = vmoe.of_params(variables["params"], model)
+  arrays["head/kernel"] = arrays["head/kernel"].astype(np.int32)
+  with pytest.raises(ConfigError, match="head/kernel of int32"):
+    vmoe.to_params(arrays, model, "here")
+
+
 def test_files_of_vmoe_are_evaluated(run, tmp_path):
   """As the run that they were written from, with slots of the flags."""
   config = trained.config_of(str(run))
@@ -264,38 +303,99 @@ def test_every_tiny_has_its_task():
     assert task.given == {"image_shape": (8, 8, 1), "num_classes": 10}
 
 
-def test_few_shots_of_a_model_that_knows_all(monkeypatch):
-  """Vectors from which a linear classifier can tell everything, or nothing."""
+def images_of_three(validation=90):
+  """Images whose first pixel tells the class, and whose other pixels are noise."""
   rng = np.random.default_rng(0)
-  labels = {"train": np.arange(60) % 3, "validation": np.arange(90) % 3}
+  labels = {"train": np.arange(60) % 3, "validation": np.arange(validation) % 3}
   arrays = {
     k: (rng.integers(0, 255, (len(y), 2, 2, 1)).astype(np.uint8), y)
     for k, y in labels.items()
   }
   for x, y in arrays.values():
     x[:, 0, 0, 0] = 80 * y
-  images = prepared.Images("x", (2, 2, 1), ("a", "b", "c"), "0", arrays)
+  return prepared.Images("x", (2, 2, 1), ("a", "b", "c"), "0", arrays)
+
+
+def after_few_shots(images, vectors, shots=(1, 5)):
+  """The metrics of a model that makes these vectors of images."""
 
   class Model:
-    def __init__(self, knows):
-      self.knows = knows
-
     def apply(self, variables, x, mask, classify):
-      hot = jax.nn.one_hot(x[:, 0, 0, 0] // 80, 3)
-      return (hot if self.knows else x[:, 1].reshape(len(x), -1)), {}
+      return vectors(x), {}
 
-  scale = lambda x: x.astype(jnp.float32)  # noqa: E731
-  args = {}, (1, 5), 16
-  good = few_shot.accuracies(images, scale, Model(True), *args)
-  assert good == {"few_shot/1": 1.0, "few_shot/5": 1.0}
-  bad = few_shot.accuracies(images, scale, Model(False), *args)
-  assert all(value < 0.6 for value in bad.values())
+  def scale(x):
+    return x.astype(jnp.float32)
+
+  return few_shot.accuracies(images, scale, Model(), {}, shots, 16)
+
+
+def knows_all(x):
+  return jax.nn.one_hot((x[:, 0, 0, 0] // 80).astype(int), 3)
+
+
+def test_few_shots_of_a_model_that_knows_all():
+  """Vectors from which a linear classifier can tell everything, or nothing."""
+  images = images_of_three()
+  good = after_few_shots(images, knows_all)
+  assert good == {"few_shot/1": 1, "few_shot/5": 1, "few_shot_images": 45}
+  chance = pytest.approx(1 / 3, abs=0.1)  # Three deviations of five draws.
+  bad = after_few_shots(images, lambda x: x[:, 1].reshape(len(x), -1))
+  assert bad["few_shot/1"] == chance and bad["few_shot/5"] == chance
+  equal = after_few_shots(images, lambda x: jnp.ones((len(x), 4)))
+  assert equal["few_shot/5"] == pytest.approx(1 / 3)  # All are of one class.
   # In folders of images all of a class stand together.
-  arrays["validation"] = tuple(
-    x[np.argsort(labels["validation"], kind="stable")]
-    for x in arrays["validation"]
+  pixels, labels = images.arrays["validation"]
+  order = np.argsort(labels, kind="stable")
+  images.arrays["validation"] = pixels[order], labels[order]
+  assert after_few_shots(images, knows_all) == good
+
+
+@pytest.mark.parametrize("size", [(60, 7), (12, 40), (9, 9)])
+def test_few_shots_solve_the_normal_equations(size, monkeypatch):
+  """Of fewer and of more vectors than features, as `numpy.linalg.solve` does."""
+  rng = np.random.default_rng(0)
+  x_NF, target_NC = rng.normal(size=size), rng.normal(size=(size[0], 3))
+
+  def solved(x_NF, target_NC, r):
+    gram_FF = x_NF.T @ x_NF + r * np.eye(size[1])
+    return np.linalg.solve(gram_FF, x_NF.T @ target_NC)
+
+  left, values, right = few_shot._ridge(x_NF, target_NC)
+  assert len(values) == min(size)
+  for r in (0.01, 1.0, 100.0):
+    found_FC = left @ (right / (values + r)[:, None])
+    np.testing.assert_allclose(found_FC, solved(x_NF, target_NC, r), atol=1e-10)
+  # And the accuracy, with one regularisation and images that can be half told.
+  label_N, wanted_M = np.arange(size[0]) % 3, rng.integers(0, 3, 80)
+  centres = rng.normal(size=(3, size[1])) * 2 / size[1] ** 0.5
+  x_NF += centres[label_N]
+  others_MF = rng.normal(size=(80, size[1])) + centres[wanted_M]
+  x, others = ((v - x_NF.mean(0)) / x_NF.std(0) for v in (x_NF, others_MF))
+  target_NC = 2 * np.eye(3)[label_N] - 1
+  shares = target_NC.mean(0)
+  for factor in (1e-6, 0.1, 10.0):
+    r = factor * np.linalg.norm(x, 2) ** 2
+    guess = (others @ solved(x, target_NC - shares, r) + shares).argmax(1)
+    right = (guess == wanted_M)[1::2].mean()
+    monkeypatch.setattr(few_shot, "_REGULARISATIONS", np.array([factor]))
+    args = x_NF, label_N, others_MF, wanted_M, 3
+    assert few_shot._accuracy(*args) == right
+    assert 0.35 < right < 0.95
+
+
+def test_few_shots_that_are_refused():
+  """Before the evaluation by the task; and vectors that are no numbers."""
+  task = classify_images.of_images(
+    config_lib.load("configs/vmoe.py:tiny"), images_of_three(2), (2, 2)
   )
-  assert few_shot.accuracies(images, scale, Model(True), *args) == good
+  task.check_few_shot((1, 20))
+  with pytest.raises(ConfigError, match='=21 needs as many .* "a" has 20'):
+    task.check_few_shot((1, 21))
+  with pytest.raises(ConfigError, match="at least 2 validation .* x has 1;"):
+    after_few_shots(images_of_three(1), knows_all)
+  for broken in (lambda x: jnp.log(-knows_all(x)), lambda x: 1 / knows_all(x)):
+    with pytest.raises(ConfigError, match="this model contain NaN or infinity"):
+      after_few_shots(images_of_three(), broken)
 
 
 def test_few_shots_choose_without_the_images_that_count(monkeypatch):
@@ -309,6 +409,15 @@ def test_few_shots_choose_without_the_images_that_count(monkeypatch):
   others_MF = np.eye(2)[wanted_M]
   found = few_shot._accuracy(x_NF, label_N, others_MF, wanted_M, 3)
   assert found == 0
+
+
+def colours(maps):
+  """The colours of the patches in a row of maps; a patch has one colour."""
+  maps = maps.reshape(66, 8, 66, 3)[1:-1, :, 1:-1]
+  patches = maps.reshape(4, 16, 8, 4, 16, 3).transpose(0, 2, 3, 1, 4, 5)
+  patches = patches.reshape(-1, 16 * 16, 3)
+  assert (patches == patches[:, :1]).all()
+  return {tuple(patch[0]) for patch in patches}
 
 
 def test_pictures_of_experts(tmp_path):
@@ -326,16 +435,48 @@ def test_pictures_of_experts(tmp_path):
   ]
   image = np.asarray(Image.open(folder / "00000004.png"))
   assert image.shape == (2 * 66, 8 * 66, 3)
-  # A patch is of one colour, of as many colours as experts at most.
-  maps = image[66:].reshape(66, 8, 66, 3)[1:-1, :, 1:-1]
-  patches = maps.reshape(4, 16, 8, 4, 16, 3).transpose(0, 2, 3, 1, 4, 5)
-  patches = patches.reshape(-1, 16 * 16, 3)
-  assert (patches == patches[:, :1]).all()
-  assert 1 < len({tuple(one[0]) for one in patches}) <= 8
+  assert 1 < len(colours(image[66:])) <= 8
   events = b"".join(
     p.read_bytes() for p in (tmp_path / "tensorboard").iterdir()
   )
   assert b"PNG" in events and b"experts" in events
+
+
+@pytest.mark.parametrize("router", ["soft", "expert_choice"])
+def test_pictures_where_slots_or_experts_choose(router):
+  """The layer with experts has a row, whose colours differ."""
+  c = config_lib.load("configs/soft_moe.py:tiny")
+  values = c.to_dict()
+  values["model"]["moe"]["router"] = {"name": router}
+  c = config_lib.locked(values)
+  task = program.build_task(c)
+  model = program.build_model(c, task)
+  variables = nn.unbox(models.init(model, jax.random.key(0)))
+  picture = task.pictures(model, variables)["experts"]
+  assert picture.shape == (2 * 66, 8 * 66, 3)
+  assert 2 < len(colours(picture[66:])) <= 9
+
+
+def test_the_expert_with_the_largest_weight():
+  """By loops over slots, of two groups; a token without a slot has no expert."""
+  rng = np.random.default_rng(0)
+  token_GEC = np.stack([rng.permutation(7)[:2] for _ in range(6)])
+  token_GEC = token_GEC.reshape(2, 3, 2)
+  weight_GEC, valid_GEC = rng.random((2, 3, 2)), rng.random((2, 3, 2)) < 0.8
+  weight_GTE = np.zeros((2, 7, 3))
+  for g, e, c in np.ndindex(2, 3, 2):
+    if valid_GEC[g, e, c]:
+      weight_GTE[g, token_GEC[g, e, c], e] = weight_GEC[g, e, c]
+  wanted = np.where(weight_GTE.any(-1), weight_GTE.argmax(-1), -1)
+  assert -1 in wanted and len(np.unique(wanted)) > 2
+  choice = types.SlotChoice(
+    *map(jnp.asarray, (token_GEC, weight_GEC, valid_GEC))
+  )
+  np.testing.assert_array_equal(pictures._best(choice, 7), wanted)
+  combine_GTEC = rng.random((2, 7, 3, 2))
+  choice = types.Mixture(None, jnp.asarray(combine_GTEC))
+  found = pictures._best(choice, 7)
+  np.testing.assert_array_equal(found, combine_GTEC.sum(-1).argmax(-1))
 
 
 def test_a_task_without_pictures(tmp_path):

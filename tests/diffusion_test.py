@@ -2,8 +2,9 @@
 
 import functools
 import gc
+import os
+import shutil
 import types
-import weakref
 
 import jax
 import jax.numpy as jnp
@@ -188,26 +189,41 @@ def test_two_networks_as_each_by_hand():
   np.testing.assert_allclose(found, x, atol=1e-4)
 
 
-def test_one_network_is_in_memory_at_a_time():
-  """The second one is read after all arrays of the first are gone."""
+def test_one_network_is_in_memory_at_a_time(monkeypatch):
+  """In bytes of arrays: none at each read, and one network's after each step."""
   model, both = pair()
-  host, read = [jax.device_get(v) for v in both], []
+  both = jax.tree.map(np.array, both)  # On the host.
+  size = sum(x.nbytes for x in jax.tree.leaves(both[0]))
+  at_reads, after_steps, compiled = [], [], flow._compiled
+
+  def alive():
+    return sum(x.nbytes for x in jax.live_arrays())
 
   def reader(i):
-    gc.collect()
-    assert not any(x() is not None for x in read), "the one before is there"
-    variables = jax.device_put(host[i])
-    read.extend(map(weakref.ref, jax.tree.leaves(variables)))
-    return variables
+    at_reads.append(alive() - before)
+    return both[i]
 
+  def counting(*args):
+    def step(*arrays, **options):
+      x = jax.block_until_ready(compiled(*args)(*arrays, **options))
+      after_steps.append(alive() - before)
+      return x
+
+    return step
+
+  monkeypatch.setattr(flow, "_compiled", counting)
   networks = (
     flow.Network("high", 0.5, functools.partial(reader, 0)),
     flow.Network("low", 0.0, functools.partial(reader, 1)),
   )
   noise = np.zeros((1, 1, 4, 4, 1), np.float32)
   label = Condition(np.zeros(1, np.int32))
+  gc.collect()
+  before = alive()
   flow.sample(model, networks, noise, label, flow.Sampling(steps=4))
-  assert len(read) == 2 * len(jax.tree.leaves(host[0]))
+  assert len(at_reads) == 2 and max(at_reads) < 0.01 * size
+  assert len(after_steps) == 4
+  assert size <= min(after_steps) <= max(after_steps) < 1.01 * size
 
 
 class Knows:
@@ -536,6 +552,19 @@ def test_impossible_boundaries(boundary, expert, words):
     denoise.timesteps(boundary, expert)
 
 
+def test_a_boundary_of_the_timestep_outside_of_it():
+  """Experts beyond it would never see a token."""
+  router = {"name": "by_feature", "feature": "timestep", "num_values": 2}
+  for boundary in (-0.1, 1.5):
+    c = config()
+    own = router | {"boundaries": (boundary,)}
+    c.model.variants = {"time": {"moe": {"router": own, "top_k": 1}}}
+    with pytest.raises(
+      ConfigError, match=f'the boundary {boundary} of the feature "timestep"'
+    ):
+      models.build(c.model, video_shape=(1, 4, 4, 1))
+
+
 COUNTS = {"train": 12, "validation": 4}
 
 
@@ -556,12 +585,22 @@ def folder_of(path, **changes):
   return str(path)
 
 
+def of_folder(path, **changes):
+  """The videos of `folder_of`."""
+  return videos.of_folder("own", folder_of(path, **changes), path / "cache")
+
+
 def test_folders_of_arrays(tmp_path):
-  found = videos.of_folder("own", folder_of(tmp_path))
+  found = of_folder(tmp_path)
   assert found.shape == (2, 4, 4, 1) and found.text == (3, 5)
   assert found.num_classes == 3 and videos.is_folder(str(tmp_path))
   batch = videos.train_batches(found, 0, batch_size=4)[1]
   assert batch["text"].shape == (4, 3, 5) and batch["video"].dtype == np.float32
+
+
+def same(kind, *shape, dtype=float):
+  """Arrays of ones, of a kind for both splits."""
+  return {f"{k}_{kind}": np.ones((n, *shape), dtype) for k, n in COUNTS.items()}
 
 
 @pytest.mark.parametrize(
@@ -571,27 +610,147 @@ def test_folders_of_arrays(tmp_path):
     ({"train_text": np.zeros((3, 3, 5))}, "entries; give each as many"),
     ({"train_video": np.zeros((12, 4, 4, 1))}, "5 axes are needed"),
     ({"validation_video": np.zeros((4, 2, 6, 4, 1))}, "make them equal"),
-    ({"validation_label": np.full(4, 7)}, "has labels from 7 to 7"),
+    (
+      {"validation_label": np.full(4, 7)},
+      "validation_label.npy has labels up to 7, and those of train go up to 2; re",
+    ),
+    (
+      {"train_label": np.arange(12) % 3 - 1},
+      "train_label.npy has the label -1, and labels begin at 0; number",
+    ),
+    (
+      {"train_label": np.arange(12) % 3 * 10**9},
+      "3 distinct labels up to 2000000000, and there would be 2000000001 classes",
+    ),
     ({"train_label": np.arange(12) / 2}, "type float64, and it needs whole"),
-    ({"train_text": np.zeros((12, 3, 5), bool)}, "needs bytes"),
+    ({"train_text": np.zeros((12, 3, 5), bool)}, "needs float16, float32 or"),
+    (
+      same("text", 3, 5, dtype=np.uint8),
+      "train_text.npy has the type uint8, and it needs float16",
+    ),
+    (
+      same("video", 2, 4, 4, 1, dtype=np.uint16),
+      r"train_video.npy has the type uint16, and it needs bytes \(uint8\), float16",
+    ),
+    (
+      same("more", 2, 4, 4, 1, dtype=">f4"),
+      "train_more.npy has the type >f4, .* this machine's order of bytes; write",
+    ),
+    (
+      same("video", 2, 4, 4, 1, dtype=np.longdouble),
+      "train_video.npy has the type .*, and it needs bytes",
+    ),
+    (
+      {"train_video": np.ones((12, 2, 4, 4, 1), np.uint8)},
+      "validation_video.npy has the type float32, and that of train has uint8; wr",
+    ),
+    (
+      same("video", 2, 4, 4, 0),
+      r"train_video.npy has the shape \(12, 2, 4, 4, 0\), and every size must be",
+    ),
+    (same("text", 0, 5), "train_text.npy has the shape .* must be at least 1"),
     (
       {f"{split}_text": None for split in videos.SPLITS}
-      | {f"{k}_text_mask": np.ones((n, 3), bool) for k, n in COUNTS.items()},
+      | same("text_mask", 3, dtype=bool),
       "text_mask.npy without train_text.npy",
     ),
     (
-      {f"{k}_text_mask": np.ones((n, 4), bool) for k, n in COUNTS.items()},
+      same("text_mask", 4, dtype=bool),
       r"has the sizes \(4,\), and train_text.npy \(3,\)",
     ),
     (
-      {f"{k}_more": np.ones((n, 2, 4, 6, 1)) for k, n in COUNTS.items()},
+      same("more", 2, 4, 6, 1),
       "train_more.npy has the sizes .* make them equal",
     ),
   ],
 )
 def test_arrays_that_do_not_fit(tmp_path, changes, words):
   with pytest.raises(ConfigError, match=words):
-    videos.of_folder("own", folder_of(tmp_path, **changes))
+    of_folder(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float64])
+def test_types_of_arrays(tmp_path, dtype):
+  """Labels may have another type in each split, and gaps."""
+  labels = {"train_label": np.array([0, 5, 10] * 4, ">i4")}
+  labels["validation_label"] = np.array([10, 5, 0, 0], np.uint8)
+  found = of_folder(
+    tmp_path, **same("video", 2, 4, 4, 1, dtype=dtype), **labels
+  )
+  batch = videos.train_batches(found, 0, batch_size=12)[0]
+  assert found.num_classes == 11 and batch["video"].dtype == dtype
+  assert sorted(batch["label"].tolist()) == [0] * 4 + [5] * 4 + [10] * 4
+
+
+@pytest.mark.parametrize("number", [np.nan, -np.inf, 1e300])
+@pytest.mark.parametrize("kind", ["video", "text"])
+def test_numbers_that_are_not_finite(tmp_path, monkeypatch, kind, number):
+  """They are found in any part of a file, which is not read as a whole."""
+  monkeypatch.setattr(videos, "_READ_AT_ONCE", 600)
+  array = np.load(f"{folder_of(tmp_path)}/validation_{kind}.npy")
+  array = array.astype(float)
+  array[2].flat[-1] = number
+  train = np.load(tmp_path / f"train_{kind}.npy").astype(float)
+  changes = {f"validation_{kind}": array, f"train_{kind}": train}
+  words = f"{tmp_path}/validation_{kind}.npy has NaN, .* in row 2, counted from"
+  for _ in range(2):
+    with pytest.raises(ConfigError, match=words):
+      of_folder(tmp_path, **changes)
+  array[2] = 0
+  assert of_folder(tmp_path, **changes).fingerprint
+
+
+def test_a_fingerprint_is_of_the_content(tmp_path, monkeypatch):
+  """Files are read once, and again where a file changes."""
+  read, digest = [], videos._digest
+  monkeypatch.setattr(
+    videos, "_digest", lambda *args: read.append(args) or digest(*args)
+  )
+  path, file = folder_of(tmp_path), tmp_path / "train_video.npy"
+
+  def again(path=path):
+    read.clear()
+    found = videos.of_folder("own", path, tmp_path / "cache").fingerprint
+    return found, len(read)
+
+  first = again()[0]
+  assert again() == (first, 0)
+  file.touch()
+  assert again() == (first, 6) and again() == (first, 0)
+  shutil.copytree(path, tmp_path / "copy")
+  assert again(f"{tmp_path}/copy") == (first, 6)
+  # A row more or less at once is the same content.
+  monkeypatch.setattr(videos, "_READ_AT_ONCE", 600)
+  file.touch()
+  assert again() == (first, 6)
+  # Other content of the same size, at the same time.
+  time, array = file.stat().st_mtime_ns, np.load(file)
+  array[-1, -1, -1, -1] += 1
+  np.save(file, array)
+  os.utime(file, ns=(time, time))
+  other, number = again()
+  assert other != first and number == 6 and again() == (other, 0)
+
+
+def test_a_run_goes_on_with_the_same_arrays(tmp_path):
+  c = wan2_2.get_config("tiny")
+  c.data.dir, c.task = folder_of(tmp_path), {"name": "denoise"}
+  c.data.cache_dir = str(tmp_path / "cache")
+  own = program.build_task(c).fingerprint
+  (tmp_path / "train_text.npy").touch()
+  assert program.build_task(c, fingerprint=own).fingerprint == own
+  folder_of(tmp_path, **same("text", 3, 5))
+  with pytest.raises(ConfigError, match="not those that the run began with"):
+    program.build_task(c, fingerprint=own)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+  c = wan2_2.get_config("tiny")
+  c.data.dir, c.task = str(tmp_path / "lost"), {"name": "denoise"}
+  with pytest.raises(
+    ConfigError, match="lost does not exist; .* arrays such as train_video.npy"
+  ):
+    program.build_task(c)
 
 
 def test_several_arrays_in_a_file(tmp_path):
@@ -608,6 +767,7 @@ def test_a_config_of_other_data(tmp_path):
   """Sizes that are given too have to be those of the arrays."""
   c = wan2_2.get_config("tiny")
   c.data.dir, c.task = folder_of(tmp_path), {"name": "denoise"}
+  c.data.cache_dir = str(tmp_path / "cache")
   assert program.build_task(c).given["text"] == (3, 5)
   for key, value in {
     "shape": (2, 4, 4, 3),
@@ -627,7 +787,7 @@ def test_channels_beside_are_scaled_as_videos_are(tmp_path):
     f"{k}_more": rng.integers(0, 256, (n, 2, 4, 4, 2)).astype(np.uint8)
     for k, n in COUNTS.items()
   }
-  found = videos.of_folder("own", folder_of(tmp_path, **more))
+  found = of_folder(tmp_path, **more)
   c = base.get_config()
   c.data.batch_size = c.eval.batch_size = 4
   options = {"predict": "velocity", "shift": 1.0, "unconditional": 0.0}

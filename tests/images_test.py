@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import base
 from moe_jax.core.errors import ConfigError
 from moe_jax.data.datasets import captioned_glyphs, glyphs
 from moe_jax.data.images import augment, batches, folders, prepared
 from moe_jax.moe.types import Mean
-from moe_jax.tasks import classify_images
+from moe_jax.tasks import classify_images, denoise
 
 FEATURES = prepared.Features("image", "label")
 AS_THEY_ARE = prepared.Size(None, None)
@@ -117,16 +118,61 @@ def test_folders_of_images(tmp_path):
   found = np.concatenate([x for x, _ in images.arrays.values()])
   assert (found == wanted).all((1, 2, 3)).sum() == 1
   # A split validation of its own is taken as it is.
-  (path / "validation").mkdir()
-  (path / "train" / "dog").rename(path / "validation" / "dog")
+  (path / "validation" / "dog").mkdir(parents=True)
+  for file in sorted(path.glob("train/dog/1*")):
+    file.rename(path / "validation" / "dog" / file.name)
   images = of_folder(path, tmp_path)
-  assert [set(y.tolist()) for _, y in images.arrays.values()] == [{0}, {1}]
+  labels = [np.bincount(y).tolist() for _, y in images.arrays.values()]
+  assert labels == [[24, 14], [0, 10]]
+
+
+def test_what_is_no_image_of_a_class(tmp_path, monkeypatch):
+  """What is hidden is not read, and other files are counted in a warning."""
+  path, warnings = folder_of(tmp_path / "a"), []
+  wanted = of_folder(path, tmp_path)
+  monkeypatch.setattr(
+    folders.logging, "warning", lambda text, *args: warnings.append(text % args)
+  )
+  for name in (".git", "__MACOSX/cat", "cat/__MACOSX"):
+    (path / "train" / name).mkdir(parents=True)
+    (path / "train" / name / "00.png").write_bytes(b"")
+  (path / "train" / "cat" / "._00.png").write_bytes(b"")
+  assert of_folder(path, tmp_path) == wanted and not warnings
+  (path / "train" / "dog" / "more" / "most").mkdir(parents=True)
+  for name in (
+    "dog/more/0.png",
+    "dog/more/most/0.png",
+    "read.me",
+    "dog/0.avif",
+  ):
+    (path / "train" / name).write_bytes(b"")
+  assert of_folder(path, tmp_path) == wanted
+  (warning,) = warnings
+  assert f"Files of {path} that are left out: " in warning
+  assert "3 not directly in the folder of a class" in warning
+  assert "1 with none of the suffixes .bmp .gif" in warning
+
+
+def test_a_classifier_needs_two_classes(tmp_path, monkeypatch):
+  """A denoiser does not, and its cache of such images is no way around."""
+  path = folder_of(tmp_path / "a", classes=("cat",), each=48)
+  words = r"own has 1 classes \(cat\), and 2 are needed"
+  with pytest.raises(ConfigError, match=words):
+    of_folder(path, tmp_path)
+  assert [p.name for p in tmp_path.iterdir()] == ["a"]
+  c = base.get_config()
+  c.data.update(name="own", dir=str(path), cache_dir=str(tmp_path))
+  task = denoise.build(c)
+  assert task.given["num_classes"] == 1
+  with pytest.raises(ConfigError, match=words):
+    of_folder(path, tmp_path)
 
 
 def test_images_of_several_sizes(tmp_path):
   path = folder_of(tmp_path / "a", sizes=((6, 6), (6, 8)), each=48)
   with pytest.raises(
-    ConfigError, match=r"image 1 .*\(6, 8, 3\).*set task.size"
+    ConfigError,
+    match=r"image 1 .*a/train/cat/01.png\) has .*\(6, 8, 3\).*set task.size",
   ):
     of_folder(path, tmp_path)
   images = of_folder(path, tmp_path, prepared.Size((4, 5), 1))
@@ -203,8 +249,23 @@ def empty(path):
 
 
 def few(path):
-  for file in sorted(path.glob("train/*/*"))[1:]:
-    file.unlink()
+  for file in path.glob("train/*/*"):
+    if file.name != "00.png":
+      file.unlink()
+
+
+def no_dogs(path):
+  for file in path.glob("train/dog/*"):
+    file.rename(file.with_suffix(".avif"))
+
+
+def only_in_validation(path):
+  (path / "validation").mkdir()
+  (path / "train" / "dog").rename(path / "validation" / "dog")
+
+
+def an_empty_class(path):
+  (path / "train" / "bird").mkdir()
 
 
 def no_classes(path):
@@ -222,7 +283,13 @@ def no_classes(path):
       "split train of dataset own cannot be read.*dog/03.png is no whole",
     ),
     (cut, "dog/03.png is no whole image"),
-    (empty, "has no images in the split train"),
+    (
+      empty,
+      "2 of 2 classes have no images in .*a/train, such as cat; put some",
+    ),
+    (no_dogs, "1 of 2 classes have no images in .*a/train, such as dog; put"),
+    (only_in_validation, "1 of 2 classes have no images .* such as dog; put"),
+    (an_empty_class, "1 of 3 classes have no images .* such as bird; put some"),
     (few, "too few images to hold some out"),
     (no_classes, "folders of images train/CLASS"),
   ],
@@ -239,9 +306,14 @@ def test_labels_and_features_that_are_refused(tmp_path, monkeypatch):
   path = folder_of(tmp_path / "a")
   with monkeypatch.context() as m:
     read = folders.find
-    m.setattr(folders, "find", lambda *args: (read(*args)[0], ["cat"]))
+
+    def shifted(*args):
+      files, classes = read(*args)
+      return {k: [(p, n + 1) for p, n in x] for k, x in files.items()}, classes
+
+    m.setattr(folders, "find", shifted)
     with pytest.raises(
-      ConfigError, match="label 1, which is not one of its 1 cl"
+      ConfigError, match="label 2, which is not one of its 2 cl"
     ):
       of_folder(path, tmp_path)
   for name, words in (

@@ -101,6 +101,12 @@ ON_THE_MESH = ["--config=configs/tiny.py", "--config.mesh=(8,1,1,1)"]
       ['"position"', "has any number of them", "boundaries"],
     ),
     (
+      ["model.moe.router={'name': 'by_feature', 'feature': 'token_id'}"]
+      + ["model.moe.router.num_values=2"]
+      + ["model.moe.router.boundaries=(300.0,)"],
+      ["the boundary 300.0", '"token_id"', "go from 0 to 256"],
+    ),
+    (
       ["model.moe.router={'name': 'top_p', 'threshold': 0.5, 'average': 3.0}"],
       ["has 3 experts", "at most 2"],
     ),

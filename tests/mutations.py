@@ -1660,16 +1660,16 @@ FAULTS = (
   Fault(
     "the average of parameters is of those that a start replaces",
     "moe_jax/training/starts/__init__.py",
-    "ema = state.ema and _fitted(params, state.ema, path)",
+    'ema = state.ema and _placed(given["params"], state.ema)',
     "ema = state.ema",
     "upcycling_test.py::test_what_a_run_takes_from_its_start",
   ),
   Fault(
     "a step gives up the average with the parameters",
     "moe_jax/training/starts/__init__.py",
-    "ema = state.ema and _fitted(params, state.ema, path)\n"
-    "  params = _fitted(params, state.params, path)",
-    "params = _fitted(params, state.params, path)\n"
+    'ema = state.ema and _placed(given["params"], state.ema)\n'
+    '  params = _placed(given["params"], state.params)',
+    'params = _placed(given["params"], state.params)\n'
     "  ema = state.ema and params",
     "upcycling_test.py::test_what_a_run_takes_from_its_start",
   ),

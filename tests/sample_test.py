@@ -9,9 +9,10 @@ from PIL import Image, ImageSequence
 
 from moe_jax import evaluate, main, sample
 from moe_jax.core import parallel
-from moe_jax.core.errors import ConfigError
+from moe_jax.core.errors import ConfigError, RunError
+from moe_jax.data.images import written
 from moe_jax.hf.of_config import wan
-from moe_jax.models.generation import flow
+from moe_jax.models.generation import conditions, flow
 from moe_jax.training import program, starts, trained
 from tests import pair_of_runs
 from tests.diffusion_test import folder_of
@@ -185,7 +186,16 @@ REFUSED = {
     "--checkpoint={low}",
     "--low={low}",
   ],
-  "not 0.875 and 'low'": ["--checkpoint={high}", "--low={high}"],
+  "has task.expert = 'high', not 'low'": [
+    "--checkpoint={high}",
+    "--low={high}",
+  ],
+  "has task.boundary = 0.875, not 0.5": [
+    *("--checkpoint={high}", "--low={low}", "--config.task.boundary=0.5")
+  ],
+  "task.predict is 'velocity' in the run": [
+    *("--checkpoint={high}", "--low={low}", "--config.task.predict=noise")
+  ],
   "--label=10 is not below the 10 classes": [
     *("--checkpoint={high}", "--low={low}", "--label=10")
   ],
@@ -217,6 +227,115 @@ def test_what_is_refused(runs, tmp_path, words):
   with pytest.raises(ConfigError, match=words):
     sample.main([*flags, f"--out={tmp_path}/out"])
   assert not (tmp_path / "out").exists()
+
+
+def test_a_second_network_that_predicts_something_else(runs, tmp_path):
+  flags = ["--config.task.expert=low", f"--workdir={tmp_path}/noise"]
+  flags += ["--config.train.num_steps=2", "--config.task.predict=noise"]
+  main.main([*FLAGS, *flags])
+  flags = [f"--checkpoint={runs}/high", f"--low={tmp_path}/noise"]
+  with pytest.raises(
+    ConfigError, match="task.predict = 'noise', not 'velocity'"
+  ):
+    sample.main([*flags, f"--out={tmp_path}/out"])
+
+
+@pytest.mark.parametrize(
+  "flag", ["--guidance=nan", "--guidance=-1", "--seed=-1"]
+)
+def test_impossible_flags(flag, capsys):
+  with pytest.raises(SystemExit):
+    sample.main(["--checkpoint=a", "--out=b", flag])
+  assert flag.partition("=")[2] in capsys.readouterr().err
+
+
+def test_samples_that_are_no_numbers(tmp_path):
+  """Nothing is written in place of a black image."""
+  with pytest.raises(
+    RunError, match="samples have numbers that are not finite"
+  ):
+    written.write(np.full((1, 1, 2, 2, 1), np.nan), tmp_path)
+  assert not [*tmp_path.iterdir()]
+
+
+class arch:  # noqa: N801
+  """The sizes of a model that reads texts and a channel beside."""
+
+  num_classes, text, shape, more_channels = 0, (3, 5), (1, 2, 2, 1), 1
+
+
+def saved(path, **arrays):
+  """Paths of files with an array each, and of another one for `more`."""
+  arrays = {"more": np.zeros((1, 2, 2, 1), np.uint8)} | arrays
+  for name, array in arrays.items():
+    np.save(path / f"{name}.npy", array)
+  return {name: str(path / f"{name}.npy") for name in arrays}
+
+
+def test_conditions_of_files(tmp_path):
+  """Texts take turns; the text that guidance leads away from has its own mask."""
+  rng = np.random.default_rng(0)
+  text, away = (rng.normal(size=(n, 3, 5)).astype(np.float32) for n in (2, 1))
+  mask = np.array([[True, False, False], [True, True, False]])
+  paths = saved(tmp_path, text=text, text_mask=mask, text_none=away)
+  condition, none, more = conditions.read(conditions.Given(**paths), arch, 3)
+  np.testing.assert_array_equal(condition.text_BMT, text[[0, 1, 0]])
+  np.testing.assert_array_equal(condition.mask_BM, mask[[0, 1, 0]])
+  np.testing.assert_array_equal(none.text_BMT, away[[0, 0, 0]])
+  assert none.mask_BM.all() and none.mask_BM.shape == (3, 3)
+  assert (more == -1).all()  # Bytes of 0.
+  paths |= saved(tmp_path, text_none_mask=mask[:1])
+  _, none, _ = conditions.read(conditions.Given(**paths), arch, 2)
+  np.testing.assert_array_equal(none.mask_BM, mask[[0, 0]])
+  del paths["text_mask"]
+  condition, none, _ = conditions.read(conditions.Given(**paths), arch, 2)
+  assert condition.mask_BM.all() and not none.mask_BM.all()
+
+
+@pytest.mark.parametrize(
+  "arrays, words",
+  [
+    (
+      {"text_mask": np.ones((1, 3), np.uint8)},
+      "--text_mask=.* has uint8, and not true",
+    ),
+    (
+      {"text": np.ones((1, 3, 5), np.uint8)},
+      "--text=.* has uint8, and not fractions",
+    ),
+    ({"text": np.full((1, 3, 5), "a")}, "--text=.* and not fractions"),
+    (
+      {"text": np.ones((0, 3, 5))},
+      "has the shape .0, 3, 5., and the model needs",
+    ),
+    ({"text": np.full((1, 3, 5), np.inf)}, "--text=.* that are not finite"),
+    ({"more": np.ones((1, 2, 2, 1), np.uint16)}, "--more=.* has uint16"),
+    ({"text_none_mask": np.ones((1, 3), bool)}, "is of --text_none; give both"),
+  ],
+)
+def test_impossible_arrays(tmp_path, arrays, words):
+  paths = saved(tmp_path, **({"text": np.ones((1, 3, 5))} | arrays))
+  with pytest.raises(ConfigError, match=words):
+    conditions.read(conditions.Given(**paths), arch, 2)
+
+
+def test_a_run_is_sampled_without_its_data(runs, tmp_path):
+  """Sizes of the data are in run.json."""
+  path = folder_of(tmp_path, train_label=None, validation_label=None)
+  flags = [f"--config.data.dir={path}", "--config.task.num_classes=0"]
+  flags += ["--config.task.boundary=None", "--config.task.expert=None"]
+  flags += [
+    "--config.model.video.patch=(1, 2, 2)",
+    "--config.train.num_steps=2",
+  ]
+  flags += ["--config.data.batch_size=4", "--config.eval.batch_size=4"]
+  main.main([*FLAGS, *flags, f"--workdir={tmp_path}/run"])
+  np.save(tmp_path / "text.npy", np.zeros((1, 3, 5), np.float32))
+  for file in tmp_path.glob("*_*.npy"):
+    file.unlink()
+  flags = [f"--checkpoint={tmp_path}/run", f"--text={tmp_path}/text.npy"]
+  sample.main([*flags, "--number=2", "--steps=2", f"--out={tmp_path}/out"])
+  assert len(frames(tmp_path / "out" / "001.gif")) == 2
 
 
 def test_the_second_network_is_checked_before_the_first_runs(

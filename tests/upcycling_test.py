@@ -250,15 +250,13 @@ class State(NamedTuple):
 
 
 @pytest.mark.parametrize("average", [False, True])
-def test_what_a_run_takes_from_its_start(average, monkeypatch, tmp_path):
+def test_what_a_run_takes_from_its_start(average, tmp_path):
   """Parameters, their average too, and the state of the same balancers."""
   given = {"params": {"w": np.ones(3)}, "balance": {"bias": np.ones(2)}}
-  monkeypatch.setattr(starts, "variables", lambda path, config, model: given)
-  (tmp_path / "checkpoints" / "3").mkdir(parents=True)
   same = tiny.get_config()
   params, balance = {"w": jnp.zeros(3)}, {"bias": jnp.zeros(2)}
   state = State(params, balance, params if average else None)
-  found = starts.replaced(state, None, same, str(tmp_path), 0)
+  found = starts.replaced(state, given, None, same, str(tmp_path), 0)
   assert found.params["w"].tolist() == [1, 1, 1]
   assert found.balance["bias"].tolist() == [1, 1]
   assert (found.ema is not None) == average
@@ -268,7 +266,7 @@ def test_what_a_run_takes_from_its_start(average, monkeypatch, tmp_path):
     assert found.ema["w"].tolist() == [1, 1, 1]
     assert found.ema["w"] is not found.params["w"]
   other = State(params, {"bias": jnp.zeros(4)})
-  found = starts.replaced(other, None, same, str(tmp_path), 0)
+  found = starts.replaced(other, given, None, same, str(tmp_path), 0)
   assert found.balance["bias"].tolist() == [0] * 4
 
 

@@ -3,12 +3,14 @@
   PYTHONPATH=VMOE:VISION_TRANSFORMER:. python -m tests.vision_parity
 
 writes tests/images/ anew. It needs checkouts of google-research/vmoe and of
-google-research/vision_transformer; the tests need only the files. Noise is off.
+google-research/vision_transformer; the tests need only the files. There is noise in
+one case alone, whose file has the noise too.
 """
 
 import argparse
 import pathlib
 import sys
+from unittest import mock
 
 import numpy as np
 
@@ -42,7 +44,11 @@ CASES = {
     "qk_norm": True,
     "per_group": 1,
   },
+  # As in training: with noise, of which the load loss is made.
+  "noisy": {"noise": 1.0, "capacity": 1.05},
 }
+# The weights of the two losses differ, so that they cannot be taken for each other.
+WEIGHTS = {"importance": 1.0, "load": 2.0}
 
 
 def setting(name: str) -> dict:
@@ -51,6 +57,7 @@ def setting(name: str) -> dict:
   own |= dict(num_layers=2, layers=(1,), num_experts=5, top_k=2, per_group=3)
   own |= dict(capacity=1.5, multiple=4, priority=False, router="top_k")
   own |= dict(classifier="token", position="learned", d_head=24, qk_norm=False)
+  own |= dict(noise=0.0)
   return own | CASES[name]
 
 
@@ -58,6 +65,13 @@ def tokens(s) -> int:
   """Tokens of an image."""
   rows, columns = (n // s["patch"] for n in s["shape"][:2])
   return rows * columns + (s["classifier"] == "token")
+
+
+def losses(s) -> list[str]:
+  """The balancing losses of a setting."""
+  if s["router"] != "top_k":
+    return []
+  return ["importance", "load"] if s["noise"] else ["importance"]
 
 
 def section(s) -> dict:
@@ -91,8 +105,11 @@ def section(s) -> dict:
     if s["priority"]:
       moe.router.priority = "score"
     moe.balancers = {
-      "load": {"name": "cv_squared", "coefficient": 1.0, "of": "importance"}
+      of: {"name": "cv_squared", "coefficient": WEIGHTS[of], "of": of}
+      for of in losses(s)
     }
+    if s["noise"]:
+      moe.router.noise = s["noise"] / s["num_experts"]
     if s["router"] == "choice":
       moe.router = {"name": "expert_choice", "rounding": "round"}
       moe.top_k, moe.balancers = 1, {}
@@ -110,7 +127,9 @@ def _theirs(s):
 
   dispatcher = {"name": "einsum", "capacity_factor": s["capacity"]}
   dispatcher["capacity_multiple_of"] = s["multiple"]
-  router = {"num_selected_experts": s["top_k"], "noise_std": 0.0}
+  router = {"num_selected_experts": s["top_k"], "noise_std": s["noise"]}
+  router["deterministic"] = not s["noise"]
+  router |= {f"{of}_loss_weight": weight for of, weight in WEIGHTS.items()}
   router["dispatcher"] = {**dispatcher, "batch_priority": s["priority"]}
   if s["router"] == "choice":
     name = "NoisyTopItemsPerExpertRouter"
@@ -159,14 +178,24 @@ def _make(name, seed):
     k: np.asarray(x + rng.normal(scale=0.15, size=x.shape), np.float32)
     for k, x in flat.items()
   }
-  variables = {"params": traverse_util.unflatten_dict(flat, sep="/")}
-  with jax.default_matmul_precision("highest"):
-    logits, metrics = model.apply(variables, image)
-  more = {
-    f"importance/{k}": np.asarray(v["importance_loss"])
+  variables, more = {"params": traverse_util.unflatten_dict(flat, sep="/")}, {}
+  rngs = None
+  if s["noise"]:
+    groups = IMAGES // s["per_group"]
+    shape = groups, tokens(s) * s["per_group"], s["num_experts"]
+    more["noise"] = rng.normal(size=shape).astype(np.float32)
+    rngs = {"gating": jax.random.key(0)}
+  drawn = mock.patch("jax.random.normal", lambda key, shape: more["noise"])
+  with jax.default_matmul_precision("highest"), drawn:
+    logits, metrics = model.apply(variables, image, rngs=rngs)
+  more |= {
+    f"{of}/{k}": np.asarray(v[f"{of}_loss"])
     for k, v in metrics.items()
-    if "importance_loss" in getattr(v, "keys", tuple)()
+    for of in losses(s)
+    if k != "auxiliary_loss"
   }
+  if s["noise"]:
+    more["auxiliary"] = np.asarray(metrics["auxiliary_loss"])
   arrays = {f"params/{k}": x for k, x in flat.items()}
   np.savez_compressed(
     FOLDER / f"{name}.npz", image=image, logits=logits, **arrays, **more

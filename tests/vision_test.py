@@ -6,6 +6,7 @@ import importlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 
@@ -16,10 +17,11 @@ from moe_jax.data.images import prepared
 from moe_jax.hf.of_config import vmoe, vmoe_files
 from moe_jax.models import counts
 from moe_jax.models.parts import image as image_lib
+from moe_jax.moe.routers import top_k
 from moe_jax.moe.types import Side
 from moe_jax.tasks import classify_images
 from moe_jax.training import balancing, program
-from tests import pair_of_runs, tiers, vision_parity
+from tests import images_test, pair_of_runs, tiers, vision_parity
 from tests.encoder_decoder_training_test import assert_close
 
 
@@ -32,7 +34,7 @@ def made(name, **more):
 
 
 def stored(name):
-  """(parameters by their names, image, logits, importance losses) of a file."""
+  """(parameters by their names, image, logits, losses and noise) of a file."""
   with np.load(vision_parity.FOLDER / f"{name}.npz") as file:
     arrays = dict(file)
   params = {
@@ -43,26 +45,65 @@ def stored(name):
   return params, arrays.pop("image"), arrays.pop("logits"), arrays
 
 
+def give_noise(monkeypatch, noise_GTE):
+  """Gives the router the noise of a file, in the place of its own."""
+
+  @jax.custom_batching.custom_vmap
+  def noisy(logits_TE, noise):
+    return logits_TE  # Without its group; the groups are routed together.
+
+  @noisy.def_vmap
+  def of_groups(groups, batched, logits_GTE, noise):
+    return logits_GTE + noise * noise_GTE, True
+
+  def given(logits_TE, rng, noise):
+    assert rng is not None
+    return noisy(logits_TE, noise)
+
+  monkeypatch.setattr(top_k, "_noisy", given)
+
+
 @pytest.mark.parametrize("name", vision_parity.CASES)
-def test_the_public_code(name):
-  """Logits and importance losses within 1e-5, and names both ways."""
-  (_, model), (arrays, image, logits, importance) = made(name), stored(name)
+def test_the_public_code(name, monkeypatch):
+  """Logits and balancing losses within 1e-5, and names both ways."""
+  (s, model), (arrays, image, logits, theirs) = made(name), stored(name)
+  options = {}
+  if s["noise"]:
+    give_noise(monkeypatch, theirs.pop("noise"))
+    options = {"rng": jax.random.key(0), "train": True}
   params = vmoe.to_params(arrays, model, name)
   back = vmoe.of_params(params, model)
   assert back.keys() == arrays.keys()
   for path, array in back.items():
     np.testing.assert_array_equal(array, arrays[path])
   with jax.default_matmul_precision("highest"):
-    found, aux = model.apply({"params": params}, image)
+    found, aux = model.apply({"params": params}, image, **options)
   np.testing.assert_allclose(found, logits, atol=1e-5)
-  if importance:
-    (of_groups,) = importance.values()
-    stats = balancing.statistics(aux, model.sublayers)
-    so_far = {k: x.count_E.sum((1, 2)) for k, x in stats.items()}
-    args = {}, stats, so_far, params
-    total = balancing.loss(model.sublayers, *args)
-    # Ours has 1 more, which changes no gradient.
-    assert float(total) == pytest.approx(1 + of_groups.mean(), abs=1e-5)
+  names = vision_parity.losses(s)
+  # Their sum over losses and layers, for every group.
+  total_G = theirs.pop("auxiliary") if s["noise"] else sum(theirs.values())
+  assert [key.partition("/")[0] for key in theirs] == names
+  stats = balancing.statistics(aux, model.sublayers)
+  so_far = {k: x.count_E.sum((1, 2)) for k, x in stats.items()}
+  loss = balancing.loss(model.sublayers, {}, stats, so_far, params)
+  # Each of ours has 1 more, which changes no gradient.
+  more = sum(vision_parity.WEIGHTS[of] for of in names)
+  assert float(loss) == pytest.approx(more + np.mean(total_G), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", classify_images.LOSSES)
+def test_the_losses_of_classes_are_those_of_the_public_code(name):
+  """The calls of its `train.trainer.get_loss_fn`, on its logits."""
+  logits, label = stored("ample")[2], np.arange(vision_parity.IMAGES) % 7
+  theirs = {
+    "softmax": optax.softmax_cross_entropy,
+    "sigmoid": lambda *args: jnp.sum(
+      optax.sigmoid_binary_cross_entropy(*args), axis=-1
+    ),
+  }[name](logits, np.eye(7, dtype=np.float32)[label])
+  mask = np.ones(len(label), bool)
+  loss, _ = images_test.scored(logits, label, mask, loss=name)
+  assert float(loss.value()) == pytest.approx(float(theirs.mean()), abs=1e-5)
 
 
 def test_priority_and_capacity_matter():
@@ -171,7 +212,9 @@ PUBLISHED = {
   "soft_moe:b_16": 3700,
   "soft_moe:l_16": 13_100,
 }
-# (d, ff, layers, layers with experts, patch).
+# (d, ff, layers, layers with experts, patch), and where they are others: experts,
+# classes, pixels, and whether there is a layer before the output.
+OTHERS = (32, 18_291, 224, True)
 SHAPES = {
   "vmoe:s_32": (512, 2048, 8, 4, 32),
   "vmoe:b_32": (768, 3072, 12, 6, 32),
@@ -180,6 +223,9 @@ SHAPES = {
   "vmoe:l_16": (1024, 4096, 24, 12, 16),
   "vmoe:h_14_last5": (1280, 5120, 32, 5, 14),
   "vmoe:h_14_every2": (1280, 5120, 32, 16, 14),
+  "vmoe:imagenet_s_32": (512, 2048, 8, 2, 32, 8, 1000, 224, True),
+  "vmoe:imagenet21k_b_16": (768, 3072, 12, 6, 16, 8, 21_843, 224, False),
+  "vmoe:imagenet_b_16_384": (768, 3072, 12, 6, 16, 8, 1000, 384, False),
 }
 
 
@@ -204,12 +250,13 @@ def test_published_sizes(name):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_sizes_to_the_unit(name):
-  d, ff, layers, sparse, p = SHAPES[name]
-  places, mlp, experts = (224 // p) ** 2 + 1, 2 * d * ff + ff + d, 32
+  d, ff, layers, sparse, p, *others = SHAPES[name]
+  experts, classes, pixels, more = others or OTHERS
+  places, mlp = (pixels // p) ** 2 + 1, 2 * d * ff + ff + d
   total = 3 * p * p * d + d + places * d + d
   total += layers * (4 * d * d + 4 * d + 4 * d) + 2 * d
   total += (layers - sparse) * mlp + sparse * (experts * mlp + d * experts)
-  head = d * d + d + 18_291 * (d + 1)
+  head = more * (d * d + d) + classes * (d + 1)
   assert counted(name)["total"] == total + head
   idle = sparse * (experts - 2) * mlp
   assert counted(name)["active"] == total + head - idle

@@ -66,7 +66,7 @@ class Architecture(stack.Stack):
   def __post_init__(self):
     super().__post_init__()
     length = self.video.tokens(self.shape)
-    self.check_features({"position": length, "timestep": None})
+    self.check_features({"position": length, "timestep": (0, 1)})
 
   @property
   def stacks(self) -> tuple[stack.Stack, ...]:

@@ -253,7 +253,8 @@ class Router:
   replays: whether it takes the experts of the feature "replayed".
   form: of its choices. Dispatchers and capacities are for `TokenChoice` alone.
   features: names of the features that it looks at, each with the number of values
-    that it knows, whole numbers from 0 on; None: any numbers.
+    that it knows, whole numbers from 0 on; or the boundaries between values; None: any
+    numbers.
   gives: keys of `FACTS`: what balancers can rely on.
   needs: keys of `FACTS` that a balancer has to give.
   spec: set by the registry.
@@ -269,7 +270,9 @@ class Router:
   always_draws: bool = False
   replays: bool = False
   form: type = TokenChoice
-  features: Mapping[str, int | None] = dataclasses.field(default_factory=dict)
+  features: Mapping[str, int | tuple[float, ...] | None] = dataclasses.field(
+    default_factory=dict
+  )
   gives: frozenset[str] = GIVEN
   needs: frozenset[str] = frozenset()
   spec: Any = None

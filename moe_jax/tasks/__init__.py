@@ -39,6 +39,7 @@ class Task:
   check: (model) -> None, raises ConfigError for a model that does not fit.
   few_shot: (model, variables, shots, batch_size) -> metrics, see `few_shot`; None:
     it has no classes to learn from a few examples.
+  check_few_shot: (shots) -> None, raises ConfigError for too few examples.
   pictures: (model, variables) -> {name: bytes [height, width, 3]}, for the hook
     `pictures`; None: there are none.
   name: of the data.
@@ -60,6 +61,7 @@ class Task:
   domains: tuple[str, ...] = ()
   check: Callable[[Any], None] = lambda model: None
   few_shot: Callable[..., Mapping[str, float]] | None = None
+  check_few_shot: Callable[[Any], None] = lambda shots: None
   pictures: Callable[..., Mapping[str, Any]] | None = None
   name: str = ""
   fingerprint: str = ""

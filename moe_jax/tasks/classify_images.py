@@ -132,6 +132,7 @@ def of_images(
       batches_per_domain=config.eval.batches_per_domain,
     ),
     few_shot=functools.partial(few_shot.accuracies, images, scale),
+    check_few_shot=functools.partial(few_shot.check, images),
     pictures=functools.partial(pictures.experts, images, scale),
     domains=(batches.DOMAIN,),
     name=images.name,

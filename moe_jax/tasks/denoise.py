@@ -153,20 +153,22 @@ def _read(config, image, label, size, channels, fingerprint):
   """The `videos.Videos` of a config."""
   data = config.data
   if videos.is_folder(data.dir):
-    found = videos.of_folder(data.name, data.dir)
+    found = videos.of_folder(data.name, data.dir, data.cache_dir)
     if fingerprint not in (None, found.fingerprint):
       raise ConfigError(
-        f"the arrays in {data.dir} have changed since the run began; start a new run"
+        f"the arrays in {data.dir} are not those that the run began with; bring those"
+        " back, or start a new run"
       )
     return found
   images = prepared.prepare(
     data.name,
     data_dir=data.dir,
-    features=prepared.Features(image, label),
+    features=videos.Features(image, label),
     size=prepared.Size(prepared.pair(size), channels),
     cache_dir=data.cache_dir,
     plugins=tuple(config.plugins),
     fingerprint=fingerprint,
+    least_classes=1,
   )
   return videos.of_images(images)
 

@@ -38,17 +38,15 @@ def accuracies(
     shots: numbers of images N.
     batch_size: images of a forward pass.
 
+  Returns:
+    The accuracies, and "few_shot_images", the number of images that they count.
+
   Raises:
-    ConfigError: a class has fewer images, or a model without such vectors.
+    ConfigError: as in `check`; or a vector of the model contains NaN or infinity.
   """
+  check(images, shots)
   pixels, labels = images.arrays["train"]
-  counts = np.bincount(labels, minlength=len(images.classes))
-  if counts.min() < max(shots):
-    name = images.classes[counts.argmin()]
-    raise ConfigError(
-      f"--few_shot={max(shots)} needs as many training images of every class, and"
-      f' "{name}" has {counts.min()}; lower it'
-    )
+  num_classes = len(images.classes)
 
   @jax.jit
   def vectors_of(batch, mask):
@@ -60,18 +58,37 @@ def accuracies(
   for draw in range(_DRAWS):
     rng = np.random.default_rng(draw)
     order = [
-      rng.permutation(np.flatnonzero(labels == c)) for c in range(len(counts))
+      rng.permutation(np.flatnonzero(labels == c)) for c in range(num_classes)
     ]
     # The images of few shots are among those of many.
     chosen = np.stack([places[: max(shots)] for places in order], axis=1)
     found_NF = vectors(pixels, chosen.ravel())
     for n in shots:
-      size = n * len(counts)
+      size = n * num_classes
       own = found_NF[:size], labels[chosen[:n].ravel()]
-      results[n].append(_accuracy(*own, others_NF, wanted, len(counts)))
-  return {
-    f"few_shot/{n}": float(np.mean(found)) for n, found in results.items()
-  }
+      results[n].append(_accuracy(*own, others_NF, wanted, num_classes))
+  means = {f"few_shot/{n}": float(np.mean(x)) for n, x in results.items()}
+  return means | {"few_shot_images": float(len(wanted) // 2)}
+
+
+def check(images: Images, shots: Sequence[int]) -> None:
+  """Raises ConfigError if the data has too few images for `accuracies`.
+
+  Commands call it before they evaluate anything.
+  """
+  labels, others = (images.arrays[k][1] for k in ("train", "validation"))
+  counts = np.bincount(labels, minlength=len(images.classes))
+  if counts.min() < max(shots):
+    name = images.classes[counts.argmin()]
+    raise ConfigError(
+      f"--few_shot={max(shots)} needs as many training images of every class, and"
+      f' "{name}" has {counts.min()}; lower it'
+    )
+  if len(others) < 2:
+    raise ConfigError(
+      "--few_shot needs at least 2 validation images, since every second image"
+      f" counts, and dataset {images.name} has {len(others)}; leave --few_shot out"
+    )
 
 
 def _vectors(vectors_of, batch_size, pixels, numbers=None):
@@ -84,7 +101,13 @@ def _vectors(vectors_of, batch_size, pixels, numbers=None):
     batch = np.zeros((batch_size, *pixels.shape[1:]), np.uint8)
     batch[: len(some)] = pixels[some]
     found.append(np.asarray(vectors_of(batch, mask))[: len(some)])
-  return np.concatenate(found).astype(np.float64)
+  vectors_NF = np.concatenate(found).astype(np.float64)
+  if not np.isfinite(vectors_NF).all():
+    raise ConfigError(
+      "--few_shot needs finite vectors, and the vectors of this model contain NaN or"
+      " infinity; give weights from before the run diverged"
+    )
+  return vectors_NF
 
 
 def _accuracy(x_NF, label_N, others_MF, wanted_M, num_classes):
@@ -93,15 +116,25 @@ def _accuracy(x_NF, label_N, others_MF, wanted_M, num_classes):
   x_NF, others_MF = ((x - mean) / std for x in (x_NF, others_MF))
   target_NC = np.where(label_N[:, None] == np.arange(num_classes), 1.0, -1.0)
   bias_C = target_NC.mean(0)
-  # The weights are combinations of the N vectors.
-  values, basis_NN = np.linalg.eigh(x_NF @ x_NF.T)
-  turned_NC = basis_NN.T @ (target_NC - bias_C)
-  rows_MN = others_MF @ x_NF.T @ basis_NN
-  most, found = -1.0, 0.0
+  left_FR, values_R, right_RC = _ridge(x_NF, target_NC - bias_C)
+  rows_MR, most, found = others_MF @ left_FR, -1.0, 0.0
   for factor in _REGULARISATIONS:
-    shrunk = values.clip(0)[:, None] + factor * values.max()
-    guess_M = (rows_MN @ (turned_NC / shrunk) + bias_C).argmax(1)
+    shrunk_R = values_R + factor * (values_R.max() or 1)
+    guess_M = (rows_MR @ (right_RC / shrunk_R[:, None]) + bias_C).argmax(1)
     right_M = guess_M == wanted_M
     if right_M[::2].mean() > most:  # The others have no part in the choice.
       most, found = right_M[::2].mean(), right_M[1::2].mean()
   return found
+
+
+def _ridge(x_NF, target_NC):
+  """(left, values, right): the weights [F, C] are left @ (right / (values + r)).
+
+  The values are the eigenvalues of the Gram matrix of the features or of the vectors,
+  whichever matrix is smaller, as in V-MoE's own code.
+  """
+  if len(x_NF) >= x_NF.shape[1]:
+    values_F, basis_FF = np.linalg.eigh(x_NF.T @ x_NF)
+    return basis_FF, values_F.clip(0), basis_FF.T @ (x_NF.T @ target_NC)
+  values_N, basis_NN = np.linalg.eigh(x_NF @ x_NF.T)
+  return x_NF.T @ basis_NN, values_N.clip(0), basis_NN.T @ target_NC

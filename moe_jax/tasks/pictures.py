@@ -14,17 +14,18 @@ from moe_jax import models
 from moe_jax.data.images import videos
 from moe_jax.models.diffusion import Condition
 from moe_jax.models.generation import flow
-from moe_jax.moe.types import TokenChoice
+from moe_jax.moe.types import Mixture, TokenChoice
 
 NUMBER = 8  # Images, or videos, in a row.
 _LEAST = 64  # Pixels of a side of an image in a picture.
 
 
 def experts(images, scale, model, variables: Mapping) -> dict[str, np.ndarray]:
-  """{"experts": picture}: images, and below them the first expert of each patch.
+  """{"experts": picture}: images, and below them the best expert of each patch.
 
-  A row is a MoE layer in which tokens choose experts; a colour is an expert. Black
-  patches have none.
+  A row is a MoE layer, and a colour is an expert: the first expert that the patch
+  chose, or where experts or slots choose, the expert with the largest weight in the
+  patch. A black patch has no expert.
 
   Args:
     images: `prepared.Images`.
@@ -38,25 +39,36 @@ def experts(images, scale, model, variables: Mapping) -> dict[str, np.ndarray]:
   )
   aux = _compiled(model)(variables, scale(batch))[1]
   patches = slice(-grid[0] * grid[1], None)  # Without a class token.
-  rows = _first_experts(model, aux, len(batch), patches, grid)
+  rows = _best_experts(model, aux, len(batch), patches, grid)
   return {"experts": _sheet([[_coloured(x) for x in pixels], *rows])}
 
 
-def _first_experts(model, aux, number, patches, grid):
-  """A row of maps for each layer in which tokens choose experts."""
+def _best_experts(model, aux, number, patches, grid):
+  """A row of maps for each MoE layer."""
   rows = []
   for path, parts in models.sublayers(model).items():
-    if parts.recipe.router.form is not TokenChoice:
-      continue
-    choice = models.at(aux, path)["choice"]
-    first = jnp.where(choice.valid_TK, choice.expert_TK, -1)[..., 0]
-    first = np.asarray(first).reshape(len(parts.numbers), number, -1)
+    tokens = parts.grouping.tokens(model.lengths[parts.sequence])
+    best = np.asarray(_best(models.at(aux, path)["choice"], tokens))
+    best = best.reshape(len(parts.numbers), number, -1)
     colours = _palette(parts.recipe.pool)
     rows += [
       [colours[one].reshape(*grid, 3) for one in layer]
-      for layer in first[:, :NUMBER, patches]
+      for layer in best[:, :NUMBER, patches]
     ]
   return rows
+
+
+def _best(choice, tokens):
+  """The best expert of each token [..., T], or -1 where there is none."""
+  if isinstance(choice, TokenChoice):
+    return jnp.where(choice.valid_TK, choice.expert_TK, -1)[..., 0]
+  if isinstance(choice, Mixture):
+    weight_TE = choice.combine_TEC.sum(-1)
+  else:
+    weight_EC = jnp.where(choice.valid_EC, choice.weight_EC, 0)
+    own_ECT = jax.nn.one_hot(choice.token_EC, tokens)
+    weight_TE = jnp.einsum("...EC,...ECT->...TE", weight_EC, own_ECT)
+  return jnp.where(weight_TE.any(-1), weight_TE.argmax(-1), -1)
 
 
 def denoised(
@@ -65,7 +77,7 @@ def denoised(
   """{"denoised": picture, "samples": picture} of the first frames.
 
   "denoised" has videos, these with noise, and what the model makes of them in one
-  step, at timesteps that rise from left to right. Below them are the first experts of
+  step, at timesteps that rise from left to right. Below them are the best experts of
   their patches, as in `experts`. "samples" are there where one network is for all
   timesteps.
 
@@ -103,7 +115,7 @@ def denoised(
   ]
   grid = model.arch.video.grid(model.arch.shape)[1:]
   patches = slice(grid[0] * grid[1])  # Of the first frames.
-  rows += _first_experts(model, aux, number, patches, grid)
+  rows += _best_experts(model, aux, number, patches, grid)
   made = {"denoised": _sheet(rows)}
   if tuple(ends) == (0.0, 1.0):
     one = (flow.Network("all", 0.0, lambda: variables),)

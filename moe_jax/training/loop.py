@@ -119,10 +119,12 @@ def _begin(program, seed, start, directory, checkpoints, progress):
   restored = checkpoints.restore(program.abstract_state)
   facts = program.facts() | {"seed": seed}
   if restored is None:
+    of_run = program.model, program.config
+    # Before anything is compiled or written: it may be refused.
+    given = None if start is None else starts.read(start, *of_run)
     state = program.init(jax.random.key(seed))
-    if start is not None:  # Before anything is written: it may be refused.
-      of_run = program.model, program.config
-      state = starts.replaced(state, *of_run, start, seed)
+    if start is not None:
+      state = starts.replaced(state, given, *of_run, start, seed)
     directory.start_over(**facts)
     return state, 0, Lines(program, directory, progress)
   known = restored.meta["data"]

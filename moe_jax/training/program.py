@@ -132,12 +132,12 @@ class Program:
     """The facts about it for run.json."""
     task, config, model = self.task, self.config, self.model
     platform = parallel.platform(self.mesh)
-    wanted = config.model.moe.grouped_matmul
-    backend = kernels.backend_for(platform, wanted)
+    backend = kernels.backend_for(platform, config.model.moe.grouped_matmul)
     flops = counts.train_flops_per_token(model, self.sizes, self.lengths)
     return {
       "data": task.fingerprint,
       "data_sources": task.sources,
+      "given": dict(task.given),
       "mesh": dict(grid(self.mesh).shape),
       "mesh_check": self.mesh_check and self.mesh_check._asdict(),
       "grouped_matmul": backend,

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from moe_jax.core import files
 from moe_jax.core.errors import ConfigError
 from moe_jax.data.text import tokenizers
 from moe_jax.run import config as config_lib
@@ -154,16 +155,28 @@ def config_of(
   """
   from moe_jax.training import program
 
-  folder = pathlib.Path(path).absolute()
-  runs = [
-    f for f in (folder, *folder.parents[:2]) if (f / "config.json").exists()
-  ]
-  if not runs:
-    raise ConfigError(f"{path} is no work directory of a run, nor in one")
-  file = str(runs[0] / "config.json")
+  file = str(_run_of(path) / "config.json")
   config = config_lib.load(file, overrides, trust_plugins=trust_plugins)
   program.check(config)
   return config
+
+
+def facts_of(path: str) -> dict:
+  """The run.json of a run, or {} if it has none; `path` is as in `of_run`."""
+  file = _run_of(path) / "run.json"
+  remedy = "bring it back, or remove it"
+  return (
+    files.read_json(file, "the facts of a run", remedy) if file.exists() else {}
+  )
+
+
+def _run_of(path):
+  """The work directory that a path is in."""
+  folder = pathlib.Path(path).absolute()
+  for one in (folder, *folder.parents[:2]):
+    if (one / "config.json").exists():
+      return one
+  raise ConfigError(f"{path} is no work directory of a run, nor in one")
 
 
 def has_text(config) -> bool:

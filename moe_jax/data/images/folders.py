@@ -2,13 +2,19 @@
 
 train/CLASS/anything.png       the training images of a class
 validation/CLASS/anything.png  those of validation; may be left out
+
+Hidden files and folders, and the folder __MACOSX of archives, are not read.
 """
 
+import collections
 import pathlib
 import types
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from absl import logging
+
+from moe_jax.core.errors import ConfigError
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _MOST = 2**16 - 1  # Of a pixel with 16 bits.
@@ -27,33 +33,51 @@ def find(
 
   Returns:
     {} and [] where it has no folder of the first split with folders in it.
+
+  Raises:
+    ConfigError: a class has no images in the first split.
   """
-  there = [split for split in splits if (folder / split).is_dir()]
-  if splits[0] not in there:
+  there = {split: folder / split for split in splits}
+  there = {split: path for split, path in there.items() if path.is_dir()}
+  inside = [path for own in there.values() for path in _shown(own)]
+  classes = sorted({path.name for path in inside if path.is_dir()})
+  if splits[0] not in there or not classes:
     return {}, []
-  classes = sorted(
-    {
-      path.name
-      for split in there
-      for path in (folder / split).iterdir()
-      if path.is_dir()
-    }
-  )
-  found = {
-    split: [
-      (path, number)
-      for number, name in enumerate(classes)
-      for path in _images(folder / split / name)
-    ]
-    for split in there
-  }
-  return (found, classes) if classes else ({}, [])
+  numbers = {name: number for number, name in enumerate(classes)}
+  found, left_out = {split: [] for split in there}, collections.Counter()
+  for split, own in there.items():
+    for path in _files(own):
+      if path.parent.parent != own:
+        left_out["not directly in the folder of a class"] += 1
+      elif path.suffix.lower() not in _SUFFIXES:
+        left_out[f"with none of the suffixes {' '.join(_SUFFIXES)}"] += 1
+      else:
+        found[split].append((path, numbers[path.parent.name]))
+  if left_out:
+    reasons = ", ".join(f"{n} {why}" for why, n in left_out.items())
+    logging.warning("Files of %s that are left out: %s", folder, reasons)
+  trained = {number for _, number in found[splits[0]]}
+  if lacking := [name for name in classes if numbers[name] not in trained]:
+    raise ConfigError(
+      f"{len(lacking)} of {len(classes)} classes have no images in {there[splits[0]]},"
+      f" such as {lacking[0]}; put some into its folder there, or remove the class"
+    )
+  return found, classes
 
 
-def _images(folder):
-  if not folder.is_dir():
-    return []
-  return sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES)
+def _shown(folder):
+  """The paths in a folder, in order, without those that are not read."""
+  paths = sorted(folder.iterdir())
+  return [p for p in paths if p.name[0] != "." and p.name != "__MACOSX"]
+
+
+def _files(folder):
+  """Yields the files in a folder at any depth."""
+  for path in _shown(folder):
+    if path.suffix.lower() not in _SUFFIXES and path.is_dir():
+      yield from _files(path)
+    else:
+      yield path
 
 
 class Builder:
@@ -78,6 +102,10 @@ class Builder:
     }
     self.info = types.SimpleNamespace(features=features, splits=splits)
     self._files, self._names = files, (image, label)
+
+  def file(self, split: str, number: int) -> pathlib.Path:
+    """Returns the file of an example."""
+    return self._files[split][number][0]
 
   def as_data_source(self, split: str) -> "_Examples":
     """Returns the examples of a split."""

@@ -124,6 +124,7 @@ def prepare(
   cache_dir: str | os.PathLike | None = None,
   plugins: tuple[str, ...] = (),
   fingerprint: str | None = None,
+  least_classes: int = 2,
 ) -> Images:
   """Returns the images of a dataset; makes their cache where there is none yet.
 
@@ -136,10 +137,12 @@ def prepare(
     features: what is read.
     size: of all images.
     cache_dir, plugins, fingerprint: as in `corpora.prepare`.
+    least_classes: fewer are refused.
 
   Raises:
     ConfigError: no such dataset, folder, feature, split or content, images of
-      several sizes, a label that is no class, a damaged file, or no space.
+      several sizes, a label that is no class, too few classes, a damaged file, or
+      no space.
   """
   if fingerprint is not None:
     for folder in caches.entries(name, cache_dir):
@@ -149,9 +152,10 @@ def prepare(
   folder = caches.entry(name, cache_dir, [_FORMAT, source[0], features, size])
 
   def write(folder):
-    _write(folder, name, source, features, size)
+    _write(folder, name, source, features, size, least_classes)
 
   images = caches.get(name, folder, write, _open)
+  _check_classes(name, images.classes, least_classes)
   if fingerprint not in (None, images.fingerprint):
     raise ConfigError(
       f"{name} has fingerprint {images.fingerprint}, but {fingerprint} was asked for"
@@ -203,12 +207,13 @@ def _fingerprint(arrays):
   return caches.sha256(digests)
 
 
-def _write(folder, name, source, features, size):
+def _write(folder, name, source, features, size, least_classes):
   """Writes all files of a cache."""
   versions, prepared = source
   builder = prepared(folder)
   features.check(name, builder)
   classes = list(dict(builder.info.features.items())[features.label].names)
+  _check_classes(name, classes, least_classes)
   counts, shape = dict.fromkeys(SPLITS, 0), None
   with contextlib.ExitStack() as stack:
     files = {
@@ -242,6 +247,8 @@ def _read(name, builder, features, size):
     for number, example in enumerate(sources.examples(name, builder, split)):
       pixels = np.asarray(example[features.image])
       place = f"image {number} of the split {split} of dataset {name}"
+      if isinstance(builder, folders.Builder):
+        place += f" ({builder.file(split, number)})"
       if pixels.dtype != np.uint8:
         raise ConfigError(
           f"{place} has numbers of type {pixels.dtype}, and images are bytes (uint8);"
@@ -269,6 +276,15 @@ def _sized(pixels, size):
     image = image.resize(size.pixels[::-1], Image.Resampling.BICUBIC)
   pixels = np.asarray(image)
   return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _check_classes(name, classes, least):
+  """Raises ConfigError for a dataset with too few classes."""
+  if len(classes) < least:
+    raise ConfigError(
+      f"dataset {name} has {len(classes)} classes ({', '.join(classes)}), and {least}"
+      " are needed; add images of another class"
+    )
 
 
 def _check(pixels, label, shape, num_classes, place):

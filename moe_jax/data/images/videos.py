@@ -1,6 +1,6 @@
 """Videos or their latents in a folder of arrays, and images as videos of one frame.
 
-  train_video.npy      [N, F, H, W, channels], bytes of pixels, or numbers
+  train_video.npy      [N, F, H, W, channels], bytes of pixels, or fractions
   train_label.npy      [N], classes from 0 on; may be left out
   train_text.npy       [N, M, T], vectors that a text encoder has made; may be left out
   train_text_mask.npy  [N, M], False for padding; may be left out
@@ -11,6 +11,9 @@ and the same for `validation`. The files are mapped, and only what is read is lo
 """
 
 import dataclasses
+import hashlib
+import itertools
+import operator
 import pathlib
 from collections.abc import Iterator, Mapping
 
@@ -24,6 +27,25 @@ from moe_jax.data.images import prepared
 SPLITS = sources.SPLITS
 _KINDS = ("video", "label", "text", "text_mask", "more")
 _AXES = dict(zip(_KINDS, (5, 1, 3, 2, 5)))
+_TYPES = {  # The letters that numpy has for the types of a kind, and words for them.
+  "label": (np.typecodes["AllInteger"], "whole numbers"),
+  "text": ("efd", "float16, float32 or float64"),
+  "text_mask": ("?", "True and False"),
+}
+# Of the other kinds.
+_NUMBERS = ("Befd", "bytes (uint8), float16, float32 or float64")
+_FORMAT = "arrays 1"  # Change it when arrays are hashed or checked differently.
+_READ_AT_ONCE = 2**24  # Bytes.
+_LARGEST = np.finfo(np.float32).max
+
+
+class Features(prepared.Features):
+  """The features of images for a task that also reads arrays."""
+
+  @property
+  def words(self) -> str:
+    """See `sources.Wanted`."""
+    return f"{super().words}, or with arrays such as train_video.npy"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +57,7 @@ class Videos:
   num_classes: of the labels; 0: there are none.
   text: (M, T) of the texts' vectors; None: there are none.
   more_channels: of what a model reads beside.
-  fingerprint: changes when the data does.
+  fingerprint: changes when the content does.
   arrays: {split: {kind: array of all videos}}.
   sources: names and versions of what they were made from.
   """
@@ -82,24 +104,25 @@ def is_folder(folder: str | None) -> bool:
   return (pathlib.Path(folder).expanduser() / "train_video.npy").is_file()
 
 
-def of_folder(name: str, folder: str) -> Videos:
+def of_folder(name: str, folder: str, cache_dir: str | None = None) -> Videos:
   """The videos of a folder.
 
   Args:
     name: to call it by.
     folder: see the head of this file.
+    cache_dir: where the fingerprints of files that were read are kept, see
+      `caches.entry`.
 
   Raises:
-    ConfigError: a file is missing or damaged, or arrays do not fit together.
+    ConfigError: a file is missing or damaged, or arrays do not fit together or
+      have numbers that are not finite.
   """
-  path, arrays, stats = pathlib.Path(folder).expanduser(), {}, []
-  for split in SPLITS:
-    arrays[split] = {}
-    for kind in _KINDS:
-      file = path / f"{split}_{kind}.npy"
-      if file.exists():
-        arrays[split][kind] = _mapped(file, _AXES[kind])
-        stats.append((file.name, file.stat().st_size, file.stat().st_mtime))
+  path = pathlib.Path(folder).expanduser()
+  files, arrays = {}, {split: {} for split in SPLITS}
+  for split, kind in itertools.product(SPLITS, _KINDS):
+    file = path / f"{split}_{kind}.npy"
+    if file.exists():
+      files[file] = arrays[split][kind] = _mapped(file, _AXES[kind])
   first = arrays["train"]
   for split, own in arrays.items():
     _check(path, split, own, first)
@@ -111,10 +134,49 @@ def of_folder(name: str, folder: str) -> Videos:
     num_classes=0 if label is None else int(label.max()) + 1,
     text=None if text is None else text.shape[1:],
     more_channels=0 if more is None else more.shape[-1],
-    fingerprint=caches.sha256(stats),
+    fingerprint=_fingerprint(name, files, cache_dir),
     arrays=arrays,
     sources={"data_dir": str(path)},
   )
+
+
+def _fingerprint(name, files, cache_dir):
+  """Returns the sha256 of all arrays, which are read only if a file has changed."""
+  stats = [(str(file.absolute()), file.stat()) for file in files]
+  # The last number changes with the content even where somebody sets the time back.
+  key = [(file, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file, s in stats]
+  entry = caches.entry(name, cache_dir, [_FORMAT, key])
+
+  def write(folder):
+    digests = {file.name: _digest(file, x) for file, x in files.items()}
+    index = {"format": _FORMAT, "fingerprint": caches.sha256(digests)}
+    caches.write_index(folder, index)
+
+  def opened(folder):
+    return caches.read(folder, _FORMAT, operator.itemgetter("fingerprint"))
+
+  return caches.get(name, entry, write, opened)
+
+
+def _digest(file, array):
+  """Returns the sha256 of an array, of which a part is in memory at a time.
+
+  Raises:
+    ConfigError: a number is NaN or infinite, or would be infinite in float32.
+  """
+  digest = hashlib.sha256(repr((array.dtype.str, array.shape)).encode())
+  rows = max(1, _READ_AT_ONCE * len(array) // array.nbytes)
+  for start in range(0, len(array), rows):
+    part = np.ascontiguousarray(array[start : start + rows])
+    digest.update(part)
+    fits = (np.abs(part) <= _LARGEST).reshape(len(part), -1).all(axis=1)
+    if not fits.all():
+      raise ConfigError(
+        f"{file} has NaN, infinity or a number beyond float32 in row"
+        f" {start + fits.argmin()}, counted from 0; mend that row, or remove it from"
+        " all arrays of its split"
+      )
+  return digest.hexdigest()
 
 
 def _mapped(file, axes):
@@ -146,31 +208,66 @@ def _check(path, split, own, first):
       f"the arrays of {split} in {path} have {sizes} entries; give each as many, and"
       " one or more"
     )
-  _check_kinds(path, split, own)
   for kind, array in own.items():
-    if array.shape[1:] != first[kind].shape[1:]:
-      raise ConfigError(
-        f"{path}: {split}_{kind}.npy has entries of shape {array.shape[1:]}, and those"
-        f" of train {first[kind].shape[1:]}; make them equal"
-      )
-  label, known = own.get("label"), first.get("label")
-  if label is not None and not 0 <= label.min() <= label.max() <= known.max():
-    raise ConfigError(
-      f"{path}: {split}_label.npy has labels from {label.min()} to {label.max()}, and"
-      f" those of train go from 0 to {known.max()}"
-    )
+    for fits, words in _requirements(kind, array, first[kind]):
+      if not fits:
+        raise ConfigError(f"{path}: {split}_{kind}.npy has {words}")
+  _check_pairs(path, split, own)
 
 
-def _check_kinds(path, split, own):
-  """Raises ConfigError for arrays of a split of the wrong type, or of other sizes."""
-  kinds = {"label": "iu", "text_mask": "b"}
-  for kind, array in own.items():
-    if array.dtype.kind not in kinds.get(kind, "uf"):
-      what = {"label": "whole numbers", "text_mask": "True and False"}
-      raise ConfigError(
-        f"{path}: {split}_{kind}.npy has the type {array.dtype}, and it needs"
-        f" {what.get(kind, 'bytes (uint8) or fractions')}; write it again"
-      )
+def _requirements(kind, array, other):
+  """Yields (whether an array fits, words for what it has otherwise).
+
+  Args:
+    kind: of the array.
+    array: of a split.
+    other: the training array of the same kind.
+  """
+  dtype, (letters, types) = array.dtype, _TYPES.get(kind, _NUMBERS)
+  yield (
+    dtype.char in letters and (dtype.isnative or kind == "label"),
+    f"the type {dtype}, and it needs {types}, in this machine's order of bytes; write"
+    " it again",
+  )
+  yield (
+    all(array.shape),
+    f"the shape {array.shape}, and every size must be at least 1; write it again",
+  )
+  yield (
+    array.shape[1:] == other.shape[1:],
+    f"entries of shape {array.shape[1:]}, and those of train {other.shape[1:]}; make"
+    " them equal",
+  )
+  yield (
+    dtype == other.dtype or kind == "label",
+    f"the type {dtype}, and that of train has {other.dtype}; write both with one type",
+  )
+  if kind == "label":
+    yield from _label_requirements(array, other)
+
+
+def _label_requirements(label, known):
+  """Yields the requirements of labels, as `_requirements` does."""
+  low, high, most = (int(x) for x in (label.min(), label.max(), known.max()))
+  yield (
+    low >= 0,
+    f"the label {low}, and labels begin at 0; number the classes from 0 on",
+  )
+  yield (
+    high <= most,
+    f"labels up to {high}, and those of train go up to {most}; remove these videos, or"
+    " add their classes to train",
+  )
+  distinct = len(np.unique(known))
+  yield (
+    most < 10 * distinct + 1000,
+    f"{distinct} distinct labels up to {most}, and there would be {most + 1} classes;"
+    " number the classes from 0 on without such gaps",
+  )
+
+
+def _check_pairs(path, split, own):
+  """Raises ConfigError for an array without the array that it belongs to."""
   sides = {"more": ("video", slice(1, 4)), "text_mask": ("text", slice(1, 2))}
   for kind, (of, axes) in sides.items():
     if kind in own and (of not in own):

@@ -14,19 +14,20 @@ def exists(path: str) -> bool:
   return vmoe_files.exists(path)
 
 
-def load(path: str, model) -> dict | None:
+def load(path: str, model, fits: bool = True) -> dict | None:
   """The parameters, nested as those of the model of a config; None: others are there.
 
   Args:
     path: the prefix or the folder.
     model: of the config.
+    fits: whether all shapes have to be the model's, also where it can adapt them.
 
   Raises:
     ConfigError: a damaged file; parameters that the model does not have, or lacking or
       of another size.
   """
   if vmoe_files.exists(path):
-    return vmoe.load(path, model)
+    return vmoe.load(path, model, fits)
   is_of_videos = hasattr(getattr(model, "arch", None), "video")
   if is_of_videos and any(pathlib.Path(path).glob("*.safetensors")):
     return wan.load(path, model)

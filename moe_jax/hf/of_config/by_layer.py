@@ -1,8 +1,9 @@
 """Parameters under other names, one array for every layer, and nested ones here."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
@@ -40,6 +41,7 @@ def nested(
   here: Callable,
   model: nn.Module,
   where: str,
+  free: Collection[str] = (),
 ) -> dict:
   """Parameters as a model has them.
 
@@ -49,19 +51,20 @@ def nested(
     here: (array, path here) -> the array in its shape here.
     model: that is to have them.
     where: they come from, for messages.
+    free: paths here whose arrays may have another shape.
 
   Raises:
     ConfigError: an array has no place in the model or another shape, or the model
       lacks one.
   """
-  found, flat = placed(arrays, of, here, model, where), {}
+  found, flat = placed(arrays, of, here, model, where, free), {}
   for ours in dict.fromkeys(path for path, _ in found):
     repeats = [array for (path, _), array in found.items() if path == ours]
     flat[ours] = repeats[0] if (ours, None) in found else np.stack(repeats)
   return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def placed(arrays, of, here, model, where) -> dict:
+def placed(arrays, of, here, model, where, free=()) -> dict:
   """{(path here, number of the repeat): array}, checked; see `nested`."""
   of = [*of]
   known = {theirs for theirs, _, _ in of}
@@ -85,7 +88,8 @@ def placed(arrays, of, here, model, where) -> dict:
     )
   return {
     (ours, repeat): _fitting(
-      arrays[theirs], theirs, ours, repeat, here, wanted.get(ours), where
+      *(arrays[theirs], theirs, ours, repeat, here),
+      *(None if ours in free else wanted.get(ours), where),
     )
     for theirs, ours, repeat in of
     if theirs in arrays
@@ -94,6 +98,11 @@ def placed(arrays, of, here, model, where) -> dict:
 
 def _fitting(array, theirs, ours, repeat, here, wanted, where):
   """An array in its shape here; raises ConfigError if it is not the model's."""
+  if not jnp.issubdtype(array.dtype, jnp.floating):
+    raise ConfigError(
+      f"{where} has {theirs} of {array.dtype}, and a weight is a fraction; give the"
+      " weights as they were published"
+    )
   shape = None
   if wanted is not None:
     shape = wanted.shape[repeat is not None :]

@@ -46,12 +46,14 @@ for _place, _network in (("Mlp", "mlp"), ("Moe/Mlp", "moe/experts")):
     _LAYER[f"{_place}/{_dense}/bias"] = f"{_network}/{_name}_bias"
 
 
-def load(prefix: str, model) -> dict:
+def load(prefix: str, model, fits: bool = True) -> dict:
   """The parameters of a checkpoint, nested as those of a model.
 
   Args:
     prefix: of its files, without ".index".
     model: a `vision.Vision`, which has the same layers.
+    fits: its places and classes have to be the model's too; otherwise the caller has
+      them adapted, see `Vision.adapted`.
 
   Raises:
     ConfigError: the files are damaged, or parameters are missing or too many.
@@ -64,7 +66,7 @@ def load(prefix: str, model) -> dict:
   params = [name for name in arrays if name.startswith("params/")]
   if params:  # A train state; else the parameters alone.
     arrays = {name.removeprefix("params/"): arrays[name] for name in params}
-  return to_params(arrays, model, prefix)
+  return to_params(arrays, model, prefix, fits)
 
 
 def save(prefix: str, model, params: Mapping) -> None:
@@ -79,9 +81,12 @@ def save(prefix: str, model, params: Mapping) -> None:
   vmoe_files.write(prefix, {f"params/{k}": x for k, x in arrays.items()})
 
 
-def to_params(arrays: Mapping[str, np.ndarray], model, where: str) -> dict:
+def to_params(
+  arrays: Mapping[str, np.ndarray], model, where: str, fits: bool = True
+) -> dict:
   """Parameters by V-MoE's names, nested as those of a model; see `load`."""
-  return by_layer.nested(arrays, _names(model), _here, model, where)
+  free = () if fits else ("positions", "head", "head_bias")
+  return by_layer.nested(arrays, _names(model), _here, model, where, free)
 
 
 def of_params(params: Mapping, model) -> dict[str, np.ndarray]:

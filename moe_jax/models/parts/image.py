@@ -159,6 +159,12 @@ def adapted(params: Mapping, arch, path: str) -> dict:
     ConfigError: places that are no square grid.
   """
   params, own = dict(params), arch.image
+  has_token = "class_token" in params
+  if has_token != (own.pooling == "token"):
+    raise ConfigError(
+      f"the model of {path} {'has a' if has_token else 'has no'} class token, and"
+      f" model.image.pooling is {own.pooling!r}; set it to that of these weights"
+    )
   if "positions" in params and own.positions == "learned":
     token, grid = own.pooling == "token", own.grid(arch.shape)
     params["positions"] = _resized(params["positions"], token, grid, path)

@@ -100,11 +100,12 @@ class Stack:
         ' in num_heads, bias_buckets or bias_distance; use "layer"'
       )
 
-  def check_features(self, given: Mapping[str, int | None]) -> None:
+  def check_features(self, given: Mapping[str, int | tuple | None]) -> None:
     """Raises ConfigError for a router that looks at something else.
 
     Args:
-      given: {feature: how many values it has; None: without end}.
+      given: {feature: how many values it has; None: without end; or its lowest and
+        highest value}.
     """
     for kind, parts in self.kinds:
       wanted = parts.recipe.router.features if parts.recipe else {}
@@ -114,14 +115,7 @@ class Stack:
             f'the router of layers "{kind}" looks at the feature "{feature}", which'
             f" this model does not have; it has: {', '.join(sorted(given))}"
           )
-        values = given[feature] or math.inf
-        if known is not None and values > known:
-          several = f"{values}" if given[feature] else "any number of them"
-          raise ConfigError(
-            f'the router of layers "{kind}" knows {known} values of the feature'
-            f' "{feature}", and this model has {several}; raise the router\'s'
-            " vocab_size or num_values, or set its boundaries"
-          )
+        _check_feature(kind, feature, known, given[feature])
 
   @property
   def segments(self) -> tuple[tuple[str, tuple[str, ...], int, int], ...]:
@@ -383,3 +377,24 @@ def _with_bias(module, stack, call):
       )
       return call._replace(context=call.context._replace(bias=bias))
   return call
+
+
+def _check_feature(kind, feature, known, values):
+  """Raises ConfigError for values of a feature that a router does not know."""
+  if isinstance(known, tuple | list):
+    if not isinstance(values, tuple):
+      values = 0, (values or math.inf) - 1
+    if outside := [x for x in known if not values[0] <= x <= values[1]]:
+      raise ConfigError(
+        f'the router of layers "{kind}" has the boundary {outside[0]} of the feature'
+        f' "{feature}", whose values go from {values[0]} to {values[1]}; change it'
+      )
+    return
+  number = math.inf if isinstance(values, tuple) else values or math.inf
+  if known is not None and number > known:
+    several = "any number of them" if number == math.inf else number
+    raise ConfigError(
+      f'the router of layers "{kind}" knows {known} values of the feature'
+      f' "{feature}", and this model has {several}; raise the router\'s'
+      " vocab_size or num_values, or set its boundaries"
+    )

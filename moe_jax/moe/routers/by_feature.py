@@ -85,7 +85,7 @@ def build(
     *(init, scores.LINEAR_AXES, route),
     causal=True,
     top_k=top_k,
-    features={feature: num_values if boundaries is None else None},
+    features={feature: num_values if boundaries is None else boundaries},
     gives=GIVEN - {"logits_TE", "selection"},
   )
 

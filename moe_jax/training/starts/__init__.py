@@ -24,7 +24,31 @@ from moe_jax.training.starts import fit, upcycling
 KEY = "init_from"
 
 
-def replaced(state, model, config, path: str, seed: int):
+def read(path: str, model, config) -> dict | None:
+  """{"params", "balance"} of another model, adapted to this one, or None to upcycle.
+
+  Args:
+    path: a run's work directory, one of its checkpoints, a folder of
+      `moe_jax.upcycle` or published weights, or what `hf.of_config` reads.
+    model, config: of the run.
+
+  Raises:
+    ConfigError: there are none, or of a model that does not fit; says where.
+  """
+  check(path)
+  if config.upcycle:
+    return None
+  given = _read(functools.partial(variables, config=config, model=model), path)
+  if hasattr(model, "adapted"):
+    adapted = functools.partial(model.adapted, given["params"])
+    given = {**given, "params": _read(adapted, path)}
+  _check_shapes(
+    given["params"], nn.unbox(models.variables(model))["params"], path
+  )
+  return given
+
+
+def replaced(state, given: Mapping | None, model, config, path: str, seed: int):
   """A new TrainState with parameters of another model.
 
   Balancers go on from the state that they had there, where both have it; optimizer
@@ -32,33 +56,27 @@ def replaced(state, model, config, path: str, seed: int):
 
   Args:
     state: of step 0.
+    given: from `read`; None: they are made by `config.upcycle`.
     model, config: of the run. Without `config.upcycle`, the other model is the same.
-    path: a run's work directory, one of its checkpoints, a folder of
-      `moe_jax.upcycle` or published weights, or what `hf.of_config` reads.
+    path: as in `read`.
     seed: of the run; added to that of `config.upcycle`.
 
   Raises:
-    ConfigError: there are none, or of a model that does not fit; says where.
+    ConfigError: as `read`.
   """
-  check(path)
-  if how := config.upcycle:
+  if given is None:
     source = _read(trained.of_folder, path)
     fit.check_text(source, config, path)
     initial = {"params": state.params, "balance": state.balance}
     initial = multihost_utils.process_allgather(initial, tiled=True)
-    made = upcycling.Upcycling(**how)
+    made = upcycling.Upcycling(**config.upcycle)
     made = made._replace(seed=made.seed + seed)
     args = source.model, source.variables, model, initial, made
     given = upcycling.upcycled(*args)
-  else:
-    read = functools.partial(variables, config=config, model=model)
-    given = _read(read, path)
-  params = given["params"]
-  if hasattr(model, "adapted"):
-    params = _read(functools.partial(model.adapted, params), path)
+  _check_shapes(given["params"], state.params, path)
   # Arrays of its own, because a step gives up those of the state.
-  ema = state.ema and _fitted(params, state.ema, path)
-  params = _fitted(params, state.params, path)
+  ema = state.ema and _placed(given["params"], state.ema)
+  params = _placed(given["params"], state.params)
   balance, before = state.balance, given.get("balance", {})
   if _shapes(before) == _shapes(balance):
     balance = _placed(before, balance)
@@ -92,7 +110,7 @@ def variables(path: str, config, model=None) -> dict:
     ConfigError: there are none at the path, they cannot be read, or their tokens
       are others.
   """
-  if (params := of_config.load(path, model)) is not None:
+  if (params := of_config.load(path, model, fits=False)) is not None:
     return {"params": params}
   folder = pathlib.Path(path).absolute()
   if trained.is_published(folder):
@@ -175,8 +193,8 @@ def _read(load, path):
     raise ConfigError(f"{KEY} = {path}: {e}") from e
 
 
-def _fitted(given, wanted, path):
-  """Parameters on the devices of others of the same shapes."""
+def _check_shapes(given, wanted, path):
+  """Raises ConfigError for parameters of other names or shapes than wanted."""
   there, here = _shapes(given), _shapes(wanted)
   for name in sorted({*there, *here}):
     if there.get(name) != here.get(name):
@@ -186,7 +204,6 @@ def _fitted(given, wanted, path):
         f" {here.get(name, 'not there')}; make the sizes equal, or give"
         " other weights (python -m moe_jax.upcycle makes experts of dense ones)"
       )
-  return _placed(given, wanted)
 
 
 def _placed(given, like):
