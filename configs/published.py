@@ -61,10 +61,12 @@ def vision(
 ) -> ConfigDict:
   """ViT (2010.11929) on images of 224 pixels, with layer norms and biases.
 
-  The learning rate falls to 0 on a line after 10,000 steps of warm-up.
+  They are the middle of an image, 224 of 256 pixels of its shorter side, in training
+  too. The learning rate falls to 0 on a line after 10,000 steps of warm-up.
   """
   c = decoder()
   c.task = {"name": "classify_images", "size": 224, "channels": 3, **task}
+  c.task.crop = 224 / 256
   c.data.update(name="imagenet2012", batch_size=4096)
   m = c.model
   m.update(name="vision", d_model=d_model, d_ff=d_ff, num_layers=num_layers)
@@ -109,7 +111,7 @@ def groups_of(model: ConfigDict, inputs, targets) -> None:
 def _of_digits(c):
   """Changes what a model of images or videos reads to images of 8 x 8 pixels."""
   c.data.name, m = "digits", c.model
-  own = {"size": 8, "channels": 1, "num_classes": 10}
+  own = {"size": 8, "channels": 1, "num_classes": 10, "crop": None}
   m.update(vocab_size=None, d_model=32, head_dim=8)
   if m.name == "vision":
     own["augment"] = {"shift": 1}

@@ -117,7 +117,7 @@ def _imagenet21k_b_16():
 def _imagenet_b_16_384():
   """The same, fine-tuned on ILSVRC2012, but for its optimizer: SGD with momentum."""
   c = _imagenet21k_b_16()
-  c.task.update(num_classes=1000, size=384, loss="softmax")
+  c.task.update(num_classes=1000, size=384, loss="softmax", crop=None)
   c.task.augment = {"area": (0.05, 1.0), "flip": True}
   c.model.image.head_bias = -math.log(1000)
   c.model.moe.capacity_factor = 1.5

@@ -22,10 +22,8 @@ def main(argv=None) -> int:
     command.check_writable(args.json)  # Not after minutes.
   if args.hf and args.dataset is None and not args.config:
     _refuse_no_text(args.hf)
-  if bool(args.checkpoint) != bool(args.config):
-    config = _read(args, overrides)
-    if not trained.has_text(config):
-      return _without_text(args, config)
+  if (config := _read(args, overrides)) is not None:
+    return _without_text(args, config)
   if args.few_shot:
     raise ConfigError(
       "--few_shot is of a run that classifies images, and this is none; leave it out"
@@ -58,13 +56,18 @@ def main(argv=None) -> int:
 
 
 def _read(args, overrides):
-  """The config of the run, or of --config."""
+  """The config of a run or a file, if its task has no text; else None."""
   from moe_jax.training import program
 
   trust = args.trust_plugins
-  if args.checkpoint:
-    return trained.config_of(args.checkpoint, overrides, trust)
+  if args.checkpoint and not args.config:
+    config = trained.config_of(args.checkpoint, overrides, trust)
+    return None if trained.has_text(config) else config
+  if not args.hf or not args.config:
+    return None
   config = config_lib.load(args.config, overrides, trust_plugins=trust)
+  if trained.is_of_text(config):
+    return None
   program.check(config)
   return config
 

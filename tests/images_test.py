@@ -234,6 +234,21 @@ def test_a_smaller_image_is_smooth(tmp_path):
   assert small.shape == (2, 2, 3) and np.abs(small.astype(int) - 127).max() < 20
 
 
+def test_the_middle_of_an_image():
+  """The largest part with the proportions that are wanted, and a share of it."""
+  image = np.zeros((20, 60, 3), np.uint8)
+  image[:, 20:40] = 200  # Black, grey, black.
+  image[:2], image[-2:] = 100, 100
+  squeezed, whole, share = (
+    prepared._sized(image, prepared.Size((20, 20), 3, crop)).astype(int)
+    for crop in (None, 1.0, 0.8)
+  )
+  assert squeezed[10, 1, 0] < 10 and squeezed[10, 10, 0] > 190
+  np.testing.assert_array_equal(whole, image[:, 20:40])
+  # Of 20 rows and columns 16 are there, without those of 100 and of 0.
+  assert abs(share - 200).max() < 10
+
+
 def damaged(path):
   (path / "train" / "dog" / "03.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
 

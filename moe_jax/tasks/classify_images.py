@@ -36,6 +36,7 @@ def build(
   size: prepared.SIZE = None,
   stored_size: prepared.SIZE = None,
   channels: prepared.CHANNELS = None,
+  crop: prepared.CROP = None,
   num_classes: optional(integer(2)) = None,
   loss: word("softmax", "sigmoid") = "softmax",
   label_smoothing: number(0, below=1) = 0.0,
@@ -54,6 +55,7 @@ def build(
     stored_size: the same of the images in the cache, of which `augment.area` takes
       parts; None: `size`.
     channels: 1 or 3, to which the images are changed; None: as they are.
+    crop: share that is kept of the middle of an image, see `prepared.Size`.
     num_classes: of the model; None: those of the data.
     loss: "softmax", the cross-entropy of exclusive classes, or "sigmoid", the sum
       over classes of that of each one alone (V-MoE, 2106.05974, in pre-training).
@@ -65,17 +67,10 @@ def build(
     ConfigError: no such data, images of several sizes, or impossible numbers.
   """
   how = augment_lib.Augmentation(**augment)
-  stored = prepared.Size(prepared.pair(stored_size or size), channels)
+  stored = prepared.Size(prepared.pair(stored_size or size), channels, crop)
   if prepare:
-    images = prepared.prepare(
-      config.data.name,
-      data_dir=config.data.dir,
-      features=prepared.Features(image, label),
-      size=stored,
-      cache_dir=config.data.cache_dir,
-      plugins=tuple(config.plugins),
-      fingerprint=fingerprint,
-    )
+    features = prepared.Features(image, label)
+    images = prepared.of_config(config, features, stored, fingerprint)
   else:
     if stored.pixels is None:
       raise ConfigError(

@@ -48,6 +48,7 @@ def build(
   label: text() = "label",
   size: prepared.SIZE = None,
   channels: prepared.CHANNELS = None,
+  crop: prepared.CROP = None,
   shape: _SHAPE = None,
   text: optional(items((_POSITIVE, _POSITIVE))) = None,
   more_channels: integer(0) = 0,
@@ -64,12 +65,11 @@ def build(
 
   Args:
     config: a whole config, of which `data.name`, `data.dir`, `data.cache_dir`,
-      `data.batch_size`, `train.accumulation`, `eval` and `plugins` are read. The data
-      are images as `classify_images` has them, or the arrays of a folder, see
-      `videos`.
+      `data.batch_size`, `train.accumulation`, `eval` and `plugins` are read. The data are
+      images as `classify_images` has them, or arrays, see `videos`.
     mesh: is not used.
     fingerprint, prepare: as in `next_token.build`; without batches nothing is read.
-    image, label, size, channels: of images, as in `classify_images.build`.
+    image, label, size, channels, crop: of images, as in `classify_images.build`.
     shape, text, more_channels, num_classes: of the data, where it is not read:
       (frames, height, width, channels), (vectors of a text, their width), ...; where it
       is read they need not be given.
@@ -92,7 +92,7 @@ def build(
   sizes = {"num_classes": num_classes, "more_channels": more_channels}
   sizes |= {"shape": shape, "text": text and tuple(text)}
   if prepare:
-    found = _read(config, image, label, size, channels, fingerprint)
+    found = _read(config, image, label, size, channels, crop, fingerprint)
     _check(found, sizes)
   else:
     sizes["shape"] = tuple(shape or _of_size(size, channels))
@@ -149,7 +149,7 @@ def timesteps(boundary, expert) -> tuple[float, float]:
   return float(low), float(high)
 
 
-def _read(config, image, label, size, channels, fingerprint):
+def _read(config, image, label, size, channels, crop, fingerprint):
   """The `videos.Videos` of a config."""
   data = config.data
   if videos.is_folder(data.dir):
@@ -160,16 +160,9 @@ def _read(config, image, label, size, channels, fingerprint):
         " back, or start a new run"
       )
     return found
-  images = prepared.prepare(
-    data.name,
-    data_dir=data.dir,
-    features=videos.Features(image, label),
-    size=prepared.Size(prepared.pair(size), channels),
-    cache_dir=data.cache_dir,
-    plugins=tuple(config.plugins),
-    fingerprint=fingerprint,
-    least_classes=1,
-  )
+  size = prepared.Size(prepared.pair(size), channels, crop)
+  features = videos.Features(image, label)
+  images = prepared.of_config(config, features, size, fingerprint, 1)
   return videos.of_images(images)
 
 

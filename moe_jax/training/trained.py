@@ -179,13 +179,19 @@ def _run_of(path):
   raise ConfigError(f"{path} is no work directory of a run, nor in one")
 
 
-def has_text(config) -> bool:
-  """Whether the task of a config has text, and so a vocabulary."""
+def is_of_text(config) -> bool:
+  """Whether the task of a config is not one of those that have no text at all."""
   from moe_jax.core import registry
-  from moe_jax.training import program
 
   module = registry.find("tasks", config.task.name, config.plugins, "task.name")
-  if not getattr(module, "TEXT", True):
+  return getattr(module, "TEXT", True)
+
+
+def has_text(config) -> bool:
+  """Whether the task of a config has text, and so a vocabulary."""
+  from moe_jax.training import program
+
+  if not is_of_text(config):
     return False
   return "vocab_size" in program.build_task(config, prepare=False).given
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_jax.core.errors import ConfigError
-from moe_jax.core.options import either, integer, items, optional
+from moe_jax.core.options import either, integer, items, number, optional
 from moe_jax.data import caches, sources
 from moe_jax.data.images import folders
 
@@ -73,6 +73,7 @@ _PIXELS = integer(1)
 # Pixels of an image: of each side, or (height, width); None: as they are.
 SIZE = optional(either(_PIXELS, items((_PIXELS, _PIXELS))))
 CHANNELS = optional(either(integer(1, 1), integer(3, 3)))
+CROP = optional(number(0, 1, above=0))
 
 
 def pair(size) -> tuple[int, int] | None:
@@ -85,10 +86,13 @@ class Size(NamedTuple):
 
   pixels: (height, width) that they are resized to; None: they have one size.
   channels: 1 or 3; None: all have the same number.
+  crop: the share that is kept of the largest part in the middle with the proportions of
+    `pixels`; None: the whole image is squeezed into them.
   """
 
   pixels: tuple[int, int] | None
   channels: int | None
+  crop: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +117,26 @@ class Images:
   )
   sources: Mapping = dataclasses.field(default_factory=dict)
   directory: pathlib.Path | None = None
+
+
+def of_config(
+  config,
+  features: Features,
+  size: Size,
+  fingerprint: str | None,
+  least_classes: int = 2,
+) -> Images:
+  """The images that `config.data` names; see `prepare`."""
+  return prepare(
+    config.data.name,
+    data_dir=config.data.dir,
+    features=features,
+    size=size,
+    cache_dir=config.data.cache_dir,
+    plugins=tuple(config.plugins),
+    fingerprint=fingerprint,
+    least_classes=least_classes,
+  )
 
 
 def prepare(
@@ -244,11 +268,11 @@ def _read(name, builder, features, size):
   """Yields (split, words for its place, pixels, label) of every image."""
   held_out = "validation" in builder.info.splits
   for split in SPLITS if held_out else ("train",):
-    for number, example in enumerate(sources.examples(name, builder, split)):
+    for index, example in enumerate(sources.examples(name, builder, split)):
       pixels = np.asarray(example[features.image])
-      place = f"image {number} of the split {split} of dataset {name}"
+      place = f"image {index} of the split {split} of dataset {name}"
       if isinstance(builder, folders.Builder):
-        place += f" ({builder.file(split, number)})"
+        place += f" ({builder.file(split, index)})"
       if pixels.dtype != np.uint8:
         raise ConfigError(
           f"{place} has numbers of type {pixels.dtype}, and images are bytes (uint8);"
@@ -261,18 +285,23 @@ def _read(name, builder, features, size):
 
 def _sized(pixels, size):
   """Returns an image of the size, with so many channels."""
-  from PIL import Image
+  from PIL import Image, ImageOps
 
   channels = size.channels or pixels.shape[2]
-  if size == (None, None) or (size.pixels, channels) == (
+  is_whole = size.pixels is None or size.crop in (None, 1)
+  same = (size.pixels or pixels.shape[:2], channels) == (
     pixels.shape[:2],
     pixels.shape[2],
-  ):
+  )
+  if is_whole and same:
     return pixels
   image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
   image = image.convert("L" if channels == 1 else "RGB")
-  if size.pixels is not None and size.pixels != pixels.shape[:2]:
-    # Pillow smooths before it makes an image smaller.
+  # Pillow smooths before it makes an image smaller.
+  if size.pixels is not None and size.crop is not None:
+    how = {"method": Image.Resampling.BICUBIC, "bleed": (1 - size.crop) / 2}
+    image = ImageOps.fit(image, size.pixels[::-1], **how)
+  elif size.pixels is not None:
     image = image.resize(size.pixels[::-1], Image.Resampling.BICUBIC)
   pixels = np.asarray(image)
   return pixels.reshape(*pixels.shape[:2], channels)
