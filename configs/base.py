@@ -29,9 +29,11 @@ def get_config() -> ConfigDict:
   c.data = ConfigDict()
   # A dataset of moe_jax/data/datasets, of a plugin, or any that TFDS knows.
   c.data.name = "python_sources"
-  c.data.dir = None  # folder of a prepared TFDS dataset
+  # Folder of a prepared TFDS dataset; or a file, a folder or a pattern of texts.
+  c.data.dir = None
   c.data.text_feature = "text"  # the feature of an example that is read
   c.data.domain_feature = "domain"  # the feature with its domain, if any
+  c.data.skip_not_utf8 = False  # leave out texts of a folder that are not UTF-8
   # Instead of that one: {label: {"name": ..., "weight": ..., "dir": ...}}, and the
   # features, if they are others; in translation also source, target, prefix,
   # source_begin and target_begin.

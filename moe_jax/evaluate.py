@@ -10,6 +10,8 @@ from moe_jax.run import command
 from moe_jax.run import config as config_lib
 from moe_jax.training import trained
 
+_OF_TEXT = {"text_feature", "domain_feature", "skip_not_utf8"}
+
 
 def main(argv=None) -> int:
   """The command."""
@@ -256,7 +258,7 @@ def _task_of(args, overrides, loaded):
     part = _part(config.data, args.dataset)
     own = {"mixture": {}, "name": part.get("name", args.dataset)}
     own["dir"] = args.data_dir or part.get("dir")
-    own |= {k: part[k] for k in ("text_feature", "domain_feature") if k in part}
+    own |= {k: part[k] for k in _OF_TEXT & {*part}}
     texts += [f"data.{k}={x!r}" for k, x in own.items()]
     pair = {k: part[k] for k in mixed.PAIR if k in part}
     texts += [f"task.{k}={x!r}" for k, x in pair.items()]
@@ -359,8 +361,7 @@ def _text(args, loaded):
     own |= {"plugins": run.plugins, "cache_dir": run.data.cache_dir}
     part = _part(run.data, args.dataset)
     name = part.get("name", name)
-    features = {"text_feature", "domain_feature"} & {*part}
-    own |= {k: part[k] for k in features}
+    own |= {k: part[k] for k in _OF_TEXT & {*part}}
     own["data_dir"] = args.data_dir or part.get("dir")
   return corpora.prepare(name, **own)
 

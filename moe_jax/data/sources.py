@@ -66,6 +66,9 @@ def examples(name: str, builder, split: str) -> Iterator[dict]:
     ConfigError: a file of the dataset is damaged.
   """
   with in_a_sentence(f"the split {split} of dataset {name} cannot be read"):
+    if hasattr(builder, "examples"):  # It has no numbers for them.
+      yield from builder.examples(split)
+      return
     source = builder.as_data_source(split=split)
     numbers = range(len(source))
     for start in numbers[::_READ_AT_ONCE]:
@@ -153,8 +156,9 @@ def _from_directory(data_dir, wanted):
       "prepared TFDS dataset, such as ~/tensorflow_datasets/NAME/1.0.0, or one"
       f" with {wanted.words}"
     )
-  read = plain[0] if plain else sorted(folder.iterdir())
-  stats = [(f.relative_to(folder), f.stat()) for f in read]
+  read = map(epath.Path, plain[0] if plain else sorted(folder.iterdir()))
+  # A pattern is no folder, and its files lie anywhere.
+  stats = [(str(f).removeprefix(f"{folder}/"), f.stat()) for f in read]
   files = "".join(f"{name} {s.length} {s.mtime}\n" for name, s in stats)
   digest = hashlib.sha256(files.encode()).hexdigest()
   versions = {"data_dir": str(folder), "files": digest}

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from moe_jax.core.errors import ConfigError
 from moe_jax.data import caches, sources
@@ -105,32 +106,29 @@ def prepare(
   plugins: tuple[str, ...] = (),
   fingerprint: str | None = None,
   whole: bool = True,
+  skip_not_utf8: bool = False,
 ) -> Corpus:
   """Returns the corpus of a dataset; makes its cache where there is none yet.
 
   Args:
     name: a dataset of `registry.names("datasets")`, or any that TFDS knows, as
-      "ag_news_subset" or "wikipedia/20230601.en"; with `data_dir`, any word to
-      call it by.
-    data_dir: folder of a prepared TFDS dataset (the one with dataset_info.json)
-      in array_record or parquet format, or of plain files, see `lines`. It has a
-      split `train`; documents are held out of it by their hash if there is no
-      split `validation`.
+      "wikipedia/20230601.en"; with `data_dir`, any word to call it by.
+    data_dir: folder of a prepared TFDS dataset (the one with dataset_info.json) in
+      array_record or parquet format, or texts, see `folders` and `lines`. Documents
+      of its split `train` are held out by their hash if there is no `validation`.
     text_feature: the feature that is read. Two make two documents of an example,
       which stand one after the other, see `pairs`.
     domain_feature: a feature (text or class label) that names a document's
       domain; "none", or "domain" where there is no such feature: one domain
       called "text".
-    prefix: text before the first of two texts, such as "translate English to
-      German: " (T5).
-    begins: tokens before the first of two texts, and before the second, such as
-      those of their languages (NLLB).
+    prefix: text before the first of two, such as "translate English to German: " (T5).
+    begins: tokens before each of two, such as those of their languages (NLLB).
     tokenizer: see `tokenizers.load`.
-    cache_dir: where the caches lie; $XDG_CACHE_HOME/moe_jax or
-      ~/.cache/moe_jax by default.
+    cache_dir: of the caches; None: $XDG_CACHE_HOME/moe_jax or ~/.cache/moe_jax.
     plugins: folders with datasets of your own, see registry.load.
     fingerprint: only this content will do. A run that resumes passes the one
       that it recorded, and so keeps its data when a dependency has changed.
+    skip_not_utf8: leave out documents of `folders` that are not UTF-8.
     whole: whether tokens must stand for all bytes of the text, for bits per byte.
 
   Raises:
@@ -139,9 +137,12 @@ def prepare(
   for corpus in cached(name, cache_dir, fingerprint) if fingerprint else ():
     return corpus
   tokenizer = tokenizers.load(tokenizer)
-  features = documents.Features(text_feature, domain_feature, prefix)
+  features = documents.Features(
+    text_feature, domain_feature, prefix, skip_not_utf8=skip_not_utf8
+  )
   source = sources.find(name, data_dir, plugins, features)
   more = [] if whole or tokenizer.name == "bytes" else ["lossy"]
+  more += ["skip_not_utf8"] * skip_not_utf8
   if any(begins):
     _check_begins(begins, tokenizer)
     features, more = features._replace(begins=begins), [*more, begins]
@@ -276,6 +277,7 @@ def _write_tokens(name, builder, features, tokenizer, folder, whole):
       file.write(tokens.astype(dtype).tobytes())
     counts[split, domain] += tokens.size, 1, len(text), num_bytes
   _check_bytes(name, features, tokenizer, counts, whole)
+  _tell_held_out(name, domains, counts)
   return {
     "tokenizer": tokenizer.key,
     "num_bytes_V": tokenizer.num_bytes_V.tolist(),
@@ -283,6 +285,16 @@ def _write_tokens(name, builder, features, tokenizer, folder, whole):
     "num_tokens": _table(domains, lambda *place: int(counts[place][0])),
     "num_documents": _table(domains, lambda *place: int(counts[place][1])),
   }
+
+
+def _tell_held_out(name, domains, counts):
+  """Warns of domains of which nothing is held out."""
+  bare = [d for d in domains if not counts["validation", d][1]]
+  if bare:
+    logging.warning(
+      "No document of %d of the %d domains of %s is held out for validation: %s",
+      *(len(bare), len(domains), name, ", ".join(bare[:5])),
+    )
 
 
 def _check_bytes(name, features, tokenizer, counts, whole):

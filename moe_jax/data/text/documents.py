@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from moe_jax.core.errors import ConfigError
 from moe_jax.data import sources
-from moe_jax.data.text import lines
+from moe_jax.data.text import folders, lines
 
 
 class Features(NamedTuple):
@@ -17,12 +17,14 @@ class Features(NamedTuple):
   domain: the one that names the domain.
   prefix: text before every source that is not empty.
   begins: tokens before the sources, and before the targets, that are not empty.
+  skip_not_utf8: leave out what is not UTF-8 in a folder of text.
   """
 
   text: str | tuple[str, str]
   domain: str
   prefix: str = ""
   begins: tuple[tuple[int, ...], ...] = ((), ())
+  skip_not_utf8: bool = False
 
   @property
   def texts(self) -> dict[str, str]:
@@ -72,14 +74,22 @@ class Features(NamedTuple):
     """See `sources.Wanted`."""
     names = tuple(self.texts.values())
     found = lines.find(folder, names, sources.SPLITS)
-    paths = sorted(sum(found.values(), ()))
-    return (paths, lambda: lines.Builder(found, names)) if found else None
+    if found:
+      paths = sorted(sum(found.values(), ()))
+      return paths, lambda: lines.Builder(found, names)
+    if (folder / "dataset_info.json").exists():
+      return None  # TFDS has datasets in parquet too.
+    found = folders.find(str(folder), sources.SPLITS)
+    paths = [file.path for own in found.values() for file in own]
+    options = names, self.domain, self.skip_not_utf8
+    return (paths, lambda: folders.Builder(found, *options)) if found else None
 
   @property
   def words(self) -> str:
     """See `sources.Wanted`."""
     names = (f"train.{name}" for name in self.texts.values())
-    return f"train.jsonl, train.tsv or {' and '.join(names)}"
+    kinds = f"train.jsonl, train.tsv or {' and '.join(names)}"
+    return f"{kinds}, or text in files such as .txt, .md, .jsonl or .parquet"
 
 
 def label_names(builder, features: Features) -> list[str]:

@@ -20,6 +20,7 @@ _DATASET = {
   "dir": str | None,
   "text_feature": str,
   "domain_feature": str,
+  "skip_not_utf8": bool,
 }
 # Keys of a part that has pairs, whose defaults are those of the task.
 _IDS = items(integer(0))

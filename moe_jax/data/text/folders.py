@@ -1,0 +1,218 @@
+"""Folders of text of one's own, read as datasets of TFDS.
+
+  prose and source code (.txt, .md, .py, ...)   a file is a document; a long one is
+                                                several, which end at line ends
+  .jsonl, .jsonl.gz                             an object on each line is a document
+  .parquet                                      a row is a document
+
+Folders at any depth are read, but for hidden ones. The domain of a document is that
+which its object or row names, or else the first folder that its file is in, or "text".
+Where the folders `train` and `validation` are both there, they are the splits, and
+domains are the folders in these.
+"""
+
+import gzip
+import json
+import pathlib
+import types
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from absl import logging
+
+_PROSE = ".txt .text .md .rst .tex .html .xml .org"
+_CODE = ".py .pyi .c .cc .cpp .cu .h .hpp .java .js .ts .go .rs .rb .sh .scala .swift .kt"
+PLAIN = (*_PROSE.split(), *_CODE.split(), ".lua", ".jl", ".r", ".sql")
+OBJECTS = (".jsonl", ".jsonl.gz", ".parquet")
+_SHOWN = 3  # Names in a message.
+_LONG = 2**14  # Bytes of a file that is more than one document.
+_PIECE = 2**12  # The least bytes of such a document, but for the last one.
+
+
+class File(NamedTuple):
+  """A file to read, and the domain of its documents if they name none."""
+
+  path: pathlib.Path
+  domain: str
+
+  @property
+  def suffix(self) -> str:
+    """Its suffix, of `PLAIN` or `OBJECTS`, or "" if it is not read."""
+    name = self.path.name.lower()
+    return next((s for s in (*OBJECTS, *PLAIN) if name.endswith(s)), "")
+
+
+def find(place: str, splits: Sequence[str]) -> dict[str, list[File]]:
+  """Returns {split: its files}; {} if there are none.
+
+  Args:
+    place: a file, a folder, or a pattern such as texts/*.md.
+    splits: the names of folders that are splits where all of them are there.
+  """
+  place = pathlib.Path(place)
+  patterns = [i for i, part in enumerate(place.parts) if {*part} & {*"*?["}]
+  if patterns and not place.exists():
+    root = pathlib.Path(*place.parts[: patterns[0]])
+    paths = sorted(root.glob("/".join(place.parts[patterns[0] :])))
+    return _split(splits[0], [p for p in paths if not p.is_dir()], root)
+  if not place.is_dir():
+    return _split(splits[0], [place] if place.exists() else [], place.parent)
+  if all((place / split).is_dir() for split in splits):
+    found = {}
+    for split in splits:
+      found |= _split(split, _inside(place / split), place / split)
+    return found if splits[0] in found else {}
+  return _split(splits[0], _inside(place), place)
+
+
+def _split(split, paths, root):
+  """{split: files that are read}, or {} without any."""
+  files = []
+  for path in paths:
+    folders = path.relative_to(root).parts[:-1]
+    files.append(File(path, folders[0] if folders else "text"))
+  files = [file for file in files if file.suffix]
+  return {split: files} if files else {}
+
+
+def _inside(folder):
+  """The files in a folder at any depth, in order, but for hidden ones."""
+  paths = sorted(folder.rglob("*"))
+  names = (path.relative_to(folder).parts for path in paths)
+  hidden = [any(part[0] == "." for part in own) for own in names]
+  return [p for p, h in zip(paths, hidden) if not h and not p.is_dir()]
+
+
+class Builder:
+  """The part of a TFDS builder that reading takes.
+
+  info: with `features` and `splits`, as in TFDS; a split's size is that of its files.
+  """
+
+  def __init__(
+    self,
+    files: dict[str, list[File]],
+    texts: Sequence[str],
+    domain: str,
+    skip_not_utf8: bool = False,
+  ):
+    """Takes files of `find`.
+
+    Args:
+      files: by split.
+      texts: the fields of objects and rows that are read; a file of prose is the first.
+      domain: the field that names the domain.
+      skip_not_utf8: leave out documents that are not UTF-8, with a warning.
+
+    Raises:
+      ValueError: the first object or row cannot be read.
+    """
+    import tensorflow_datasets as tfds
+
+    self._files, self._texts, self._domain = files, tuple(texts), domain
+    self._skip = skip_not_utf8
+    splits = {
+      split: types.SimpleNamespace(num_examples=len(own))
+      for split, own in files.items()
+    }
+    features = {name: tfds.features.Text() for name in self._names()}
+    self.info = types.SimpleNamespace(features=features, splits=splits)
+
+  def _names(self):
+    """The fields of the first object or row, or of prose if there are none."""
+    for file in sum(self._files.values(), []):
+      if file.suffix in OBJECTS:
+        for _, fields in _objects(file):
+          return [k for k, v in fields.items() if isinstance(v, str)]
+    return self._texts[:1]
+
+  def examples(self, split: str) -> Iterator[dict]:
+    """Yields the documents of a split, one after the other.
+
+    Raises:
+      ValueError: an object or row without a text, or documents that are not UTF-8.
+    """
+    broken = []
+    for file in self._files[split]:
+      for where, fields in _documents(file, self._texts):
+        fields = {k: v for k, v in fields.items() if v is not None}
+        texts = [_text(fields, name, where) for name in self._texts]
+        if all(map(_is_utf8, texts)):
+          yield {self._domain: file.domain} | fields
+        else:
+          broken.append(where)
+    if broken:
+      several = (
+        f"{len(broken)} documents are not UTF-8: {', '.join(broken[:_SHOWN])}"
+      )
+      several += ", ..." if len(broken) > _SHOWN else ""
+      if not self._skip:
+        raise ValueError(
+          f"{several}; convert them, or set data.skip_not_utf8=True"
+        )
+      logging.warning("Left out: %s", several)
+
+
+def _text(fields, name, where):
+  text = fields.get(name)
+  if not isinstance(text, str | bytes):
+    known = ", ".join(k for k, v in fields.items() if isinstance(v, str))
+    raise ValueError(
+      f'{where} has no text "{name}"; it has: {known or "no text at all"}'
+    )
+  return text
+
+
+def _is_utf8(text):
+  try:
+    text.decode() if isinstance(text, bytes) else text.encode()
+  except UnicodeError:
+    return False
+  return True
+
+
+def _documents(file, texts):
+  """Yields (words for its place, fields) of each document of a file."""
+  if file.suffix in OBJECTS:
+    yield from _objects(file)
+    return
+  for number, piece in enumerate(_pieces(file.path.read_bytes()), 1):
+    yield f"part {number} of {file.path}", {texts[0]: piece}
+
+
+def _pieces(content):
+  """The documents of a file: where it is long, they end at an empty line or a line."""
+  while len(content) > _LONG:
+    ends = (
+      content.find(end, _PIECE, _LONG) + len(end) for end in (b"\n\n", b"\n")
+    )
+    end = next((e for e in ends if e > _PIECE), len(content))
+    yield content[:end]
+    content = content[end:]
+  if content:
+    yield content
+
+
+def _objects(file):
+  """Yields the same of each object or row."""
+  with file.path.open("rb") as raw:
+    if file.suffix == ".parquet":
+      import pyarrow.parquet
+
+      number = 0
+      for batch in pyarrow.parquet.ParquetFile(raw).iter_batches(1024):
+        for row in batch.to_pylist():
+          number += 1
+          yield f"row {number} of {file.path}", row
+      return
+    zipped = file.suffix == ".jsonl.gz"
+    lines = gzip.GzipFile(fileobj=raw) if zipped else raw
+    for number, line in enumerate(lines, 1):
+      where = f"line {number} of {file.path}"
+      try:
+        fields = json.loads(line.decode(errors="surrogateescape"))
+        if not isinstance(fields, dict):
+          raise ValueError("it is no JSON object")
+      except (ValueError, RecursionError) as e:
+        raise ValueError(f"{where}: {e}") from None
+      yield where, {k: v for k, v in fields.items() if v is not None}
