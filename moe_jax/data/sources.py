@@ -80,6 +80,8 @@ def in_a_sentence(what, remedy="mend it, or prepare the dataset again"):
   """Turns whatever TFDS raises into a ConfigError."""
   try:
     yield
+  except ConfigError:  # It is one already.
+    raise
   except Exception as e:
     raise ConfigError(f"{what} ({first_line(e)}); {remedy}") from e
 

@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 from absl import logging
 
+from moe_jax.core.errors import ConfigError
+
 _PROSE = ".txt .text .md .rst .tex .html .xml .org"
 _CODE = ".py .pyi .c .cc .cpp .cu .h .hpp .java .js .ts .go .rs .rb .sh .scala .swift .kt"
 PLAIN = (*_PROSE.split(), *_CODE.split(), ".lua", ".jl", ".r", ".sql")
@@ -105,7 +107,7 @@ class Builder:
       skip_not_utf8: leave out documents that are not UTF-8, with a warning.
 
     Raises:
-      ValueError: the first object or row cannot be read.
+      ConfigError: the first object or row cannot be read.
     """
     import tensorflow_datasets as tfds
 
@@ -130,7 +132,7 @@ class Builder:
     """Yields the documents of a split, one after the other.
 
     Raises:
-      ValueError: an object or row without a text, or documents that are not UTF-8.
+      ConfigError: an object or row without a text, or documents that are not UTF-8.
     """
     broken = []
     for file in self._files[split]:
@@ -147,7 +149,7 @@ class Builder:
       )
       several += ", ..." if len(broken) > _SHOWN else ""
       if not self._skip:
-        raise ValueError(
+        raise ConfigError(
           f"{several}; convert them, or set data.skip_not_utf8=True"
         )
       logging.warning("Left out: %s", several)
@@ -157,8 +159,9 @@ def _text(fields, name, where):
   text = fields.get(name)
   if not isinstance(text, str | bytes):
     known = ", ".join(k for k, v in fields.items() if isinstance(v, str))
-    raise ValueError(
-      f'{where} has no text "{name}"; it has: {known or "no text at all"}'
+    raise ConfigError(
+      f'{where} has no text "{name}"; it has: {known or "no text at all"}; set'
+      " data.text_feature to one that all have"
     )
   return text
 
@@ -214,5 +217,5 @@ def _objects(file):
         if not isinstance(fields, dict):
           raise ValueError("it is no JSON object")
       except (ValueError, RecursionError) as e:
-        raise ValueError(f"{where}: {e}") from None
+        raise ConfigError(f"{where}: {e}; mend it") from None
       yield where, {k: v for k, v in fields.items() if v is not None}
