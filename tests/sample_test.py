@@ -119,6 +119,13 @@ def test_samples_in_parts(runs, tmp_path, monkeypatch):
 def test_samples_on_a_mesh(runs, tmp_path, monkeypatch):
   """As on one device; the samples beyond the number fill the devices."""
   monkeypatch.setattr(parallel, "mesh_or_none", MESH_OR_NONE)
+  devices, build = [], program.build_model
+
+  def built(config, task, mesh=None):
+    devices.append(mesh and mesh.size)
+    return build(config, task, mesh)
+
+  monkeypatch.setattr(program, "build_model", built)
   flags = [f"--checkpoint={runs}/high", f"--low={runs}/low"]
   flags += ["--number=3", "--steps=8"]
   for name, mesh in (("one", []), ("mesh", ["--mesh=2,2,1,2"])):
@@ -128,6 +135,7 @@ def test_samples_on_a_mesh(runs, tmp_path, monkeypatch):
     for name in ("one", "mesh")
   )
   assert one.shape == (16, 16) and one[:, :8].std() > 0
+  assert devices == [None, 8]
   np.testing.assert_allclose(mesh, one, atol=1)  # Numbers are rounded to bytes.
 
 

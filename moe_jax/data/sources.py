@@ -132,7 +132,7 @@ def _known_to_tfds(name, plugins, wanted):
     raise ConfigError(
       f'there is no dataset "{name}", neither built in nor known to TFDS'
       f"{nearest(name, known) or '.'} For one of your own, set data.dir to the"
-      " folder of a prepared TFDS dataset"
+      " folder of a prepared TFDS dataset, or of files, see docs/data.md"
     ) from e
   wanted.check(name, builder)  # Before a download.
   if not builder.is_prepared():

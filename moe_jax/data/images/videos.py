@@ -32,7 +32,7 @@ _TYPES = {  # The letters that numpy has for the types of a kind, and words for 
   "text": ("efd", "float16, float32 or float64"),
   "text_mask": ("?", "True and False"),
 }
-# Of the other kinds.
+# The same for the kinds that are not there: videos and channels beside.
 _NUMBERS = ("Befd", "bytes (uint8), float16, float32 or float64")
 _FORMAT = "arrays 1"  # Change it when arrays are hashed or checked differently.
 _READ_AT_ONCE = 2**24  # Bytes.

@@ -11,7 +11,7 @@ from moe_jax.models.diffusion import Condition
 
 
 class Given(NamedTuple):
-  """What samples are to show: classes, and paths of files of numpy.save.
+  """The conditions of samples: classes, and paths of files of numpy.save.
 
   label: classes, which take turns; None: each class in turn.
   text: vectors of texts, fractions [..., M, T].
