@@ -56,7 +56,7 @@ def documents(corpus, domain):
   return found
 
 
-def test_every_kind_of_file_and_its_domain(place, tmp_path):
+def test_every_kind_of_file_and_its_domain(place, tmp_path, caplog):
   """The first folder, the document's own domain, or "text"."""
   corpus = prepared(place, tmp_path)
   rows = texts("row")
@@ -68,6 +68,7 @@ def test_every_kind_of_file_and_its_domain(place, tmp_path):
     "text": texts("line") + rows[1::2],
   }
   assert {*corpus.domains} == {*wanted}
+  assert "1 of 124 files in" in caplog.text and "code/a.bin" in caplog.text
   for domain, own in wanted.items():
     assert sorted(documents(corpus, domain)) == sorted(own), domain
   held_out = sum(corpus.num_documents["validation"].values())

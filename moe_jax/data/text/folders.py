@@ -73,8 +73,14 @@ def _split(split, paths, root):
   for path in paths:
     folders = path.relative_to(root).parts[:-1]
     files.append(File(path, folders[0] if folders else "text"))
-  files = [file for file in files if file.suffix]
-  return {split: files} if files else {}
+  read = [file for file in files if file.suffix]
+  if read and len(read) < len(files):
+    other = next(file.path for file in files if not file.suffix)
+    logging.warning(
+      "%d of %d files in %s have no suffix of text and are not read, such as %s",
+      *(len(files) - len(read), len(files), root, other),
+    )
+  return {split: read} if read else {}
 
 
 def _inside(folder):
