@@ -59,7 +59,8 @@ def measure(program, folder, num_steps: int, rounds: int) -> list[float]:
   """
   import jax
 
-  from moe_jax.run import progress, run_directory
+  from moe_jax.core import progress
+  from moe_jax.run import run_directory
   from moe_jax.training import checkpoint, loop
 
   directory = run_directory.RunDirectory(folder, program.config)

@@ -19,15 +19,21 @@ def get_config() -> ConfigDict:
   c.plugins = ()  # your folders with routers/NAME.py, balancers/NAME.py, ...
 
   # Weights to start with: a run's work directory, one of its checkpoints, a folder
-  # of moe_jax.upcycle, or published weights. None: random ones.
+  # of moe_jax.upcycle, published weights, or hf:ORG/NAME of the Hugging Face hub.
+  # None: random ones.
   c.init_from = None
+  # Parts of the model that begin new all the same, whether or not they would fit:
+  # router, experts, shared, latent, cheap, attention, dense, norm, embedding, head.
+  # All others have to fit.
+  c.init_new = ()
   # How experts are made of the weights of a dense model, or of fewer experts, as
   # {"method": "copy"}: the flags of moe_jax.upcycle. {}: the model is the same.
   c.upcycle = ConfigDict()
   c.task = ConfigDict({"name": "next_token"})  # a file of moe_jax/tasks
 
   c.data = ConfigDict()
-  # A dataset of moe_jax/data/datasets, of a plugin, or any that TFDS knows.
+  # A dataset of moe_jax/data/datasets, of a plugin, any that TFDS knows, or
+  # hf:ORG/NAME or hf:ORG/NAME/FILES of the Hugging Face hub.
   c.data.name = "python_sources"
   # Folder of a prepared TFDS dataset; or a file, a folder or a pattern of texts.
   c.data.dir = None

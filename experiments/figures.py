@@ -168,17 +168,12 @@ def mark(axes, style: Style, x: list, y: list, label: str | None) -> None:
 
 
 def panels(count: int):
-  """(figure, its axes beside each other)."""
-  import matplotlib
-
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
+  """(figure, its axes beside each other). A notebook's figures stay its own."""
+  from matplotlib.figure import Figure  # Not pyplot, which has one backend.
 
   width = 6 if count == 1 else 4 * count
-  figure, axes = plt.subplots(
-    1, count, figsize=(width, 4), layout="constrained", squeeze=False
-  )
-  return figure, list(axes[0])
+  figure = Figure(figsize=(width, 4), layout="constrained")
+  return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
 def _log_scale(axes, which):
@@ -194,8 +189,6 @@ def _log_scale(axes, which):
 
 def save(figure, axes, folder, name: str) -> None:
   """Writes name.png and name.pdf, with the legend of these axes on top."""
-  from matplotlib import pyplot as plt
-
   if axes.get_legend_handles_labels()[0]:
     figure.legend(
       loc="outside upper center", ncols=3, handlelength=3, fontsize="small"
@@ -204,7 +197,6 @@ def save(figure, axes, folder, name: str) -> None:
   # Equal figures are equal files.
   for kind, dated in (("png", {}), ("pdf", {"CreationDate": None})):
     figure.savefig(f"{path}.{kind}", dpi=150, metadata=dated)
-  plt.close(figure)
 
 
 def band(points: list[dict], arm: str, metric: str) -> tuple[list, ...]:

@@ -61,9 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _arguments(argv):
-  parser = config_lib.Parser(
-    __doc__, prog="python -m experiments.launch", multihost=True
-  )
+  parser = config_lib.Parser(__doc__, multihost=True)
   questions.add_arguments(parser, argv)
   add = parser.add_argument
   add("--seeds", type=int, metavar="N", help="seeds 0 to N - 1 of each arm")

@@ -6,8 +6,8 @@ import time
 
 from experiments import plan, runs, sweeps
 from moe_jax.core.errors import ConfigError, Diverged, Interrupted, InUse
+from moe_jax.core.progress import Progress
 from moe_jax.run import processes, provenance, run_directory
-from moe_jax.run.progress import Progress
 from moe_jax.training import loop
 from moe_jax.training import program as programs
 from moe_jax.training.starts import fit, upcycling

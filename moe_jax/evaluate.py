@@ -5,6 +5,7 @@ python -m moe_jax.evaluate --checkpoint=RUN --config.model.moe.router.priority=s
 python -m moe_jax.evaluate --hf=PREFIX --config=configs/vmoe.py:imagenet_s_32
 """
 
+from moe_jax.core import hub
 from moe_jax.core.errors import ConfigError
 from moe_jax.run import command
 from moe_jax.run import config as config_lib
@@ -22,6 +23,7 @@ def main(argv=None) -> int:
 
   if args.json:
     command.check_writable(args.json)  # Not after minutes.
+  args.hf = args.hf and hub.weights(args.hf)
   if args.hf and args.dataset is None and not args.config:
     _refuse_no_text(args.hf)
   if (config := _read(args, overrides)) is not None:
@@ -309,7 +311,7 @@ def _part(data, name):
 
 
 def _arguments(argv):
-  parser = config_lib.Parser(__doc__, prog="python -m moe_jax.evaluate")
+  parser = config_lib.Parser(__doc__)
   add, count = parser.add_argument, config_lib.at_least_1
   trained.add_flags(parser)
   words = (

@@ -185,7 +185,7 @@ def _beams(args):
 
 
 def _arguments(argv):
-  parser = config_lib.Parser(__doc__, prog="python -m moe_jax.generate")
+  parser = config_lib.Parser(__doc__)
   add, count = parser.add_argument, config_lib.at_least_1
   trained.add_flags(parser)
   more = {"action": "append", "required": True, "metavar": "TEXT"}

@@ -1,6 +1,8 @@
 """Trains one model.
 
 python -m moe_jax.main --config=configs/tiny.py --workdir=runs/tiny
+
+With --dry_run it builds the model and the data, checks them, counts, and stops.
 """
 
 from moe_jax.core.errors import ConfigError
@@ -14,20 +16,50 @@ def main(argv=None) -> int:
 
   about = "Trains one model and evaluates it."
   parser = config_lib.parser(about, multihost=True)
-  parser.add_argument("--workdir", metavar="DIR", help="the run's folder")
+  add = parser.add_argument
+  add("--workdir", metavar="DIR", help="the run's folder")
+  add(
+    "--dry_run",
+    action="store_true",
+    help="check the config and count, then stop; nothing is written but the data's"
+    " cache",
+  )
   args, config = config_lib.parse(parser, argv)
+  if args.dry_run:
+    return _dry_run(config)
   if not args.workdir:
     raise ConfigError("--workdir=DIR is missing: the folder of the run")
 
-  from moe_jax.run import processes
+  from moe_jax.run import processes, summary
   from moe_jax.training import loop, program
 
   program.check(config)
   processes.join(args.multihost, args.multihost_timeout)
   values = loop.train_and_evaluate(config, args.workdir)
   if processes.is_first():
-    for name, value in values.items():
-      print(f"{name:32}{value:12.4f}")
+    print(summary.end(values, args.workdir, config.train.num_steps))
+  return 0
+
+
+def _dry_run(config):
+  """Does all but compile and train; prints what a run begins with."""
+  import jax
+
+  from moe_jax.run import provenance, summary
+  from moe_jax.training import program, starts, train_step
+
+  mesh, task, model = program.build(config)
+  task.train(0, None)  # Refuses too little data.
+  task.validation(None)
+  if config.init_from is not None:
+    starts.read(config.init_from, model, config)
+  numbers = train_step.numbers(config, model)
+  made = program.functions(config, mesh, task, model, numbers)
+  for call in (made.init, made.train_step, made.eval_step):
+    call.function.lower(*call.arguments)
+  facts = provenance.of_model(config, mesh, task, model, made.sizes)
+  facts["devices"] = [device.device_kind for device in jax.devices()]
+  print(summary.begin(config, facts, None))
   return 0
 
 

@@ -1,45 +1,120 @@
-"""Tables, JSON and figures of the specialisation of experts, from router traces.
+"""Makes a page of runs, or tables and figures of router traces.
 
+python -m moe_jax.report WORKDIR ... [--open] [--follow]
 python -m moe_jax.report TRACE --out=DIR
 python -m moe_jax.report EARLY TRACE --out=DIR
 
-A trace is a file of `python -m moe_jax.evaluate --trace=FILE` or of the hook trace.
+A folder is the work directory of a run. Its files become one HTML page that loads
+nothing else: what the run is, its curves, the loads of its experts, its pictures and
+its config. Several runs are laid over each other.
+
+A file is a trace of `python -m moe_jax.evaluate --trace=FILE` or of the hook trace.
 With an earlier one of the same text, saturation says how many of a token's experts
 were the same then. Definitions are those of OLMoE (2409.02060, 5), see `traces`.
 """
 
-import argparse
 import pathlib
+import time
 
 import numpy as np
 
+from moe_jax.core import files
 from moe_jax.core.errors import ConfigError
 from moe_jax.run import command
+from moe_jax.run import config as config_lib
+
+_SECONDS = 10  # Between two drawings of a page.
 
 
 def main(argv=None) -> int:
   """The command."""
-  parser = argparse.ArgumentParser(
-    description=__doc__,
-    prog="python -m moe_jax.report",
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  add = parser.add_argument
-  add(
-    "traces",
-    nargs="+",
-    metavar="TRACE",
-    help="one, or an earlier one before it",
-  )
-  add("--out", default="report", metavar="DIR", help="folder to write into")
-  args = parser.parse_args(argv)
+  args = _parser().parse_args(argv)
+  paths = [pathlib.Path(path) for path in args.paths]
+  for path in paths:
+    if not path.exists():
+      raise ConfigError(f"{path} is not there; give a run's folder, or a trace")
+  folders = [path.is_dir() for path in paths]
+  if all(folders):
+    return _page(args, paths)
+  if any(folders) or args.follow is not None or args.open:
+    raise ConfigError(
+      f"{paths[folders.index(False)]} is no folder; give work directories of runs,"
+      " or traces alone without --open and --follow"
+    )
+  return _traces(args, paths)
 
+
+def _parser():
+  parser = config_lib.Parser(__doc__)
+  add = parser.add_argument
+  words = "work directories of runs; or a trace, or an earlier one before it"
+  add("paths", nargs="+", metavar="PATH", help=words)
+  words = (
+    "page to write (default: report.html in the work directory, or here for"
+  )
+  words += " several); or folder of what is made of traces (default: report)"
+  add("--out", metavar="PATH", help=words)
+  add("--open", action="store_true", help="show the page in the browser")
+  add(
+    "--follow",
+    nargs="?",
+    type=int,
+    const=_SECONDS,
+    metavar="SECONDS",
+    help="draw the page again while runs go on; a browser that shows it loads it"
+    " again (default: every %(const)s seconds)",
+  )
+  return parser
+
+
+def _page(args, paths):
+  """Writes the page of runs, until all of them are finished with --follow."""
+  from moe_jax.run.pages import page, read
+
+  if args.follow is not None and args.follow < 1:
+    raise ConfigError(f"--follow={args.follow} is no time; give 1 or more")
+  out = paths[0] if len(paths) == 1 else pathlib.Path()
+  out = pathlib.Path(args.out or out / "report.html")
+  if out.is_dir():
+    raise ConfigError(
+      f"--out={out} is a folder; give a file, {out}/report.html"
+    )
+  named, drawn = list(zip(paths, read.labels(paths))), None
+  while True:
+    began = time.monotonic()
+    runs = [read.run(*each) for each in named]
+    going_on = any(run.state != "finished" for run in runs)
+    refresh = args.follow if going_on else None
+    if runs != drawn:
+      files.write_text(out, page.make(runs, refresh))
+    if drawn is None:
+      _tell(out, runs, args.open)
+    drawn = runs
+    if not refresh:
+      return 0
+    # The run itself needs the processor more.
+    time.sleep(max(refresh, 4 * (time.monotonic() - began)))
+
+
+def _tell(out, runs, shown):
+  """Says what was drawn, and shows it."""
+  import webbrowser
+
+  for run in runs:
+    print(f"{run.path}: {run.state}, step {run.step}")
+    print(*run.problems, sep="\n", end="\n" * bool(run.problems))
+  print(f"Page: {out}", flush=True)
+  if shown:
+    webbrowser.open(out.absolute().as_uri())
+
+
+def _traces(args, paths):
   from moe_jax.training import traces
 
-  if len(args.traces) > 2:
-    raise ConfigError(f"give one trace or two, not {len(args.traces)}")
-  *early, late = map(traces.load, args.traces)
-  out = pathlib.Path(args.out)
+  if len(paths) > 2:
+    raise ConfigError(f"give one trace or two, not {len(paths)}")
+  *early, late = map(traces.load, paths)
+  out = pathlib.Path(args.out or "report")
   out.mkdir(parents=True, exist_ok=True)
   facts = traces.analysis(late, *early)
   command.write_json(out / "traces.json", facts)

@@ -153,7 +153,7 @@ def _networks(args, model, options):
 
 
 def _arguments(argv):
-  parser = config_lib.Parser(__doc__, prog="python -m moe_jax.sample")
+  parser = config_lib.Parser(__doc__)
   add, count = parser.add_argument, config_lib.at_least_1
   source = parser.add_mutually_exclusive_group(required=True)
   words = "a work directory, or one checkpoint; of high noise, if there are two"

@@ -112,7 +112,7 @@ def _sparse(part):
 
 
 def _arguments(argv):
-  parser = config_lib.Parser(__doc__, prog="python -m moe_jax.upcycle")
+  parser = config_lib.Parser(__doc__)
   add = parser.add_argument
   trained.add_flags(parser)
   words = "of the model to make; --config.SECTION.KEY=VALUE changes it"

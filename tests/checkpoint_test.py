@@ -284,6 +284,14 @@ def test_one_of_another_model_is_refused(folder):
     assert words in str(e.value)
 
 
+def test_one_of_another_version_lacks_an_array(folder):
+  like = abstract()
+  like["params"]["new"] = like["params"]["scale"]
+  words = "another version of moe_jax: 1 of its arrays differ .params/new is nothing there"
+  with opened(folder) as checkpoints, pytest.raises(ConfigError, match=words):
+    checkpoints.restore(like)
+
+
 def test_one_of_the_old_layout_is_refused(folder):
   """A checkpoint of a layout that is not known yet is refused, too."""
   path = folder / "3" / "meta" / "metadata"

@@ -338,10 +338,25 @@ def test_keys_that_a_config_has_not_are_refused(tmp_path):
   c = loaded()
   values = c.to_dict()
   values["optim"]["momentum"] = 0.9
-  path = tmp_path / "config.json"
-  path.write_text(json.dumps(values))
   with pytest.raises(ConfigError, match='optim has no "momentum"'):
-    program.check(config_lib.load(str(path)))
+    program.check(config_lib.locked(values))
+
+
+def test_the_config_of_another_version_is_told_as_one(tmp_path):
+  """Also to a run that would go on; options of a part are not looked at."""
+  c, path = loaded(), tmp_path / "config.json"
+  values = c.to_dict()
+  values["model"]["moe"]["router"]["brand_new"] = 1
+  path.write_text(json.dumps(values))
+  assert config_lib.load(str(path)).model.moe.router.brand_new == 1
+  values["optim"]["momentum"], values["model"]["moe"]["gone"] = 0.9, {"a": 1}
+  path.write_text(json.dumps(values))
+  words = "of another version of moe_jax, with .*model.moe.gone.*optim.momentum"
+  with pytest.raises(ConfigError, match=f"{path} is a config {words}"):
+    config_lib.load(str(path))
+  (tmp_path / "run.json").write_text("{}")
+  with pytest.raises(ConfigError, match=f"{words}.* or choose another --work"):
+    run_directory.RunDirectory(tmp_path, c)
 
 
 def test_differences_are_whole_for_open_sections():

@@ -104,6 +104,15 @@ def test_long_files_are_several_documents():
     assert all(2**12 < len(piece) <= 2**14 for piece in pieces[:-1])
   assert [*folders._pieces(b"a" * 99_999)] == [b"a" * 99_999]
   assert [*folders._pieces(b"")] == []
+  for word in ("aß", "é", "\U0001f600"):
+    content = word.encode() * 2**20  # One line of megabytes.
+    pieces = [*folders._pieces(content)]
+    assert b"".join(pieces) == content
+    assert max(map(len, pieces)) <= 2**20 and len(pieces) > 1
+    assert all(set(piece.decode()) <= {*word} for piece in pieces)
+  line = b"a" * 99_999 + b"\n"
+  assert [*folders._pieces(line * 3)] == [line] * 3
+  assert len([*folders._pieces(b"\x80" * 2**22)]) == 4
 
 
 def test_changed_files_make_another_corpus(place, tmp_path):
@@ -138,6 +147,11 @@ def test_domains_without_validation_are_said(place, tmp_path, caplog):
   assert (
     "of the 6 domains of text is held out for validation: rare" in caplog.text
   )
+
+
+def test_a_place_in_the_place_of_a_name(place):
+  with pytest.raises(ConfigError, match="is a place; set data.dir to it"):
+    corpora.prepare(str(place))
 
 
 def test_what_cannot_be_read(place, tmp_path):

@@ -1,7 +1,9 @@
 """Tokenizers: the ids of their file, bytes of text, and special tokens."""
 
 import json
+import sys
 
+import fastokens
 import numpy as np
 import pytest
 import tokenizers as library
@@ -234,7 +236,7 @@ def test_no_text_has_no_tokens(name, tmp_path):
     path = name if name == "bytes" else make_tokenizer(name, tmp_path)
     found = tokenizers.load(path)
   for tokens in (found.encode(b""), found.encode(b"a")):
-    assert tokens.dtype == np.int64 and tokens.ndim == 1
+    assert tokens.dtype.kind in "iu" and tokens.ndim == 1
   assert found.encode(b"").size == 0
   assert found.prompt(b"").tolist() == list(found.begin)
   assert found.decode([]) == ""
@@ -437,3 +439,49 @@ def test_equal_text_has_equal_tokens(tmp_path):
   text = TEXTS[0].encode()
   for _ in range(3):
     np.testing.assert_array_equal(found.encode(text), found.encode(text))
+
+
+def test_many_documents_have_the_tokens_of_the_library(tmp_path, monkeypatch):
+  """With the fast library and without it, and of text that spells a token."""
+  path = make_tokenizer("tokenizers", tmp_path)
+  content = json.loads(path.read_text())
+  end = {"id": 10**4, "content": "</s>", "special": True, **FLAGS}
+  path.write_text(json.dumps(content | {"added_tokens": [end]}))
+  texts = [
+    *(t.encode() for t in TEXTS),
+    b"",
+    b"a </s> b",
+    "ß \ufffd\xa0".encode(),
+  ]
+  fast = tokenizers.load(path).encode_all(texts)
+  monkeypatch.setitem(sys.modules, "fastokens", None)
+  usual = tokenizers.load(path)
+  for text, tokens in zip(texts, fast):
+    np.testing.assert_array_equal(tokens, usual.encode(text))
+    assert usual.decode(tokens) == text.decode()
+
+
+REAL = fastokens.Tokenizer
+
+
+class Off:
+  """The fast library, which reads one letter as another in long texts."""
+
+  def __init__(self, content):
+    self.library = REAL.from_json_str(content)
+
+  from_json_str = classmethod(lambda cls, content: cls(content))
+  no_truncation = no_padding = lambda self: None
+
+  def encode_batch_flat(self, texts, **options):
+    texts = [t.replace("fox", "cat") if len(t) > 99 else t for t in texts]
+    return self.library.encode_batch_flat(texts, **options)
+
+
+def test_a_fast_library_that_differs_is_named(tmp_path, monkeypatch):
+  path = make_tokenizer("tokenizers", tmp_path)
+  monkeypatch.setattr(fastokens, "Tokenizer", Off)
+  found = tokenizers.load(path)
+  assert found.decode(found.encode(b"a fox")) == "a fox"
+  with pytest.raises(ConfigError, match="differently; run: pip uninstall fast"):
+    found.encode_all([t.encode() for t in TEXTS])

@@ -81,6 +81,11 @@ def of_automatic_axes(mesh: jax.sharding.Mesh | None):
   return mesh.update(axis_types=automatic)
 
 
+def grid(mesh):
+  """The mesh; without one, a mesh of the one device that is used."""
+  return mesh or make_mesh((1, 1, 1, 1), jax.devices()[:1])
+
+
 def mesh_or_none(sizes, devices=None) -> jax.sharding.Mesh | None:
   """`make_mesh`, or None for one device of this machine.
 

@@ -1,4 +1,4 @@
-"""Datasets: built in, known to TFDS, or in a folder."""
+"""Datasets: built in, known to TFDS, in a folder, or on the Hugging Face hub."""
 
 import contextlib
 import hashlib
@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from moe_jax.core import registry
+from moe_jax.core import hub, registry
 from moe_jax.core.errors import ConfigError, first_line, nearest
 
 SPLITS = ("train", "validation")
@@ -49,6 +49,8 @@ def find(
   """
   if not data_dir and name in registry.names("datasets", plugins):
     return _built_in(name, plugins)
+  if not data_dir and name.startswith(hub.PREFIX):
+    data_dir = hub.dataset(name)
   data_dir = data_dir or _known_to_tfds(name, plugins, wanted)
   return _from_directory(data_dir, wanted)
 
@@ -123,6 +125,11 @@ def _known_to_tfds(name, plugins, wanted):
   try:
     builder = tfds.builder(name, file_format="array_record")
   except Exception as e:  # Also of the network, for community datasets.
+    if pathlib.Path(name).expanduser().exists():
+      raise ConfigError(
+        f'data.name = "{name}" is a place; set data.dir to it, and data.name to a'
+        " word to call it by"
+      ) from e
     known = set(tfds.list_builders(with_community_datasets=False))
     dataset = name.partition("/")[0]
     if dataset in known:

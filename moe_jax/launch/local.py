@@ -129,7 +129,7 @@ def _show(number, process):
 
 
 def _arguments(argv):
-  parser = config_lib.Parser(__doc__, prog="python -m moe_jax.launch.local")
+  parser = config_lib.Parser(__doc__)
   add = parser.add_argument
   add("--processes", type=config_lib.at_least_1, default=2)
   add("--devices_per_process", type=config_lib.at_least_1, default=1)

@@ -171,6 +171,9 @@ def once(w):
   """The parameter w on the first shard of F and zero on the others.
 
   Every shard adds it to its part of a sum over F, which must count it once.
+
+  Args:
+    w: a parameter, inside of shard_map.
   """
   return jnp.where(jax.lax.axis_index("tensor") == 0, w, 0)
 
@@ -198,12 +201,22 @@ def expert_keys(experts, rng_G, num_experts: int, mesh: Mesh | None):
 
 
 def enter_tensor(x, mesh: Mesh | None):
-  """x as each shard of F takes it; the transpose adds their gradients, once."""
+  """x as each shard of F takes it; the transpose adds their gradients, once.
+
+  Args:
+    x: tokens, on every shard of F the same.
+    mesh: see `layer.moe_ffn`.
+  """
   return x if mesh is None else parallel.vary(x, ("tensor",))
 
 
 def sum_tensor(y, mesh: Mesh | None):
-  """Adds the shards of F."""
+  """Adds the shards of F.
+
+  Args:
+    y: this shard's part of the sum.
+    mesh: see `layer.moe_ffn`.
+  """
   return y if mesh is None else jax.lax.psum(y, "tensor")
 
 
@@ -285,10 +298,17 @@ def ragged_all_to_all(
 ) -> Array:
   """`jax.lax.ragged_all_to_all` over the expert axis, on any platform.
 
-  Slice i of x, send[i] rows from start[i], goes to device i, which places it at
-  row start_there[i] of its output, and gets receive[j] rows of device j. XLA has
-  no such collective for CPU, where all rows are gathered and the right ones
+  XLA has no such collective for CPU, where all rows are gathered and the right ones
   kept.
+
+  Args:
+    x_ND: rows of this device.
+    out_ND: what the result is written into.
+    start: [devices], the first row of x for each device.
+    send: [devices], how many rows go to each.
+    start_there: [devices], where each places them in its output.
+    receive: [devices], how many rows come from each.
+    mesh: with the axis "expert".
   """
   if parallel.platform(mesh) != "cpu":
     sizes = start, send, start_there, receive

@@ -53,8 +53,13 @@ def latent(width: int) -> Mlp:
 def network(activation: str, linear, params, x) -> Array:
   """down(act(gate x) * up x), or down(act(up x)).
 
-  The one network of dense layers, slots and grouped rows, which differ in
-  `linear(params, name, x)` = x @ params[name] + params[name_bias].
+  The one network of dense layers, slots and grouped rows, which differ in `linear`.
+
+  Args:
+    activation: a key of `ACTIVATIONS`.
+    linear: (params, name, x) -> x @ params[name] + params[name_bias].
+    params: weights by name.
+    x: what `linear` takes.
   """
   return linear(params, "down", _hidden(activation, linear, params, x))
 
@@ -202,7 +207,9 @@ def dense(
 
   Args:
     width: F.
-    activation, use_bias, init_scale: as in `build`.
+    activation: as in `build`.
+    use_bias: as in `build`.
+    init_scale: as in `build`.
     shared_gate: times sigmoid(x w), a number for each token (Qwen2-MoE,
       2407.10671).
   """

@@ -52,6 +52,9 @@ class Grouping(NamedTuple):
   def tokens(self, length: int) -> int:
     """T for sequences of this length.
 
+    Args:
+      length: tokens in a sequence.
+
     Raises:
       ConfigError: groups that cut across sequences.
     """
@@ -71,6 +74,11 @@ class Grouping(NamedTuple):
     self, recipe: layer.Recipe, length: int, train: bool
   ) -> tuple[int, layer.Recipe]:
     """T and the recipe with its bound, for sequences of this length.
+
+    Args:
+      recipe: the parts, of which the bound and what belongs to the groups are set.
+      length: tokens in a sequence.
+      train: whether the capacity is that of training.
 
     Raises:
       ConfigError: groups that cut across sequences, or a capacity of zero.
@@ -182,7 +190,8 @@ def check(recipe, grouping, *, length: int, batch: int, key: str, mesh) -> None:
   """Raises ConfigError for a recipe that cannot run on this mesh or batch.
 
   Args:
-    recipe, grouping: `layer.Recipe` and `Grouping` of a kind of layer.
+    recipe: `layer.Recipe` of a kind of layer.
+    grouping: `Grouping` of the same kind.
     length: tokens in a sequence.
     batch: sequences of a forward pass.
     key: config key that sets the batch.

@@ -71,7 +71,11 @@ class Recipe:
     return self.real_experts or taken * self.num_experts / self.pool
 
   def row_width(self, d_model: int) -> int:
-    """The width of the experts' rows."""
+    """The width of the experts' rows.
+
+    Args:
+      d_model: D.
+    """
     return self.latent.width if self.latent else d_model
 
 
@@ -224,7 +228,23 @@ def _around(recipe, weights, x_GTD, mesh):
 
 
 def route(recipe, params, balance, x_GTD, side, rng_G) -> types.Routing:
-  """The router's decision, group by group."""
+  """The router's decision, group by group.
+
+  Args:
+    recipe: the parts.
+    params: of the router.
+    balance: {balancer label: its state}; only read.
+    x_GTD: tokens in groups.
+    side: mask and per-token features, [G, T].
+    rng_G: one key per group; None: no noise.
+
+  Returns:
+    A `Routing` with a leading G.
+
+  Raises:
+    ConfigError: a balancer has no state, or the router returned arrays of other
+      shapes than it declares.
+  """
 
   router, num_experts = recipe.router, recipe.pool
 

@@ -31,7 +31,11 @@ class Tokens(NamedTuple):
   prob_GTE: Array
 
   def by_sequence(self, value: Array) -> Array:
-    """Sums [G, T, ...] over the unpadded tokens of each sequence."""
+    """Sums over the unpadded tokens of each sequence: [G, S, ...].
+
+    Args:
+      value: [G, T, ...].
+    """
     mask = self.mask_GT.reshape(self.mask_GT.shape + (1,) * (value.ndim - 2))
     value = jnp.where(mask, value, 0)
     shape = (value.shape[0], self.sequences, -1, *value.shape[2:])
@@ -71,14 +75,22 @@ class SlotPlan(flax.struct.PyTreeNode):
   num_tokens: int = flax.struct.field(pytree_node=False)
 
   def dispatch(self, x_GTD: Array) -> Rows:
-    """The named tokens, zero in an empty slot."""
+    """The named tokens, zero in an empty slot.
+
+    Args:
+      x_GTD: tokens.
+    """
     x_GECD = jax.vmap(lambda x_TD, token_EC: x_TD[token_EC])(
       x_GTD, self.choice.token_EC
     )
     return Rows(jnp.where(self.choice.valid_EC[..., None], x_GECD, 0))
 
   def combine(self, rows: Rows) -> Array:
-    """Adds each slot times its weight to its token."""
+    """Adds each slot times its weight to its token.
+
+    Args:
+      rows: results in slots.
+    """
     weight_GEC = jnp.where(self.choice.valid_EC, self.choice.weight_EC, 0)
     y_GECD = weight_GEC[..., None] * rows.x
     shape = (len(y_GECD), self.num_tokens, rows.x.shape[-1])
@@ -89,7 +101,11 @@ class SlotPlan(flax.struct.PyTreeNode):
     return add(y_GTD, token_GEC, y_GECD).astype(rows.x.dtype)
 
   def loads(self, tokens: Tokens) -> Loads:
-    """The loads by sequence. Every assignment is a first choice; none drops."""
+    """The loads by sequence. Every assignment is a first choice; none drops.
+
+    Args:
+      tokens: facts about the tokens of the same groups.
+    """
     token_GEC, valid_GEC = self.choice.token_EC, self.choice.valid_EC
     groups, num_experts, _ = token_GEC.shape
     g, e, _ = jnp.indices(token_GEC.shape, sparse=True)
@@ -112,12 +128,20 @@ class MixturePlan(flax.struct.PyTreeNode):
   combine_GTEC: Array
 
   def dispatch(self, x_GTD: Array) -> Rows:
-    """The means of the tokens."""
+    """The means of the tokens.
+
+    Args:
+      x_GTD: tokens.
+    """
     weights = self.dispatch_GTEC.astype(x_GTD.dtype)
     return Rows(jnp.einsum("GTEC,GTD->GECD", weights, x_GTD))
 
   def combine(self, rows: Rows) -> Array:
-    """The means of the slots."""
+    """The means of the slots.
+
+    Args:
+      rows: results in slots.
+    """
     weights, dtype = self.combine_GTEC, self.combine_GTEC.dtype
     y_GTD = jnp.einsum(
       "GTEC,GECD->GTD", weights, rows.x, preferred_element_type=dtype
@@ -125,7 +149,11 @@ class MixturePlan(flax.struct.PyTreeNode):
     return y_GTD.astype(rows.x.dtype)
 
   def loads(self, tokens: Tokens) -> Loads:
-    """The loads by sequence: shares of the tokens in the slots."""
+    """The loads by sequence: shares of the tokens in the slots.
+
+    Args:
+      tokens: facts about the tokens of the same groups.
+    """
     share_GTE = self.dispatch_GTEC.sum(-1)
     return _undropped(
       count=tokens.by_sequence(share_GTE),

@@ -33,7 +33,9 @@ def build(zero: int = 0, copy: int = 0, constant: int = 0) -> Mlp:
   """Cheap experts, in the order of `KINDS`.
 
   Args:
-    zero, copy, constant: how many of each kind.
+    zero: how many have the output 0.
+    copy: how many have the output x.
+    constant: how many have a learnt mean of x and a vector.
 
   Returns:
     A network whose width is their number, and whose `apply` takes the weights of

@@ -49,7 +49,12 @@ def split(
 
 
 def join(learnt: Mapping, weights: Mapping[str, Mapping]) -> Mapping:
-  """The parameters that `split` took apart, and slots beside them."""
+  """The parameters that `split` took apart, and slots beside them.
+
+  Args:
+    learnt: parameters with slots, as `split` returns them.
+    weights: of experts, as `split` returns them.
+  """
   for path, own in weights.items():
     learnt = _changed(learnt, path, lambda x, own=own: {**x, "experts": own})
   return learnt
@@ -66,7 +71,8 @@ def reduced(
   Args:
     gradients: of what `split` says that they are taken of.
     weights: of experts, as `split` returns them.
-    sublayers, mesh: as in `split`.
+    sublayers: as in `split`.
+    mesh: as in `split`.
   """
 
   def added_up(layer, path):
@@ -95,7 +101,11 @@ def _without(tree, key):
 
 
 def axes_of(axes) -> tuple[str | None, ...]:
-  """The logical axes of the slot of a weight with these."""
+  """The logical axes of the slot of a weight.
+
+  Args:
+    axes: logical axes of the weight.
+  """
   stored = parallel.STORED
   whole = (None if parallel.RULES.get(a) == stored else a for a in axes)
   return ("shards", *whole)

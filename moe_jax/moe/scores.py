@@ -39,7 +39,14 @@ SATURATED["sigmoid"] = lambda score_TE: (score_TE <= 0) | (score_TE >= 1)
 def linear(
   rng: Array, d_model: int, num_experts: int, init_scale: float = 1.0
 ) -> dict[str, Array]:
-  """{"kernel": W}, truncated normal with variance init_scale / D."""
+  """{"kernel": W}, truncated normal with variance init_scale / D.
+
+  Args:
+    rng: a key.
+    d_model: D.
+    num_experts: E.
+    init_scale: variance times fan-in.
+  """
   initializer = jax.nn.initializers.variance_scaling(
     init_scale, "fan_in", "truncated_normal"
   )
@@ -50,14 +57,24 @@ LINEAR_AXES = {"kernel": ("embed", None)}
 
 
 def wide(x: Array) -> Array:
-  """x in float32, or as wide as it is if that is wider."""
+  """x in float32, or as wide as it is if that is wider.
+
+  Args:
+    x: any floats.
+  """
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def logits(
   params: Mapping[str, Array], x_TD: Array, precision: str = "highest"
 ) -> Array:
-  """x W + b: logits_TE, of `linear`'s parameters and a "kernel_bias" if any."""
+  """x W + b: logits_TE, in at least float32.
+
+  Args:
+    params: of `linear`, and a "kernel_bias" if any.
+    x_TD: tokens.
+    precision: of the product, as in jax.numpy.dot.
+  """
   x_TD = wide(x_TD)
   kernel_DE = params["kernel"].astype(x_TD.dtype)
   logits_TE = jnp.dot(x_TD, kernel_DE, precision=precision)
@@ -69,7 +86,13 @@ def logits(
 def refuse_constant(
   top_k: int, constant: bool, remedy: str = "set renormalize = False"
 ) -> None:
-  """Raises ConfigError for weights that are always 1, in which nothing is learnt."""
+  """Raises ConfigError for weights that are always 1, in which nothing is learnt.
+
+  Args:
+    top_k: K.
+    constant: whether a token's weights always add up to 1.
+    remedy: what to do, for the message.
+  """
   if top_k == 1 and constant:
     raise ConfigError(
       "with top_k = 1 a weight over the sum of a token's weights is always 1, so"
@@ -78,13 +101,24 @@ def refuse_constant(
 
 
 def choice(expert_TK: Array, weight_TK: Array, mask_T: Array) -> TokenChoice:
-  """The choice in which every token that is no padding has all its experts."""
+  """The choice in which every token that is no padding has all its experts.
+
+  Args:
+    expert_TK: int32 in [0, E), different for a token.
+    weight_TK: their weights.
+    mask_T: bool, False for padding.
+  """
   valid_TK = jnp.broadcast_to(mask_T[:, None], expert_TK.shape)
   return TokenChoice(expert_TK, weight_TK, valid_TK)
 
 
 def over_sum(weight_TK: Array, valid_TK: Array) -> Array:
-  """Weights over the sum of those that are valid, if it is above 0."""
+  """Weights over the sum of those that are valid, if it is above 0.
+
+  Args:
+    weight_TK: 0 or more, with any axes before.
+    valid_TK: bool.
+  """
   whole_T1 = jnp.where(valid_TK, weight_TK, 0).sum(-1, keepdims=True)
   return weight_TK / jnp.where(whole_T1 > 0, whole_T1, 1)
 
@@ -95,6 +129,9 @@ def normal_cdf(x: Array) -> Array:
 
   jax 0.12 has no `erf` inside of a shard_map that checks axes. This is the midpoint
   rule of its integral, with the term for its poles (Matta and Reichel, 1971).
+
+  Args:
+    x: any floats.
   """
   far = jnp.abs(x) / math.sqrt(2)
   steps = np.arange(0.25, 6, 0.5) ** 2
@@ -111,13 +148,23 @@ def _normal_cdf_jvp(primals, tangents):
 
 
 def unit(x: Array, axis: int) -> Array:
-  """x over its length along an axis; zeros stay zeros."""
+  """x over its length along an axis; zeros stay zeros.
+
+  Args:
+    x: any floats.
+    axis: of the length.
+  """
   square = jnp.square(x).sum(axis, keepdims=True)
   return x * jax.lax.rsqrt(jnp.maximum(square, jnp.finfo(x.dtype).tiny))
 
 
 def probabilities(logits_TE: Array, score: str) -> Array:
-  """Scores over their sum, also where they all underflow (2412.19437, 2.1.2)."""
+  """Scores over their sum, also where they all underflow (2412.19437, 2.1.2).
+
+  Args:
+    logits_TE: raw scores.
+    score: a key of `SCORES`.
+  """
   return jax.nn.softmax(LOG_SCORES[score](logits_TE))
 
 
@@ -152,9 +199,15 @@ def choose(selection_TE, logits_TE, saturated_TE, top_k: int):
 
 
 def weigh(expert_TK, logits_TE, score_TE, score):
-  """(the scores of the chosen experts, these over their sum).
+  """(the scores of the chosen experts, these over their sum), both [T, K].
 
   Where the scores that chose are the logits, the chosen ones are scored here.
+
+  Args:
+    expert_TK: the chosen experts.
+    logits_TE: raw scores.
+    score_TE: the scores that chose, or `logits_TE` itself.
+    score: a key of `SCORES`.
   """
   # Not top_k's values: a recompute must read what this pass chose.
   chosen_TK = jnp.take_along_axis(logits_TE, expert_TK, axis=-1)

@@ -29,6 +29,7 @@ _PEER = re.compile("Gloo|(closed|reset) by peer|remote process exited")
 # they end with it.
 _LAST_WORDS = 2.0
 index = None  # Number of this process among several; `processes.join` sets it.
+called = None  # The words that called a command; moe_jax/__main__.py sets them.
 
 
 def run(main: Callable[[], int]) -> None:

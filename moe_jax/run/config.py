@@ -15,6 +15,7 @@ import ml_collections
 from moe_jax.core import files, registry
 from moe_jax.core.errors import ConfigError, did_you_mean, first_line
 from moe_jax.core.options import integer
+from moe_jax.run import command, shipped
 
 # Keys that a run's numbers do not depend on.
 IDLE = ("mesh", "writers", "checkpoint.", "data.cache_dir")
@@ -48,7 +49,8 @@ def load(spec: str, overrides=(), *, trust_plugins: bool = False):
 
   Args:
     spec: path of a Python file with `get_config()`, or with
-      `get_config(variant)` for a ":VARIANT"; or the config.json of a run.
+      `get_config(variant)` for a ":VARIANT"; or the config.json of a run; or
+      the name of a file in configs/, such as "tiny".
     overrides: texts such as "model.moe.top_k=4"; values as Python writes
       them, or bare words.
     trust_plugins: whether code may be run that a config.json names. Plugins of
@@ -59,10 +61,7 @@ def load(spec: str, overrides=(), *, trust_plugins: bool = False):
       plugins that are not trusted.
   """
   path, _, variant = spec.partition(":")
-  if not pathlib.Path(path).is_file():
-    known = [str(p) for p in pathlib.Path(path).parent.glob("*.py")]
-    remedy = did_you_mean(path, known)
-    raise ConfigError(f'there is no config file "{path}"{remedy}')
+  path = shipped.config(path)
   if path.endswith(".json"):
     if variant:
       raise ConfigError(f'{path} has no variants, so it has no ":{variant}"')
@@ -180,9 +179,12 @@ def _from_json(path):
   try:
     for name in ("data", "model", "optim", "train"):
       values[name].items()  # A section, not a value.
-    return locked(_with_tuples(complete(values)))
+    config = locked(_with_tuples(complete(values)))
   except (ValueError, AttributeError, KeyError, TypeError) as e:
     raise ConfigError(f"{path} is not {what} ({e}); {remedy}") from None
+  if words := of_another_version(values):
+    raise ConfigError(f"{path} {words}, or take out what is not known")
+  return config
 
 
 def _some_files(plugins):
@@ -202,9 +204,8 @@ def _with_tuples(value):
 
 @functools.cache
 def defaults() -> dict:
-  """configs/base.py, as nested dicts; {} where that file is not installed."""
-  path = pathlib.Path(__file__).parents[2] / "configs" / "base.py"
-  return _get_config(path)().to_dict() if path.is_file() else {}
+  """configs/base.py, as nested dicts."""
+  return _get_config(shipped.folder() / "configs" / "base.py")().to_dict()
 
 
 def complete(values: dict) -> dict:
@@ -218,6 +219,19 @@ def complete(values: dict) -> dict:
     return default | {k: filled(v, d, place + k) for k, d, v in pairs}
 
   return filled(values, defaults(), "")
+
+
+def of_another_version(values: dict) -> str:
+  """Words for an error about keys that no config of this version has, or ""."""
+  known = {key for key, _ in flat(defaults(), whole=OPEN)}
+  unknown = [key for key, _ in flat(values, whole=OPEN) if key not in known]
+  if not unknown:
+    return ""
+  names = ", ".join([*unknown[:3], *["..."] * (len(unknown) > 3)])
+  return (
+    f"is a config of another version of moe_jax, with {names}, which this version"
+    " does not know; use the version that run.json names"
+  )
 
 
 def flat(tree: dict, prefix="", whole=()):
@@ -267,6 +281,8 @@ class Parser(argparse.ArgumentParser):
       **options: of argparse.ArgumentParser.
     """
     layout = argparse.RawDescriptionHelpFormatter
+    main = sys.modules["__main__"].__spec__
+    options["prog"] = command.called or (main and f"python -m {main.name}")
     super().__init__(description=description, formatter_class=layout, **options)
     if multihost:
       self.add_argument(
@@ -297,7 +313,8 @@ def parser(description: str, multihost: bool = False) -> Parser:
   """A parser with the flags that every command on a config has."""
   epilog = "Any value of the config is set by --config.SECTION.KEY=VALUE."
   parser = Parser(description, multihost, epilog=epilog)
-  words = "a Python file with get_config(), or the config.json of a run"
+  words = "a Python file with get_config(), the name of one in configs/, or the"
+  words += " config.json of a run"
   add = parser.add_argument
   add("--config", required=True, metavar="FILE[:VARIANT]", help=words)
   add_trust(parser)
@@ -351,12 +368,13 @@ def parse_overrides(parser: Parser, argv=None):
 
 def _get_config(path):
   if path.suffix == ".py":
-    # Configs import each other as `configs.base` from the folder above theirs.
-    sys.path.insert(0, str(path.resolve().parent.parent))
+    # Configs import each other as `configs.base`, from the folder above theirs
+    # or from the shipped ones.
+    sys.path[:0] = [str(path.resolve().parent.parent), str(shipped.folder())]
     try:
       module = registry.import_file(path, f"config_{path.stem}")
     finally:
-      sys.path.pop(0)
+      del sys.path[:2]
     if hasattr(module, "get_config"):
       return module.get_config
   raise ConfigError(

@@ -13,6 +13,10 @@ import jax
 import numpy
 
 import moe_jax
+from moe_jax import models
+from moe_jax.core import parallel
+from moe_jax.models import counts
+from moe_jax.moe import kernels
 from moe_jax.run import config as config_lib
 
 _PACKAGE = pathlib.Path(moe_jax.__file__).parent
@@ -38,6 +42,32 @@ def facts(config) -> dict:
     "processes": jax.process_count(),
     "xla_flags": os.environ.get("XLA_FLAGS", ""),
     **({"plugins": plugins} if plugins else {}),
+  }
+
+
+def of_model(config, mesh, task, model, sizes: dict) -> dict:
+  """The facts about a run that are known before it is compiled.
+
+  Args:
+    config, mesh, task, model: from `program.build`.
+    sizes: numbers of parameters, see `counts.count`.
+  """
+  platform = parallel.platform(mesh)
+  backend = kernels.backend_for(platform, config.model.moe.grouped_matmul)
+  lengths = models.lengths(model, task.lengths)
+  return {
+    "data": task.fingerprint,
+    "data_sources": task.sources,
+    "given": dict(task.given),
+    "mesh": dict(parallel.grid(mesh).shape),
+    "grouped_matmul": backend,
+    "grouped_matmul_chosen": kernels.chosen(backend),
+    "recipe": counts.describe(model),
+    "parameters": sizes,
+    "train_flops_per_token": counts.train_flops_per_token(
+      model, sizes, lengths
+    ),
+    "tokens_per_step": config.data.batch_size * sum(lengths.values()),
   }
 
 

@@ -8,7 +8,7 @@ import pathlib
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import logging
@@ -20,6 +20,7 @@ from moe_jax.run import processes, provenance, writers
 
 _CONFIG, _FACTS, _METRICS = "config.json", "run.json", "metrics.jsonl"
 LOADS = "loads"  # The split of lines with the load of every expert, by layer.
+_STEPS = "train.num_steps"
 _REMEDY = "bring it back as it was, or choose another --workdir"
 
 
@@ -35,12 +36,17 @@ class RunDirectory(contextlib.ExitStack):
     lines: how many metrics.jsonl has, after `go_on` or `start_over`.
   """
 
-  def __init__(self, path: str | os.PathLike, config):
+  def __init__(
+    self, path: str | os.PathLike, config, extend: Callable | None = None
+  ):
     """Makes the folder, or opens that of the same run to go on with it.
 
     Args:
       path: the work directory.
       config: the run's config.
+      extend: called where only `train.num_steps` of the run has changed: (path,
+        its value before, config, lines of metrics) -> None. It makes the folder
+        one of a run of that length, or raises. None: no run's length changes.
 
     Raises:
       InUse: another run is going on in it.
@@ -50,7 +56,7 @@ class RunDirectory(contextlib.ExitStack):
     """
     super().__init__()
     self.path, self.lines = pathlib.Path(path), 0
-    self._config, self._writers = config, []
+    self._config, self._extend, self._writers = config, extend, []
     self._sizes = {}  # Bytes of the files, as this process has left them.
     with contextlib.ExitStack() as stack:
       self.facts = processes.by_first(lambda: self._open(stack))
@@ -73,7 +79,11 @@ class RunDirectory(contextlib.ExitStack):
       files.write_text(self.path / _CONFIG, config + "\n")
       return {}
     begun_with = self._read(_CONFIG, "the config of a run")
-    _check_same(self.path, begun_with, json.loads(config))
+    known = dict(config_lib.numbers(config_lib.complete(begun_with)))
+    before, steps = known.get(_STEPS), self._config.train.num_steps
+    other = self._extend and type(before) is int and before != steps
+    but = {_STEPS} if other else set()
+    _check_same(self.path, begun_with, json.loads(config), but)
     facts = self._read(_FACTS, "the record of a run")
     for name, kind in (("data", str), ("continued", list)):
       if not isinstance(facts.get(name, kind()), kind):
@@ -81,6 +91,12 @@ class RunDirectory(contextlib.ExitStack):
           f"{self.path / _FACTS} is not the record of a run ({name} is"
           f" {facts[name]!r:.50}); {_REMEDY}"
         )
+    if other:
+      lines = self._lines(until_broken=True)
+      self._extend(self.path, before, self._config, lines)
+      begun_with.setdefault("train", {})["num_steps"] = steps
+      text = json.dumps(begun_with, indent=2, sort_keys=True)
+      files.write_text(self.path / _CONFIG, text + "\n")
     return facts
 
   def _take_back(self):
@@ -296,11 +312,13 @@ def _check_line(line):
       raise ValueError(f"{name} is {value!r:.20}")
 
 
-def _check_same(path, known, wanted):
-  """Raises ConfigError for a value that would change the run's numbers."""
+def _check_same(path, known, wanted, but=frozenset()):
+  """Raises ConfigError for a value, but of these keys, that changes the numbers."""
+  if words := config_lib.of_another_version(known):
+    raise ConfigError(f"{path / _CONFIG} {words}, or choose another --workdir")
   known = config_lib.complete(known)
   known, wanted = (dict(config_lib.numbers(x)) for x in (known, wanted))
-  for key in sorted({*known, *wanted}):
+  for key in sorted({*known, *wanted} - but):
     old, new = known.get(key), wanted.get(key)
     if old != new:
       now = f"now it is {new!r}; give the same value"

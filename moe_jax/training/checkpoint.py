@@ -104,11 +104,8 @@ class Checkpoints:
     self.wait()
     if step in self.steps():
       return
-    about = {
-      "format": _FORMAT,
-      "arrays": checksums.of_arrays(state),
-      "meta": dict(meta),
-    }
+    about = {"format": _FORMAT, "meta": dict(meta)}
+    about["arrays"] = checksums.of_arrays(state)
     about["checksum"] = checksums.of_json(about)
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(about)
@@ -369,14 +366,17 @@ def _compare(arrays, saved):
 
 
 def _check_model(folder, there, wanted):
-  for name in sorted({*there, *wanted}):
-    saved, made = (types.get(name, "not at all") for types in (there, wanted))
-    if saved != made:
-      raise ConfigError(
-        f"the checkpoint {folder} is of another model: it has {name} {saved},"
-        f" and the config makes it {made}; use the config that the run was"
-        " started with (config.json), or another --workdir"
-      )
+  differ = [k for k in {*there, *wanted} if there.get(k) != wanted.get(k)]
+  if differ:
+    words = ", ".join(
+      f"{k} is {there.get(k, 'nothing')} there and {wanted.get(k, 'nothing')} here"
+      for k in sorted(differ)[:3]
+    )
+    raise ConfigError(
+      f"the checkpoint {folder} is of another model or another version of moe_jax:"
+      f" {len(differ)} of its arrays differ ({words}); use the config and the version"
+      " that its run began with (config.json, run.json), or another --workdir"
+    )
 
 
 def _set_aside(folders):

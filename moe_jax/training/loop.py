@@ -7,17 +7,25 @@ with the checkpoint (the sums of a line that has not been written yet).
 """
 
 import contextlib
+import sys
 import time
 
 import jax
 
 from moe_jax.core.errors import ConfigError, Diverged, Interrupted
+from moe_jax.core.progress import Progress
 from moe_jax.moe.types import Mean
-from moe_jax.run import processes, provenance, run_directory, signals
-from moe_jax.run.progress import Progress
+from moe_jax.run import (
+  processes,
+  provenance,
+  run_directory,
+  signals,
+  summary,
+)
 from moe_jax.training import hooks, metrics, starts
 from moe_jax.training.checkpoint import Checkpoints, newest_first
 from moe_jax.training.program import Program
+from moe_jax.training.starts import extension
 
 
 def train_and_evaluate(config, workdir) -> dict[str, float]:
@@ -25,8 +33,8 @@ def train_and_evaluate(config, workdir) -> dict[str, float]:
 
   Args:
     config: see `configs/base.py`.
-    workdir: the run's folder. A run that it holds already goes on, or if it
-      is finished is only read.
+    workdir: the run's folder. A run that it holds already goes on, to more steps
+      if the config has more, or if it is finished is only read.
 
   Returns:
     The final metrics of the validation split.
@@ -38,17 +46,34 @@ def train_and_evaluate(config, workdir) -> dict[str, float]:
     Interrupted: a signal stopped it.
   """
   processes.check_same(provenance.of_process(workdir, config))
-  with run_directory.RunDirectory(workdir, config) as directory:
+  opened = run_directory.RunDirectory(workdir, config, extension.extend)
+  with opened as directory:
     finished = directory.logged(config.train.num_steps, "validation")
     if finished is not None:
       return finished
     start = config.init_from
     if "data" not in directory.facts:  # A new run.
       starts.check(start)
-    program = Program(config, fingerprint=directory.facts.get("data"))
+    program = _told(config, directory)
     progress = Progress(config.train.num_steps, "steps")
     with contextlib.closing(progress):
       return run(program, config.seed, directory, progress, start=start)
+
+
+def _told(config, directory):
+  """The Program of a run, of which the first process tells the user."""
+
+  def tell(text):
+    if processes.is_first():
+      print(text, file=sys.stderr, flush=True)
+
+  def begin(facts):
+    devices = {"devices": [d.device_kind for d in jax.devices()]}
+    tell(summary.begin(config, facts | devices, directory.path))
+
+  program = Program(config, directory.facts.get("data"), tell=begin)
+  tell(f"compiled in {program.compile_seconds:.0f} s")
+  return program
 
 
 def run(
@@ -117,7 +142,8 @@ def _begin(program, seed, start, directory, checkpoints, progress):
   """(state, step, lines) of a new run, or of its newest checkpoint."""
   processes.check_same({"the data's fingerprint": program.task.fingerprint})
   restored = checkpoints.restore(program.abstract_state)
-  facts = program.facts() | {"seed": seed}
+  last = program.config.train.num_steps
+  facts = program.facts() | {"seed": seed, "num_steps": last}
   if restored is None:
     of_run = program.model, program.config
     # Before anything is compiled or written: it may be refused.
@@ -125,6 +151,7 @@ def _begin(program, seed, start, directory, checkpoints, progress):
     state = program.init(jax.random.key(seed))
     if start is not None:
       state = starts.replaced(state, given, *of_run, start, seed)
+      facts["init_from"] = starts.place(start)
     directory.start_over(**facts)
     return state, 0, Lines(program, directory, progress)
   known = restored.meta["data"]

@@ -17,7 +17,6 @@ from moe_jax.core.options import (
   integer,
   items,
   number,
-  of,
   optional,
   part,
   section,
@@ -26,17 +25,16 @@ from moe_jax.data import batches
 from moe_jax.data.text import mixed
 from moe_jax.models import counts
 from moe_jax.models.parts import layers
-from moe_jax.moe import kernels
-from moe_jax.run import writers
+from moe_jax.run import provenance, writers
 from moe_jax.training import (
   checkpoint,
   evaluation,
   hooks,
   mesh_check,
   optimizers,
+  starts,
   train_step,
 )
-from moe_jax.training.starts import upcycling
 
 # Every key of a config, by the code that uses it.
 OPTIONS = {
@@ -44,8 +42,7 @@ OPTIONS = {
   "mesh": parallel.SIZES,
   "writers": writers.NAMES,
   "plugins": items(str),
-  "init_from": str | None,
-  "upcycle": section(of(upcycling.Upcycling), required=()),
+  **starts.OPTIONS,
   "task": part(),
   "data": section(mixed.OPTIONS | batches.OPTIONS),
   "model": section(models.OPTIONS),
@@ -91,7 +88,11 @@ class Program:
   """
 
   def __init__(
-    self, config, fingerprint: str | None = None, compiled: dict | None = None
+    self,
+    config,
+    fingerprint: str | None = None,
+    compiled: dict | None = None,
+    tell=lambda facts: None,
   ):
     """Prepares the data, builds the model, compiles the steps.
 
@@ -100,6 +101,7 @@ class Program:
       fingerprint: of the data, where a run goes on that has seen it; None: any.
       compiled: functions of other programs, which configs that differ only in
         numbers of the optimizer and the balancers share. This one adds its own.
+      tell: takes `provenance.of_model` before it is compiled.
 
     Raises:
       ConfigError: impossible values; before anything is compiled.
@@ -122,7 +124,7 @@ class Program:
     key = _structure(config, self.task, numbers)
     made = {} if compiled is None else compiled
     if key not in made:
-      made[key] = self._compile(numbers)
+      made[key] = self._compile(numbers, tell)
     self.init, step, self.eval_step, self.abstract_state, self.sizes = made[key]
     numbers = jax.tree.map(self._everywhere, numbers)
     self.train_step = lambda state, batch: step(state, batch, numbers)
@@ -130,22 +132,9 @@ class Program:
 
   def facts(self) -> dict:
     """The facts about it for run.json."""
-    task, config, model = self.task, self.config, self.model
-    platform = parallel.platform(self.mesh)
-    backend = kernels.backend_for(platform, config.model.moe.grouped_matmul)
-    flops = counts.train_flops_per_token(model, self.sizes, self.lengths)
-    return {
-      "data": task.fingerprint,
-      "data_sources": task.sources,
-      "given": dict(task.given),
-      "mesh": dict(grid(self.mesh).shape),
+    of_run = self.config, self.mesh, self.task, self.model, self.sizes
+    return provenance.of_model(*of_run) | {
       "mesh_check": self.mesh_check and self.mesh_check._asdict(),
-      "grouped_matmul": backend,
-      "grouped_matmul_chosen": kernels.chosen(backend),
-      "recipe": counts.describe(model),
-      "parameters": self.sizes,
-      "train_flops_per_token": flops,
-      "tokens_per_step": config.data.batch_size * sum(self.lengths.values()),
       "compile_seconds": self.compile_seconds,
     }
 
@@ -188,9 +177,11 @@ class Program:
       for k in self.task.spec
     }
 
-  def _compile(self, numbers):
+  def _compile(self, numbers, tell):
     """Makes the shared (init, train_step, eval_step, abstract_state, sizes)."""
-    made = functions(self.config, self.mesh, self.task, self.model, numbers)
+    of_run = self.config, self.mesh, self.task, self.model
+    made = functions(*of_run, numbers)
+    tell(provenance.of_model(*of_run, made.sizes))
     calls = made.init, made.train_step, made.eval_step
     lowered = [call.function.lower(*call.arguments) for call in calls]
     return *(one.compile() for one in lowered), made.state, made.sizes
@@ -277,7 +268,7 @@ def _batch(task, mesh, leading, axis):
 
 
 def _sharding(mesh, *axes):
-  return jax.NamedSharding(grid(mesh), jax.P(*axes))
+  return jax.NamedSharding(parallel.grid(mesh), jax.P(*axes))
 
 
 def _structure(config, task, numbers) -> tuple:
@@ -348,11 +339,6 @@ def build_model(config, task, mesh=None):
   return model
 
 
-def grid(mesh):
-  """The mesh; without one, a mesh of the one device that is used."""
-  return mesh or parallel.make_mesh((1, 1, 1, 1), jax.devices()[:1])
-
-
 def abstract_state(boxed, mesh):
   """Shapes and shardings of a state.
 
@@ -363,7 +349,7 @@ def abstract_state(boxed, mesh):
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     nn.unbox(boxed),
-    train_step.shardings(boxed, grid(mesh)),
+    train_step.shardings(boxed, parallel.grid(mesh)),
   )
 
 
@@ -376,12 +362,8 @@ def check(config) -> None:
   layers.check(config.model, config.plugins)
   optimizers.numbers(config.optim, config.train.num_steps, config.plugins)
   hooks.check(config)
+  starts.check_config(config)
   data, train = config.data, config.train
-  if config.upcycle and config.init_from is None:
-    raise ConfigError(
-      f"upcycle = {config.upcycle.to_dict()} has no weights to begin with; set"
-      " init_from to those of a dense model, or leave upcycle empty"
-    )
   if data.batch_size % train.accumulation:
     raise ConfigError(
       f"train.accumulation = {train.accumulation} does not divide"

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from moe_jax.core import files
+from moe_jax.core import files, hub
 from moe_jax.core.errors import ConfigError
 from moe_jax.data.text import tokenizers
 from moe_jax.run import config as config_lib
@@ -38,9 +38,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   source.add_argument(
     "--checkpoint", metavar="DIR", help="a work directory, or one checkpoint"
   )
-  source.add_argument(
-    "--hf", metavar="DIR", help="config.json, safetensors, tokenizer.json"
-  )
+  words = "folder of config.json, safetensors and tokenizer.json, or ORG/NAME"
+  source.add_argument("--hf", metavar="DIR", help=f"{words} on the hub")
   average = "the moving average of a run's parameters (train.ema)"
   parser.add_argument("--ema", action="store_true", help=average)
   parser.add_argument(
@@ -78,7 +77,8 @@ def load(
   """Loads the weights that the flags of `add_flags` name.
 
   Args:
-    args: from a parser with these flags.
+    args: from a parser with these flags. A name on the hub in `args.hf` is replaced
+      by its folder.
     dropless: see `of_run`.
     overrides: see `of_run`; none for published weights.
 
@@ -94,6 +94,7 @@ def load(
     return of_run(args.checkpoint, mesh, overrides=overrides, **options)
   if args.ema:
     raise ConfigError("--ema is of a run: give --checkpoint, or leave it out")
+  args.hf = hub.weights(args.hf)
   return published(args.hf, args.dtype, mesh)
 
 
@@ -251,12 +252,15 @@ def _check_shapes(path, found, model):
   from moe_jax import models
 
   wanted = _shapes(nn.unbox(models.variables(model)))
-  differ = sorted(k for k, shape in wanted.items() if found.get(k) != shape)
-  if differ or found.keys() - wanted.keys():
-    name = (differ or sorted(found.keys() - wanted.keys()))[0]
+  names = sorted({*wanted, *found})
+  differ = [k for k in names if found.get(k) != wanted.get(k)]
+  if differ:
+    name = differ[0]
     raise ConfigError(
-      f"the parameter {name} of {path} has the shape {found.get(name)}, and that of"
-      f" the config {wanted.get(name)}; change nothing that makes other parameters"
+      f"{len(differ)} of {len(names)} parameters of {path} are not those of the config:"
+      f" {name} has the shape {found.get(name, 'of nothing')} there and"
+      f" {wanted.get(name, 'of nothing')} here; change nothing that makes other"
+      " parameters, and use the version of moe_jax that run.json names"
     )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from absl import logging
 
 from moe_jax.core.errors import ConfigError
+from moe_jax.core.progress import Progress
 from moe_jax.data import caches, sources
 from moe_jax.data.text import documents, tokenizers
 
@@ -25,6 +26,8 @@ Table = Mapping[str, Mapping[str, Any]]  # {split: {domain: value}}
 
 _FORMAT = 3  # Raise it when the files mean something else than before.
 _MOST_DOMAINS = 256
+_AT_ONCE = 2**23  # Bytes of text that are made tokens together.
+_QUICK = 3.0  # Seconds in which no progress is shown.
 _MOST_LOST = 0.01  # Share of a text's bytes that its tokens may lose.
 # Fields that a corpus and its index have in common.
 _FIELDS = ("name", "fingerprint", "num_tokens", "num_documents", "sources")
@@ -260,22 +263,23 @@ def _write_tokens(name, builder, features, tokenizer, folder, whole):
   # (split, domain) -> tokens, documents, bytes of text, bytes of the tokens.
   counts = collections.defaultdict(lambda: np.zeros(4, np.int64))
   dtype = _dtype(tokenizer.vocab_size)
-  for split, domain, text, begin in documents.read(name, builder, features):
-    if domain not in domains:
-      domains.append(domain)
-    if len(domains) > _MOST_DOMAINS:
-      raise ConfigError(
-        f'data.domain_feature "{features.domain}" has more than {_MOST_DOMAINS}'
-        " values, and a domain is a file and a line of metrics; name a class"
-        ' label, or "none" for one domain'
-      )
-    tokens = np.append(tokenizer.encode(text), tokenizer.end)
-    num_bytes = tokenizer.num_bytes_V[tokens].sum()
-    if tokens.size > 1:  # An empty text stays one, and is refused.
-      tokens = np.append(np.array(begin, tokens.dtype), tokens)
-    with _file(folder, split, domains.index(domain)).open("ab") as file:
-      file.write(tokens.astype(dtype).tobytes())
-    counts[split, domain] += tokens.size, 1, len(text), num_bytes
+  end = np.array([tokenizer.end])
+  for batch in _batches(name, builder, features):
+    encoded = tokenizer.encode_all([text for _, _, text, _ in batch])
+    pieces = collections.defaultdict(list)
+    for (split, domain, text, begin), tokens in zip(batch, encoded):
+      if domain not in domains:
+        domains.append(domain)
+      _check_number(domains, features)
+      # An empty text stays one, and is refused.
+      before = np.array(begin if tokens.size else (), tokens.dtype)
+      pieces[split, domain] += before, tokens, end
+      num_tokens = before.size + tokens.size + 1
+      num_bytes = tokenizer.num_bytes_V[tokens].sum()
+      counts[split, domain] += num_tokens, 1, len(text), num_bytes
+    for (split, domain), arrays in pieces.items():
+      with _file(folder, split, domains.index(domain)).open("ab") as file:
+        file.write(np.concatenate(arrays, dtype=dtype, casting="unsafe").data)
   _check_bytes(name, features, tokenizer, counts, whole)
   _tell_held_out(name, domains, counts)
   return {
@@ -285,6 +289,31 @@ def _write_tokens(name, builder, features, tokenizer, folder, whole):
     "num_tokens": _table(domains, lambda *place: int(counts[place][0])),
     "num_documents": _table(domains, lambda *place: int(counts[place][1])),
   }
+
+
+def _batches(name, builder, features):
+  """Yields lists of documents that are some megabytes, and shows the progress."""
+  splits = builder.info.splits.values()
+  total = sum(getattr(split, "num_bytes", 0) or 0 for split in splits)
+  with Progress(total or None, "B", unit_scale=True, delay=_QUICK) as progress:
+    batch, size = [], 0
+    for document in documents.read(name, builder, features):
+      batch.append(document)
+      size += len(document[2]) + 1
+      if size >= _AT_ONCE:
+        yield batch
+        progress.update(size)
+        batch, size = [], 0
+    yield batch
+
+
+def _check_number(domains, features):
+  if len(domains) > _MOST_DOMAINS:
+    raise ConfigError(
+      f'data.domain_feature "{features.domain}" has more than {_MOST_DOMAINS}'
+      " values, and a domain is a file and a line of metrics; name a class"
+      ' label, or "none" for one domain'
+    )
 
 
 def _tell_held_out(name, domains, counts):

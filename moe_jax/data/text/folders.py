@@ -13,6 +13,7 @@ domains are the folders in these.
 
 import gzip
 import json
+import mmap
 import pathlib
 import types
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ OBJECTS = (".jsonl", ".jsonl.gz", ".parquet")
 _SHOWN = 3  # Names in a message.
 _LONG = 2**14  # Bytes of a file that is more than one document.
 _PIECE = 2**12  # The least bytes of such a document, but for the last one.
+_LONGEST = 2**20  # The most bytes of one, where lines are longer.
 
 
 class File(NamedTuple):
@@ -94,7 +96,8 @@ def _inside(folder):
 class Builder:
   """The part of a TFDS builder that reading takes.
 
-  info: with `features` and `splits`, as in TFDS; a split's size is that of its files.
+  info: with `features` and `splits`, as in TFDS. A split has the number and the bytes
+    of its files.
   """
 
   def __init__(
@@ -120,7 +123,10 @@ class Builder:
     self._files, self._texts, self._domain = files, tuple(texts), domain
     self._skip = skip_not_utf8
     splits = {
-      split: types.SimpleNamespace(num_examples=len(own))
+      split: types.SimpleNamespace(
+        num_examples=len(own),
+        num_bytes=sum(file.path.stat().st_size for file in own),
+      )
       for split, own in files.items()
     }
     features = {name: tfds.features.Text() for name in self._names()}
@@ -185,21 +191,39 @@ def _documents(file, texts):
   if file.suffix in OBJECTS:
     yield from _objects(file)
     return
-  for number, piece in enumerate(_pieces(file.path.read_bytes()), 1):
-    yield f"part {number} of {file.path}", {texts[0]: piece}
+  if not file.path.stat().st_size:
+    return
+  with (
+    file.path.open("rb") as raw,
+    mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as content,
+  ):
+    for number, piece in enumerate(_pieces(content), 1):
+      yield f"part {number} of {file.path}", {texts[0]: piece}
 
 
 def _pieces(content):
   """The documents of a file: where it is long, they end at an empty line or a line."""
-  while len(content) > _LONG:
-    ends = (
-      content.find(end, _PIECE, _LONG) + len(end) for end in (b"\n\n", b"\n")
-    )
-    end = next((e for e in ends if e > _PIECE), len(content))
-    yield content[:end]
-    content = content[end:]
-  if content:
-    yield content
+  begin = 0
+  while len(content) - begin > _LONG:
+    end = _end(content, begin)
+    yield content[begin:end]
+    begin = end
+  if begin < len(content):
+    yield content[begin:]
+
+
+def _end(content, begin):
+  """Where a document that begins at a place ends."""
+  least, most = begin + _PIECE, begin + _LONG
+  for mark, last in ((b"\n\n", most), (b"\n", most), (b"\n", begin + _LONGEST)):
+    end = content.find(mark, least, last) + len(mark)
+    if end > least:
+      return end
+  last = begin + _LONGEST
+  if last >= len(content):
+    return len(content)
+  starts = (last - i for i in range(4) if content[last - i] & 0xC0 != 0x80)
+  return next(starts, last)  # Not inside a character of UTF-8.
 
 
 def _objects(file):

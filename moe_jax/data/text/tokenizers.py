@@ -19,14 +19,26 @@ from moe_jax.core.errors import ConfigError, first_line
 
 _BYTE = "<0x[0-9A-F]{2}>"  # The pieces that stand for one byte.
 _MOST_IDS = 2**24  # Published vocabularies have up to 2^18.
+# Up to so many texts of fewer characters are compared in every call.
+_SAMPLES, _SAMPLE = 4, 2**14
+# Texts in which tokenizers differ if they differ at all.
+_PROBES = (
+  "",
+  " ",
+  "The first  two\n\n\tlines, it's 1234567 o'clock.\r\n",
+  "def f(x_1, *a):\n    return {x_1: 3.14e-10}  # <0x0A> </s> <unk>",
+  "Zwölf Boxkämpfer; déjà vu; \u0438\u043c\u044f; \u540d\u524d\u306f; \u05e9\u05dc\u05d5\u05dd",
+  "e\u0301 \ufb01 \u2160 \u00a0\u3000\u2581 \U0001f600\u200d\U0001f680 \x00\x7f\ufffd",
+)
 
 
 class Tokenizer(NamedTuple):
   """Functions between text and tokens, and the size of every token.
 
   name: as in the config.
-  encode: text as bytes -> int64 tokens of a document, without its end. Text
-    that spells a special token is encoded as text.
+  encode_all: texts as bytes -> the tokens of each as a document, without its end, in
+    integers [N]. Text that spells a special token is encoded as text. Libraries
+    share the texts among all cores.
   prompt: text as bytes -> int64 tokens of a model's input: `begin`, and the
     text, which may spell special tokens.
   decode: tokens -> text.
@@ -37,12 +49,16 @@ class Tokenizer(NamedTuple):
   """
 
   name: str
-  encode: Callable[[bytes], np.ndarray]
+  encode_all: Callable[[Sequence[bytes]], list[np.ndarray]]
   prompt: Callable[[bytes], np.ndarray]
   decode: Callable[[Sequence[int]], str]
   num_bytes_V: np.ndarray
   key: str
   begin: tuple[int, ...] = ()
+
+  def encode(self, text: bytes) -> np.ndarray:
+    """Returns the tokens of one document, see `encode_all`."""
+    return self.encode_all([text])[0]
 
   @property
   def vocab_size(self) -> int:
@@ -74,7 +90,9 @@ def load(name: str | os.PathLike = "bytes") -> Tokenizer:
       " a SentencePiece .model"
     )
   try:
-    encode, with_special, decode, sizes_V, begin = readers[path.suffix](path)
+    encode_all, with_special, decode, sizes_V, begin = readers[path.suffix](
+      path
+    )
   except ImportError as e:
     raise ConfigError(
       f"{what} needs the package {e.name}; run: pip install 'moe_jax[data]'"
@@ -88,14 +106,13 @@ def load(name: str | os.PathLike = "bytes") -> Tokenizer:
     ) from None
   end = len(sizes_V) - 1
 
-  def array(encode, text, begin=()):
-    tokens = encode(text.decode("utf-8", "replace"))
-    return np.array([*begin, *tokens], np.int64)
+  def words(text):
+    return text.decode("utf-8", "replace")
 
   return Tokenizer(
     str(path),
-    functools.partial(array, encode),
-    functools.partial(array, with_special, begin=begin),
+    lambda texts: encode_all([words(text) for text in texts]),
+    lambda text: np.array([*begin, *with_special(words(text))], np.int64),
     lambda tokens: decode([int(t) for t in tokens if t < end]),
     sizes_V,
     hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -107,15 +124,18 @@ def _bytes():
   def encode(text):
     return np.frombuffer(text, np.uint8).astype(np.int64)
 
+  def encode_all(texts):
+    return [np.frombuffer(text, np.uint8) for text in texts]
+
   def decode(tokens):
     return bytes(t for t in tokens if t < 256).decode("utf-8", "replace")
 
   sizes_V = np.append(np.ones(256, np.int32), np.int32(0))
-  return Tokenizer("bytes", encode, encode, decode, sizes_V, "bytes")
+  return Tokenizer("bytes", encode_all, encode, decode, sizes_V, "bytes")
 
 
-# The readers of a file return text -> ids of a document, text -> ids where text
-# may spell special tokens, ids -> text, `num_bytes_V` and `begin`.
+# The readers of a file return texts -> ids of each as a document, text -> ids where
+# text may spell special tokens, ids -> text, `num_bytes_V` and `begin`.
 
 
 def _json(path):
@@ -143,8 +163,9 @@ def _json(path):
   ):
     raise ValueError(f"a token has no id of its own up to {_MOST_IDS}")
   special = {text for text, t in added.items() if t["special"]}
+  many = _fast(tokenizer, content, path) or functools.partial(_many, tokenizer)
   return (
-    _document_encoder(tokenizer, path, special, unknown),
+    _document_encoder(tokenizer, many, path, special, unknown),
     lambda text: _ids(tokenizer, text),
     tokenizer.decode,
     _sizes(content, pieces, ids, special | {unknown}),
@@ -158,8 +179,51 @@ def _ids(tokenizer, text, *, as_text=False):
   return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def _document_encoder(tokenizer, path, special, unknown):
-  """Returns text -> ids in which text that spells a special token stays text.
+def _many(tokenizer, texts):
+  """Returns the ids of each text; what spells a special token is text."""
+  tokenizer.encode_special_tokens = True
+  encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+  return [np.array(encoding.ids, np.int64) for encoding in encodings]
+
+
+def _fast(tokenizer, content, path):
+  """Returns what `_many` does, many times faster, or None where that is not known.
+
+  The library fastokens is used if it is there, and if it can read the file. In every
+  call it must agree with the library tokenizers on a sample.
+  """
+  try:
+    import fastokens
+
+    fast = fastokens.Tokenizer.from_json_str(json.dumps(content))
+    fast.no_truncation()
+    fast.no_padding()
+  except (KeyboardInterrupt, SystemExit):
+    raise
+  except BaseException:  # A panic in Rust is no Exception.
+    return None
+
+  def many(texts):
+    flat, ends = fast.encode_batch_flat(texts, split_special_tokens=True)
+    flat, ends = np.frombuffer(flat, "<u4"), np.frombuffer(ends, "<u8").tolist()
+    return [flat[i:j] for i, j in zip(ends, ends[1:])]
+
+  def agrees(texts):
+    return all(map(np.array_equal, many(texts), _many(tokenizer, texts)))
+
+  def checked(texts):
+    if not agrees([t for t in texts if len(t) < _SAMPLE][:_SAMPLES]):
+      raise ConfigError(
+        f"the packages fastokens and tokenizers read a document with data.tokenizer ="
+        f" {str(path)!r} differently; run: pip uninstall fastokens"
+      )
+    return many(texts)
+
+  return checked if agrees(_PROBES) else None
+
+
+def _document_encoder(tokenizer, many, path, special, unknown):
+  """Returns texts -> ids in which text that spells a special token stays text.
 
   Some models match text with every piece of their vocabulary, special ones
   too. So what spells such a piece is cut after its first character.
@@ -174,22 +238,28 @@ def _document_encoder(tokenizer, path, special, unknown):
   usual = tokenizer.pre_tokenizer
   cutting = pre_tokenizers.Sequence([usual, cut] if usual else [cut])
   control = {tokenizer.token_to_id(word) for word in special - {unknown}}
+  controls, search = np.array(sorted(control)), re.compile(spelled).search
 
-  def encode(text):
+  def cut_up(text):
+    tokenizer.pre_tokenizer = cutting
     tokens = _ids(tokenizer, text, as_text=True)
-    if control.intersection(tokens) or re.search(spelled, text):
-      tokenizer.pre_tokenizer = cutting
-      tokens = _ids(tokenizer, text, as_text=True)
-      tokenizer.pre_tokenizer = usual
+    tokenizer.pre_tokenizer = usual
     for token in control.intersection(tokens):
       raise ConfigError(
         f"a document spells {tokenizer.id_to_token(token)!r}, a special token"
         f" that data.tokenizer = {str(path)!r} cannot encode as text; take"
         " another tokenizer, or leave the document out"
       )
-    return tokens
+    return np.array(tokens, np.int64)
 
-  return encode
+  def encode_all(texts):
+    made = many(texts)
+    for i, text in enumerate(texts):
+      if np.isin(made[i], controls).any() or search(text):
+        made[i] = cut_up(text)
+    return made
+
+  return encode_all
 
 
 def _begin(tokenizer, path, ids):
@@ -248,7 +318,11 @@ def _sentencepiece(path):
     elif not (model.is_control(i) or model.is_unknown(i)):
       sizes_V[i] = _length(model.id_to_piece(i))
   begin = (model.bos_id(),) if model.bos_id() >= 0 else ()
-  return model.encode, model.encode, model.decode, sizes_V, begin
+
+  def encode_all(texts):
+    return [np.array(ids, np.int64) for ids in model.encode(texts)]
+
+  return encode_all, model.encode, model.decode, sizes_V, begin
 
 
 def _length(piece):

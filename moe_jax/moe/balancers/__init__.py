@@ -56,7 +56,15 @@ def check(recipe, place: str = "moe") -> None:
 
 
 def missing(router: Router, balancer: Balancer) -> list[str]:
-  """The keys of `types.FACTS` that a balancer needs and a router lacks."""
+  """The keys of `types.FACTS` that a balancer needs and a router lacks.
+
+  Args:
+    router: any router.
+    balancer: any balancer.
+
+  Returns:
+    The keys in alphabetical order, with "selection" first.
+  """
   needs = set(balancer.needs) | ({"selection"} if balancer.select else set())
   given = router.gives | {"networks"} | ({"fixed"} if router.fixed else set())
   return sorted(needs - given, key=lambda fact: (fact != "selection", fact))

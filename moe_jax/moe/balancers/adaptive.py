@@ -28,12 +28,18 @@ def build(
   highest: number(above=0) = 10.0,
   scope: word(*switch.SCOPES) = "micro_batch",
 ) -> Balancer:
-  """Args:
-  target: MaxVio above which the coefficient grows.
-  start: the coefficient at first.
-  factor: of a step.
-  lowest, highest: ends of the coefficient.
-  scope: as in `switch`.
+  """A balancer whose load loss has a coefficient for each layer that moves.
+
+  Args:
+    target: MaxVio above which the coefficient grows.
+    start: the coefficient at first.
+    factor: by which the coefficient grows or shrinks in a step.
+    lowest: the smallest coefficient.
+    highest: the largest coefficient.
+    scope: over which tokens f and P are formed, as in `switch`.
+
+  Raises:
+    ConfigError: `lowest` is above `highest`.
   """
   load_loss = switch.build(1.0, scope).loss
 
@@ -59,6 +65,11 @@ def build(
 def first(start, lowest, highest):
   """`Balancer.init` of a coefficient that moves between two ends.
 
+  Args:
+    start: the coefficient at first; outside of the ends it is the nearer one.
+    lowest: the smallest coefficient.
+    highest: the largest coefficient.
+
   Raises:
     ConfigError: the lowest one is above the highest one.
   """
@@ -76,6 +87,14 @@ def first(start, lowest, highest):
 
 
 def moved(coefficient, excess, factor, lowest, highest):
-  """The coefficient times or over `factor`, as the excess is above or below 0."""
+  """The coefficient times or over `factor`, as the excess is above or below 0.
+
+  Args:
+    coefficient: a scalar.
+    excess: a scalar, the measured value minus the wanted one.
+    factor: above 1.
+    lowest: the smallest coefficient.
+    highest: the largest coefficient.
+  """
   moved = coefficient * factor ** jnp.sign(excess)
   return jnp.clip(moved, lowest, highest)

@@ -16,6 +16,19 @@ share in `targets`.
 
 It needs some hundred steps to settle (about the spread of the scores over the rate)
 and is less apt for softmax scores of many experts, which are small and differ much.
+
+The options of `build`:
+
+  rate: the size of a step; 1e-3 in the paper for 40,000 steps.
+  rule: "sign", "proportional" or "pid", see above.
+  form: "add" b to the scores, or "multiply" the scores by it.
+  gain: factor of the present error in the rule "pid".
+  damping: factor of the error's change in the rule "pid".
+  targets: blocks of neighbouring experts, (how many, the share of the assignments
+    that they get together), for instance ((256, 0.75), (128, 0.25)); shares add up
+    to 1, and no expert can have more than 1 / K. None: equal shares.
+  centered: subtract the mean of b afterwards, which changes no choice of "add".
+  freeze_after: no update from this step on (DeepSeek-V3's last tokens).
 """
 
 import jax
@@ -40,16 +53,7 @@ def build(
   centered: bool = False,
   freeze_after: optional(integer(0)) = None,
 ) -> Balancer:
-  """Args:
-  rate: the size of a step; 1e-3 in the paper for 40,000 steps.
-  rule, form: see the head of this file.
-  gain, damping: of the rule "pid".
-  targets: blocks of neighbouring experts, (how many, the share of the assignments
-    that they get together), for instance ((256, 0.75), (128, 0.25)); shares add up
-    to 1, and no expert can have more than 1 / K. None: equal shares.
-  centered: subtract the mean of b afterwards, which changes no choice of "add".
-  freeze_after: no update from this step on (DeepSeek-V3's last tokens).
-  """
+  """A balancer that shifts scores. The head of this file has all options."""
   share_E = _shares(targets)
   _check(rule, gain, damping, share_E)
   start = 0.0 if form == "add" else 1.0
@@ -122,7 +126,11 @@ def _error(count_E, share_E, dtype):
 
 
 def below_mean(count_E):
-  """sign(mean load - load): 0 at the exact mean, which floats may miss."""
+  """sign(mean load - load): 0 at the exact mean, which floats may miss.
+
+  Args:
+    count_E: loads, exact for integers of any size.
+  """
   if not jnp.issubdtype(count_E.dtype, jnp.integer):
     return jnp.sign(count_E.mean() - count_E)
   total, experts = count_E.sum(dtype=count_E.dtype), count_E.size

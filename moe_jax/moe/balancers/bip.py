@@ -29,9 +29,11 @@ CONTRACT_OPTIONS = {"top_k": 2}
 
 
 def build(top_k: integer(1), sweeps: integer(1) = 4) -> Balancer:
-  """Args:
-  top_k: K.
-  sweeps: over p and q; 2 to 14 in the paper.
+  """A balancer that subtracts prices from the scores that choose.
+
+  Args:
+    top_k: K, which has to be that of the router.
+    sweeps: updates of p and q before a choice; 2 to 14 in the paper.
   """
 
   def select(state, score_TE, mask_T):
@@ -47,7 +49,14 @@ def build(top_k: integer(1), sweeps: integer(1) = 4) -> Balancer:
 
 
 def prices(score_TE, mask_T, top_k: int, sweeps: int):
-  """The prices q of the experts for one group: q_E, 0 or more."""
+  """The prices q of the experts for one group: q_E, 0 or more.
+
+  Args:
+    score_TE: scores, 0 or more.
+    mask_T: bool, False for padding.
+    top_k: K.
+    sweeps: updates of p and q, from q = 0 on.
+  """
   tokens, num_experts = score_TE.shape
   most = tokens * top_k // num_experts
   full = (mask_T.sum() * top_k) // num_experts  # Tokens of a full expert.

@@ -31,11 +31,16 @@ def build(
   of: word("importance", "load") = "importance",
   scope: word(*SCOPES) = "group",
 ) -> Balancer:
-  """Args:
-  coefficient: what the loss is multiplied by.
-  of: see the head of this file.
-  scope: over which tokens sums are formed, as in `switch`; "load" has the sums of
-    whole groups and no smaller ones.
+  """A balancer with the importance loss, or with the load loss.
+
+  Args:
+    coefficient: what the loss is multiplied by.
+    of: "importance" or "load", see the head of this file.
+    scope: over which tokens sums are formed, as in `switch`; "load" has the sums of
+      whole groups and no smaller ones.
+
+  Raises:
+    ConfigError: "load" with the scope "sequence".
   """
   if of == "load" and scope == "sequence":
     raise ConfigError('of = "load" knows no scope "sequence"; use "group"')
@@ -67,7 +72,11 @@ def build(
 
 
 def squared(sum_E):
-  """1 + (std / mean)^2 over the last axis; 0 where all are 0."""
+  """1 + (std / mean)^2 over the last axis; 0 where all are 0.
+
+  Args:
+    sum_E: a sum for each expert, 0 or more, with any axes before.
+  """
   mean = sum_E.mean(-1)
   safe = jnp.where(mean > 0, mean, 1)
   return jnp.where(mean > 0, jnp.square(sum_E).mean(-1) / safe**2, 0)

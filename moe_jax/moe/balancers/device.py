@@ -36,12 +36,14 @@ def build(
   of: word("assignments", "tokens") = "assignments",
   scope: word(*SCOPES) = "sequence",
 ) -> Balancer:
-  """Args:
-  coefficient: what the loss is multiplied by.
-  devices: D; it divides E.
-  of: see the head of this file.
-  scope: over which tokens f and P are formed, as in `switch`; "tokens" has the sums
-    of whole groups and no smaller ones.
+  """A balancer with a load loss of blocks of experts.
+
+  Args:
+    coefficient: what the loss is multiplied by.
+    devices: D; it divides E.
+    of: "assignments" or "tokens", see the head of this file.
+    scope: over which tokens f and P are formed, as in `switch`; "tokens" has the sums
+      of whole groups and no smaller ones.
   """
   if of == "tokens" and scope == "sequence":
     raise ConfigError('of = "tokens" knows no scope "sequence"; use "group"')

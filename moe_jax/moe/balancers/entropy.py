@@ -17,7 +17,11 @@ CONTRACT_EXCEPTIONS = {
 
 
 def build(coefficient: number(0)) -> Balancer:
-  """Args: coefficient: what the loss is multiplied by. Summed over layers."""
+  """A balancer that only adds the loss of entropy.
+
+  Args:
+    coefficient: what the loss is multiplied by. Summed over layers.
+  """
 
   def loss(state, stats, so_far_E, router_params):
     del state, so_far_E, router_params

@@ -39,12 +39,18 @@ def build(
   lowest: number(above=0) = 1e-12,
   highest: number(above=0) = 10.0,
 ) -> Balancer:
-  """Args:
-  experts: the number of experts that a token is to have on average.
-  start: the coefficient at first.
-  factor: of a step.
-  balanced: whether terms are weighted by loads.
-  lowest, highest: ends of the coefficient.
+  """A balancer that brings the router `relu` to a number of experts per token.
+
+  Args:
+    experts: the number of experts that a token is to have on average.
+    start: the coefficient at first.
+    factor: by which the coefficient grows or shrinks in a step.
+    balanced: whether terms are weighted by loads.
+    lowest: the smallest coefficient.
+    highest: the largest coefficient.
+
+  Raises:
+    ConfigError: `lowest` is above `highest`.
   """
 
   def loss(state, stats, so_far_E, router_params):

@@ -29,9 +29,11 @@ CONTRACT_EXCEPTIONS = {
 def build(
   coefficient: number(0), norm: word("l1", "squared") = "l1"
 ) -> Balancer:
-  """Args:
-  coefficient: what the loss is multiplied by. Summed over layers.
-  norm: see the head of this file.
+  """A balancer that only adds a loss of the router's matrix.
+
+  Args:
+    coefficient: what the loss is multiplied by. Summed over layers.
+    norm: "l1" or "squared", see the head of this file.
   """
 
   def loss(state, stats, so_far_E, router_params):

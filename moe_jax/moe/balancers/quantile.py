@@ -34,11 +34,13 @@ def build(
   bins: integer(2, 100_000) = 1000,
   width: optional(number(1)) = None,
 ) -> Balancer:
-  """Args:
-  decay: of the moving average of the bias; 0: the last step alone.
-  bins: of each expert's histogram.
-  width: how far scores are from 0 at most, 1 or more; None: scores are between 0
-    and 1. What lies outside of the bins is counted in the last ones.
+  """A balancer whose biases follow the quantiles of each step.
+
+  Args:
+    decay: of the moving average of the bias; 0: the last step alone.
+    bins: of each expert's histogram.
+    width: how far scores are from 0 at most, 1 or more; None: scores are between 0
+      and 1. What lies outside of the bins is counted in the last ones.
   """
   # The largest difference of two scores.
   reach = 1.0 if width is None else 2 * width
@@ -91,6 +93,9 @@ def build(
 def scores_of(routing: Routing):
   """The scores that chose, without a gradient.
 
+  Args:
+    routing: of one group.
+
   Raises:
     ConfigError: the router does not return them.
   """
@@ -106,6 +111,11 @@ def cutoffs(score_TE, bias_E, top_k: int):
   """The (K+1)-th largest score of each token, with the bias: cutoff_T.
 
   Where K = E it is the token's smallest score.
+
+  Args:
+    score_TE: scores without the bias.
+    bias_E: the bias.
+    top_k: K.
   """
   biased_TE = score_TE + bias_E.astype(score_TE.dtype)[None, :]
   last = min(top_k + 1, score_TE.shape[-1])
@@ -119,7 +129,15 @@ def _ends(bias_E, reach):
 
 
 def histogram(value_TE, mask_T, low, high, bins: int):
-  """Counts the unpadded tokens whose value is in each bin: count_EB."""
+  """Counts the unpadded tokens whose value is in each bin: count_EB.
+
+  Args:
+    value_TE: what is counted. Values outside of the bins are in the first or last.
+    mask_T: bool, False for padding.
+    low: lower end of the first bin.
+    high: upper end of the last bin.
+    bins: B, bins of equal width.
+  """
   bin_TE = jnp.floor((value_TE - low) / (high - low) * bins).astype(jnp.int32)
   bin_TE = jnp.clip(bin_TE, 0, bins - 1)
   tokens, num_experts = value_TE.shape
@@ -137,7 +155,8 @@ def quantiles(count_EB, wanted, low, high):
   Args:
     count_EB: from `histogram`.
     wanted: number of tokens.
-    low, high: ends of the bins.
+    low: lower end of the first bin.
+    high: upper end of the last bin.
   """
   bins, wide = count_EB.shape[-1], low.dtype
   below_EB = jnp.cumsum(count_EB, axis=-1)

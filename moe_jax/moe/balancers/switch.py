@@ -33,14 +33,19 @@ def build(
   scope: word(*SCOPES) = "micro_batch",
   count: word("all", "first") = "all",
 ) -> Balancer:
-  """Args:
-  coefficient: what the loss is multiplied by; 0.01 in Switch, 0.001 in
-    DeepSeekMoE. Summed over layers.
-  scope: over which tokens f and P are formed before they are multiplied:
-    "sequence" (DeepSeek-V3), "group" (GShard), "micro_batch": all tokens of
-    one forward pass over all devices, or "global_batch": f from the counts
-    of the step so far, P from this micro-batch (2501.11873).
-  count: "all" choices (divided by K), or the "first" alone (GShard, Switch).
+  """A balancer with the load-balancing loss.
+
+  Args:
+    coefficient: what the loss is multiplied by; 0.01 in Switch, 0.001 in
+      DeepSeekMoE. Summed over layers.
+    scope: over which tokens f and P are formed before they are multiplied:
+      "sequence" (DeepSeek-V3), "group" (GShard), "micro_batch": all tokens of
+      one forward pass over all devices, or "global_batch": f from the counts
+      of the step so far, P from this micro-batch (2501.11873).
+    count: "all" choices (divided by K), or the "first" alone (GShard, Switch).
+
+  Raises:
+    ConfigError: the scope "global_batch" with first choices alone.
   """
   if scope == "global_batch" and count == "first":
     raise ConfigError(
@@ -66,7 +71,12 @@ def build(
 
 
 def load_loss(count_E, prob_E):
-  """E * sum_i f_i P_i over the last axis; 0 where there are no tokens."""
+  """E * sum_i f_i P_i over the last axis; 0 where there are no tokens.
+
+  Args:
+    count_E: assignments of each expert, with any axes before.
+    prob_E: summed probability of each expert, with the same axes.
+  """
   f_E = count_E / jnp.maximum(count_E.sum(-1, keepdims=True), 1)
   total = prob_E.sum(-1, keepdims=True)
   prob_E = prob_E / jnp.where(total > 0, total, 1)

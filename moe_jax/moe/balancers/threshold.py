@@ -26,10 +26,12 @@ def build(
   decay: number(0, below=1) = 0.9,
   bins: integer(10, 100_000) = 1000,
 ) -> Balancer:
-  """Args:
-  share: of the tokens that an expert is to get, K/E.
-  decay: of the moving average, after the first step, which sets thresholds.
-  bins: of each expert's histogram, for scores between 0 and 1.
+  """A balancer that keeps a threshold for each expert.
+
+  Args:
+    share: of the tokens that an expert is to get, K/E.
+    decay: of the moving average, after the first step, which sets thresholds.
+    bins: of each expert's histogram, for scores between 0 and 1.
   """
   ends = jnp.zeros(()), jnp.ones(())
 

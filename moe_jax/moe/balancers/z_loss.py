@@ -15,7 +15,11 @@ CONTRACT_EXCEPTIONS = {
 
 
 def build(coefficient: number(0)) -> Balancer:
-  """Args: coefficient: 1e-3 in ST-MoE and OLMoE. Summed over layers."""
+  """A balancer that only adds the z-loss.
+
+  Args:
+    coefficient: 1e-3 in ST-MoE and OLMoE. Summed over layers.
+  """
 
   def loss(state, stats, so_far_E, router_params):
     del state, so_far_E, router_params

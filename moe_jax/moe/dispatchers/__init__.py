@@ -134,7 +134,12 @@ def _stable_argsort(key_N, num_keys):
 
 
 def shares_slots(num_experts: int, bound: Bound | None) -> bool:
-  """Whether experts share the slots of a bucket."""
+  """Whether experts share the slots of a bucket.
+
+  Args:
+    num_experts: E.
+    bound: None: dropless, so that there are no slots to share.
+  """
   return bound is not None and bound.expert_buckets < num_experts
 
 
@@ -170,7 +175,11 @@ class TokenPlan(flax.struct.PyTreeNode):
   bound: Bound | None = flax.struct.field(pytree_node=False)
 
   def loads(self, tokens) -> Loads:
-    """The loads by sequence, from a `plans.Tokens`."""
+    """The loads by sequence.
+
+    Args:
+      tokens: `plans.Tokens` of the same groups.
+    """
     valid_GTK, expert_GTK = self.choice.valid_TK, self.choice.expert_TK
     groups, length, top_k = valid_GTK.shape
     shape = (groups, tokens.sequences, length // tokens.sequences * top_k)

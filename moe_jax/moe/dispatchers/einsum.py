@@ -18,10 +18,12 @@ class EinsumPlan(dispatchers.TokenPlan, plans.MixturePlan):
 def build(
   order: word(*dispatchers.ORDERS) = "token", renormalize: bool = False
 ) -> Dispatcher:
-  """Args:
-  order: who gets slots first, "token" or "choice" (`dispatchers.rank`).
-  renormalize: give the weights of dropped assignments to the token's other experts,
-    so that their sum stays the same (NLLB-MoE, 2207.04672).
+  """A dispatcher with one-hot products; it needs a capacity.
+
+  Args:
+    order: who gets slots first, "token" or "choice" (`dispatchers.rank`).
+    renormalize: give the weights of dropped assignments to the token's other experts,
+      so that their sum stays the same (NLLB-MoE, 2207.04672).
   """
   return dispatchers.in_order(order, renormalize, _lay_out, ragged=False)
 

@@ -23,7 +23,11 @@ class RowPlan(dispatchers.TokenPlan):
   tokens_per_expert_GE: Array | None = None
 
   def dispatch(self, x_GTD: Array) -> Rows:
-    """Every row's token, scaled by the weight if that is for the input."""
+    """Every row's token, scaled by the weight if that is for the input.
+
+    Args:
+      x_GTD: tokens.
+    """
     top_k = self.row_GTK.shape[2]
     owner_N, row_TK = self.owner_N // top_k, _flat(self.row_GTK)
     x_ND = take(_flat(x_GTD), owner_N, row_TK)
@@ -38,7 +42,11 @@ class RowPlan(dispatchers.TokenPlan):
     return Rows(x_ND.reshape(shape))
 
   def combine(self, rows: Rows) -> Array:
-    """sum_k weight * row, in the rows' dtype."""
+    """sum_k weight * row, in the rows' dtype.
+
+    Args:
+      rows: results of the experts.
+    """
     groups, tokens, _ = self.row_GTK.shape
     weight_GTK = self.choice.weight_TK
     if self.choice.weight_input:
@@ -142,10 +150,12 @@ def plan_rows(plan, row_GTK, num_rows, counts_GE=None) -> RowPlan:
 def build(
   order: word(*dispatchers.ORDERS) = "token", renormalize: bool = False
 ) -> Dispatcher:
-  """Args:
-  order: who gets slots first, "token" or "choice" (`dispatchers.rank`).
-  renormalize: give the weights of dropped assignments to the token's other experts,
-    so that their sum stays the same (NLLB-MoE, 2207.04672).
+  """A dispatcher that gathers; it needs a capacity.
+
+  Args:
+    order: who gets slots first, "token" or "choice" (`dispatchers.rank`).
+    renormalize: give the weights of dropped assignments to the token's other experts,
+      so that their sum stays the same (NLLB-MoE, 2207.04672).
   """
   return dispatchers.in_order(order, renormalize, _lay_out, ragged=False)
 

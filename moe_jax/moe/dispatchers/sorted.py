@@ -14,10 +14,12 @@ from moe_jax.moe.types import Dispatcher
 def build(
   order: word(*dispatchers.ORDERS) = "token", renormalize: bool = False
 ) -> Dispatcher:
-  """Args:
-  order: who gets slots first, "token" or "choice" (`dispatchers.rank`).
-  renormalize: give the weights of dropped assignments to the token's other experts,
-    so that their sum stays the same (NLLB-MoE, 2207.04672).
+  """A dispatcher that sorts; it is dropless, or takes any bound.
+
+  Args:
+    order: who gets slots first, "token" or "choice" (`dispatchers.rank`).
+    renormalize: give the weights of dropped assignments to the token's other experts,
+      so that their sum stays the same (NLLB-MoE, 2207.04672).
   """
   return dispatchers.in_order(order, renormalize, _lay_out, ragged=True)
 

@@ -46,12 +46,17 @@ def build(
   boundaries: optional(items(number(), shortest=1)) = None,
   renormalize: bool = False,
 ) -> Router:
-  """Args:
-  top_k: K, experts of a token, in its block.
-  feature: name in `side.features`.
-  num_values: the number of values, and of blocks.
-  boundaries: rising limits between the values; None: it is a whole number.
-  renormalize: divide the weights by their sum.
+  """A router that chooses in the block of experts of a token's feature.
+
+  Args:
+    top_k: K, experts of a token, in its block.
+    feature: name in `side.features`.
+    num_values: the number of values, and of blocks.
+    boundaries: rising limits between the values; None: it is a whole number.
+    renormalize: divide the weights by their sum.
+
+  Raises:
+    ConfigError: boundaries that are not num_values - 1 rising numbers.
   """
   _check(num_values, boundaries)
 

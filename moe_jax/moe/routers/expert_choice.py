@@ -25,9 +25,12 @@ _ROUNDINGS = ("floor", "ceil", "round")  # Functions of NumPy and of jax.numpy.
 
 
 def build(top_k: integer(1), rounding: word(*_ROUNDINGS) = "floor") -> Router:
-  """Args:
-  top_k: K, experts of a token on average.
-  rounding: of C; Soft MoE's experiments (2308.00951) have "round".
+  """A router in which experts choose tokens.
+
+  Args:
+    top_k: K, experts of a token on average.
+    rounding: "floor", "ceil" or "round", of C, which is 1 at least; Soft MoE's
+      experiments (2308.00951) have "round".
   """
 
   def slots_of(tokens, num_experts, numpy):

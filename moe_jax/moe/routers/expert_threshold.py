@@ -30,10 +30,12 @@ def build(
   score: word("softmax", "sigmoid") = "sigmoid",
   average: optional(number(above=0)) = None,
 ) -> Router:
-  """Args:
-  top_k: K, the most experts of a token.
-  score: of an expert.
-  average: experts of a token that are counted as active; None: K.
+  """A router that needs the balancer `threshold`.
+
+  Args:
+    top_k: K, the most experts of a token.
+    score: "softmax" or "sigmoid" of the logits.
+    average: experts of a token that are counted as active; None: K.
   """
 
   def route(params, x_TD, *, num_experts, select, side, rng):

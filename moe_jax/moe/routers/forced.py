@@ -31,9 +31,11 @@ _GOLDEN = (5**0.5 - 1) / 2
 
 
 def build(top_k: integer(1), exponent: number(0, high=30) = 0.0) -> Router:
-  """Args:
-  top_k: K.
-  exponent: of the loads, see the head of this file; 0: balanced.
+  """A router whose loads are given.
+
+  Args:
+    top_k: K.
+    exponent: of the loads, see the head of this file; 0: balanced.
   """
 
   def route(params, x_TD, *, num_experts, select, side, rng):
@@ -55,7 +57,16 @@ def build(top_k: integer(1), exponent: number(0, high=30) = 0.0) -> Router:
 
 
 def shares(num_experts: int, top_k: int, exponent: float) -> np.ndarray:
-  """Experts' chances to be among a token's K: they add up to K, none above 1."""
+  """Experts' chances to be among a token's K: they add up to K, none above 1.
+
+  Args:
+    num_experts: E.
+    top_k: K.
+    exponent: of the loads.
+
+  Returns:
+    share_E, float64.
+  """
   wanted_E = np.arange(1, num_experts + 1) ** -float(exponent)
   full = 0  # The first experts have every token.
   while True:
@@ -68,7 +79,17 @@ def shares(num_experts: int, top_k: int, exponent: float) -> np.ndarray:
 
 @functools.lru_cache(maxsize=32)
 def table(tokens: int, num_experts: int, top_k: int, exponent: float):
-  """expert_TK of a group."""
+  """The experts of every token of a group.
+
+  Args:
+    tokens: T.
+    num_experts: E.
+    top_k: K.
+    exponent: of the loads.
+
+  Returns:
+    expert_TK, int32, different experts for a token.
+  """
   ends_E = np.cumsum(shares(num_experts, top_k, exponent))
   start_T = np.arange(tokens) * _GOLDEN % 1
   points_TK = start_T[:, None] + np.arange(top_k)

@@ -44,13 +44,17 @@ def build(
   seed: integer(0) = 0,
   counts: optional(text()) = None,
 ) -> Router:
-  """Args:
-  top_k: K, different experts per token.
-  vocab_size: V, the number of token ids; a decoder may have fewer, not more.
-  weights: "score" or "equal", see the head of this file.
-  score, renormalize, scale: of the weights, as in the router `top_k`.
-  seed: of the table.
-  counts: path of a .npy file with how often each id is seen; None: drawn.
+  """A router by a table from token ids to experts.
+
+  Args:
+    top_k: K, different experts per token.
+    vocab_size: V, the number of token ids; a decoder may have fewer, not more.
+    weights: "score" or "equal", see the head of this file.
+    score: of the weights, as in the router `top_k`.
+    renormalize: divide the weights of a token by their sum.
+    scale: a factor on the weights.
+    seed: of the table.
+    counts: path of a .npy file with how often each id is seen; None: drawn.
   """
   learnt = weights == "score"
   _check(top_k, learnt, score, renormalize)
@@ -113,17 +117,36 @@ def _token_ids(side):
 
 
 def drawn(vocab_size: int, num_experts: int, top_k: int, seed: int):
-  """table_VK of K different experts for each id, drawn uniformly."""
+  """A table of K different experts for each id, drawn uniformly.
+
+  Args:
+    vocab_size: V.
+    num_experts: E.
+    top_k: K.
+    seed: of the draw.
+
+  Returns:
+    table_VK, int32.
+  """
   rng = np.random.default_rng(seed)
   order_VE = np.argsort(rng.random((vocab_size, num_experts)), axis=1)
   return order_VE[:, :top_k].astype(np.int32)
 
 
 def balanced(count_V: np.ndarray, num_experts: int, top_k: int, seed: int):
-  """table_VK in which ids, frequent ones first, get the least loaded experts.
+  """A table in which ids, frequent ones first, get the least loaded experts.
 
   Of experts with equal loads those with fewer ids come first, so that ids which are
   never seen are spread, too; then the order is drawn.
+
+  Args:
+    count_V: how often each id is seen.
+    num_experts: E.
+    top_k: K.
+    seed: of the order among equals.
+
+  Returns:
+    table_VK, int32.
   """
   rng = np.random.default_rng(seed)
   load_E, ids_E = np.zeros(num_experts), np.zeros(num_experts, int)
@@ -139,6 +162,10 @@ def balanced(count_V: np.ndarray, num_experts: int, top_k: int, seed: int):
 
 def read_counts(path: str, vocab_size: int) -> np.ndarray:
   """The number of times that each id is seen, from a .npy file.
+
+  Args:
+    path: of the file.
+    vocab_size: V.
 
   Raises:
     ConfigError: it cannot be read, or is not V numbers of 0 or more.

@@ -29,11 +29,16 @@ def build(
   top_groups: integer(1) = 1,
   renormalize: bool = False,
 ) -> Router:
-  """Args:
-  top_k: K, experts of a token in all its groups together.
-  num_groups: groups of equally many neighbouring experts.
-  top_groups: groups of a token; it divides K.
-  renormalize: divide the weights by their sum; not with top_k = 1.
+  """A router that chooses groups of experts, and experts inside of them.
+
+  Args:
+    top_k: K, experts of a token in all its groups together.
+    num_groups: groups of equally many neighbouring experts.
+    top_groups: groups of a token; it divides K.
+    renormalize: divide the weights by their sum; not with top_k = 1.
+
+  Raises:
+    ConfigError: `top_groups` does not divide K, or the one weight is always 1.
   """
   if top_k % top_groups:
     raise ConfigError(

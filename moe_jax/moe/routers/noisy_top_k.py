@@ -30,7 +30,11 @@ CONTRACT_EXCEPTIONS = {
 
 
 def build(top_k: integer(2)) -> Router:
-  """Args: top_k: K; with 1 the weight would always be 1."""
+  """A router with learnt noise.
+
+  Args:
+    top_k: K, 2 or more; with 1 the weight would always be 1.
+  """
 
   def init(rng, d_model, num_experts):
     if top_k >= num_experts:
@@ -70,7 +74,17 @@ def build(top_k: integer(2)) -> Router:
 
 
 def chances(logits_TE, noisy_TE, size_TE, top_k: int):
-  """Chance of each expert to be chosen, the others' noise as drawn (eq. 9)."""
+  """Chance of each expert to be chosen, the others' noise as drawn (eq. 9).
+
+  Args:
+    logits_TE: without noise.
+    noisy_TE: with the noise of this step.
+    size_TE: standard deviation of the noise, above 0.
+    top_k: K, below E.
+
+  Returns:
+    chance_TE, in [0, 1].
+  """
   best_TK = jax.lax.top_k(noisy_TE, top_k + 1)[0]
   outside = best_TK.min(-1, keepdims=True)
   # Not a slice: XLA on CPU would sort all scores for that.

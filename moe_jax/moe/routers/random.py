@@ -21,10 +21,13 @@ CONTRACT_EXCEPTIONS = {
 
 
 def build(top_k: integer(1)) -> Router:
-  """Args: top_k: K. Without any key one fixed draw is used for every group.
+  """A router that draws. Without any key one fixed draw is used for every group.
 
   Weights are 1/K, probabilities 1/E; it has no parameters, no logits and
   nothing that a balancer could change.
+
+  Args:
+    top_k: K.
   """
 
   def route(params, x_TD, *, num_experts, select, side, rng):

@@ -26,9 +26,11 @@ CONTRACT_EXCEPTIONS = {"extreme": "weights are unbounded, like logits"}
 def build(
   top_k: integer(1), average: optional(number(above=0)) = None
 ) -> Router:
-  """Args:
-  top_k: K, the most experts of a token; as many as there are: no limit.
-  average: experts of a token that are counted as active; None: K.
+  """A router whose weights above 0 are the choice.
+
+  Args:
+    top_k: K, the most experts of a token; as many as there are: no limit.
+    average: experts of a token that are counted as active; None: K.
   """
 
   def route(params, x_TD, *, num_experts, select, side, rng):
@@ -54,7 +56,11 @@ def build(
 
 
 def shares(weight_TE):
-  """Weights over their sum; equal shares where all are 0."""
+  """Weights over their sum; equal shares where all are 0.
+
+  Args:
+    weight_TE: 0 or more.
+  """
   whole_T1 = weight_TE.sum(-1, keepdims=True)
   shares_TE = weight_TE / jnp.where(whole_T1 > 0, whole_T1, 1)
   return jnp.where(whole_T1 > 0, shares_TE, 1 / weight_TE.shape[-1])

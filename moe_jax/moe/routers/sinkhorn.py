@@ -33,12 +33,17 @@ def build(
   renormalize: bool = False,
   at_evaluation: bool = False,
 ) -> Router:
-  """Args:
-  top_k: K.
-  sweeps: of scaling rows and columns.
-  score: of the weights: "sigmoid", or "softmax" over all experts.
-  renormalize: divide the weights by their sum.
-  at_evaluation: whether the plan chooses without a key too.
+  """A router by a balanced plan.
+
+  Args:
+    top_k: K.
+    sweeps: of scaling rows and columns.
+    score: of the weights: "sigmoid", or "softmax" over all experts.
+    renormalize: divide the weights by their sum.
+    at_evaluation: whether the plan chooses without a key too.
+
+  Raises:
+    ConfigError: the one weight of a token is always 1.
   """
   scores.refuse_constant(top_k, renormalize)
 
@@ -65,7 +70,13 @@ def build(
 
 
 def log_plan(logits_TE, mask_T, sweeps: int):
-  """The logarithm of the plan, up to a number for each token."""
+  """The logarithm of the plan, up to a number for each token.
+
+  Args:
+    logits_TE: of one group.
+    mask_T: bool, False for padding, which takes no part in the plan.
+    sweeps: of scaling rows and columns.
+  """
   masked_TE = jnp.where(mask_T[:, None], logits_TE, -jnp.inf)
 
   def sweep(_, column_E):

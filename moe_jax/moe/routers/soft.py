@@ -24,11 +24,13 @@ def build(
   normalize: bool = False,
   average: number(above=0) = 1.0,
 ) -> Router:
-  """Args:
-  top_k: slots of an expert.
-  normalize: x and Phi, see the head of this file.
-  average: experts of a token that are counted as active: num_experts * top_k over
-    the tokens of a group, which is 1 with as many slots as tokens.
+  """A router that mixes.
+
+  Args:
+    top_k: slots of an expert.
+    normalize: give x and the columns of Phi length 1, and Phi a learnt scale.
+    average: experts of a token that are counted as active: num_experts * top_k over
+      the tokens of a group, which is 1 with as many slots as tokens.
   """
 
   def init(rng, d_model, num_experts):

@@ -29,10 +29,15 @@ CONTRACT_OPTIONS = {"top_k": 2, "tile": 3}
 def build(
   top_k: integer(1), tile: integer(1), renormalize: bool = False
 ) -> Router:
-  """Args:
-  top_k: K, experts of a token before rounding; half of E at most.
-  tile: rows of a kernel's tile.
-  renormalize: divide the weights by their sum.
+  """A router whose loads are whole tiles.
+
+  Args:
+    top_k: K, experts of a token before rounding; half of E at most.
+    tile: rows of a kernel's tile.
+    renormalize: divide the weights by their sum.
+
+  Raises:
+    ConfigError: the one weight of a token is always 1.
   """
   scores.refuse_constant(top_k, renormalize)
 

@@ -13,8 +13,8 @@ The options of `build`:
     then score the chosen ones (Mixtral, gpt-oss, Llama 4).
   renormalize: divide the chosen weights by their sum.
   scale: a factor on the weights, after renormalising.
-  num_expert_groups: contiguous groups of experts; with top_expert_groups <
-    num_expert_groups a token chooses in its best groups only
+  num_expert_groups: contiguous groups of experts.
+  top_expert_groups: if it is lower, a token chooses in its best groups only
     (DeepSeek-V3, 2412.19437, 2.1.2).
   group_score: of a group, from the selection scores: "max" or "sum_top_2".
   expert_group_mask: score of the experts outside, "-inf" or "0". Published
@@ -88,7 +88,7 @@ def build(
   init_scale: number(above=0) = 1.0,
   allow_constant_weight: bool = False,
 ) -> Router:
-  """w = scale * s[chosen] / norm; the head of this file has the options."""
+  """w = scale * s[chosen] / norm. The head of this file has all options."""
   constant = renormalize or (score == "softmax" and not score_before_top_k)
   groups = num_expert_groups, top_expert_groups
   threshold = second_threshold if second_expert == "random" else None
@@ -246,7 +246,14 @@ def _noisy(logits_TE, rng, noise):
 
 
 def chances(logits_TE, noisy_TE, expert_TK, noise):
-  """The chance that an expert, with fresh noise, reaches the K-th score."""
+  """The chance that an expert, with fresh noise, reaches the K-th score.
+
+  Args:
+    logits_TE: without noise.
+    noisy_TE: with the noise of this step.
+    expert_TK: the chosen experts.
+    noise: standard deviation of the noise, above 0.
+  """
   last_T1 = jnp.take_along_axis(noisy_TE, expert_TK, axis=-1).min(
     -1, keepdims=True
   )

@@ -27,11 +27,16 @@ def build(
   renormalize: bool = False,
   average: optional(number(above=0)) = None,
 ) -> Router:
-  """Args:
-  top_k: K, the most experts of a token.
-  threshold: p, the probability that the chosen ones have together at least.
-  renormalize: divide the chosen weights by their sum.
-  average: experts of a token that are counted as active; None: K.
+  """A router with as many experts as a token needs to reach a probability.
+
+  Args:
+    top_k: K, the most experts of a token.
+    threshold: p, the probability that the chosen ones have together at least.
+    renormalize: divide the chosen weights by their sum.
+    average: experts of a token that are counted as active; None: K.
+
+  Raises:
+    ConfigError: the one weight of a token is always 1.
   """
   scores.refuse_constant(top_k, renormalize)
 

@@ -72,6 +72,22 @@ def numbers(section: Mapping, num_steps: int) -> dict[str, Any]:
   return n
 
 
+def steps_of_longer(section: Mapping, num_steps: int) -> int | None:
+  """The number of first steps of a run whose rates are those of every longer run.
+
+  Args:
+    section: `optim` of the config.
+    num_steps: length of the run.
+
+  Returns:
+    None for a schedule in which the length decides the rate of every step.
+  """
+  if section["schedule"] == "cosine":
+    return None
+  of_decay = section["decay_steps"] if section["schedule"] == "wsd" else 0
+  return num_steps - of_decay
+
+
 def rate(n: Mapping[str, Any]) -> optax.Schedule:
   """Linear warm-up to the peak, then one of
 

@@ -13,15 +13,33 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from moe_jax import models
-from moe_jax.core import files, parallel
+from moe_jax.core import files, hub, parallel
 from moe_jax.core.errors import ConfigError
+from moe_jax.core.options import of, section
 from moe_jax.data.text import tokenizers
 from moe_jax.hf import of_config
 from moe_jax.run import config as config_lib
 from moe_jax.training import checkpoint, trained
-from moe_jax.training.starts import fit, upcycling
+from moe_jax.training.starts import fit, parts, upcycling
 
 KEY = "init_from"
+OPTIONS = {
+  KEY: str | None,
+  parts.NEW: parts.OPTION,
+  "upcycle": section(of(upcycling.Upcycling), required=()),
+}
+
+
+def check_config(config) -> None:
+  """Raises ConfigError for a config that says what to make of no weights."""
+  if config.init_from is not None:
+    return
+  for name in (parts.NEW, "upcycle"):
+    if value := config.to_dict()[name]:
+      raise ConfigError(
+        f"{name} = {value} has no weights to begin with; set {KEY} to those of"
+        f" another model, or leave {name} empty"
+      )
 
 
 def read(path: str, model, config) -> dict | None:
@@ -29,8 +47,9 @@ def read(path: str, model, config) -> dict | None:
 
   Args:
     path: a run's work directory, one of its checkpoints, a folder of
-      `moe_jax.upcycle` or published weights, or what `hf.of_config` reads.
-    model, config: of the run.
+      `moe_jax.upcycle` or published weights, a name on the Hugging Face hub, or what
+      `hf.of_config` reads.
+    model, config: of the run. Parameters of `config.init_new` are not taken.
 
   Raises:
     ConfigError: there are none, or of a model that does not fit; says where.
@@ -38,21 +57,20 @@ def read(path: str, model, config) -> dict | None:
   check(path)
   if config.upcycle:
     return None
-  given = _read(functools.partial(variables, config=config, model=model), path)
+  source = functools.partial(_source, config=config, model=model)
+  given, parts_there = _read(source, path)
   if hasattr(model, "adapted"):
     adapted = functools.partial(model.adapted, given["params"])
     given = {**given, "params": _read(adapted, path)}
-  _check_shapes(
-    given["params"], nn.unbox(models.variables(model))["params"], path
-  )
-  return given
+  of_model = model, config.init_new, path, parts_there
+  return {**given, "params": parts.taken(given["params"], *of_model)}
 
 
 def replaced(state, given: Mapping | None, model, config, path: str, seed: int):
   """A new TrainState with parameters of another model.
 
-  Balancers go on from the state that they had there, where both have it; optimizer
-  and random key are those of a new run.
+  Balancers go on from the state that they had there, where both have it and the
+  router is not new; optimizer and random key are those of a new run.
 
   Args:
     state: of step 0.
@@ -65,7 +83,7 @@ def replaced(state, given: Mapping | None, model, config, path: str, seed: int):
     ConfigError: as `read`.
   """
   if given is None:
-    source = _read(trained.of_folder, path)
+    source = _read(lambda path: trained.of_folder(place(path)), path)
     fit.check_text(source, config, path)
     initial = {"params": state.params, "balance": state.balance}
     initial = multihost_utils.process_allgather(initial, tiled=True)
@@ -73,36 +91,46 @@ def replaced(state, given: Mapping | None, model, config, path: str, seed: int):
     made = made._replace(seed=made.seed + seed)
     args = source.model, source.variables, model, initial, made
     given = upcycling.upcycled(*args)
-  _check_shapes(given["params"], state.params, path)
+    made = given["params"], model, config.init_new, path, dict
+    given = {**given, "params": parts.taken(*made)}
   # Arrays of its own, because a step gives up those of the state.
   ema = state.ema and _placed(given["params"], state.ema)
   params = _placed(given["params"], state.params)
   balance, before = state.balance, given.get("balance", {})
+  before = {} if "router" in config.init_new else before
   if _shapes(before) == _shapes(balance):
     balance = _placed(before, balance)
   return state.replace(params=params, balance=balance, ema=ema)
 
 
 def check(path: str | None) -> None:
-  """Raises ConfigError for a path that is no folder; None is no path."""
+  """Raises ConfigError for a path that has no weights; None is no path.
+
+  Those of a name on the hub are there when it returns.
+  """
   if path is None or of_config.exists(path):
     return
-  folder = pathlib.Path(path)
+  folder = pathlib.Path(_read(place, path))
   if not folder.is_dir():
     raise ConfigError(
       f"{KEY} = {path} is no folder; give a run's work directory, one of its"
-      " checkpoints, a folder of published weights, or the prefix of a checkpoint's"
-      " files"
+      " checkpoints, a folder of published weights, the prefix of a checkpoint's"
+      " files, or hf:ORG/NAME for a model on the Hugging Face hub"
     )
   if not trained.is_published(folder):
     _read(checkpoint.folders_of, folder.absolute())
+
+
+def place(path: str) -> str:
+  """The path; a name on the hub is replaced by the folder of its snapshot."""
+  return path if pathlib.Path(path).exists() else hub.weights(path)
 
 
 def variables(path: str, config, model=None) -> dict:
   """{"params", "balance"} of a run or of published weights, in numpy.
 
   Args:
-    path: as in `replaced`.
+    path: as in `read`.
     config: of the run that begins with them.
     model: of the run, which says where the arrays of `hf.of_config` belong.
 
@@ -110,9 +138,14 @@ def variables(path: str, config, model=None) -> dict:
     ConfigError: there are none at the path, they cannot be read, or their tokens
       are others.
   """
-  if (params := of_config.load(path, model, fits=False)) is not None:
-    return {"params": params}
-  folder = pathlib.Path(path).absolute()
+  return _source(path, config, model)[0]
+
+
+def _source(path, config, model):
+  """(`variables`, () -> {parameter: its part} of their model, or {})."""
+  if (params := of_config.load(place(path), model, fits=False)) is not None:
+    return {"params": params}, dict
+  folder = pathlib.Path(place(path)).absolute()
   if trained.is_published(folder):
     from moe_jax import hf
 
@@ -121,16 +154,17 @@ def variables(path: str, config, model=None) -> dict:
     known = tokenizers.load(file) if file.exists() else None
     fit.check_published(model.arch, known, config, path)
     fit.tell_differences(hf.section(folder), config, path)
-    return jax.device_get(found)
+    return jax.device_get(found), functools.partial(parts.of, model)
   found = checkpoint.load_variables(folder)
-  for place in (folder, *folder.parents[:2]):
-    if (place / "config.json").exists():
+  for run in (folder, *folder.parents[:2]):
+    if (file := run / "config.json").exists():
       what = "the config of a run", "give a whole work directory"
-      old = config_lib.complete(files.read_json(place / "config.json", *what))
+      old = config_lib.complete(files.read_json(file, *what))
       fit.check_run(old, config, path)
       fit.tell_differences(old["model"], config, path)
-      break
-  return found
+      of_run = parts.of_run, str(file), config.plugins
+      return found, functools.partial(*of_run)
+  return found, dict
 
 
 def write(path: str, config, variables: Mapping) -> None:
@@ -193,27 +227,19 @@ def _read(load, path):
     raise ConfigError(f"{KEY} = {path}: {e}") from e
 
 
-def _check_shapes(given, wanted, path):
-  """Raises ConfigError for parameters of other names or shapes than wanted."""
-  there, here = _shapes(given), _shapes(wanted)
-  for name in sorted({*there, *here}):
-    if there.get(name) != here.get(name):
-      raise ConfigError(
-        f"{KEY} = {path} is of another model: its parameter {name} is"
-        f" {there.get(name, 'not there')}, and this model's"
-        f" {here.get(name, 'not there')}; make the sizes equal, or give"
-        " other weights (python -m moe_jax.upcycle makes experts of dense ones)"
-      )
-
-
 def _placed(given, like):
-  return jax.tree.map(
-    lambda x, old: jax.make_array_from_callback(
+  """A tree like another one, with the given numbers where there are any."""
+  flat = traverse_util.flatten_dict(dict(given))
+
+  def one(path, old):
+    x = flat.get(tuple(part.key for part in path))
+    if x is None:
+      return old
+    return jax.make_array_from_callback(
       old.shape, old.sharding, lambda i: np.asarray(x[i], old.dtype)
-    ),
-    dict(given),
-    dict(like),
-  )
+    )
+
+  return jax.tree.map_with_path(one, dict(like))
 
 
 def _shapes(tree):

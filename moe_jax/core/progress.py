@@ -2,7 +2,6 @@
 
 import sys
 
-import jax
 from tqdm import tqdm
 
 _LINE = "{n_fmt}/{total_fmt} {unit}, {elapsed} spent, {remaining} left{postfix}"
@@ -16,18 +15,22 @@ class Progress(tqdm):
 
   about = ""
 
-  def __init__(self, total: int, what: str):
+  def __init__(self, total: int | None, what: str, **more):
     """Shows nothing done yet.
 
     Args:
-      total: units.
+      total: units, about; None: not known.
       what: what to call them.
+      **more: options of tqdm.
     """
     options = {"total": total, "unit": what, "smoothing": 0, "miniters": 1}
     if not sys.stderr.isatty():
       # A line every ten seconds, at most.
       options |= {"file": _Lines(), "mininterval": 10.0, "bar_format": _LINE}
-    super().__init__(**options, disable=jax.process_index() > 0)
+    import jax  # Slow, and a command's --help does without.
+
+    disable = jax.process_index() > 0
+    super().__init__(**options, **more, disable=disable)
 
   def update(self, n: int, note: str = "") -> None:
     """n more units are done; note is shown behind."""

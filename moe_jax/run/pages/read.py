@@ -1,0 +1,254 @@
+"""Reads the files of a run for its page, as much of them as is whole.
+
+The folder may be of a run that goes on, was stopped, or is of another version, and
+it is not trusted: a damaged file becomes a sentence in `Run.problems`.
+"""
+
+import fcntl
+import io
+import math
+import os
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+from moe_jax.core import files
+from moe_jax.core.errors import ConfigError
+from moe_jax.run.run_directory import LOADS
+
+_FILES = ("config.json", "run.json", "metrics.jsonl")
+_REMEDY = "bring it back as it was"
+_LARGEST = 1e30  # Larger numbers cannot be drawn.
+_PICTURES = 3  # Steps that are shown of each picture.
+_PICTURE_BYTES = 1_000_000  # Limit on all pictures of a page.
+
+
+class Record(NamedTuple):
+  """The lines of metrics that curves are drawn of.
+
+  label: in words, such as the name of the work directory.
+  train, validation: {metric: number} by line, each with its "step".
+  """
+
+  label: str
+  train: list[dict[str, float]]
+  validation: list[dict[str, float]]
+
+
+class Run(NamedTuple):
+  """The files of a run, as far as they can be read.
+
+  path: the work directory.
+  record: lines of metrics.
+  loads: {layer: (steps, one list of loads for each of them)}.
+  config, facts: of config.json and run.json; {} where they cannot be read.
+  pictures: {name: (step, PNG) pairs, the latest first}.
+  state: "finished", "running", "stopped" or "not begun".
+  step, num_steps: the last step in the metrics, and how many there will be, or None.
+  written: when metrics.jsonl was, in words; "" without it.
+  problems: a sentence for each file that is missing or damaged.
+  """
+
+  path: pathlib.Path
+  record: Record
+  loads: dict[str, tuple[list[int], list[list[float]]]]
+  config: dict
+  facts: dict
+  pictures: dict[str, list[tuple[int, bytes]]]
+  state: str
+  step: int
+  num_steps: int | None
+  written: str
+  problems: list[str]
+
+
+def run(path: str | os.PathLike, label: str) -> Run:
+  """Reads a work directory.
+
+  Args:
+    path: the folder.
+    label: of the run, see `labels`.
+
+  Raises:
+    ConfigError: the folder holds no run.
+  """
+  path, problems = pathlib.Path(path), []
+  _check_run(path)
+  lines = _lines(path / "metrics.jsonl", problems)
+  # Those of a run that has just begun are still to be written.
+  begun = problems if lines else []
+  config = _json(path, "config.json", "the config of a run", problems, begun)
+  facts = _json(path, "run.json", "the record of a run", problems, begun)
+  train, validation = (
+    [_numbers(x) for x in lines if x["split"] == split]
+    for split in ("train", "validation")
+  )
+  step = max((line["step"] for line in lines), default=0)
+  num_steps = at(config, "train.num_steps")
+  num_steps = num_steps if _is_step(num_steps) else None
+  finished = any(line["step"] == num_steps for line in validation)
+  return Run(
+    path,
+    Record(label, train, validation),
+    _loads([x for x in lines if x["split"] == LOADS]),
+    *(config, facts, _pictures(path / "pictures")),
+    "finished" if finished else _state(path, step),
+    *(step, num_steps, _written(path / "metrics.jsonl"), problems),
+  )
+
+
+def labels(paths) -> list[str]:
+  """Short names of folders: the ends of their paths that tell them apart."""
+  # A path may hold bytes that are no text.
+  texts = (os.path.abspath(p).encode(errors="replace").decode() for p in paths)
+  parts = [pathlib.Path(text).parts for text in texts]
+  for length in range(1, max(map(len, parts), default=0) + 1):
+    names = ["/".join(p[-length:]) for p in parts]
+    if len({*names}) == len({*parts}):
+      return names
+  return ["/".join(p) for p in parts]
+
+
+def at(tree: Any, key: str) -> Any:
+  """The value under a dotted key of nested dicts; None where there is none."""
+  for name in key.split("."):
+    tree = tree.get(name) if isinstance(tree, dict) else None
+  return tree
+
+
+def _check_run(path):
+  """Raises ConfigError for a folder without a file of a run."""
+  if any((path / name).exists() for name in _FILES):
+    return
+  depths = ("*/", "*/*/", "*/*/*/")
+  inside = (p for d in depths for p in path.glob(f"{d}config.json"))
+  one = next(inside, None)
+  remedy = f"give a run inside of it, such as {one.parent}" if one else ""
+  raise ConfigError(
+    f"{path} holds no run, as it has none of {', '.join(_FILES)};"
+    f" {remedy or 'give the --workdir of a run'}"
+  )
+
+
+def _json(path, name, what, problems, missing):
+  """A JSON object; {} and one more problem where it is damaged or not there."""
+  try:
+    return files.read_json(path / name, what, _REMEDY, allow_nan=True)
+  except FileNotFoundError:
+    missing.append(f"{path / name} is not there.")
+  except ConfigError as e:
+    problems.append(f"{e}.")
+  return {}
+
+
+def _lines(path, problems):
+  """The lines of metrics before the first damaged one."""
+
+  def read(**options):
+    what = "a line of metrics"
+    return files.read_json_lines(
+      path, what, _REMEDY, check=_check_line, **options
+    )
+
+  try:
+    return read()
+  except FileNotFoundError:
+    return []  # A run that has just begun.
+  except ConfigError as e:
+    problems.append(f"{e}. The page shows the lines before it.")
+  try:
+    return read(until_broken=True)
+  except (ConfigError, FileNotFoundError):
+    return []
+
+
+def _check_line(line):
+  """Raises ValueError for a line without a step and a split."""
+  if not isinstance(line, dict):
+    raise ValueError(f"it is a {type(line).__name__}")
+  step, split = line.get("step"), line.get("split")
+  if not _is_step(step):
+    raise ValueError(f"step is {step!r:.20}")
+  if not isinstance(split, str):
+    raise ValueError(f"split is {split!r:.20}")
+
+
+def _is_step(value):
+  """Whether a value is a step: an integer that a float can hold."""
+  return type(value) is int and 0 <= value < 2**53
+
+
+def _numbers(line):
+  """The step and the numbers of a line."""
+  return {
+    k: v if k == "step" else number(v)
+    for k, v in line.items()
+    if type(v) in (int, float)
+  }
+
+
+def number(value: float) -> float:
+  """A number that can be drawn; NaN in place of others."""
+  return float(value) if abs(value) < _LARGEST else math.nan
+
+
+def _loads(lines):
+  """The loads by layer, of lines in which each expert has a number."""
+  by_layer = {}
+  for line in lines:
+    for layer, loads in line.items():
+      if isinstance(loads, list) and loads:
+        plain = all(type(x) in (int, float) for x in loads)
+        steps, rows = by_layer.setdefault(layer, ([], []))
+        if plain and len(loads) == len((rows or [loads])[0]):
+          steps.append(line["step"])
+          rows.append([number(x) for x in loads])
+  return {layer: found for layer, found in by_layer.items() if found[0]}
+
+
+def _pictures(folder):
+  """The latest pictures of each name, as far as they fit on a page."""
+  found, left = {}, _PICTURE_BYTES
+  for place in sorted(p for p in folder.glob("*") if p.is_dir()):
+    for path in sorted(place.glob("*.png"), reverse=True)[:_PICTURES]:
+      content = _picture(path, left)
+      if content and path.stem.isdecimal():
+        found.setdefault(place.name, []).append((int(path.stem), content))
+        left -= len(content)
+  return found
+
+
+def _picture(path, most):
+  """The bytes of a whole PNG file; None of another one or a larger one."""
+  from PIL import Image  # Only where there are pictures.
+
+  try:
+    if path.is_symlink() or path.stat().st_size > most:
+      return None
+    content = path.read_bytes()
+    with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
+      image.verify()
+  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    return None
+  return content
+
+
+def _state(path, step):
+  """Whether a run that is not finished is running, by the lock on its folder."""
+  try:
+    with (path / ".lock").open("rb") as file:
+      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return "running"
+  except OSError:  # There is no lock, or the system has none.
+    pass
+  return "stopped" if step else "not begun"
+
+
+def _written(path):
+  """When a file was written, in local time; "" if it is not there."""
+  try:
+    seconds = path.stat().st_mtime
+  except OSError:
+    return ""
+  return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

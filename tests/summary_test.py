@@ -1,0 +1,89 @@
+"""The five lines that a run begins with, and the table that it ends with."""
+
+import jax
+import pytest
+
+from configs import tiny
+from moe_jax import main as train_command
+from moe_jax.run import summary
+from moe_jax.training import loop
+
+
+@pytest.fixture
+def config(tmp_path):
+  config = tiny.get_config()
+  config.train.num_steps = 2
+  config.optim.warmup_steps = 1
+  config.train.log_every = 2
+  config.eval.batches_per_domain = 1
+  return config
+
+
+def test_what_a_run_says(config, tmp_path, capsys):
+  config.model.moe.balancers = {"loss": {"name": "switch", "coefficient": 0.01}}
+  values = loop.train_and_evaluate(config, tmp_path / "run")
+  said = capsys.readouterr().err
+  lines = [
+    line for line in said.splitlines() if line[:8].strip() in summary.LINES
+  ]
+  assert [line.split()[0] for line in lines] == list(summary.LINES)
+  model, data, devices, recipe, writes = lines
+  assert "decoder, 39.4 K parameters, 27.1 K of them active" in model
+  assert "python_sources, 8 rows in a step (512 tokens)" in data
+  assert f"{len(jax.devices())} x cpu" in devices
+  assert "top_k 2 of 4 experts, capacity 2, balanced by switch" in recipe
+  assert "adamw at 0.003, cosine, 2 steps" in recipe
+  assert str(tmp_path / "run") in writes
+  assert "compiled in" in said
+  table = summary.end(values, tmp_path / "run", 2)
+  shown = {row.split()[0]: row for row in table.splitlines() if row[:2] == "  "}
+  assert f"{values['bits_per_byte']:.4f}" in shown["bits_per_byte"]
+  assert "lower is better" in shown["bits_per_byte"]
+  assert shown.keys() <= values.keys() and len(shown) < 10
+  # The same command again trains nothing, and says nothing of the kind.
+  assert loop.train_and_evaluate(config, tmp_path / "run") == values
+  assert "parameters" not in capsys.readouterr().err
+
+
+def test_a_dry_run_writes_nothing(tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  flags = ["--config=tiny", "--dry_run", "--config.train.num_steps=7"]
+  assert train_command.main(flags) == 0
+  said = capsys.readouterr().out
+  assert "27.1 K of them active" in said and "7 steps" in said
+  assert "nothing (--dry_run)" in said
+  assert [*tmp_path.iterdir()] == []
+
+
+def test_a_model_without_experts_and_several_recipes(config):
+  facts = {
+    "parameters": {"total": 1234, "active": 2.5e12},
+    "tokens_per_step": 10**7,
+    "data": "0123456789abcdef",
+    "devices": ["TPU v5p"] * 8,
+    "mesh": {"data": 1, "fsdp": 2, "expert": 4, "tensor": 1},
+    "recipe": {},
+  }
+  text = summary.begin(config, facts, None)
+  assert "1.23 K parameters, 2.5 T of them" in text
+  assert "8 x TPU v5p, mesh fsdp:2, expert:4" in text
+  assert "no experts" in text and "(10 M tokens)" in text
+  recipe = {
+    "num_experts": 8,
+    "router": {"name": "soft"},
+    "balancers": {},
+    "capacity_factor": None,
+  }
+  facts["recipe"] = {str(i): recipe for i in range(5)}
+  text = summary.begin(config, facts, None)
+  assert text.count("soft 8 experts, dropless, balanced by nothing") == 3
+  assert "2 more recipes" in text
+
+
+def test_numbers_of_any_size():
+  assert [summary._count(x) for x in (0, 999, 1000, 671e9)] == [
+    "0",
+    "999",
+    "1 K",
+    "671 B",
+  ]
