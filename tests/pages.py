@@ -1,12 +1,14 @@
 """Opens pages in Chromium, takes pictures of them, and looks for faults.
 
   python -m tests.pages REPORT.html ... [--out=DIR]
+  python -m tests.pages build/docs/*.html --site=build/docs
 
 Each page is shown 400 and 1400 pixels wide, light and dark. A fault is whatever a
 page should never do: ask for anything beside itself, write to the console, scroll
 sideways, show an image that cannot be read or a figure without lines, or let the
 words of a figure overlap or be too small to read. It ends with exit code 1 if there
-is one. It needs Chromium, which no other test does.
+is one. Pages of a site may load the files of its folder. It needs Chromium, which no
+other test does.
 """
 
 import argparse
@@ -57,8 +59,13 @@ _MEASURE = """
     });
     figures.push([title, svg.querySelectorAll("path").length]);
   }
+  // Drawers beside the window, and what scrolls in a box of its own.
+  const apart = e => e && e != document.body && (
+    getComputedStyle(e).position == "fixed" ||
+    ["auto", "scroll"].includes(getComputedStyle(e).overflowX) ||
+    apart(e.parentElement));
   const out = [...document.querySelectorAll("body *")].filter(
-    e => !e.closest("svg, .scroll") &&
+    e => !e.closest("svg") && !apart(e) &&
       e.getBoundingClientRect().right > root.clientWidth + 1);
   return {width: root.clientWidth, across: root.scrollWidth,
     height: root.scrollHeight, figures, faults,
@@ -138,8 +145,8 @@ class Browser(contextlib.AbstractContextManager):
         return told["result"]
       self._events.append(told)
 
-  def show(self, url: str, width: int, scheme: str) -> View:
-    """Opens a page, and waits until it is there."""
+  def show(self, url: str, width: int, scheme: str, site: str = "") -> View:
+    """Opens a page, and waits until it is there; it may load what `site` begins."""
     target = self.ask("Target.createTarget", url="about:blank")["targetId"]
     session = self.ask("Target.attachToTarget", targetId=target, flatten=True)
     session = session["sessionId"]
@@ -162,19 +169,21 @@ class Browser(contextlib.AbstractContextManager):
     picture = self.ask(
       "Page.captureScreenshot", session, clip=clip, captureBeyondViewport=True
     )["data"]
-    faults = [*_told_faults(self._events, url), *_measured_faults(found)]
+    beside = ("data:", site) if site else ("data:",)
+    faults = [*_told_faults(self._events, url, beside)]
+    faults += _measured_faults(found)
     self.ask("Target.closeTarget", targetId=target)
     picture = base64.b64decode(picture)
     return View(faults, len(found["figures"]), found["height"], picture)
 
 
-def _told_faults(events, url):
+def _told_faults(events, url, beside):
   """Faults that the browser has told of while a page was loaded."""
   for event in events:
     params = event.get("params", {})
     if event["method"] == "Network.requestWillBeSent":
       asked = params["request"]["url"]
-      if asked != url and not asked.startswith("data:"):
+      if asked != url and not asked.startswith(beside):
         yield f"it asks for {asked}"
     elif event["method"] == "Runtime.consoleAPICalled":
       yield f"console: {params['args']}"
@@ -205,7 +214,10 @@ def main(argv=None) -> int:
   parser.add_argument("pages", nargs="+", metavar="FILE.html")
   words = "folder of the pictures; default: a new one for temporary files"
   parser.add_argument("--out", metavar="DIR", help=words)
+  words = "folder whose files the pages may load"
+  parser.add_argument("--site", metavar="DIR", help=words)
   args = parser.parse_args(argv)
+  site = f"{pathlib.Path(args.site).resolve().as_uri()}/" if args.site else ""
   for path in args.pages:
     if not pathlib.Path(path).is_file():
       raise ConfigError(f"{path} is no file; give pages")
@@ -215,7 +227,7 @@ def main(argv=None) -> int:
   with Browser() as browser:
     for path in map(pathlib.Path, args.pages):
       for width, scheme in VIEWS:
-        view = browser.show(path.resolve().as_uri(), width, scheme)
+        view = browser.show(path.resolve().as_uri(), width, scheme, site)
         name = f"{path.absolute().parent.name}_{path.stem}_{width}_{scheme}.png"
         picture = out / name
         picture.write_bytes(view.png)
