@@ -19,6 +19,8 @@ COST = ("steps", "active_parameters", "total_parameters", "train_flops")
 DIVERGED = "diverged"  # Column of runs that diverged, and have no metrics.
 WHOLE = ("max_vio", "beyond_capacity/1.25")  # Metrics averaged over all steps.
 _POINTS = 100  # Maximum of training points in a curve.
+# Keys of a line of training that make no column.
+_NO_METRICS = ("step", "split", "learning_rate")
 _LAST = 0.25  # The part of training that `summary` averages over.
 
 
@@ -184,7 +186,7 @@ def summary(lines: list[dict], validation: dict[str, float]) -> dict:
   late = [x for x in lines if x["step"] > (1 - _LAST) * lines[-1]["step"]]
   # A line of steps that were all skipped has no metrics.
   values = grouped(item for line in late for item in line.items())
-  means = {k: v for k, v in values.items() if k not in ("step", "split")}
+  means = {k: v for k, v in values.items() if k not in _NO_METRICS}
   return validation | {
     f"{part}/{k}": sum(v) / len(v)
     for part, some in (("train", means), ("whole", whole))

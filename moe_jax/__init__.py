@@ -1,7 +1,7 @@
 """Mixture-of-Experts research in JAX.
 
 moe_ffn   the layer, a pure function
-Recipe    the parts that it is made of
+Recipe    the parts that the layer is made of
 MoE       the layer as a linen module
 load      a router, balancer or dispatcher by its name
 """

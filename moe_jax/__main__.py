@@ -12,7 +12,7 @@ import moe_jax
 from moe_jax.core.errors import ConfigError, did_you_mean
 from moe_jax.run import command, shipped
 
-# {name: (module with a function `main(argv)`, what it does)}.
+# {name: (module with a function `main(argv)`, its purpose)}.
 COMMANDS = {
   "train": ("moe_jax.main", "train a model, or resume its training"),
   "experiment": ("experiments.launch", "train arms over seeds, compare them"),
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run() -> None:
-  """The script `moe-jax`."""
+  """Runs `main` with handled signals; the script `moe-jax`."""
   command.run(main)
 
 

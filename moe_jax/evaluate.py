@@ -15,14 +15,14 @@ _OF_TEXT = {"text_feature", "domain_feature", "skip_not_utf8"}
 
 
 def main(argv=None) -> int:
-  """The command."""
+  """Runs the command; raises ConfigError for flags that do not fit."""
   args, overrides = _arguments(argv)
 
   from moe_jax.tasks import next_token
   from moe_jax.training import traces
 
   if args.json:
-    command.check_writable(args.json)  # Not after minutes.
+    command.check_writable(args.json)  # Tells now, not after minutes.
   args.hf = args.hf and hub.weights(args.hf)
   if args.hf and args.dataset is None and not args.config:
     _refuse_no_text(args.hf)
@@ -95,7 +95,7 @@ def _without_text(args, config) -> int:
     "model.dtype": args.dtype if args.hf else None,
   }
   texts = [f"{k}={x!r}" for k, x in given.items() if x is not None]
-  if args.dataset:  # In its own place, and not in that of the run's.
+  if args.dataset:  # The run's own data.dir is the folder of another dataset.
     texts.append(f"data.dir={args.data_dir!r}")
   config = config_lib.overridden(config, texts)
   if args.dropless:
@@ -219,7 +219,7 @@ def _of_two_texts(args, overrides, loaded) -> int:
   )
   more, signature = {}, None
   if args.bleu:
-    # A run's slots are for whole texts, and these are written token by token.
+    # A run's slots are for whole texts, and generation goes token by token.
     writer = loaded if args.hf else trained.load(args)
     options = args.bleu, args.beams or 4, begin
     more, signature = bleu.of_run(writer, task, *options)
@@ -289,7 +289,7 @@ def _of_file(args, overrides, loaded):
 
 
 def _part(data, name):
-  """The part of the data that is a dataset; {} if it is not there.
+  """The part of the data that is a dataset; {} if there is no such part.
 
   Args:
     data: a section `data`, which is the only part if it has no mixture.
@@ -372,7 +372,7 @@ def _settings(args, loaded) -> dict:
   """Lengths and batches: those of the flags, of the run, or the defaults.
 
   Raises:
-    ConfigError: batches that do not divide, or a text that has no end.
+    ConfigError: batches do not divide, or a text has no end.
   """
   from moe_jax import models
 

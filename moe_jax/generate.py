@@ -20,12 +20,12 @@ from moe_jax.run import command
 from moe_jax.run import config as config_lib
 from moe_jax.training import trained
 
-_SENTINEL = re.compile(r"<extra_id_([0-9]+)>")  # As T5's tokenizer writes them.
-_MOST_SENTINELS = 100  # Of T5.
+_SENTINEL = re.compile(r"<extra_id_([0-9]+)>")  # T5's notation.
+_MOST_SENTINELS = 100  # T5 has this many.
 
 
 def main(argv=None) -> int:
-  """The command."""
+  """Runs the command; raises ConfigError for flags that do not fit."""
   args = _arguments(argv)
 
   from moe_jax.models.generation import decoding
@@ -81,7 +81,7 @@ def main(argv=None) -> int:
 
 
 def table(tokenizer, tokens, experts) -> str:
-  """A line for each token: its text, its experts in each layer.
+  """Returns a line for each token: its text, its experts in each layer.
 
   Args:
     tokenizer: of the tokens.
@@ -101,13 +101,13 @@ def table(tokenizer, tokens, experts) -> str:
 
 
 def _of_encoder(model):
-  """Numbers of the encoder's layers with experts, which have the prompt's tokens."""
+  """Numbers of the encoder's MoE layers, which have the prompt's tokens."""
   sides = [x for x in model.sublayers.values() if x.sequence == "inputs"]
   return [f"{number:02d}" for x in sides for number in x.numbers]
 
 
 def _ended(prompt, ends):
-  """A prompt with the token that ends a text, as the encoder has seen in training."""
+  """A prompt with the token that ends a text, as the encoder was trained."""
   return prompt if prompt[-1:] == [*ends[:1]] else [*prompt, *ends[:1]]
 
 
@@ -125,15 +125,18 @@ def _begins(config, part):
 
 
 def _without_begin(tokenizer, text):
-  """Tokens of a text that is not the first of a model's input."""
+  """Tokens of a text, without those that the inputs of a model begin with."""
   return tokenizer.prompt(text.encode()).tolist()[len(tokenizer.begin) :]
 
 
 def with_sentinels(loaded: trained.Trained) -> trained.Trained:
-  """The same, whose tokenizer writes the sentinels of span corruption as T5's.
+  """Returns weights whose tokenizer writes sentinels in T5's notation.
 
-  They are the tokens after those of the tokenizer or those that `task.sentinels`
-  names, see `data.spans`.
+  The sentinels are the tokens after those of the tokenizer, or those that
+  `task.sentinels` names, see `data.spans`.
+
+  Args:
+    loaded: of a run of the task span_corruption.
   """
   config, tokenizer = loaded.config, loaded.tokenizer
   if config is None or config.task.name != "span_corruption":
@@ -144,7 +147,7 @@ def with_sentinels(loaded: trained.Trained) -> trained.Trained:
   number_of = {int(token): n for n, token in enumerate(tokens)}
 
   def prompt(text):
-    # In turn a text and the number of a sentinel.
+    # The parts are a text, the number of a sentinel, a text, and so on.
     parts = _SENTINEL.split(text.decode())
     for spelled in parts[1::2]:
       if int(spelled) >= len(tokens):

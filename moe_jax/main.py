@@ -10,8 +10,8 @@ from moe_jax.run import command
 
 
 def main(argv=None) -> int:
-  """The command: trains one run from a config in a work directory."""
-  # Inside, where `command.run` handles signals already.
+  """Trains a run from a config; raises ConfigError without a work directory."""
+  # Imported here, where `command.run` handles signals already.
   from moe_jax.run import config as config_lib
 
   about = "Trains one model and evaluates it."
@@ -42,7 +42,7 @@ def main(argv=None) -> int:
 
 
 def _dry_run(config):
-  """Does all but compile and train; prints what a run begins with."""
+  """Does all but compile and train; prints the first words of a run."""
   import jax
 
   from moe_jax.run import provenance, summary

@@ -10,7 +10,7 @@ BYTES = {"f32": 4, "bf16": 2, "f16": 2, "f8": 1}
 
 
 def main(argv=None) -> int:
-  """The command: a table on stdout, JSON to a file."""
+  """Runs the command: a table on stdout, JSON to a file."""
   parser = config_lib.parser("Counts the parameters of a config.")
   add = parser.add_argument
   add("--json", metavar="PATH", help="also write JSON there")
@@ -34,7 +34,7 @@ def main(argv=None) -> int:
   flops = counts.train_flops_per_token(model, sizes, lengths)
   sizes["train_flops_per_token"] = flops
   sizes[f"weights_bytes_{args.bytes}"] = sizes["total"] * width
-  if hasattr(model, "arch"):  # A decoder keeps what attention needs again.
+  if hasattr(model, "arch"):  # A decoder keeps earlier tokens' keys and values.
     cache = counts.kv_cache_per_token(model) * width
     sizes[f"kv_cache_bytes_per_token_{args.bytes}"] = cache
   for name, value in sizes.items():

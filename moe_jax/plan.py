@@ -15,13 +15,16 @@ _MOST_RANKED = 100  # Candidates of a search that --json has.
 
 
 def main(argv=None) -> int:
-  """The command: a page on stdout, JSON to a file."""
+  """Runs the command: a page on stdout, JSON to a file.
+
+  Raises ConfigError for flags that do not fit, or a step that does not.
+  """
   from moe_jax.run import config as config_lib
   from moe_jax.training.planning import topologies
 
   args, config = config_lib.parse(_parser(config_lib), argv)
   if args.json is not None:
-    command.check_writable(args.json)  # Not after minutes.
+    command.check_writable(args.json)  # Tells now, not after minutes.
   chip, shape = topologies.parse(args.topology)
   topologies.prepare(chip, shape)
 

@@ -5,12 +5,13 @@ python -m moe_jax.report TRACE --out=DIR
 python -m moe_jax.report EARLY TRACE --out=DIR
 
 A folder is the work directory of a run. Its files become one HTML page that loads
-nothing else: what the run is, its curves, the loads of its experts, its pictures and
-its config. Several runs are laid over each other.
+nothing else: a description of the run, its curves, the loads of its experts,
+its pictures and its config. Several runs are laid over each other.
 
 A file is a trace of `python -m moe_jax.evaluate --trace=FILE` or of the hook trace.
-With an earlier one of the same text, saturation says how many of a token's experts
-were the same then. Definitions are those of OLMoE (2409.02060, 5), see `traces`.
+With an earlier trace of the same text, saturation tells how many of a token's
+experts were the same then. Definitions are those of OLMoE (2409.02060, 5), see
+`traces`.
 """
 
 import pathlib
@@ -23,11 +24,11 @@ from moe_jax.core.errors import ConfigError
 from moe_jax.run import command
 from moe_jax.run import config as config_lib
 
-_SECONDS = 10  # Between two drawings of a page.
+_SECONDS = 10  # Time between two drawings of a page.
 
 
 def main(argv=None) -> int:
-  """The command."""
+  """Runs the command; raises ConfigError for paths that do not fit."""
   args = _parser().parse_args(argv)
   paths = [pathlib.Path(path) for path in args.paths]
   for path in paths:
@@ -97,7 +98,7 @@ def _page(args, paths):
 
 
 def _tell(out, runs, shown):
-  """Says what was drawn, and shows it."""
+  """Says what was drawn, and opens it with --open."""
   import webbrowser
 
   for run in runs:
@@ -125,7 +126,7 @@ def _traces(args, paths):
 
 
 def table(facts: dict) -> str:
-  """One line a layer: the numbers that a reader looks at first."""
+  """Returns a line for each layer, with the numbers to look at first."""
   head = [
     "layer",
     "largest co-activation",
@@ -150,7 +151,12 @@ def table(facts: dict) -> str:
 
 
 def draw(facts: dict, out: pathlib.Path) -> None:
-  """Writes coactivation.png and domains.png, a panel for each layer."""
+  """Writes coactivation.png and domains.png, a panel for each layer.
+
+  Args:
+    facts: from `traces.analysis`.
+    out: a folder.
+  """
   import matplotlib
 
   matplotlib.use("Agg")

@@ -15,7 +15,7 @@ from moe_jax.training import trained
 
 
 def main(argv=None) -> int:
-  """The command."""
+  """Runs the command; returns the exit code."""
   args, overrides = _arguments(argv)
 
   import jax
@@ -27,7 +27,7 @@ def main(argv=None) -> int:
 
   config, model = _read(args, overrides)
   options = _options(config)
-  # Parts are of whole groups of tokens, and may be of more samples than are asked for.
+  # Parts fill whole groups of tokens, so there may be more samples than needed.
   parts = -(-args.number // args.batch_size)
   at_once = models.whole_batch(model, -(-args.number // parts))
   number = parts * at_once
@@ -39,7 +39,7 @@ def main(argv=None) -> int:
   shape = number, *model.arch.shape
   noise = jax.random.normal(jax.random.key(args.seed), shape, jnp.float32)
   out, ran = pathlib.Path(args.out), []
-  with files.writing(out):  # Not after minutes.
+  with files.writing(out):  # Tells now, not after minutes.
     out.mkdir(parents=True, exist_ok=True)
   found = flow.sample(
     *(model, networks, noise, condition, how, more, none),
@@ -108,7 +108,7 @@ def _networks(args, model, options):
   both = guidance if isinstance(guidance, tuple | list) else (guidance,) * 2
 
   def reader(run, folder):
-    if folder:  # It is checked before the steps of another network.
+    if folder:  # Checks it before the steps of another network.
       wan.check(folder, model)
       return lambda: trained.placed({"params": wan.load(folder, model)}, model)
     trained.check(run, model, args.ema)

@@ -3,9 +3,9 @@
   python -m moe_jax.upcycle --checkpoint=runs/dense --config=CONFIG --out=DIR
   python -m moe_jax.main --config=CONFIG --config.init_from=DIR --workdir=runs/moe
 
-CONFIG is that of the model to make, and has the layers, widths and attention of the
-source, or gets them with --like_source. What the methods are, and when the function of
-the source is kept, is in docs/upcycling.md.
+CONFIG describes the new model. It has the layers, widths and attention of the
+source, or gets them with --like_source. docs/upcycling.md explains the methods,
+and when the new model computes the same function as the source.
 """
 
 from moe_jax.core import files, options
@@ -15,7 +15,7 @@ from moe_jax.training import trained
 
 
 def main(argv=None) -> int:
-  """The command."""
+  """Runs the command; returns the exit code."""
   args, overrides = _arguments(argv)
 
   from moe_jax import models
@@ -68,7 +68,7 @@ def _like(config, source, hf_path):
   made = old | {"moe": _routed(old, new)}
   if len(source.model.arch.stacks) > 1:
     routed = _routed(_of_encoder(old), _of_encoder(new))
-    # The rest is the decoder's, whatever flags make of it.
+    # All other keys are the decoder's, which flags may have changed.
     own = {k: x for k, x in routed.items() if x != made["moe"][k]}
     made["encoder"] = old["encoder"] | {"moe": own}
   if not source.model.sublayers:

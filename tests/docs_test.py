@@ -24,12 +24,8 @@ PAGES = {
   for pattern in ("docs/*.md", *pages.OUTSIDE)
   for path in sorted(ROOT.glob(pattern))
 }
-MOE = ROOT / "moe_jax" / "moe"
-# The public seams of the layer; kernels are inside of it, and types are records.
-EXPLAINED = sorted(
-  {*MOE.glob("*.py"), *MOE.glob("*/*.py")}
-  - {*MOE.glob("kernels/*.py"), MOE / "types.py"}
-)
+PACKAGE = ROOT / "moe_jax"
+EXPLAINED = sorted(PACKAGE.rglob("*.py"))
 _FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 _ENTRY = re.compile(r"^  (\**\w+(?:, \**\w+)*):", re.M)
 
@@ -242,13 +238,18 @@ def test_the_site_shows_the_flags_of_commands():
 
 
 def functions(path):
-  """(name, function, docstring of the file) of a file's public functions."""
+  """(name, function, docstring of the file) of a file's public functions.
+
+  Methods of its classes are among them, and so is `__call__`.
+  """
   tree = ast.parse(path.read_text())
   for node in tree.body:
     inside = node.body if isinstance(node, ast.ClassDef) else [node]
     for function in inside:
-      if isinstance(function, ast.FunctionDef) and function.name[0] != "_":
-        name = f"{path.relative_to(ROOT)}: {function.name}"
+      if isinstance(function, ast.FunctionDef) and (
+        function.name[0] != "_" or function.name == "__call__"
+      ):
+        name = f"{path.relative_to(ROOT)}:{function.lineno}: {function.name}"
         yield name, function, ast.get_docstring(tree)
 
 
@@ -259,7 +260,25 @@ def arguments(function):
   names += [f"*{args.vararg.arg}"] if args.vararg else []
   names += [a.arg for a in args.kwonlyargs]
   names += [f"**{args.kwarg.arg}"] if args.kwarg else []
-  return [name for name in names if name != "self"]
+  return [name for name in names if name not in ("self", "cls")]
+
+
+def raised(function):
+  """Names of the errors that a function's own statements raise.
+
+  Those in a `try` are left out: they may be caught there. So are calls of a
+  function that makes the error, whose name begins with a small letter.
+  """
+  stack, names = list(function.body), set()
+  while stack:
+    node = stack.pop()
+    if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+      names.add(ast.unparse(node.exc.func).rpartition(".")[2])
+    if isinstance(node, ast.Try):
+      stack += [*node.handlers, *node.orelse, *node.finalbody]
+    elif not isinstance(node, ast.FunctionDef | ast.Lambda):
+      stack.extend(ast.iter_child_nodes(node))
+  return {name for name in names if name[0].isupper()}
 
 
 def explained(docstring, head):
@@ -270,19 +289,41 @@ def explained(docstring, head):
 
 
 @pytest.mark.parametrize(
-  "path", EXPLAINED, ids=lambda p: p.relative_to(MOE).as_posix()
+  "path", EXPLAINED, ids=lambda p: p.relative_to(PACKAGE).as_posix()
 )
 def test_docstrings_explain_the_arguments(path):
-  """All, in their order; `build` may have them at the head of its file."""
+  """Every public function, and public method, has a docstring.
+
+  - With two or more parameters it has a section `Args:` that names each of them
+    once. An entry may name several, such as "config, mesh: as in `build`."
+  - With one parameter the text may tell about it. If there is a section `Args:`, it
+    names this parameter and no other.
+  - The options of a part's `build` may stand at the head of its file.
+  - Every error of a `raise` in its own body is named.
+  """
   for name, function, head in functions(path):
     docstring = ast.get_docstring(function)
     assert docstring, name
     names, wanted = explained(docstring, "Args:"), arguments(function)
     if function.name == "build" and not names:
-      # In an order of its own.
-      names = sorted(explained(head, "The options of `build`:"))
-      wanted = sorted(wanted)
-    assert names == wanted, name
+      names = explained(head, "The options of `build`:")
+    alone = len(wanted) == 1 and not names
+    assert alone or sorted(names) == sorted(wanted), name
+    for error in raised(function):
+      assert error in docstring, f"{name} raises {error}"
+
+
+@pytest.mark.parametrize(
+  "path", EXPLAINED, ids=lambda p: p.relative_to(PACKAGE).as_posix()
+)
+def test_docstrings_begin_with_what_something_is_or_does(path):
+  """No docstring leaves out the noun that its first word stands for."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+      docstring = ast.get_docstring(node) or ""
+      begin = re.match(r"(Of|What|As|That|Which|How|The same)\b", docstring)
+      place = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
+      assert not begin, f"{place} begins with {begin[0]}"
 
 
 def test_exported_names_explain_their_arguments():

@@ -99,6 +99,7 @@ def test_a_hook_sees_its_steps_and_changes_nothing(go, tmp_path):
   ]
   lines = run_directory.read_metrics(tmp_path / "hooked", "train")
   untold = {"step", "split", "skipped_steps", "tokens_per_second"}
+  untold |= {"learning_rate"}
   for _, of_state, _, step, metrics in notes:
     assert of_state == step
     loads = metrics.pop("tokens_per_expert")

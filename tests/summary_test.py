@@ -5,16 +5,16 @@ import pytest
 
 from configs import tiny
 from moe_jax import main as train_command
-from moe_jax.run import summary
+from moe_jax.run import run_directory, summary
 from moe_jax.training import loop
 
 
 @pytest.fixture
 def config(tmp_path):
   config = tiny.get_config()
-  config.train.num_steps = 2
+  config.train.num_steps = 3
   config.optim.warmup_steps = 1
-  config.train.log_every = 2
+  config.train.log_every = 1
   config.eval.batches_per_domain = 1
   return config
 
@@ -32,14 +32,18 @@ def test_what_a_run_says(config, tmp_path, capsys):
   assert "python_sources, 8 rows in a step (512 tokens)" in data
   assert f"{len(jax.devices())} x cpu" in devices
   assert "top_k 2 of 4 experts, capacity 2, balanced by switch" in recipe
-  assert "adamw at 0.003, cosine, 2 steps" in recipe
+  assert "adamw at 0.003, cosine, 3 steps" in recipe
   assert str(tmp_path / "run") in writes
   assert "compiled in" in said
-  table = summary.end(values, tmp_path / "run", 2)
+  table = summary.end(values, tmp_path / "run", 3)
   shown = {row.split()[0]: row for row in table.splitlines() if row[:2] == "  "}
   assert f"{values['bits_per_byte']:.4f}" in shown["bits_per_byte"]
   assert "lower is better" in shown["bits_per_byte"]
   assert shown.keys() <= values.keys() and len(shown) < 10
+  # One step of warm-up to the peak, and down to a tenth of it.
+  lines = run_directory.read_metrics(tmp_path / "run", "train")
+  rates = [line["learning_rate"] for line in lines]
+  assert rates == pytest.approx([3e-3, 3e-3, 3e-4])
   # The same command again trains nothing, and says nothing of the kind.
   assert loop.train_and_evaluate(config, tmp_path / "run") == values
   assert "parameters" not in capsys.readouterr().err

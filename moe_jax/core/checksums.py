@@ -11,18 +11,25 @@ import numpy as np
 
 
 def types(tree) -> dict[str, str]:
-  """{path of an array: its type and shape}; also of jax.ShapeDtypeStruct."""
+  """Returns {path of an array: its type and shape}.
+
+  Args:
+    tree: a tree of arrays, or of `jax.ShapeDtypeStruct`.
+  """
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
   return {name(path): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
 
 
 def of_arrays(tree) -> dict[str, list[str]]:
-  """{path of an array: [its type and shape, its checksum]}.
+  """Returns {path of an array: [its type and shape, its checksum]}.
 
   The checksum is the same on every mesh: the sum, modulo 2^32, of a hash of
-  each element's bits and its place. One changed element always changes it; of
-  several, all but one in 2^32 do.
+  each element's bits and its place. A change of one element always changes the
+  sum; a change of several goes unnoticed once in 2^32.
+
+  Args:
+    tree: a tree of arrays, random keys included.
   """
   sums = jax.device_get(_checksums(jax.tree.map(_plain, tree)))
   return {
@@ -32,7 +39,7 @@ def of_arrays(tree) -> dict[str, list[str]]:
 
 
 def of_json(value: Any) -> str:
-  """A checksum of a value that JSON can hold."""
+  """Returns the checksum of a value that JSON can hold."""
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -64,9 +71,9 @@ def _mixed(h):
 
 
 def _plain(x):
-  """Random keys as the integers that they are, and numpy's float64 as halves.
+  """Random keys as their integers, and numpy's float64 as halves of 32 bits.
 
-  Without jax_enable_x64 jax would round what a run with it has saved.
+  Without jax_enable_x64, jax would round float64 that a run with it has saved.
   """
   if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
     return jax.random.key_data(x)

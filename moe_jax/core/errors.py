@@ -38,12 +38,21 @@ def first_line(error: Exception) -> str:
 
 
 def nearest(word, known) -> str:
-  """'; did you mean "x"?' with the nearest known word; "" if none is near."""
+  """Returns '; did you mean "x"?' with the nearest known word, or "".
+
+  Args:
+    word: what the user wrote.
+    known: the words that are allowed.
+  """
   near = difflib.get_close_matches(str(word), sorted(known), n=1, cutoff=0.5)
   return f'; did you mean "{near[0]}"?' if near else ""
 
 
 def did_you_mean(word, known) -> str:
-  """`nearest`, or a list of all known words."""
+  """Returns the end of a message: the nearest known word, or all of them.
+
+  Args:
+    word, known: as in `nearest`.
+  """
   words = ", ".join(sorted(known))
   return nearest(word, known) or (words and f"; known: {words}")

@@ -96,7 +96,7 @@ def _parse(raw, allow_nan):
 
 
 def _is_deeper(value, levels):
-  """Whether dicts and lists lie in each other more than so many times."""
+  """Whether dicts and lists are nested more than `levels` deep."""
   if not isinstance(value, dict | list):
     return False
   inside = value.values() if isinstance(value, dict) else value
@@ -115,15 +115,23 @@ def _readable(path, remedy):
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-  """`write_bytes` of a text in UTF-8."""
+  """Writes a text in UTF-8 as a whole; raises as `write_bytes`.
+
+  Args:
+    path, text: the file and its new content.
+  """
   write_bytes(path, text.encode())
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
   """Writes a file as a whole: it has its old content or all of the new one.
 
+  Args:
+    path: the file.
+    content: its new content.
+
   Raises:
-    RunError: it cannot be written.
+    RunError: the file cannot be written.
   """
   path = pathlib.Path(path)
   temporary = path.with_name(f".{path.name}")
@@ -156,7 +164,7 @@ def scratch_folder(parent: str | os.PathLike, prefix: str):
 
 
 def check_empty(path: str | os.PathLike) -> None:
-  """Raises ConfigError for a folder to make that is there with something in it."""
+  """Raises ConfigError if something is already where a folder will be made."""
   folder = pathlib.Path(path)
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise ConfigError(f"{path} is not an empty folder; give another")
@@ -165,6 +173,9 @@ def check_empty(path: str | os.PathLike) -> None:
 @contextlib.contextmanager
 def whole_folder(path: str | os.PathLike):
   """Gives a folder to fill, which appears at `path` as a whole or not at all.
+
+  Args:
+    path: a folder that is not there yet, or is empty.
 
   Raises:
     ConfigError: the folder is there with something in it.
@@ -180,7 +191,7 @@ def whole_folder(path: str | os.PathLike):
 
 
 def remove_scratch() -> None:
-  """Removes all scratch folders, as this process ends without unwinding."""
+  """Removes all scratch folders, for a process that ends without unwinding."""
   for folder in tuple(_SCRATCH):
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -189,8 +200,11 @@ def remove_scratch() -> None:
 def writing(path: str | os.PathLike):
   """Turns an OSError of writing a file of a run into one sentence.
 
+  Args:
+    path: the path that the user knows, for the message.
+
   Raises:
-    RunError: it cannot be written; names the path that the user knows.
+    RunError: the file cannot be written.
   """
   try:
     yield
@@ -199,7 +213,12 @@ def writing(path: str | os.PathLike):
 
 
 def not_written(path: str | os.PathLike, error: OSError) -> str:
-  """The sentence for the user about a file that cannot be written."""
+  """Returns the sentence for the user about a file that cannot be written.
+
+  Args:
+    path: the file.
+    error: the reason.
+  """
   full = error.errno in (errno.ENOSPC, errno.EDQUOT)
   remedy = "free space on that disk" if full else "mend this"
   return (

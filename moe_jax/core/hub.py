@@ -20,7 +20,7 @@ _PLAIN = re.compile(r"\w[\w.-]*/[\w.-]+")
 _NAME = re.compile(rf"{PREFIX}({_PLAIN.pattern})((?:/[^/@]+)*)(?:@(\S+))?")
 _OF_MODELS = ("config.json", "generation_config.json", "tokenizer.json")
 _OF_MODELS += ("*.safetensors", "*.safetensors.index.json")
-# The first of them that a dataset has: it may have its rows in several forms.
+# A dataset may have its rows in several forms: the first form here is read.
 _OF_DATASETS = ("*.parquet", "*.jsonl", "*.jsonl.gz")
 _HELD_OUT = re.compile(r"(^|[-_./])(test|valid|validation|dev)[-_./]")
 
@@ -38,26 +38,28 @@ class _Repository(NamedTuple):
 def is_named(path: str) -> bool:
   """Whether a path of weights is a name on the hub.
 
-  It is one if it begins with hf:, or has the form ORG/NAME where no folder ORG is
-  here. A misspelt path in a folder that is there is never looked for on the hub.
+  It is a name if it begins with hf:, or has the form ORG/NAME where there is no
+  folder ORG here. A misspelt path in a folder that exists is never looked up on
+  the hub.
   """
   plain = _PLAIN.fullmatch(path) and not pathlib.Path(path).parent.exists()
   return path.startswith(PREFIX) or bool(plain)
 
 
 def weights(path: str) -> str:
-  """The folder of published weights.
+  """Returns the folder of published weights.
 
   Args:
-    path: a name on the hub, see `is_named`; any other path is returned as it is.
+    path: a name on the hub, see `is_named`; any other path is returned
+      unchanged.
 
   Raises:
-    ConfigError: the weights cannot be downloaded, or are no safetensors files; or
-      there is no path of that form.
+    ConfigError: the weights cannot be downloaded, or are no safetensors files;
+      or the path has the form of a name and is not there.
   """
   if not is_named(path):
     here = pathlib.Path(path)
-    # It may be the prefix of files, too.
+    # The path may also be the prefix of files' names.
     if _PLAIN.fullmatch(path) and not any(here.parent.glob(f"{here.name}*")):
       raise ConfigError(
         f"there is no folder {path}; give one, or hf:{path} if that is a name on the"
@@ -78,16 +80,16 @@ def weights(path: str) -> str:
 
 
 def dataset(name: str) -> str:
-  """The files of a dataset, as `data.dir` names them.
+  """Returns the pattern of a dataset's files on disk, as `data.dir` takes it.
 
   Args:
-    name: on the hub, with hf:. Its path may be a folder, or a file or pattern, whose
-      last part has a dot or a star. Without one, all files of the first form that
-      the dataset has are read: parquet, jsonl, or jsonl.gz.
+    name: a name on the hub, with hf:. Its path may be a folder, or a file or
+      pattern, whose last part has a dot or a star. Without a path, all files of
+      the first form that the dataset has are read: parquet, jsonl, or jsonl.gz.
 
   Raises:
-    ConfigError: files cannot be downloaded, there are none, or only their names say
-      that they are held out.
+    ConfigError: the files cannot be downloaded, or there are none, or, in a
+      folder, some seem to be held out by their names.
   """
   place = _repository(name, "dataset")
   if re.search(r"[.*][^/]*$", place.inside):
@@ -112,7 +114,7 @@ def dataset(name: str) -> str:
 
 
 def _example(place, files):
-  """A name with a pattern of the training files."""
+  """A name with a pattern for the training files."""
   file = next((x for x in files if not _HELD_OUT.search(x)), files[0])
   pattern = re.sub(r"(train)[^/]*?(\.\w+(\.gz)?)$", r"\1*\2", file)
   at = f"@{place.revision}" if place.revision else ""
@@ -120,10 +122,10 @@ def _example(place, files):
 
 
 def _repository(text, kind):
-  """The repository of a name.
+  """The repository that a name stands for.
 
   Raises:
-    ConfigError: it is no name of the hub.
+    ConfigError: the name has not the form of a name on the hub.
   """
   plain = PREFIX + text.removeprefix(PREFIX)
   if not (found := _NAME.fullmatch(plain)):
@@ -137,14 +139,14 @@ def _repository(text, kind):
 
 @functools.cache
 def _snapshot(place, wanted, left_out):
-  """The folder with these files of a repository.
+  """The folder with the wanted files of a repository.
 
   Args:
     place: `_Repository`.
     wanted, left_out: patterns, in which a star stands for slashes too.
 
   Raises:
-    ConfigError: it cannot be downloaded, or its package is not installed.
+    ConfigError: it cannot be downloaded, or huggingface_hub is not installed.
   """
   try:
     import huggingface_hub
@@ -161,7 +163,7 @@ def _snapshot(place, wanted, left_out):
       allow_patterns=list(wanted),
       ignore_patterns=list(left_out),
     )
-  except Exception as e:  # Of the network, of the name, of the disk.
+  except Exception as e:  # The network, the name or the disk failed.
     raise ConfigError(
       f"{place.text} cannot be downloaded from the Hugging Face hub ({first_line(e)});"
       " check the name and your access to it, or give the folder of a copy that is on"

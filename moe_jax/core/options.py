@@ -1,4 +1,4 @@
-"""Descriptions of what a value may be: its type, range, choices, or None.
+"""Descriptions of the values that are allowed: type, range, choices, or None.
 
 A description stands beside the code that uses the value: as the annotation of
 an argument, of a part's `build` for instance, or in a table of a section of a
@@ -43,7 +43,12 @@ class Option:
   table: Mapping[str, "Option"] = dataclasses.field(default_factory=dict)
 
   def check(self, value, key: str) -> None:
-    """Raises ConfigError, with the full key, for a value that does not fit."""
+    """Raises ConfigError for a value that does not fit.
+
+    Args:
+      value: from the config.
+      key: its full key, for the message.
+    """
     if not self.fits(value):
       near = nearest(value, self.choices) if isinstance(value, str) else ""
       raise ConfigError(
@@ -53,13 +58,22 @@ class Option:
 
 
 def integer(low: int = -_LARGEST_INT, high: int = _LARGEST_INT) -> Option:
-  """A whole number from `low` to `high`."""
+  """A whole number of int32.
+
+  Args:
+    low, high: the bounds, both included.
+  """
   words = f"a whole number from {low} to {high}" if low < high else str(low)
   return Option(words, lambda x: _is(x, int) and low <= x <= high)
 
 
 def number(low=None, high=None, above=None, below=None) -> Option:
-  """A finite number that float32 holds, within the bounds that are given."""
+  """A finite number of float32, within the bounds that are given.
+
+  Args:
+    low, high: bounds that are included; None: no such bound.
+    above, below: bounds that are excluded; None: no such bound.
+  """
   bounds = (
     ("of {:g} or more", operator.ge, low),
     ("above {:g}", operator.gt, above),
@@ -78,7 +92,7 @@ def number(low=None, high=None, above=None, below=None) -> Option:
 
 
 def word(*choices: str) -> Option:
-  """An option whose value is one of these words."""
+  """A word among `choices`."""
   words = ", ".join(f'"{choice}"' for choice in choices)
   words = f"one of {words}" if len(choices) > 1 else words
   fits = lambda x: isinstance(x, str) and x in choices  # noqa: E731
@@ -96,12 +110,12 @@ def text() -> Option:
 
 
 def optional(option) -> Option:
-  """None, or what is described."""
+  """None, or a value that `option` describes."""
   return either(option, types.NoneType)
 
 
 def either(*options) -> Option:
-  """A union of options: a number or a word, for instance."""
+  """A value that any of the `options` describes, such as a number or a word."""
   options = [*map(_described, options)]
   return Option(
     " or ".join(o.words for o in options),
@@ -113,12 +127,13 @@ def either(*options) -> Option:
 
 
 def items(option, length: int | None = None, shortest: int = 0) -> Option:
-  """A tuple of any length, or of this one.
+  """A tuple of values.
 
   Args:
-    option: of every value; or a tuple with one for each of them.
+    option: the description of every value; or a tuple with a description for
+      each of them.
     length: how many values; None: any number.
-    shortest: how many there are at least, if their number is free.
+    shortest: the least number of values, if `length` is None.
   """
   length = len(option) if isinstance(option, tuple) else length
 
@@ -160,7 +175,7 @@ def section(table: Mapping[str, Any], required=None) -> Option:
 
 
 def labelled(option: Option) -> Option:
-  """A section of any number of values of one kind, each under a label."""
+  """A section of any number of labels, whose values `option` describes."""
 
   def inside(values, key):
     for label, value in values.items():
@@ -180,7 +195,7 @@ def part() -> Option:
 
 
 def named(sections: Mapping[str, Option]) -> Option:
-  """A section whose "name" says which other keys it has."""
+  """A section whose "name" says which of the `sections` has its other keys."""
 
   def inside(values, key):
     word(*sections).check(values["name"], f"{key}.name")
@@ -198,12 +213,12 @@ def arguments(function: Callable) -> Option:
 
 
 def of(function: Callable) -> Mapping[str, Option]:
-  """{argument: its description}, see `arguments`."""
+  """Returns {argument: its description} of a function, see `arguments`."""
   return arguments(function).table
 
 
 def defaults(function: Callable) -> dict[str, Any]:
-  """{argument: its default} of the arguments that have one."""
+  """Returns {argument: its default} of a function's optional arguments."""
   parameters = inspect.signature(function).parameters.values()
   return {p.name: p.default for p in parameters if p.default is not p.empty}
 
@@ -219,7 +234,7 @@ _ANY = Option("a number, word or tuple", lambda x: isinstance(x, Hashable))
 
 
 def _described(annotation) -> Option:
-  """The description that an annotation is or stands for, or that of anything."""
+  """The `Option` that an annotation is or stands for; any value for none."""
   if isinstance(annotation, Option):
     return annotation
   union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
@@ -230,7 +245,7 @@ def _described(annotation) -> Option:
 
 
 def shown(value) -> str:
-  """A value for a message, on one line and not too long."""
+  """Returns a value for a message, on one line and not too long."""
   try:
     words = " ".join(repr(value).split())
   except (ValueError, RecursionError):  # A number of a million digits.

@@ -15,8 +15,8 @@ AXES = ("data", "fsdp", "expert", "tensor")
 SIZES = items(either(integer(1), integer(-1, -1)), len(AXES))
 TOKENS = ("data", "fsdp", "expert")
 
-# Over these axes a matrix outside of the experts is split where it is stored;
-# it is gathered just in time.
+# A matrix outside of the experts is stored split over these axes, and gathered
+# just in time.
 STORED = ("fsdp", "expert")
 # Logical axis of a parameter or activation -> mesh axes. One table for all.
 RULES = {
@@ -33,11 +33,12 @@ RULES = {
 
 
 def make_mesh(sizes: tuple[int, ...], devices=None) -> jax.sharding.Mesh:
-  """The mesh (data, fsdp, expert, tensor); unused axes have length 1.
+  """Returns the mesh (data, fsdp, expert, tensor); unused axes have length 1.
 
   Args:
-    sizes: length of each axis, >= 1; -1 for one of them takes what is left.
-    devices: what to use; None: all of them.
+    sizes: length of each axis, >= 1; -1 for one of them takes the devices that
+      are left.
+    devices: the devices to use; None: all of them.
 
   Raises:
     ConfigError: invalid lengths, or their product is not the number of devices.
@@ -47,7 +48,7 @@ def make_mesh(sizes: tuple[int, ...], devices=None) -> jax.sharding.Mesh:
   if devices is None:
     devices = jax.devices()
   else:
-    more = ""  # These are of a topology.
+    more = ""  # The devices are those of a topology.
   try:
     devices_DFET = np.reshape(devices, sizes)
   except ValueError:
@@ -59,7 +60,7 @@ def make_mesh(sizes: tuple[int, ...], devices=None) -> jax.sharding.Mesh:
 
 
 def check_axes(mesh: jax.sharding.Mesh) -> None:
-  """Raises ConfigError for a mesh of other axes than ours."""
+  """Raises ConfigError for a mesh that has not the axes of `make_mesh`."""
   if mesh.axis_names != AXES:
     raise ConfigError(
       f"the mesh has the axes {mesh.axis_names}, and must have {AXES}; make it"
@@ -69,10 +70,13 @@ def check_axes(mesh: jax.sharding.Mesh) -> None:
 
 
 def of_automatic_axes(mesh: jax.sharding.Mesh | None):
-  """The same mesh, whose axes may have been explicit; None for None.
+  """Returns the mesh with automatic axes, where it had explicit ones.
+
+  Args:
+    mesh: a mesh, or None, which is returned.
 
   Raises:
-    ConfigError: it has other axes than ours.
+    ConfigError: it has not the axes of `make_mesh`.
   """
   if mesh is None:
     return None
@@ -82,18 +86,18 @@ def of_automatic_axes(mesh: jax.sharding.Mesh | None):
 
 
 def grid(mesh):
-  """The mesh; without one, a mesh of the one device that is used."""
+  """Returns `mesh`; for None, a mesh of the one device that is used."""
   return mesh or make_mesh((1, 1, 1, 1), jax.devices()[:1])
 
 
 def mesh_or_none(sizes, devices=None) -> jax.sharding.Mesh | None:
-  """`make_mesh`, or None for one device of this machine.
+  """Returns `make_mesh`, or None for one device of this machine.
 
   Args:
     sizes, devices: as in `make_mesh`.
 
   Raises:
-    ConfigError: as `make_mesh`.
+    ConfigError: as in `make_mesh`.
   """
   mesh = make_mesh(tuple(sizes), devices)
   return mesh if mesh.size > 1 or devices is not None else None
@@ -105,12 +109,20 @@ def platform(mesh: jax.sharding.Mesh | None) -> str:
 
 
 def token_shards(mesh: jax.sharding.Mesh | None) -> int:
-  """Over how many devices the batch is split."""
+  """Returns the number of devices that the batch is split over."""
   return 1 if mesh is None else math.prod(mesh.shape[a] for a in TOKENS)
 
 
 def local_rows(mesh: jax.sharding.Mesh | None, batch: int) -> np.ndarray:
-  """The rows of a global batch that this process's devices hold, in order."""
+  """Returns the rows of a batch that this process's devices hold, ascending.
+
+  Args:
+    mesh: from `make_mesh`; None: one device, which holds all rows.
+    batch: number of rows in the global batch.
+
+  Returns:
+    Indices into the global batch, int, [rows of this process].
+  """
   if mesh is None:
     return np.arange(batch)
   sharding = jax.NamedSharding(mesh, jax.P(TOKENS))
@@ -119,13 +131,13 @@ def local_rows(mesh: jax.sharding.Mesh | None, batch: int) -> np.ndarray:
 
 
 def global_batch(local: np.ndarray, mesh, batch: int, axis: int = 0) -> Array:
-  """An array over all processes, of which each has its rows.
+  """Makes an array over all processes, each of which holds its own rows.
 
   Args:
     local: the rows of this process, see `local_rows`.
     mesh: from `make_mesh`; None returns `local`.
-    batch: rows in all.
-    axis: of the rows.
+    batch: number of rows in the global batch.
+    axis: the axis of the rows.
   """
   if mesh is None:
     return local
@@ -160,12 +172,18 @@ def spec(
 
 
 def names(part) -> tuple[str, ...]:
-  """The mesh axes of an entry of a PartitionSpec: a name, several, or None."""
+  """Returns the mesh axes in an entry of a PartitionSpec, however many."""
   return (part,) if isinstance(part, str) else part or ()
 
 
 def constrain(x: Array, names, mesh: jax.sharding.Mesh | None) -> Array:
-  """x with its sharding pinned; x itself without a mesh."""
+  """Returns x with its sharding pinned, as in `spec`; x itself without a mesh.
+
+  Args:
+    x: an array inside jit.
+    names: logical name of each of its axes, or None.
+    mesh: from `make_mesh`, or None.
+  """
   if mesh is None:
     return x
   sharding = jax.NamedSharding(mesh, spec(names, x.shape, mesh))
@@ -174,10 +192,10 @@ def constrain(x: Array, names, mesh: jax.sharding.Mesh | None) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gathered(w: Array, names, mesh: jax.sharding.Mesh | None) -> Array:
-  """A weight outside of the experts, whole over the axes of `STORED`.
+  """Returns a weight outside of the experts, whole over the axes of `STORED`.
 
-  All its uses share the one gather that this asks for. Its gradient is summed to
-  where the weight is stored.
+  All its uses share the one gather that this asks for. Its gradient is summed
+  to where the weight is stored.
 
   Args:
     w: the weight, in the dtype of its product.
@@ -195,9 +213,12 @@ gathered.defvjp(
 
 
 def shardings(boxed, mesh: jax.sharding.Mesh):
-  """Shardings of a tree of linen parameters with logical axis names.
+  """Returns the shardings of a tree of parameters, in the same tree.
 
-  Arrays without names lie whole on every device.
+  Args:
+    boxed: parameters in linen's boxes with logical axis names; an array without
+      names lies whole on every device.
+    mesh: from `make_mesh`.
   """
 
   def is_box(x):
@@ -211,7 +232,15 @@ def shardings(boxed, mesh: jax.sharding.Mesh):
 
 
 def shard_map(f, mesh: jax.sharding.Mesh, in_specs, out_specs, **options):
-  """`jax.shard_map`, whose arguments may lie in any way on explicit axes."""
+  """`jax.shard_map` for arguments that lie in any way on explicit axes.
+
+  Args:
+    f, mesh, in_specs, out_specs: as in `jax.shard_map`.
+    **options: more options of `jax.shard_map`.
+
+  Returns:
+    A function of the global arrays.
+  """
   mesh = _here(mesh)
   run = jax.shard_map(
     f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, **options
@@ -223,11 +252,11 @@ def shard_map(f, mesh: jax.sharding.Mesh, in_specs, out_specs, **options):
 
 
 def automatic(f, out_specs):
-  """f, in which the axes of all arrays are automatic.
+  """Returns f with all mesh axes of its arrays automatic inside.
 
   Args:
-    f: a function of arrays, whose axes may be explicit.
-    out_specs: how its results lie if they are, a prefix of their tree.
+    f: a function of arrays, whose axes may be explicit outside.
+    out_specs: how its results lie on explicit axes, a prefix of their tree.
   """
 
   def run(*args):
@@ -244,7 +273,7 @@ def automatic(f, out_specs):
 
 
 def _here(mesh):
-  """The mesh with the types that its axes have where this is called."""
+  """The mesh with the types that its axes have at the place of the call."""
   context = jax.sharding.get_abstract_mesh()
   if context.empty or context.axis_names != mesh.axis_names:
     return mesh
@@ -267,18 +296,24 @@ def check_widths(mesh: jax.sharding.Mesh, **widths: tuple[int, str]) -> None:
 
 
 def alike(tree):
-  """Makes all leaves vary over the mesh axes that any of them varies over.
+  """Makes all leaves vary over each mesh axis that any leaf varies over.
 
   The values that a loop carries must vary over the same axes, and so must the
   arguments of a `custom_vjp`. Where a leaf is the same on several devices, the
-  transpose adds up their gradients. Outside of a sharded region nothing changes.
+  transpose adds up their gradients. Outside of a sharded region nothing
+  changes.
   """
   wanted = frozenset().union(*map(_varies_over, jax.tree.leaves(tree)))
   return jax.tree.map(lambda x: vary(x, wanted), tree)
 
 
 def vary(x, axes):
-  """Makes x vary over these mesh axes, too; the transpose adds up over them."""
+  """Makes x vary over `axes` too; the transpose adds up gradients over them.
+
+  Args:
+    x: an array inside a sharded region.
+    axes: names of mesh axes.
+  """
   missing = tuple(sorted(frozenset(axes) - _varies_over(x)))
   return jax.lax.pcast(x, missing, to="varying") if missing else x
 

@@ -1,4 +1,4 @@
-"""One progress line with the time left: a bar only on a terminal."""
+"""A progress line with the time left: a bar on a terminal, else plain lines."""
 
 import sys
 
@@ -16,11 +16,11 @@ class Progress(tqdm):
   about = ""
 
   def __init__(self, total: int | None, what: str, **more):
-    """Shows nothing done yet.
+    """Shows a line on which no unit is done.
 
     Args:
-      total: units, about; None: not known.
-      what: what to call them.
+      total: number of units, about; None: not known.
+      what: the plural name of the units.
       **more: options of tqdm.
     """
     options = {"total": total, "unit": what, "smoothing": 0, "miniters": 1}
@@ -33,20 +33,26 @@ class Progress(tqdm):
     super().__init__(**options, **more, disable=disable)
 
   def update(self, n: int, note: str = "") -> None:
-    """n more units are done; note is shown behind."""
+    """Counts units that are done.
+
+    Args:
+      n: number of units since the last call.
+      note: text to show behind the line.
+    """
     self.set_postfix_str(self.about + note, refresh=False)
     super().update(n)
 
   def skip(self, n: int) -> None:
-    """n units had been done before this process; no time is counted for them."""
+    """Counts n units of an earlier process, which have taken no time here."""
     if not self.disable:
       self.initial += n
       super().update(n)
 
 
 class _Lines:
-  """Writes a line for every state of a bar that would be drawn over."""
+  """A file that prints each state of a bar on a line of its own."""
 
   def write(self, text):
+    """Prints `text`, unless it is blank."""
     if text.strip():
       sys.stderr.write(text.strip() + "\n")

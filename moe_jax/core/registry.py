@@ -32,7 +32,7 @@ class Spec(NamedTuple):
 
   kind: a folder, such as "routers".
   name: a file in it, without ".py".
-  plugins: folders that are looked through first, for <kind>/<name>.py.
+  plugins: folders that are searched first, for <kind>/<name>.py.
   options: all arguments of the file's `build`, those with a default included.
   """
 
@@ -43,6 +43,7 @@ class Spec(NamedTuple):
 
   @property
   def build(self):
+    """The function `build` of the part's file."""
     return find(self.kind, self.name, self.plugins).build
 
 
@@ -53,10 +54,10 @@ def load(kind: str, name: str, *, plugins: tuple[str, ...] = (), **options):
     kind: folder, such as "routers", "balancers", "dispatchers".
     name: file name without ".py".
     plugins: folders that are looked through first, for <kind>/<name>.py.
-    **options: what the file's `build` takes; hashable.
+    **options: arguments of the file's `build`; hashable.
 
   Returns:
-    What `build` returns, and if that is a record with a field `spec`, its
+    The result of `build`, and if that is a record with a field `spec`, its
     `Spec`. Equal options give the same object, so that it can be a static
     argument of jit and a field of a linen module.
 
@@ -69,31 +70,32 @@ def load(kind: str, name: str, *, plugins: tuple[str, ...] = (), **options):
 
 
 def find(kind: str, name: str, plugins: tuple[str, ...] = (), key: str = ""):
-  """The file of a part, as a module with a function `build`.
+  """Returns the file of a part, as a module with a function `build`.
 
   Args:
     kind, name, plugins: as in `load`.
-    key: of the name in the config, for errors.
+    key: the key of the name in the config, for errors.
 
   Raises:
-    ConfigError: there is none, and the nearest known one is named; or the name
-      is no text.
+    ConfigError: there is no such part, and the message names the nearest one;
+      or the name is no text.
   """
   options_lib.text().check(name, key or f"{kind}.name")
   return _module(kind, name, tuple(plugins))
 
 
 def from_config(kind: str, section, key: str, *, plugins=(), **more):
-  """The part that a section of a config describes.
+  """Returns the part that a section of a config describes.
 
   Args:
-    kind, plugins: as in `load`.
+    kind: as in `load`.
     section: a mapping of "name" and the options of the part.
-    key: of the section, for errors.
-    **more: options that another section has.
+    key: the key of the section, for errors.
+    plugins: as in `load`.
+    **more: options that stand in another section.
 
   Raises:
-    ConfigError: as `load`; or the section is not a dict with a name.
+    ConfigError: as in `load`; or the section is not a dict with a name.
   """
   made_of = spec(kind, section, key, plugins=plugins, **more)
   try:
@@ -103,7 +105,14 @@ def from_config(kind: str, section, key: str, *, plugins=(), **more):
 
 
 def spec(kind: str, section, key: str, *, plugins=(), **more) -> Spec:
-  """`from_config` without building the part: its checked options."""
+  """Returns the checked options of `from_config`, without building the part.
+
+  Args:
+    kind, section, key, plugins, **more: as in `from_config`.
+
+  Raises:
+    ConfigError: as in `from_config`.
+  """
   options_lib.part().check(section, key)
   for option in more:
     if option in section:
@@ -119,14 +128,14 @@ def spec(kind: str, section, key: str, *, plugins=(), **more) -> Spec:
 
 
 def make(kind: str, section, key: str, plugins, *args, **given):
-  """A part whose `build` takes more than options of a config; not kept.
+  """Builds a part anew, whose `build` takes more than the options of a config.
 
   Args:
     kind, section, key, plugins: as in `from_config`.
-    *args, **given: what it takes beside its options.
+    *args, **given: arguments of `build` beside its options.
 
   Raises:
-    ConfigError: as `from_config`.
+    ConfigError: as in `from_config`.
   """
   options_lib.part().check(section, key)
   own = dict(section)
@@ -134,25 +143,25 @@ def make(kind: str, section, key: str, plugins, *args, **given):
   options = options_lib.arguments(functools.partial(module.build, *args))
   own_table = {k: x for k, x in options.table.items() if k not in given}
   options_lib.section(own_table, ()).check(own, key)
-  options.check({**own, **given}, key)  # Nothing that it needs is missing.
+  options.check({**own, **given}, key)  # Says if an argument is missing.
   part = module.build(*args, **given, **own)
   _check_part(part, _package(kind).PART, module.__file__)
   return part
 
 
 def rebuild(part, numbers: Mapping[str, Any]):
-  """The part again, with other values for some of its number options.
+  """Returns the part with other values for some of its number options.
 
   Args:
     part: from `load` or `from_config`.
-    numbers: {option: value}, tracers for instance. They are not checked.
+    numbers: {option: value}; the values, such as tracers, are not checked.
   """
   made_of = part.spec
   return _with_spec(made_of.build(**{**made_of.options, **numbers}), made_of)
 
 
 def number_options(part) -> dict[str, float]:
-  """{option: value} of a part's options that change no shape.
+  """Returns {option: value} of a part's options that change no shape.
 
   Args:
     part: from `load` or `from_config`; or a Spec.
@@ -167,15 +176,18 @@ def number_options(part) -> dict[str, float]:
 
 
 def names(kind: str, plugins: tuple[str, ...] = ()) -> list[str]:
-  """The names that `load` knows for a kind, sorted.
+  """Returns the names that `load` knows for a kind, sorted.
 
   All files of the kind's folders are parts, except those with "_" first and
   those in the tuple SHARED of the package.
+
+  Args:
+    kind, plugins: as in `load`.
   """
   return sorted(_files(kind, plugins))
 
 
-# Typed, as 1, 1.0 and True are equal, but not the same option.
+# Typed: 1, 1.0 and True are equal, and not the same option.
 @functools.lru_cache(maxsize=None, typed=True)
 def _build(kind, name, plugins, /, **options):
   wanted = getattr(_package(kind), "PART", None)
@@ -253,7 +265,12 @@ def _package(kind):
 
 
 def import_file(path: pathlib.Path, module_name: str) -> types.ModuleType:
-  """Imports a Python file that lies anywhere, under this name."""
+  """Returns a Python file, wherever it lies, imported as a module.
+
+  Args:
+    path: the file.
+    module_name: the module's name in `sys.modules`.
+  """
   spec = importlib.util.spec_from_file_location(module_name, path)
   module = importlib.util.module_from_spec(spec)
   sys.modules[module_name] = module

@@ -1,6 +1,6 @@
 """Roles of parameters, declared where a parameter is made.
 
-The axes of a parameter form sides: a matrix has two, its input and its output.
+A matrix has two sides, its input and its output; each is one or more axes.
 Leading axes of repeated layers and of experts are batch axes: such a parameter
 is one matrix for each layer and expert.
 """
@@ -13,7 +13,7 @@ import flax.struct
 import jax
 
 # Parts of a model that may have learning-rate and weight-decay factors of their
-# own; "rest" is all that have none.
+# own; "rest" stands for all other parts.
 FACTORS = ("router", "experts", "shared", "latent", "cheap", "attention", "dense")
 FACTORS += ("norm", "embedding", "head", "rest")
 _BATCH = ("layers", "expert")
@@ -21,28 +21,32 @@ _HEADS = ("heads", "kv_heads")
 
 
 class Declared(nn.LogicallyPartitioned):
-  """A parameter in a box that tells its logical axes and its part.
+  """A parameter in a box that tells its logical axes and its part of the model.
 
-  part: of the model: "router", "experts" (the routed ones), "shared",
-    "latent", "attention", "dense", "norm", "embedding", "head" or a name of its own.
+  part: "router", "experts" (the routed ones), "shared", "latent", "attention",
+    "dense", "norm", "embedding", "head" or a name of the model's own.
   """
 
   part: str = flax.struct.field(default="other", pytree_node=False)
 
-  # A generated one would compare arrays.
+  # A generated __eq__ would compare arrays.
   __eq__ = nn.LogicallyPartitioned.__eq__
 
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-  """part: see `Declared`; axes: the name, or None, of every axis."""
+  """The part of a parameter and its axes.
+
+  part: see `Declared`.
+  axes: the logical name of every axis, or None.
+  """
 
   part: str
   axes: tuple[str | None, ...]
 
   @property
   def batch_axes(self) -> tuple[int, ...]:
-    """The leading axes over layers and experts."""
+    """The indices of the leading axes over layers and experts."""
     batch = itertools.takewhile(_BATCH.__contains__, self.axes)
     return tuple(range(len([*batch])))
 
@@ -77,7 +81,7 @@ class Role:
 
 
 def declared(init, axes: tuple[str | None, ...], part: str):
-  """An initializer whose result is `Declared`.
+  """Returns an initializer whose result is `Declared`.
 
   Args:
     init: (rng, ...) -> array.
@@ -88,10 +92,11 @@ def declared(init, axes: tuple[str | None, ...], part: str):
 
 
 def of(boxed):
-  """The tree of `Role` of a tree of parameters as `model.init` returns them.
+  """Returns the tree of `Role` of a tree of parameters.
 
-  A parameter that is not declared is of the part "other", and its axes have no
-  names.
+  Args:
+    boxed: parameters as `model.init` returns them. A parameter that is not
+      declared has the part "other", and its axes have no names.
   """
 
   def is_box(x):

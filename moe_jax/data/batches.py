@@ -27,9 +27,9 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class ByStep:
-  """Batches without an end, to be indexed by step.
+  """Batches without an end, indexed by step.
 
-  read: (step) -> its batch; steps are counted from 0.
+  read: step, counted from 0 -> its batch.
   """
 
   read: Callable[[int], Batch]
@@ -50,30 +50,30 @@ def train_batches(
   accumulation: int | None = None,
   separate_documents: bool = False,
 ) -> ByStep:
-  """Returns the training batches, to be indexed by step.
+  """Returns the training batches, indexed by step.
 
   A window is seq_len + 1 tokens of one domain: the next window begins with the
   last token of this one, so every token but a domain's first is a target once
-  an epoch (fewer than seq_len at the end of a domain are left out).
+  an epoch. Fewer than seq_len tokens at the end of a domain are left out.
 
   Args:
     corpus: from `corpora.prepare` or `mixed.prepare`.
     seed: of the order, >= 0.
-    rows: only these of every batch, or micro-batch, are read; None: all.
+    rows: the rows of every batch, or micro-batch, that are read; None: all.
     seq_len: L, tokens of a row, >= 1.
     batch_size: B, rows of a step, >= 1.
     accumulation: A, micro-batches of a step, which divides B; adds a leading
-      axis. None for no such axis.
-    separate_documents: `mask` is False where the input ends a document, since
-      a model that sees one document at a time cannot predict the next one.
+      axis. None: no such axis.
+    separate_documents: `mask` is False where the input ends a document, since a
+      model that sees one document at a time cannot predict the next one.
 
   Returns:
     Batches by step: `inputs` and `targets` int32 [B, L], `mask` bool [B, L]
-    (True: a real token), `domain` int32 [B], number of the row's domain;
-    [A, B/A, ...] with accumulation, the rows in the same order.
+    (True: a real token), `domain` int32 [B], the index of the row's domain; [A,
+    B/A, ...] with accumulation, the rows in the same order.
 
   Raises:
-    ConfigError: a corpus shorter than one window.
+    ConfigError: the corpus is shorter than one window.
   """
   read_windows = windows(corpus, seed, seq_len + 1, seq_len, seq_len)
   end = corpus.end_of_document if separate_documents else None
@@ -91,10 +91,10 @@ def by_step(
   accumulation: int | None = None,
   rows: np.ndarray | None = None,
 ) -> ByStep:
-  """Returns the batches of a stream of rows.
+  """Returns the batches of a stream of rows, indexed by step.
 
   Args:
-    read: numbers [R] of rows in the stream -> their arrays [R, ...].
+    read: indices [R] of rows in the stream -> their arrays [R, ...].
     batch_size, accumulation, rows: as in `train_batches`.
   """
   rows = slice(None) if rows is None else rows
@@ -112,16 +112,19 @@ def by_step(
 def windows(
   corpus: corpora.Corpus, seed: int, size: int, stride: int, seq_len: int
 ) -> Callable[[np.ndarray], tuple[np.ndarray, list[np.ndarray]]]:
-  """Returns (rows of the training stream) -> their domains, and their tokens.
+  """Returns a function from rows of the training stream to their windows.
+
+  It takes indices [R] and returns the domains [R] and the tokens [size] of
+  each.
 
   Args:
     corpus, seed: as in `train_batches`.
     size: tokens of a window.
-    stride: tokens from the start of a window to that of the next one.
+    stride: tokens from the start of a window to the start of the next one.
     seq_len: `data.seq_len`, for errors.
 
   Raises:
-    ConfigError: a corpus shorter than one window.
+    ConfigError: the corpus is shorter than one window.
   """
   # Plain arrays: a slice of a np.memmap costs several times as much.
   tokens = [np.asarray(corpus.tokens("train", d)) for d in corpus.domains]
@@ -140,13 +143,13 @@ def windows(
 
 
 def _order(corpus, lengths, counts, seed):
-  """Returns (row of the training stream) -> number of its window.
+  """Returns a function from a row of the training stream to its window's index.
 
   Args:
     lengths: tokens of a window, and seq_len, for errors.
-    counts: windows of every domain.
+    counts: number of windows in every domain.
   """
-  import grain  # Slow to import: only for who reads data.
+  import grain  # Slow to import: only where data is read.
 
   parts, first, domain = [], 0, 0
   for number, (_, domains) in enumerate(corpus.parts):
@@ -158,7 +161,7 @@ def _order(corpus, lengths, counts, seed):
         f" tokens that a row of seq_len {seq_len} needs, but"
         f" {corpus.num_tokens['train']}; use a shorter seq_len or more data"
       )
-    # No two parts in the same order.
+    # Each part has an order of its own.
     windows = grain.MapDataset.range(first, last).seed(seed + 1000 * number)
     parts.append(windows.shuffle().repeat())
     first, domain = last, domain + len(domains)
@@ -172,14 +175,14 @@ def _order(corpus, lengths, counts, seed):
 
 
 def shares(weights: Sequence[float]) -> Callable[[int], tuple[int, int]]:
-  """Returns (row of a stream) -> its part, and its number in that part.
+  """Returns a function from a row of a stream to (its part, its index there).
 
   The first part has its share of any first n rows, rounded up. The second part
-  has its share of the rows that are left, and so on. The shares are exact at any
-  step, where Grain's `MapDataset.mix` rounds the weights first.
+  has its share of the rows that are left, and so on. The shares are exact at
+  any step, where Grain's `MapDataset.mix` rounds the weights first.
 
   Args:
-    weights: above 0, of every part.
+    weights: of the parts, each above 0.
   """
   weights = [fractions.Fraction(str(weight)) for weight in weights]
   scale = math.lcm(*(weight.denominator for weight in weights))
@@ -215,10 +218,10 @@ def validation_batches(
 
   Args:
     corpus, seq_len, separate_documents: as in `train_batches`.
-    rows: only these of every batch are read; None: all.
+    rows: the rows of every batch that are read; None: all.
     batch_size: B, rows of a batch, >= 1.
-    batches_per_domain: so many of each domain, spread evenly over its
-      documents; None for all.
+    batches_per_domain: how many batches of each domain, spread evenly over its
+      documents; None: all.
     begin: fewer than L tokens that every row begins with, for a model that was
       trained with them. Then a row has tokens of one document, and the first
       token of a document is a target too.
@@ -227,7 +230,7 @@ def validation_batches(
     Pairs of a domain's name and a batch as in `train_batches`, of one domain.
 
   Raises:
-    ConfigError: an impossible number, or no text to predict.
+    ConfigError: a number is impossible, or there is no text to predict.
   """
   if len(begin) >= seq_len:
     raise ConfigError(
@@ -247,11 +250,11 @@ def validation_batches(
 
 
 def check_validation(corpus: corpora.Corpus, counts: Mapping[str, int]) -> None:
-  """Raises ConfigError for a dataset without a row of validation.
+  """Raises ConfigError for a dataset without a validation row.
 
   Args:
     corpus: as in `validation_batches`.
-    counts: {domain: its rows}.
+    counts: {domain: number of its rows}.
   """
   for _, names in corpus.parts:
     if not any(counts[name] for name in names):
@@ -267,14 +270,14 @@ def validation_rows(
   batches_per_domain: int | None,
   rows: np.ndarray | None,
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-  """Yields what every validation batch consists of.
+  """Yields the rows that every validation batch consists of.
 
   Args:
-    counts: {domain: its rows}.
+    counts: {domain: number of its rows}.
     batch_size, batches_per_domain, rows: as in `validation_batches`.
 
   Yields:
-    Name of the domain, its number for every row of the batch, and numbers of
+    Name of the domain, its index for every row of the batch, and the indices of
     its rows that are read: fewer than the batch has, at the domain's end.
   """
   most, first = batches_per_domain and batches_per_domain * batch_size, 0
@@ -282,7 +285,7 @@ def validation_rows(
   for number, (domain, count) in enumerate(counts.items()):
     chosen = np.arange(count)
     if most and most < count:
-      # The rounding of these floats depends on the number of the first row.
+      # The rounding of these floats depends on the index of the first row.
       last = first + count - 1
       chosen = np.linspace(first, last, most).astype(int) - first
     first += count
@@ -305,8 +308,8 @@ def _validation(domains, begin, seq_len, masked, *chosen):
 def _spans(tokens, end, masked, seq_len, num_begin):
   """Returns the rows of a domain, integers [rows, 3].
 
-  They are the row's first token, the place after its last one, and how many of
-  its first targets do not count.
+  The three are the row's first token, the place after its last token, and how
+  many of its first targets do not count.
   """
   text, length = tokens != end, seq_len - num_begin
   if num_begin:
@@ -328,15 +331,15 @@ def _spans(tokens, end, masked, seq_len, num_begin):
 
 
 def with_decoder_inputs(batch: Batch, start: int) -> Batch:
-  """Returns a batch of two sides, with what the decoder reads.
+  """Adds the inputs of the decoder to a batch that has an encoder's.
 
   Args:
     batch: with "targets", "targets_mask" and "targets_document", arrays [R, L].
     start: the token before the first one of every document.
 
   Returns:
-    The batch with "decoder_inputs": the target before, of the same document. It
-    is 0 at padding.
+    The batch with "decoder_inputs", [R, L]: at each place the target before it,
+    of the same document. It is 0 at padding.
   """
   document, targets = batch["targets_document"], batch["targets"]
   before = np.full_like(targets, start)
@@ -350,8 +353,9 @@ def _batch(reads, domains, seq_len, end):
   """Returns a batch of rows that are padded.
 
   Args:
-    reads: (tokens, number of first targets that do not count) of the first rows.
-    domains: number of the domain of every row.
+    reads: (tokens, number of first targets that do not count) of the first
+      rows.
+    domains: index of the domain of every row.
     seq_len: tokens of a row.
     end: the token that is masked as an input, or None.
   """
@@ -363,7 +367,7 @@ def _batch(reads, domains, seq_len, end):
   if end is not None:
     mask &= window[:, :-1] != end
   return {
-    # Copies: a view of one would change with the other.
+    # Copies: views would change with each other.
     "inputs": window[:, :-1].copy(),
     "targets": window[:, 1:].copy(),
     "mask": mask,

@@ -1,7 +1,7 @@
 """Caches of prepared data: folders that appear as a whole or not at all.
 
-A cache is a folder of arrays with an index.json that says what is in them and where
-it came from.
+A cache is a folder of arrays with an index.json, which has their sizes, names
+and sources.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from moe_jax.core import files
 from moe_jax.core.errors import ConfigError, first_line
 
 _KEY_LENGTH = 16
-_CHECKED = ".checked"  # The digest of the files that were found to be right.
+_CHECKED = ".checked"  # A file with the digest of files known to be right.
 _FULL_DISK = re.compile("No space left on device|Disk quota exceeded")
 
 
@@ -30,8 +30,9 @@ def entry(
 
   Args:
     name: of the dataset.
-    cache_dir: where caches lie; $XDG_CACHE_HOME/moe_jax or ~/.cache/moe_jax by default.
-    made_of: all that the content depends on, as JSON has it.
+    cache_dir: where caches lie; None: $XDG_CACHE_HOME/moe_jax or
+      ~/.cache/moe_jax.
+    made_of: all that the content depends on, a value that JSON can hold.
   """
   return _folder(name, cache_dir, sha256(made_of)[:_KEY_LENGTH])
 
@@ -39,7 +40,11 @@ def entry(
 def entries(
   name: str, cache_dir: str | os.PathLike | None
 ) -> list[pathlib.Path]:
-  """Returns the folders of all caches of a dataset's name."""
+  """Returns the folders of all caches of a dataset's name, sorted.
+
+  Args:
+    name, cache_dir: as in `entry`.
+  """
   pattern = _folder(name, cache_dir, "[0-9a-f]" * _KEY_LENGTH)
   return sorted(pattern.parent.glob(pattern.name))
 
@@ -54,12 +59,17 @@ def _folder(name, cache_dir, key):
 def read(
   folder: pathlib.Path, form: int, made: Callable[[dict], Any]
 ) -> Any | None:
-  """Returns what is made of a cache; None if the cache is not whole.
+  """Opens a cache; None if the cache is not whole.
 
   Args:
     folder: of the cache.
-    form: of its files; None is returned for another one.
-    made: (index) -> the result. It raises ValueError or OSError for damaged files.
+    form: version of the files' form; a cache of another one counts as not
+      whole.
+    made: index -> the result. It raises ValueError or OSError for damaged
+      files.
+
+  Returns:
+    The result of `made`, or None.
   """
   # Files that are too short cannot be mapped, which is a ValueError.
   with contextlib.suppress(ValueError, OSError):
@@ -81,12 +91,13 @@ def check_content(
 ) -> None:
   """Raises ValueError for arrays with another fingerprint than the index has.
 
-  All bytes are read once; then as long as no file has another size or time.
+  All bytes are read the first time, and again only after a file has changed its
+  size or time.
 
   Args:
     folder: of the cache.
     index: of the cache.
-    fingerprint: () -> that of the arrays; it reads all of them.
+    fingerprint: () -> the fingerprint of the arrays; it reads all of them.
   """
   stats = {
     file.name: [file.stat().st_size, file.stat().st_mtime_ns]
@@ -100,26 +111,34 @@ def check_content(
       return
   if index["fingerprint"] != fingerprint():
     raise ValueError("the arrays are not those of the index")
-  with contextlib.suppress(OSError):  # Who may not write there, reads again.
+  with contextlib.suppress(OSError):  # Without the right to write: read again.
     mark.write_text(wanted)
 
 
 def write_index(folder: pathlib.Path, index: dict) -> None:
-  """Writes the index of a cache, with its digest."""
+  """Writes the index of a cache, with its digest.
+
+  Args:
+    folder: of the cache.
+    index: its content, that JSON can hold.
+  """
   text = json.dumps({**index, "digest": sha256(index)}, indent=2)
   (folder / "index.json").write_text(text)
 
 
 def get(name: str, folder: pathlib.Path, write, opened) -> Any:
-  """Returns what is made of a cache, which is prepared where it is not whole.
+  """Opens a cache, and prepares it first where it is not whole.
 
   It is prepared beside its place, and moves there at the end.
 
   Args:
     name: of the dataset.
     folder: of the cache.
-    write: (folder) -> None, writes all files.
-    opened: (folder) -> what `read` returns.
+    write: folder -> None, writes all files.
+    opened: folder -> the result of `read`.
+
+  Returns:
+    The result of `opened`.
 
   Raises:
     ConfigError: there is no space, or no right to write.
@@ -152,6 +171,6 @@ def get(name: str, folder: pathlib.Path, write, opened) -> Any:
 
 
 def sha256(value: Any) -> str:
-  """Returns the digest of a value, as JSON has it."""
+  """Returns the digest of a value that JSON can hold."""
   text = json.dumps(value, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Random numbers that every machine and version draws alike, by SplitMix64."""
+"""Random numbers that are the same on every machine and version: SplitMix64."""
 
 import numpy as np
 
@@ -9,9 +9,9 @@ def bits(place_R: np.ndarray, number: int, *key: int) -> np.ndarray:
   """Returns random uint64 [R, number].
 
   Args:
-    place_R: numbers >= 0 of the rows; a row depends on its own number alone.
-    number: how many for each row.
-    *key: other keys, below 2^64, give other numbers.
+    place_R: indices of the rows, >= 0; a row depends on its own index alone.
+    number: how many numbers each row has.
+    *key: integers below 2^64 that choose the numbers.
   """
   step, begin = np.array([_STEP], np.uint64), np.zeros(1, np.uint64)
   for value in key:
@@ -21,7 +21,12 @@ def bits(place_R: np.ndarray, number: int, *key: int) -> np.ndarray:
 
 
 def permutation(number: int, *key: int) -> np.ndarray:
-  """Returns 0, 1, ..., number - 1 in a random order that depends on the key."""
+  """Returns 0, 1, ..., number - 1 in a random order.
+
+  Args:
+    number: of integers.
+    *key: as in `bits`.
+  """
   return np.argsort(bits(np.zeros(1), number, *key)[0], kind="stable")
 
 

@@ -1,16 +1,17 @@
 """Pairs of texts, a source and its target, several of them in a row.
 
-A corpus of pairs is one whose documents are in turn a source and its target, see
-`mixed.prepare`. Each row has pairs of one domain, and the pair of a token is its
-document, so that a model keeps them apart. Both sides of a pair end with the token
-that ends a document.
+A corpus of pairs has as documents a source, its target, the next source and so
+on, see `mixed.prepare`. Each row has pairs of one domain. The pair of a token
+is its document, so that a model keeps pairs apart. Both sides of a pair end
+with the token that ends a document.
 
-A packing is the pairs in a random order, cut into rows: a row ends before the first
-pair whose source or target has no more room. An epoch has every pair once; it is
-one of a few packings, whose rows stand in a new random order. Row r of step s
-depends on the seed, s and r alone.
+A packing is the pairs in a random order, cut into rows: a row ends before the
+first pair whose source or target has no more room. An epoch has every pair
+once; it is one of a few packings, whose rows stand in a new random order. Row r
+of step s depends on the seed, s and r alone.
 
-In names of arrays P are the pairs of a split, K those of a batch, and 2 the sides.
+In names of arrays P are the pairs of a split, K those of a batch, and 2 the
+sides.
 """
 
 import dataclasses
@@ -27,20 +28,21 @@ from moe_jax.data import batches, draws
 from moe_jax.data.text import corpora
 
 TOO_LONG = word("error", "drop", "truncate")
-# Epochs take turns among so many, so that the rows before any step are soon counted.
+# Epochs take turns among these, so that rows before a step are soon counted.
 _PACKINGS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Packing:
-  """How pairs of texts are put into rows of inputs and of targets.
+  """The lengths of rows, and the rules by which pairs are put into them.
 
   inputs_length, targets_length: tokens of a row of sources, and of targets.
-  several: whether a row has several pairs; otherwise each has one.
-  too_long: what is done with a pair that is longer than a row, or has an empty
-    side. "error" refuses both, "drop" leaves both out; "truncate" shortens what
-    is too long to the row, with its end, and refuses empty sides.
-  end: the token that ends both sides of a pair; None: that which ends a document.
+  several: whether a row may have several pairs; otherwise each has one.
+  too_long: the rule for a pair that is longer than a row, or has an empty side.
+    "error" refuses both, "drop" leaves both out; "truncate" cuts a side that is
+    too long to the row, with its end, and refuses empty sides.
+  end: the token that ends both sides of a pair; None: the token that ends a
+    document.
   start: the token before the first of each target; None: `end`.
   """
 
@@ -53,7 +55,7 @@ class Packing:
 
   @property
   def limits(self) -> dict[str, int]:
-    """Tokens of a row by side."""
+    """{side: tokens of a row}."""
     return {"inputs": self.inputs_length, "targets": self.targets_length}
 
 
@@ -61,9 +63,10 @@ class Pairs(NamedTuple):
   """The pairs of a split, numbered from its first domain to its last.
 
   tokens: of each domain.
-  first_D: the first pair of each domain, and after them the number of all.
-  start_P2, size_P2: where the source and the target of a pair begin in the tokens
-    of its domain, and how many of them are read, with an end.
+  first_D: the first pair of each domain, and after them the number of all
+    pairs.
+  start_P2, size_P2: where the source and the target of a pair begin in the
+    tokens of its domain, and how many of their tokens are read, with an end.
   """
 
   tokens: list[np.ndarray]
@@ -72,7 +75,7 @@ class Pairs(NamedTuple):
   size_P2: np.ndarray
 
   def domain(self, pairs: np.ndarray) -> np.ndarray:
-    """Numbers of the domains of pairs."""
+    """The indices of the domains of pairs, in the shape of `pairs`."""
     return np.searchsorted(self.first_D, pairs, side="right") - 1
 
 
@@ -85,7 +88,7 @@ def train_batches(
   batch_size: int,
   accumulation: int | None = None,
 ) -> batches.ByStep:
-  """Returns the training batches, to be indexed by step.
+  """Returns the training batches, indexed by step.
 
   Args:
     corpus: of pairs.
@@ -98,7 +101,7 @@ def train_batches(
     "targets_document" are the number of the pair in its row.
 
   Raises:
-    ConfigError: a pair that `packing` refuses, or no pair is left.
+    ConfigError: `packing` refuses a pair, or no pair is left.
   """
   pairs = _of_split(corpus, "train", packing)
   parts, first = [], 0
@@ -143,7 +146,7 @@ def validation_batches(
     Pairs of a domain's name and a batch as in `train_batches`, of one domain.
 
   Raises:
-    ConfigError: a pair that `packing` refuses, or no pair is left.
+    ConfigError: `packing` refuses a pair, or no pair is left.
   """
   pairs, cuts = _of_split(corpus, "validation", packing), {}
   for number, domain in enumerate(corpus.domains):
@@ -220,12 +223,12 @@ def _refuse_long(corpus, split, packing, size_P2):
 
 
 def _cut(size_P2, packing):
-  """First pairs of the rows that pairs are packed into, and their number."""
+  """The first pair of each row that pairs are packed into, and their number."""
   number = len(size_P2)
   if not packing.several:
     return np.arange(number + 1)
   stop_P2 = np.cumsum(size_P2, axis=0)
-  # The first pair for which a row that begins with pair p has no room.
+  # For each pair p, the first pair that no longer fits into a row from p on.
   next_P = np.full(number, number)
   for side, limit in enumerate(packing.limits.values()):
     room_P = stop_P2[:, side] - size_P2[:, side] + limit
@@ -238,11 +241,11 @@ def _cut(size_P2, packing):
 
 
 def _stream(pairs, domains, packing, key) -> Callable[[int], np.ndarray]:
-  """Returns (number of a row) -> numbers of its pairs.
+  """Returns a function from the index of a row to the indices of its pairs.
 
   Args:
     pairs: see `Pairs`.
-    domains: numbers of those that the stream has.
+    domains: indices of the domains in the stream.
     packing: see `Packing`.
     key: of its random numbers.
   """
@@ -282,7 +285,8 @@ def _packed(pairs, domains, packing, key):
   """Packs the pairs of some domains into rows.
 
   Returns:
-    Pairs in the order of the rows, and where each row begins, and the last ends.
+    Pairs in the order of the rows; and where each row begins, and the last one
+    ends.
   """
   orders, cuts, before = [], [np.zeros(1, int)], 0
   for domain in domains:
@@ -300,8 +304,8 @@ def _batch(corpus, packing, pairs, rows, domains):
   Args:
     corpus, packing: see `train_batches`.
     pairs: see `Pairs`.
-    rows: numbers of the pairs of the first rows.
-    domains: number of the domain of every row.
+    rows: the indices of the pairs in each of the first rows.
+    domains: index of the domain of every row.
   """
   end = corpus.end_of_document if packing.end is None else packing.end
   start = end if packing.start is None else packing.start
@@ -325,11 +329,11 @@ def _side(pairs, side, name, shape, end, *, pair_K, row_K, first_K):
   Args:
     pairs: see `Pairs`.
     side: 0 for sources, 1 for targets.
-    name: of the arrays.
+    name: the beginning of the arrays' names.
     shape: of the arrays.
     end: the token that ends a text.
-    pair_K, row_K: numbers of the pairs of the batch, and of their rows.
-    first_K: place in these of the first pair of the same row.
+    pair_K, row_K: indices of the pairs of the batch, and of their rows.
+    first_K: for each pair, the place among them of the first pair of its row.
   """
   size_K, read_K = pairs.size_P2[pair_K, side], pairs.start_P2[pair_K, side]
   begin_K, domain_K = np.cumsum(size_K) - size_K, pairs.domain(pair_K)
@@ -341,7 +345,7 @@ def _side(pairs, side, name, shape, end, *, pair_K, row_K, first_K):
     read = _ragged(read_K[own_K], size_K[own_K])
     place = _ragged(write_K[own_K], size_K[own_K])
     tokens.ravel()[place] = pairs.tokens[domain][read]
-  tokens.ravel()[write_K + size_K - 1] = end  # Truncated ones have none yet.
+  tokens.ravel()[write_K + size_K - 1] = end  # Truncated texts have no end yet.
   number_K = np.arange(len(pair_K)) - first_K
   documents.ravel()[written] = np.repeat(number_K, size_K)
   mask.ravel()[written] = True
@@ -349,6 +353,6 @@ def _side(pairs, side, name, shape, end, *, pair_K, row_K, first_K):
 
 
 def _ragged(begin_K, size_K):
-  """The ranges [begin, begin + size) of all k, one after another."""
+  """The ranges [begin, begin + size) of all pairs, concatenated."""
   before_K = np.cumsum(size_K) - size_K
   return np.repeat(begin_K - before_K, size_K) + np.arange(size_K.sum())

@@ -13,7 +13,7 @@ from moe_jax.core.errors import ConfigError, first_line, nearest
 
 SPLITS = ("train", "validation")
 
-_VALIDATION_PART = 16  # Held out where a dataset has no validation split.
+_VALIDATION_PART = 16  # One in 16 is held out where there is no such split.
 _READ_AT_ONCE = 256  # Examples.
 
 # The names and versions that a dataset's content depends on, and a function
@@ -26,10 +26,15 @@ class Wanted(Protocol):
   """The features that a reader asks of a dataset."""
 
   def check(self, name: str, builder) -> None:
-    """Raises ConfigError for a dataset that lacks what is read."""
+    """Raises ConfigError for a dataset that lacks a feature.
+
+    Args:
+      name: of the dataset, for the message.
+      builder: of TFDS.
+    """
 
   def plain(self, folder: pathlib.Path):
-    """(paths that are read, () -> builder) of files that are no TFDS dataset.
+    """(paths that are read, () -> builder) for files that are no TFDS dataset.
 
     None: the folder has no such files.
     """
@@ -44,8 +49,14 @@ def find(
 ) -> Source:
   """Returns the source of a dataset, see `corpora.prepare` or `images.prepare`.
 
+  Args:
+    name: of the dataset.
+    data_dir: a folder or pattern of files, or None.
+    plugins: folders that are searched first for a builder of this name.
+    wanted: the features that are read.
+
   Raises:
-    ConfigError: no such dataset, folder or feature.
+    ConfigError: there is no such dataset, folder or feature.
   """
   if not data_dir and name in registry.names("datasets", plugins):
     return _built_in(name, plugins)
@@ -56,7 +67,11 @@ def find(
 
 
 def split_of(text: bytes) -> str:
-  """Returns the split of an example with these bytes of a dataset that has no validation."""
+  """Returns the split of an example, where a dataset has no validation split.
+
+  Args:
+    text: bytes of the example; its digest decides.
+  """
   part = int(hashlib.sha256(text).hexdigest(), 16) % _VALIDATION_PART
   return "train" if part else "validation"
 
@@ -64,11 +79,16 @@ def split_of(text: bytes) -> str:
 def examples(name: str, builder, split: str) -> Iterator[dict]:
   """Yields the examples of a split.
 
+  Args:
+    name: of the dataset, for errors.
+    builder: of TFDS, or with a method `examples`.
+    split: "train" or "validation", as TFDS writes splits.
+
   Raises:
     ConfigError: a file of the dataset is damaged.
   """
   with in_a_sentence(f"the split {split} of dataset {name} cannot be read"):
-    if hasattr(builder, "examples"):  # It has no numbers for them.
+    if hasattr(builder, "examples"):  # Its examples cannot be indexed.
       yield from builder.examples(split)
       return
     source = builder.as_data_source(split=split)
@@ -79,10 +99,18 @@ def examples(name: str, builder, split: str) -> Iterator[dict]:
 
 @contextlib.contextmanager
 def in_a_sentence(what, remedy="mend it, or prepare the dataset again"):
-  """Turns whatever TFDS raises into a ConfigError."""
+  """Turns any error of TFDS into a ConfigError.
+
+  Args:
+    what: a sentence that says what failed, for the message.
+    remedy: what the user can do about it.
+
+  Raises:
+    ConfigError: there was an error.
+  """
   try:
     yield
-  except ConfigError:  # It is one already.
+  except ConfigError:  # This is a sentence already.
     raise
   except Exception as e:
     raise ConfigError(f"{what} ({first_line(e)}); {remedy}") from e
@@ -100,9 +128,9 @@ def _built_in(name, plugins):
 
     # TFDS would import a plugin's package to find it, but it is a lone file.
     builder_class.code_path = epath.Path(inspect.getfile(builder_class))
-    tfds.disable_progress_bar()  # It takes seconds, and logs are kept.
+    tfds.disable_progress_bar()  # Preparing takes seconds; logs stay short.
     builder = builder_class(data_dir=folder, file_format="array_record")
-    with contextlib.redirect_stdout(io.StringIO()):  # It names scratch paths.
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS names scratch paths.
       builder.download_and_prepare(download_dir=folder.parent / "downloads")
     return builder
 
@@ -124,7 +152,7 @@ def _known_to_tfds(name, plugins, wanted):
     )
   try:
     builder = tfds.builder(name, file_format="array_record")
-  except Exception as e:  # Also of the network, for community datasets.
+  except Exception as e:  # Community datasets also need the network.
     if pathlib.Path(name).expanduser().exists():
       raise ConfigError(
         f'data.name = "{name}" is a place; set data.dir to it, and data.name to a'
@@ -148,13 +176,13 @@ def _known_to_tfds(name, plugins, wanted):
       "prepare it elsewhere with file_format='array_record' and set data.dir to"
       " its folder"
     )
-    with in_a_sentence(what, remedy):  # No network, package, or disk space.
+    with in_a_sentence(what, remedy):  # Network, package or space may lack.
       builder.download_and_prepare()
   return builder.data_dir
 
 
 def _from_directory(data_dir, wanted):
-  from etils import epath  # Buckets too, where their client is installed.
+  from etils import epath  # Reads buckets too, if their client is installed.
 
   folder = epath.Path(data_dir).expanduser()
   plain = wanted.plain(folder)
@@ -166,7 +194,7 @@ def _from_directory(data_dir, wanted):
       f" with {wanted.words}"
     )
   read = map(epath.Path, plain[0] if plain else sorted(folder.iterdir()))
-  # A pattern is no folder, and its files lie anywhere.
+  # A pattern is no folder: its files may lie in several.
   stats = [(str(f).removeprefix(f"{folder}/"), f.stat()) for f in read]
   files = "".join(f"{name} {s.length} {s.mtime}\n" for name, s in stats)
   digest = hashlib.sha256(files.encode()).hexdigest()
@@ -194,7 +222,7 @@ def _from_directory(data_dir, wanted):
 
 @contextlib.contextmanager
 def _features_of_tfds_alone():
-  """Refuses features whose class TFDS would import from somebody else's file."""
+  """Refuses features whose class TFDS would import from a file of others."""
   import tensorflow_datasets as tfds
 
   connector = tfds.features.FeatureConnector

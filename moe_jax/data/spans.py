@@ -24,23 +24,24 @@ from moe_jax.core.errors import ConfigError
 from moe_jax.data import batches, draws
 from moe_jax.data.text import corpora
 
-_OF_VALIDATION = 2**63  # The seed of its noise; no run has it.
+_OF_VALIDATION = 2**63  # The seed of validation's noise; no run has this seed.
 _SHORTEST = 3  # Inputs of two tokens: one kept, a sentinel, and the end.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Corruption:
-  """How spans are taken out of a text and put into its targets (T5).
+  """The numbers by which spans move from a text to its targets (T5).
 
   inputs_length: tokens of a row of inputs.
   noise_density: share of the tokens that are noise, above 0 and below 1.
   mean_span: mean tokens of a noise span, >= 1.
-  targets_length: tokens of a row of targets; None: as many as there are.
+  targets_length: tokens of a row of targets; None: as many as the noise needs.
   separate_documents: tokens carry the number of their document in the row. A
     target span, with its sentinels, is of the document of its first token, and
     the end token is of the last span's. Otherwise all are of document 0.
-  sentinels: (the first one, 1 or -1): they ascend or descend from there, such as
-    (32099, -1), the <extra_id_...> of T5; None: the tokens after the vocabulary.
+  sentinels: (the first sentinel, 1 or -1): they ascend or descend from there,
+    such as (32099, -1), the <extra_id_...> of T5; None: the tokens after the
+    vocabulary.
   end: the token that ends a document, and both sides; None: that of the corpus.
   start: the token before the first target; None: `end`.
 
@@ -84,11 +85,11 @@ class Corruption:
 
   @property
   def num_sentinels(self) -> int:
-    """The most noise spans that a row has."""
+    """The largest number of noise spans in a row."""
     return counts(self.lengths[0], self.noise_density, self.mean_span)[1]
 
   def of_spans(self, vocab_size: int) -> np.ndarray:
-    """The sentinels of a row's spans, for a corpus of so many tokens."""
+    """The sentinels of a row's spans, for a corpus of `vocab_size` tokens."""
     first, step = self.sentinels or (vocab_size, 1)
     return first + step * np.arange(self.num_sentinels)
 
@@ -96,12 +97,12 @@ class Corruption:
 def lengths(
   inputs_length: int, noise_density: float = 0.15, mean_span: float = 3.0
 ) -> tuple[int, int]:
-  """Returns the tokens of a window, and of its targets, as T5 has them.
+  """Returns the tokens of a window, and of its targets, as in T5.
 
-  The window is the longest one whose inputs have at most `inputs_length` tokens,
-  and they have exactly as many, but where almost every second token would be a
-  sentinel. T5 takes a token off both at a density of a half, where targets would be
-  longer than inputs; here they are.
+  The window is the longest one whose inputs have at most `inputs_length`
+  tokens. They have exactly as many, except where almost every second token
+  would be a sentinel. At a density of a half, targets may be longer than
+  inputs; T5 takes a token off both there.
 
   Args:
     inputs_length, noise_density, mean_span: see `Corruption`.
@@ -134,7 +135,12 @@ def lengths(
 def counts(
   length: int, noise_density: float, mean_span: float
 ) -> tuple[int, int]:
-  """Returns the noise tokens and the noise spans of a window of two or more."""
+  """Returns the numbers of noise tokens and of noise spans in a window.
+
+  Args:
+    length: tokens of the window, >= 2.
+    noise_density, mean_span: see `Corruption`.
+  """
   num_noise = min(max(round(length * noise_density), 1), length - 1)
   num_spans = max(round(num_noise / mean_span), 1)
   return num_noise, min(num_spans, length - num_noise)
@@ -143,15 +149,15 @@ def counts(
 def noise(
   seed: int, place_R: np.ndarray, length: int, corruption: Corruption
 ) -> np.ndarray:
-  """Returns which tokens of windows are noise, bool [R, length].
+  """Draws the tokens of windows that are noise, bool [R, length].
 
-  The noise spans of a row divide its noise tokens at random, all divisions being
-  equally likely, and so do the runs between them with the other tokens. The row
-  begins with a token that is kept and ends with noise.
+  The noise spans of a row divide its noise tokens at random, all divisions
+  being equally likely, and so do the runs between them with the other tokens.
+  The row begins with a token that is kept and ends with noise.
 
   Args:
     seed: of the noise.
-    place_R: numbers of the rows; a row's noise depends on its own number alone.
+    place_R: indices of the rows; a row's noise depends on its own index alone.
     length: tokens of each window, >= 2.
     corruption: see `Corruption`.
   """
@@ -166,7 +172,7 @@ def noise(
 
 
 def _divided(random_RN, num_runs):
-  """Sizes [R, num_runs] of runs of one or more that N items are divided into."""
+  """Sizes >= 1, [R, num_runs], of random runs that make up N items."""
   random_RN[:, 0] = 0  # The first item begins a run.
   first = np.argpartition(random_RN, num_runs - 1, axis=1)[:, :num_runs]
   return np.diff(np.sort(first, axis=1), append=random_RN.shape[1])
@@ -180,7 +186,7 @@ def corrupt(
   sentinels: np.ndarray,
   end: int,
 ) -> batches.Batch:
-  """Returns the two sides of windows.
+  """Returns the inputs and the targets of windows.
 
   Args:
     token_RN: the windows.
@@ -218,10 +224,10 @@ def _first(noise_RN):
 
 
 def _shortened(token_RN, gone_RN, sentinels):
-  """Rows with a sentinel in place of each run of tokens that are gone.
+  """Rows with a sentinel in place of each run of tokens in `gone_RN`.
 
   Returns:
-    The rows, and whether a token is there or a sentinel in its place, [R, N].
+    The rows, and the places, bool [R, N], that have a token or a sentinel.
   """
   first_RN = _first(gone_RN)
   number_RN = np.cumsum(first_RN, axis=1) - 1
@@ -239,25 +245,25 @@ def train_batches(
   batch_size: int,
   accumulation: int | None = None,
 ) -> batches.ByStep:
-  """Returns the training batches, to be indexed by step.
+  """Returns the training batches, indexed by step.
 
   A window is of one domain, and the next one begins after its last token, so
-  that every token is in one window an epoch (fewer than a window at the end of a
-  domain are left out). A window has other noise in every epoch.
+  that every token is in one window an epoch. Fewer tokens than a window at the
+  end of a domain are left out. A window has other noise in every epoch.
 
   Args:
     corpus, seed, rows, batch_size, accumulation: see `batches.train_batches`.
-    corruption: what is done to a window.
+    corruption: of the windows.
 
   Returns:
     Batches by step, with arrays [B, L] of each side: "inputs" and "targets"
     int32, "inputs_mask" and "targets_mask" bool, False for padding at the end,
     which is 0, "inputs_document" and "targets_document" int32; "decoder_inputs"
-    int32 [B, L], see `batches.with_decoder_inputs`; "domain" int32 [B], number
-    of the row's domain. [A, B/A, ...] with accumulation.
+    int32 [B, L], see `batches.with_decoder_inputs`; "domain" int32 [B], the
+    index of the row's domain. [A, B/A, ...] with accumulation.
 
   Raises:
-    ConfigError: a corpus shorter than one window.
+    ConfigError: the corpus is shorter than one window.
   """
   size = corruption.lengths[0]
   of_rows = (size, size, corruption.inputs_length)
@@ -286,7 +292,7 @@ def validation_batches(
   Args:
     corpus, rows, batch_size, batches_per_domain: see
       `batches.validation_batches`.
-    corruption: what is done to a window.
+    corruption: of the windows.
 
   Returns:
     Pairs of a domain's name and a batch as in `train_batches`, of one domain.
@@ -300,7 +306,7 @@ def validation_batches(
   }
   for domain, own in tokens.items():
     has_text = (own != corpus.end_of_document).any()
-    # A window has two tokens or more: one is kept, and one is not.
+    # A window has two tokens or more: at least one is kept, and one is noise.
     counts[domain] = (own.size // size + (own.size % size > 1)) * has_text
   batches.check_validation(corpus, counts)
   return _validation(
@@ -323,9 +329,9 @@ def _batch(corpus, corruption, seed, places, windows, domains):
 
   Args:
     corpus, corruption, seed: see `train_batches`.
-    places: numbers of the first rows in their stream.
-    windows: the tokens of these.
-    domains: number of the domain of every row.
+    places: indices of the first rows in their stream.
+    windows: the tokens of these rows.
+    domains: index of the domain of every row.
   """
   end = corpus.end_of_document if corruption.end is None else corruption.end
   start = end if corruption.start is None else corruption.start

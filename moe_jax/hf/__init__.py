@@ -5,7 +5,7 @@
   model, variables = hf.load("path/to/mixtral")
   hf.save("path/to/copy", model, variables)
 
-`families` has a table for each family, `rows` and `tensors` what its rows mean.
+`families` has a table for each family; `rows` and `tensors` explain its rows.
 Needs the extra `hf`.
 """
 
@@ -39,14 +39,14 @@ def load(
   *,
   dtype: str = "float32",
 ) -> tuple[nn.Module, dict]:
-  """A published model, and its weights.
+  """Returns a published model, and its weights.
 
   Decoders are dropless. An encoder-decoder keeps the slots that its config.json
-  gives an expert, in training as outside of it, because what they drop is a part
-  of what it computes.
+  gives an expert, in training and outside of it, because dropped tokens are a
+  part of the function that it computes.
 
   Nothing is loaded unless every tensor is there, with the right shape and a
-  dtype that can be read. Each device then reads what it holds, an expert or a
+  dtype that can be read. Each device then reads its own part, an expert or a
   layer's matrix at a time.
 
   Args:
@@ -57,8 +57,8 @@ def load(
 
   Returns:
     (model, {"params": ..., "balance": ...}) for `model.apply`. balance is there
-    if the model has selection biases. `model.arch.source` has what the folder
-    says beside: see `config.Source`.
+    if the model has selection biases. `model.arch.source` has the other fields
+    of the folder: see `config.Source`.
 
   Raises:
     ConfigError: an unknown model_type or field, missing, unknown or damaged
@@ -80,10 +80,10 @@ def load(
 
 
 def section(path: str | os.PathLike) -> dict[str, Any]:
-  """The section `config.model` of a published model, without a dtype.
+  """Returns the section `config.model` of a published model, without a dtype.
 
   Raises:
-    ConfigError: as `load`, of config.json.
+    ConfigError: as in `load`, for config.json.
   """
   values, _ = config.load(path := pathlib.Path(path))
   return architecture.section(config.read(values, str(path / "config.json"))[1])
@@ -98,23 +98,25 @@ def save(
   max_shard_bytes: int = 5_000_000_000,
   extra: Mapping[str, Any] | None = None,
 ) -> None:
-  """Writes a model as the reference implementation reads it.
+  """Writes a model in the format that the reference implementation reads.
 
   A model that `load` made keeps the special tokens, the longest context and all
   other fields of its folder that change nothing in what it computes.
 
   Args:
     path: folder to make; not there yet, or empty.
-    model, variables: as `load` returns them, or `trained.of_run` of a run of ours.
+    model, variables: as `load` returns them, or `trained.of_run` of a run of
+      ours.
     model_type: of config.json; None: the first that has such models.
-    max_shard_bytes: files are as large, or hold a single tensor.
+    max_shard_bytes: the largest size of a file, unless it holds a single
+      tensor.
     extra: fields of config.json that change nothing in what a model computes,
       such as {"eos_token_id": tokenizer.end, "max_position_embeddings": 256}.
       Special tokens that are not given are null.
 
   Raises:
-    ConfigError: no family has such a model, an unknown field in extra, or the
-      folder is not empty.
+    ConfigError: no family has such a model, or `extra` has an unknown field, or
+      the folder is not empty.
   """
   path, extra = pathlib.Path(path), dict(extra or {})
   files.check_empty(path)

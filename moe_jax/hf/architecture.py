@@ -1,6 +1,6 @@
 """Our models as options of `config.model`, and the other way.
 
-What a model is made of is read here and nowhere else in this folder.
+This is the only file of this folder that reads the parts of a model.
 """
 
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ _OF_MODEL = (
   *("scale_output", "positions", "source_vocab_size"),
 )
 _OF_STACK = ("num_layers", "norm", "norm_eps")
-_STACKS = ("encoder.", "")  # What keys of a stack begin with.
+_STACKS = ("encoder.", "")  # The beginnings of keys of a stack.
 # Options of the router that matter in training alone, and top_k.
 _NOT_OF_ROUTER = (
   *("jitter", "noise", "init_scale", "precision", "second_expert", "top_k"),
@@ -48,13 +48,16 @@ _NOT_OF_ROUTER = (
 
 
 def build(ours: Mapping, where: str, mesh=None, dtype: str = "float32"):
-  """The model of options whose names have dots.
+  """Returns the model of options whose names have dots.
 
   Args:
     ours: see `rows`; "layers" is the kind of every layer, "encoder.layers" that
       of an encoder's, and "activation" that of all networks.
     where: the file that they are from, for errors.
     mesh, dtype: of the model.
+
+  Raises:
+    ConfigError: impossible values.
   """
   own = section(ours) | {"dtype": dtype}
   try:
@@ -64,7 +67,7 @@ def build(ours: Mapping, where: str, mesh=None, dtype: str = "float32"):
 
 
 def section(ours: Mapping) -> dict[str, Any]:
-  """The section `config.model` of options as `build` takes them, without a dtype."""
+  """Returns the section `config.model` of `build`'s options; without dtype."""
   options = {"variants": {}, "moe.balancers": {}, **_DEFAULTS}
   options |= {"moe.activation": ours["activation"], **ours}
   for stack in _STACKS:
@@ -78,20 +81,23 @@ def section(ours: Mapping) -> dict[str, Any]:
 
 
 def describe(arch) -> dict[str, Any]:
-  """The options that decide which function of a token a model computes.
+  """Returns the options that decide which function of a token a model computes.
 
-  They are those that `build` takes, but "layers" has the options of every layer
-  with its "kind", and "encoder.layers" those of an encoder's. The options of a
-  layer beside "layers" are those of the first layer, or of the first with
-  positions if there is one.
+  They are options of `build`, but "layers" has the options of every layer with
+  its "kind", and "encoder.layers" those of an encoder's. The options of a layer
+  beside "layers" are those of the first layer, or of the first with positions
+  if there is one.
+
+  Args:
+    arch: of the model.
   """
   ours = {key: getattr(arch, key, None) for key in _OF_MODEL}
-  # Published decoders are dropless; experts of the others have slots.
+  # Published decoders are dropless; experts of encoder-decoders have slots.
   bounded = len(arch.stacks) > 1
   ours["name"] = "encoder_decoder" if bounded else "decoder"
   for before, stack in zip(_STACKS[::-1], arch.stacks[::-1]):
     own = {"d_ff": arch.d_ff, **_stack(stack, bounded)}
-    # Where a decoder has no experts, files have the options of the encoder's.
+    # If a decoder has no experts, files have the options of the encoder's.
     ours = own | ours
     ours |= {f"{before}{key}": value for key, value in own.items()}
   return ours
@@ -109,7 +115,11 @@ def _stack(stack, bounded):
 
 
 def check_same(loaded: Mapping, given: Mapping) -> None:
-  """Raises ConfigError with the first thing in which two descriptions differ."""
+  """Raises ConfigError with the first difference of two descriptions.
+
+  Args:
+    loaded, given: from `describe`.
+  """
   both = loaded, given
   keys = {*_OF_MODEL, *(f"{x}{key}" for x in _STACKS for key in _OF_STACK)}
   pairs = [("", *({k: x[k] for k in keys & x.keys()} for x in both))]
@@ -156,7 +166,7 @@ def _layer(stack, kind, bounded):
 def _slots(recipe, grouping):
   """The options of a section `moe` that decide what is dropped.
 
-  Those that change nothing are None, or left out.
+  Options that change nothing are None, or left out.
   """
   factor = grouping.eval_capacity_factor or grouping.capacity_factor
   slots = grouping._replace(capacity_factor=factor)._asdict()

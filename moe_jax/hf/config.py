@@ -13,7 +13,7 @@ from moe_jax.hf import architecture, families
 from moe_jax.hf.fields import Fields
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Fields that are true of the folder that was read, and not of a copy.
+# Fields that describe the folder that was read, and not a copy.
 _NOT_KEPT = (
   *("architectures", "auto_map", "dtype", "torch_dtype", "model_type"),
   *("_name_or_path", "name_or_path", "transformers_version"),
@@ -24,10 +24,10 @@ class Source(NamedTuple):
   """The fields of a folder beside the architecture; `save` writes them again.
 
   fields: of config.json, those that change nothing in what a model computes.
-  generation: generation_config.json, {} without one.
+  generation: generation_config.json, or {}.
   ends: the tokens that end a text, of both files.
-  start: the token that a decoder beside an encoder begins a text with; None: they
-    name none.
+  start: the token that a decoder beside an encoder begins a text with; None:
+    the files name none.
   """
 
   fields: Mapping[str, Any] = {}
@@ -37,10 +37,10 @@ class Source(NamedTuple):
 
 
 def load(path: pathlib.Path) -> tuple[dict, dict]:
-  """config.json of a folder, and generation_config.json or {}.
+  """Returns config.json of a folder, and generation_config.json or {}.
 
   Raises:
-    ConfigError: there is no config.json, or one is not a JSON object.
+    ConfigError: there is no config.json, or a file is not a JSON object.
   """
   name, other = path / "config.json", path / "generation_config.json"
   if not name.exists():
@@ -56,7 +56,7 @@ def load(path: pathlib.Path) -> tuple[dict, dict]:
 def read(
   config: Mapping, where: str, generation: Mapping = {}, room: float = math.inf
 ) -> tuple[families.Family, dict[str, Any], Source]:
-  """The meaning of a config.json.
+  """Returns the meaning of a config.json.
 
   Args:
     config: its fields.
@@ -65,7 +65,7 @@ def read(
     room: the largest size that its files can have, see `Fields`.
 
   Returns:
-    (its family, options as `architecture.build` takes them, what else it says).
+    (its family, options of `architecture.build`, its other fields).
 
   Raises:
     ConfigError: an unknown model_type or field, or a value that is not
@@ -96,14 +96,14 @@ def read(
   for values, file in ((first, where), (generation, "generation_config.json")):
     ends += _tokens("eos_token_id", values, file)
     start += _tokens("decoder_start_token_id", values, file)
-  # Tokens outside of the vocabulary are never made.
+  # A model never generates tokens outside of the vocabulary.
   vocabulary = range(ours["vocab_size"])
   ends = tuple(token for token in dict.fromkeys(ends) if token in vocabulary)
   return family, ours, Source(kept, generation, ends, *start[-1:])
 
 
 def _tokens(name, values, file):
-  """The tokens that a field of a file names, one or a list of them."""
+  """The tokens that a field of a file names: a single token or a list."""
   value = values.get(name)
   tokens = value if isinstance(value, list) else [value]
   tokens = [token for token in tokens if token is not None]
@@ -114,7 +114,7 @@ def _tokens(name, values, file):
 
 
 def write(arch, model_type: str | None) -> tuple[families.Family, dict]:
-  """(family, fields of config.json) that mean this very model.
+  """Returns (family, fields of config.json) that mean exactly this model.
 
   Names of fields in a section have a dot.
 
@@ -153,13 +153,13 @@ def write(arch, model_type: str | None) -> tuple[families.Family, dict]:
 
 
 def kept(family: families.Family, source: Source) -> dict[str, Any]:
-  """Fields of a copy's config.json beside those of its architecture.
+  """Returns fields of a copy's config.json beside those of its architecture.
 
   Args:
     family: of the copy.
     source: of the model.
   """
-  # Null, as the reference gives absent ones the values of its class.
+  # Null: the reference gives absent fields the values of its class.
   fields = dict.fromkeys(_SPECIAL) | {"architectures": [family.architecture]}
   for name, value in source.fields.items():
     section, _, own = name.rpartition(".")

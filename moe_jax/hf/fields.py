@@ -1,4 +1,4 @@
-"""The fields of a config.json, which may hold anything."""
+"""The fields of a config.json, whose content is not trusted."""
 
 import math
 import re
@@ -30,7 +30,7 @@ _MOST = 2**53  # Larger whole numbers are no sizes, and round as floats.
 
 
 def ignored(name: str) -> bool:
-  """Whether a model computes the same whatever the value of a field."""
+  """Whether a field changes nothing in what a model computes."""
   return _IGNORED.fullmatch(name.rpartition(".")[2]) is not None
 
 
@@ -41,11 +41,13 @@ class Fields:
   """
 
   def __init__(self, values, where: str, sections=(), room: float = math.inf):
-    """
+    """Starts with all fields.
+
     Args:
       values: {name: value}.
       where: see above.
-      sections: fields that hold further ones; these are "SECTION.NAME" then.
+      sections: fields that hold further fields, whose names then are
+        "SECTION.NAME".
       room: the largest size that the files of the model can have.
     """
     self._all, self._taken, self.where, self._room = {}, set(), where, room
@@ -55,12 +57,17 @@ class Fields:
     self._all |= {k: x for k, x in values.items() if k not in sections}
 
   def error(self, name: str, value: Any, reason: str) -> ConfigError:
-    """A sentence about a field and its value."""
+    """Returns the error for a field's value.
+
+    Args:
+      name, value: of the field.
+      reason: the end of the sentence, after "which".
+    """
     words = f"{self.where} has {name} = {value!r:.80}"
     return ConfigError(f"{words}, which {reason}")
 
   def take(self, name, kind, default, null=SAME, least=0, bounded=False):
-    """The value of a field, of this type.
+    """Returns the value of a field, of this type.
 
     Args:
       name: of the field.
@@ -92,7 +99,12 @@ class Fields:
     return kind(value)
 
   def list_of(self, name: str, kind: type, default: list) -> list:
-    """The value of a field that is a list, of whole numbers or of words."""
+    """Returns the value of a field that is a list.
+
+    Args:
+      name, default: as in `take`.
+      kind: of the items, int or str.
+    """
     value = self.take(name, list, default)
     for item in value:
       if type(item) is not kind:
@@ -100,7 +112,10 @@ class Fields:
     return value
 
   def rest(self, also_ignored: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The fields that change nothing.
+    """Returns the fields that change nothing.
+
+    Args:
+      also_ignored: names of more such fields.
 
     Raises:
       ConfigError: nobody took a field that may change something.

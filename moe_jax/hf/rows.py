@@ -1,11 +1,11 @@
 """The rows of a family's table, each read in both directions.
 
-A row says which field of config.json is which key of ours. Our keys are those
-of `config.model`, with a dot between a section and its key, as in "d_model" or
+A row relates a field of config.json to a key of ours. Our keys are those of
+`config.model`, with a dot between a section and its key, as in "d_model" or
 "moe.router.renormalize". Every row has two functions:
 
   read(fields, ours) -> {key: value}, given the keys read so far;
-  write(ours) -> {field: value}, empty where nothing of ours says it.
+  write(ours) -> {field: value}, {} where no key of ours decides the field.
 """
 
 import functools
@@ -21,10 +21,10 @@ class Row(NamedTuple):
   """A field whose value is that of a key of ours, or stands for it.
 
   kind: int, float, bool, str, list or dict.
-  field: its name, after that of its section and a dot where it is in one.
-  key: of ours; "": none. That of a variant is written as layers have it.
-  default: what the reference's config class gives an absent field, or a
-    function of the keys read so far.
+  field: its name; in a section, the section's name, a dot and its name.
+  key: of ours; "": none. A key of a variant is written as layers have it.
+  default: the value that the reference's config class gives an absent field, or
+    a function of the keys read so far.
   null: the same for null; `SAME`: null means the default.
   values: {value of theirs: value of ours}; {}: they are equal.
   also: another name of the field.
@@ -45,7 +45,12 @@ class Row(NamedTuple):
   bounded: bool = False
 
   def read(self, fields: Fields, ours: Mapping[str, Any]) -> dict[str, Any]:
-    """{key: value}."""
+    """Returns {key: value}, or {} for a field without a key.
+
+    Args:
+      fields: of the config.json.
+      ours: keys read so far.
+    """
     default, null = (
       x(ours) if callable(x) else x for x in (self.default, self.null)
     )
@@ -61,7 +66,7 @@ class Row(NamedTuple):
     return {self.key: self.values.get(value, value)} if self.key else {}
 
   def write(self, ours: Mapping[str, Any]) -> dict[str, Any]:
-    """{field: value}."""
+    """Returns {field: value}; raises ConfigError for an impossible value."""
     key = re.sub(r"variants\.\w+", "attention", self.key)
     if key not in ours:
       return {}
@@ -78,7 +83,7 @@ class Pair(NamedTuple):
   write: Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
-# A number that is no larger than an axis of a tensor, or than their number.
+# A number that is at most the longest axis of a tensor, or their number.
 size = functools.partial(Row, int, bounded=True)
 whole = functools.partial(Row, int)
 number = functools.partial(Row, float)
@@ -86,17 +91,21 @@ flag = functools.partial(Row, bool)
 
 
 def fixed(field: str, value: Any) -> Row:
-  """A field with one supported value."""
+  """Returns the row of a field with one supported value.
+
+  Args:
+    field, value: its name, and the value.
+  """
   return Row(type(value), field, default=value, fixed=True)
 
 
 def heads(ours: Mapping[str, Any]) -> int:
-  """The number of query heads."""
+  """Returns the number of query heads."""
   return ours["num_heads"]
 
 
 def per_head(ours: Mapping[str, Any]) -> int:
-  """The width of a head if the heads share out d_model."""
+  """Returns the width of a head if the heads share out d_model."""
   return ours["d_model"] // ours["num_heads"]
 
 
@@ -109,7 +118,12 @@ RENORMALIZE = flag("norm_topk_prob", "moe.router.renormalize", False)
 
 
 def shortest(value: float, good: Callable[[float], bool]) -> float:
-  """The number with the fewest digits near a value that is good; or the value."""
+  """Returns the good number with the fewest digits near a value; or the value.
+
+  Args:
+    value: the number.
+    good: number -> whether it may take the value's place.
+  """
   numbers = (float(f"{value:.{digits}g}") for digits in range(1, 17))
   return next(filter(good, numbers), value)
 
@@ -124,10 +138,13 @@ def common(
   tied: bool = False,
   whole_heads: bool = True,
 ) -> tuple[Row, ...]:
-  """Fields that most families have, with the defaults of one.
+  """Returns rows that most families have, with the defaults of one family.
 
-  tied: the default of tied embeddings. whole_heads: whether all of a head turns
-  with the position; if not, it is for `Rope`.
+  Args:
+    vocab_size, hidden_size, layers, num_heads, eps: defaults.
+    tied: the default of tied embeddings.
+    whole_heads: whether all of a head turns with the position; if not, `Rope`
+      reads which part does.
   """
   acts = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu"}
   return (
@@ -143,7 +160,11 @@ def common(
 
 
 def grouped(kv_heads: Any, head_dim: Any = per_head, **more) -> tuple[Row, ...]:
-  """Heads of keys and values, and the width of all heads."""
+  """Returns rows of the heads of keys and values, and of the width of heads.
+
+  Args:
+    kv_heads, head_dim, **more: defaults; and of the row of head_dim.
+  """
   return (
     size("num_key_value_heads", "num_kv_heads", kv_heads, null=heads),
     size("head_dim", "head_dim", head_dim, null=per_head, **more),
@@ -151,8 +172,13 @@ def grouped(kv_heads: Any, head_dim: Any = per_head, **more) -> tuple[Row, ...]:
 
 
 def experts(field, number, top_k, width_field, width) -> tuple[Row, ...]:
-  """Fields of the experts, with the defaults of one family."""
-  # A file may have either.
+  """Returns rows of the experts, with the defaults of one family.
+
+  Args:
+    field, width_field: names of the fields.
+    number, top_k, width: defaults of E, K and F.
+  """
+  # A file may have either of the two names.
   also = "num_local_experts" if field == "num_experts" else "num_experts"
   return (
     size(field, "moe.num_experts", number, also=also),
@@ -162,18 +188,18 @@ def experts(field, number, top_k, width_field, width) -> tuple[Row, ...]:
 
 
 def _dense(fields, ours):
-  # No layer has experts of these numbers.
+  # The numbers of experts are of no layer.
   idle = {"moe.num_experts": 1, "moe.top_k": 1, "moe.d_expert": 1}
   return {"layers": ["dense"] * ours["num_layers"], **idle}
 
 
 def dense(width: int) -> tuple[Row | Pair, ...]:
-  """Networks without experts in all layers, with the default width of a family."""
+  """Returns rows of networks without experts; `width` is a family's default."""
   nothing = Pair(_dense, lambda ours: {})
   return (whole("intermediate_size", "d_ff", width), nothing)
 
 
-# Their rope_type, and our name of the scaling.
+# {rope_type of the files: our name of the scaling}.
 _TYPES = {"default": None, "linear": "linear", "yarn": "yarn"}
 _TYPES["llama3"] = "wavelength"
 _TYPE = Row(str, "rope_type", "name", "default", values=_TYPES, also="type")
@@ -199,13 +225,13 @@ _SCALINGS = {
 class Rope(NamedTuple):
   """rope_parameters, or the older rope_theta and rope_scaling.
 
-  theta: the base that the reference takes without one.
+  theta: the reference's base for files without one.
   longest: the default of max_position_embeddings.
   default: rope_parameters where there are none.
   older: the field that has theta beside rope_scaling.
   length: the field that has the longest context.
-  part: the default of the part of a head that turns with the position; None: it
-    is all of it.
+  part: the default of the part of a head that turns with the position; None:
+    all of it turns.
   """
 
   theta: float
@@ -216,7 +242,11 @@ class Rope(NamedTuple):
   part: float | None = None
 
   def read(self, fields: Fields, ours: Mapping[str, Any]) -> dict[str, Any]:
-    """{key: value}."""
+    """Returns {key: value}.
+
+    Args:
+      fields, ours: as in `Row.read`.
+    """
     theta = fields.take(self.older, float, self.theta)
     older = fields.take("rope_scaling", dict, {})
     newer = fields.take("rope_parameters", dict, {})
@@ -241,7 +271,7 @@ class Rope(NamedTuple):
     return {"rope_theta": theta, **scaling, **turned}
 
   def write(self, ours: Mapping[str, Any]) -> dict[str, Any]:
-    """{field: value}."""
+    """Returns {field: value}."""
     scaling = ours.get("attention.rope_scaling") or {"name": None}
     theta = ours.get("rope_theta", self.theta)
     rope = _TYPE.write(scaling) | {"rope_theta": theta}
@@ -257,7 +287,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def listed(kinds: list[str]) -> dict[str, tuple[str, ...]]:
-  """prefix and pattern of a list of layers, with as few names as there can be.
+  """Returns prefix and pattern of a list of layers, with the fewest names.
 
   Args:
     kinds: of every layer, at least one.

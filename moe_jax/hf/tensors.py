@@ -21,7 +21,7 @@ class Form(NamedTuple):
   axis: of the tensor, along which several parameters are joined.
   in_turn: the parameters are interleaved along it, and not one after another.
   stacked: a tensor of several experts has an axis for them; otherwise the rows
-    of an expert follow those of the one before.
+    of an expert follow those of the expert before.
   """
 
   of_one: Callable[[tuple[int, ...]], tuple[int, ...]]
@@ -31,14 +31,19 @@ class Form(NamedTuple):
   stacked: bool = False
 
   def shape(self, shapes) -> tuple[int, ...]:
-    """The tensor's shape, from the shapes of the parameters."""
+    """Returns the tensor's shape, from the shapes of the parameters."""
     parts = [self.of_one(shape) for shape in shapes]
     joined = [*parts[0]]
     joined[self.axis] = sum(part[self.axis] for part in parts)
     return tuple(joined)
 
   def views(self, x: np.ndarray, shapes) -> list[np.ndarray]:
-    """The parameters of these shapes that a tensor holds, as views of it."""
+    """Returns the parameters that a tensor holds, as views of it.
+
+    Args:
+      x: the tensor.
+      shapes: of the parameters.
+    """
     ends = np.cumsum([self.of_one(shape)[self.axis] for shape in shapes])
     parts = np.split(x, ends[:-1], self.axis)
     if self.in_turn:
@@ -48,7 +53,7 @@ class Form(NamedTuple):
 
 
 SAME = Form(lambda shape: shape)
-# All axes are one there.
+# All axes of a parameter are one axis there.
 FLAT = Form(lambda shape: (math.prod(shape),))
 # [inputs, ...] here, [all others, inputs] there.
 LINEAR = Form(lambda shape: (math.prod(shape[1:]), shape[0]), turned=True)
@@ -70,7 +75,7 @@ class Map(NamedTuple):
   leaves: paths of parameters in a layer, such as "moe/experts/gate".
   tensor: its name in a layer, with "{e}" where each expert has its own.
   form: how it holds them; for experts, how it holds those of one expert.
-  given: parameters that the layer has to have beside.
+  given: further parameters that the layer must have.
   """
 
   leaves: tuple[str, ...]
@@ -82,7 +87,7 @@ class Map(NamedTuple):
 def maps(
   names: str, ours: str = "{}", theirs: str = "{}", form: Form = LINEAR
 ) -> list[Map]:
-  """Makes one `Map` for each tensor in a list of names.
+  """Returns one `Map` for each tensor in a list of names.
 
   Args:
     names: pairs of a parameter and the tensor that holds it, "query q, key k";
@@ -106,8 +111,8 @@ _BIAS = "attention/{}_bias", "self_attn.{}_proj.bias"
 _QK_NORM = "attention/{}_norm/scale", "self_attn.{}_norm.weight"
 _NORMS = "attention_norm input_layernorm, ffn_norm post_attention_layernorm"
 _EMBEDDING = "embedding embed_tokens, final_norm/scale norm"
-# The parameters of a layer, and those that are in none, as most families call
-# them. The table of a family comes before these.
+# Most families' names for the parameters of a layer, and for those outside of
+# layers. The table of a family takes precedence.
 LAYER = (
   *maps(_NORMS, "{}/scale", "{}.weight", SAME),
   *maps("query q, key k, value v", *_ATTENTION),
@@ -155,7 +160,7 @@ class Tensor(NamedTuple):
     return next(iter(self.leaves.values())).dtype
 
   def parts(self, rows: np.ndarray) -> list[dict[str, np.ndarray]]:
-    """{path: part of the parameter} of blocks of rows, as views of them."""
+    """Returns {path: part of the parameter} of blocks of rows, as views."""
     blocks = rows.reshape(-1, *self.form.shape(self.shapes))
     return [
       dict(zip(self.leaves, self.form.views(block, self.shapes)))
@@ -163,7 +168,7 @@ class Tensor(NamedTuple):
     ]
 
   def value(self) -> np.ndarray:
-    """The tensor, from the parameters."""
+    """Returns the tensor, from the parameters."""
     whole = np.empty(self.shape, self.dtype)
     for place, parts in zip(self.places, self.parts(whole)):
       for leaf, part in parts.items():
@@ -173,7 +178,7 @@ class Tensor(NamedTuple):
 
 
 def layout(family, stacks, variables: Mapping) -> dict[str, Tensor]:
-  """The tensors of a family that hold the parameters of a model, by name.
+  """Returns the tensors of a family that hold a model's parameters, by name.
 
   Args:
     family: of the tensors, see `families.Family`.
@@ -205,15 +210,15 @@ def _placed(leaves, path, layers, prefix, maps):
 
   Args:
     leaves: {path: parameter} of the model.
-    path: where those of these layers are.
+    path: of these layers.
     layers: {place in the parameters: index of the layer}.
-    prefix: how the names of tensors begin.
+    prefix: the beginning of the names of tensors.
     maps: of the tensors.
   """
   here, named = {}, {}
   for full in leaves:
     collection, _, leaf = full.partition(f"/{path}")
-    if collection == "balance":  # Whatever the balancer's label is.
+    if collection == "balance":  # The balancer may have any label.
       leaf = f"balance/moe/{leaf.rpartition('/')[2]}"
     here[leaf] = full
   for m in maps:

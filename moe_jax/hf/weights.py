@@ -40,7 +40,7 @@ def check(
     wanted: the tensors, by name.
     store: the files.
     left_out: prefixes of tensors that belong to parts which are not here.
-    copies: {tensor that may be there: the one whose numbers it has}.
+    copies: {tensor that may be there: the tensor whose numbers it has}.
   """
   names = store.slices.keys()
   left = sorted(name for name in names if name.startswith(left_out))
@@ -75,7 +75,7 @@ def check(
 
 
 def read(wanted: Mapping, store: "Files", dtype: str, shardings: Mapping):
-  """All parameters, on their devices.
+  """Returns all parameters, on their devices.
 
   Args:
     wanted: the tensors that hold them, by name.
@@ -113,6 +113,11 @@ def read(wanted: Mapping, store: "Files", dtype: str, shardings: Mapping):
 
 def write(wanted: Mapping, folder: pathlib.Path, max_shard_bytes: int) -> dict:
   """Writes files of at most max_shard_bytes, or of a single larger tensor.
+
+  Args:
+    wanted: the tensors, by name.
+    folder: to write to.
+    max_shard_bytes: the largest size of a file.
 
   Returns:
     {file name: index to write}; {} for a single file, which needs none.
@@ -160,15 +165,23 @@ class Files:
     self.slices = {x[0]: there[x] for x in self.files.items()}
 
   def shape(self, name: str) -> tuple[int, ...]:
-    """The shape of a tensor."""
+    """Returns the shape of a tensor."""
     return tuple(self.slices[name].get_shape())
 
   def rows(self, name: str, rows: slice) -> np.ndarray:
-    """Some rows of a tensor."""
+    """Returns some rows of a tensor.
+
+    Args:
+      name, rows: of the tensor, and a slice.
+    """
     return self.slices[name][rows]
 
   def same(self, name: str, other: str) -> bool:
-    """Whether two tensors have the same numbers."""
+    """Whether two tensors have the same numbers.
+
+    Args:
+      name, other: of the tensors.
+    """
     if self.shape(name) != self.shape(other):
       return False
     ends = [*range(0, self.shape(name)[0], _ROWS), self.shape(name)[0]]
@@ -178,7 +191,7 @@ class Files:
     )
 
   def room(self) -> int:
-    """The number of tensors or the longest axis, whichever is larger.
+    """Returns the number of tensors or the longest axis, whichever is larger.
 
     No model that these files hold has more layers, or a larger size.
     """

@@ -1,14 +1,14 @@
-"""A pod of processes on this machine, each with CPU devices of its own.
+r"""A pod of processes on this machine, each with CPU devices of its own.
 
-  python -m moe_jax.launch.local --processes=2 --devices_per_process=2 -- \\
+  python -m moe_jax.launch.local --processes=2 --devices_per_process=2 -- \
     --config=configs/tiny.py --workdir=runs/tiny
 
-What stands after -- goes to `python -m moe_jax.main` in every process, or to
-another --module, such as experiments.launch. They talk over the loopback
-interface. The first one's output is shown as it is, the others' with their
-number before it. A signal is passed on to all of them, and a second one ends
-them at once; where one fails, or this process is killed, the others are ended.
-Exit codes are those of the run.
+The words after -- go to `python -m moe_jax.main` in every process, or to
+another --module, such as experiments.launch. The processes talk over the
+loopback interface. The first one's output is shown unchanged, the others' with
+their number before it. A signal is passed on to all of them, and a second one
+ends them at once; where one fails, or this process is killed, the others are
+ended. Exit codes are those of the run.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ _GUARD = 'exec >/dev/null 2>&1; read line; kill -s KILL -- "$@"'
 
 
 def main(argv=None) -> int:
-  """The command."""
+  """Runs the command; returns the exit code of the processes."""
   args = _arguments(argv)
   module = [sys.executable, "-m", args.module, *args.rest]
   started, asked = [], []
@@ -47,7 +47,7 @@ def main(argv=None) -> int:
       signal.signal(number, pass_on)
   started += start(module, args.processes, args.devices_per_process)
   with futures.ThreadPoolExecutor(len(started)) as readers, tied(started):
-    if asked:  # While they were started.
+    if asked:  # A signal came while they were started.
       for process in started:
         process.terminate()
     readers.map(_show, range(len(started)), started)
@@ -71,13 +71,16 @@ def tied(started: list[subprocess.Popen]) -> Iterator[None]:
 
 
 def start(command: list[str], processes: int, devices: int, **options) -> list:
-  """Starts a command in so many processes that `processes.join` together.
+  """Starts a command in several processes that `processes.join` together.
 
   Args:
     command: the same for all.
-    processes: how many.
+    processes: number of processes.
     devices: CPU devices of each.
     **options: of subprocess.Popen.
+
+  Returns:
+    A subprocess.Popen for each process.
   """
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
@@ -103,7 +106,7 @@ def start(command: list[str], processes: int, devices: int, **options) -> list:
 
 
 def wait(started: list[subprocess.Popen]) -> int:
-  """The exit code of them all: 0 or 75 if all have it, else what went wrong."""
+  """Returns the exit code of all, 0 or 75, or that of a process that failed."""
   codes, end = {None}, math.inf
   while None in codes and time.monotonic() < end:
     time.sleep(0.05)
@@ -119,7 +122,7 @@ def wait(started: list[subprocess.Popen]) -> int:
 
 
 def _show(number, process):
-  """Writes what a process says, as it says it."""
+  """Prints the output of a process while it runs."""
   with process.stdout as said:
     for line in said:
       text = line.decode(errors="replace")

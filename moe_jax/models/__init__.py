@@ -2,13 +2,15 @@
 
 A model is a linen module with
 
-  example(batch): arguments of a call for so many rows, without content;
+  example(batch): arguments of a call for this many rows, without content;
   mesh: the devices to run on, or `arch` with it, if there are several;
-  sublayers: {path: Sublayer}, where its MoE layers are; if there are any;
-  lengths: {kind of sequence: tokens of an example} of those that the model itself
-    makes of what a task gives it, such as patches of an image; if there are any;
-  adapted(params, path): weights of a model with other inputs or outputs, from a path,
-    for this one; if it can take such.
+  sublayers: {path: Sublayer}, the places of its MoE layers; if there are any;
+  lengths: {kind of sequence: tokens of an example} for the sequences that the
+    model
+    makes itself of its inputs, such as patches of an image; if there are any;
+  adapted(params, path): weights of a model with other inputs or outputs, from a
+  path,
+    changed for this one; if it can use them.
 """
 
 import inspect
@@ -26,8 +28,8 @@ from moe_jax.moe.types import Sublayer
 
 OPTIONS = section_lib.OPTIONS  # Every key of `config.model`.
 SHARED = ("counts",)  # Files of this folder that are no models.
-# Keys of a section `model.moe`: experts take every token that is sent to them,
-# and no sequence shares a group with another.
+# Keys of a section `model.moe` with which experts take every token that is sent
+# to them, and each sequence has groups of its own.
 DROPLESS = groups.Grouping()._asdict() | {"dispatcher": {"name": "sorted"}}
 
 
@@ -38,17 +40,14 @@ def build(
   plugins: tuple[str, ...] = (),
   **given,
 ):
-  """The model of a config.
+  """Returns the model of a config, a linen module.
 
   Args:
     section: `config.model`, see `configs/base.py`.
     mesh: from `parallel.make_mesh`; None: one device. Its axes may be explicit:
       the model works on the same automatic ones, see `parallel.automatic`.
     plugins: folders with models, routers, balancers, ... of the user.
-    **given: what the task tells the model, such as the vocabulary's size.
-
-  Returns:
-    A linen module.
+    **given: the task's arguments for the model, such as the vocabulary's size.
 
   Raises:
     ConfigError: impossible values, naming them and the remedy.
@@ -68,7 +67,7 @@ def build(
 
 
 def dropless(section: Mapping) -> dict:
-  """A section `model` whose experts take every token that is sent to them."""
+  """Returns a section `model` whose experts take every token sent to them."""
 
   def changed(part):
     part = {**part, "moe": {**part.get("moe", {}), **DROPLESS}}
@@ -77,18 +76,23 @@ def dropless(section: Mapping) -> dict:
       part["variants"] = {name: changed(own) for name, own in variants}
     return part
 
-  # An encoder has the rest from its decoder, and a decoder has none.
+  # An encoder's section has only the keys that differ from its decoder's.
   encoder = section["encoder"]
   return changed(section) | {"encoder": changed(encoder) if encoder else {}}
 
 
 def sublayers(model) -> dict[str, Sublayer]:
-  """The MoE layers of a model, by path; {} without any."""
+  """Returns the MoE layers of a model, by path; {} if it has none."""
   return getattr(model, "sublayers", {})
 
 
 def at(tree: Mapping, path: str) -> Mapping:
-  """The part of nested dicts at "a/b/c"; {} if there is none."""
+  """Returns the part of nested dicts at a path; {} if there is none.
+
+  Args:
+    tree: dicts in dicts.
+    path: keys from the outside in, "a/b/c".
+  """
   for key in path.split("/"):
     tree = tree.get(key, {})
   return tree
@@ -133,9 +137,13 @@ def check(
 
 
 def whole_batch(model, number: int) -> int:
-  """The least number of examples, this or more, that fill whole groups of tokens.
+  """Returns the least number of examples, this or more, that fill whole groups.
 
-  On a mesh every device that has tokens has as many groups.
+  On a mesh every device that has tokens has equally many groups.
+
+  Args:
+    model: from `build`.
+    number: the least number of examples.
   """
   sequences = [1]
   for parts in sublayers(model).values():
@@ -146,23 +154,28 @@ def whole_batch(model, number: int) -> int:
 
 
 def variables(model):
-  """Shapes of a model's variables, boxed with their logical axes."""
+  """Returns the shapes of a model's variables, boxed with logical axes."""
   return jax.eval_shape(lambda: init(model, jax.random.key(0)))
 
 
 def init(model, rng):
-  """New variables of a model, boxed with their logical axes."""
+  """Returns new variables of a model, boxed with their logical axes.
+
+  Args:
+    model: from `build`.
+    rng: a key.
+  """
   shards = parallel.token_shards(mesh_of(model))
   return model.init(rng, *model.example(shards))
 
 
 def mesh_of(model) -> jax.sharding.Mesh | None:
-  """The devices that a model runs on; None: one device."""
+  """Returns the devices that a model runs on; None: one device."""
   return getattr(getattr(model, "arch", model), "mesh", None)
 
 
 def lengths(model, of_task: Mapping[str, int]) -> dict[str, int]:
-  """Tokens of an example, by the kind of sequence.
+  """Returns {kind of sequence: tokens of an example}.
 
   Args:
     model: from `build`.
@@ -172,5 +185,5 @@ def lengths(model, of_task: Mapping[str, int]) -> dict[str, int]:
 
 
 def shardings(model):
-  """Shardings of a model's variables on its mesh."""
+  """Returns the shardings of a model's variables on its mesh."""
   return parallel.shardings(variables(model), mesh_of(model))

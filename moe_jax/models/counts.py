@@ -11,10 +11,10 @@ from moe_jax.core import roles
 
 
 def count(model, variables) -> dict[str, int]:
-  """Numbers of parameters.
+  """Returns numbers of parameters.
 
-  Active counts, for one token, the chosen K of E routed experts and
-  everything else once.
+  Active counts, for one token, the chosen K of E routed experts and everything
+  else once.
 
   Args:
     model: from `models.build`.
@@ -22,11 +22,11 @@ def count(model, variables) -> dict[str, int]:
       `models.variables`.
 
   Returns:
-    total, active, active_without_embedding; where there are two stacks of layers
-    active_encoder and active_decoder, without norms; by the part that a parameter is
-    declared to be of: embedding, head, attention, dense (feed-forward layers),
-    experts, shared, router, norm; and selection_bias, which is not learnt by a
-    gradient and in no sum.
+    total, active, active_without_embedding; where there are two stacks of
+    layers active_encoder and active_decoder, without norms; by the part that a
+    parameter is declared to be of: embedding, head, attention, dense
+    (feed-forward layers), experts, shared, router, norm; and selection_bias,
+    which no gradient changes and no sum includes.
   """
   shapes = nn.unbox(variables)
   parts: dict[str, int] = {}
@@ -60,7 +60,7 @@ def count(model, variables) -> dict[str, int]:
 
 
 def _by_stack(model, of_segments):
-  """{"active_" and the name of a stack: its parameters}, where it is not alone."""
+  """{"active_" and the name of a stack: its parameters}, for several stacks."""
   stacks = model.arch.stacks if hasattr(model, "arch") else ()
   return {
     f"active_{stack.names[1]}": sum(of_segments.get(n, 0) for n in stack.names)
@@ -77,11 +77,12 @@ def _idle(recipe, experts) -> int:
 
 
 def train_flops_per_token(model, sizes: dict, lengths: Mapping) -> int:
-  """Floating-point operations of a training step for one token.
+  """Returns the floating-point operations of a training step for one token.
 
-  Forward two for every active weight that multiplies, and 4 L H d a layer for
-  attention over L positions; backward twice as much. Nothing for empty or
-  dropped slots: it is what the mathematics asks for, not what a kernel does.
+  The forward pass has two for every active weight that multiplies, and 4 L H d
+  a layer for attention over L positions; the backward pass has twice as many.
+  Empty and dropped slots count nothing: these are the operations of the
+  mathematics, not those of a kernel.
 
   Args:
     model: from `models.build`.
@@ -92,28 +93,28 @@ def train_flops_per_token(model, sizes: dict, lengths: Mapping) -> int:
 
 
 def flops_per_token(model, sizes: dict, lengths: Mapping) -> int:
-  """Floating-point operations of a forward pass for one token.
+  """Returns the floating-point operations of a forward pass for one token.
 
   Args:
     model: from `models.build`.
     sizes: from `count`.
-    lengths: see `models.lengths`: tokens that a token looks at. The operations of an
-      example are shared by all of them.
+    lengths: see `models.lengths`; all tokens of an example share its
+      operations.
   """
-  if not hasattr(model, "arch"):  # A model of somebody else's.
+  if not hasattr(model, "arch"):  # The model of a plugin.
     return 2 * (sizes["active"] - sizes.get("norm", 0))
   flops = model.arch.flops(sizes, lengths)
   return round(fractions.Fraction(flops, sum(lengths.values())))
 
 
 def kv_cache_per_token(model) -> int:
-  """Numbers that attention keeps for every token that a decoder has made."""
+  """Returns how many numbers attention keeps for a token of a decoder."""
   stack = model.arch.stacks[-1]
   return sum(parts.attention.cached_per_token for parts in stack.each_layer)
 
 
 def describe(model) -> dict:
-  """{layers: recipe in words} of the MoE layers, with no hidden defaults."""
+  """Returns {layers: recipe in words} of the MoE layers, with all defaults."""
   recipes = {}
   for parts in models.sublayers(model).values():
     recipes.setdefault((parts.recipe, parts.grouping), []).extend(parts.numbers)

@@ -22,7 +22,7 @@ class Architecture(stack.Stack, embedding.Vocabulary):
 
   end_of_document: the token that ends a document; a token attends to its own
     document only. None: to all earlier tokens.
-  d_ff: width of dense layers, also where there are none. It is written on
+  d_ff: width of dense layers, given even if there are none. It is written on
     export only, and ignored when models are compared.
   source: other fields of the files that the model was read from. They are
     written on export only, and ignored when models are compared.
@@ -38,11 +38,15 @@ class Architecture(stack.Stack, embedding.Vocabulary):
 
   @property
   def stacks(self) -> tuple[stack.Stack, ...]:
-    """The only one of a decoder."""
+    """The stacks of layers: this one."""
     return (self,)
 
   def flops(self, sizes: Mapping, lengths: Mapping) -> int:
-    """Operations of a forward pass of a text, see `counts.flops_per_token`."""
+    """Returns the operations of a forward pass of a text.
+
+    Args:
+      sizes, lengths: as in `counts.flops_per_token`.
+    """
     weights, length = sizes["active"] - sizes.get("norm", 0), lengths["inputs"]
     if not self.tie_embeddings:  # Looked up; tied, it is the output layer.
       weights -= sizes["embedding"]
@@ -57,7 +61,7 @@ def build(
   mesh: jax.sharding.Mesh | None = None,
   plugins: tuple[str, ...] = (),
 ) -> "Decoder":
-  """The decoder of `config.model`.
+  """Returns the decoder of `config.model`.
 
   Args:
     section: `config.model`, see `configs/base.py`.
@@ -77,7 +81,7 @@ def build(
 
 
 class Decoder(nn.Module):
-  """Tokens to logits. Made by `build`."""
+  """A module from tokens to logits, made by `build`."""
 
   arch: Architecture
 
@@ -87,11 +91,11 @@ class Decoder(nn.Module):
     return self.arch.sublayers
 
   def arguments(self, tokens_BL: Array) -> tuple:
-    """Arguments of a call with these tokens."""
+    """Returns the arguments of a call with these tokens."""
     return (tokens_BL,)
 
   def example(self, batch: int) -> tuple:
-    """See `models`."""
+    """Returns the arguments of a call for `batch` rows, see `models`."""
     return self.arguments(jnp.zeros((batch, 1), jnp.int32))
 
   @nn.compact
@@ -107,18 +111,19 @@ class Decoder(nn.Module):
     replayed: Array | None = None,
     cache_length: int | None = None,
   ) -> tuple[Array, dict]:
-    """Next-token logits.
+    """Returns next-token logits, and aux.
 
     Args:
       tokens_BL: int32 in [0, V).
       mask_BL: bool, False for padding; None: no padding.
       rng: the key of a step, for the noise of the layers; None: no noise.
       first: index of the first sequence in the batch of a step.
-      train: the capacity of training instead of that of evaluation.
+      train: whether capacity is that of training; False: that of evaluation.
       collect: "routing" adds the arrays of the choices to aux.
       replayed: experts [B, L, layers, K] of a trace, see `linen.MoE`.
-      cache_length: M, tokens that generation may keep of a sequence in the mutable
-        collection `cache`; padding then comes before it. None: no cache.
+      cache_length: M, tokens that generation may keep of a sequence in the
+        mutable collection `cache`; padding then comes before it. None: no
+        cache.
 
     Returns:
       logits_BLV in at least float32.

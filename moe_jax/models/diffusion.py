@@ -1,5 +1,7 @@
-"""A diffusion transformer whose layers are dense or MoE (DiT, 2212.09748; Wan,
-2503.20314)."""
+"""A diffusion transformer whose layers are dense or MoE in any pattern.
+
+DiT is 2212.09748, and Wan is 2503.20314.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,9 +23,9 @@ _AXES = 3  # Frames, rows, columns.
 class Condition(NamedTuple):
   """The class and the text of a video. A model reads those that its data has.
 
-  label_B: int32, the class; below 0: none is named.
-  text_BMT: vectors of a text, which an encoder outside of this package has made.
-  mask_BM: bool, False for vectors of padding; None: there is none.
+  label_B: int32, the class; below 0: no class is named.
+  text_BMT: vectors that a text encoder outside of this package has made.
+  mask_BM: bool, False for vectors of padding; None: no padding.
   """
 
   label_B: Array | None = None
@@ -32,7 +34,7 @@ class Condition(NamedTuple):
 
   @property
   def none(self) -> "Condition":
-    """The same without a class, and with zeros for a text."""
+    """This condition without a class, and with zeros for a text."""
     label_B, text_BMT = self.label_B, self.text_BMT
     if label_B is not None:
       label_B = jnp.full_like(label_B, -1)
@@ -48,10 +50,11 @@ class Architecture(stack.Stack):
   It is a `stack.Stack` of layers, and has
 
   video: how it reads videos; an image is a video of one frame.
-  shape: F, H, W and channels of a video, and of what is predicted.
-  more_channels: channels that it reads beside (those of a first frame, in Wan2.2).
+  shape: F, H, W and channels of a video, and of the prediction.
+  more_channels: channels of further inputs (a first frame, in Wan2.2).
   num_classes: of the condition; 0: it has no classes.
-  text: (M, T), the number of vectors of a text and their width; None: it has none.
+  text: (M, T), the number of vectors of a text and their width; None: it has
+    none.
   d_model, dtype: see `embedding.Vocabulary`.
   """
 
@@ -70,11 +73,15 @@ class Architecture(stack.Stack):
 
   @property
   def stacks(self) -> tuple[stack.Stack, ...]:
-    """The only one."""
+    """The stacks of layers: this one."""
     return (self,)
 
   def flops(self, sizes: Mapping, lengths: Mapping) -> int:
-    """Operations of a forward pass of a video, see `counts.flops_per_token`."""
+    """Returns the operations of a forward pass of a video.
+
+    Args:
+      sizes, lengths: as in `counts.flops_per_token`.
+    """
     length, (texts, _) = lengths["patches"], self.text or (0, 0)
     once = sizes.get("condition", 0)
     weights = sizes["active"] - once - sizes.get("norm", 0)
@@ -83,7 +90,7 @@ class Architecture(stack.Stack):
     if texts:
       across = [parts.attention.as_cross() for parts in self.each_layer]
       made = sum(one.cached_per_token for one in across) * self.d_model
-      # Keys and values are of the text's vectors, and not of the patches.
+      # Keys and values are made of the text's vectors, not of the patches.
       flops += 2 * made * (texts - length)
       flops += sum(one.flops_per_pair for one in across) * length * texts
     return flops
@@ -99,7 +106,7 @@ def build(
   mesh: jax.sharding.Mesh | None = None,
   plugins: tuple[str, ...] = (),
 ) -> "Diffusion":
-  """The model of `config.model`.
+  """Returns the model of `config.model`.
 
   Args:
     section: `config.model`, see `configs/base.py`.
@@ -126,12 +133,12 @@ def build(
   arch = Architecture(**own, causal=False).seeing_all()
   if arch.text:
     for parts in arch.each_layer:
-      parts.attention.as_cross()  # It raises for attention that cannot be.
+      parts.attention.as_cross()  # Raises if this kind has no such attention.
   return Diffusion(arch)
 
 
 class Diffusion(nn.Module):
-  """Noisy videos to what they are made of. Made by `build`."""
+  """A module from noisy videos to their velocity or noise, made by `build`."""
 
   arch: Architecture
 
@@ -142,11 +149,11 @@ class Diffusion(nn.Module):
 
   @property
   def lengths(self) -> dict[str, int]:
-    """See `models`."""
+    """{"patches": L}, see `models`."""
     return {"patches": self.arch.video.tokens(self.arch.shape)}
 
   def example(self, batch: int) -> tuple:
-    """See `models`."""
+    """Returns the arguments of a call for `batch` rows, see `models`."""
     arch = self.arch
     channels = arch.shape[3] + arch.more_channels
     condition = Condition(
@@ -169,12 +176,12 @@ class Diffusion(nn.Module):
     train: bool = False,
     collect: str | None = None,
   ) -> tuple[Array, dict]:
-    """Predicts the velocity, or the noise, as the task has it.
+    """Predicts the velocity, or the noise, whichever the task trains.
 
     Args:
       video_BFHWC: noisy videos, with `more_channels` last.
       time_B: from 0, no noise, to 1, noise alone.
-      condition: what they are to show.
+      condition: the class and the text of the videos.
       mask_B: bool, False for a row that is no video; None: all are.
       rng: the key of a step, for noise and dropout of the layers; None: none.
       first: index of the first video in the batch of a step.
@@ -213,7 +220,7 @@ class Diffusion(nn.Module):
     return self._predicted(x_BLD, e_BD), aux
 
   def _cross(self, tokens, condition):
-    """The context of attention to the text; None: there is none."""
+    """The context of attention to the text; None: there is no text."""
     arch = self.arch
     if not arch.text:
       return None

@@ -19,9 +19,9 @@ class Text(NamedTuple):
   """Tokens of one side.
 
   token_BL: int32 in [0, V).
-  mask_BL: bool, False for padding; None: there is none.
-  document_BL: int32, number of the text that a token belongs to; tokens of either
-    side see those with the same number only. None: each row is one text.
+  mask_BL: bool, False for padding; None: no padding.
+  document_BL: int32, number of the text that a token belongs to; tokens of
+    either side see those with the same number only. None: each row is one text.
   """
 
   token_BL: Array
@@ -29,7 +29,7 @@ class Text(NamedTuple):
   document_BL: Array | None = None
 
   def filled(self) -> "Text":
-    """The text with arrays in the place of None."""
+    """Returns the text with arrays in the place of None."""
     shape, mask_BL, document_BL = self.token_BL.shape, *self[1:]
     mask_BL = jnp.ones(shape, bool) if mask_BL is None else mask_BL
     if document_BL is None:
@@ -42,8 +42,8 @@ class Architecture(embedding.Vocabulary):
   """Everything about an encoder-decoder but its parameters. Hashable.
 
   encoder, decoder: their layers.
-  source_vocab_size: V of an embedding that the encoder has of its own (GShard);
-    None: it has the decoder's.
+  source_vocab_size: V of the encoder's own embedding (GShard); None: it shares
+    the decoder's.
   d_ff, source: see `decoder.Architecture`.
   """
 
@@ -64,13 +64,17 @@ class Architecture(embedding.Vocabulary):
     return self.encoder, self.decoder
 
   def flops(self, sizes: Mapping, lengths: Mapping) -> int:
-    """Operations of a forward pass of a pair, see `counts.flops_per_token`."""
+    """Returns the operations of a forward pass of a pair.
+
+    Args:
+      sizes, lengths: as in `counts.flops_per_token`.
+    """
     inputs, targets = (lengths[one.sequence] for one in self.stacks)
     weights = sizes["active_encoder"] * inputs
     weights += (
       sizes["active_decoder"] + self.vocab_size * self.d_model
     ) * targets
-    # Keys and values of the encoder's tokens are made of these.
+    # Keys and values are made of the encoder's tokens, not of the decoder's.
     across = [parts.attention.as_cross() for parts in self.decoder.each_layer]
     made = sum(one.cached_per_token for one in across) * self.d_model
     weights += made * (inputs - targets)
@@ -81,7 +85,7 @@ class Architecture(embedding.Vocabulary):
 
   @property
   def tables(self) -> dict[str, int]:
-    """{parameter that has an entry for every token: how many tokens}."""
+    """{parameter that has an entry for every token: number of tokens}."""
     own = {"source_embedding": self.source_vocab_size or self.vocab_size}
     return super().tables | own
 
@@ -99,11 +103,11 @@ def build(
   mesh: jax.sharding.Mesh | None = None,
   plugins: tuple[str, ...] = (),
 ) -> "EncoderDecoder":
-  """The model of `config.model`.
+  """Returns the model of `config.model`.
 
   Args:
-    section: `config.model`, see `configs/base.py`. Its layers are the decoder's,
-      and, but for the keys in `encoder`, the encoder's.
+    section: `config.model`, see `configs/base.py`. Its layers are the
+      decoder's, and the encoder's too, except for the keys in `encoder`.
     vocab_size: V of the data; `section.vocab_size` takes its place.
     end_of_document: None; texts have numbers here.
     mesh, plugins: as in `models.build`.
@@ -140,13 +144,13 @@ def build(
   fields["encoder"] = encoder
   fields["decoder"] = made("decoder", section, **more)
   for _, parts in fields["decoder"].kinds:
-    parts.attention.as_cross()  # It raises for attention that cannot be.
+    parts.attention.as_cross()  # Raises if this kind has no such attention.
   del end_of_document
   return EncoderDecoder(Architecture(**fields))
 
 
 class EncoderDecoder(nn.Module):
-  """Two texts to the logits of the second one. Made by `build`."""
+  """A module from two texts to the logits of the second, made by `build`."""
 
   arch: Architecture
 
@@ -156,11 +160,11 @@ class EncoderDecoder(nn.Module):
     return self.arch.encoder.sublayers | self.arch.decoder.sublayers
 
   def arguments(self, tokens_BL: Array) -> tuple:
-    """Arguments of a call with these tokens on both sides."""
+    """Returns the arguments of a call with these tokens on both sides."""
     return Text(tokens_BL), Text(tokens_BL)
 
   def example(self, batch: int) -> tuple:
-    """See `models`."""
+    """Returns the arguments of a call for `batch` rows, see `models`."""
     return self.arguments(jnp.zeros((batch, 1), jnp.int32))
 
   @nn.compact
@@ -175,18 +179,18 @@ class EncoderDecoder(nn.Module):
     collect: str | None = None,
     cache_length: int | None = None,
   ) -> tuple[Array, dict]:
-    """Logits of the token after each of the targets.
+    """Returns the logits of the token after each of the targets, and aux.
 
     Args:
       inputs: the encoder's text; None: that of the first call of generation.
-      targets: the decoder's text, one token later than what is to be predicted.
+      targets: the decoder's text; the prediction at each token is the next one.
       rng: the key of a step, for noise and dropout; None: there is none.
       first: index of the first row in the batch of a step.
       train: the capacity and dropout of training.
       collect: "routing" adds the arrays of the choices to aux.
-      cache_length: M, target tokens that generation may keep of a row in the mutable
-        collection `cache`; padding then comes before them, and a row is one text.
-        What the encoder has read is kept in `memory`. None: no cache.
+      cache_length: M, target tokens that generation may keep of a row in the
+        mutable collection `cache`; padding then comes before them, and a row is
+        one text. The encoder's output is kept in `memory`. None: no cache.
 
     Returns:
       logits_BLV in at least float32, of the targets.
@@ -223,7 +227,7 @@ class EncoderDecoder(nn.Module):
     return attention.context.make(self, *targets[:2], None, cache_length)
 
   def _remembered(self, keys, cache_length):
-    """The encoder's tokens, of this call or of the first one of generation."""
+    """The encoder's tokens, of this call or of the first call of generation."""
     if cache_length is None:
       return keys
     names = (

@@ -1,5 +1,7 @@
-"""A vision transformer whose layers are dense or MoE (ViT, 2010.11929; V-MoE,
-2106.05974; Soft MoE, 2308.00951)."""
+"""A vision transformer whose layers are dense or MoE in any pattern.
+
+ViT is 2010.11929, V-MoE is 2106.05974, and Soft MoE is 2308.00951.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -39,11 +41,15 @@ class Architecture(stack.Stack):
 
   @property
   def stacks(self) -> tuple[stack.Stack, ...]:
-    """The only one."""
+    """The stacks of layers: this one."""
     return (self,)
 
   def flops(self, sizes: Mapping, lengths: Mapping) -> int:
-    """Operations of a forward pass of an image, see `counts.flops_per_token`."""
+    """Returns the operations of a forward pass of an image.
+
+    Args:
+      sizes, lengths: as in `counts.flops_per_token`.
+    """
     of_patches, of_head = sizes["patches"], sizes["head"]
     of_layers = sizes["active"] - of_patches - of_head
     of_layers -= sizes.get("norm", 0) + sizes.get("embedding", 0)
@@ -60,7 +66,7 @@ def build(
   mesh: jax.sharding.Mesh | None = None,
   plugins: tuple[str, ...] = (),
 ) -> "Vision":
-  """The model of `config.model`.
+  """Returns the model of `config.model`.
 
   Args:
     section: `config.model`, see `configs/base.py`.
@@ -86,7 +92,7 @@ def build(
 
 
 class Vision(nn.Module):
-  """Images to logits of classes. Made by `build`."""
+  """A module from images to logits of classes, made by `build`."""
 
   arch: Architecture
 
@@ -97,15 +103,19 @@ class Vision(nn.Module):
 
   @property
   def lengths(self) -> dict[str, int]:
-    """See `models`."""
+    """{"patches": L}, see `models`."""
     return {"patches": self.arch.image.tokens(self.arch.shape)}
 
   def adapted(self, params: Mapping, path: str) -> dict:
-    """See `models` and `image.adapted`."""
+    """Returns weights of a model of other images, changed for this one.
+
+    Args:
+      params, path: as in `image.adapted`.
+    """
     return image.adapted(params, self.arch, path)
 
   def example(self, batch: int) -> tuple:
-    """See `models`."""
+    """Returns the arguments of a call for `batch` rows, see `models`."""
     return (jnp.zeros((batch, *self.arch.shape)),)
 
   @nn.compact
@@ -120,7 +130,7 @@ class Vision(nn.Module):
     collect: str | None = None,
     classify: bool = True,
   ) -> tuple[Array, dict]:
-    """Logits of the classes.
+    """Returns the logits of the classes, and aux.
 
     Args:
       image_BHWC: numbers, whose mean is about 0.
@@ -129,7 +139,7 @@ class Vision(nn.Module):
       first: index of the first image in the batch of a step.
       train: the capacity and dropout of training.
       collect: "routing" adds the arrays of the choices to aux.
-      classify: False: the vectors in the place of the logits that are made of them.
+      classify: False: return the pooled vectors in place of their logits.
 
     Returns:
       logits [B, classes] in at least float32.

@@ -195,7 +195,7 @@ def expert_keys(experts, rng_G, num_experts: int, mesh: Mesh | None):
     here //= mesh.shape["expert"]
     first = jax.lax.axis_index("expert") * here
   of_group = jax.vmap(jax.random.fold_in, (None, 0))
-  # Apart from the keys that a router splits from the same ones.
+  # A router splits the same keys: experts fold in a number of their own.
   rng_G = jax.vmap(lambda rng: jax.random.fold_in(rng, _EXPERTS))(rng_G)
   return jax.vmap(of_group, (0, None))(rng_G, first + jnp.arange(here))
 
@@ -303,7 +303,7 @@ def ragged_all_to_all(
 
   Args:
     x_ND: rows of this device.
-    out_ND: what the result is written into.
+    out_ND: the array that the result is written into.
     start: [devices], the first row of x for each device.
     send: [devices], how many rows go to each.
     start_there: [devices], where each places them in its output.

@@ -16,7 +16,7 @@ def _clamped_swiglu(gate, up):
   return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)
 
 
-# The matrices of the hidden layer, and what becomes of their results.
+# The matrices of the hidden layer, and the function of their results.
 ACTIVATIONS = {
   "relu": (("up",), jax.nn.relu),
   "gelu": (("up",), jax.nn.gelu),

@@ -112,7 +112,7 @@ def moe_ffn(
       slot, which then passes through the residual alone. The values of padding
       reach no other token and no gradient.
     Stats with leading [G, S].
-    What was asked for by `collect`.
+    The arrays that `collect` asks for.
   """
   specs = mesh and _specs(recipe, params, mesh)
   run = functools.partial(_moe_ffn, recipe, mesh, specs, collect)

@@ -72,7 +72,7 @@ class MoE(nn.Module):
     if replayed is not None:
       own = jnp.take(
         replayed, layer_index, axis=2
-      )  # With K of the widest layer.
+      )  # Its K is that of the widest layer.
       features["replayed"] = own[..., : recipe.router.top_k]
     inputs = x_BLD, Side(mask_BL, features)
     x_GTD, side = self._with_leading(inputs, -1, tokens)

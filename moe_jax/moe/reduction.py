@@ -69,7 +69,7 @@ def reduced(
   """Gradients of all parameters.
 
   Args:
-    gradients: of what `split` says that they are taken of.
+    gradients: of the parameters with slots, the first result of `split`.
     weights: of experts, as `split` returns them.
     sublayers: as in `split`.
     mesh: as in `split`.
@@ -90,7 +90,7 @@ def reduced(
 
 
 def _changed(tree, path, change):
-  """Nested dicts with `change` of what is at a path."""
+  """Nested dicts in which the value at a path is changed by `change`."""
   key, _, rest = path.partition("/")
   inner = _changed(tree[key], rest, change) if rest else change(tree[key])
   return {**tree, key: inner}

@@ -209,7 +209,7 @@ def weigh(expert_TK, logits_TE, score_TE, score):
     score_TE: the scores that chose, or `logits_TE` itself.
     score: a key of `SCORES`.
   """
-  # Not top_k's values: a recompute must read what this pass chose.
+  # Read by index, not from top_k: a recompute must use the same experts.
   chosen_TK = jnp.take_along_axis(logits_TE, expert_TK, axis=-1)
   # Scores over their sum, also where they all underflow.
   shares_TK = jax.nn.softmax(LOG_SCORES[score](chosen_TK))

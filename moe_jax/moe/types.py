@@ -37,7 +37,7 @@ class Mean(flax.struct.PyTreeNode):
   weight: Array
 
   def value(self) -> Array:
-    """total / weight, and 0 where nothing was counted."""
+    """Returns total / weight, and 0 where nothing was counted."""
     return self.total / jnp.where(self.weight == 0, 1, self.weight)
 
   def __add__(self, other: Mean) -> Mean:
@@ -116,13 +116,14 @@ class Routing(flax.struct.PyTreeNode):
   """A router's decision for one group (with a leading G after vmap).
 
   choice: in the form in which the router decides.
-  prob_TE: rows sum to 1, the distribution that losses and entropy are
-    computed from; None where a router has none.
+  prob_TE: rows sum to 1, the distribution that losses and entropy are computed
+    from; None where a router has none.
   logits_TE: the router's raw scores, for the z-loss; None where there are none.
-  chance_TE: the chance that a token would choose an expert if the router's noise
-    were drawn again, for a loss of smooth loads; None where there is no noise.
-  score_TE: the scores that the router gave to `select`, for balancers that
-    observe them; None where it gave none.
+  chance_TE: the chance that a token would choose an expert if the router's
+    noise were drawn again, for a loss of smooth loads; None where there is no
+    noise.
+  score_TE: the argument of `select`, for balancers that observe scores; None
+    where the router does not return it.
   extra: per-token arrays [T] that the router wants logged: extra/NAME is their
     mean over unpadded tokens.
   """
@@ -175,13 +176,13 @@ class Plan(Protocol):
   """A choice laid out for the experts: the layer below it knows no K."""
 
   def dispatch(self, x_GTD: Array) -> Rows:
-    """Tokens to the rows of their experts."""
+    """Lays the tokens x_GTD out as the rows of their experts."""
 
   def combine(self, rows: Rows) -> Array:
-    """Results of the rows to y_GTD, in the dtype of the rows."""
+    """Returns y_GTD from the results of the rows, in the dtype of the rows."""
 
   def loads(self, tokens: Any) -> Loads:
-    """The loads by sequence, from a `plans.Tokens`."""
+    """Returns the loads by sequence; `tokens` is a `plans.Tokens`."""
 
 
 class Stats(Loads):
@@ -298,7 +299,7 @@ class Dispatcher:
 
 @_part
 class Mlp:
-  """A dense network: what experts replace, and what shared experts are.
+  """A dense network, which experts replace; shared experts are one, too.
 
   The shards of F (axis "mlp") add up to the output.
 

@@ -25,8 +25,8 @@ from moe_jax.core.errors import ConfigError, Interrupted, RunError, first_line
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Errors of jax when another process is gone.
 _PEER = re.compile("Gloo|(closed|reset) by peer|remote process exited")
-# Seconds that the first process leaves the others to say what was wrong, as
-# they end with it.
+# Seconds in which the other processes can say what was wrong before the first
+# process ends: they end with it.
 _LAST_WORDS = 2.0
 index = None  # Number of this process among several; `processes.join` sets it.
 called = None  # The words that called a command; moe_jax/__main__.py sets them.
@@ -36,9 +36,12 @@ def run(main: Callable[[], int]) -> None:
   """Calls main(), and ends the process with the exit code that it returns.
 
   A signal ends the process at once, also in the middle of a callback or an
-  import, where an exception would get lost: whatever a run has written is whole
-  at any moment. `signals.Stop` lets a training run finish its step first. The
-  handlers stay until the process has ended.
+  import, where an exception would get lost: a run's files are whole at any
+  moment. `signals.Stop` lets a training run finish its step first. The handlers
+  stay until the process has ended.
+
+  Args:
+    main: a command, () -> exit code.
   """
   for number in SIGNALS:
     if signal.getsignal(number) != signal.SIG_IGN:
@@ -59,7 +62,11 @@ def run(main: Callable[[], int]) -> None:
 
 
 def write_json(path: str, value) -> None:
-  """Writes the file of a flag --json=PATH; an error is one sentence."""
+  """Writes the file of a flag --json=PATH; raises RunError if it cannot.
+
+  Args:
+    path, value: the file and its content, that JSON can hold.
+  """
   with files.writing(path), open(path, "w") as file:
     json.dump(value, file, indent=2)
 
@@ -84,10 +91,10 @@ def _end(number, frame):
 
 
 def leave(text: str, code: int) -> None:
-  """Ends this process at once, if it is one of several; else does nothing.
+  """Ends this process at once, if it runs with others; else does nothing.
 
-  On its regular way out jax waits for all processes to come, minutes where
-  only one has failed, and then crashes.
+  On its regular way out jax waits for all processes to come, minutes where only
+  one has failed, and then crashes.
 
   Args:
     text: last words, for stderr.
@@ -118,7 +125,7 @@ def _sentence(error):
 
 
 def _causes(error):
-  """Yields an error and those that it was raised from or in handling of."""
+  """Yields an error, and the errors that led to it."""
   while error is not None:
     yield error
     error = error.__cause__ or error.__context__

@@ -17,14 +17,12 @@ from moe_jax.core.errors import ConfigError, did_you_mean, first_line
 from moe_jax.core.options import integer
 from moe_jax.run import command, shipped
 
-# Keys that a run's numbers do not depend on.
+# Keys that change no number of a run.
 IDLE = ("mesh", "writers", "checkpoint.", "data.cache_dir")
 IDLE += ("train.check_mesh", "train.profile_steps", "train.hooks")
 IDLE += ("train.loads_every",)
-# And keys that may change when a run is resumed.
-_FREE = (*IDLE, "data.dir", "train.max_skipped_in_a_row")
-# Sections whose keys are up to the config: the options of a part, and parts or
-# data by a label.
+_FREE = (*IDLE, "data.dir", "train.max_skipped_in_a_row")  # May change later.
+# Sections whose keys a config may choose: options of a part, or labels.
 OPEN = ("task", "upcycle", "data.mixture", "optim.optimizer", "model.attention")
 OPEN += (
   "model.encoder",
@@ -45,20 +43,18 @@ _A_PART = re.compile(
 
 
 def load(spec: str, overrides=(), *, trust_plugins: bool = False):
-  """The locked config of FILE[:VARIANT] with overrides applied.
+  """Returns the locked config of FILE[:VARIANT] with overrides applied.
 
   Args:
-    spec: path of a Python file with `get_config()`, or with
-      `get_config(variant)` for a ":VARIANT"; or the config.json of a run; or
-      the name of a file in configs/, such as "tiny".
-    overrides: texts such as "model.moe.top_k=4"; values as Python writes
-      them, or bare words.
+    spec: a Python file with `get_config()`, or `get_config(variant)` for a
+      ":VARIANT"; or a run's config.json; or a name in configs/, such as "tiny".
+    overrides: texts such as "model.moe.top_k=4", with Python's values or words.
     trust_plugins: whether code may be run that a config.json names. Plugins of
       a Python file or of an override are the user's own.
 
   Raises:
-    ConfigError: no such file, variant or key, a value of another type, or
-      plugins that are not trusted.
+    ConfigError: there is no such file, variant or key, or a value has another
+      type, or plugins are not trusted.
   """
   path, _, variant = spec.partition(":")
   path = shipped.config(path)
@@ -93,12 +89,10 @@ def _from_python(path, variant):
 
 
 def locked(values) -> ml_collections.ConfigDict:
-  """A config in which a misspelt key is an error, but in an open section.
+  """Returns nested dicts as a config in which an unknown key is an error.
 
-  Types are not looked at here: `program.check` knows more about each value.
-
-  Args:
-    values: nested dicts.
+  Open sections take any key. The types of values are checked elsewhere, see
+  `program.check`.
   """
   config = ml_collections.ConfigDict(values, type_safe=False).lock()
   for key in OPEN:
@@ -107,16 +101,19 @@ def locked(values) -> ml_collections.ConfigDict:
 
 
 def overridden(config: ml_collections.ConfigDict, texts):
-  """A config with other values.
-
-  Args:
-    config: stays as it is.
-    texts: "optim.learning_rate=1e-3", for instance. Sections are set before
-      their keys, and the name of a part before its options.
+  """Returns a config with other values.
 
   A whole section is set by a dict: "model.moe.router={'name': 'random'}". In an
-  open section keys and sections that are not there are made, and another name
-  of a part takes the options of the old one away.
+  open section, missing keys and sections are made, and a new name of a part
+  removes the options of the old part.
+
+  Args:
+    config: stays unchanged.
+    texts: such as "optim.learning_rate=1e-3". Sections are set before their
+      keys, and the name of a part before its options.
+
+  Raises:
+    ConfigError: a text is no KEY=VALUE, or its key or value is impossible.
   """
 
   def turn(text):
@@ -139,7 +136,7 @@ def overridden(config: ml_collections.ConfigDict, texts):
 
 
 def _set(section, place, names, value):
-  """Sets the value under some names, one inside of the other, in a section."""
+  """Sets a value in a section, under names from the outside in."""
   key, (name, *rest) = ".".join([place, *names]), names
   if not isinstance(section, dict):
     raise ConfigError(f"{key}: {place} is a value, not a section")
@@ -161,13 +158,13 @@ def _set(section, place, names, value):
     if name == "name" and value != old and _A_PART.fullmatch(place):
       section.clear()
     if value == "none" and name in section and not isinstance(old, str):
-      value = None  # Elsewhere it is a word, as in model.remat=none.
+      value = None  # In other keys it is a word, as in model.remat=none.
     whole = isinstance(old, float) and type(value) is int
     section[name] = float(value) if whole else value
 
 
 def _is_open(place):
-  """Whether keys of a section are up to the config."""
+  """Whether the config may choose the keys of a section."""
   return f"{place}.".startswith(tuple(f"config.{key}." for key in OPEN))
 
 
@@ -188,7 +185,7 @@ def _from_json(path):
 
 
 def _some_files(plugins):
-  """The first Python files of plugin folders, in words."""
+  """Words that name the first Python files of plugin folders."""
   folders = plugins if isinstance(plugins, tuple) else ()
   paths = (f for name in folders for f in pathlib.Path(str(name)).rglob("*.py"))
   some = [str(file.absolute()) for file in itertools.islice(paths, 5)]
@@ -196,7 +193,7 @@ def _some_files(plugins):
 
 
 def _with_tuples(value):
-  """JSON has lists where configs have tuples."""
+  """Tuples, which configs have, in place of JSON's lists."""
   if isinstance(value, dict):
     return {k: _with_tuples(v) for k, v in value.items()}
   return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
@@ -204,12 +201,12 @@ def _with_tuples(value):
 
 @functools.cache
 def defaults() -> dict:
-  """configs/base.py, as nested dicts."""
+  """Returns the values of configs/base.py, as nested dicts."""
   return _get_config(shipped.folder() / "configs" / "base.py")().to_dict()
 
 
 def complete(values: dict) -> dict:
-  """The values of an older config.json, with defaults for keys that it lacks."""
+  """Returns an older config.json's values, with defaults for missing keys."""
 
   def filled(given, default, key):
     if key in OPEN or not all(isinstance(x, dict) for x in (given, default)):
@@ -222,7 +219,7 @@ def complete(values: dict) -> dict:
 
 
 def of_another_version(values: dict) -> str:
-  """Words for an error about keys that no config of this version has, or ""."""
+  """Returns words for an error about keys unknown to this version, or ""."""
   known = {key for key, _ in flat(defaults(), whole=OPEN)}
   unknown = [key for key, _ in flat(values, whole=OPEN) if key not in known]
   if not unknown:
@@ -235,11 +232,10 @@ def of_another_version(values: dict) -> str:
 
 
 def flat(tree: dict, prefix="", whole=()):
-  """(dotted key, value) of all values.
+  """Yields (dotted key, value) of all values.
 
   Args:
-    tree: a config as nested dicts.
-    prefix: of the keys.
+    tree, prefix: a config as nested dicts, and the beginning of its keys.
     whole: keys of sections that are one value.
   """
   for key, value in tree.items():
@@ -251,7 +247,7 @@ def flat(tree: dict, prefix="", whole=()):
 
 
 def numbers(tree: dict):
-  """(dotted key, value) of all values that a run's numbers depend on."""
+  """Yields (dotted key, value) of all values that a run's numbers depend on."""
   return (
     (key, value)
     for key, value in flat(_with_tuples(tree))
@@ -260,9 +256,11 @@ def numbers(tree: dict):
 
 
 def differences(tree: dict, other: dict) -> dict:
-  """{dotted key: value} of the values that differ between two configs.
+  """Returns {dotted key: value} of the values that differ between two configs.
 
-  An open section that differs is there as a whole.
+  Args:
+    tree, other: the configs; the values are those of `tree`. An open section
+      that differs is there as a whole.
   """
   old = dict(flat(other, whole=OPEN))
   new = flat(tree, whole=OPEN)
@@ -300,7 +298,11 @@ class Parser(argparse.ArgumentParser):
       )
 
   def parse_known_args(self, args=None, namespace=None):
-    """Parses as argparse does; raises ConfigError for non-UTF-8 arguments."""
+    """Parses as argparse does; raises ConfigError for texts not in UTF-8.
+
+    Args:
+      args, namespace: as in argparse.
+    """
     for text in sys.argv[1:] if args is None else args:
       if text.encode(errors="ignore").decode() != text:
         raise ConfigError(
@@ -310,7 +312,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser(description: str, multihost: bool = False) -> Parser:
-  """A parser with the flags that every command on a config has."""
+  """Returns a parser with the flags that every command on a config has.
+
+  Args:
+    description, multihost: as in `Parser`.
+  """
   epilog = "Any value of the config is set by --config.SECTION.KEY=VALUE."
   parser = Parser(description, multihost, epilog=epilog)
   words = "a Python file with get_config(), the name of one in configs/, or the"
@@ -328,34 +334,37 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
 
 
 def at_least_1(text: str) -> int:
-  """The type of a flag that counts something."""
+  """The type of a flag that counts; raises ArgumentTypeError otherwise."""
   if not text.isdecimal() or not integer(1).fits(int(text)):
     raise argparse.ArgumentTypeError(f"{text} is not {integer(1).words}")
   return int(text)
 
 
 def at_least_0(text: str) -> int:
-  """The type of a flag that numbers something."""
+  """The type of a flag for an index; raises ArgumentTypeError otherwise."""
   if not text.isdecimal() or not integer(0).fits(int(text)):
     raise argparse.ArgumentTypeError(f"{text} is not {integer(0).words}")
   return int(text)
 
 
 def parse(parser: Parser, argv=None):
-  """(arguments, loaded config) from a command line.
+  """Returns (arguments, loaded config) from a command line; raises as `load`.
 
-  Raises:
-    ConfigError: an unknown flag or anything `load` refuses.
+  Args:
+    parser, argv: from `parser`; the words, or None for those of the process.
   """
   args, overrides = parse_overrides(parser, argv)
   return args, load(args.config, overrides, trust_plugins=args.trust_plugins)
 
 
 def parse_overrides(parser: Parser, argv=None):
-  """(arguments, texts KEY=VALUE of the flags --config.KEY=VALUE).
+  """Returns (arguments, texts KEY=VALUE of the flags --config.KEY=VALUE).
+
+  Args:
+    parser, argv: as in `parse`.
 
   Raises:
-    ConfigError: an unknown flag, or one that is not UTF-8.
+    ConfigError: a flag is unknown, or not UTF-8.
   """
   args, rest = parser.parse_known_args(argv)
   for text in rest:
@@ -368,8 +377,7 @@ def parse_overrides(parser: Parser, argv=None):
 
 def _get_config(path):
   if path.suffix == ".py":
-    # Configs import each other as `configs.base`, from the folder above theirs
-    # or from the shipped ones.
+    # Configs import `configs.base`, from the folder above or the shipped ones.
     sys.path[:0] = [str(path.resolve().parent.parent), str(shipped.folder())]
     try:
       module = registry.import_file(path, f"config_{path.stem}")

@@ -20,7 +20,7 @@ from moe_jax.core import errors
 from moe_jax.core.errors import ConfigError, RunError, first_line
 from moe_jax.run import command
 
-# Variables that `moe_jax.launch.local`, or a launcher of yours, sets.
+# Variables that `moe_jax.launch.local`, or your own launcher, sets.
 _ADDRESS = "JAX_COORDINATOR_ADDRESS"
 _COUNT, _INDEX = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _PATIENCE = 10.0  # Seconds for a file, or an answer, to reach other processes.
@@ -47,8 +47,8 @@ def join(
     facts: see `check_same`; flags of the command, for instance.
 
   Raises:
-    ConfigError: "on" without a cluster; invalid values; the others did
-      not come in time, or with other facts.
+    ConfigError: "on" without a cluster; or values are invalid; or the other
+      processes did not come in time, or have other facts.
   """
   if mode == "on" or (mode == "auto" and detected(os.environ)):
     _meet(mode, timeout)
@@ -58,7 +58,7 @@ def join(
 def _meet(mode, timeout):
   """Waits for the other processes."""
   given = _given(os.environ)
-  # Longer than we wait: jax aborts with a stack of C++ when they are over.
+  # Longer than our wait: at its own timeout jax aborts with a stack of C++.
   meeting = _in_thread(
     jax.distributed.initialize,
     **given,
@@ -69,7 +69,7 @@ def _meet(mode, timeout):
     meeting.result(timeout)
   except ValueError as e:
     if mode == "auto" and not _told(os.environ):
-      return  # A machine with a TPU, and no pod.
+      return  # This machine has a TPU, and is no pod.
     raise ConfigError(
       "there are to be several processes, but this is no cluster that jax knows"
       f" ({first_line(e)}); set {_ADDRESS}, {_COUNT} and {_INDEX}, use"
@@ -87,7 +87,7 @@ def _meet(mode, timeout):
 
 
 def _in_thread(function, *args, **options) -> futures.Future:
-  """The future result of a function, called in a thread that holds up nobody."""
+  """The future result of a function, called in a thread that may hang."""
   future = futures.Future()
 
   def call():
@@ -103,7 +103,7 @@ def _in_thread(function, *args, **options) -> futures.Future:
 def _watch(client):
   """Ends this process with a sentence when another process falls silent.
 
-  Again and again all processes meet at a barrier, which process 0 keeps.
+  All processes meet at a barrier of process 0 every few seconds.
   """
   try:
     while True:
@@ -126,7 +126,11 @@ def _watch(client):
 
 
 def detected(environment: Mapping[str, str]) -> bool:
-  """Whether there are, or may be, several processes."""
+  """Returns whether there are, or may be, several processes.
+
+  Args:
+    environment: variables, such as `os.environ`.
+  """
   return _told(environment) or _has_tpu(environment)
 
 
@@ -159,7 +163,7 @@ def _given(environment):
     raise ConfigError(f"{_ADDRESS} = {address!r} is not HOST:PORT")
   given = {"coordinator_address": address}
   for name, argument in ((_COUNT, "num_processes"), (_INDEX, "process_id")):
-    if name in environment:  # Or a cluster that jax knows may tell.
+    if name in environment:  # Otherwise a cluster that jax knows may tell.
       given[argument] = _number(environment, name)
   index, count = given.get("process_id", 0), given.get("num_processes")
   if count is not None and index >= count:
@@ -175,16 +179,16 @@ def is_first() -> bool:
 def gather(value: Any) -> list:
   """Gathers a value from every process: the same list, in order, on all.
 
-  All have to call it, as often and in the same order.
+  All processes must call it equally often, in the same order.
 
   Args:
-    value: what JSON can hold.
+    value: any that JSON can hold.
   """
   text = json.dumps(value).encode()
   if jax.process_count() == 1:
     return [json.loads(text)]
   sizes = multihost_utils.process_allgather(np.int32(len(text))).tolist()
-  # Each size is compiled, so there are few of them.
+  # Each size is compiled: powers of two are few.
   padded = np.zeros(1 << max(sizes).bit_length(), np.uint8)
   padded[: len(text)] = np.frombuffer(text, np.uint8)
   rows = multihost_utils.process_allgather(padded)
@@ -194,14 +198,15 @@ def gather(value: Any) -> list:
 def by_first(function: Callable, *args, **options) -> Any:
   """Calls a function on the first process; returns its result on all of them.
 
-  It is not called inside of another one.
+  The function must not call `by_first` itself.
 
   Args:
-    function: returns what JSON can hold.
+    function: returns a value that JSON can hold.
     *args, **options: of the function.
 
   Raises:
-    What the function raises, on all of them; on the others as one of our errors.
+    The function's error, on all processes; on the others as an error of
+    `core.errors`.
   """
   told, error = {}, None
   if is_first():
@@ -241,7 +246,7 @@ def check_same(facts: Mapping[str, Any]) -> None:
   """Raises ConfigError, on all processes, if facts differ between them.
 
   Args:
-    facts: by name; what JSON can hold.
+    facts: {name: a value that JSON can hold}.
   """
   first, *others = gather(dict(facts))
   for number, other in enumerate(others, 1):

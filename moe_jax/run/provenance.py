@@ -46,7 +46,7 @@ def facts(config) -> dict:
 
 
 def of_model(config, mesh, task, model, sizes: dict) -> dict:
-  """The facts about a run that are known before it is compiled.
+  """Returns the facts about a run that are known before it is compiled.
 
   Args:
     config, mesh, task, model: from `program.build`.
@@ -91,7 +91,7 @@ def of_process(workdir: str | os.PathLike, config) -> dict:
 
 
 def git_revision() -> str:
-  """Revision of the checkout the code runs from, with "+" if it was edited.
+  """Returns the revision of the code's checkout, with "+" if it was edited.
 
   A new file is an edit too, as parts are found by their files.
   """
@@ -116,8 +116,8 @@ def _digests(*folders, name=None):
   """{path of a Python file: digest} for all in some folders.
 
   Args:
-    *folders: where to look.
-    name: how the paths begin, in place of the folder.
+    *folders: the folders.
+    name: the beginning of the paths, in place of the folder.
   """
   return {
     f"{name or folder}/{path.relative_to(folder)}": _digest(path.read_bytes())

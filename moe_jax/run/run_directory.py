@@ -28,12 +28,12 @@ class RunDirectory(contextlib.ExitStack):
   """The files of a run, in a folder that is locked while they are open.
 
   Where several processes run it together, the first one alone reads and writes
-  them, and tells the others. All of them call every method.
+  them, and tells the others. All processes call every method.
 
   Attributes:
     path: the folder.
-    facts: what run.json said when it was opened; {} for a new run.
-    lines: how many metrics.jsonl has, after `go_on` or `start_over`.
+    facts: the content of run.json when it was opened; {} for a new run.
+    lines: number of lines in metrics.jsonl, after `go_on` or `start_over`.
   """
 
   def __init__(
@@ -45,8 +45,9 @@ class RunDirectory(contextlib.ExitStack):
       path: the work directory.
       config: the run's config.
       extend: called where only `train.num_steps` of the run has changed: (path,
-        its value before, config, lines of metrics) -> None. It makes the folder
-        one of a run of that length, or raises. None: no run's length changes.
+        its value before, config, lines of metrics) -> None. It turns the folder
+        into the folder of a run of that length, or raises. None: no run's
+        length changes.
 
     Raises:
       InUse: another run is going on in it.
@@ -57,7 +58,7 @@ class RunDirectory(contextlib.ExitStack):
     super().__init__()
     self.path, self.lines = pathlib.Path(path), 0
     self._config, self._extend, self._writers = config, extend, []
-    self._sizes = {}  # Bytes of the files, as this process has left them.
+    self._sizes = {}  # Bytes of the files after this process's last write.
     with contextlib.ExitStack() as stack:
       self.facts = processes.by_first(lambda: self._open(stack))
       processes.check_shared(self.path / ".lock")
@@ -100,11 +101,11 @@ class RunDirectory(contextlib.ExitStack):
     return facts
 
   def _take_back(self):
-    """Leaves nothing of a run that was refused before it began."""
+    """Removes the files of a run that was refused before it began."""
     if self._has_begun():
       return
     (self.path / _CONFIG).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # Something else is in there.
+    with contextlib.suppress(OSError):  # The folder holds something else.
       (self.path / "checkpoints").rmdir()
 
   def _has_begun(self):
@@ -137,7 +138,7 @@ class RunDirectory(contextlib.ExitStack):
 
     Args:
       step: of the checkpoint.
-      lines: how many were written by then.
+      lines: number of lines that were written by then.
       **facts: for run.json, see `describe`.
 
     Raises:
@@ -186,9 +187,9 @@ class RunDirectory(contextlib.ExitStack):
     """Writes run.json: versions, devices, and the given facts.
 
     Args:
-      step: where this process starts. Above 0, what has changed goes to the
-        list "continued", and the rest stays as it was at the start.
-      **facts: more of it.
+      step: where this process starts. Above 0, facts that have changed go to
+        the list "continued", and the others stay as they were at the start.
+      **facts: further facts.
     """
     now = json.loads(json.dumps(provenance.facts(self._config) | facts))
     if step and self.facts:
@@ -202,7 +203,12 @@ class RunDirectory(contextlib.ExitStack):
     processes.by_first(lambda: self._write(_FACTS, text))
 
   def log(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
-    """Appends one line to metrics.jsonl: numbers, or of the split "loads" lists.
+    """Appends a line to metrics.jsonl.
+
+    Args:
+      step: of the run.
+      split: "train", "validation" or `LOADS`.
+      metrics: {name: number}; for `LOADS`, {layer: list of numbers}.
 
     Raises:
       RunError: it cannot be written, or a file of the run was changed.
@@ -219,7 +225,7 @@ class RunDirectory(contextlib.ExitStack):
 
     Args:
       step: of the run.
-      name: of what is shown.
+      name: of the picture.
       pixels: bytes [height, width, 3].
 
     Raises:
@@ -227,7 +233,7 @@ class RunDirectory(contextlib.ExitStack):
     """
     if not processes.is_first():
       return
-    from PIL import Image  # Only for who shows something.
+    from PIL import Image  # Only for runs that show pictures.
 
     path = self.path / "pictures" / name / f"{step:08d}.png"
     with files.writing(path):
@@ -257,7 +263,7 @@ class RunDirectory(contextlib.ExitStack):
     self._sizes[_METRICS] += len(raw)
 
   def _check_kept(self):
-    """Raises RunError where something else has changed a file meanwhile."""
+    """Raises RunError if another program has changed a file meanwhile."""
     for name, size in self._sizes.items():
       there = _size(self.path / name)
       if there != size:
@@ -267,7 +273,11 @@ class RunDirectory(contextlib.ExitStack):
         )
 
   def logged(self, step: int, split: str) -> dict[str, float] | None:
-    """The metrics of a line, if there is one of that step and split."""
+    """Returns the metrics of a line; None if there is no such line.
+
+    Args:
+      step, split: of the line.
+    """
 
     def find():
       for line in self._lines(until_broken=True):
@@ -286,11 +296,15 @@ class RunDirectory(contextlib.ExitStack):
 
 
 def read_metrics(path: str | os.PathLike, split: str) -> list[dict]:
-  """The lines of a run's metrics.jsonl of one split, in order.
+  """Returns the lines of a split in a run's metrics.jsonl, in order.
+
+  Args:
+    path: the work directory.
+    split: as in `RunDirectory.log`.
 
   Raises:
     ConfigError: a line is damaged.
-    FileNotFoundError: there are none.
+    FileNotFoundError: there is no such file.
   """
   return [x for x in _read_lines(pathlib.Path(path)) if x["split"] == split]
 
@@ -313,7 +327,7 @@ def _check_line(line):
 
 
 def _check_same(path, known, wanted, but=frozenset()):
-  """Raises ConfigError for a value, but of these keys, that changes the numbers."""
+  """Raises ConfigError if other values than those of `but` change numbers."""
   if words := config_lib.of_another_version(known):
     raise ConfigError(f"{path / _CONFIG} {words}, or choose another --workdir")
   known = config_lib.complete(known)
@@ -331,7 +345,7 @@ def _check_same(path, known, wanted, but=frozenset()):
 
 
 def _lock(path):
-  """A file that the system keeps locked while this process lives."""
+  """Opens a file that the system keeps locked while this process lives."""
   file = (path / ".lock").open("a+", errors="replace")
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

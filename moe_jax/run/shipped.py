@@ -11,18 +11,19 @@ from moe_jax.core.errors import ConfigError, did_you_mean
 
 
 def folder() -> pathlib.Path:
-  """The folder that holds configs/ and experiments/."""
+  """Returns the folder that holds configs/ and experiments/."""
   package = pathlib.Path(moe_jax.__file__).parent
   inside = package / "shipped"
   return inside if inside.is_dir() else package.parent
 
 
 def config(name: str) -> str:
-  """The path of a config file that exists.
+  """Returns the path of a config file that exists.
 
   Args:
     name: a path, or the name of a shipped config, such as "tiny". The path
-      configs/tiny.py is the shipped file too, where no other lies there.
+      configs/tiny.py is the shipped file too, unless there is a file at that
+      path.
 
   Raises:
     ConfigError: there is no such file.

@@ -11,15 +11,15 @@ from jax.experimental import multihost_utils
 
 from moe_jax.run.command import SIGNALS
 
-# Numbers the questions of all runs of this process: processes have to agree on
-# one, and another process may already be in the next run.
+# Numbers the calls of `asked` in all runs of this process: processes agree on
+# the answer to a call, and another process may already be in the next run.
 _calls = itertools.count(1)
 
 
 class Stop:
   """Inside `with`, remembers the first SIGTERM or SIGINT instead of dying.
 
-  A second one acts as it would outside. Outside of the main thread, where
+  A second signal acts as it would outside. Outside of the main thread, where
   Python allows no handlers, nothing is caught.
 
   Where several processes run together, a signal to any of them stops all of
@@ -28,8 +28,10 @@ class Stop:
   """
 
   def __init__(self, deadline: float | None = None):
-    """Args: a time.monotonic() at which to stop too; that of the first process
-    counts where there are several."""
+    """Takes the time of `time.monotonic()` at which to stop too; None: never.
+
+    Where there are several processes, the first one's time counts.
+    """
     self._asked, self._before, self._deadline = False, {}, deadline
     self._together = jax.process_count() > 1
 

@@ -1,12 +1,12 @@
-"""What a run tells a person: five lines when it begins, and a table at its end.
+"""Five lines at the beginning of a run, and a table at its end, for people.
 
-Both are made from what the run writes into its files, which programs read.
+Both are made of the contents of the run's files, which programs read.
 """
 
 import math
 from collections.abc import Mapping
 
-# The metrics of the last table, in its order, and what they are.
+# The metrics of the last table, in its order, and their meanings.
 _MEANINGS = {
   "loss": "what is minimised, lower is better",
   "bits_per_byte": "of the text, lower is better",
@@ -94,7 +94,7 @@ def _experts(recipe):
 
 
 def end(values: Mapping[str, float], path, steps: int) -> str:
-  """Returns the table of a finished run: the metrics that one looks at first.
+  """Returns the table of a finished run: the metrics that matter most.
 
   Args:
     values: the last metrics of the validation split.

@@ -1,7 +1,7 @@
 """Other places for a run's metrics, beside metrics.jsonl, which is the truth.
 
-The library of each is imported when it is asked for, and comes with the extra of
-the writer's name.
+The library of each writer is imported when a config names it, and comes with
+the extra of the writer's name.
 """
 
 import hashlib
@@ -14,8 +14,12 @@ from moe_jax.core.options import items, word
 
 
 class Writer(NamedTuple):
-  """log(step, split, metrics) takes a line of metrics; image(step, name, pixels) bytes
-  [height, width, 3]; close() ends it."""
+  """The functions of a writer.
+
+  log: (step, split, metrics) -> None, takes a line of metrics.
+  image: (step, name, pixels) -> None, takes bytes [height, width, 3].
+  close: () -> None, ends it.
+  """
 
   log: Callable
   image: Callable
@@ -27,11 +31,11 @@ def _tensorboard(config, path, step):
   import tensorboardX
 
   del config
-  # Events after the restored step are of a process that was stopped.
+  # Events after the restored step come from a process that was stopped.
   writer = tensorboardX.SummaryWriter(
     str(path / "tensorboard"),
     purge_step=step + 1,
-    # Names of files are of the second, in which a run may stop and go on.
+    # Names of files have the second, in which a run may stop and go on.
     filename_suffix=f".{step}",
   )
 
@@ -46,10 +50,10 @@ def _tensorboard(config, path, step):
 
 
 def _wandb(config, path, step):
-  """A run of Weights & Biases, of the name of the work directory.
+  """A run of Weights & Biases with the name of the work directory.
 
-  It goes on under the same id. Where and whether it is uploaded is up to
-  wandb's own environment variables, WANDB_PROJECT and WANDB_MODE for instance.
+  It goes on under the same id. wandb's own environment variables, such as
+  WANDB_PROJECT and WANDB_MODE, decide whether and where it is uploaded.
   """
   import wandb
 
@@ -58,7 +62,7 @@ def _wandb(config, path, step):
   run = wandb.init(
     dir=str(path),
     name="/".join(path.parts[-3:]).lstrip("/"),
-    # Letters and digits, the same whenever the run goes on.
+    # Letters and digits that stay the same when the run goes on.
     id=hashlib.sha256(str(path).encode()).hexdigest()[:16],
     resume="allow",
     config=config.to_dict(),
@@ -104,14 +108,14 @@ def begin(config, path, step: int) -> list[Writer]:
     step: that the run goes on from.
 
   Raises:
-    ConfigError: one cannot begin, without a network for instance.
+    ConfigError: a writer cannot begin, without a network for instance.
   """
   begun = []
   for name in config.writers:
     begin_one, library = KNOWN[name]
     try:
       begun.append(begin_one(config, path, step))
-    except Exception as e:  # Whatever the library raises.
+    except Exception as e:  # The library may raise anything.
       raise ConfigError(
         f'the writer "{name}" cannot begin ({first_line(e)}); see what'
         f" {library} asks for, or leave it out of writers"

@@ -19,34 +19,36 @@ class Task:
   prepare=True) -> Task; see `tasks/next_token.py`.
 
   spec: {array of a batch: shape and dtype of one example}.
-  weight: (batch of a step) -> the sum of the weights that its losses have.
+  weight: batch of a step -> the sum of the weights of its losses.
   loss: (model, variables, batch, rng, first, train, collect=None) -> (Mean to
-    minimise, sums, aux). rng is the key of the step, None outside of training for
-    models without noise; first is the index of the first example in the step's
-    batch; collect is what the model is to collect, for traces; sums are arrays that
-    add up over batches; aux is the model's.
+    minimise, sums, aux). rng is the key of the step, None outside of training
+    for models without noise; first is the index of the first example in the
+    step's batch; collect is an argument of the model, for traces; sums are
+    arrays that add up over batches; aux is the model's.
   metrics: (loss, sums) -> {name: Mean}, on the host.
   by_domain: metrics that are also reported for every domain.
-  lengths: {array of a batch: tokens of a sequence, which groups are made of}, for
-    every sequence that has layers, see `types.Sublayer`; but for those that a model
-    makes itself, see `models.lengths`.
-  given: what `models.build` passes to the model beside its section.
+  lengths: {array of a batch: tokens of a sequence, which groups are made of},
+    for every sequence that has layers, see `types.Sublayer`; without those that
+    a model makes itself, see `models.lengths`.
+  given: arguments of `models.build` beside the model's section.
   train: (seed, rows) -> batches by step, arrays [A, B/A, ...]: those rows of
     each of A micro-batches. A step's batch depends on seed and step alone.
-  validation: (rows) -> pairs of a domain and a batch, arrays [B, ...], always
-    in the same order.
-  domains: their names, in the order of the numbers that "domain" of a batch has.
-  check: (model) -> None, raises ConfigError for a model that does not fit.
-  few_shot: (model, variables, shots, batch_size) -> metrics, see `few_shot`; None:
-    it has no classes to learn from a few examples.
-  check_few_shot: (shots) -> None, raises ConfigError for too few examples.
+  validation: rows -> pairs of a domain and a batch, arrays [B, ...], always in
+    the same order.
+  domains: their names, in the order of the numbers that "domain" of a batch
+    has.
+  check: model -> None, raises ConfigError for a model that does not fit.
+  few_shot: (model, variables, shots, batch_size) -> metrics, see `few_shot`;
+    None: it has no classes to learn from a few examples.
+  check_few_shot: shots -> None, raises ConfigError for too few examples.
   pictures: (model, variables) -> {name: bytes [height, width, 3]}, for the hook
     `pictures`; None: there are none.
   name: of the data.
   fingerprint: changes when the data does.
-  sources: what the data was made of, for run.json.
-  end, start: the token that ends a text, and the one that an encoder-decoder begins
-    to write with; None: the tokenizer's end, and `end`.
+  sources: {name: version} of everything that the data was made from, for
+    run.json.
+  end, start: the token that ends a text, and the token that an encoder-decoder
+    begins to write with; None: the tokenizer's end, and `end`.
   """
 
   spec: Mapping[str, jax.ShapeDtypeStruct]
@@ -70,6 +72,6 @@ class Task:
   start: int | None = None
 
 
-PART = Task  # `build` of each file returns one.
+PART = Task  # The record that `build` of each file returns.
 # Files of this folder that are no tasks.
 SHARED = ("bleu", "few_shot", "pictures", "replay", "sequence_to_sequence")

@@ -14,7 +14,7 @@ _AT_ONCE = 16  # Sources of a search.
 
 
 def check(config) -> None:
-  """Raises ConfigError for another task, or without sacrebleu."""
+  """Raises ConfigError for another task than translation, or no sacrebleu."""
   if config.task.name != "translation":
     raise ConfigError(
       f"--bleu is for the task translation, and this run has {config.task.name};"
@@ -29,9 +29,9 @@ def check(config) -> None:
 def of_run(
   loaded, task, number: int, num_beams: int, begin: Sequence[int] = ()
 ) -> tuple[dict[str, float], str]:
-  """({"bleu": of the corpus, "bleu_pairs": how many pairs it is of}, its signature).
+  """Returns the BLEU of a model's translations, and sacrebleu's signature.
 
-  The reference is the text that the tokens of a target stand for.
+  The reference of a pair is the text of the target's tokens.
 
   Args:
     loaded: a `trained.Trained`, which generation takes.
@@ -40,6 +40,10 @@ def of_run(
       domains in turn.
     num_beams: see `beam.Beams`; 1: the most probable tokens.
     begin: tokens that every target begins with, which are given.
+
+  Returns:
+    {"bleu": of the corpus, "bleu_pairs": number of its pairs}; and the
+    signature.
   """
   from sacrebleu.metrics import BLEU
 

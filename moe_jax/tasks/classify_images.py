@@ -23,7 +23,7 @@ from moe_jax.tasks import Task, few_shot, pictures
 
 _AUGMENT = section(of(augment_lib.Augmentation), required=())
 TEXT = False  # Its batches have none.
-_TOP = 5  # The second accuracy counts a label among the best so many classes.
+_TOP = 5  # The second accuracy counts a label among this many best classes.
 
 
 def build(
@@ -42,23 +42,25 @@ def build(
   label_smoothing: number(0, below=1) = 0.0,
   augment: _AUGMENT = dataclasses.asdict(augment_lib.Augmentation()),  # noqa: B008
 ) -> Task:
-  """The task of a config, with its images prepared.
+  """Returns the task of a config, with its images prepared.
 
   Args:
     config: a whole config, of which `data.name`, `data.dir`, `data.cache_dir`,
       `data.batch_size`, `train.accumulation`, `eval` and `plugins` are read.
     mesh: is not used.
-    fingerprint, prepare: as in `next_token.build`; without batches nothing is read.
+    fingerprint, prepare: as in `next_token.build`; without batches nothing is
+      read.
     image, label: names of the features.
-    size: pixels on each side, or (height, width), of what the model gets; None: as
-      the images are, which then have one size.
-    stored_size: the same of the images in the cache, of which `augment.area` takes
-      parts; None: `size`.
-    channels: 1 or 3, to which the images are changed; None: as they are.
+    size: pixels on each side, or (height, width), of the model's images; None:
+      those of the data, which then have one size.
+    stored_size: the size of the images in the cache, of which `augment.area`
+      takes parts; None: `size`.
+    channels: 1 or 3, to which the images are changed; None: unchanged.
     crop: share that is kept of the middle of an image, see `prepared.Size`.
     num_classes: of the model; None: those of the data.
-    loss: "softmax", the cross-entropy of exclusive classes, or "sigmoid", the sum
-      over classes of that of each one alone (V-MoE, 2106.05974, in pre-training).
+    loss: "softmax", the cross-entropy of exclusive classes, or "sigmoid", the
+      sum over classes of the cross-entropy of each alone (V-MoE, 2106.05974, in
+      pre-training).
     label_smoothing: share of a label that all classes have equal parts of, in
       training (1512.00567, 7).
     augment: options of `augment.Augmentation`.
@@ -86,14 +88,17 @@ def build(
 def of_images(
   config, images: prepared.Images, size, num_classes=None, **options
 ) -> Task:
-  """The task of a config on images that are prepared already.
+  """Returns the task of a config on images that are prepared already.
 
   Args:
     config: as in `build`.
-    images: from `prepared.prepare`; or without any, which have no batches.
-    size: height and width of what the model gets.
+    images: from `prepared.prepare`; without arrays, the task has no batches.
+    size: height and width of the model's images.
     num_classes: see `build`.
     **options: of `scoring`.
+
+  Raises:
+    ConfigError: the number of classes is unknown, or less than the data's.
   """
   known = len(images.classes)
   if num_classes is None and not known:
@@ -146,11 +151,11 @@ def scoring(
   augment: augment_lib.Augmentation = augment_lib.Augmentation(),  # noqa: B008
   **data,
 ) -> Task:
-  """The task of any batch: its losses and metrics.
+  """Returns the task of any batch: its losses and metrics.
 
   Args:
     shape: H, W and channels of the images of a batch.
-    size: height and width of what the model gets.
+    size: height and width of the model's images.
     num_classes: of the model.
     loss, label_smoothing, augment: see `build`.
     **data: fields of `Task` that depend on the data; none: no batches.
@@ -194,16 +199,27 @@ def scoring(
   )
 
 
-_OF_AUGMENTATION = 2**30  # A number that no layer and no group folds in.
+_OF_AUGMENTATION = 2**30  # Folded into the key; no layer has this index.
 
 
 def softmax_cross_entropy(logits_BC: Array, target_BC: Array) -> Array:
-  """[B]: -sum over classes of target log p, in nats."""
+  """Returns -sum over classes of target log p, in nats, [B].
+
+  Args:
+    logits_BC: any numbers.
+    target_BC: shares of the classes, which add up to 1.
+  """
   return -(target_BC * jax.nn.log_softmax(logits_BC, axis=-1)).sum(axis=-1)
 
 
 def sigmoid_cross_entropy(logits_BC: Array, target_BC: Array) -> Array:
-  """[B]: the sum over classes of -target log p - (1 - target) log(1 - p), in nats."""
+  """Returns the sum over classes of binary cross-entropies, in nats, [B].
+
+  -target log(p) - (1 - target) log(1 - p), for p = sigmoid(logit).
+
+  Args:
+    logits_BC, target_BC: any numbers; from 0 to 1.
+  """
   log_p, log_not = jax.nn.log_sigmoid(logits_BC), jax.nn.log_sigmoid(-logits_BC)
   return -(target_BC * log_p + (1 - target_BC) * log_not).sum(axis=-1)
 
@@ -212,9 +228,9 @@ LOSSES = {"softmax": softmax_cross_entropy, "sigmoid": sigmoid_cross_entropy}
 
 
 def _right(logits_BC, label_B, mask_B, n):
-  """The number of labels among the n best classes; of equal ones the first is best.
+  """The number of labels among the n best classes; of equals the first is best.
 
-  Logits that are no numbers are right nowhere.
+  A label whose logits have NaN is not counted.
   """
   own_B1 = jnp.take_along_axis(logits_BC, label_B[:, None], axis=1)
   before_BC = jnp.arange(logits_BC.shape[1])[None] < label_B[:, None]
@@ -223,7 +239,7 @@ def _right(logits_BC, label_B, mask_B, n):
 
 
 def _metrics(loss: Mean, sums) -> dict[str, Mean]:
-  """The loss in nats, and the shares of labels that are the best class, or near."""
+  """The loss in nats, and the shares of labels among the best classes."""
   names = {1: "accuracy", _TOP: f"accuracy_{_TOP}"}
   right = {
     name: Mean(sums[f"right_{n}"], loss.weight) for n, name in names.items()

@@ -3,7 +3,7 @@
   x_t = (1 - t) x + t noise;  velocity v = noise - x = d x_t / d t
 
 with t from 0, no noise, to 1, noise alone (flow matching, 2210.02747; rectified flow,
-2209.03003). The loss is the mean square of what is predicted minus v, or minus the
+2209.03003). The loss is the mean square of the prediction minus v, or minus the
 noise. t = s u / (1 + (s - 1) u) of a uniform u, where the shift s above 1 means more
 noise (2403.03206, 5.3.2).
 """
@@ -33,8 +33,8 @@ TEXT = False  # Its batches have none.
 EXPERTS = (
   "high",
   "low",
-)  # Networks for timesteps from the boundary on, and below.
-_OF_NOISE = 2**30  # A number that no layer and no group folds in.
+)  # Networks for timesteps from the boundary on, and below it.
+_OF_NOISE = 2**30  # Folded into the key; no layer or group has this index.
 _POSITIVE = integer(1)
 _SHAPE = optional(items((_POSITIVE,) * 4))
 
@@ -61,7 +61,7 @@ def build(
   guidance: either(number(0), items((number(0), number(0)))) = 1.0,
   levels: integer(1, 100) = 8,
 ) -> Task:
-  """The task of a config, with its data prepared.
+  """Returns the task of a config, with its data prepared.
 
   Args:
     config: a whole config, of which `data.name`, `data.dir`, `data.cache_dir`,
@@ -73,7 +73,7 @@ def build(
     shape, text, more_channels, num_classes: of the data, where it is not read:
       (frames, height, width, channels), (vectors of a text, their width), ...; where it
       is read they need not be given.
-    predict: what the model is to say of a noisy video.
+    predict: the model's prediction from a noisy video.
     shift: s of training and of sampling.
     boundary: the timestep from which on another network is used; None: one network
       is for all.
@@ -129,7 +129,10 @@ def _ranges(levels, ends):
 
 
 def timesteps(boundary, expert) -> tuple[float, float]:
-  """(lowest, highest) timestep of a network.
+  """Returns (lowest, highest) timestep of a network.
+
+  Args:
+    boundary, expert: as in `build`.
 
   Raises:
     ConfigError: an expert without a boundary, or without timesteps.
@@ -167,11 +170,11 @@ def _read(config, image, label, size, channels, crop, fingerprint):
 
 
 def of_videos(config, found: videos.Videos, ranges, ends, **options) -> Task:
-  """The task of a config on videos that are prepared already.
+  """Returns the task of a config on videos that are prepared already.
 
   Args:
     config: as in `build`.
-    found: from `videos`; or without arrays, which have no batches.
+    found: from `videos`; without arrays, the task has no batches.
     ranges: {name: (from, to)} of the timesteps of validation.
     ends: the lowest and highest timestep of training.
     **options: predict, shift, unconditional of `build`.
@@ -216,7 +219,12 @@ def of_videos(config, found: videos.Videos, ranges, ends, **options) -> Task:
 
 
 def shifted(u, shift: float):
-  """The timestep t of a uniform u; see the head of this file."""
+  """Returns the timestep t of a uniform u; see the head of this file.
+
+  Args:
+    u: from 0 to 1, of any shape.
+    shift: s, above 0.
+  """
   return shift * u / (1 + (shift - 1) * u)
 
 
@@ -260,7 +268,12 @@ def _loss(
 
 
 def condition(batch, left_out_B) -> Condition:
-  """The condition of a batch, without label and text where it is left out."""
+  """Returns the condition of a batch; a condition that is left out is empty.
+
+  Args:
+    batch: its "label", "text" and "text_mask" are read, if it has them.
+    left_out_B: bool.
+  """
   label_B, text_BMT = batch.get("label"), batch.get("text")
   if label_B is not None:
     label_B = jnp.where(left_out_B, -1, label_B)
@@ -270,6 +283,6 @@ def condition(batch, left_out_B) -> Condition:
 
 
 def _timestep(ends, shift, key):
-  """A timestep between the ends, whose u is uniform."""
+  """A timestep between the ends, for a uniform u."""
   low, high = (x / (shift - (shift - 1) * x) for x in ends)
   return shifted(jax.random.uniform(key, minval=low, maxval=high), shift)

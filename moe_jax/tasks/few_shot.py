@@ -1,10 +1,10 @@
 """The accuracy of a linear classifier that has seen a few images' vectors.
 
-V-MoE (2106.05974, 4.2) reports it for models that have seen other images. The vectors
-of n images of every class, and the targets 1 and -1 of their classes, are fitted by
-ridge regression. Its regularisation is the one of a grid that is best on every second
-validation image, and the accuracy is that on the others; V-MoE's own code takes both
-from the same images, and the best over several datasets.
+V-MoE (2106.05974, 4.2) reports it for models that have seen other images. The
+vectors of n images of every class, and the targets 1 and -1 of their classes,
+are fitted by ridge regression. The regularisation is the best of a grid on
+every second validation image, and the accuracy is that on the others; V-MoE's
+own code takes both from the same images, and the best over several datasets.
 """
 
 import functools
@@ -16,7 +16,7 @@ import numpy as np
 from moe_jax.core.errors import ConfigError
 from moe_jax.data.images.prepared import Images
 
-# Times the largest eigenvalue of the Gram matrix.
+# The grid, in units of the largest eigenvalue of the Gram matrix.
 _REGULARISATIONS = 2.0 ** np.arange(-30, 6)
 _DRAWS = 5  # Choices of images, whose accuracies are averaged.
 
@@ -29,11 +29,11 @@ def accuracies(
   shots: Sequence[int],
   batch_size: int,
 ) -> dict[str, float]:
-  """{"few_shot/N": accuracy} for N images of every class.
+  """Returns {"few_shot/N": accuracy} for N images of every class.
 
   Args:
     images: from `prepared.prepare`.
-    scale: (uint8 images) -> what the model gets.
+    scale: uint8 images -> the model's images.
     model, variables: a `vision.Vision` and its weights.
     shots: numbers of images N.
     batch_size: images of a forward pass.
@@ -42,7 +42,8 @@ def accuracies(
     The accuracies, and "few_shot_images", the number of images that they count.
 
   Raises:
-    ConfigError: as in `check`; or a vector of the model contains NaN or infinity.
+    ConfigError: as in `check`; or a vector of the model contains NaN or
+      infinity.
   """
   check(images, shots)
   pixels, labels = images.arrays["train"]
@@ -75,6 +76,9 @@ def check(images: Images, shots: Sequence[int]) -> None:
   """Raises ConfigError if the data has too few images for `accuracies`.
 
   Commands call it before they evaluate anything.
+
+  Args:
+    images, shots: as in `accuracies`.
   """
   labels, others = (images.arrays[k][1] for k in ("train", "validation"))
   counts = np.bincount(labels, minlength=len(images.classes))
@@ -122,7 +126,7 @@ def _accuracy(x_NF, label_N, others_MF, wanted_M, num_classes):
     shrunk_R = values_R + factor * (values_R.max() or 1)
     guess_M = (rows_MR @ (right_RC / shrunk_R[:, None]) + bias_C).argmax(1)
     right_M = guess_M == wanted_M
-    if right_M[::2].mean() > most:  # The others have no part in the choice.
+    if right_M[::2].mean() > most:  # Images at odd places have no part in it.
       most, found = right_M[::2].mean(), right_M[1::2].mean()
   return found
 

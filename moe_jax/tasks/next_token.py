@@ -35,17 +35,17 @@ def build(
   z_loss: number(0) = 0.0,
   token_ranges: labelled(items((integer(0), integer(1)))) = {},  # noqa: B006
 ) -> Task:
-  """The task of a config, with its text prepared.
+  """Returns the task of a config, with its text prepared.
 
   Args:
-    config: a whole config, of which `data`, `train.accumulation`, `eval`, `plugins`
-      and, for a replay, `train.num_steps` are read.
+    config: a whole config, of which `data`, `train.accumulation`, `eval`,
+      `plugins` and, for a replay, `train.num_steps` are read.
     mesh: from `parallel.make_mesh`; None: one device.
-    fingerprint: of the data, where a run goes on that has seen it; None: any.
-    prepare: whether there are to be batches; without them nothing is read but
-      the tokenizer.
-    replay: folder of the traces of a run, whose experts are forced on the tokens
-      of this one, see `replay`; None: the router chooses.
+    fingerprint: of the data, for a run that goes on; None: any.
+    prepare: whether there are to be batches; without them only the tokenizer is
+      read.
+    replay: folder of the traces of a run, whose experts are forced on the
+      tokens of this one, see `replay`; None: the router chooses.
     z_loss, token_ranges: see `scoring`.
 
   Raises:
@@ -59,11 +59,11 @@ def build(
 
 
 def of_corpus(config, corpus, mesh=None, recorded=None, **options) -> Task:
-  """The task of a config on text that is prepared already.
+  """Returns the task of a config on text that is prepared already.
 
   Args:
     config, mesh: as in `build`.
-    corpus: from `mixed.prepare`; or one without text, which has no batches.
+    corpus: from `mixed.prepare`; without text, the task has no batches.
     recorded: the `Replay` of another run, or None.
     **options: z_loss and token_ranges of `scoring`.
   """
@@ -123,17 +123,19 @@ def scoring(
   token_ranges: Mapping[str, tuple[int, int]] = {},  # noqa: B006
   **data,
 ) -> Task:
-  """The task of any batch: its losses and metrics.
+  """Returns the task of any batch: its losses and metrics.
 
   Args:
     num_bytes_V: bytes of text that each token stands for.
     seq_len: L.
-    z_loss: coefficient of log(Z)^2, the mean over targets, in what is minimised, but
-      not in the loss that is reported; Z is the sum of the output's softmax (GLaM,
-      2112.06905, takes 1e-4).
-    token_ranges: {name: (first, end)} of the vocabulary, such as the codes of images, whose
-      targets have a metric loss_NAME of their own.
+    z_loss: coefficient of the mean log(Z)^2, which is minimised, not reported;
+      Z is the sum of the output's softmax (GLaM, 2112.06905, takes 1e-4).
+    token_ranges: {name: (first, end)} of the vocabulary, such as the codes of
+      images. Targets in a range have a metric loss_NAME.
     **data: fields of `Task` that depend on the data; none: no batches.
+
+  Raises:
+    ConfigError: a range does not lie in the vocabulary.
   """
 
   def loss(model, variables, batch, rng, first, train, collect=None):
@@ -176,7 +178,13 @@ def scoring(
 
 
 def cross_entropy(logits_BLV: Array, target_BL: Array, mask_BL: Array) -> Mean:
-  """-log p(target), in nats, over unpadded tokens."""
+  """Returns -log p(target), in nats, over unpadded tokens.
+
+  Args:
+    logits_BLV: any numbers.
+    target_BL: int32 in [0, V).
+    mask_BL: bool, False for padding.
+  """
   log_p_BLV = jax.nn.log_softmax(logits_BLV, axis=-1)
   log_p_BL1 = jnp.take_along_axis(log_p_BLV, target_BL[..., None], axis=-1)
   total = jnp.where(mask_BL, -log_p_BL1[..., 0], 0).sum()
@@ -184,7 +192,11 @@ def cross_entropy(logits_BLV: Array, target_BL: Array, mask_BL: Array) -> Mean:
 
 
 def squared_log_z(logits_BLV: Array, mask_BL: Array) -> Array:
-  """The sum of log(Z)^2 over unpadded tokens, Z the sum of their softmax."""
+  """Returns the sum over unpadded tokens of log(Z)^2, Z their softmax's sum.
+
+  Args:
+    logits_BLV, mask_BL: as in `cross_entropy`.
+  """
   log_z_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
   # Masked before the square, whose gradient may be infinite at padding.
   return jnp.square(jnp.where(mask_BL, log_z_BL, 0)).sum()
@@ -206,15 +218,18 @@ def on_corpus(
   trace: traces.Writer | None = None,
   **batching,
 ) -> tuple[Task, dict]:
-  """(the task, {domain: summed `evaluation.eval_step`}) of weights on a text.
+  """Scores weights on a text.
 
   Args:
     loaded: a `trained.Trained`; the first of its `ends` ends a document.
     corpus: from `mixed.prepare`, tokens of the same tokenizer.
     separate_documents: no attention or loss across their ends.
-    trace: takes what tokens choose; None: nothing is recorded.
+    trace: takes the tokens' choices; None: nothing is recorded.
     **batching: seq_len, batch_size, batches_per_domain of
       `batches.validation_batches`.
+
+  Returns:
+    The task, and {domain: summed `evaluation.eval_step`}.
   """
   end, own_end = loaded.ends[0], loaded.tokenizer.end
   arch = dataclasses.replace(

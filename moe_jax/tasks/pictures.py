@@ -1,4 +1,4 @@
-"""Pictures of what a model does: the experts of patches, and denoised videos.
+"""Pictures of a model's work: the experts of patches, and denoised videos.
 
 All are arrays of bytes [height, width, 3], for the hook `pictures`.
 """
@@ -21,15 +21,15 @@ _LEAST = 64  # Pixels of a side of an image in a picture.
 
 
 def experts(images, scale, model, variables: Mapping) -> dict[str, np.ndarray]:
-  """{"experts": picture}: images, and below them the best expert of each patch.
+  """Returns {"experts": picture}: images, and the best expert of each patch.
 
-  A row is a MoE layer, and a colour is an expert: the first expert that the patch
-  chose, or where experts or slots choose, the expert with the largest weight in the
-  patch. A black patch has no expert.
+  Below the images a row is a MoE layer, and a colour is an expert: the first
+  expert that the patch chose, or where experts or slots choose, the expert with
+  the largest weight in the patch. A black patch has no expert.
 
   Args:
     images: `prepared.Images`.
-    scale: (uint8 images) -> what the model gets.
+    scale: uint8 images -> the model's images.
     model, variables: a `vision.Vision` and its weights.
   """
   pixels, arch = images.arrays["validation"][0][:NUMBER], model.arch
@@ -38,7 +38,7 @@ def experts(images, scale, model, variables: Mapping) -> dict[str, np.ndarray]:
     pixels, (models.whole_batch(model, NUMBER), *pixels.shape[1:])
   )
   aux = _compiled(model)(variables, scale(batch))[1]
-  patches = slice(-grid[0] * grid[1], None)  # Without a class token.
+  patches = slice(-grid[0] * grid[1], None)  # The class token is left out.
   rows = _best_experts(model, aux, len(batch), patches, grid)
   return {"experts": _sheet([[_coloured(x) for x in pixels], *rows])}
 
@@ -59,7 +59,7 @@ def _best_experts(model, aux, number, patches, grid):
 
 
 def _best(choice, tokens):
-  """The best expert of each token [..., T], or -1 where there is none."""
+  """The best expert of each token [..., T], or -1 if it has no expert."""
   if isinstance(choice, TokenChoice):
     return jnp.where(choice.valid_TK, choice.expert_TK, -1)[..., 0]
   if isinstance(choice, Mixture):
@@ -74,12 +74,12 @@ def _best(choice, tokens):
 def denoised(
   found: videos.Videos, ends, options: Mapping, model, variables: Mapping
 ) -> dict[str, np.ndarray]:
-  """{"denoised": picture, "samples": picture} of the first frames.
+  """Returns {"denoised": picture, "samples": picture} of the first frames.
 
-  "denoised" has videos, these with noise, and what the model makes of them in one
-  step, at timesteps that rise from left to right. Below them are the best experts of
-  their patches, as in `experts`. "samples" are there where one network is for all
-  timesteps.
+  "denoised" has videos, these with noise, and the model's prediction of them in
+  one step, at timesteps that rise from left to right. Below them are the best
+  experts of their patches, as in `experts`. "samples" is there where one
+  network is for all timesteps.
 
   Args:
     found: with arrays.
@@ -89,7 +89,7 @@ def denoised(
   """
   arrays = {k: x[:NUMBER] for k, x in found.arrays["validation"].items()}
   if found.shape[3] not in (1, 3):
-    return {}  # Latents are no pixels.
+    return {}  # Latents cannot be shown as pixels.
   number = models.whole_batch(model, NUMBER)
   arrays = {k: np.resize(x, (number, *x.shape[1:])) for k, x in arrays.items()}
   x = np.asarray(videos.numbers(arrays["video"]))
@@ -114,7 +114,7 @@ def denoised(
     for row in (x, noisy, np.asarray(clean))
   ]
   grid = model.arch.video.grid(model.arch.shape)[1:]
-  patches = slice(grid[0] * grid[1])  # Of the first frames.
+  patches = slice(grid[0] * grid[1])  # The patches of the first frames.
   rows += _best_experts(model, aux, number, patches, grid)
   made = {"denoised": _sheet(rows)}
   if tuple(ends) == (0.0, 1.0):
@@ -126,7 +126,7 @@ def denoised(
   return made
 
 
-@functools.lru_cache(maxsize=8)  # The hook calls again and again.
+@functools.lru_cache(maxsize=8)  # The hook calls many times in a run.
 def _compiled(model):
   return jax.jit(functools.partial(model.apply, collect="routing"))
 
@@ -141,7 +141,7 @@ def _coloured(pixels):
 
 
 def _palette(number: int) -> np.ndarray:
-  """Colours [number + 1, 3] of experts; the last one is of -1, none."""
+  """Colours [number + 1, 3] of experts; the last one is that of no expert."""
   from matplotlib import colors
 
   hue = np.arange(number) * 0.6180339887498949 % 1
@@ -155,9 +155,9 @@ def _palette(number: int) -> np.ndarray:
 
 
 def _sheet(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-  """One picture of rows of pictures, enlarged to one size, with lines between.
+  """A picture of rows of pictures, enlarged to one size, with lines between.
 
-  The first picture says how high they are for their width.
+  The first picture decides the ratio of height to width.
   """
   height, width = rows[0][0].shape[:2]
   sides = [_LEAST * n / max(height, width) for n in (height, width)]

@@ -1,9 +1,10 @@
-"""The experts of a recorded run, forced upon another one.
+"""The experts of a recorded run, forced upon another run.
 
-A folder of traces, STEP.safetensors for every step, as the hook `trace` writes them.
-Tokens then take the recorded experts, in training; their weights come from the live
-scores, as in router replay for reinforcement learning (R3, 2510.11370). The router
-chooses at evaluation, and where a trace has no experts.
+They are read from a folder of traces, STEP.safetensors for every step, as the
+hook `trace` writes them. In training, tokens take the recorded experts; their
+weights come from the live scores, as in router replay for reinforcement
+learning (R3, 2510.11370). The router chooses at evaluation, and where a trace
+has no experts.
 """
 
 import functools
@@ -29,7 +30,7 @@ class Replay:
   """
 
   def __init__(self, folder: str, steps: int = 1):
-    """Raises ConfigError for a folder without the trace of one of the steps."""
+    """Opens the traces of the first steps; ConfigError if one is missing."""
     self._folder = pathlib.Path(folder)
     for step in range(steps):
       self._check_there(step)
@@ -39,11 +40,11 @@ class Replay:
     self.shape = max(map(int, first.layers)) + 1, max(top_k)
 
   def spec(self, length: int) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of the experts of one sequence."""
+    """Returns shape and dtype of the experts of `length` tokens."""
     return jax.ShapeDtypeStruct((length, *self.shape), np.int16)
 
   def check(self, model) -> None:
-    """Raises ConfigError for a model of other layers, or without replay."""
+    """Raises ConfigError for a model with other layers, or without replay."""
     found = traces.layers_of(models.sublayers(model))
     for name in sorted(found.keys() | self.layers.keys()):
       if found.get(name) != self.layers.get(name):
@@ -60,7 +61,7 @@ class Replay:
         )
 
   def train(self, batches: ByStep) -> ByStep:
-    """Batches with the experts of their step."""
+    """Returns batches with the experts of their step."""
 
     def read(step):
       batch = batches[step]
@@ -69,12 +70,12 @@ class Replay:
     return ByStep(read)
 
   def none(self, batch: Mapping) -> dict:
-    """A batch in which the router chooses."""
+    """Returns a batch in which the router chooses."""
     shape = (*batch["inputs"].shape, *self.shape)
     return {**batch, "replayed": np.full(shape, -1, np.int16)}
 
   def _experts(self, step, inputs):
-    """The experts of a step, for tokens that are those of the trace."""
+    """The experts of a step, for tokens that must be those of the trace."""
     trace = self._read(step)
     token = trace.arrays["token"]
     if (

@@ -26,18 +26,18 @@ def scoring(
   mesh=None,
   **data,
 ) -> Task:
-  """The task of batches as `spans` and `pairs` have them.
+  """Returns the task of batches as `spans` and `pairs` have them.
 
   Args:
     lengths: {"inputs": tokens of a row of inputs, "targets": of targets}.
     vocab_size: V, of both sides.
     num_bytes_V: bytes of text that each token stands for, to report bits per
       byte of the targets' text; None: they are not reported.
-    z_loss: coefficient of log(Z)^2, the mean over targets, in what is minimised; Z
-      is the sum of the output's softmax.
-    label_smoothing: share of a target's probability that all tokens have equal parts
-      of, in what is minimised (1512.00567, 7). The loss that is reported is without
-      both.
+    z_loss: coefficient of log(Z)^2, mean over targets, which is minimised; Z is
+      the sum of the output's softmax.
+    label_smoothing: share of a target's probability that all tokens have equal
+      parts of, when it is minimised (1512.00567, 7). The reported loss is
+      without both.
     mesh: from `parallel.make_mesh`; None: one device.
     **data: fields of `Task` that depend on the data; none: no batches.
   """
@@ -91,27 +91,27 @@ def _more(logits_BLV, mask_BL, total, z_loss, label_smoothing):
 
 
 def vocab_size(corpus, rows, sentinels: Sequence[int] = ()) -> int:
-  """V: the tokens of a corpus, and those that its rows have beside.
+  """Returns V: the tokens of a corpus, and the further tokens of its rows.
 
   Args:
     corpus: of the run.
     rows: a `spans.Corruption` or a `pairs.Packing`.
     sentinels: of its spans.
   """
-  # The end of a document is the last token, and has another one in its place.
+  # The last token ends a document; `rows.end`, if it is set, takes its place.
   own = corpus.vocab_size - (rows.end is not None)
   given = [x for x in (rows.end, rows.start) if x is not None]
   return max(own, *(int(x) + 1 for x in (*given, *sentinels)), 1)
 
 
 def of_corpus(config, corpus, data, **how) -> dict:
-  """The fields of `Task` that depend on the text.
+  """Returns the fields of `Task` that depend on the text.
 
   Args:
     config: of the run.
-    corpus: from `mixed.prepare`; or one without text.
+    corpus: from `mixed.prepare`; without text, the task has no batches.
     data: the module that makes batches of it, `spans` or `pairs`.
-    **how: the argument of its functions that says how rows are made.
+    **how: the argument of its functions that describes rows.
   """
   (rows,) = how.values()
   return {
@@ -139,7 +139,11 @@ def of_corpus(config, corpus, data, **how) -> dict:
 
 
 def uniform_cross_entropy(logits_BLV: Array, mask_BL: Array) -> Array:
-  """The sum over unpadded tokens of the mean over all tokens v of -log p(v)."""
+  """Returns the sum over unpadded tokens of the mean over all v of -log p(v).
+
+  Args:
+    logits_BLV, mask_BL: as in `next_token.cross_entropy`.
+  """
   log_p_BL = jax.nn.log_softmax(logits_BLV, axis=-1).mean(axis=-1)
   return -jnp.where(mask_BL, log_p_BL, 0).sum()
 
@@ -155,9 +159,9 @@ def _spec(lengths):
 
 
 def _metrics(loss: Mean, sums) -> dict[str, Mean]:
-  """Means over target tokens: nats, their negative, and the share predicted right.
+  """Means over target tokens: nats, their negative, the share predicted right.
 
-  Bits per byte of the targets' text are there too, where bytes are counted.
+  They include bits per byte of the targets' text, if bytes are counted.
   """
   total, number = sums["cross_entropy"], loss.weight
   metrics = {

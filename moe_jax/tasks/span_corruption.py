@@ -23,7 +23,7 @@ def build(
   z_loss: number(low=0) = 0.0,
   label_smoothing: number(0, below=1) = 0.0,
 ) -> Task:
-  """The task of a config, with its text prepared.
+  """Returns the task of a config, with its text prepared.
 
   Args:
     config: a whole config, of which `data`, `train.accumulation`, `eval` and
@@ -31,7 +31,8 @@ def build(
     mesh, fingerprint, prepare: as in `next_token.build`.
     noise_density: share of the tokens that are taken out of the inputs.
     mean_span: mean tokens of a span that is taken out.
-    targets_length: tokens of a row of targets; None: as many as there are.
+    targets_length: tokens of a row of targets; None: as many as the noise
+      needs.
     sentinels, end, start: tokens that a published model knows, see
       `spans.Corruption`; None: new ones, after the vocabulary.
     z_loss, label_smoothing: see `sequence_to_sequence.scoring`.
@@ -48,7 +49,7 @@ def build(
     separate_documents=data.separate_documents,
     **{"sentinels": sentinels, "end": end, "start": start},
   )
-  # It reports no bits per byte, and T5's tokens leave some characters out.
+  # The task reports no bits per byte, and T5's tokens lack some characters.
   corpus = mixed.of_config(config, fingerprint, prepare, whole=False)
   _check_sentinels(corpus, corruption)
   more = {"z_loss": z_loss, "label_smoothing": label_smoothing}
@@ -56,7 +57,7 @@ def build(
 
 
 def _check_sentinels(corpus, corruption):
-  """Raises ConfigError for a sentinel that a text may have, too."""
+  """Raises ConfigError for a sentinel that may also be a token of a text."""
   num_bytes_V = np.asarray(corpus.num_bytes_V)
   for token in map(int, corruption.of_spans(corpus.vocab_size)):
     if num_bytes_V[token : token + 1].any():
@@ -69,11 +70,11 @@ def _check_sentinels(corpus, corruption):
 def of_corpus(
   config, corpus, corruption: spans.Corruption, mesh=None, **losses
 ) -> Task:
-  """The task of a config on text that is prepared already.
+  """Returns the task of a config on text that is prepared already.
 
   Args:
     config, mesh: as in `build`.
-    corpus: from `mixed.prepare`; or one without text, which has no batches.
+    corpus: from `mixed.prepare`; without text, the task has no batches.
     corruption: what is done to the text.
     **losses: z_loss and label_smoothing.
   """

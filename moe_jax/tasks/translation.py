@@ -27,7 +27,7 @@ def build(
   z_loss: number(low=0) = 0.0,
   label_smoothing: number(0, below=1) = 0.0,
 ) -> Task:
-  """The task of a config, with its pairs prepared.
+  """Returns the task of a config, with its pairs prepared.
 
   Args:
     config: a whole config, of which `data`, `train.accumulation`, `eval` and
@@ -70,11 +70,11 @@ def build(
 
 
 def begins(config, part: str | None = None) -> tuple[tuple[int, ...], ...]:
-  """(tokens that all sources begin with, those that all targets begin with).
+  """Returns (tokens at the beginning of all sources, those of all targets).
 
   Args:
     config: of a run of this task.
-    part: the label in `data.mixture` of those that are meant; None: all.
+    part: the label of a part of `data.mixture`; None: all parts.
 
   Raises:
     ConfigError: there is no such part, or parts differ.
@@ -99,11 +99,11 @@ def begins(config, part: str | None = None) -> tuple[tuple[int, ...], ...]:
 def of_corpus(
   config, corpus, packing: pairs.Packing, mesh=None, **losses
 ) -> Task:
-  """The task of a config on pairs that are prepared already.
+  """Returns the task of a config on pairs that are prepared already.
 
   Args:
     config, mesh: as in `build`.
-    corpus: of pairs; or one without text, which has no batches.
+    corpus: of pairs; without text, the task has no batches.
     packing: how pairs become rows.
     **losses: z_loss and label_smoothing.
   """

@@ -1,6 +1,6 @@
 """Balancers in training: their losses, and the update of their state.
 
-Everything is by the path of a sublayer, see `models.sublayers`; arrays have a
+All dicts have paths of sublayers as keys, see `models.sublayers`; arrays have a
 leading axis of repeats.
 """
 
@@ -19,7 +19,7 @@ Sublayers = Mapping[str, Sublayer]
 
 
 def numbers(sublayers: Sublayers) -> dict:
-  """{path: {label: {option: number}}} of all balancers' number options."""
+  """Returns {path: {label: {option: number}}} of all number options."""
   return {
     path: {
       label: registry.number_options(balancer)
@@ -30,11 +30,11 @@ def numbers(sublayers: Sublayers) -> dict:
 
 
 def rebuilt(sublayers: Sublayers, numbers: Mapping) -> dict[str, Sublayer]:
-  """The sublayers with balancers of other numbers, tracers for instance.
+  """Returns the sublayers, with balancers that have other numbers.
 
   Args:
     sublayers: of the model.
-    numbers: as `numbers` returns them.
+    numbers: as `numbers` returns them, with tracers for instance.
   """
   made = {}
   for path, parts in sublayers.items():
@@ -48,7 +48,11 @@ def rebuilt(sublayers: Sublayers, numbers: Mapping) -> dict[str, Sublayer]:
 
 
 def statistics(aux: Mapping, sublayers: Sublayers) -> dict[str, Stats]:
-  """{path: Stats [R, G, S]} from the `aux` that a model returns."""
+  """Returns {path: Stats [R, G, S]}.
+
+  Args:
+    aux, sublayers: the result of a model, and of the model.
+  """
   return {
     path: stacked(models.at(aux, path)["stats"], parts)
     for path, parts in sublayers.items()
@@ -56,19 +60,29 @@ def statistics(aux: Mapping, sublayers: Sublayers) -> dict[str, Stats]:
 
 
 def stacked(tree, parts: Sublayer):
-  """Arrays with their leading axis of repeats."""
+  """Returns arrays with their leading axis of repeats.
+
+  Args:
+    tree: arrays of a sublayer, which have it already if the layer repeats.
+    parts: the sublayer.
+  """
   if parts.stacked:
     return tree
   return jax.tree.map(lambda x: x[None], tree)
 
 
 def of_balancer(stats, label):
-  """Statistics with the sums that one balancer observed."""
+  """Returns statistics with the sums that one balancer observed.
+
+  Args:
+    stats: of a layer.
+    label: of the balancer.
+  """
   return stats.replace(observed=stats.observed.get(label, {}))
 
 
 def sum_groups(stats: Mapping[str, Stats]) -> dict[str, Stats]:
-  """Sums over groups and sequences, kept as axes of length 1: [R, 1, 1]."""
+  """Returns sums over groups and sequences, as axes of length 1: [R, 1, 1]."""
   return jax.tree.map(lambda x: x.sum((1, 2), keepdims=True), stats)
 
 
@@ -79,7 +93,7 @@ def loss(
   so_far: Mapping[str, Array],
   params: Mapping,
 ) -> Array:
-  """Sum over MoE layers and balancers of coefficient times loss.
+  """Returns the sum over MoE layers and balancers of coefficient times loss.
 
   Args:
     sublayers: of the model.
@@ -112,7 +126,7 @@ def update(
   stats: Mapping[str, Stats],
   step: Array,
 ) -> dict:
-  """The balancers' new state, once per step, from that step's sums.
+  """Returns the balancers' new state, once per step, from that step's sums.
 
   Args:
     sublayers, state: as in `loss`.

@@ -1,8 +1,8 @@
 """Checkpoints, over Orbax: written while training goes on, checked when read.
 
 FOLDER/STEP/state holds the arrays, FOLDER/STEP/meta a JSON of the rest. A
-checkpoint is there as a whole or not at all; one that has changed since is
-noticed by its checksums, set aside, and the one before it is used.
+checkpoint is there as a whole or not at all. If it has changed since, its
+checksums tell: it is set aside, and the checkpoint before it is used.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ OPTIONS = {
 }
 _MARGIN = 100_000  # Bytes of a checkpoint besides its arrays.
 _ERRORS = errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM
-# Errors of a machine that lacks something; the checkpoint may be whole.
+# Errors of a machine that lacks a resource; the checkpoint may be whole.
 _LACKS = re.compile(
   "PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|"
   "MemoryError|" + "|".join(os.strerror(number) for number in _ERRORS)
 )
-_FORMAT = 2  # Raise it when a checkpoint means something else than before.
+_FORMAT = 2  # Add one when the meaning of a checkpoint changes.
 
 
 class _Damaged(Exception):
@@ -45,7 +45,7 @@ class _Damaged(Exception):
 
 
 class Restored(NamedTuple):
-  """A checkpoint that was read. meta: what was given to `save`."""
+  """A checkpoint that was read. meta: the argument of `save`."""
 
   step: int
   state: Any
@@ -65,12 +65,12 @@ class Checkpoints:
     keep_last: int = 3,
     keep_every: int | None = None,
   ):
-    """Opens the folder; it need not exist yet.
+    """Opens the folder, which need not exist yet.
 
     Args:
-      folder: where they lie; nothing else does.
+      folder: of the checkpoints, and of no other files.
       keep_last: how many of the newest to keep, >= 1.
-      keep_every: keep those of steps that are multiples of it too; None: no.
+      keep_every: also keep those of steps that it divides; None: no others.
     """
     import orbax.checkpoint as ocp  # Slow to import.
 
@@ -84,17 +84,17 @@ class Checkpoints:
     self._writing = None  # The step that is being written.
 
   def steps(self) -> list[int]:
-    """Steps of the whole checkpoints, in order; the same on all processes."""
+    """Returns the steps of whole checkpoints, ascending, on all processes."""
     return sorted(self._manager.all_steps())
 
   def save(self, step: int, state, meta: Mapping[str, Any]) -> None:
     """Writes a checkpoint in the background, once the one before is written.
 
     Args:
-      step: its number; one that is there already is not written again.
+      step: of the checkpoint; if it has one already, nothing is written.
       state: a pytree of arrays. They are copied before this returns, so that
         they may be donated.
-      meta: what JSON can hold.
+      meta: a value that JSON can hold.
 
     Raises:
       RunError: this one, or the one before it, cannot be written.
@@ -116,11 +116,7 @@ class Checkpoints:
       self._manager.save(step, args=args)
 
   def wait(self) -> None:
-    """Returns when everything is written.
-
-    Raises:
-      RunError: it cannot be written.
-    """
+    """Returns when everything is written; raises RunError if it cannot be."""
     with self._failing():
       self._manager.wait_until_finished()
     self._writing = None
@@ -183,18 +179,26 @@ class Checkpoints:
 
 
 def load_params(path: str | os.PathLike) -> dict:
-  """Parameters, in numpy, of a checkpoint (runs/tiny/checkpoints/300) or the newest
-  whole one of a work directory. Raises as `load_step`."""
+  """Returns parameters, in numpy; raises as `load_step`.
+
+  Args:
+    path: a checkpoint (runs/tiny/checkpoints/300), or a work directory for its
+      newest whole one.
+  """
   return load_variables(path)["params"]
 
 
 def load_variables(path: str | os.PathLike, ema: bool = False) -> dict:
-  """{"params", "balance"} that `model.apply` takes, as `load_step` has them."""
+  """Returns {"params", "balance"} for `model.apply`; raises as `load_step`.
+
+  Args:
+    path, ema: as in `load_step`.
+  """
   return load_step(path, ema)[1]
 
 
 def load_step(path: str | os.PathLike, ema: bool = False) -> tuple[int, dict]:
-  """(the step of a checkpoint, its parameters and the state of balancers).
+  """Returns (the step of a checkpoint, {"params", "balance"} in numpy).
 
   Args:
     path: as in `load_params`.
@@ -238,7 +242,7 @@ def _read_arrays(folder, names):
 
 
 def folders_of(path: pathlib.Path) -> list[pathlib.Path]:
-  """The checkpoints that a path may stand for, the newest first; never none."""
+  """Returns a path's checkpoints, newest first; ConfigError if it has none."""
   if (path / "state").is_dir():
     return [path]
   if folders := newest_first(path / "checkpoints") or newest_first(path):
@@ -250,26 +254,26 @@ def folders_of(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def newest_first(folder: pathlib.Path, before=math.inf) -> list[pathlib.Path]:
-  """The checkpoints in a folder, of steps before this one."""
+  """Returns the checkpoints of a folder, in descending order of steps.
+
+  Args:
+    folder, before: the folder; only steps below `before`.
+  """
   steps = [int(f.name) for f in folder.glob("*") if f.name.isdigit()]
   steps.sort(reverse=True)
   return [folder / str(step) for step in steps if step < before]
 
 
 def _newest_whole(folders, read, **options):
-  """Reads the newest whole checkpoint.
+  """Reads the newest whole checkpoint, or raises as `_read`.
 
   Args:
     folders: of the checkpoints, the newest first.
-    read: (folder) -> its arrays.
+    read: folder -> its arrays.
     **options: of `_read`.
 
   Returns:
     (folders of newer ones, which are damaged; its arrays; its meta).
-
-  Raises:
-    ConfigError: all are damaged; or as `_read`.
-    RunError: as `_read`.
   """
   for number, folder in enumerate(folders):
     try:
@@ -284,17 +288,13 @@ def _newest_whole(folders, read, **options):
 
 
 def _read(folder, read, *, parts=None, wanted=None):
-  """Returns (arrays, meta) of a checkpoint.
+  """Returns (arrays, meta) of a checkpoint; raises as `load_step`, or _Damaged.
 
   Args:
     folder, read: as in `_newest_whole`.
     parts: of the state, which are read; None: all.
-    wanted: from `checksums.types`, what there should be; None: what was saved.
-
-  Raises:
-    _Damaged: it is damaged.
-    ConfigError: it is of another model or version.
-    RunError: it cannot be read just now, and may be whole.
+    wanted: the right types, from `checksums.types`; None: those that were
+      saved.
   """
   about = _tried(folder, _about, folder)
   if about["format"] != _FORMAT:
@@ -321,13 +321,13 @@ def _tried(folder, function, *args):
   all need a whole checkpoint.
 
   Raises:
-    _Damaged: the function raised on one of them; this has been said.
-    RunError: what went wrong says nothing about the checkpoint.
+    _Damaged: the function raised on one of them; a warning has told why.
+    RunError: an error that says nothing about the checkpoint.
   """
   result = problem = None
   try:
     result = function(*args)
-  except Exception as e:  # Whatever damage makes Orbax raise.
+  except Exception as e:  # Damage makes Orbax raise many kinds of errors.
     problem = f"{type(e).__name__}: {first_line(e)}"
   problem = next(filter(None, processes.gather(problem)), None)
   if problem is None:

@@ -12,11 +12,11 @@ import numpy as np
 from moe_jax import models
 from moe_jax.training import balancing, metrics, traces
 
-_AHEAD = 2  # Batches that the devices may have in hand.
+_AHEAD = 2  # Batches that may be on the devices at once.
 
 
 def eval_step(params, balance, batch, index, *, model, task, collect=False):
-  """Sums of one batch.
+  """Returns the sums of a batch.
 
   Args:
     params, balance: the model's collections.
@@ -24,7 +24,7 @@ def eval_step(params, balance, batch, index, *, model, task, collect=False):
     index: number of the batch, for a router that draws at evaluation too.
     model: from `models.build`.
     task: `tasks.Task`.
-    collect: also return what tokens chose, as "routing", see `traces.routed`.
+    collect: also return the tokens' choices, as "routing", see `traces.routed`.
 
   Returns:
     {"loss": Mean, "task": the task's sums, "stats": summed over groups}.
@@ -48,7 +48,7 @@ def eval_step(params, balance, batch, index, *, model, task, collect=False):
 
 
 def of_task(model, variables: Mapping, task) -> dict[str, Mapping]:
-  """{domain: the summed results of `eval_step`} of the validation split.
+  """Returns the summed results of `eval_step` for each validation domain.
 
   Args:
     model, variables: from `trained.load`.
@@ -58,7 +58,11 @@ def of_task(model, variables: Mapping, task) -> dict[str, Mapping]:
 
 
 def scorer(model, task):
-  """`of_task` of any variables of a model, which is compiled once."""
+  """Returns variables -> the result of `of_task`, which is compiled once.
+
+  Args:
+    model, task: as in `of_task`.
+  """
   compiled = jax.jit(functools.partial(eval_step, model=model, task=task))
 
   def score(variables):
@@ -74,7 +78,7 @@ def scorer(model, task):
 
 
 def by_domain(step, batches, stop=lambda: False) -> dict[str, Mapping] | None:
-  """{domain: the summed results of `eval_step`}; None if it was stopped.
+  """Returns {domain: the summed results of `eval_step`}; None when stopped.
 
   Args:
     step: (batch, its number) -> the sums of `eval_step`; may run ahead of the
@@ -128,7 +132,7 @@ def table(sums: Mapping[str, Mapping], task, model) -> dict[str, float]:
 
 
 def specialisation(sums: Mapping[str, Mapping], sublayers) -> dict:
-  """Share of each domain that each expert gets (OLMoE, 2409.02060, 5.3).
+  """Returns the share of each domain that each expert gets (2409.02060, 5.3).
 
   Args:
     sums: from `by_domain`.
@@ -146,11 +150,11 @@ def specialisation(sums: Mapping[str, Mapping], sublayers) -> dict:
 
 
 def describe(shares: Mapping, top: int = 3) -> str:
-  """A table of the most used experts for every layer and domain.
+  """Returns a table of the most used experts for every layer and domain.
 
   Args:
     shares: from `specialisation`.
-    top: how many.
+    top: number of experts in a cell.
   """
   layers, domains = (sorted(set(names)) for names in zip(*shares))
 

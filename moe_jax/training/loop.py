@@ -1,9 +1,9 @@
 """The training loop: one seed, from its first step or newest checkpoint.
 
-A run that was stopped at any moment and one that never was write the same
-lines and end with the same parameters. For that, everything a line is made of
-is either in the train state, or depends on the number of the step, or is saved
-with the checkpoint (the sums of a line that has not been written yet).
+A run that was stopped at any moment and a run that never was write the same
+lines and end with the same parameters. For that, all numbers that a line is
+made of are in the train state, or depend on the step alone, or are saved with
+the checkpoint (the sums of a line that has not been written yet).
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from moe_jax.run import (
 )
 from moe_jax.training import hooks, metrics, starts
 from moe_jax.training.checkpoint import Checkpoints, newest_first
+from moe_jax.training.optimizers import schedules
 from moe_jax.training.program import Program
 from moe_jax.training.starts import extension
 
@@ -33,8 +34,8 @@ def train_and_evaluate(config, workdir) -> dict[str, float]:
 
   Args:
     config: see `configs/base.py`.
-    workdir: the run's folder. A run that it holds already goes on, to more steps
-      if the config has more, or if it is finished is only read.
+    workdir: the run's folder. A run that it holds goes on, to more steps if the
+      config has more; if it is finished, it is only read.
 
   Returns:
     The final metrics of the validation split.
@@ -98,7 +99,7 @@ def run(
     The final metrics of the validation split.
 
   Raises:
-    As `train_and_evaluate`.
+    ConfigError, RunError, Interrupted: as in `train_and_evaluate`.
   """
   options, train = program.config.checkpoint, program.config.train
   checkpoints = Checkpoints(
@@ -118,11 +119,11 @@ def run(
     while True:
       if step in train.profile_steps:
         jax.block_until_ready(state)
-        profile.close()  # Does nothing where none has begun.
+        profile.close()  # Does nothing before the profile has begun.
       if step in train.profile_steps[:1]:
         profile.enter_context(jax.profiler.trace(directory.path / "profile"))
       if step == train.num_steps:
-        checkpoints.wait()  # A run with its last line has its parameters.
+        checkpoints.wait()  # Parameters are there before the last line is.
       final = _evaluate(program, state, step, lines, directory, stop)
       if stop.asked():
         lines.write()
@@ -146,7 +147,7 @@ def _begin(program, seed, start, directory, checkpoints, progress):
   facts = program.facts() | {"seed": seed, "num_steps": last}
   if restored is None:
     of_run = program.model, program.config
-    # Before anything is compiled or written: it may be refused.
+    # Before the run compiles or writes: the weights may be refused.
     given = None if start is None else starts.read(start, *of_run)
     state = program.init(jax.random.key(seed))
     if start is not None:
@@ -171,9 +172,10 @@ def _begin(program, seed, start, directory, checkpoints, progress):
 
 
 def _evaluate(program, state, step, lines, directory, stop):
-  """Metrics of the validation split, if there are to be any after this step.
+  """Metrics of the validation split, or None if this step has none.
 
-  None too if it is asked to stop meanwhile; then they are made when it goes on.
+  It is also None if a stop is asked for meanwhile; the next process then makes
+  them.
   """
   last, every = program.config.train.num_steps, program.config.eval.every
   if step != last and not (step and every and step % every == 0):
@@ -188,16 +190,17 @@ def _evaluate(program, state, step, lines, directory, stop):
 
 
 def take_step(program, state, stream, step, lines, checkpoints, made=()):
-  """Trains for a step; calls hooks and saves, if it is their turn.
+  """Trains for a step; calls hooks and saves, when the step is due for it.
 
   A line is written while the devices compute the step after it.
 
   Args:
-    program, state: what to train.
+    program: compiled functions.
+    state: TrainState before the step.
     stream: batches by step.
     step: number of the step, from 0.
     lines: Lines that the metrics go to.
-    checkpoints: where `checkpoint.every` steps are saved.
+    checkpoints: where a state is saved every `checkpoint.every` steps.
     made: hooks, from `hooks.build`.
 
   Returns:
@@ -206,7 +209,7 @@ def take_step(program, state, stream, step, lines, checkpoints, made=()):
   every, last = program.config.checkpoint.every, program.config.train.num_steps
   batch = stream[step]
   state, sums = program.train_step(state, program.put(batch))
-  lines.write()  # Now that the devices have something to do.
+  lines.write()  # The devices are busy with the step meanwhile.
   done = step + 1
   routing = sums.pop("routing", None)
   lines.add(done, sums)
@@ -223,21 +226,33 @@ def take_step(program, state, stream, step, lines, checkpoints, made=()):
 
 
 def _passes(before: int, step: int, every: int) -> bool:
-  """Whether a multiple of `every` lies in (before, step]; of 0, none does."""
+  """Whether a multiple of `every`, which may be 0, lies in (before, step]."""
   return every > 0 and step // every > before // every
 
 
 class Lines:
-  """Writes the training lines of metrics.jsonl. Each has the means over the
-  steps since the line before, as the sum of all their totals over the sum of
-  all their weights, not as a mean of the means of steps."""
+  """Writes the training lines of metrics.jsonl.
+
+  Each line has means over the steps since the line before: the sum of all their
+  totals over the sum of all their weights, not a mean of the steps' means.
+  """
 
   def __init__(self, program: Program, directory, progress, step=0, begun=None):
-    """Starts after `step`, which is 0 in a new run. In a run that goes on from
-    a checkpoint, `begun` is what this had added up for the next line:
-    {metric: (total, weight)}."""
+    """Starts after a step.
+
+    Args:
+      program: of the run.
+      directory: RunDirectory to write to.
+      progress: Progress, told of every step.
+      step: number of steps done, 0 in a new run.
+      begun: {metric: (total, weight)}, the sums for the next line in the
+        checkpoint that the run goes on from.
+    """
     self._program, self._directory = program, directory
     self._progress = progress
+    config = program.config
+    numbers = schedules.numbers(config.optim, config.train.num_steps)
+    self._rate = schedules.rate(numbers)
     self._waiting = []  # (step, sums on the devices) not added up yet.
     self._skipped = 0
     self._loads = {}  # The loads of the last step that was added up.
@@ -247,7 +262,12 @@ class Lines:
     self._told = step  # Steps that the progress line knows of.
 
   def save(self, checkpoints: Checkpoints, step: int, state) -> None:
-    """Writes the checkpoint after a step, with all that a restart needs."""
+    """Writes the checkpoint after a step, with all that a restart needs.
+
+    Args:
+      checkpoints: of the run.
+      step, state: the number of steps done, and the TrainState.
+    """
     self._add_up()
     self._directory.sync()
     begun = {k: (m.total, m.weight) for k, m in self._means.items()}
@@ -260,7 +280,11 @@ class Lines:
     checkpoints.save(step, state, meta)
 
   def add(self, step: int, sums) -> None:
-    """Takes what `train_step` returned, without waiting for it."""
+    """Takes the sums of a step, without waiting for the devices.
+
+    Args:
+      step, sums: the number of steps done, and the result of `train_step`.
+    """
     self._waiting.append((step, sums))
 
   def write(self) -> None:
@@ -278,6 +302,8 @@ class Lines:
     now = time.monotonic()
     values = metrics.divide(self._means)
     values["skipped_steps"] = self._skipped
+    applied = max(step - self._skipped, 1)  # The optimizer counts these alone.
+    values["learning_rate"] = float(self._rate(applied - 1))
     values["tokens_per_second"] = self._tokens / (now - self._since)
     self._directory.log(step, "train", values)
     before = (step - 1) // train.log_every * train.log_every

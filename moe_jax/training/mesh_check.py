@@ -32,8 +32,11 @@ _QUICK = {
 
 
 class Difference(NamedTuple):
-  """distance: the largest of all leaves, relative to their norms; leaf: its
-  name."""
+  """The largest difference of two trees.
+
+  distance: of all leaves the largest, relative to the leaf's norm.
+  leaf: its name.
+  """
 
   distance: float
   leaf: str
@@ -42,13 +45,16 @@ class Difference(NamedTuple):
 def check(
   model, lengths: Mapping[str, int], dtype: str, mesh: jax.sharding.Mesh
 ) -> Difference | None:
-  """Compares output, statistics and gradients; None without MoE layers.
+  """Compares output, statistics and gradients on the mesh with one device.
 
   Args:
     model: of the run; every recipe and grouping of its layers is checked.
     lengths: of the task.
     dtype: of activations.
     mesh: from `parallel.make_mesh`.
+
+  Returns:
+    The largest `Difference`; None without MoE layers.
 
   Raises:
     RunError: they differ by more than rounding does.
@@ -121,7 +127,7 @@ def _inputs(layer, shape, dtype):
 
 
 def _measure(layer, inputs, mesh):
-  """{"y", "stats", "gradients"} of a scalar that everything has a part in."""
+  """{"y", "stats", "gradients"} of a scalar that depends on all of them."""
 
   def scalar(params, x_BLD, r_BLD, balance, mask_BL, features):
     variables = {"params": params, "balance": balance}
@@ -143,7 +149,7 @@ def _measure(layer, inputs, mesh):
 
 
 def _distance(x, want):
-  """The norm of a difference over that of the array; integers must be equal."""
+  """The norm of a difference over the array's norm; integers must be equal."""
   exact = np.issubdtype(want.dtype, np.integer)
   x, want = np.float64(x), np.float64(want)
   norm = 1.0 if exact else np.linalg.norm(want) or 1.0

@@ -1,8 +1,8 @@
 """All metrics, with the same names for every router, on host arrays.
 
-Everything arrives as sums and is divided once, here. `max_vio` and its kin
-are not means over tokens: they are computed from the counts of a whole step (or
-a whole split) and then averaged over layers and steps.
+All arguments are sums, and each metric is divided once, here. `max_vio` and
+similar metrics are not means over tokens: they are computed from the counts of
+a whole step (or a whole split) and then averaged over layers and steps.
 """
 
 import functools
@@ -23,8 +23,10 @@ from moe_jax.training import balancing
 class Layer(NamedTuple):
   """Statistics of one MoE layer, summed over groups, as numpy arrays.
 
+  stats: the sums.
   router: its `Router`, which says how many experts a token gets.
-  num_experts: E, without cheap experts, see `moe.pool`; None: there are none.
+  num_experts: E, without cheap experts, see `moe.pool`; None: it has no cheap
+    ones.
   """
 
   stats: Stats
@@ -43,11 +45,11 @@ class Layer(NamedTuple):
 
   @property
   def tokens(self) -> int:
-    """Unpadded tokens."""
+    """Number of unpadded tokens."""
     return int(np.sum(self.stats.tokens))
 
   def floor(self) -> float:
-    """MaxVio of uniform routing of as many tokens."""
+    """Returns the MaxVio of uniform routing of as many tokens."""
     num_experts = self.count_E.size
     if self.router.fixed and self.all_counts.size == num_experts:
       return max_vio_floor(self.tokens, num_experts, self.router.top_k)
@@ -56,7 +58,7 @@ class Layer(NamedTuple):
 
 
 def of_sums(sums: Mapping, task, model) -> dict[str, Mean]:
-  """All metrics of one step or one split.
+  """Returns all metrics of one step or one split, {name: Mean}.
 
   Args:
     sums: "loss", "task" and "stats" of `train_step` or `evaluation.eval_step`,
@@ -72,7 +74,7 @@ def of_sums(sums: Mapping, task, model) -> dict[str, Mean]:
 
 
 def of_step(sums: Mapping, program) -> dict[str, Mean]:
-  """All metrics of one training step.
+  """Returns all metrics of one training step, {name: Mean}.
 
   Args:
     sums: of `train_step`, on the host.
@@ -89,14 +91,23 @@ def of_step(sums: Mapping, program) -> dict[str, Mean]:
 
 
 def for_hooks(sums: Mapping, program) -> dict:
-  """`of_step`, divided, and "tokens_per_expert": {layer: its loads}."""
+  """Returns the numbers of `of_step`, and "tokens_per_expert": {layer: loads}.
+
+  Args:
+    sums, program: as in `of_step`.
+  """
   layers = by_layer(sums["stats"], models.sublayers(program.model))
   loads = {number: layer.count_E for number, layer in layers.items()}
   return divide(of_step(sums, program)) | {"tokens_per_expert": loads}
 
 
 def loads(sums: Mapping, model) -> dict[str, list]:
-  """{layer: assignments to each expert} of a step, for metrics.jsonl."""
+  """Returns {layer: assignments to each expert} of a step, for metrics.jsonl.
+
+  Args:
+    sums: of `train_step`, on the host.
+    model: from `models.build`.
+  """
   layers = by_layer(sums["stats"], models.sublayers(model))
   return {number: layer.all_counts.tolist() for number, layer in layers.items()}
 
@@ -104,7 +115,7 @@ def loads(sums: Mapping, model) -> dict[str, list]:
 def by_layer(
   stats: Mapping[str, Stats], sublayers: Mapping[str, Sublayer]
 ) -> dict[str, Layer]:
-  """{layer number as two digits: its statistics}, in the model's order.
+  """Returns {layer number as two digits: its statistics}, in the model's order.
 
   Args:
     stats: by path, with a leading axis of repeats.
@@ -122,7 +133,7 @@ def by_layer(
 
 
 def routing(layers: Mapping[str, Layer]) -> dict[str, Mean]:
-  """The routing metrics of one step or one split.
+  """Returns the routing metrics of one step or one split.
 
   Args:
     layers: from `by_layer`.
@@ -166,31 +177,35 @@ def routing(layers: Mapping[str, Layer]) -> dict[str, Mean]:
 
 
 def mean_floor(layers: Mapping[str, Layer]) -> float:
-  """MaxVio of uniform routing, mean over layers."""
+  """Returns the MaxVio of uniform routing, mean over layers."""
   # The mean of equal floors is exactly that floor; `fmean` may round it.
   return statistics.mean(layer.floor() for layer in layers.values())
 
 
 def max_vio(count_E) -> float:
-  """(max load - mean load) / mean load (2408.15664, 4.1)."""
+  """Returns (max load - mean load) / mean load (2408.15664, 4.1)."""
   mean = np.mean(count_E)
   return float((np.max(count_E) - mean) / mean) if mean else 0.0
 
 
 def min_vio(count_E) -> float:
-  """(mean load - min load) / mean load; 1 with a dead expert."""
+  """Returns (mean load - min load) / mean load; 1 with a dead expert."""
   mean = np.mean(count_E)
   return float((mean - np.min(count_E)) / mean) if mean else 0.0
 
 
 def load_cv(count_E) -> float:
-  """Standard deviation of the loads over their mean."""
+  """Returns the standard deviation of the loads over their mean."""
   mean = np.mean(count_E)
   return float(np.std(count_E) / mean) if mean else 0.0
 
 
 def balance_loss(count_E, prob_E) -> float:
-  """E sum f P, whatever was trained on: 1 at balance (2101.03961, eq. 4)."""
+  """Returns E sum f P for any balancer: 1 at balance (2101.03961, eq. 4).
+
+  Args:
+    count_E, prob_E: sums over tokens; 0.0 is returned where either is zero.
+  """
   count_E, prob_E = np.asarray(count_E, float), np.asarray(prob_E, float)
   if not count_E.sum() or not prob_E.sum():
     return 0.0
@@ -199,10 +214,10 @@ def balance_loss(count_E, prob_E) -> float:
 
 
 def bias_range(balance: Mapping, sublayers: Mapping[str, Sublayer]) -> Mean:
-  """max - min of the selection bias, averaged over layers; 0 without a bias.
+  """Returns max - min of the selection bias, mean over layers, 0 without one.
 
-  A balancer's bias is what its `select` makes of equal scores: of zeros, or of
-  ones where it multiplies them. One that looks at all tokens has none.
+  The bias is the balancer's `select` of equal scores: of zeros, or of ones
+  where it multiplies them. A balancer that looks at all tokens has none.
 
   Args:
     balance: state of the balancers, on the host.
@@ -228,11 +243,15 @@ def bias_range(balance: Mapping, sublayers: Mapping[str, Sublayer]) -> Mean:
 
 
 def max_vio_floor(tokens: int, num_experts: int, top_k: int) -> float:
-  """Mean MaxVio when each token draws K distinct experts uniformly.
+  """Returns the mean MaxVio when each token draws K distinct experts uniformly.
 
   Simulated from a fixed seed for a number of tokens within 5 % of this one, and
   taken from there by 1 / sqrt(tokens): steps differ by their padding, and a
   simulation for each would cost more than the step.
+
+  Args:
+    tokens: number of unpadded tokens.
+    num_experts, top_k: E, K.
   """
   if tokens == 0 or top_k == num_experts:
     return 0.0
@@ -242,9 +261,14 @@ def max_vio_floor(tokens: int, num_experts: int, top_k: int) -> float:
 
 
 def independent_floor(tokens: int, num_experts: int, share: float) -> float:
-  """Mean MaxVio when each token takes each expert with this probability.
+  """Returns the mean MaxVio when tokens take each expert independently.
 
-  Simulated for a number and a share near these, as `max_vio_floor` is.
+  Simulated for a number and a share near these, as in `max_vio_floor`.
+
+  Args:
+    tokens: number of unpadded tokens.
+    num_experts: E.
+    share: probability that a token takes an expert.
   """
   if tokens == 0 or not 0 < share < 1:
     return 0.0
@@ -268,7 +292,7 @@ def _independent_floor(tokens, num_experts, share):
 
 @functools.cache
 def _simulated_floor(tokens, num_experts, top_k):
-  """Mean MaxVio of uniform draws; of the normal limit for large counts."""
+  """Mean MaxVio of uniform draws; large counts take the normal limit."""
   rng = np.random.default_rng(0)
   fast = _chance_of_distinct(num_experts, top_k) > 0.1
   if tokens * top_k <= (2_000_000 if fast else 200_000):
@@ -286,7 +310,7 @@ def _simulated_floor(tokens, num_experts, top_k):
 
 
 def _chance_of_distinct(num_experts, top_k):
-  """Probability that uniform draws of the chosen (or left out) differ."""
+  """Probability that uniform draws of chosen (or left-out) experts differ."""
   fewer = min(top_k, num_experts - top_k)
   return math.prod(1 - i / num_experts for i in range(fewer))
 
@@ -309,7 +333,7 @@ def _uniform_loads(rng, tokens, num_experts, top_k):
 
 
 def divide(means: Mapping[str, Mean]) -> dict[str, float]:
-  """Divides every total by its weight, once; 0 where nothing was counted."""
+  """Returns every total over its weight, once; 0 where nothing was counted."""
   return {
     k: float(m.total) / float(m.weight) if m.weight else 0.0
     for k, m in means.items()
@@ -317,7 +341,7 @@ def divide(means: Mapping[str, Mean]) -> dict[str, float]:
 
 
 def add_up(several: list[Mapping[str, Mean]]) -> dict[str, Mean]:
-  """Sums of Means by name."""
+  """Returns sums of Means by name."""
   total: dict[str, Mean] = {}
   for means in several:
     for name, mean in means.items():

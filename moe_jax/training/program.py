@@ -76,10 +76,10 @@ class Program:
   """Task, model and compiled functions of a config, for any seed.
 
   Attributes:
-    config, mesh, task, model: what it was made of.
+    config, mesh, task, model: the parts that it was made of.
     lengths: of the model, see `models.lengths`.
     mesh_check: see `mesh_check.check`; None without a mesh.
-    init: (rng) -> TrainState.
+    init: rng -> TrainState.
     train_step: (state, batch) -> (state, sums), see `train_step.train_step`.
     eval_step: (params, balance, batch, index) -> sums.
     abstract_state: shapes and shardings of the TrainState.
@@ -98,10 +98,11 @@ class Program:
 
     Args:
       config: see `configs/base.py`.
-      fingerprint: of the data, where a run goes on that has seen it; None: any.
+      fingerprint: of the data, for a run that goes on; None: any.
       compiled: functions of other programs, which configs that differ only in
-        numbers of the optimizer and the balancers share. This one adds its own.
-      tell: takes `provenance.of_model` before it is compiled.
+        numbers of the optimizer and the balancers share. This program adds its
+        own.
+      tell: takes `provenance.of_model` before the steps are compiled.
 
     Raises:
       ConfigError: impossible values; before anything is compiled.
@@ -111,7 +112,7 @@ class Program:
     self.config = config
     self.mesh, self.task, self.model = build(config, fingerprint=fingerprint)
     self.lengths = models.lengths(self.model, self.task.lengths)
-    self.task.train(0, None)  # Refuses too little data now, not later.
+    self.task.train(0, None)  # Refuses too little data before compiling.
     self.task.validation(None)
     self._micro_batch = config.data.batch_size // config.train.accumulation
     self.mesh_check = None
@@ -131,7 +132,7 @@ class Program:
     self.compile_seconds = time.monotonic() - started
 
   def facts(self) -> dict:
-    """The facts about it for run.json."""
+    """Returns the facts about it for run.json."""
     of_run = self.config, self.mesh, self.task, self.model, self.sizes
     return provenance.of_model(*of_run) | {
       "mesh_check": self.mesh_check and self.mesh_check._asdict(),
@@ -139,17 +140,21 @@ class Program:
     }
 
   def batches(self, seed: int):
-    """The training batches of a seed, by step: this process's rows of them."""
+    """Returns the training batches of a seed, by step: this process's rows."""
     return self.task.train(seed, self._rows(self._micro_batch))
 
   def put(self, batch):
-    """A training batch on the devices of all processes."""
+    """Returns a training batch on the devices of all processes."""
     return self._put(batch, self._micro_batch, axis=1)
 
   def evaluate(self, state, stop=lambda: False) -> dict[str, float] | None:
-    """All metrics of the validation split; None if `stop()` came true.
+    """Returns all metrics of the validation split; None if `stop()` came true.
 
-    Those of the parameters' moving average, where there is one, are ema/NAME.
+    Metrics of the parameters' moving average, where there is one, are ema/NAME.
+
+    Args:
+      state: TrainState.
+      stop: asked between batches whether to stop.
     """
     values = self._evaluate(state.params, state.balance, stop)
     if values is None or state.ema is None:
@@ -188,7 +193,7 @@ class Program:
 
   def _everywhere(self, number):
     """A number of Python on all devices of all processes."""
-    # device_put would compare its double precision with what others hold.
+    # device_put would compare its double precision with the others' numbers.
     x = np.asarray(number, jax.dtypes.canonicalize_dtype(type(number)))
     return jax.make_array_from_callback((), _sharding(self.mesh), lambda _: x)
 
@@ -216,7 +221,7 @@ class Functions(NamedTuple):
 
 
 def functions(config, mesh, task, model, numbers) -> Functions:
-  """The functions of a program, for its devices or for described ones.
+  """Returns the functions of a program, for its devices or for described ones.
 
   Args:
     config: see `configs/base.py`.
@@ -272,7 +277,7 @@ def _sharding(mesh, *axes):
 
 
 def _structure(config, task, numbers) -> tuple:
-  """Equal for configs whose compiled functions are the same."""
+  """A key that is equal for configs whose compiled functions are the same."""
 
   values = config.to_dict()
   values = {k: values[k] for k in ("task", "data", "model", "mesh", "plugins")}
@@ -297,11 +302,11 @@ def _structure(config, task, numbers) -> tuple:
 
 
 def build(config, devices=None, **options) -> tuple:
-  """(mesh or None, task, model) of a config that is checked first.
+  """Returns (mesh or None, task, model) of a config that is checked first.
 
   Args:
     config: see `check`.
-    devices: to build for; None: all of this machine's.
+    devices: the devices to build for; None: all of this machine's.
     **options: see `build_task`.
   """
   check(config)
@@ -313,7 +318,10 @@ def build(config, devices=None, **options) -> tuple:
 def build_task(
   config, mesh=None, fingerprint: str | None = None, prepare: bool = True
 ):
-  """The task of a config; the arguments are those of `next_token.build`.
+  """Returns the task of a config.
+
+  Args:
+    config, mesh, fingerprint, prepare: as in `next_token.build`.
 
   Raises:
     ConfigError: there is no such task, or it has other options.
@@ -324,7 +332,11 @@ def build_task(
 
 
 def build_model(config, task, mesh=None):
-  """The model of a config, checked for the batches of its task."""
+  """Returns the model of a config, checked for the batches of its task.
+
+  Args:
+    config, task, mesh: see `configs/base.py`, `build_task`, `parallel`.
+  """
   model = models.build(
     config.model, mesh=mesh, plugins=config.plugins, **task.given
   )
@@ -340,7 +352,7 @@ def build_model(config, task, mesh=None):
 
 
 def abstract_state(boxed, mesh):
-  """Shapes and shardings of a state.
+  """Returns the shapes and shardings of a state.
 
   Args:
     boxed: shapes, from `train_step.init_state` under `jax.eval_shape`.
@@ -354,7 +366,7 @@ def abstract_state(boxed, mesh):
 
 
 def check(config) -> None:
-  """Raises ConfigError for a value that no run takes, before any is compiled.
+  """Raises ConfigError for a value that no run takes.
 
   Parts check their own options when the model is built.
   """

@@ -1,15 +1,17 @@
-"""Router traces: which experts every token chose, in a file of safetensors.
+"""Router traces: the experts that every token chose, in a file of safetensors.
 
-A file holds N rows of L tokens, and for each MoE layer NN with K experts a token
+A file holds N rows of L tokens, and for each MoE layer NN with K experts a
+token
 
   token      int32 [N, L]       input tokens
   mask       bool [N, L]        False for padding
-  domain     int32 [N]          number of the row's domain, in the header's list
+  domain     int32 [N]          index of the row's domain, in the header's list
   NN/expert  int32 [N, L, K]    best first; -1 for padding and for no choice
   NN/weight  float32 [N, L, K]  factor of the expert's output
   NN/score   float32 [N, L, K]  probability of the chosen expert
 
-They are those of the choice: an assignment that finds an expert full keeps them.
+These are the router's choices: an assignment is there even if its expert was
+full.
 
 The header of the file says under "moe_jax_trace", in JSON: {"layers": {"NN":
 {"num_experts", "top_k"}}, "domains": names, "step": of the run}.
@@ -34,8 +36,11 @@ OF_LAYER = ("expert", "weight", "score")
 
 
 class Trace(NamedTuple):
-  """layers: {"NN": {"num_experts", "top_k"}}; domains: names; step: of the run.
+  """The content of a file.
 
+  layers: {"NN": {"num_experts", "top_k"}}.
+  domains: names.
+  step: of the run.
   arrays: {name of a tensor: array}, see the head of this file.
   """
 
@@ -63,7 +68,9 @@ def check(model) -> None:
 
 
 def routed(aux: Mapping, model, batch: int, lengths: Mapping) -> dict:
-  """{path: {"expert", "weight", "score": [R, B, L, K]}} of a forward pass.
+  """Returns {path: {"expert", "weight", "score"}} of a forward pass.
+
+  The arrays are [R, B, L, K].
 
   Args:
     aux: of the model, called with collect="routing".
@@ -86,7 +93,7 @@ def routed(aux: Mapping, model, batch: int, lengths: Mapping) -> dict:
 
 
 def layers_of(sublayers: Mapping) -> dict[str, dict[str, int]]:
-  """`Trace.layers` of a model's `sublayers`."""
+  """Returns `Trace.layers` of a model's `sublayers`."""
   layers = {
     f"{number:02d}": {
       "num_experts": parts.recipe.pool,
@@ -102,7 +109,15 @@ class Writer:
   """Gathers the rows of a trace, and writes them into a file."""
 
   def __init__(self, model, domains=()):
-    """Raises ConfigError as `check`."""
+    """Starts a trace without rows.
+
+    Args:
+      model: whose choices are traced.
+      domains: names of the domains of rows.
+
+    Raises:
+      ConfigError: as in `check`.
+    """
     check(model)
     self._sublayers, self._domains = models.sublayers(model), tuple(domains)
     self._rows: dict[str, list] = {}
@@ -134,7 +149,12 @@ class Writer:
       self._rows.setdefault(name, []).append(x)
 
   def save(self, path: str | pathlib.Path, step: int = 0) -> None:
-    """Writes the file, whole or not at all, and forgets the rows."""
+    """Writes the file, whole or not at all, and forgets the rows.
+
+    Args:
+      path: the file.
+      step: of the run.
+    """
     save = _safetensors().numpy.save
 
     facts = {
@@ -148,7 +168,7 @@ class Writer:
 
 
 def _safetensors():
-  """The library.
+  """Returns the library safetensors.
 
   Raises:
     ConfigError: it is not installed.
@@ -163,7 +183,7 @@ def _safetensors():
 
 
 def load(path: str | pathlib.Path) -> Trace:
-  """Reads a file.
+  """Returns the trace in a file.
 
   Raises:
     ConfigError: it cannot be read, or is no trace.
@@ -221,15 +241,15 @@ def _check_arrays(trace):
     raise ValueError("all its tokens are padding")
 
 
-# Analyses of OLMoE (2409.02060, 5.1 to 5.4), by layer.
+# The analyses are those of OLMoE (2409.02060, 5.1 to 5.4), by layer.
 
 
 def analysis(late: Trace, early: Trace | None = None) -> dict:
-  """All analyses of a trace as lists and numbers, by layer.
+  """Returns all analyses of a trace as lists and numbers, by layer.
 
   Args:
     late: the trace.
-    early: of the same tokens, for saturation.
+    early: a trace of the same tokens, for saturation; None: without it.
   """
   vocab_size = int(late.arrays["token"].max()) + 1
   lists = lambda shares: {k: x.tolist() for k, x in shares.items()}  # noqa: E731
@@ -251,10 +271,14 @@ def analysis(late: Trace, early: Trace | None = None) -> dict:
 
 
 def saturation(early: Trace, late: Trace) -> dict[str, float]:
-  """{layer: mean share of a token's experts that are the same in both traces}.
+  """Returns {layer: mean share of a token's experts that both traces have}.
 
-  |chosen early and late| / |chosen late|, over the tokens that are no padding and
-  have an expert; K is below the line in OLMoE's definition (5.1), where all have K.
+  |chosen early and late| / |chosen late|, over the tokens that are no padding
+  and have an expert; K is below the line in OLMoE's definition (5.1), where all
+  tokens have K experts.
+
+  Args:
+    early, late: traces of two checkpoints, of the same tokens.
 
   Raises:
     ConfigError: the traces are of other layers or tokens.
@@ -276,9 +300,9 @@ def saturation(early: Trace, late: Trace) -> dict[str, float]:
 
 
 def coactivation(trace: Trace) -> dict[str, np.ndarray]:
-  """{layer: share_EE}: the share of expert i's tokens that j has too (5.2).
+  """Returns {layer: share_EE}: the share of expert i's tokens that j has too.
 
-  Rows of experts without a token are 0, and so is the diagonal.
+  Rows of experts without a token are 0, and so is the diagonal (5.2).
   """
   shares = {}
   for layer, one_hot_NE in _one_hot(trace):
@@ -290,9 +314,10 @@ def coactivation(trace: Trace) -> dict[str, np.ndarray]:
 
 
 def by_domain(trace: Trace) -> dict[str, np.ndarray]:
-  """{layer: share [domains, E]}: the share of a domain's tokens that an expert has (5.3).
+  """Returns {layer: the share of a domain's tokens that an expert has} (5.3).
 
-  Domains have numbers in the trace, and names if the task has them.
+  The shares are [domains, E]. Domains have indices in the trace, and names if
+  the task has them.
   """
   length = trace.arrays["token"].shape[1]
   number_N = np.repeat(trace.arrays["domain"], length)[_real(trace)]
@@ -301,7 +326,12 @@ def by_domain(trace: Trace) -> dict[str, np.ndarray]:
 
 
 def by_token(trace: Trace, vocab_size: int) -> dict[str, np.ndarray]:
-  """{layer: share [V, E]}: the share of an id's tokens that an expert has (5.4)."""
+  """Returns {layer: share of an id's tokens that an expert has}, [V, E] (5.4).
+
+  Args:
+    trace: from `load`.
+    vocab_size: V.
+  """
   number_N = trace.arrays["token"].reshape(-1)[_real(trace)]
   return _by_value(trace, number_N, vocab_size)
 
@@ -309,11 +339,17 @@ def by_token(trace: Trace, vocab_size: int) -> dict[str, np.ndarray]:
 def vocabulary(
   trace: Trace, vocab_size: int, least: int = 8
 ) -> dict[str, float]:
-  """{layer: how far experts are those of token ids}.
+  """Returns {layer: how far the token id decides the expert}.
 
-  The largest share that an expert has of an id, mean over ids that are seen `least`
-  times or more, weighted by how often; 0 without such an id. It is 1 where the id
-  decides, and at least a token's mean number of experts over the number of experts.
+  It is the largest share that an expert has of an id, mean over ids that are
+  seen `least` times or more, weighted by how often; 0 without such an id. It is
+  1 where the id decides, and at least a token's mean number of experts over the
+  number of experts.
+
+  Args:
+    trace: from `load`.
+    vocab_size: V.
+    least: the least number of times that an id is seen.
   """
   count_V = np.bincount(
     trace.arrays["token"].reshape(-1)[_real(trace)], minlength=vocab_size
@@ -328,7 +364,7 @@ def vocabulary(
 
 
 def _real(trace):
-  """Flat bool: tokens that are no padding."""
+  """Whether tokens are no padding, bool, flat."""
   return trace.arrays["mask"].reshape(-1)
 
 
@@ -337,18 +373,18 @@ def _equal(a, b):
 
 
 def _one_hot(trace):
-  """(layer, whether each unpadded token has each expert) by layer, as floats."""
+  """Yields (layer, whether each unpadded token has each expert), as floats."""
   for layer, sizes in trace.layers.items():
     chosen = trace.arrays[f"{layer}/expert"]
     chosen = chosen.reshape(-1, chosen.shape[-1])[_real(trace)]
-    # One place more for choices that were not made.
+    # The last column takes the choices that were not made.
     one_hot_NE = np.zeros((len(chosen), sizes["num_experts"] + 1))
     np.put_along_axis(one_hot_NE, chosen.astype(int), 1, axis=1)
     yield layer, one_hot_NE[:, :-1]
 
 
 def _by_value(trace, number_N, values):
-  """{layer: share [values, E]} of the tokens with each number."""
+  """{layer: share [values, E] of the tokens with each value}."""
   count = np.bincount(number_N, minlength=values)
   shares = {}
   for layer, one_hot_NE in _one_hot(trace):

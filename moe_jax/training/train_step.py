@@ -22,10 +22,13 @@ class TrainState:
   """Everything that a step changes.
 
   step: int32, optimizer steps done, skipped ones included.
-  skipped: int32, steps that were not applied, as their loss or gradient was
-    not finite; skipped_in_a_row: of them those since the last that was.
-  rng: the key that all noise is drawn from.
+  skipped: int32, steps that were not applied, because their loss or gradient
+    was not finite.
+  skipped_in_a_row: int32, those since the last step that was applied.
+  rng: the key of all noise.
+  params: the parameters.
   balance: the balancers' state, nested by the path of the sublayer.
+  opt_state: of the optimizer.
   ema: exponential moving average of the parameters; None: there is none.
   """
 
@@ -40,9 +43,13 @@ class TrainState:
 
 
 def numbers(config, model) -> dict:
-  """The numbers of a config that the step takes as an argument.
+  """Returns the numbers of a config that the step takes as an argument.
 
   Runs that differ in nothing else share a compiled step.
+
+  Args:
+    config: see `configs/base.py`.
+    model: from `models.build`.
 
   Returns:
     {"optim": see `optimizers.numbers`, "balancers": see `balancing.numbers`,
@@ -59,7 +66,7 @@ def numbers(config, model) -> dict:
 
 
 def parts(config, model, task) -> dict:
-  """The arguments of `init_state` and `train_step` that a config decides.
+  """Returns the arguments of `init_state` and `train_step` that a config sets.
 
   Args:
     config: see `configs/base.py`.
@@ -79,7 +86,7 @@ def parts(config, model, task) -> dict:
 
 
 def init_state(rng: Array, *, model, task, optimizer, numbers) -> TrainState:
-  """A new TrainState, parameters boxed with their logical axes.
+  """Returns a new TrainState, parameters boxed with their logical axes.
 
   Args:
     rng: the key of the run's seed.
@@ -103,10 +110,11 @@ def init_state(rng: Array, *, model, task, optimizer, numbers) -> TrainState:
 
 
 def shardings(boxed: TrainState, mesh) -> TrainState:
-  """The sharding of every array of a state.
+  """Returns the sharding of every array of a state.
 
-  The optimizer's arrays lie like the parameters that they belong to; one that
-  has lost an axis, as factored moments have, like the axes it still shares.
+  The optimizer's arrays lie like the parameters that they belong to. An array
+  that has lost an axis, as factored moments have, lies like the axes it still
+  shares.
 
   Args:
     boxed: shapes, from `init_state` under `jax.eval_shape`.
@@ -131,7 +139,7 @@ def shardings(boxed: TrainState, mesh) -> TrainState:
 
 
 def once(config, mesh):
-  """The mesh over which a step adds gradients of experts up once, or None.
+  """Returns the mesh over which a step adds experts' gradients once, or None.
 
   Args:
     config: see `configs/base.py`.
@@ -152,23 +160,22 @@ def train_step(
   once=None,
   collect=False,
 ):
-  """One optimizer step over all micro-batches.
+  """Makes one optimizer step over all micro-batches.
 
-  The loss is the sum over micro-batches divided once by the step's weight;
-  the balance losses are averaged over micro-batches; balancers are updated
-  once from the sums of the whole step. A step whose loss, gradient or balance
-  is not finite changes nothing but the counters.
+  The loss is the sum over micro-batches divided once by the step's weight; the
+  balance losses are averaged over micro-batches; balancers are updated once
+  from the sums of the whole step. A step whose loss, gradient or balance is not
+  finite changes nothing but the counters.
 
   Args:
     state: before the step.
-    batch: arrays [A, B/A, ...], A micro-batches.
+    batch: arrays [A, B/A, ...], A micro-batches. Their axes may be explicit, as
+      `jax.make_mesh` makes them.
     numbers: from `numbers`; none of them is compiled into the step.
     model, task, optimizer: from `parts`.
     once: from `once`.
-    collect: also return what tokens chose, as "routing", see `traces.routed`,
+    collect: also return the tokens' choices, as "routing", see `traces.routed`,
       with a leading axis of micro-batches.
-
-  The axes of a mesh may be explicit (`jax.make_mesh` makes such ones).
 
   Returns:
     The new state, and {"loss": Mean, "task": the task's sums, "stats",
@@ -254,7 +261,7 @@ def _accumulate(state, batch, model, task, sublayers, once, collect):
     }
     return loss.total / weight + balance, (sums, routing)
 
-  # Traced for its shapes, and not again for the scan.
+  # One trace serves for the shapes and for the scan.
   gradient = jax.jit(jax.grad(objective, has_aux=True), inline=True)
 
   def micro_step(carry, micro):
@@ -265,7 +272,7 @@ def _accumulate(state, batch, model, task, sublayers, once, collect):
     new = new_grads, new_sums
     return jax.tree.map(jnp.add, (grads, sums), new), routing
 
-  # Zeros with the shapes of (gradients, sums): where the scan begins.
+  # The scan begins with zeros of the shapes of (gradients, sums).
   none_so_far = {
     path: jnp.zeros((len(parts.numbers), parts.recipe.pool), int)
     for path, parts in sublayers.items()

@@ -1,4 +1,4 @@
-"""A model with its weights and its tokenizer: of a run, or published."""
+"""A model with its weights and its tokenizer: from a run, or published."""
 
 import argparse
 import logging
@@ -13,14 +13,15 @@ from moe_jax.run import config as config_lib
 
 
 class Trained(NamedTuple):
-  """model, variables: for `model.apply`, on one device or a mesh.
+  """A model with its weights and its tokenizer.
 
+  model, variables: for `model.apply`, on one device or a mesh.
   tokenizer: of its text.
   ends: tokens that end a text, the first of which stands for the end of a
     document.
   config: of the run; None for published weights.
   step: of the run's checkpoint.
-  start: tokens that a model which reads another text begins its own with.
+  start: tokens that the decoder of an encoder-decoder begins with.
   """
 
   model: Any
@@ -74,16 +75,16 @@ def _sizes(text):
 def load(
   args: argparse.Namespace, dropless: bool = True, overrides=()
 ) -> Trained:
-  """Loads the weights that the flags of `add_flags` name.
+  """Returns the weights that the flags of `add_flags` name.
 
   Args:
-    args: from a parser with these flags. A name on the hub in `args.hf` is replaced
-      by its folder.
+    args: from a parser with these flags. A name on the hub in `args.hf` is
+      replaced by its folder.
     dropless: see `of_run`.
     overrides: see `of_run`; none for published weights.
 
   Raises:
-    ConfigError: as `of_run` and `published`, or an impossible mesh.
+    ConfigError: as in `of_run` and `published`, or an impossible mesh.
   """
   from moe_jax.core import parallel
 
@@ -107,21 +108,21 @@ def of_run(
   ema: bool = False,
   overrides: Sequence[str] = (),
 ) -> Trained:
-  """The newest checkpoint of a run, or one of them.
+  """Returns the newest checkpoint of a run, or the one that the path names.
 
   Args:
     path: a work directory, or WORKDIR/checkpoints/STEP.
     mesh: from `parallel.make_mesh`; None: one device.
     trust_plugins: whether code may be run that the run's config.json names.
-    dropless: experts take all their tokens; else they have the run's capacity,
-      and groups of tokens are the run's.
+    dropless: experts take all their tokens; False: they have the run's capacity
+      and groups of tokens.
     ema: the moving average of the parameters in their place.
     overrides: values of the config, as `config_lib.overridden` takes them.
 
   Raises:
-    ConfigError: there is no run, or one of a task without text, no checkpoint
-      that can be read or of another model, the model does not divide over the
-      mesh, or it has plugins that are not trusted.
+    ConfigError: there is no run, or its task has no text; or its checkpoint
+      cannot be read or is of another model; or the model does not divide over
+      the mesh; or it has plugins that are not trusted.
   """
   from moe_jax import models
   from moe_jax.training import program
@@ -149,7 +150,10 @@ def of_run(
 def config_of(
   path: str, overrides: Sequence[str] = (), trust_plugins: bool = False
 ):
-  """The config of a run, checked; the arguments are those of `of_run`.
+  """Returns the config of a run, checked.
+
+  Args:
+    path, overrides, trust_plugins: as in `of_run`.
 
   Raises:
     ConfigError: there is no run, or an impossible value.
@@ -163,7 +167,7 @@ def config_of(
 
 
 def facts_of(path: str) -> dict:
-  """The run.json of a run, or {} if it has none; `path` is as in `of_run`."""
+  """Returns the run.json of a run, or {}; `path` is as in `of_run`."""
   file = _run_of(path) / "run.json"
   remedy = "bring it back, or remove it"
   return (
@@ -181,7 +185,7 @@ def _run_of(path):
 
 
 def is_of_text(config) -> bool:
-  """Whether the task of a config is not one of those that have no text at all."""
+  """Whether the task of a config has text, or may have some."""
   from moe_jax.core import registry
 
   module = registry.find("tasks", config.task.name, config.plugins, "task.name")
@@ -198,14 +202,15 @@ def has_text(config) -> bool:
 
 
 def weights(path: str, model, ema: bool = False) -> tuple[int, dict]:
-  """(step, variables) of a run's checkpoint, for a model that may be another.
+  """Returns (step, variables) of a run's checkpoint, for any model.
 
   Args:
     path, ema: see `of_run`.
     model: from `models.build`.
 
   Raises:
-    ConfigError: no checkpoint can be read, or its parameters are not the model's.
+    ConfigError: no checkpoint can be read, or its parameters are not the
+      model's.
   """
   from moe_jax.training import checkpoint
 
@@ -215,7 +220,12 @@ def weights(path: str, model, ema: bool = False) -> tuple[int, dict]:
 
 
 def placed(variables: dict, model) -> dict:
-  """Variables on the devices of the model's mesh, if it has one."""
+  """Returns variables on the devices of the model's mesh, if it has one.
+
+  Args:
+    variables: of the model.
+    model: from `models.build`.
+  """
   import jax
 
   from moe_jax import models
@@ -226,7 +236,11 @@ def placed(variables: dict, model) -> dict:
 
 
 def check(path: str, model, ema: bool = False) -> None:
-  """Raises ConfigError as `weights` does, but reads no array."""
+  """Raises ConfigError as `weights` does, but reads no array.
+
+  Args:
+    path, model, ema: as in `weights`.
+  """
   import orbax.checkpoint as ocp
 
   from moe_jax.training import checkpoint
@@ -235,7 +249,7 @@ def check(path: str, model, ema: bool = False) -> None:
   tree = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
   params = tree.get("ema" if ema else "params")
   if not params:
-    weights(path, model, ema)  # It says what is missing.
+    weights(path, model, ema)  # Raises with the reason.
   _check_shapes(path, _shapes({"params": params}), model)
 
 
@@ -270,13 +284,13 @@ def is_published(path: pathlib.Path) -> bool:
 
 
 def of_folder(path: str) -> Trained:
-  """The weights of a run or those that were published, on one device."""
+  """Returns the weights of a run, or published ones, on one device."""
   one = published if is_published(pathlib.Path(path)) else of_run
   return one(path)
 
 
 def published(path: str, dtype: str = "float32", mesh=None) -> Trained:
-  """The weights in a folder of config.json, safetensors and tokenizer.json.
+  """Returns published weights: config.json, safetensors and tokenizer.json.
 
   Args:
     path: the folder. Without a tokenizer.json tokens are bytes.
@@ -284,7 +298,7 @@ def published(path: str, dtype: str = "float32", mesh=None) -> Trained:
     mesh: as in `of_run`.
 
   Raises:
-    ConfigError: see `hf.load`; or a vocabulary too small.
+    ConfigError: see `hf.load`; or the vocabulary is too small.
   """
   from moe_jax import hf
 
@@ -305,15 +319,15 @@ def published(path: str, dtype: str = "float32", mesh=None) -> Trained:
 
 
 def with_tokens(config, loaded: Trained):
-  """A config with the tokenizer of published weights, and their end and start.
+  """Returns a config with the tokenizer, end and start of published weights.
 
   Args:
-    config: of a task that knows such tokens. It stays as it is; what its task says
-      about these tokens counts.
+    config: of a task that knows such tokens; it stays unchanged. The tokens
+      that its task names take precedence.
     loaded: from `published`.
 
   Raises:
-    ConfigError: a task that has no such tokens.
+    ConfigError: the task has no such tokens.
   """
   from moe_jax.core import registry
   from moe_jax.core.options import of

@@ -6,8 +6,11 @@ import tensorflow_datasets as tfds
 
 
 class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """Examples with some features. A subclass has methods `features`, that returns
-  those by name, and `splits`, that returns {split: pairs of a key and an example}."""
+  """Examples with some features.
+
+  A subclass has a method `features`, which returns {name: feature}, and a
+  method `splits`, which returns {split: pairs of a key and an example}.
+  """
 
   VERSION = tfds.core.Version("1.0.0")
 
@@ -19,7 +22,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     )
 
   def _split_generators(self, dl_manager):
-    del dl_manager  # Nothing is downloaded.
+    del dl_manager  # It would download files, and there are none.
     return {k: self._generate_examples(v) for k, v in self.splits().items()}
 
   def _generate_examples(self, examples):
@@ -36,6 +39,7 @@ class Texts(Builder, skip_registration=True):
   TEXTS = ("text",)
 
   def features(self):
+    """Returns {name: feature of TFDS}: the texts and the domain."""
     texts = {name: tfds.features.Text() for name in self.TEXTS}
     return texts | {
       "domain": tfds.features.ClassLabel(names=list(self.DOMAINS))
@@ -46,13 +50,14 @@ class Pictures(Builder, skip_registration=True):
   """Images of some classes, with these constants.
 
   SHAPE: height, width and channels.
-  CLASSES: their names.
+  CLASSES: names of the classes.
   TEXTS: names of the features that are text.
   """
 
   TEXTS = ()
 
   def features(self):
+    """Returns {name: feature of TFDS}: the texts, the image and the label."""
     features = {name: tfds.features.Text() for name in self.TEXTS}
     features["image"] = tfds.features.Image(
       shape=self.SHAPE, encoding_format="png"
@@ -67,7 +72,7 @@ class Pictures(Builder, skip_registration=True):
 
 
 def _as_png(pixels):
-  """Returns a file of an image; TFDS would need TensorFlow to make it."""
+  """Returns a PNG file of an image; TFDS would need TensorFlow to make it."""
   from PIL import Image
 
   file = io.BytesIO()

@@ -12,7 +12,7 @@ from moe_jax.data.datasets import _builder, glyphs
 
 SIDE = 12  # Pixels of an image.
 FIRST = 128  # The first code of a pixel.
-_BITS = (2, 3, 2)  # Of red, green and blue.
+_BITS = (2, 3, 2)  # Bits of red, green and blue.
 
 
 def build() -> type[_builder.Texts]:
@@ -27,10 +27,11 @@ class CaptionedGlyphs(_builder.Texts):
 
   @staticmethod
   def sources() -> dict[str, str]:
-    """Returns {name: version} of what draws the images besides VERSION."""
+    """Returns {name: version} of the packages that draw the images."""
     return glyphs.Glyphs.sources() | {"glyphs": str(glyphs.Glyphs.VERSION)}
 
   def splits(self):
+    """Returns {split: pairs of a number and an example}."""
     return {
       split: enumerate(map(_document, glyphs.images(number, count)))
       for number, (split, count) in enumerate(glyphs.NUM_IMAGES.items())
@@ -44,7 +45,7 @@ def _document(example):
 
 
 def codes_of(image: np.ndarray) -> np.ndarray:
-  """Codes of the pixels of an image [H, W, 3], made smaller: uint8 [SIDE^2]."""
+  """Returns the codes of an image [H, W, 3] made smaller, uint8 [SIDE^2]."""
   from PIL import Image
 
   smaller = Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BOX)
@@ -55,7 +56,13 @@ def codes_of(image: np.ndarray) -> np.ndarray:
 
 
 def pixels_of(codes: np.ndarray) -> np.ndarray:
-  """The image [SIDE, SIDE, 3] of codes, whose colours are those in the middle."""
+  """Returns the image [SIDE, SIDE, 3] of codes.
+
+  A colour is in the middle of those that share its code.
+
+  Args:
+    codes: integers from 128 to 255, [SIDE^2].
+  """
   rest, channels = np.asarray(codes, np.int64) - FIRST, []
   for bits in reversed(_BITS):
     channels.append(((rest % 2**bits) * 256 + 128) // 2**bits)

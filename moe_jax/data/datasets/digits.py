@@ -21,17 +21,18 @@ def build() -> type[_builder.Pictures]:
 
 
 class Digits(_builder.Pictures):
-  """Handwritten digits, of which images are held out as of any dataset."""
+  """Handwritten digits; a hash of each image decides whether it is held out."""
 
   SHAPE = (8, 8, 1)
   CLASSES = tuple("0123456789")
 
   @staticmethod
   def sources() -> dict[str, str]:
-    """Returns {name: version} of the images' sources besides VERSION."""
+    """Returns {name: version} of the packages that have the images."""
     return {_DISTRIBUTION: installed(_DISTRIBUTION, "'moe_jax[data]'").version}
 
   def splits(self):
+    """Returns {"train": pairs of a number and an example}."""
     return {"train": enumerate(_images())}
 
 
@@ -41,6 +42,6 @@ def _images():
   with gzip.open(package.locate_file(_FILE)) as file:
     rows = np.loadtxt(file, delimiter=",", dtype=np.uint8)
   for row in rows:
-    # Their darkness is a number from 0 to 16.
+    # The darkness of a pixel is a number from 0 to 16.
     pixels = (row[:-1].astype(int) * 255 // 16).astype(np.uint8)
     yield {"image": pixels.reshape(8, 8, 1), "label": int(row[-1])}

@@ -35,8 +35,8 @@ _FONTS = (
   *("STIXGeneralBolIta", "cmr10", "cmss10", "cmtt10"),
 )
 _SIDE = 32  # Pixels of an image.
-_TIMES = 2  # It is drawn so many times larger.
-_DARK = 0.3  # A background is so bright, and the rest 1.
+_TIMES = 2  # Factor by which an image is drawn larger.
+_DARK = 0.3  # Brightness of a background; that of the shapes is 1.
 
 
 def build() -> type[_builder.Pictures]:
@@ -54,11 +54,12 @@ class Glyphs(_builder.Pictures):
 
   @staticmethod
   def sources() -> dict[str, str]:
-    """Returns {name: version} of what draws the images besides VERSION."""
-    names = "matplotlib", "numpy", "pillow"  # The fonts are those of the first.
+    """Returns {name: version} of the packages that draw the images."""
+    names = "matplotlib", "numpy", "pillow"  # The first has the fonts.
     return {name: importlib.metadata.version(name) for name in names}
 
   def splits(self):
+    """Returns {split: pairs of a number and an example}."""
     return {
       split: enumerate(images(number, count))
       for number, (split, count) in enumerate(NUM_IMAGES.items())
@@ -66,7 +67,12 @@ class Glyphs(_builder.Pictures):
 
 
 def images(number: int, count: int):
-  """Yields so many examples of the split of a number, in their order."""
+  """Yields the examples of a split, in their order.
+
+  Args:
+    number: of the split, the seed of its images.
+    count: number of examples.
+  """
   import matplotlib
 
   folder = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -79,7 +85,7 @@ def draw(rng: np.random.Generator, fonts) -> dict:
   """Returns an example: its image, label and caption.
 
   Args:
-    rng: everything is drawn from it.
+    rng: the source of all random numbers.
     fonts: files of fonts.
   """
   from PIL import Image

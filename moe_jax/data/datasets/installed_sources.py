@@ -1,8 +1,8 @@
 """Python source files of all installed packages: as much text as there is.
 
-`python_sources` with other files, for runs that need more than its 13 megabytes. What
-it holds depends on the machine: prepare it once, and give every run the prepared
-folder as `data.dir`. Licences are those of the packages.
+They are `python_sources` with other files, for runs that need more than its 13
+megabytes. The text depends on the machine: prepare it once, and give every run
+the prepared folder as `data.dir`. Licences are those of the packages.
 """
 
 import importlib.metadata
@@ -23,16 +23,17 @@ class InstalledSources(python_sources.PythonSources):
 
   @staticmethod
   def sources() -> dict[str, str]:
-    """Returns {name: version} of the text's sources besides VERSION."""
+    """Returns {name: version} of the packages that have the text."""
     versions = {name: x.version for name, x in _installed().items()}
     return {"python": "{}.{}".format(*sys.version_info[:2]), **versions}
 
   def splits(self):
+    """Returns {split: pairs of a key and an example}."""
     return python_sources.split(python_sources.files(_installed().values()))
 
 
 def _installed():
-  """{name: distribution} of what Python finds, each package once."""
+  """{name: distribution} of all packages on Python's path, each once."""
   found = {}
   for distribution in importlib.metadata.distributions():
     found.setdefault(distribution.metadata["Name"], distribution)

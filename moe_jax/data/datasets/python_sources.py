@@ -1,8 +1,9 @@
 """Python source files of our own dependencies: code beside English prose.
 
-Real text that is already on every machine where this package is installed, in
-two labelled domains: `code` (a file without its docstrings) and `docstrings`
-(the docstrings of one file, joined). See docs/data.md; it is not a benchmark.
+The text is real and already on every machine where this package is installed.
+It has two labelled domains: `code` (a file without its docstrings) and
+`docstrings` (the docstrings of one file, joined). See docs/data.md; it is not a
+benchmark.
 """
 
 import ast
@@ -43,17 +44,18 @@ class PythonSources(_builder.Texts):
 
   @staticmethod
   def sources() -> dict[str, str]:
-    """Returns {name: version} of the text's sources besides VERSION."""
+    """Returns {name: version} of Python and the packages that have the text."""
     versions = {name: installed(name).version for name in DISTRIBUTIONS}
     # A file with newer syntax than the interpreter's is left out.
     return {"python": "{}.{}".format(*sys.version_info[:2]), **versions}
 
   def splits(self):
+    """Returns {split: pairs of a key and an example}."""
     return split(_enough())
 
 
 def split(files) -> dict[str, list]:
-  """{split: pairs of a key and an example}, as a builder returns them.
+  """Returns {split: pairs of a key and an example}.
 
   Args:
     files: pairs (file name, {domain: text}).
@@ -102,10 +104,13 @@ def _enough():
 
 
 def paths(distributions):
-  """Returns (name, path) of their Python files, in the order of their names' hash.
+  """Returns (name, path) of Python files, ordered by a hash of their names.
 
-  The order mixes the distributions, so that a part of the list is a fair
-  sample of it.
+  The order mixes the distributions, so that a part of the list is a fair sample
+  of it.
+
+  Args:
+    distributions: `importlib.metadata.Distribution`s.
   """
   found = {}
   for distribution in distributions:
@@ -122,8 +127,11 @@ def paths(distributions):
 def parsed(path) -> tuple[str, ast.Module] | None:
   """Returns the source of a file below its licence, and its tree.
 
-  None for a file that is too long, not there though it is listed, or not Python
-  for this interpreter.
+  It returns None for a file that is too long, is listed and not there, or is
+  not Python for this interpreter.
+
+  Args:
+    path: the file.
   """
   try:
     content = path.read_bytes()
@@ -132,7 +140,7 @@ def parsed(path) -> tuple[str, ast.Module] | None:
     # The licence above the code is the same in thousands of files: it would
     # be learnt by heart, and it would be in both splits.
     source = _HEADER.sub("", content.decode("utf-8").replace("\r\n", "\n"))
-    # Theirs: invalid escapes and the like.
+    # The files' own warnings: invalid escapes and the like.
     with warnings.catch_warnings(action="ignore"):
       return source, ast.parse(source)
   except (OSError, UnicodeDecodeError, SyntaxError, ValueError):
@@ -149,7 +157,7 @@ def _texts(path):
   docstrings = "\n\n".join(inspect.cleandoc(node.value) for node in nodes)
   texts = {
     "code": _without(source, nodes),
-    # Lone surrogates are no text.
+    # Lone surrogates cannot be encoded: they become question marks.
     "docstrings": docstrings.encode("utf-8", "replace").decode(),
   }
   return {k: text for k, text in texts.items() if len(text) >= MIN_BYTES}
@@ -168,7 +176,7 @@ def _docstring_nodes(tree):
 
 
 def _without(source, nodes):
-  """Returns the source without these nodes, nor the lines they leave empty."""
+  """Returns the source without these nodes, and without lines left empty."""
   source = source.encode()  # Columns of ast count bytes.
   starts = [0]
   for line in source.split(b"\n"):

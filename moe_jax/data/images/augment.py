@@ -15,7 +15,7 @@ from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import integer, items, number, optional
 from moe_jax.moe.types import Array
 
-_OF_MIXUP = 2**30  # A number that no image has.
+_OF_MIXUP = 2**30  # Folded into the key; no image has this index.
 _SHARE = number(above=0, high=1)
 _RATIO = 4 / 3  # The longest side of a part over its shortest (1409.4842).
 
@@ -24,14 +24,15 @@ _RATIO = 4 / 3  # The longest side of a part over its shortest (1409.4842).
 class Augmentation:
   """The changes and their strength. Each is drawn for every image.
 
-  area: (least, most) share of the image, a random part of which is taken and resized
-    (1409.4842; V-MoE takes 0.05 to 1); None: all of it.
+  area: (least, most) share of the image: a random part of this area is resized
+    to the whole size (1409.4842; V-MoE takes 0.05 to 1); None: all of it.
   flip: whether half of the images are mirrored from left to right.
-  shift: pixels that an image moves at most in each direction, with zeros behind.
-  brightness: at most so much is added or taken away, of a range from 0 to 1.
+  shift: pixels that an image moves at most in each direction, with zeros
+    behind.
+  brightness: the most that is added or taken away, of a range from 0 to 1.
   contrast, saturation: the factor is at most 1 + this, and at least 1 - this.
-  mixup: parameter a of Beta(a, a), from which the share of a second image and of its
-    label is drawn (1710.09412); 0: there is no second image.
+  mixup: parameter a of Beta(a, a), from which the share of a second image and
+    of its label is drawn (1710.09412); 0: there is no second image.
   """
 
   area: optional(items((_SHARE, _SHARE))) = None
@@ -49,7 +50,7 @@ class Augmentation:
       )
 
   def check(self, channels: int) -> None:
-    """Raises ConfigError for images without colours whose saturation would change."""
+    """Raises ConfigError if images without colours would change saturation."""
     if self.saturation and channels != 3:
       raise ConfigError(
         f"task.augment.saturation = {self.saturation} needs images with 3 channels,"
@@ -58,7 +59,13 @@ class Augmentation:
 
 
 def scaled(image_BHWC: Array, size: tuple[int, int], dtype) -> Array:
-  """Numbers from -1 to 1 of bytes, resized if they have another size."""
+  """Returns images with numbers from -1 to 1.
+
+  Args:
+    image_BHWC: uint8.
+    size: height and width of the result; images of another size are resized.
+    dtype: of the result.
+  """
   x = image_BHWC.astype(dtype) / 127.5 - 1
   if x.shape[1:3] != size:
     shape = len(x), *size, x.shape[3]
@@ -86,13 +93,27 @@ def changed(
 
 
 def mixed(how: Augmentation, x_BHWC: Array, target_BC: Array, rng, first):
-  """(images, targets), each with a share of those of the next image in the batch."""
+  """Adds to each image and target a share of the next one in the batch.
+
+  x = s * x_b + (1 - s) * x_{b+1}, with max(s, 1 - s) for s from Beta(a, a)
+  (mixup, 1710.09412).
+
+  Args:
+    how: its `mixup` is a.
+    x_BHWC: images.
+    target_BC: shares of the classes.
+    rng: the key of the step.
+    first: index of the first image in the batch of the step.
+
+  Returns:
+    The images and the targets, changed.
+  """
   if not how.mixup:
     return x_BHWC, target_BC
   keys = _of_rows(jax.random.fold_in(rng, _OF_MIXUP), len(x_BHWC), first)
   beta = lambda key: jax.random.beta(key, how.mixup, how.mixup)  # noqa: E731
   share_B = jax.vmap(beta)(keys).astype(x_BHWC.dtype)
-  share_B = jnp.maximum(share_B, 1 - share_B)  # The first one stays the larger.
+  share_B = jnp.maximum(share_B, 1 - share_B)  # An image keeps at least half.
 
   def mix(x):
     share = share_B.reshape(-1, *(1,) * (x.ndim - 1))
@@ -108,7 +129,7 @@ def _of_rows(rng, rows, first):
 
 
 def _changed(how, size, key, x):
-  """One image with numbers from 0 to 1, changed."""
+  """Makes the changes of an image with numbers from 0 to 1."""
   keys = jax.random.split(key, 6)
   if how.area is not None or x.shape[:2] != size:
     x = _part(how.area or (1.0, 1.0), size, keys[0], x)
@@ -129,7 +150,7 @@ def _changed(how, size, key, x):
 
 
 def _part(area, size, key, x):
-  """A part of an image, of a random area, shape and place, resized."""
+  """Returns a part of an image, of a random area, shape and place, resized."""
   keys = jax.random.split(key, 4)
   share = jax.random.uniform(keys[0], minval=area[0], maxval=area[1])
   log_ratio = jax.random.uniform(keys[1], minval=-1.0) * jnp.log(_RATIO)

@@ -8,7 +8,7 @@ from moe_jax.data import batches
 from moe_jax.data.images.prepared import Images
 
 Batch = batches.Batch
-DOMAIN = "images"  # The only one.
+DOMAIN = "images"  # All images are of one domain.
 
 
 def train_batches(
@@ -29,7 +29,7 @@ def train_batches(
     Batches by step: `image` uint8 [B, H, W, channels], `label` int32 [B], `mask`
     bool [B], True; [A, B/A, ...] with accumulation.
   """
-  import grain  # Slow to import: only for who reads data.
+  import grain  # Slow to import: only where data is read.
 
   pixels, labels = images.arrays["train"]
   order = grain.MapDataset.range(len(labels)).seed(seed).shuffle().repeat()
@@ -67,7 +67,7 @@ def validation_batches(
 
 
 def _batch(pixels, labels, numbers, size):
-  """Returns these images, and padding up to the size."""
+  """Returns the images of these indices, padded to `size` rows."""
   image = np.zeros((size, *pixels.shape[1:]), np.uint8)
   label, mask = np.zeros(size, np.int32), np.arange(size) < len(numbers)
   image[: len(numbers)], label[: len(numbers)] = (

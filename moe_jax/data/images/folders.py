@@ -1,7 +1,7 @@
 """Folders of images by class, read as datasets of TFDS.
 
 train/CLASS/anything.png       the training images of a class
-validation/CLASS/anything.png  those of validation; may be left out
+validation/CLASS/anything.png  its validation images; may be left out
 
 Hidden files and folders, and the folder __MACOSX of archives, are not read.
 """
@@ -17,8 +17,8 @@ from absl import logging
 from moe_jax.core.errors import ConfigError
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-_MOST = 2**16 - 1  # Of a pixel with 16 bits.
-# {split: (file, number of its class) of every image}.
+_MOST = 2**16 - 1  # The largest value of a pixel with 16 bits.
+# {split: (file, index of its class) of every image}.
 Files = Mapping[str, Sequence[tuple[pathlib.Path, int]]]
 
 
@@ -28,7 +28,7 @@ def find(
   """Returns the files of a folder, and the names of its classes.
 
   Args:
-    folder: need not be there.
+    folder: a path, whether it is there or not.
     splits: names of the splits that are looked for.
 
   Returns:
@@ -66,7 +66,7 @@ def find(
 
 
 def _shown(folder):
-  """The paths in a folder, in order, without those that are not read."""
+  """The paths in a folder that are read, in order."""
   paths = sorted(folder.iterdir())
   return [p for p in paths if p.name[0] != "." and p.name != "__MACOSX"]
 
@@ -81,7 +81,7 @@ def _files(folder):
 
 
 class Builder:
-  """The part of a TFDS builder that reading takes.
+  """The attributes of a TFDS builder that reading needs.
 
   info: with `features` and `splits`, as in TFDS.
   """
@@ -104,16 +104,21 @@ class Builder:
     self._files, self._names = files, (image, label)
 
   def file(self, split: str, number: int) -> pathlib.Path:
-    """Returns the file of an example."""
+    """Returns the file of an example.
+
+    Args:
+      split: "train" or "validation".
+      number: index of the example in its split.
+    """
     return self._files[split][number][0]
 
   def as_data_source(self, split: str) -> "_Examples":
-    """Returns the examples of a split."""
+    """Returns the examples of a split, by index."""
     return _Examples(self._files[split], self._names)
 
 
 class _Examples:
-  """Examples by number, whose images are read when they are asked for."""
+  """Examples by index; an image is read when its example is asked for."""
 
   def __init__(self, files, names):
     self._files, self._names = files, names
@@ -129,9 +134,9 @@ class _Examples:
 
 
 def _read(path):
-  """Returns the pixels of a file, uint8 [H, W, 3], or [H, W, 1] of grey ones.
+  """Returns the pixels of a file, uint8 [H, W, 3], or [H, W, 1] of grey images.
 
-  They stand as the camera says, and of 16 bits the upper ones are kept.
+  They are turned as the camera says; numbers of 16 bits keep their upper 8.
   """
   from PIL import Image, ImageOps
 

@@ -21,7 +21,7 @@ from moe_jax.data.images import folders
 
 SPLITS = sources.SPLITS
 
-_FORMAT = 2  # Raise it when the files mean something else than before.
+_FORMAT = 2  # Add one when the meaning of the files changes.
 
 
 class Features(NamedTuple):
@@ -31,7 +31,12 @@ class Features(NamedTuple):
   label: str
 
   def check(self, name: str, builder) -> None:
-    """Raises ConfigError for a dataset without images or labels of these names."""
+    """Raises ConfigError for a dataset without images or labels of these names.
+
+    Args:
+      name: of the dataset, for the message.
+      builder: of TFDS.
+    """
     import tensorflow_datasets as tfds
 
     kinds = {
@@ -70,24 +75,25 @@ class Features(NamedTuple):
 
 
 _PIXELS = integer(1)
-# Pixels of an image: of each side, or (height, width); None: as they are.
+# Pixels of each side of an image, or (height, width); None: images keep theirs.
 SIZE = optional(either(_PIXELS, items((_PIXELS, _PIXELS))))
 CHANNELS = optional(either(integer(1, 1), integer(3, 3)))
 CROP = optional(number(0, 1, above=0))
 
 
 def pair(size) -> tuple[int, int] | None:
-  """(height, width) of a value of `SIZE`."""
+  """Returns (height, width) of a value of `SIZE`."""
   return (size, size) if isinstance(size, int) else size and tuple(size)
 
 
 class Size(NamedTuple):
   """The form that all images get.
 
-  pixels: (height, width) that they are resized to; None: they have one size.
+  pixels: (height, width) that they are resized to; None: they already have one
+    size.
   channels: 1 or 3; None: all have the same number.
-  crop: the share that is kept of the largest part in the middle with the proportions of
-    `pixels`; None: the whole image is squeezed into them.
+  crop: the share that is kept of the largest part in the middle with the
+    proportions of `pixels`; None: the whole image is squeezed into them.
   """
 
   pixels: tuple[int, int] | None
@@ -101,10 +107,10 @@ class Images:
 
   name: of the dataset.
   shape: H, W and channels of every image.
-  classes: their names.
+  classes: names of the classes.
   fingerprint: sha256 of all pixels and labels.
   arrays: {split: (uint8 [N, H, W, channels], int32 [N])}, mapped from files.
-  sources: names and versions of what they were made from.
+  sources: {name: version} of everything that they were made from.
   directory: the cache's folder.
   """
 
@@ -126,7 +132,15 @@ def of_config(
   fingerprint: str | None,
   least_classes: int = 2,
 ) -> Images:
-  """The images that `config.data` names; see `prepare`."""
+  """Returns the images that `config.data` names.
+
+  Args:
+    config: a whole config.
+    features, size, fingerprint, least_classes: as in `prepare`.
+
+  Raises:
+    ConfigError: as in `prepare`.
+  """
   return prepare(
     config.data.name,
     data_dir=config.data.dir,
@@ -153,20 +167,20 @@ def prepare(
   """Returns the images of a dataset; makes their cache where there is none yet.
 
   Args:
-    name: a dataset of `registry.names("datasets")`, or any that TFDS knows, such as
-      "cifar10"; with `data_dir`, any word to call it by.
+    name: a dataset of `registry.names("datasets")`, or any that TFDS knows,
+      such as "cifar10"; with `data_dir`, any word to call it by.
     data_dir: folder of a prepared TFDS dataset, or of images by class, see
       `folders`. It has a split `train`; images are held out of it by their hash
       if there is no split `validation`.
-    features: what is read.
+    features: the features that are read.
     size: of all images.
     cache_dir, plugins, fingerprint: as in `corpora.prepare`.
-    least_classes: fewer are refused.
+    least_classes: the least number of classes.
 
   Raises:
-    ConfigError: no such dataset, folder, feature, split or content, images of
-      several sizes, a label that is no class, too few classes, a damaged file, or
-      no space.
+    ConfigError: there is no such dataset, folder, feature, split or content;
+      images have several sizes; a label is no class; there are too few classes;
+      a file is damaged; or there is no space.
   """
   if fingerprint is not None:
     for folder in caches.entries(name, cache_dir):
@@ -190,7 +204,7 @@ def prepare(
 
 
 def _open(folder, fingerprint=None):
-  """Returns the `Images` of a cache folder; None if it is not whole, or another."""
+  """Returns the `Images` of a cache folder; None if damaged or not wanted."""
 
   def made(index):
     if fingerprint not in (None, index.get("fingerprint")):
@@ -278,13 +292,13 @@ def _read(name, builder, features, size):
           f"{place} has numbers of type {pixels.dtype}, and images are bytes (uint8);"
           " prepare a copy of the dataset with bytes"
         )
-      # Held out by what is stored there, so at any size the same.
+      # The stored pixels decide: the same images are held out at any size.
       own = split if held_out else sources.split_of(pixels.tobytes())
       yield own, place, _sized(pixels, size), int(example[features.label])
 
 
 def _sized(pixels, size):
-  """Returns an image of the size, with so many channels."""
+  """Returns an image with the pixels and channels of `size`."""
   from PIL import Image, ImageOps
 
   channels = size.channels or pixels.shape[2]
@@ -297,7 +311,7 @@ def _sized(pixels, size):
     return pixels
   image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
   image = image.convert("L" if channels == 1 else "RGB")
-  # Pillow smooths before it makes an image smaller.
+  # Where it makes an image smaller, Pillow smooths it first.
   if size.pixels is not None and size.crop is not None:
     how = {"method": Image.Resampling.BICUBIC, "bleed": (1 - size.crop) / 2}
     image = ImageOps.fit(image, size.pixels[::-1], **how)

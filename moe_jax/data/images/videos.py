@@ -1,13 +1,14 @@
-"""Videos or their latents in a folder of arrays, and images as videos of one frame.
+"""Videos or their latents in a folder of arrays; images as one-frame videos.
 
   train_video.npy      [N, F, H, W, channels], bytes of pixels, or fractions
   train_label.npy      [N], classes from 0 on; may be left out
-  train_text.npy       [N, M, T], vectors that a text encoder has made; may be left out
+  train_text.npy       [N, M, T], vectors of a text encoder; may be left out
   train_text_mask.npy  [N, M], False for padding; may be left out
-  train_more.npy       [N, F, H, W, more channels] that a model reads beside; may be
-                       left out
+  train_more.npy       [N, F, H, W, more channels], further inputs of a model;
+                       may be left out
 
-and the same for `validation`. The files are mapped, and only what is read is loaded.
+and the same for `validation`. The files are mapped, and only the parts that are
+used are loaded.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ _TYPES = {  # The letters that numpy has for the types of a kind, and words for 
   "text": ("efd", "float16, float32 or float64"),
   "text_mask": ("?", "True and False"),
 }
-# The same for the kinds that are not there: videos and channels beside.
+# The types and words of the other kinds: videos, and further channels.
 _NUMBERS = ("Befd", "bytes (uint8), float16, float32 or float64")
 _FORMAT = "arrays 1"  # Change it when arrays are hashed or checked differently.
 _READ_AT_ONCE = 2**24  # Bytes.
@@ -54,12 +55,12 @@ class Videos:
 
   name: of the dataset.
   shape: F, H, W and channels of every video.
-  num_classes: of the labels; 0: there are none.
+  num_classes: number of classes of the labels; 0: there are no labels.
   text: (M, T) of the texts' vectors; None: there are none.
-  more_channels: of what a model reads beside.
+  more_channels: number of channels of a model's further inputs.
   fingerprint: changes when the content does.
   arrays: {split: {kind: array of all videos}}.
-  sources: names and versions of what they were made from.
+  sources: {name: version} of everything that they were made from.
   """
 
   name: str
@@ -75,7 +76,7 @@ class Videos:
 
 
 def of_images(images: prepared.Images) -> Videos:
-  """Images as videos of one frame, whose classes are their labels."""
+  """Returns images as videos of one frame, whose classes are their labels."""
   return Videos(
     images.name,
     (1, *images.shape),
@@ -90,7 +91,12 @@ def of_images(images: prepared.Images) -> Videos:
 
 
 def numbers(video, dtype=jnp.float32):
-  """Numbers from -1 to 1 of bytes, in at least float32; others as they are."""
+  """Returns bytes as numbers from -1 to 1; other numbers keep their values.
+
+  Args:
+    video: uint8, or fractions.
+    dtype: of the result, which has at least float32.
+  """
   dtype = jnp.promote_types(dtype, jnp.float32)
   if video.dtype == jnp.uint8:
     return video.astype(dtype) / 127.5 - 1
@@ -105,12 +111,12 @@ def is_folder(folder: str | None) -> bool:
 
 
 def of_folder(name: str, folder: str, cache_dir: str | None = None) -> Videos:
-  """The videos of a folder.
+  """Returns the videos of a folder.
 
   Args:
-    name: to call it by.
+    name: a name of your choice, for messages.
     folder: see the head of this file.
-    cache_dir: where the fingerprints of files that were read are kept, see
+    cache_dir: the folder of caches, where fingerprints of files are kept, see
       `caches.entry`.
 
   Raises:
@@ -143,7 +149,7 @@ def of_folder(name: str, folder: str, cache_dir: str | None = None) -> Videos:
 def _fingerprint(name, files, cache_dir):
   """Returns the sha256 of all arrays, which are read only if a file has changed."""
   stats = [(str(file.absolute()), file.stat()) for file in files]
-  # The last number changes with the content even where somebody sets the time back.
+  # ctime changes with the content even where somebody sets the time back.
   key = [(file, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file, s in stats]
   entry = caches.entry(name, cache_dir, [_FORMAT, key])
 
@@ -216,7 +222,7 @@ def _check(path, split, own, first):
 
 
 def _requirements(kind, array, other):
-  """Yields (whether an array fits, words for what it has otherwise).
+  """Yields (whether an array meets a requirement, words for the other case).
 
   Args:
     kind: of the array.
@@ -296,10 +302,11 @@ def train_batches(
     seed, rows, batch_size, accumulation: as in `batches.train_batches`.
 
   Returns:
-    Batches by step: the kinds that there are, `mask` bool [B], True, `time` -1: it is
-    drawn, and `number` int32 [B], of the row in the stream.
+    Batches by step: the kinds that there are, [B, ...] each; `mask` bool [B],
+    True; `time` float32 [B], -1: the timestep is drawn; and `number` int32 [B],
+    the index of the row in the stream.
   """
-  import grain  # Slow to import: only for who reads data.
+  import grain  # Slow to import: only where data is read.
 
   arrays = videos.arrays["train"]
   order = grain.MapDataset.range(len(arrays["video"])).seed(seed).shuffle()
@@ -324,17 +331,18 @@ def validation_batches(
 
   Args:
     videos, rows: as in `train_batches`.
-    ranges: {name: (from, to)} of timesteps. Those of all videos cover one evenly.
+    ranges: {name: (from, to)} of timesteps; the timesteps of all videos cover
+      each range evenly.
     batch_size, batches_per_domain: as in `batches.validation_batches`.
 
   Returns:
-    Pairs of a range's name and a batch as in `train_batches`, with a `time`. Its last
-    rows may be padding, with `mask` False.
+    Pairs of a range's name and a batch as in `train_batches`, with a `time`.
+    Its last rows may be padding, with `mask` False.
   """
   arrays = videos.arrays["validation"]
   count = len(arrays["video"])
   chosen = batch_size, batches_per_domain, rows
-  # All cover a range evenly, and those of a few batches are spread over it.
+  # The times cover a range evenly; those of a few batches are spread over it.
   order = np.random.default_rng(0).permutation(count)
   for name, numbers, read in batches.validation_rows(
     dict.fromkeys(ranges, count), *chosen
@@ -348,7 +356,7 @@ def validation_batches(
 
 
 def _batch(arrays, places, numbers, time):
-  """Returns these videos."""
+  """Returns a batch of the videos at `places`."""
   batch = {kind: np.asarray(array[places]) for kind, array in arrays.items()}
   if "label" in batch:
     batch["label"] = batch["label"].astype(np.int32)

@@ -8,15 +8,15 @@ from moe_jax.core.errors import RunError
 
 
 def write(found, folder: pathlib.Path) -> str:
-  """Writes one PNG of all images, a GIF of each video, or an array of latents.
+  """Writes a PNG of all images, a GIF of each video, or an array of latents.
 
   Args:
-    found: [N, F, H, W, C], from -1 to 1 or latents, which have other than 1 or 3
-      channels.
-    folder: it is there.
+    found: [N, F, H, W, C], from -1 to 1 or latents, whose number of channels is
+      not 1 or 3.
+    folder: a folder that is there.
 
   Returns:
-    A sentence that says where they are.
+    A sentence that says where the files are.
 
   Raises:
     RunError: a number is not finite.
@@ -42,7 +42,7 @@ def write(found, folder: pathlib.Path) -> str:
 
 
 def _sheet(pixels):
-  """All images [N, H, W, C] as one, in rows."""
+  """Returns all images [N, H, W, C] as one image, in rows."""
   columns = int(np.ceil(len(pixels) ** 0.5))
   rows = -(-len(pixels) // columns)
   room = np.zeros((rows * columns, *pixels.shape[1:]), np.uint8)
@@ -53,7 +53,7 @@ def _sheet(pixels):
 
 
 def _save(frames, path):
-  """Frames [F, H, W, C] as a file."""
+  """Writes frames [F, H, W, C] as a file."""
   from PIL import Image
 
   frames = frames[..., 0] if frames.shape[-1] == 1 else frames

@@ -1,8 +1,8 @@
 """Corpora: the tokens of a dataset in memory-mapped files, made once.
 
 The last token of the vocabulary ends a document. A token cache is a folder with
-one flat file of integers for each split and domain, and an index.json that says
-what is in it and where it came from. It appears as a whole or not at all.
+one flat file of integers for each split and domain, and an index.json with
+their content and sources. It appears as a whole or not at all.
 """
 
 import collections
@@ -24,7 +24,7 @@ from moe_jax.data.text import documents, tokenizers
 SPLITS = sources.SPLITS
 Table = Mapping[str, Mapping[str, Any]]  # {split: {domain: value}}
 
-_FORMAT = 3  # Raise it when the files mean something else than before.
+_FORMAT = 3  # Add one when the meaning of the files changes.
 _MOST_DOMAINS = 256
 _AT_ONCE = 2**23  # Bytes of text that are made tokens together.
 _QUICK = 3.0  # Seconds in which no progress is shown.
@@ -50,7 +50,7 @@ class Corpus:
     arrays: the tokens by split, then domain; see `tokens`.
     num_tokens: tokens by split, then domain.
     num_documents: documents by split, then domain.
-    sources: names and versions of what the text was made from.
+    sources: {name: version} of everything that the text was made from.
     directory: the cache's folder; a built-in dataset's documents lie there too,
       as a TFDS dataset. None for several datasets.
   """
@@ -69,7 +69,7 @@ class Corpus:
 
   @property
   def domains(self) -> tuple[str, ...]:
-    """Names of the domains; a domain's number is its place here."""
+    """Names of the domains; a domain's index is its place here."""
     return tuple(domain for _, domains in self.parts for domain in domains)
 
   @property
@@ -169,7 +169,15 @@ def _check_begins(begins, tokenizer):
 
 
 def wanted(corpus: Corpus, fingerprint: str | None) -> Corpus:
-  """Returns the corpus; raises ConfigError for one with another fingerprint."""
+  """Returns the corpus.
+
+  Args:
+    corpus: any.
+    fingerprint: the one that it must have; None: any.
+
+  Raises:
+    ConfigError: it has another fingerprint.
+  """
   if fingerprint not in (None, corpus.fingerprint):
     raise ConfigError(
       f"{corpus.name} has fingerprint {corpus.fingerprint}, but {fingerprint}"
@@ -182,11 +190,11 @@ def wanted(corpus: Corpus, fingerprint: str | None) -> Corpus:
 def cached(
   name: str, cache_dir: str | os.PathLike | None, fingerprint: str | None = None
 ) -> Iterator[Corpus]:
-  """Yields the whole caches of a dataset's name, whatever they were made from.
+  """Yields the whole caches of a dataset's name, for any sources.
 
   Args:
     name, cache_dir: see `prepare`.
-    fingerprint: only those with this content; None: all.
+    fingerprint: of the corpora that are wanted; None: all.
   """
   entries = caches.entries(name, cache_dir)
   yield from filter(None, (_open(entry, fingerprint) for entry in entries))
@@ -197,14 +205,15 @@ def _open(entry, fingerprint=None):
 
   Args:
     entry: the folder.
-    fingerprint: None is returned for a corpus with another one.
+    fingerprint: of the corpus that is wanted; for another one, None is
+      returned.
   """
 
   def made(index):
     if fingerprint not in (None, index.get("fingerprint")):
       return None
     arrays = _map_tokens(entry, index)
-    # A run's fingerprint stands for what it trains on.
+    # A run records the fingerprint in place of its data.
     caches.check_content(entry, index, lambda: _fingerprint(arrays))
     return Corpus(
       num_bytes_V=tuple(index["num_bytes_V"]),
@@ -223,7 +232,7 @@ def _map_tokens(folder, index):
 
   def array(split, domain):
     size = index["num_tokens"][split][domain]
-    if not size:  # There is no file.
+    if not size:  # A domain without tokens has no file.
       return np.zeros(0, dtype)
     path = _file(folder, split, index["domains"].index(domain))
     return np.memmap(path, dtype, "r", shape=(size,))
@@ -271,7 +280,7 @@ def _write_tokens(name, builder, features, tokenizer, folder, whole):
       if domain not in domains:
         domains.append(domain)
       _check_number(domains, features)
-      # An empty text stays one, and is refused.
+      # An empty text stays empty, and is refused.
       before = np.array(begin if tokens.size else (), tokens.dtype)
       pieces[split, domain] += before, tokens, end
       num_tokens = before.size + tokens.size + 1
@@ -317,7 +326,7 @@ def _check_number(domains, features):
 
 
 def _tell_held_out(name, domains, counts):
-  """Warns of domains of which nothing is held out."""
+  """Warns of domains that have no document in the validation split."""
   bare = [d for d in domains if not counts["validation", d][1]]
   if bare:
     logging.warning(
@@ -327,7 +336,7 @@ def _tell_held_out(name, domains, counts):
 
 
 def _check_bytes(name, features, tokenizer, counts, whole):
-  """Raises ConfigError for no text, or tokens that stand for other text."""
+  """Raises ConfigError for no text, or for tokens that stand for other text."""
   if not any(x[2] for (split, _), x in counts.items() if split == "train"):
     raise ConfigError(
       f"the training documents of dataset {name} hold no text; set"

@@ -1,4 +1,4 @@
-"""Documents of datasets."""
+"""The features of a dataset that are read, and its documents."""
 
 import pathlib
 from collections.abc import Iterator
@@ -10,14 +10,14 @@ from moe_jax.data.text import folders, lines
 
 
 class Features(NamedTuple):
-  """The features that are read.
+  """The names of the features that are read, and how they are read.
 
-  text: the name of one, which is a document; or those of a source and a target,
-    which are two documents, one after the other.
-  domain: the one that names the domain.
+  text: the feature that is a document; or two, a source and a target, which are
+    two documents, one after the other.
+  domain: the feature that names the domain.
   prefix: text before every source that is not empty.
   begins: tokens before the sources, and before the targets, that are not empty.
-  skip_not_utf8: leave out what is not UTF-8 in a folder of text.
+  skip_not_utf8: leave out documents that are not UTF-8 in a folder of text.
   """
 
   text: str | tuple[str, str]
@@ -34,14 +34,19 @@ class Features(NamedTuple):
     return dict(zip(("task.source", "task.target"), self.text))
 
   def check(self, name: str, builder) -> None:
-    """Raises ConfigError for a dataset that lacks what is read.
+    """Raises ConfigError for a dataset that lacks a feature.
 
-    The sizes of its splits are not known, and not checked, before it is prepared.
+    The sizes of its splits are not known, and not checked, before it is
+    prepared.
+
+    Args:
+      name: of the dataset, for the message.
+      builder: of TFDS.
     """
     import tensorflow_datasets as tfds
 
     features = dict(builder.info.features.items())
-    # Shape and dtype; a nested dataset of texts has them too.
+    # Shape and dtype of a text; a nested dataset of texts has them too.
     text = ((), object)
     texts = [
       k
@@ -93,7 +98,12 @@ class Features(NamedTuple):
 
 
 def label_names(builder, features: Features) -> list[str]:
-  """Returns the domains that the dataset declares, in its order."""
+  """Returns the domains that the dataset declares, in its order.
+
+  Args:
+    builder: of TFDS, or of `folders` or `lines`.
+    features: names the feature of the domain.
+  """
   feature = dict(builder.info.features.items()).get(features.domain)
   return list(getattr(feature, "names", None) or ())
 
@@ -103,7 +113,13 @@ def read(
 ) -> Iterator[tuple[str, str, bytes, tuple[int, ...]]]:
   """Yields (split, domain, text as bytes, tokens before it) of every document.
 
-  The hash of an example's first text decides where it is held out.
+  The hash of an example's first text decides whether it is held out, where
+  there is no validation split.
+
+  Args:
+    name: of the dataset, for errors.
+    builder: as in `label_names`.
+    features: the features that are read.
 
   Raises:
     ConfigError: a file of the dataset is damaged.

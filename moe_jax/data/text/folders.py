@@ -1,14 +1,16 @@
 """Folders of text of one's own, read as datasets of TFDS.
 
-  prose and source code (.txt, .md, .py, ...)   a file is a document; a long one is
+  prose and source code (.txt, .md, .py, ...)   a file is a document; a long one
+  is
                                                 several, which end at line ends
-  .jsonl, .jsonl.gz                             an object on each line is a document
+  .jsonl, .jsonl.gz                             an object on each line is a
+  document
   .parquet                                      a row is a document
 
-Folders at any depth are read, but for hidden ones. The domain of a document is that
-which its object or row names, or else the first folder that its file is in, or "text".
-Where the folders `train` and `validation` are both there, they are the splits, and
-domains are the folders in these.
+Folders at any depth are read, except hidden ones. The domain of a document is
+the one that its object or row names, or else the first folder that its file is
+in, or "text". Where the folders `train` and `validation` are both there, they
+are the splits, and domains are the folders in these.
 """
 
 import gzip
@@ -28,20 +30,20 @@ _CODE = ".py .pyi .c .cc .cpp .cu .h .hpp .java .js .ts .go .rs .rb .sh .scala .
 PLAIN = (*_PROSE.split(), *_CODE.split(), ".lua", ".jl", ".r", ".sql")
 OBJECTS = (".jsonl", ".jsonl.gz", ".parquet")
 _SHOWN = 3  # Names in a message.
-_LONG = 2**14  # Bytes of a file that is more than one document.
-_PIECE = 2**12  # The least bytes of such a document, but for the last one.
-_LONGEST = 2**20  # The most bytes of one, where lines are longer.
+_LONG = 2**14  # A file with more bytes is cut into several documents.
+_PIECE = 2**12  # The least bytes of these documents, except the last.
+_LONGEST = 2**20  # The most bytes of these documents, where lines are longer.
 
 
 class File(NamedTuple):
-  """A file to read, and the domain of its documents if they name none."""
+  """A file to read, and the domain of documents that name none themselves."""
 
   path: pathlib.Path
   domain: str
 
   @property
   def suffix(self) -> str:
-    """Its suffix, of `PLAIN` or `OBJECTS`, or "" if it is not read."""
+    """The file's suffix, of `PLAIN` or `OBJECTS`, or "" if it is not read."""
     name = self.path.name.lower()
     return next((s for s in (*OBJECTS, *PLAIN) if name.endswith(s)), "")
 
@@ -70,7 +72,7 @@ def find(place: str, splits: Sequence[str]) -> dict[str, list[File]]:
 
 
 def _split(split, paths, root):
-  """{split: files that are read}, or {} without any."""
+  """{split: files that are read}, or {} if there are none."""
   files = []
   for path in paths:
     folders = path.relative_to(root).parts[:-1]
@@ -86,7 +88,7 @@ def _split(split, paths, root):
 
 
 def _inside(folder):
-  """The files in a folder at any depth, in order, but for hidden ones."""
+  """The files in a folder at any depth, in order, without hidden ones."""
   paths = sorted(folder.rglob("*"))
   names = (path.relative_to(folder).parts for path in paths)
   hidden = [any(part[0] == "." for part in own) for own in names]
@@ -94,10 +96,10 @@ def _inside(folder):
 
 
 class Builder:
-  """The part of a TFDS builder that reading takes.
+  """The attributes of a TFDS builder that reading needs.
 
-  info: with `features` and `splits`, as in TFDS. A split has the number and the bytes
-    of its files.
+  info: with `features` and `splits`, as in TFDS. A split has the number and the
+    bytes of its files.
   """
 
   def __init__(
@@ -107,11 +109,12 @@ class Builder:
     domain: str,
     skip_not_utf8: bool = False,
   ):
-    """Takes files of `find`.
+    """Takes the files of a dataset.
 
     Args:
-      files: by split.
-      texts: the fields of objects and rows that are read; a file of prose is the first.
+      files: from `find`.
+      texts: the fields of objects and rows that are read; the text of a prose
+        file counts as the first one.
       domain: the field that names the domain.
       skip_not_utf8: leave out documents that are not UTF-8, with a warning.
 
@@ -202,7 +205,7 @@ def _documents(file, texts):
 
 
 def _pieces(content):
-  """The documents of a file: where it is long, they end at an empty line or a line."""
+  """The documents of a file; a long one is cut at empty lines or line ends."""
   begin = 0
   while len(content) - begin > _LONG:
     end = _end(content, begin)
@@ -213,7 +216,7 @@ def _pieces(content):
 
 
 def _end(content, begin):
-  """Where a document that begins at a place ends."""
+  """The end of the document that begins at `begin`."""
   least, most = begin + _PIECE, begin + _LONG
   for mark, last in ((b"\n\n", most), (b"\n", most), (b"\n", begin + _LONGEST)):
     end = content.find(mark, least, last) + len(mark)
@@ -223,11 +226,11 @@ def _end(content, begin):
   if last >= len(content):
     return len(content)
   starts = (last - i for i in range(4) if content[last - i] & 0xC0 != 0x80)
-  return next(starts, last)  # Not inside a character of UTF-8.
+  return next(starts, last)  # A character of UTF-8 stays whole.
 
 
 def _objects(file):
-  """Yields the same of each object or row."""
+  """Yields (words for its place, fields) of each object or row of a file."""
   with file.path.open("rb") as raw:
     if file.suffix == ".parquet":
       import pyarrow.parquet

@@ -4,7 +4,7 @@ A folder has the files of each split in one of these forms:
 
   train.jsonl     a JSON object with the features on each line
   train.tsv       the features that are read, in their order, between tabs
-  train.FEATURE   a file for each feature; line n of each is of example n
+  train.FEATURE   a file for each feature; line n of each belongs to example n
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-# {split: its files}: one, or one for each feature.
+# {split: its files}, a single file or a file for each feature.
 Files = Mapping[str, tuple[pathlib.Path, ...]]
 
 
@@ -25,7 +25,7 @@ def find(
   """Returns the files of a folder; {} where it has none for the first split.
 
   Args:
-    folder: need not be there.
+    folder: a path, whether it is there or not.
     features: the texts that are read.
     splits: names of the splits that are looked for.
   """
@@ -40,7 +40,7 @@ def find(
 
 
 class Builder:
-  """The part of a TFDS builder that reading takes.
+  """The attributes of a TFDS builder that reading needs.
 
   info: with `features` and `splits`, as in TFDS.
   """
@@ -72,12 +72,15 @@ class Builder:
     )
 
   def as_data_source(self, split: str):
-    """Examples by number; reading raises ValueError for a line that is none."""
+    """Returns the examples of a split, by index.
+
+    Reading them raises ValueError for a line that is no example.
+    """
     return self._sources[split]
 
 
 class _Lines:
-  """Lines of a file by number."""
+  """Lines of a file, by index."""
 
   def __init__(self, path):
     self.path = path
@@ -88,7 +91,7 @@ class _Lines:
     return len(self._ends)
 
   def read(self, numbers: range) -> list[bytes]:
-    """Lines one after the other, without their ends."""
+    """Returns the lines of consecutive `numbers`, without line ends."""
     begin = int(self._ends[numbers[0] - 1]) if numbers[0] else 0
     with self.path.open("rb") as file:
       file.seek(begin)
@@ -101,7 +104,7 @@ class _Lines:
 class _Source:
   """Examples of a split.
 
-  files: one, or one for each feature.
+  files: a single file, or a file for each feature.
   names: of the features that are read.
   """
 
@@ -132,7 +135,7 @@ class _Source:
     return examples
 
   def names_there(self):
-    """The features that there are: those of the first object, if it is JSON."""
+    """The features in the file: those of the first object, if it is JSON."""
     if self.files[0].path.suffix != ".jsonl":
       return self.names
     first = self.files[0].read(range(1)) if len(self) else [b"{}"]

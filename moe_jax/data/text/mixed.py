@@ -43,11 +43,11 @@ def of_config(
   Args:
     config: a whole config.
     fingerprint: see `prepare`.
-    prepared: False: a corpus that knows its tokens and has no text.
+    prepared: False: a corpus that knows its vocabulary and has no text.
     **how: more arguments of `prepare`.
 
   Raises:
-    ConfigError: as `prepare`.
+    ConfigError: as in `prepare`.
   """
   data = config.data
   if prepared:
@@ -70,13 +70,14 @@ def prepare(
   Args:
     data: see `configs/base.py`.
     plugins: folders with datasets of your own.
-    fingerprint: only this content will do; None: any.
-    pair: options of the task translation that say what a pair is, unless a part has
-      its own: {"source", "target", "prefix", "source_begin", "target_begin"}.
+    fingerprint: the one that the corpus must have; None: any.
+    pair: options of the task translation that define a pair, unless a part
+      has its own: {"source", "target", "prefix", "source_begin",
+      "target_begin"}.
     whole: as in `corpora.prepare`.
 
   Raises:
-    ConfigError: as `corpora.prepare`; an impossible part or weight.
+    ConfigError: as in `corpora.prepare`; or a part or weight is impossible.
   """
   shared = {k: data[k] for k in ("tokenizer", "cache_dir")}
   shared |= {"plugins": tuple(plugins), "whole": whole}
@@ -102,7 +103,7 @@ def prepare(
   parts = dict(sorted(data["mixture"].items()))
   weights = {label: part.get("weight", 1.0) for label, part in parts.items()}
   if fingerprint is not None:
-    # The parts as the run knew them: a source may have changed since.
+    # A source may have changed since the run began: look for the parts it had.
     names = (part["name"] for part in parts.values())
     caches = (corpora.cached(name, shared["cache_dir"]) for name in names)
     for choice in itertools.product(*caches):

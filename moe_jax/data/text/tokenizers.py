@@ -1,4 +1,4 @@
-"""Text to tokens: bytes, or a tokenizer from a local file.
+"""Tokenizers: bytes, or a tokenizer from a local file.
 
 The last token of a vocabulary ends a document; the file does not have it.
 """
@@ -19,7 +19,7 @@ from moe_jax.core.errors import ConfigError, first_line
 
 _BYTE = "<0x[0-9A-F]{2}>"  # The pieces that stand for one byte.
 _MOST_IDS = 2**24  # Published vocabularies have up to 2^18.
-# Up to so many texts of fewer characters are compared in every call.
+# Every call compares up to _SAMPLES texts of fewer than _SAMPLE characters.
 _SAMPLES, _SAMPLE = 4, 2**14
 # Texts in which tokenizers differ if they differ at all.
 _PROBES = (
@@ -36,15 +36,15 @@ class Tokenizer(NamedTuple):
   """Functions between text and tokens, and the size of every token.
 
   name: as in the config.
-  encode_all: texts as bytes -> the tokens of each as a document, without its end, in
-    integers [N]. Text that spells a special token is encoded as text. Libraries
-    share the texts among all cores.
+  encode_all: texts as bytes -> the tokens of each as a document, without its
+    end, in integers [N]. Text that spells a special token is encoded as text.
+    Libraries share the texts among all cores.
   prompt: text as bytes -> int64 tokens of a model's input: `begin`, and the
     text, which may spell special tokens.
   decode: tokens -> text.
   num_bytes_V: bytes of text that each token stands for, 0 for special tokens
     and the end; bits per byte are counted with it.
-  key: changes with anything that changes the tokens of a document.
+  key: a word that is different where the tokens of any document are different.
   begin: special tokens that the inputs of the file's model begin with.
   """
 
@@ -62,10 +62,12 @@ class Tokenizer(NamedTuple):
 
   @property
   def vocab_size(self) -> int:
+    """V, with the token that ends a document."""
     return len(self.num_bytes_V)
 
   @property
   def end(self) -> int:
+    """The token that ends a document."""
     return self.vocab_size - 1
 
 
@@ -77,7 +79,8 @@ def load(name: str | os.PathLike = "bytes") -> Tokenizer:
       SentencePiece .model.
 
   Raises:
-    ConfigError: no such file, not a tokenizer, or its library is missing.
+    ConfigError: there is no such file, or it is no tokenizer, or its library is
+      missing.
   """
   if name == "bytes":
     return _bytes()
@@ -99,7 +102,7 @@ def load(name: str | os.PathLike = "bytes") -> Tokenizer:
     ) from None
   except (ConfigError, KeyboardInterrupt, SystemExit):
     raise
-  except BaseException as e:  # A panic in Rust is no Exception.
+  except BaseException as e:  # Rust's panics are no subclass of Exception.
     raise ConfigError(
       f"{what} cannot be read ({first_line(e)}); give a tokenizer.json or a"
       " SentencePiece .model"
@@ -174,23 +177,23 @@ def _json(path):
 
 
 def _ids(tokenizer, text, *, as_text=False):
-  """Returns ids; `as_text`: special tokens that are spelled are text."""
+  """Returns ids; with `as_text`, a special token in the text stays text."""
   tokenizer.encode_special_tokens = as_text
   return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def _many(tokenizer, texts):
-  """Returns the ids of each text; what spells a special token is text."""
+  """Returns the ids of each text; a special token in a text stays text."""
   tokenizer.encode_special_tokens = True
   encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
   return [np.array(encoding.ids, np.int64) for encoding in encodings]
 
 
 def _fast(tokenizer, content, path):
-  """Returns what `_many` does, many times faster, or None where that is not known.
+  """Returns a function that does the work of `_many` faster, or None.
 
-  The library fastokens is used if it is there, and if it can read the file. In every
-  call it must agree with the library tokenizers on a sample.
+  The library fastokens is used if it is there, and if it can read the file. In
+  every call it must agree with the library tokenizers on a sample.
   """
   try:
     import fastokens
@@ -200,7 +203,7 @@ def _fast(tokenizer, content, path):
     fast.no_padding()
   except (KeyboardInterrupt, SystemExit):
     raise
-  except BaseException:  # A panic in Rust is no Exception.
+  except BaseException:  # Rust's panics are no subclass of Exception.
     return None
 
   def many(texts):
@@ -225,8 +228,8 @@ def _fast(tokenizer, content, path):
 def _document_encoder(tokenizer, many, path, special, unknown):
   """Returns texts -> ids in which text that spells a special token stays text.
 
-  Some models match text with every piece of their vocabulary, special ones
-  too. So what spells such a piece is cut after its first character.
+  Some models match text with every piece of their vocabulary, special ones too.
+  So a spelled special piece is cut after its first character.
   """
   from tokenizers import Regex, pre_tokenizers
 
@@ -265,7 +268,7 @@ def _document_encoder(tokenizer, many, path, special, unknown):
 def _begin(tokenizer, path, ids):
   """Returns the special tokens that the file's template puts first.
 
-  The tokenizer_config.json beside it may add one, or leave it out.
+  A tokenizer_config.json beside the file may add a token, or leave it out.
   """
   some_text = next((p for p in ids if _ids(tokenizer, p, as_text=True)), "")
   encoding = tokenizer.encode(some_text)

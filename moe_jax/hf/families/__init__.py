@@ -1,4 +1,4 @@
-"""The published models: which fields and tensors of theirs are ours.
+"""The published models: the fields and tensors of theirs that are ours.
 
 A file here has the families of one kind, each in a variable of its own.
 """
@@ -17,23 +17,23 @@ class Family(NamedTuple):
 
   model_type: its name.
   architecture: the reference's class of such models.
-  rows: what its fields are here, see `rows`; a row that sets "layers" gives the
-    kind of every layer, else all are "moe". Keys of an encoder begin with
-    "encoder.".
+  rows: the meaning of its fields here, see `rows`; a row that sets "layers"
+    gives the kind of every layer, else all are "moe". Keys of an encoder begin
+    with "encoder.".
   tensors: maps of the tensors of a layer that have other names than those in
     `tensors.LAYER`.
   constants: {key of ours: value} that all its models have; "left_out" lists
     prefixes of tensors that belong to parts which are not here.
-  ends: what the reference takes for absent fields of special tokens.
+  ends: the reference's values of absent fields of special tokens.
   sections: fields that hold further fields, with names "SECTION.FIELD".
-  inner: the field that holds those of the decoder, in a config of more than it.
+  inner: the field with the decoder's fields, in a config of a larger model.
   ignored: more fields that change nothing.
-  prefix: that all tensors' names begin with.
-  layer: what those of a layer begin with, after it; "{stack}" is "encoder" or
-    "decoder".
+  prefix: the beginning of all tensors' names.
+  layer: the beginning of a layer's tensors' names, after the prefix; "{stack}"
+    is "encoder" or "decoder".
   outer: maps of the tensors beside the layers that have other names than those
     in `tensors.OUTER`.
-  model: which of ours it is, a file of `models`.
+  model: the kind of our model, a file of `models`.
   copies: {tensor: another with the same numbers}; files may lack the first ones
     where the output layer is the embedding.
   """
@@ -56,7 +56,7 @@ class Family(NamedTuple):
 
 @functools.cache
 def known() -> dict[str, Family]:
-  """All families, by model_type."""
+  """Returns all families, by model_type."""
   all_families = []
   for module in pkgutil.iter_modules(__path__):
     values = vars(importlib.import_module(f"{__name__}.{module.name}")).values()
@@ -65,9 +65,13 @@ def known() -> dict[str, Family]:
 
 
 def as_named(family: Family, names) -> Family:
-  """The family with the names of tensors that files have.
+  """Returns the family with the names of tensors that files have.
 
   Files of a model without its output layer lack the prefix.
+
+  Args:
+    family: from `known`.
+    names: of the tensors in the files.
   """
   if any(name.startswith(family.prefix) for name in names):
     return family

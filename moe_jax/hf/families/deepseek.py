@@ -7,8 +7,14 @@ from moe_jax.hf.tensors import SAME, Map
 
 
 def read_layers(fields, ours, dense=3):
-  """The first layers are dense; those beyond the last, which predict more than
-  one token, are left out."""
+  """Returns the kinds of layers: the first are dense.
+
+  Layers beyond the last, which predict more than one token, are left out.
+
+  Args:
+    fields, ours: see `rows.Row.read`.
+    dense: the default number of dense layers.
+  """
   count = ours["num_layers"]
   dense = min(fields.take("first_k_dense_replace", int, dense), count)
   more = fields.take("num_mtp_layers", int, 1)
@@ -21,12 +27,13 @@ def read_layers(fields, ours, dense=3):
 
 
 def write_layers(ours):
+  """Returns the fields of `read_layers`, from our keys."""
   dense = sum(layer["kind"] == "dense" for layer in ours["layers"])
   return {"first_k_dense_replace": dense, "num_nextn_predict_layers": 0}
 
 
 def _read_groups(fields, ours):
-  """Groups of experts, of which a token has some."""
+  """Groups of experts; a token chooses in some of them."""
   method = fields.take("topk_method", str, "greedy")
   groups = fields.take("n_group", int, 1, 1)
   best = fields.take("topk_group", int, 1, 1)
@@ -109,7 +116,7 @@ DEEPSEEK_V3 = families.Family(
   ends={"bos_token_id": 0, "eos_token_id": 1},
   ignored=("head_dim",),
 )
-# The same model by another name; Moonlight has that of DeepSeek-V3.
+# DeepSeek-V3's architecture by another name; Moonlight's files say deepseek_v3.
 KIMI_K2 = DEEPSEEK_V3._replace(model_type="kimi_k2")
 DEEPSEEK_V2 = families.Family(
   "deepseek_v2",

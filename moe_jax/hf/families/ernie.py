@@ -30,7 +30,7 @@ def _write_layers(ours):
   }
 
 
-_ROW = Form(lambda shape: (1, *shape))  # A vector there is a row of a matrix.
+_ROW = Form(lambda shape: (1, *shape))  # Files have a vector as a matrix's row.
 _BIAS = "balance/moe/bias_E mlp.moe_statics.e_score_correction_bias"
 ERNIE_4_5_MOE = families.Family(
   "ernie4_5_moe",

@@ -4,7 +4,7 @@ from moe_jax.hf import families, rows, tensors
 
 
 def _read_layers(fields, ours):
-  """Some layers see a window only: every second, unless they are listed."""
+  """Every second layer sees a window only, unless the layers are listed."""
   count, known = ours["num_layers"], (rows.SLIDING, rows.FULL)
   rule = [known[i % 2] for i in range(count)]
   types = fields.list_of("layer_types", str, rule)

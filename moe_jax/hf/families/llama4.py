@@ -1,6 +1,6 @@
 """Llama 2 and 3 (2307.09288, 2407.21783), which are dense; and Llama 4.
 
-Of Llama 4 this is the decoder, alone or beside its vision, of which nothing is read.
+The models of Llama 4 are its decoders; their vision parts are not read.
 """
 
 from moe_jax.hf import families, rows, tensors
@@ -9,7 +9,7 @@ _CHUNKED = "chunked_attention"
 
 
 def _read_layers(fields, ours):
-  """Reads which layers have experts, and which have positions.
+  """Reads the layers that have experts, and those that have positions.
 
   Layers with positions see their own chunk only.
   """
@@ -42,7 +42,7 @@ def _write_layers(ours):
 
 
 def _read_temperature(fields, ours):
-  """Reads how queries grow with their position in layers without positions."""
+  """Reads the growth of queries with their position where layers have none."""
   tempered = fields.take("attn_temperature_tuning", bool, True)
   scale = fields.take("attn_scale", float, 0.1)
   length = fields.take("floor_scale", int, 8192, least=1)
@@ -58,7 +58,7 @@ def _write_temperature(ours):
 
 
 def _whole_heads(fields, ours):
-  """The reference takes no others, whatever head_dim is."""
+  """The reference has heads of this width alone, whatever head_dim is."""
   wide, heads = ours["d_model"], ours["num_heads"]
   if wide % heads:
     reason = f"does not divide hidden_size = {wide}"

@@ -1,9 +1,9 @@
 """NLLB-MoE (2207.04672): M2M-100's two stacks, with two experts for a token.
 
-As published, there are slots for all tokens outside of training, so that nothing is
-dropped. With fewer, the reference's slots are those of a whole batch of texts, and
-the result of one text depends on the others; here every text has slots of its own, as
-it has there when it is alone.
+As published, there are slots for all tokens outside of training, so that
+nothing is dropped. With fewer, the reference's slots are those of a whole batch
+of texts, and the result of one text depends on the others; here every text has
+slots of its own, as in the reference when it is alone.
 """
 
 from moe_jax.hf import families, rows, tensors
@@ -16,7 +16,7 @@ _DISPATCHER = {"name": "gather", "order": "choice"}
 
 
 def _read_heads(fields, ours):
-  """Heads of keys and values, and their width; none are fields of theirs."""
+  """Heads of keys and values, and their width, which have no fields."""
   heads = {}
   for stack, name in _STACKS.items():
     number, wide = ours[f"{stack}num_heads"], ours["d_model"]
@@ -29,7 +29,7 @@ def _read_heads(fields, ours):
 
 
 def _read_widths(fields, ours):
-  """Dense networks of a stack and its experts are as wide."""
+  """Dense networks of a stack are as wide as its experts."""
   widths = {}
   for stack, name in _STACKS.items():
     take = fields.take(f"{name}_ffn_dim", int, 4096, least=1, bounded=True)
@@ -46,7 +46,7 @@ def _write_widths(ours):
 
 
 def _kinds(count, step):
-  """Every step-th layer has experts; none has with a step of 0."""
+  """Every step-th layer has experts; with a step of 0 no layer has."""
   sparse = [step > 0 and (i + 1) % step == 0 for i in range(count)]
   return ["moe" if x else "dense" for x in sparse]
 
@@ -88,7 +88,7 @@ def _read_slots(fields, ours):
   return bound | {
     "moe.dispatcher": _DISPATCHER | {"renormalize": not before},
     "moe.router.priority": "score" if by_score else "none",
-    "allow_noncausal": True,  # As in the reference.
+    "allow_noncausal": True,  # The reference's slots are not causal.
   }
 
 
@@ -132,7 +132,7 @@ NLLB_MOE = families.Family(
     ),
     rows.flag("scale_embedding", "scale_embedding", True),
     rows.flag("tie_word_embeddings", "tie_embeddings", True, fixed=True),
-    # The number of the first position is one more.
+    # The reference counts positions from the padding token's number plus one.
     rows.Pair(rows.fixed(*_PAD).read, lambda ours: dict([_PAD])),
     rows.size("num_experts", "moe.num_experts", 128),
     rows.flag("router_bias", "moe.router.use_bias", False),

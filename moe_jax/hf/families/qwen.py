@@ -33,7 +33,7 @@ def _write_shared(ours):
 
 
 def _common(d_model, layers, num_heads, kv_heads, head_dim=rows.per_head):
-  """Rows that all families have, with the defaults of one."""
+  """Rows that all families have, with the defaults of one family."""
   full = lambda ours: [rows.FULL] * ours["num_layers"]  # noqa: E731
   return (
     *rows.common(151_936, d_model, layers, num_heads, 1e-6),
@@ -44,7 +44,7 @@ def _common(d_model, layers, num_heads, kv_heads, head_dim=rows.per_head):
 
 
 def _rows(num_heads, kv_heads, d_ff, num_experts, top_k, d_expert):
-  """Rows that both families with experts have, with the defaults of one."""
+  """Rows of both families with experts, with the defaults of one family."""
   width = "moe_intermediate_size", d_expert
   return (
     *_common(2048, 24, num_heads, kv_heads),

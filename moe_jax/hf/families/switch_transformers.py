@@ -1,8 +1,8 @@
 """T5 (1910.10683), and Switch Transformers (2101.03961) of its two stacks.
 
-An expert has expert_capacity slots for each sequence, whatever its length. Padding
-takes slots in the reference and none here, which is the same function where padding
-comes last.
+An expert has expert_capacity slots for each sequence, whatever its length.
+Padding takes slots in the reference and none here; if padding comes last, both
+compute the same function.
 """
 
 from moe_jax.hf import families, rows, tensors
@@ -23,7 +23,7 @@ def _kinds(count, step):
 
 
 def _step(count, sparse):
-  """The step of so many sparse layers; without any there may still be one."""
+  """The step of `sparse` layers among `count`; 0 sparse layers may have one."""
   return count // sparse if sparse else count
 
 
@@ -32,7 +32,7 @@ def _read_layers(fields, ours):
   for stack, (name, field) in _STACKS.items():
     count = ours[f"{stack}num_layers"]
     step = _step(count, fields.take(field, int, 3))
-    # The reference's class writes the step too, and believes it more.
+    # The reference's class also writes the step, which takes precedence.
     step = fields.take(f"{name}_sparse_step", int, step)
     kinds[f"{stack}layers"] = _kinds(count, step)
   return kinds
@@ -43,7 +43,7 @@ def _write_layers(ours):
   for stack, (name, field) in _STACKS.items():
     kinds = [layer["kind"] for layer in ours[f"{stack}layers"]]
     count = len(kinds)
-    # More sparse layers than there are layers make none.
+    # With more sparse layers than layers, no layer has experts.
     for sparse in (kinds.count("moe"), *range(count + 2)):
       if _kinds(count, _step(count, sparse)) == kinds:
         values[field] = sparse
@@ -61,14 +61,14 @@ def _of_encoder(ours):
 
 
 def _read_widths(fields, ours):
-  """All networks are as wide, and all heads have keys and values of their own."""
+  """All networks are equally wide, and all heads have keys of their own."""
   wide = fields.take("d_ff", int, 2048, least=1, bounded=True)
   heads = ours["num_heads"]
   return {"d_ff": wide, "moe.d_expert": wide, "num_kv_heads": heads}
 
 
 def _read_dense(fields, ours):
-  """No layer has experts, of whatever number."""
+  """No layer has experts, whatever the number of experts says."""
   kinds = {f"{s}layers": ["dense"] * ours[f"{s}num_layers"] for s in _STACKS}
   return {"moe.num_experts": 1, **kinds}
 
@@ -120,7 +120,7 @@ def _networks(place, given, dense):
   Args:
     place: the number of this sublayer.
     given: a parameter that only such layers have.
-    dense: what networks without experts are called.
+    dense: the name of networks without experts.
   """
   theirs = f"layer.{place}.{{}}.weight"
   dense = theirs.replace("{}", f"{dense}.{{}}")
@@ -143,7 +143,7 @@ def _networks(place, given, dense):
 
 
 def _rows(d_model, layers, decoder, num_heads, *own):
-  """Rows of both families, with the defaults of one, and its own among them."""
+  """Rows of both families, with the defaults of one, and its own rows."""
   return (
     rows.size("vocab_size", "vocab_size", 32_128),
     rows.size("d_model", "d_model", d_model, also="hidden_size"),
@@ -165,7 +165,7 @@ def _rows(d_model, layers, decoder, num_heads, *own):
 
 
 def _tensors(dense):
-  """Maps of both families; `dense`: what networks without experts are called."""
+  """Maps of both families; `dense` is the name of networks without experts."""
   return (
     *_networks(2, ("cross/query",), dense),
     *_networks(1, (), dense),

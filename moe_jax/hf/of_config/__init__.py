@@ -1,7 +1,7 @@
-"""Published weights without a description of their model, which a config has instead.
+"""Published weights in folders that do not describe their model: a config does.
 
-They are the checkpoints of V-MoE's public code, files of one prefix, and folders of one
-network of Wan2.2.
+They are the checkpoints of V-MoE's public code, files of one prefix, and
+folders of one network of Wan2.2.
 """
 
 import pathlib
@@ -15,16 +15,19 @@ def exists(path: str) -> bool:
 
 
 def load(path: str, model, fits: bool = True) -> dict | None:
-  """The parameters, nested as those of the model of a config; None: others are there.
+  """Returns the parameters for a config's model; None: there are other files.
 
   Args:
     path: the prefix or the folder.
     model: of the config.
-    fits: whether all shapes have to be the model's, also where it can adapt them.
+    fits: whether all shapes have to be the model's, even those it can adapt.
+
+  Returns:
+    The parameters, nested as those of the model.
 
   Raises:
-    ConfigError: a damaged file; parameters that the model does not have, or lacking or
-      of another size.
+    ConfigError: a file is damaged; or parameters are missing, too many, or of
+      another size.
   """
   if vmoe_files.exists(path):
     return vmoe.load(path, model, fits)

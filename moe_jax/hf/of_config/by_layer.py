@@ -1,4 +1,4 @@
-"""Parameters under other names, one array for every layer, and nested ones here."""
+"""Parameters under other names, with an array for every layer, and ours."""
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -23,7 +23,8 @@ def names(
   Args:
     segments: of a `stack.Stack`.
     outside: {name there: path here} outside of the layers.
-    of_layer: (number, kind) -> the same inside of a layer, after its place here.
+    of_layer: (number, kind) -> the same inside of a layer, whose path comes
+      before.
   """
   for theirs, ours in outside.items():
     yield theirs, ours, None
@@ -43,7 +44,7 @@ def nested(
   where: str,
   free: Collection[str] = (),
 ) -> dict:
-  """Parameters as a model has them.
+  """Returns parameters as a model has them.
 
   Args:
     arrays: by their names there.
@@ -54,8 +55,8 @@ def nested(
     free: paths here whose arrays may have another shape.
 
   Raises:
-    ConfigError: an array has no place in the model or another shape, or the model
-      lacks one.
+    ConfigError: an array has no place in the model or another shape, or the
+      model lacks one.
   """
   found, flat = placed(arrays, of, here, model, where, free), {}
   for ours in dict.fromkeys(path for path, _ in found):
@@ -65,7 +66,14 @@ def nested(
 
 
 def placed(arrays, of, here, model, where, free=()) -> dict:
-  """{(path here, number of the repeat): array}, checked; see `nested`."""
+  """Returns {(path here, number of the repeat): array}, checked.
+
+  Args:
+    arrays, of, here, model, where, free: as in `nested`.
+
+  Raises:
+    ConfigError: as in `nested`.
+  """
   of = [*of]
   known = {theirs for theirs, _, _ in of}
   left = sorted(arrays.keys() - known)
@@ -106,7 +114,7 @@ def _fitting(array, theirs, ours, repeat, here, wanted, where):
   shape = None
   if wanted is not None:
     shape = wanted.shape[repeat is not None :]
-  with contextlib.suppress(ValueError):  # No array of other sizes can.
+  with contextlib.suppress(ValueError):  # Arrays of other sizes raise.
     made = here(np.asarray(array), ours)
     if shape in (None, made.shape):
       return made
@@ -117,11 +125,11 @@ def _fitting(array, theirs, ours, repeat, here, wanted, where):
 
 
 def flat(params: Mapping, of: Iterable[Name], there: Callable) -> dict:
-  """{name there: array} of nested parameters.
+  """Returns {name there: array} of nested parameters.
 
   Args:
     params: of a model.
-    of: see `names`; a path need not be there.
+    of: see `names`; parameters of a path may be missing.
     there: (array, path here) -> the array in its shape there.
   """
   own, arrays = traverse_util.flatten_dict(dict(params), sep="/"), {}

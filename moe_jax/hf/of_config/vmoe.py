@@ -1,9 +1,10 @@
 """Weights of V-MoE and Soft MoE as their public code names and stores them.
 
-  python -m moe_jax.main --config=configs/vmoe.py:s_32 --config.init_from=PREFIX ...
+  python -m moe_jax.main --config=configs/vmoe.py:s_32 --config.init_from=PREFIX
+  ...
 
 A checkpoint is the files PREFIX.index and PREFIX.data-00000-of-00001, ... Only
-parameters are read; what the model is stands in no file, and is the config's.
+parameters are read; no file describes the model, which the config does.
 """
 
 from collections.abc import Mapping
@@ -47,13 +48,13 @@ for _place, _network in (("Mlp", "mlp"), ("Moe/Mlp", "moe/experts")):
 
 
 def load(prefix: str, model, fits: bool = True) -> dict:
-  """The parameters of a checkpoint, nested as those of a model.
+  """Returns the parameters of a checkpoint, nested as those of a model.
 
   Args:
     prefix: of its files, without ".index".
     model: a `vision.Vision`, which has the same layers.
-    fits: its places and classes have to be the model's too; otherwise the caller has
-      them adapted, see `Vision.adapted`.
+    fits: its places and classes have to be the model's too; otherwise the
+      caller has them adapted, see `Vision.adapted`.
 
   Raises:
     ConfigError: the files are damaged, or parameters are missing or too many.
@@ -64,13 +65,13 @@ def load(prefix: str, model, fits: bool = True) -> dict:
       f"{prefix} is a checkpoint of V-MoE, for model.name = vision alone; change one"
     )
   params = [name for name in arrays if name.startswith("params/")]
-  if params:  # A train state; else the parameters alone.
+  if params:  # The file has a train state; else the parameters alone.
     arrays = {name.removeprefix("params/"): arrays[name] for name in params}
   return to_params(arrays, model, prefix, fits)
 
 
 def save(prefix: str, model, params: Mapping) -> None:
-  """Writes parameters as V-MoE's code reads them.
+  """Writes parameters in the files of V-MoE's code.
 
   Args:
     prefix: of the files to write.
@@ -84,13 +85,23 @@ def save(prefix: str, model, params: Mapping) -> None:
 def to_params(
   arrays: Mapping[str, np.ndarray], model, where: str, fits: bool = True
 ) -> dict:
-  """Parameters by V-MoE's names, nested as those of a model; see `load`."""
+  """Returns parameters by V-MoE's names, nested as those of a model.
+
+  Args:
+    arrays: by V-MoE's names.
+    model, fits: as in `load`.
+    where: they come from, for messages.
+  """
   free = () if fits else ("positions", "head", "head_bias")
   return by_layer.nested(arrays, _names(model), _here, model, where, free)
 
 
 def of_params(params: Mapping, model) -> dict[str, np.ndarray]:
-  """A model's parameters by V-MoE's names."""
+  """Returns a model's parameters by V-MoE's names.
+
+  Args:
+    params, model: as in `save`.
+  """
   arch = model.arch
   patch = arch.image.patch, arch.image.patch, arch.shape[2], arch.d_model
 
@@ -109,7 +120,7 @@ def _here(array, ours):
 
 
 def _names(model):
-  """See `by_layer.names`."""
+  """Yields the names of parameters, see `by_layer.names`."""
 
   def of_layer(number, kind):
     recipe = model.arch.layer(kind).recipe

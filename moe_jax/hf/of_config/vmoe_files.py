@@ -21,7 +21,7 @@ _CHUNKS = (
   "__msgpack_array_chunk_a87ca2__"  # Says that a map has parts of arrays.
 )
 _VERSION = "20220622"
-_MOST_BYTES = 2**28  # Of a piece.
+_MOST_BYTES = 2**28  # The largest size of a piece.
 
 
 def exists(prefix: str) -> bool:
@@ -30,7 +30,7 @@ def exists(prefix: str) -> bool:
 
 
 def read(prefix: str) -> dict[str, np.ndarray]:
-  """The arrays of a checkpoint, by their paths.
+  """Returns the arrays of a checkpoint, by their paths.
 
   Raises:
     ConfigError: a file is missing or damaged.
@@ -65,7 +65,12 @@ def _read(prefix):
 
 
 def write(prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
-  """Writes arrays, by their paths, as a checkpoint of one file of parts."""
+  """Writes arrays as a checkpoint of one file of parts.
+
+  Args:
+    prefix: of the files.
+    arrays: by their paths.
+  """
   pathlib.Path(prefix).parent.mkdir(parents=True, exist_ok=True)
   paths = sorted(tuple(name.split("/")) for name in arrays)
   entries, parts = {}, {_CHUNKS: True}
@@ -84,7 +89,7 @@ def write(prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
   index = {"shard_count": 1, "index": traverse_util.unflatten_dict(entries)}
   index["version"] = _VERSION
   _shard(prefix, 0, 1).write_bytes(msgpack.packb(parts))
-  # Last, because it says that there is a checkpoint.
+  # The index comes last, because it says that there is a checkpoint.
   pathlib.Path(f"{prefix}.index").write_bytes(msgpack.packb(index))
 
 
@@ -102,7 +107,7 @@ def _packed_array(array):
 
 
 def _unpacked(path):
-  # Maps of parts have strings as keys, those of an index too.
+  # Maps of parts, and those of an index, have strings as keys.
   return msgpack.unpackb(
     path.read_bytes(), ext_hook=_unpack, strict_map_key=False
   )

@@ -1,9 +1,9 @@
-"""Weights of Wan2.2's networks as their public code names them (safetensors).
+r"""Weights of Wan2.2's networks as their public code names them (safetensors).
 
   python -m moe_jax.sample --config=configs/wan2_2.py:t2v_a14b \
     --wan=HIGH_NOISE_FOLDER --wan_low=LOW_NOISE_FOLDER ...
 
-Each folder has one network. What it is stands in the config.
+Each folder has one network, which the config describes.
 """
 
 import os
@@ -15,7 +15,7 @@ import numpy as np
 from moe_jax.core.errors import ConfigError
 from moe_jax.hf.of_config import by_layer
 
-# Names of a module there, whose parameters are weight and bias, and of the matrix here.
+# {module there, with parameters weight and bias: matrix here}.
 _OUTSIDE = {
   "patch_embedding": "patches",
   "text_embedding.0": "text_in",
@@ -41,7 +41,7 @@ def _both(modules):
 
 
 def files(folder: str | os.PathLike) -> list[pathlib.Path]:
-  """The files of a network; raises ConfigError if there are none."""
+  """Returns the files of a network; raises ConfigError if there are none."""
   found = sorted(pathlib.Path(folder).glob("*.safetensors"))
   if not found:
     raise ConfigError(
@@ -52,26 +52,30 @@ def files(folder: str | os.PathLike) -> list[pathlib.Path]:
 
 
 def load(folder: str | os.PathLike, model) -> dict:
-  """The parameters of a network, nested as those of a model.
+  """Returns the parameters of a network, nested as those of a model.
 
   Args:
     folder: with *.safetensors files.
     model: a `diffusion.Diffusion` of the same sizes.
 
   Raises:
-    ConfigError: there are no such files, parameters are missing or too many, or
-      have other sizes.
+    ConfigError: there are no such files, or parameters are missing or too many,
+      or have other sizes.
   """
   arrays = _read(folder, lambda opened, name: opened.get_tensor(name))
   return to_params(arrays, model, str(folder))
 
 
 def check(folder: str | os.PathLike, model) -> None:
-  """Raises as `load`, and reads no more than names and sizes."""
+  """Raises ConfigError as `load` does, and reads only names and sizes.
+
+  Args:
+    folder, model: as in `load`.
+  """
 
   def nothing(opened, name):
     shape = opened.get_slice(name).get_shape()
-    return np.broadcast_to(np.float32(0), shape)  # It takes no memory.
+    return np.broadcast_to(np.float32(0), shape)  # This takes no memory.
 
   args = _read(folder, nothing), _names(model), _here(model), model, str(folder)
   by_layer.placed(*args)
@@ -99,7 +103,13 @@ def _read(folder, one):
 
 
 def save(folder: str | os.PathLike, model, params: Mapping) -> None:
-  """Writes a network as Wan's code names it."""
+  """Writes a network with the names of Wan's code.
+
+  Args:
+    folder: to write to.
+    model: a `diffusion.Diffusion`.
+    params: of the model.
+  """
   from safetensors.numpy import save_file
 
   pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
@@ -111,12 +121,18 @@ def save(folder: str | os.PathLike, model, params: Mapping) -> None:
 
 
 def to_params(arrays: Mapping[str, np.ndarray], model, where: str) -> dict:
-  """Parameters by Wan's names, nested as those of a model; see `load`."""
+  """Returns parameters by Wan's names, nested as those of a model.
+
+  Args:
+    arrays: by Wan's names.
+    model: as in `load`.
+    where: they come from, for messages.
+  """
   return by_layer.nested(arrays, _names(model), _here(model), model, where)
 
 
 def _here(model):
-  """(array there, path here) -> the array in its shape here."""
+  """Returns (array there, path here) -> the array in its shape here."""
   heads = _heads(model)
 
   def here(array, ours):
@@ -137,7 +153,11 @@ def _here(model):
 
 
 def of_params(params: Mapping, model) -> dict[str, np.ndarray]:
-  """A model's parameters by Wan's names."""
+  """Returns a model's parameters by Wan's names.
+
+  Args:
+    params, model: as in `save`.
+  """
   arch, (heads, width) = model.arch, _heads(model)
   channels = arch.shape[3] + arch.more_channels
 
@@ -159,13 +179,13 @@ def of_params(params: Mapping, model) -> dict[str, np.ndarray]:
 
 
 def _heads(model):
-  """(H, h) of a model, whose layers all have the same."""
+  """(H, h) of a model, which are equal in all its layers."""
   one = model.arch.each_layer[0].attention
   return one.num_heads, one.head_dim
 
 
 def _names(model):
-  """See `by_layer.names`."""
+  """Yields the names of parameters, see `by_layer.names`."""
   names = {**_both(_LAYER), **_SCALES, "modulation": "modulation"}
 
   def of_layer(number, kind):

@@ -12,17 +12,23 @@ from moe_jax.core.errors import ConfigError
 from moe_jax.models.attention import context, positions
 from moe_jax.models.attention.options import Options
 
-# Files of this folder that are no kinds.
+# Files of this folder that are no kinds of attention.
 SHARED = ("context", "heads", "options", "positions")
 # A section whose keys depend on the kind.
 OPTION = options_lib.Option("a section", lambda x: hasattr(x, "items"))
 
 
 def find(name: str, plugins: tuple[str, ...], key: str) -> type[Options]:
-  """`build` of a kind of attention, whose name stands under a key.
+  """Returns `build` of a kind of attention, a class of options.
+
+  Args:
+    name: of a file in this folder or of a plugin.
+    plugins: folders that are searched first.
+    key: the config's key of the name, for errors.
 
   Raises:
-    ConfigError: there is no such file, or its `build` is no subclass of Options.
+    ConfigError: there is no such file, or its `build` is no subclass of
+      Options.
   """
   kind = registry.find("attention", name, plugins, key).build
   if not (isinstance(kind, type) and issubclass(kind, Options)):
@@ -34,7 +40,7 @@ def find(name: str, plugins: tuple[str, ...], key: str) -> type[Options]:
 
 
 def read(kind: type[Options], section: Mapping, key: str) -> Options:
-  """The options that a config describes.
+  """Returns the options that a config describes.
 
   Args:
     kind: from `find`.

@@ -2,8 +2,8 @@
 
 A token's own position is the number of real tokens before it in its document.
 Chunks, temperatures and routers count by it, because for them an absolute
-number matters. Rotary angles and windows depend on differences only, so that
-without a cache the place in the row serves as well, and costs nothing.
+number matters. Rotary angles and windows depend on differences only: without a
+cache they take the place in the row, which costs nothing.
 """
 
 from typing import NamedTuple
@@ -18,13 +18,13 @@ from moe_jax.moe.types import Array
 class Tokens(NamedTuple):
   """Tokens [B, L] of a call, or those [B, M] of a cache.
 
-  mask_BL: bool, False for padding, which stands before or after the tokens of
-    a document; between them only with a cache.
+  mask_BL: bool, False for padding, which stands before or after the tokens of a
+    document; between them only with a cache.
   document_BL: int32, number of the token's document in its row.
   position_BL: int32, own position: the number of real tokens before it in its
     document.
-  relative_BL: int32, or [1, L]: its differences within a document are those of
-    the positions.
+  relative_BL: int32, or [1, L]: numbers whose differences within a document are
+    those of the positions.
   """
 
   mask_BL: Array
@@ -37,14 +37,17 @@ class Context(NamedTuple):
   """The tokens and positions that all layers of a call share.
 
   tokens: of the call.
-  first: place of the first of them among the M of a cache; None: no cache.
-  keys: the tokens at all places, those of this call included; a place that is
-    not taken yet is padding. Or those of another sequence, see `cross`.
-  memory_BMD: vectors of that sequence; None: keys and values of it are cached.
-  axes_1L: place of every token along each axis of a grid, for rotary positions of
-    several axes; None: there is one axis.
-  bias: position bias that layers share, see `positions.bias`; None: there is none.
-  rng_B: keys for the dropout of weights; None: there is none.
+  first: place of the call's first token among the M of a cache; None: no cache.
+  keys: the tokens at all places of the cache, those of this call included; a
+    place that is not taken yet is padding. In attention to another sequence,
+    its tokens, see `cross`.
+  memory_BMD: vectors of the other sequence; None: its keys and values are
+    cached.
+  axes_1L: place of every token along each axis of a grid, for rotary positions
+    of several axes; None: there is one axis.
+  bias: position bias that layers share, see `positions.bias`; None: there is
+    none.
+  rng_B: keys for the dropout of weights; None: no dropout.
   """
 
   tokens: Tokens
@@ -61,12 +64,12 @@ class Context(NamedTuple):
     return self.first is None and self.keys is not None
 
   def real(self, x_BLD: Array) -> Array:
-    """x with zeros for padding: NaN under a weight of zero would be NaN."""
+    """Returns x with zeros for padding: a weight of zero times NaN is NaN."""
     return jnp.where(self.tokens.mask_BL[..., None], x_BLD, 0)
 
 
 def make(module, tokens_BL, mask_BL, end_of_document, cache_length):
-  """The Context of a call.
+  """Returns the Context of a call.
 
   Args:
     module: the linen module that keeps the variables of the cache.
@@ -76,7 +79,7 @@ def make(module, tokens_BL, mask_BL, end_of_document, cache_length):
       every row is one document.
     cache_length: M; None: no cache.
   """
-  # No token is -1.
+  # -1 is no token: it ends nothing.
   ends_BL = tokens_BL == (-1 if end_of_document is None else end_of_document)
   length = mask_BL.shape[1]
   if cache_length is None:
@@ -94,7 +97,7 @@ def make(module, tokens_BL, mask_BL, end_of_document, cache_length):
 
 
 def packed(mask_BL: Array, document_BL: Array) -> Context:
-  """The Context of whole rows whose documents are numbered.
+  """Returns the Context of whole rows whose documents are numbered.
 
   Args:
     mask_BL: bool, False for padding.
@@ -106,19 +109,19 @@ def packed(mask_BL: Array, document_BL: Array) -> Context:
 
 
 def cross(queries: Tokens, keys: Tokens, memory_BMD: Array | None) -> Context:
-  """The Context of attention from one sequence to another.
+  """Returns the Context of attention from one sequence to another.
 
-  A token sees those of the document with its own document's number.
+  A token sees the tokens of the document that has its own document's number.
 
   Args:
-    queries, keys: tokens of the two.
+    queries, keys: tokens of the two sequences.
     memory_BMD: see `Context`.
   """
   return Context(queries, keys=keys, memory_BMD=memory_BMD)
 
 
 def located(mask_BL: Array, ends_BL: Array) -> Tokens:
-  """Documents and own positions of the tokens of whole rows.
+  """Returns whole rows as `Tokens`, from the ends of their documents.
 
   Args:
     mask_BL: bool, False for padding.
@@ -129,7 +132,11 @@ def located(mask_BL: Array, ends_BL: Array) -> Tokens:
 
 
 def numbered(mask_BL: Array, document_BL: Array) -> Tokens:
-  """Own positions of the tokens of whole rows; see `packed`."""
+  """Returns whole rows as `Tokens`, from the numbers of their documents.
+
+  Args:
+    mask_BL, document_BL: as in `packed`.
+  """
   before_BL = jnp.cumsum(mask_BL, axis=1, dtype=jnp.int32) - mask_BL
   begins_BL = document_BL[:, 1:] != document_BL[:, :-1]
   begins_BL = jnp.pad(begins_BL, ((0, 0), (1, 0)))
@@ -138,7 +145,15 @@ def numbered(mask_BL: Array, document_BL: Array) -> Tokens:
 
 
 def store(module, name: str, part_BL: Array, first, places: int) -> Array:
-  """Keeps a part [B, L, ...] from place `first` on; returns all [B, M, ...]."""
+  """Writes an array into the cache, and returns all that is there, [B, M, ...].
+
+  Args:
+    module: the linen module that has the cache.
+    name: of the array in the cache.
+    part_BL: [B, L, ...], new values.
+    first: the place of the first new value.
+    places: M.
+  """
   shape = (len(part_BL), places, *part_BL.shape[2:])
   variable = module.variable("cache", name, jnp.zeros, shape, part_BL.dtype)
   variable.value = jax.lax.dynamic_update_slice_in_dim(
@@ -148,11 +163,16 @@ def store(module, name: str, part_BL: Array, first, places: int) -> Array:
 
 
 def visible(options: Options, context: Context) -> Array:
-  """[B, L, M]: whether a token of this call may look at a place.
+  """Returns whether a token of this call may look at a place, bool [B, L, M].
 
-  It sees itself and the real tokens before it, or all if options are not causal,
-  of the same document, window and chunk. A padded one still sees itself, so that
-  no softmax is empty. Another sequence has no window, and no later tokens.
+  It sees itself and the real tokens before it, or all if options are not
+  causal, of the same document, window and chunk. A padded token still sees
+  itself, so that no softmax is empty. In another sequence it sees its whole
+  document.
+
+  Args:
+    options: of attention.
+    context: of the call.
   """
   queries, keys = context.tokens, context.keys or context.tokens
   place_L = place_M = jnp.arange(keys.mask_BL.shape[1])

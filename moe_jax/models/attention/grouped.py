@@ -18,9 +18,16 @@ class Attention(heads.Heads):
 
   @property
   def out_bias(self) -> bool:
+    """Whether the output has a bias."""
     return self.options.bias == "all"
 
   def mixed(self, x_BLD: Array, context: Context) -> Array:
+    """Returns the results of all heads, y_BLHv.
+
+    Args:
+      x_BLD: vectors of the tokens.
+      context: of the call.
+    """
     m, tokens = self.options, context.tokens
     divisor = m.head_dim**0.5 if m.scale_scores else 1.0
     # Scores begin with the same variance, whether they are scaled or not (T5).
@@ -52,7 +59,7 @@ class Attention(heads.Heads):
     return self._normed(made, name) if name == "key" else made
 
   def _turned(self, x_BLHh, context):
-    """Queries or keys, of which all or the first part turn with the position."""
+    """Turns queries or keys with their position, all of a head or its start."""
     m, turned = self.options, self.options.rotary_dim
     if m.rope_axes > 1:
       return self._turned_by_axes(x_BLHh, context.axes_1L)
@@ -63,7 +70,7 @@ class Attention(heads.Heads):
     return jnp.concatenate([first, x_BLHh[..., turned:]], axis=-1)
 
   def _turned_by_axes(self, x_BLHh, axes_1L):
-    """Parts of a head that turn with the place along an axis each (Wan)."""
+    """Turns parts of a head, each with the place along an axis (Wan)."""
     number = self.options.rope_axes
     pairs = x_BLHh.shape[-1] // 2
     size = 2 * (pairs // number)
@@ -78,7 +85,7 @@ class Attention(heads.Heads):
     return self.project(x_BLD, name, shape, axes, bias, scale)
 
   def _normed(self, x_BLHh, name):
-    """Queries or keys after the norm that they have before they turn."""
+    """Queries or keys after the norm that comes before they turn."""
     if self.options.qk_norm in ("none", "l2"):
       return x_BLHh
     m, shape = self.options, x_BLHh.shape
@@ -93,15 +100,17 @@ class Options(options.Options):
   """The options of attention with grouped queries.
 
   bias: after which projections: "none", "qkv", "all" (also the output).
-  qk_norm: RMS norm of queries and keys, before rotation: "head", of every
-    head; "projection", of all heads as one vector; "l2": of every head, after
-    rotation and without a scale; "head_layer": layer norm of every head, before
-    rotation; "none".
-  clip: queries, keys and values are clipped to [-clip, clip]; None: not.
-  rope_axes: of a grid, along each of which a part of a head's pairs turns; the model
-    has to have such places. 1: tokens stand in a row.
-  rotary_dim: so many of a head's numbers turn with the position, an even number;
-    None: all of them.
+  qk_norm: norm of queries and keys. RMS norm before rotation: "head", of every
+    head; "projection", of all heads as one vector. "l2": of every head, after
+    rotation and without a scale. "head_layer": layer norm of every head, before
+    rotation. "none".
+  clip: queries, keys and values are clipped to [-clip, clip]; None: they are
+    not.
+  rope_axes: number of axes of the tokens' grid; a part of a head's pairs turns
+    with the place along each, and the model must have such places. 1: tokens
+    stand in a row.
+  rotary_dim: how many of a head's numbers turn with the position, an even
+    number; None: all.
   """
 
   bias: word("none", "qkv", "all") = "none"
@@ -121,7 +130,7 @@ class Options(options.Options):
       )
 
   def as_cross(self) -> "Options":
-    """The same without positions: a query sees all of another sequence."""
+    """These options without positions: a query sees all of another sequence."""
     own = {"rope": "none", "position_bias": "none", "causal": False}
     own |= {"window": None, "chunk": None, "temperature": None, "sinks": False}
     own |= {"clip": None, "rotary_dim": None, "rope_axes": 1}
@@ -131,7 +140,7 @@ class Options(options.Options):
 
   @property
   def cached_per_token(self) -> int:
-    """A key and a value for each of their heads."""
+    """Numbers of a key and a value for each of their heads."""
     return 2 * self.num_kv_heads * self.head_dim
 
   @property

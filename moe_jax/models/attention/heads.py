@@ -14,7 +14,7 @@ from moe_jax.moe.types import Array
 
 
 class Heads(nn.Module):
-  """Attention, but for how a kind of it makes queries, keys and values.
+  """Attention without the queries, keys and values, which each kind makes.
 
   A kind has a method `mixed(x_BLD, context) -> y_BLHv`, the results of all
   heads, for which it calls the methods below.
@@ -30,6 +30,12 @@ class Heads(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD: Array, context: Context) -> Array:
+    """Returns the output of attention, y_BLD.
+
+    Args:
+      x_BLD: vectors of the tokens.
+      context: of the call.
+    """
     y_BLHv = self.mixed(context.real(x_BLD), context)
     axes = ("heads", None, "embed")
     return self.project(y_BLHv, "out", x_BLD.shape[2:], axes, self.out_bias)
@@ -37,13 +43,13 @@ class Heads(nn.Module):
   def parameter(
     self, name: str, shape, axes, inputs: int = 0, scale: float = 1.0
   ) -> Array:
-    """A weight that is initialised by its fan-in, or as zeros.
+    """Returns a weight that is initialised by its fan-in, or as zeros.
 
     Args:
       name, shape: of the parameter.
       axes: logical axes of the parameter.
       inputs: number of axes that a product sums over; 0: it begins at zero.
-      scale: factor of its first variance, times `init_scale`.
+      scale: factor of its variance at the start, times `init_scale`.
     """
     numbers, init = tuple(range(len(shape))), nn.initializers.zeros
     if inputs:
@@ -55,14 +61,14 @@ class Heads(nn.Module):
   def project(
     self, x, name: str, shape, axes, bias: bool = False, scale: float = 1.0
   ) -> Array:
-    """x times the matrix `name`, plus `name`_bias if there is one.
+    """Returns x times the matrix `name`, plus `name`_bias if there is one.
 
     Args:
       x: vectors [B, L, C], or those of all heads [B, L, H, h].
       name: of the matrix [C, *shape] or [H, h, *shape].
       shape: of the result, after B and L.
       axes: logical axes of the matrix.
-      bias: whether there is one.
+      bias: whether there is a bias.
       scale: see `parameter`.
     """
     inputs = x.ndim - 2
@@ -73,23 +79,38 @@ class Heads(nn.Module):
     if bias:
       b = self.parameter(f"{name}_bias", shape, axes[inputs:])
       y += b.astype(y.dtype)[None, None]
-    if axes[-1] == "embed":  # A block pins the residual stream itself.
+    if axes[-1] == "embed":  # A block pins the sharding of its own output.
       return y
     return parallel.constrain(y, ("batch", None, *axes[inputs:]), self.mesh)
 
   def norm(self, x, name: str, eps: float, kind: str = "rms") -> Array:
-    """Norm of the last axis, with a scale of its own, see `norms.Norm`."""
+    """Returns the norm of the last axis, with a scale of its own.
+
+    Args:
+      x: [..., width].
+      name: of the module.
+      eps, kind: see `norms.Norm`.
+    """
     return norms.Norm(kind, eps, "attention", name=name)(x)
 
   def cached(self, context: Context, **parts: Array) -> list[Array]:
-    """Parts [B, L, ...] of these tokens, or [B, M, ...] of all in the cache."""
+    """Returns arrays [B, L, ...]; with a cache, those of all its places.
+
+    Args:
+      context, **parts: of the call; a cache keeps the parts by their names.
+    """
     if context.keys is None:
       return list(parts.values())
     places = context.keys.mask_BL.shape[1]
     return [store(self, *part, context.first, places) for part in parts.items()]
 
   def kept(self, name: str, make) -> Array:
-    """The result of `make()`, which generation calls in its first step only."""
+    """Returns the result of `make()`, which generation calls in its first step.
+
+    Args:
+      name: under which later steps find the result.
+      make: () -> an array.
+    """
     generates = self.is_mutable_collection("memory")
     if not generates or self.is_initializing():
       return make()
@@ -99,8 +120,8 @@ class Heads(nn.Module):
     """softmax(q k / divisor) v over visible places; scores in float32 or more.
 
     Args:
-      q_BLHh, k_BMJh, v_BMJv: J divides H, and h/J heads of queries share one of
-        keys and values.
+      q_BLHh, k_BMJh, v_BMJv: J divides H, and H/J heads of queries share a head
+        of keys and values.
       context: of the call.
       divisor: of the scores.
     """

@@ -22,6 +22,12 @@ class LatentAttention(heads.Heads):
   """
 
   def mixed(self, x_BLD: Array, context: Context) -> Array:
+    """Returns the results of all heads, y_BLHv.
+
+    Args:
+      x_BLD: vectors of the tokens.
+      context: of the call.
+    """
     m, nope = self.options, self.options.head_dim
     q, q_turned = self._query(x_BLD, context.tokens)
     c, k_turned = self._latent(x_BLD, context.tokens)
@@ -34,7 +40,7 @@ class LatentAttention(heads.Heads):
       up = self.parameter("kv_up", (m.kv_lora_rank, *shape), axes, inputs=1)
       up = up.astype(x_BLD.dtype)
       q = jnp.einsum("BLHh,lHh->BLHl", q, up[..., :nope])
-      # The same for all heads.
+      # All heads share the latent and the key.
       k, k_turned = self.cached(context, latent=c[:, :, None], key=k_turned)
       v = k
     q = jnp.concatenate([q, q_turned], axis=-1)
@@ -58,7 +64,7 @@ class LatentAttention(heads.Heads):
     return (positions.tempered(x, tokens.position_BL, m) for x in (q, turned))
 
   def _latent(self, x_BLD, tokens):
-    """[B, L, l], and the key with a position [B, L, 1, h]."""
+    """The latent [B, L, l], and the key with a position [B, L, 1, h]."""
     m, width = self.options, self.options.kv_lora_rank
     c = self._down(x_BLD, "kv_down", width + m.rope_head_dim)
     c, key = c[..., :width], c[..., None, width:]
@@ -103,7 +109,7 @@ class Options(options.Options):
 
   @property
   def cached_per_token(self) -> int:
-    """The latent, and the key with a position."""
+    """Numbers of the latent, and of the key with a position."""
     return self.kv_lora_rank + self.rope_head_dim
 
   @property

@@ -19,8 +19,8 @@ class Options:
     cached_per_token: numbers that generation keeps of a token, in a layer;
     flops_per_pair: FLOPs of one query and one key: their score, and the
       value's share of the result;
-    as_cross(): the options of attention to another stack's output, where it has
-      such.
+    as_cross(): the options of attention to another stack's output, where the
+      kind has this.
 
   num_heads: H query heads.
   num_kv_heads: heads of keys and values; divides H (2305.13245).
@@ -41,13 +41,13 @@ class Options:
   position_bias: "shared" or "layer": a learned number of each head and bucket of
     distances is added to the scores (T5, 1910.10683), from one table for all
     layers of a stack or one for each layer; "none": nothing.
-  bias_buckets: of distances; half of them are one apart, the others grow
-    logarithmically up to bias_distance. Where tokens see later ones too, half of
-    the buckets are for these.
-  bias_distance: from which on all distances are in the last bucket.
+  bias_buckets: number of buckets of distances; half of them have a single
+    distance, the others grow logarithmically up to bias_distance. Where tokens
+    see later ones too, half of the buckets are for these.
+  bias_distance: the distance from which on all are in the last bucket.
   scale_scores: scores are divided by the root of a head's width (1706.03762);
     T5 does not divide, and its query matrix begins smaller by this factor instead.
-  causal: a token sees none after it.
+  causal: whether a token sees no later ones.
   sinks: a learned score per head that takes part in the softmax, and whose
     value is zero.
   name: the file of the kind.
@@ -99,16 +99,16 @@ class Options:
 
   @property
   def bias_table(self) -> tuple[int, int, int, bool]:
-    """Options that layers with the same table of position biases must agree in."""
+    """Options that are equal in layers with one table of position biases."""
     sizes = self.bias_buckets, self.num_heads, self.bias_distance
     return *sizes, self.causal
 
   def seeing_all(self) -> "Options":
-    """The same for tokens that attend to later ones too."""
+    """These options for tokens that attend to later ones too."""
     return dataclasses.replace(self, causal=False)
 
   def as_cross(self) -> "Options":
-    """The same for attention to another stack's output, without positions.
+    """These options for attention to another stack's output, without positions.
 
     Raises:
       ConfigError: this kind has no such attention.

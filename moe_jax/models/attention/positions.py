@@ -15,12 +15,19 @@ from moe_jax.moe.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class Plain:
-  """theta^(-2i/h) for the pair i of h/2."""
+  """A frequency of theta^(-2i/h) for the pair i of h/2."""
 
   magnitude = 1.0
   softmax = 1.0
 
   def frequencies(self, theta: float, width: int, dtype) -> Array:
+    """Returns the frequency of every pair, [width / 2], in radians a position.
+
+    Args:
+      theta: base of the frequencies.
+      width: h, numbers of a head that turn.
+      dtype: of the result.
+    """
     half = width // 2
     return theta ** (-jnp.arange(half, dtype=dtype) / half)
 
@@ -29,14 +36,14 @@ class Plain:
 class Yarn(Plain):
   """Slow pairs turn `factor` times slower, fast ones as before (2309.00071).
 
-  factor: of the context's length over the original one.
+  factor: the context's length over the original one.
   original_length: tokens that the model was trained with before.
   beta_fast, beta_slow: pairs that turn at least beta_fast times over the
     original length are fast, those that turn at most beta_slow times are slow,
     and a ramp lies between them.
   truncate: round the ends of the ramp outwards to whole pairs.
-  attention_factor: of the rotated vectors; None: 0.1 ln(factor) + 1.
-  mscale, mscale_all_dim: DeepSeek's way to say it instead: rotated vectors
+  attention_factor: factor of the rotated vectors; None: 0.1 ln(factor) + 1.
+  mscale, mscale_all_dim: DeepSeek's numbers for these factors: rotated vectors
     times m(mscale) / m(mscale_all_dim), scores times m(mscale_all_dim)^2, where
     m(s) = 0.1 s ln(factor) + 1.
   """
@@ -51,6 +58,11 @@ class Yarn(Plain):
   mscale_all_dim: optional(number(0)) = None
 
   def frequencies(self, theta, width, dtype):
+    """Returns the frequency of every pair (2309.00071, 3.2).
+
+    Args:
+      theta, width, dtype: as in `Plain`.
+    """
     plain = super().frequencies(theta, width, dtype)
 
     def pair_with(turns):
@@ -87,10 +99,11 @@ class Yarn(Plain):
 class Wavelength(Plain):
   """Long waves become `factor` times longer (Llama 3, 2407.21783).
 
-  factor: how much slower.
+  factor: how much slower slow pairs turn.
   original_length: tokens that the model was trained with before.
-  low_freq_factor, high_freq_factor: a pair is slow up to so many turns over the
-    original length, and fast from so many on; a ramp lies between them.
+  low_freq_factor, high_freq_factor: a pair is slow if it turns at most
+    low_freq_factor times over the original length, and fast from
+    high_freq_factor times on; a ramp lies between them.
   """
 
   factor: number(above=0)
@@ -99,6 +112,11 @@ class Wavelength(Plain):
   high_freq_factor: number(above=0) = 4.0
 
   def frequencies(self, theta, width, dtype):
+    """Returns the frequency of every pair.
+
+    Args:
+      theta, width, dtype: as in `Plain`.
+    """
     plain = super().frequencies(theta, width, dtype)
     turns = self.original_length * plain / (2 * math.pi)
     width_of_ramp = max(self.high_freq_factor - self.low_freq_factor, 1e-3)
@@ -113,6 +131,11 @@ class Linear(Plain):
   factor: number(above=0)
 
   def frequencies(self, theta, width, dtype):
+    """Returns the frequency of every pair.
+
+    Args:
+      theta, width, dtype: as in `Plain`.
+    """
     return super().frequencies(theta, width, dtype) / self.factor
 
 
@@ -121,16 +144,16 @@ OPTION = optional(named({k: arguments(v) for k, v in SCALINGS.items()}))
 
 
 def scaling(section: Mapping | None) -> Plain:
-  """The scaling that a config describes: {"name": "yarn", options}, or None."""
+  """Returns the scaling of a config: {"name": "yarn", options}, or None."""
   options = dict(section or {})
   return SCALINGS[options.pop("name")](**options) if options else Plain()
 
 
 def rotate(x_BLHh: Array, position_BL: Array, options) -> Array:
-  """Rotates pairs by position * frequency, in at least float32.
+  """Rotates pairs by position * frequency, in at least float32 (2104.09864).
 
   Args:
-    x_BLHh: h is even.
+    x_BLHh: queries or keys; h is even.
     position_BL: or [1, L].
     options: of attention: its rope, rope_theta and rope_scaling.
   """
@@ -152,12 +175,12 @@ def rotate(x_BLHh: Array, position_BL: Array, options) -> Array:
 
 
 def tempered(q_BLHh: Array, position_BL: Array, options) -> Array:
-  """Queries that grow with the logarithm of their position.
+  """Scales queries with the logarithm of their position (2501.19399).
 
   Args:
     q_BLHh: queries.
     position_BL: own positions of their tokens.
-    options: of attention; without a temperature, queries stay as they are.
+    options: of attention; without a temperature, queries stay unchanged.
   """
   if options.temperature is None:
     return q_BLHh
@@ -169,9 +192,10 @@ def tempered(q_BLHh: Array, position_BL: Array, options) -> Array:
 
 
 def bias(module: nn.Module, name: str, options, context) -> Array:
-  """[B or 1, H, L, M]: a learned number for the distance of two tokens.
+  """Returns a learned number for the distance of two tokens, [B or 1, H, L, M].
 
-  The table begins with uniform numbers of variance 2 / (buckets + H), as in T5X.
+  The table begins with uniform numbers of variance 2 / (buckets + H), as in
+  T5X.
 
   Args:
     module: linen module that has the table.
@@ -190,7 +214,7 @@ def bias(module: nn.Module, name: str, options, context) -> Array:
 
 
 def buckets(back: Array, options) -> Array:
-  """The bucket of a distance (T5, 1910.10683, 2.1).
+  """Returns the bucket of a distance (T5, 1910.10683, 2.1), in back's shape.
 
   Args:
     back: how many positions the key is before the query; < 0: after it.

@@ -1,10 +1,10 @@
 """Beam search: the texts whose tokens together have the highest probability.
 
-Each prompt has W beams, texts that go on. In a step every beam is continued with
-every token, and the most probable continuations are candidates. Those that end are
-finished texts, of which the W best are kept; the W best of the others are the next
-beams. A finished text is worth log p(text) / length^penalty. The rules are those of
-transformers 5, whose results these are.
+Each prompt has W beams, texts that go on. In a step every beam is continued
+with every token, and the most probable continuations are candidates. Those that
+end are finished texts, of which the W best are kept; the W best of the others
+are the next beams. A finished text is worth log p(text) / length^penalty. The
+rules, and hence the results, are those of transformers 5.
 
 Here B are prompts, W beams, J candidates, N tokens of a text, V the vocabulary.
 """
@@ -24,17 +24,17 @@ class Beams(NamedTuple):
   """Options of a beam search.
 
   num_beams: W, texts that are followed at a time.
-  length_penalty: power of the length by which log-probabilities are divided; above
-    0 longer texts are favoured, below 0 shorter ones. The length counts all tokens
-    after the prompt, also the one that ends the text.
-  early_stopping: whether a prompt is done when it has W finished texts. False: it
-    then goes on while the best beam, as it is, would be better than the worst of
-    these. "never": while the best beam could become better, which is an exact bound
-    for a penalty of 0 or more.
-  num_returned: so many of the best texts of a prompt are returned.
-  length_before: tokens that the length counts beside those: the last ones of the
-    prompt, or of `start`, such as the token of a language that transformers calls
-    forced_bos_token_id.
+  length_penalty: power of the length by which log-probabilities are divided;
+    above 0 longer texts are favoured, below 0 shorter ones. The length counts
+    all tokens after the prompt, also the one that ends the text.
+  early_stopping: whether a prompt is done when it has W finished texts. False:
+    it goes on while the best beam, if it ended now, would be better than the
+    worst of these texts. "never": while the best beam could become better,
+    which is an exact bound for a penalty of 0 or more.
+  num_returned: how many of the best texts of a prompt are returned.
+  length_before: tokens before the continuation that the length counts too: the
+    last ones of the prompt, or of `start`, such as the token of a language that
+    transformers calls forced_bos_token_id.
   """
 
   num_beams: integer(1)
@@ -71,7 +71,7 @@ class Texts(NamedTuple):
   score_BW: Array
 
   def take(self, index_BJ: Array) -> "Texts":
-    """The texts with these indices, of each prompt."""
+    """Returns the texts with these indices, of each prompt."""
     wide = index_BJ[..., None]
     return Texts(
       jnp.take_along_axis(self.token_BWN, wide, axis=1),
@@ -80,7 +80,7 @@ class Texts(NamedTuple):
     )
 
   def best(self, number: int) -> "Texts":
-    """The `number` texts of the highest scores, in descending order."""
+    """Returns the `number` texts of the highest scores, in descending order."""
     return self.take(jax.lax.top_k(self.score_BW, number)[1])
 
 
@@ -99,14 +99,14 @@ class State(NamedTuple):
 
 
 class StepNumbers(NamedTuple):
-  """Numbers of one step of a search. A program takes any of them.
+  """Numbers of one step of a search; other numbers need no other program.
 
   place: index of the new token in its text.
   ends: tokens that end a text.
   is_last: whether all texts end here.
   divisor: of the scores of texts that end here.
-  bound: divisor of the score that the best beam is thought to reach; 0: what it
-    reaches does not matter.
+  bound: divisor of the score that the best beam may reach; 0: that score does
+    not matter.
   """
 
   place: np.int32
@@ -119,7 +119,7 @@ class StepNumbers(NamedTuple):
 def numbers_of_step(
   beams: Beams, place: int, num_tokens: int, ends
 ) -> StepNumbers:
-  """The numbers of the step that adds the token at a place.
+  """Returns the numbers of the step that adds the token at a place.
 
   Args:
     beams: of the search.
@@ -143,7 +143,14 @@ def numbers_of_step(
 
 
 def begin(batch: int, num_beams: int, num_tokens: int, dtype) -> State:
-  """The state before the first token: one beam a prompt, the others impossible."""
+  """Returns the state before the first token, with one possible beam a prompt.
+
+  Args:
+    batch: B.
+    num_beams: W.
+    num_tokens: N.
+    dtype: of the logits.
+  """
   shape = batch, num_beams
   none_BWN = jnp.full((*shape, num_tokens), -1, jnp.int32)
   no_BW = jnp.full(shape, -jnp.inf, jnp.promote_types(dtype, jnp.float32))
@@ -158,12 +165,12 @@ def advance(
   """Adds a token to every beam.
 
   Args:
-    state: before.
+    state: before the token.
     logits_BWV: of the next token of each beam.
     now: from `numbers_of_step`.
 
   Returns:
-    The state; parent_BW, the beam that each of the new beams continues.
+    The state; and parent_BW, the beam that each of the new beams continues.
   """
   candidates, ended_BJ = _candidates(state.running, logits_BWV, now)
   score_BJ, num_beams = candidates.score_BW, logits_BWV.shape[1]
@@ -171,7 +178,7 @@ def advance(
     score_BW=jnp.where(ended_BJ, -jnp.inf, score_BJ)
   )
   running = going_on.best(num_beams)
-  # Candidates behind the first W are there to go on only.
+  # Candidates behind the first W may go on, but not end.
   counts_BJ = ended_BJ & (jnp.arange(score_BJ.shape[1]) < num_beams)[None]
   counts_BJ &= state.open_B[:, None]
   worth_BJ = jnp.where(counts_BJ, score_BJ / now.divisor, -jnp.inf)
@@ -187,11 +194,11 @@ def advance(
 
 
 def _candidates(running, logits_BWV, now):
-  """The most probable continuations [B, J], and which of them end there."""
+  """The most probable continuations [B, J], and whether each ends there."""
   batch, num_beams, vocab_size = logits_BWV.shape
   score_BWV = jax.nn.log_softmax(logits_BWV.astype(running.score_BW.dtype))
   score_BWV += running.score_BW[..., None]
-  # So many that W of them go on, even if every beam may end in every way.
+  # Enough that W of them go on, even if every beam ends in all possible ways.
   number = min(max(2, 1 + now.ends.size), vocab_size) * num_beams
   score_BJ, index_BJ = jax.lax.top_k(
     score_BWV.reshape(batch, num_beams * vocab_size), number
@@ -212,7 +219,7 @@ def _candidates(running, logits_BWV, now):
 
 
 def repeated(cache, batch: int, num_beams: int):
-  """A cache in which the row of each prompt stands once for every beam.
+  """Returns a cache in which the row of each prompt stands once for every beam.
 
   Args:
     cache: of the prompts.
@@ -230,11 +237,11 @@ def repeated(cache, batch: int, num_beams: int):
 
 
 def reordered(cache, parent_BW: Array):
-  """A cache in which every beam has the row of its parent.
+  """Returns a cache in which every beam has the row of its parent.
 
   Args:
     cache: of B * W rows. Its "memory" is the same for all beams of a prompt.
-    parent_BW: which of the W beams of its prompt each beam continues.
+    parent_BW: the beam of the same prompt, in [0, W), that each beam continues.
   """
   batch, num_beams = parent_BW.shape
 

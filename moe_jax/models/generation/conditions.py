@@ -16,9 +16,9 @@ class Given(NamedTuple):
   label: classes, which take turns; None: each class in turn.
   text: vectors of texts, fractions [..., M, T].
   text_mask: bool [..., M], False for vectors of padding.
-  text_none, text_none_mask: the same of the text that guidance leads away from; None:
-    zeros, with the mask of the text.
-  more: channels that the model reads beside, bytes or numbers from -1 to 1.
+  text_none, text_none_mask: the text that guidance leads away from, and its
+    mask; None: zeros, with the mask of the text.
+  more: further channels that the model reads, bytes or numbers from -1 to 1.
   """
 
   label: Sequence[int] | None = None
@@ -30,16 +30,21 @@ class Given(NamedTuple):
 
 
 def read(given: Given, arch, number: int):
-  """(Condition, what guidance leads away from or None, more channels) of samples.
+  """Returns the conditions of samples.
 
   Args:
-    given: names and files; their arrays are repeated as often as there are samples.
+    given: names and files; their arrays are repeated as often as there are
+      samples.
     arch: a `diffusion.Architecture`.
     number: samples.
 
+  Returns:
+    A Condition; the Condition that guidance leads away from, or None; and the
+    further channels of the model, or None.
+
   Raises:
-    ConfigError: a file that cannot be read, with another shape or with numbers that are
-      not finite; or a flag of something that the model does not read.
+    ConfigError: a file cannot be read, or has another shape or numbers that are
+      not finite; or a flag is given for an input that the model does not have.
   """
   _refuse(given, ("label",), arch.num_classes, "classes")
   texts = "text", "text_mask", "text_none", "text_none_mask"
@@ -59,7 +64,7 @@ def read(given: Given, arch, number: int):
     condition = condition._replace(text_BMT=text, mask_BM=mask)
     if given.text_none:
       away, own = of_text("text_none", "text_none_mask")
-      if (mask is None) != (own is None):  # Both go through the model together.
+      if (mask is None) != (own is None):  # The model takes both in one batch.
         every = np.ones((number, *arch.text[:1]), bool)
         mask, own = (every if x is None else x for x in (mask, own))
       condition = condition._replace(mask_BM=mask)
@@ -86,7 +91,7 @@ def _labels(label, num_classes, number):
 
 
 def _refuse(given, names, there, what):
-  """Raises ConfigError for flags of what a model does not read."""
+  """Raises ConfigError for flags of inputs that a model does not have."""
   for name in names:
     if getattr(given, name) is not None and not there:
       raise ConfigError(

@@ -1,7 +1,7 @@
 """Texts from a model, token by token, with a cache of keys and values.
 
-Long, as drawing tokens and searching for texts share the steps of a model, how
-texts are padded, and what is wrong input.
+This file is long because drawing tokens and searching for texts share the steps
+of a model, the padding of texts, and the checks of input.
 """
 
 import functools
@@ -25,9 +25,9 @@ class Sampling(NamedTuple):
   """Options for drawing the next token.
 
   temperature: logits are divided by it; 0 takes the most probable token.
-  top_k: draw from so many of the most probable tokens only; None: from all.
-  top_p: draw from the most probable tokens that together reach this
-    probability (nucleus, 1904.09751), in (0, 1]; None: from all.
+  top_k: draw from this many of the most probable tokens only; None: from all.
+  top_p: draw from the most probable tokens that together reach this probability
+    (nucleus, 1904.09751), in (0, 1]; None: from all.
   seed: of the draws.
   """
 
@@ -41,13 +41,14 @@ GREEDY = Sampling()  # The most probable tokens.
 
 
 class Generated(NamedTuple):
-  """tokens_BN: what follows each prompt, up to and with the token that ends the
-    text; positions after it are filler, -1. Of a beam search, the best
-    `num_returned` texts of the first prompt, then those of the next.
+  """The tokens after prompts, and the experts that they used.
 
+  tokens_BN: the continuation of each prompt, up to and with the token that ends
+    the text; -1 behind it. Of a beam search, the best `num_returned` texts of
+    the first prompt, then those of the next.
   experts: {layer: [B, L + N - 1, K]} of all tokens but the last, those of
-    padding included; {} if they were not asked for. In an encoder's layers, those
-    of the prompt alone, [B, L, K].
+    padding included; {} if they were not asked for. In an encoder's layers,
+    those of the prompt alone, [B, L, K].
   score_B: of the texts of a beam search, see `beam.Beams`; None without one.
   """
 
@@ -74,18 +75,18 @@ def generate(
   Args:
     model: dropless, or its capacity is that of a single token; on its mesh.
     variables: {"params": ..., "balance": ...}, the second if the model has it.
-    prompts: B of them, each of at least one token: what a decoder continues, or
-      what an encoder reads.
+    prompts: B of them, each of at least one token: texts that a decoder
+      continues, or an encoder's inputs.
     num_tokens: N, the most tokens for each.
     sampling: how tokens are drawn; by default the most probable ones.
     ends: tokens that end a text.
-    experts: also return which experts were chosen.
-    start: of an encoder-decoder, the tokens that its decoder begins with, such as
-      T5's (0,); or such tokens for each prompt. They are not returned.
-    beams: search for the texts of the highest probability; None: tokens are drawn
-      one after another.
-    length: that prompts are padded to, so that several calls share a program; None:
-      that of the longest.
+    experts: also return the experts that were chosen.
+    start: of an encoder-decoder, the tokens that its decoder begins with, such
+      as T5's (0,); or such tokens for each prompt. They are not returned.
+    beams: search for the texts of the highest probability; None: tokens are
+      drawn one after another.
+    length: tokens that prompts are padded to, so that several calls share a
+      program; None: those of the longest prompt.
 
   Raises:
     ConfigError: impossible values.
@@ -152,10 +153,10 @@ def _search(options, variables, texts, beams, rows, num_tokens, ends):
   longest = (tokens_BN >= 0).sum(axis=1).max()
 
   def of_texts(expert_RBLK, place):
-    """The experts that the texts which were found chose in the step at a place."""
+    """The experts that the returned texts chose in the step at a place."""
     if not place:
       return expert_RBLK[:, :rows].repeat(beams.num_returned, axis=1)
-    # Any row will do after the end of a text.
+    # After the end of a text any row serves: nobody reads it.
     beam_BW = np.maximum(beam_BWN[:, :, place], 0)
     row_BW = beams.num_beams * np.arange(rows)[:, None] + beam_BW
     return expert_RBLK[:, row_BW.ravel()]
@@ -165,7 +166,7 @@ def _search(options, variables, texts, beams, rows, num_tokens, ends):
 
 
 def takes_two(model) -> bool:
-  """Whether a model has an encoder beside its decoder."""
+  """Whether a model has an encoder and a decoder."""
   return len(model.example(1)) == 2
 
 
@@ -214,21 +215,21 @@ def _next(model, token_B):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def step(model, length, experts, variables, cache, *texts):
-  """A step over prompts, or over one more token of each, whose cache it takes.
+  """Runs prompts, or one more token of each, through a model.
 
   Args:
     model: a decoder, or an encoder-decoder.
     length: tokens of its decoder that the cache has room for.
-    experts: whether to return which experts were chosen.
+    experts: whether to return the experts that were chosen.
     variables: of the model.
-    cache: {"cache": ..., "memory": ...} that the last step returned, of the tokens
-      so far, and of what an encoder has read; {} for prompts.
-    *texts: tokens_BL and mask_BL as in `Decoder.__call__`, or inputs and targets
-      as in `EncoderDecoder.__call__`.
+    cache: {"cache": ..., "memory": ...} that the last step returned, of the
+      tokens so far, and of the encoder's output; {} for prompts. It is donated.
+    *texts: tokens_BL and mask_BL as in `Decoder.__call__`, or inputs and
+      targets as in `EncoderDecoder.__call__`.
 
   Returns:
-    The cache; logits [B, V] of each row's next token; {path: experts [R, B, L, K]}
-    of the layers whose tokens this call has.
+    The cache; logits [B, V] of each row's next token; {path: experts [R, B, L,
+    K]} of the layers whose tokens this call has.
   """
   (logits_BLV, aux), changed = model.apply(
     {**variables, **cache},
@@ -249,7 +250,7 @@ def step(model, length, experts, variables, cache, *texts):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def first_beams(num_beams, num_tokens, cache, logits_BV, now: beam.StepNumbers):
-  """(the cache of every beam, the state of the search) after the first token.
+  """Returns (the cache of every beam, the state) after the first token.
 
   Args:
     num_beams, num_tokens: of the search.
@@ -267,11 +268,11 @@ def first_beams(num_beams, num_tokens, cache, logits_BV, now: beam.StepNumbers):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4, 5))
 def next_beams(model, length, experts, variables, cache, state, now):
-  """The beams after a later token, and the experts of the token before.
+  """Returns the beams after a later token, and the experts of the token before.
 
   Args:
     model, length, experts, variables: as in `step`.
-    cache, state: that the last step returned.
+    cache, state: from the last step; they are donated.
     now: from `beam.numbers_of_step`.
   """
   token_BW = state.running.token_BWN[:, :, now.place - 1]
@@ -285,7 +286,13 @@ def next_beams(model, length, experts, variables, cache, state, now):
 
 @functools.partial(jax.jit, static_argnames="sampling")
 def sample(logits_BV, rng, sampling: Sampling):
-  """Draws the next token of each row; `sampling.seed` is not read."""
+  """Draws the next token of each row, int32 [B].
+
+  Args:
+    logits_BV: of the next tokens.
+    rng: a key.
+    sampling: options; its `seed` is not read.
+  """
   if sampling.temperature == 0:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
   logits_BV = logits_BV / sampling.temperature
@@ -295,7 +302,7 @@ def sample(logits_BV, rng, sampling: Sampling):
     inside_BV = sorted_BV >= sorted_BV[:, sampling.top_k - 1 : sampling.top_k]
   if sampling.top_p is not None:
     prob_BV = jax.nn.softmax(jnp.where(inside_BV, sorted_BV, -jnp.inf), axis=-1)
-    # A token is in if those before it do not reach top_p yet.
+    # A token is taken if the more probable ones do not reach top_p yet.
     inside_BV &= jnp.cumsum(prob_BV, axis=-1) - prob_BV < sampling.top_p
   least_B1 = jnp.where(inside_BV, sorted_BV, jnp.inf).min(-1, keepdims=True)
   logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)

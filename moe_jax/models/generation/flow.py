@@ -1,8 +1,9 @@
 """Videos from noise, along the velocity that a diffusion transformer predicts.
 
-Euler's steps of d x / d t = v from t = 1, noise alone, to t = 0. With guidance g
-v = v_none + g (v_condition - v_none) (2207.12598). Where networks are for ranges of
-timesteps, as in Wan2.2, only the one in use is kept.
+These are Euler's steps of d x / d t = v from t = 1, noise alone, to t = 0. With
+guidance g, v = v_none + g (v_condition - v_none) (2207.12598). Where networks
+are for ranges of timesteps, as in Wan2.2, only the one in use is kept in
+memory.
 """
 
 import functools
@@ -18,7 +19,7 @@ import numpy as np
 from moe_jax.models.diffusion import Condition
 from moe_jax.moe.types import Array
 
-_ROUNDING = 1e-6  # A step at the boundary is of the network for more noise.
+_ROUNDING = 1e-6  # At a boundary the network for more noise makes the step.
 
 
 class Network(NamedTuple):
@@ -39,9 +40,9 @@ class Network(NamedTuple):
 class Sampling(NamedTuple):
   """Steps of a sampler.
 
-  steps: how many there are.
+  steps: number of steps.
   shift: of their timesteps, see `tasks.denoise`.
-  predict: what the model says, "velocity" or "noise".
+  predict: the model's prediction, "velocity" or "noise".
   """
 
   steps: int = 40
@@ -56,7 +57,7 @@ class Sampling(NamedTuple):
 
 
 def at(networks: tuple[Network, ...], time: float) -> Network:
-  """The network of a timestep: the first whose lowest it has reached.
+  """Returns the network of a timestep: the first with `lowest` not above it.
 
   Args:
     networks: from those for the most noise to those for the least.
@@ -76,19 +77,19 @@ def sample(
   tell: Callable[[int, float, str], None] = lambda *step: None,
   at_once: int | None = None,
 ) -> np.ndarray:
-  """Videos, as numbers from about -1 to 1, or latents.
+  """Returns videos, as numbers from about -1 to 1, or latents, [B, F, H, W, C].
 
   Args:
     model: a `diffusion.Diffusion`; all networks have its sizes.
     networks: see `at`; the last one has 0 as its lowest.
     noise_BFHWC: of variance 1.
-    condition: what the videos are to show.
+    condition: the class and the text of the videos.
     how: the steps.
-    more_BFHWC: channels that the model reads beside; None: there are none.
-    none: what guidance leads away from; None: `condition.none`.
+    more_BFHWC: further channels that the model reads; None: there are none.
+    none: the condition that guidance leads away from; None: `condition.none`.
     tell: called with the number of a step, its timestep and its network's name.
-    at_once: videos that are computed together, which divides B; None: all. Each network
-      is read once for all of them.
+    at_once: number of videos that are computed together, which divides B; None:
+      all. Each network is read once for all of them.
   """
   step = _compiled(model, how.predict)
   given = condition, condition.none if none is None else none, more_BFHWC
@@ -102,12 +103,12 @@ def sample(
     run = functools.partial(step, variables, guided=own.guidance != 1)
     moved = functools.partial(_moved, run, its, own.guidance)
     x = [*map(moved, x, beside)]
-    del variables, run, moved  # They go before the next network is read.
+    del variables, run, moved  # They make room for the next network.
   return np.concatenate(x)
 
 
 def _parts(arrays, length, number):
-  """Arrays [B, ...] in parts of so many."""
+  """Arrays [B, ...] in parts of `length` rows."""
   for first in range(0, length, number):
     part = slice(first, first + number)
     yield jax.tree.map(operator.itemgetter(part), arrays)
@@ -120,7 +121,7 @@ def _moved(step, steps, guidance, x, beside):
   return np.asarray(x)
 
 
-@functools.lru_cache(maxsize=8)  # A hook samples again and again.
+@functools.lru_cache(maxsize=8)  # A hook samples many times in a run.
 def _compiled(model, predict):
   step = functools.partial(_step, model, predict)
   return jax.jit(step, static_argnames="guided")
@@ -159,7 +160,7 @@ def _step(
   else:
     (v,) = predicted([condition])
   if predict == "noise":
-    # v = noise - x_0, and x = (1 - t) x_0 + t noise. At t = 1, where this says
-    # nothing of x_0, it is taken at the middle of the step.
+    # v = noise - x_0, and x = (1 - t) x_0 + t noise. At t = 1, where x does not
+    # depend on x_0, v is taken at the middle of the step.
     v = (v - x) / jnp.maximum(1 - time, (time - after) / 2)
   return x + (after - time) * v

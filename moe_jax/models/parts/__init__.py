@@ -1,1 +1,1 @@
-"""The parts that models are made of: layers, and what is around them."""
+"""The parts that models are made of: layers, and everything around them."""

@@ -19,14 +19,16 @@ def linear(
   init,
   bias=nn.initializers.zeros,
 ) -> Array:
-  """x W + b, of which W is `name` and b is `name`_bias.
+  """Returns x W + b, where W is the parameter `name` and b is `name`_bias.
 
   Args:
     module: linen module that has the parameters.
     arch: of the model, with a field mesh.
     x: [..., inputs].
-    name, width, part: of W, see `roles.Declared`.
-    init, bias: initializers.
+    name: of W.
+    width: number of outputs.
+    part: of the model, see `roles.Declared`.
+    init, bias: initializers of W and of b.
   """
   axes = (None, "embed") if part == "patches" else ("embed", None)
   shape, names = (x.shape[-1], width), (name, f"{name}_bias")
@@ -48,6 +50,13 @@ class Dense(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD, rng_B=None):
+    """Returns the output of the network, y_BLD.
+
+    Args:
+      x_BLD: vectors of the tokens.
+      rng_B: keys of the rows, for dropout; None: no dropout.
+    """
+
     def init(rng, name):
       return self.mlp.init(rng, x_BLD.shape[-1])[name]
 

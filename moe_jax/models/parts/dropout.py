@@ -5,28 +5,28 @@ import jax.numpy as jnp
 
 from moe_jax.moe.types import Array
 
-# No group of tokens has this number, see `layer.group_keys`.
+# Folded into keys; no group of tokens has this index, see `layer.group_keys`.
 _DROPOUT = 2**31 - 1
-# Where numbers drop out: sublayers have outputs, attention has weights, dense networks
-# have hidden units, and a stack has its embeddings and its last norm.
+# The places where numbers drop out: outputs of sublayers, weights of attention,
+# hidden units of dense networks, and a stack's embeddings and last norm.
 PLACES = ("attention", "attention_weights", "cross", "cross_weights", "moe")
 PLACES += ("mlp", "hidden", "embedding", "norm")
 
 
 def of_rows(rng: Array, batch: int, first: int | Array = 0) -> Array:
-  """A key for each row of a batch.
+  """Returns a key for each row of a batch.
 
   Args:
     rng: the key of a step.
     batch: B, rows.
-    first: index of the first of them in the whole batch of the step.
+    first: index of the first row in the whole batch of the step.
   """
   rng = jax.random.fold_in(rng, _DROPOUT)
   return jax.vmap(jax.random.fold_in, (None, 0))(rng, first + jnp.arange(batch))
 
 
 def keys(rng_B: Array | None, layer_index, place: str) -> Array | None:
-  """A key for each row, at a place of a layer; None where there is no dropout.
+  """Returns a key for each row, at a place of a layer; None for no dropout.
 
   Args:
     rng_B: from `of_rows`.
@@ -40,12 +40,12 @@ def keys(rng_B: Array | None, layer_index, place: str) -> Array | None:
 
 
 def drop(x: Array, rate: float, rng_B: Array | None) -> Array:
-  """x, of which a share is 0 and the rest is larger by 1 / (1 - rate).
+  """Returns x with a share of its numbers 0, and the rest times 1 / (1 - rate).
 
   Args:
     x: [B, ...].
     rate: chance that a number is 0, in [0, 1).
-    rng_B: a key for each row; None: x as it is.
+    rng_B: a key for each row; None: x stays unchanged.
   """
   if rng_B is None or not rate:
     return x

@@ -22,9 +22,11 @@ class Vocabulary:
   scale_embedding: embeddings are multiplied by sqrt(D) (1706.03762, 3.4).
   scale_output: vectors are divided by sqrt(D) before the output layer (T5,
     1910.10683, where it is tied).
-  embedding_variance: variance of the embedding's first numbers (T5: 1); None: 1 / D.
-  positions: what is added to the vectors: "none", or "sinusoidal" (1706.03762,
-    3.5, as M2M-100 counts: sines first, and the first position is 2).
+  embedding_variance: variance of the embedding at the start (T5: 1); None: 1 /
+    D.
+  positions: vectors that are added for positions: "none", or "sinusoidal"
+    (1706.03762, 3.5, as M2M-100 counts: sines first, and the first position is
+    2).
   dtype: of activations; parameters are float32.
   """
 
@@ -39,15 +41,15 @@ class Vocabulary:
 
   @property
   def tables(self) -> dict[str, int]:
-    """{parameter that has an entry for every token: how many tokens}."""
+    """{parameter that has an entry for every token: number of tokens}."""
     return dict.fromkeys(("embedding", "head"), self.vocab_size)
 
 
 def size(own: int | None, needed: int, key: str = "vocab_size") -> int:
-  """V of a model.
+  """Returns V of a model.
 
   Args:
-    own: `model.vocab_size`, which takes the place of the other one.
+    own: `model.vocab_size`, which takes the place of the data's V.
     needed: V of the data.
     key: in the section `model` that `own` stands under.
 
@@ -68,7 +70,7 @@ def table(
   name: str = "embedding",
   vocab_size: int | None = None,
 ) -> Array:
-  """The parameter [V, D] of this name.
+  """Returns the parameter [V, D] of this name.
 
   Args:
     module: linen module that has it.
@@ -81,7 +83,7 @@ def table(
 
 
 def vectors(arch: Vocabulary, table_VD, tokens_BL, context, mesh) -> Array:
-  """x_BLD of tokens.
+  """Returns the vectors x_BLD of tokens.
 
   Args:
     arch: of the model.
@@ -90,7 +92,7 @@ def vectors(arch: Vocabulary, table_VD, tokens_BL, context, mesh) -> Array:
     context: of the call, see `attention.context`.
     mesh: of the model.
   """
-  # All of it on every device: a gather of its parts would move all tokens.
+  # Every device has the whole table: a gather of parts would move all tokens.
   table_VD = parallel.constrain(table_VD, (None, None), mesh)
   x_BLD = context.real(table_VD[tokens_BL].astype(arch.dtype))
   if arch.scale_embedding:
@@ -102,10 +104,10 @@ def vectors(arch: Vocabulary, table_VD, tokens_BL, context, mesh) -> Array:
 
 
 def logits(module: nn.Module, arch: Vocabulary, table_VD, x_BLD, mesh) -> Array:
-  """logits_BLV in at least float32, from the last vectors.
+  """Returns logits_BLV in at least float32, from the last vectors.
 
   Args:
-    module: linen module that an output layer of its own belongs to.
+    module: linen module that has the output layer, if it is not the embedding.
     arch, table_VD, mesh: as in `vectors`.
     x_BLD: after the last norm.
   """

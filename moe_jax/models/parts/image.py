@@ -21,16 +21,18 @@ _FAN = nn.initializers.lecun_normal()
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-  """How a model reads images; the keys of `config.model.image`. Hashable.
+  """The options of a model that reads images: keys of `config.model.image`.
+
+  They are hashable.
 
   patch: pixels on each side of a patch, which is one token (ViT, 2010.11929).
-  pooling: the vector that classes are told from: "token", that of a class token
-    before the patches, or "mean", of all patches (Soft MoE, 2308.00951).
-  positions: what is added to the vectors: "learned", a vector of each place, the
+  pooling: the vector that classes are told from: "token", the vector of a class
+    token before the patches, or "mean", of all patches (Soft MoE, 2308.00951).
+  positions: vectors that are added for places: "learned", for each place, the
     class token's too; "waves", sines and cosines of the row and the column of a
     patch (MoCo v3, 2104.02057); "none".
   d_head: width of a layer tanh(W x + b) before the output (V-MoE has one of the
-    model's width); None: there is none.
+    model's width); None: there is no such layer.
   head_bias: of the output at the start. V-MoE, whose classes are not exclusive,
     begins with -ln(classes).
   """
@@ -42,13 +44,13 @@ class Image:
   head_bias: number() = 0.0
 
   def grid(self, shape: tuple[int, int, int]) -> tuple[int, int]:
-    """Rows and columns of patches of an image.
+    """Returns the number of rows and of columns of an image's patches.
 
     Args:
       shape: H, W and channels of an image.
 
     Raises:
-      ConfigError: they are no whole number.
+      ConfigError: `patch` does not divide the sides.
     """
     height, width, _ = shape
     if height % self.patch or width % self.patch:
@@ -59,13 +61,13 @@ class Image:
     return height // self.patch, width // self.patch
 
   def tokens(self, shape: tuple[int, int, int]) -> int:
-    """L: tokens of an image, the class token included."""
+    """Returns L, the tokens of an image, with the class token."""
     rows, columns = self.grid(shape)
     return rows * columns + (self.pooling == "token")
 
 
 def vectors(module: nn.Module, arch, image_BHWC: Array) -> Array:
-  """x_BLD of images.
+  """Returns the vectors x_BLD of the patches of images.
 
   Args:
     module: the linen module that has the parameters.
@@ -96,7 +98,7 @@ def vectors(module: nn.Module, arch, image_BHWC: Array) -> Array:
 
 
 def pooled(module: nn.Module, arch, x_BLD: Array) -> Array:
-  """x_BD: the vectors that classes are told from.
+  """Returns x_BD, the vectors that classes are told from.
 
   Args:
     module, arch: as in `vectors`.
@@ -111,7 +113,15 @@ def pooled(module: nn.Module, arch, x_BLD: Array) -> Array:
 
 
 def logits(module: nn.Module, arch, x_BD: Array, num_classes: int) -> Array:
-  """Logits of classes [B, classes] in at least float32, 0 x + bias at the start."""
+  """Returns logits of classes [B, classes] in at least float32.
+
+  The weights begin at 0, and the bias at `head_bias`.
+
+  Args:
+    module, arch: as in `vectors`.
+    x_BD: from `pooled`.
+    num_classes: of the output.
+  """
   x_BD = x_BD.astype(jnp.promote_types(x_BD.dtype, jnp.float32))
   bias = nn.initializers.constant(arch.image.head_bias)
   inits = nn.initializers.zeros, bias
@@ -119,7 +129,7 @@ def logits(module: nn.Module, arch, x_BD: Array, num_classes: int) -> Array:
 
 
 def _vector(module, name, shape, init):
-  """A parameter that is added or put before the patches, and does not decay."""
+  """A parameter for a place or for the class token, which does not decay."""
   made = roles.declared(init, (None, None, "embed"), "embedding")
   return module.param(name, made, shape)
 
@@ -144,11 +154,11 @@ def _waves(rows: int, columns: int, d_model: int) -> np.ndarray:
 
 
 def adapted(params: Mapping, arch, path: str) -> dict:
-  """Parameters of a model that has read other images, for this one.
+  """Returns parameters of a model of other images, changed for this one.
 
-  Where the grid of patches is another one, the vectors of places are interpolated, as
-  in fine-tuning at a higher resolution (2010.11929, 3.2). An output layer of other
-  classes begins anew.
+  Where the grid of patches is another one, the vectors of places are
+  interpolated, as in fine-tuning at a higher resolution (2010.11929, 3.2). An
+  output layer of other classes begins anew.
 
   Args:
     params: in numpy.
@@ -156,7 +166,7 @@ def adapted(params: Mapping, arch, path: str) -> dict:
     path: of the source, for messages.
 
   Raises:
-    ConfigError: places that are no square grid.
+    ConfigError: the source's places are no square grid.
   """
   params, own = dict(params), arch.image
   has_token = "class_token" in params
@@ -186,7 +196,7 @@ def _resized(positions_1LD, token, grid, path):
   places, (rows, columns) = rest_1PD.shape[1], grid
   side = math.isqrt(places)
   if places == rows * columns and (rows == columns or side**2 != places):
-    return positions_1LD  # The same grid, as far as its places say.
+    return positions_1LD  # As many places: taken for the same grid.
   if side**2 != places:
     raise ConfigError(
       f"the {places} places of patches in {path} are no square, and this model has"

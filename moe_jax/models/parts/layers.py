@@ -1,4 +1,4 @@
-"""One kind of layer of a model, from a config."""
+"""A kind of layer of a model, from a config."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -43,7 +43,7 @@ _MOE |= {
 }
 FFNS = ("dense", "moe", "moe+dense")  # The networks of a layer.
 _DENSE = {"d_ff": integer(1), "activation": word(*experts.ACTIVATIONS)}
-# Keys of attention that stand beside the section `attention`.
+# Options of attention whose keys stand beside the section `attention`.
 OF_ATTENTION = ("num_heads", "num_kv_heads", "head_dim", "rope_theta")
 # Keys of the model that attention has too.
 _SHARED = ("norm_eps", "init_scale")
@@ -61,7 +61,7 @@ OPTIONS |= {
 
 
 class Layer(NamedTuple):
-  """One kind of layer. Hashable.
+  """A kind of layer. Hashable.
 
   attention: see `attention.Options`.
   mlp: the dense network; None in a layer that has experts only.
@@ -86,7 +86,7 @@ def check(model: Mapping, plugins) -> None:
 
 
 def _variant(model, variant, plugins):
-  """(options of attention, its other keys) of a variant; "": of the model."""
+  """(options of attention, other keys) of a variant; "" is the model's own."""
   shared = {"name": "grouped"} | dict(model["attention"])
   own = dict(model["variants"].get(variant, {}))
   name, place = own.get("name", shared["name"]), "model.attention"
@@ -103,13 +103,17 @@ def _variant(model, variant, plugins):
 
 
 def kinds(model: Mapping, mesh, plugins) -> tuple[tuple[str, Layer], ...]:
-  """(kind, Layer) of every kind in prefix and pattern of a model."""
+  """Returns (kind, Layer) of every kind in a model; raises as `make`.
+
+  Args:
+    model, mesh, plugins: as in `make`.
+  """
   names = sorted({*model["prefix"], *model["pattern"]})
   return tuple((kind, make(kind, model, mesh, plugins)) for kind in names)
 
 
 def make(kind: str, model: Mapping, mesh, plugins) -> Layer:
-  """The parts of a kind of layer: the model's, with its variant's keys.
+  """Returns a kind of layer: the model's options, with its variant's keys.
 
   Args:
     kind: see `stack.Stack`.
@@ -136,7 +140,7 @@ def make(kind: str, model: Mapping, mesh, plugins) -> Layer:
     widths |= {place("d_ff"): (d_ff, "tensor")}
   if "moe" in ffn:
     moe = dict(model["moe"]) | dict(own.get("moe", {}))
-    # Their hidden units drop out as those of dense networks, if nothing is said.
+    # By default hidden units of experts drop out as those of dense networks.
     rates = moe["expert_dropout"], model["hidden_dropout"], model["dropout"]
     moe["expert_dropout"] = next(r for r in rates if r is not None)
     recipe, grouping = sparse(moe, place("moe"), mesh, plugins)
@@ -155,12 +159,15 @@ def make(kind: str, model: Mapping, mesh, plugins) -> Layer:
 def sparse(
   options: Mapping, place: str, mesh, plugins
 ) -> tuple[layer.Recipe, groups.Grouping]:
-  """Recipe and grouping from a section `moe`.
+  """Returns recipe and grouping from a section `moe`.
 
   Args:
     options: the section.
     place: its key, for messages.
     mesh, plugins: as in `models.build`.
+
+  Raises:
+    ConfigError: impossible values, naming them and the remedy.
   """
   if options["shared_gate"] and not options["num_shared_experts"]:
     raise ConfigError(
@@ -174,7 +181,7 @@ def sparse(
     return registry.from_config(kind, own, key, plugins=plugins, **more)
 
   def networks(build, **more):
-    """Calls `build` with those of the options that it takes."""
+    """Calls `build` with the options of the section that it takes."""
     return build(**{k: options[k] for k in of(build) if k in options} | more)
 
   shared = None
@@ -184,7 +191,7 @@ def sparse(
   dispatcher = made("dispatchers", "dispatcher", options["dispatcher"])
   backend = options["grouped_matmul"]
   backend = kernels.backend_for(parallel.platform(mesh), backend)
-  # Slots need no backend, nor what it would have to import.
+  # Slots need no backend, and its library need not be imported.
   ragged = backend if dispatcher.ragged else None
   recipe = layer.Recipe(
     num_experts=options["num_experts"],
@@ -208,9 +215,9 @@ def sparse(
 
 
 def _check_top_k(recipe, top_k, place):
-  """Raises ConfigError for more experts of a token than there can be."""
+  """Raises ConfigError for more experts of a token than there are."""
   router = recipe.router
-  # It may have another meaning, such as slots of an expert.
+  # top_k may have another meaning, such as slots of an expert.
   of_tokens = top_k in (router.top_k, router.average_k)
   if of_tokens and top_k > recipe.pool:
     raise ConfigError(

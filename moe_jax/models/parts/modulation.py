@@ -26,16 +26,16 @@ class Modulation(NamedTuple):
   gate: Array | None = None
 
   def entered(self, x_BLD: Array) -> Array:
-    """The input of the sublayer, x (1 + scale) + shift of a normalised x."""
+    """Returns the input of the sublayer: normalised x (1 + scale) + shift."""
     return (x_BLD * (1 + self.scale) + self.shift).astype(x_BLD.dtype)
 
   def left(self, y_BLD: Array) -> Array:
-    """The output of the sublayer times its gate, to be added to x."""
+    """Returns the output of the sublayer times its gate, to be added to x."""
     return (y_BLD * self.gate).astype(y_BLD.dtype)
 
 
 def of_block(module: nn.Module, condition_BND: Array | None) -> dict:
-  """{"attention", "ffn": Modulation} of a block; {} without a condition.
+  """Returns {"attention", "ffn": Modulation} of a block; {} for no condition.
 
   Args:
     module: linen module that has the block's own numbers.
@@ -48,7 +48,12 @@ def of_block(module: nn.Module, condition_BND: Array | None) -> dict:
 
 
 def split(module: nn.Module, condition_BND: Array) -> list[Array]:
-  """N arrays [B, 1, D]: the condition's vectors plus the module's own numbers."""
+  """Returns N arrays [B, 1, D]: the condition's vectors plus learned numbers.
+
+  Args:
+    module: linen module that has the learned numbers.
+    condition_BND: N vectors of the condition.
+  """
   _, number, width = condition_BND.shape
   init = nn.initializers.normal(width**-0.5)
   init = roles.declared(init, (None, None), "modulation")

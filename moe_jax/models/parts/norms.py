@@ -10,10 +10,10 @@ KINDS = ("rms", "layer", "layer_bias", "plain")
 
 
 class Norm(nn.Module):
-  """x / rms(x) * scale (1910.07467), or of x - mean(x) (1607.06450).
+  """x / rms(x) * scale (1910.07467), or the same of x - mean(x) (1607.06450).
 
-  kind: "rms", "layer", "layer_bias", which adds a bias, or "plain", a layer norm
-    without parameters (OLMo, 2402.00838).
+  kind: "rms", "layer", "layer_bias", which adds a bias, or "plain", a layer
+    norm without parameters (OLMo, 2402.00838).
   eps: added to the mean square.
   part: of the model that the scale is counted to.
   """
@@ -24,6 +24,7 @@ class Norm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
+    """Returns the normalised x, in its dtype; the norm is of the last axis."""
     if self.kind == "plain":
       return unit(x, self.eps, centred=True).astype(x.dtype)
     ones = roles.declared(nn.initializers.ones, (None,), self.part)
@@ -38,7 +39,13 @@ class Norm(nn.Module):
 
 
 def unit(x: Array, eps: float, centred: bool = False) -> Array:
-  """x, or x - mean(x), over its root mean square, in at least float32."""
+  """Returns x, or x - mean(x), over its root mean square, in at least float32.
+
+  Args:
+    x: [..., width].
+    eps: added to the mean square.
+    centred: whether the mean is subtracted.
+  """
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   if centred:
     x -= x.mean(-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""The keys of `config.model`, which all models share and each reads some of."""
+"""The keys of `config.model`: all models share them, and each reads some."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from moe_jax.core.errors import ConfigError
 from moe_jax.core.options import integer, of, optional
 from moe_jax.models.parts import embedding, image, layers, stack, video
 
-# These fields of a stack are no keys: models get or make them.
+# These fields of a stack are no keys: models make them, or get them otherwise.
 _MADE = ("kinds", "mesh", "names", "sequence", "first_number", "causal")
 _MADE += ("axes",)
 
@@ -44,7 +44,7 @@ def check(section: Mapping, *read: str) -> None:
 
   Args:
     section: `config.model`.
-    *read: those of the keys of some models that this model reads.
+    *read: the keys of `_READERS` that this model reads.
   """
   options_lib.section(OPTIONS).check(section, "model")
   for key, reader in _READERS.items():
@@ -57,7 +57,12 @@ def check(section: Mapping, *read: str) -> None:
 
 
 def fields(section: Mapping, record: type) -> dict:
-  """The values of a section `model` that are fields of a record."""
+  """Returns the values of a section `model` that are fields of a record.
+
+  Args:
+    section: `config.model`, or a part of it.
+    record: a dataclass.
+  """
   names = {field.name for field in dataclasses.fields(record)}
   return {
     key: tuple(value) if isinstance(value, list) else value

@@ -24,8 +24,7 @@ REMAT = {
   "dispatch": _only(*dispatchers.SAVED, *exchange.SAVED),
   "block": _only(*dispatchers.SAVED),
 }
-# The number of the layers for dropout outside of layers, which none of them has.
-_OUTSIDE = 2**20
+_OUTSIDE = 2**20  # Stands for a layer's number in dropout outside of layers.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,22 +33,21 @@ class Stack:
 
   num_layers: how many layers there are.
   kinds: (kind, Layer) of every kind in prefix and pattern.
-  prefix, pattern: kinds of the first layers, and of the ones that repeat
-    after them. A kind names the feed-forward networks of a layer: "dense", "moe",
-    or "moe+dense", a dense network after the experts (ST-MoE, 2202.08906); with
-    keys of its own "dense@VARIANT", "moe@VARIANT", "moe+dense@VARIANT".
+  prefix, pattern: kinds of the first layers, and of those that repeat after
+    them: "dense", "moe", or "moe+dense", a dense network after the experts
+    (ST-MoE, 2202.08906); with keys of its own "dense@VARIANT" and so on.
   norm, norm_eps: see `norms.Norm`.
-  remat: what of a block the backward pass computes again. "block": all but the
-    plan's integers; "dispatch": the rows that experts got and gave are kept
-    too, so that nothing is sent twice; "none": nothing.
+  remat: the values of a block that the backward pass computes again. "block":
+    all but the plan's integers; "dispatch": all but these and the rows that
+    experts got and gave, so that nothing is sent twice; "none": nothing.
   dropout: chance that a number of a sublayer's output is 0 in training (T5).
   attention_dropout: of attention's weights; None: as `dropout`.
   hidden_dropout: of the hidden units of dense networks; None: as `dropout`.
   allow_noncausal: build a decoder though its routing looks ahead.
-  mesh: what to run on; None: one device.
+  mesh: the devices to run on; None: one device.
   names: of the parameters of prefix and pattern.
   sequence: the array of a batch whose tokens pass these layers.
-  first_number: number of the first of them in the model.
+  first_number: number of the first of these layers in the model.
   causal: whether a token must not depend on later ones.
   axes: of the grid that tokens stand in; 1: they stand in a row.
 
@@ -101,11 +99,10 @@ class Stack:
       )
 
   def check_features(self, given: Mapping[str, int | tuple | None]) -> None:
-    """Raises ConfigError for a router that looks at something else.
+    """Raises ConfigError for a router that looks at features not given.
 
     Args:
-      given: {feature: how many values it has; None: without end; or its lowest and
-        highest value}.
+      given: {feature: number of its values, None: any; or (lowest, highest)}.
     """
     for kind, parts in self.kinds:
       wanted = parts.recipe.router.features if parts.recipe else {}
@@ -145,8 +142,7 @@ class Stack:
 
   @property
   def sublayers(self) -> dict[str, Sublayer]:
-    """{"SEGMENT/POSITION/moe": ...}: where the parameters, the balancers' state
-    and the statistics of the MoE layers are."""
+    """{"SEGMENT/POSITION/moe": Sublayer}: the places of the MoE layers."""
     return {
       f"{segment}/{i}/moe": Sublayer(
         parts.recipe,
@@ -160,11 +156,11 @@ class Stack:
     }
 
   def drops(self, rate: float | None) -> float:
-    """A rate of dropout, which is `dropout` if there is none of its own."""
+    """Returns a rate of dropout; None stands for `dropout`."""
     return self.dropout if rate is None else rate
 
   def seeing_all(self) -> "Stack":
-    """The same layers with attention to later tokens too."""
+    """Returns these layers with attention to later tokens too."""
     kinds = (
       (kind, parts._replace(attention=parts.attention.seeing_all()))
       for kind, parts in self.kinds
@@ -172,15 +168,14 @@ class Stack:
     return dataclasses.replace(self, kinds=tuple(kinds))
 
   def layer(self, kind: str) -> Layer:
-    """The layer of this kind."""
+    """Returns the layer of this kind."""
     return dict(self.kinds)[kind]
 
   def check_causal(self, length: int, train: bool) -> None:
     """Raises ConfigError for layers that look at later tokens.
 
     Args:
-      length: tokens of a sequence.
-      train: whether capacity is that of training.
+      length, train: tokens of a sequence; whether capacity is that of training.
     """
     if not self.causal or self.allow_noncausal:
       return
@@ -215,8 +210,8 @@ class Call(NamedTuple):
   context: of self-attention, see `attention.context`.
   experts: arguments of `linen.MoE` beside x.
   cross: of attention to another stack's output; None: there is none.
-  condition_BND: of the modulation of sublayers, see `modulation`; None: there is none.
-  rng_B: keys of the rows, for dropout; None: there is none.
+  condition_BND: of the modulation of sublayers, see `modulation`, or None.
+  rng_B: keys of the rows, for dropout; None: no dropout.
   """
 
   context: attention.context.Context
@@ -227,12 +222,9 @@ class Call(NamedTuple):
 
 
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + ffn(norm(x)). Returns (x, aux).
+  """x + f(norm(x)) for each f in turn: attention, cross, experts, dense.
 
-  Between them x + cross(norm(x)) where there is another stack to attend to, and
-  after experts a dense network where the layer has both.
-
-  kind, stack: which of the stack's layers it is.
+  kind, stack: the kind of layer, and the stack that it belongs to.
   train, collect: as in `linen.MoE`.
   """
 
@@ -243,6 +235,12 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD, layer_index, call):
+    """Returns (x_BLD after the layer, aux), see `run`.
+
+    Args:
+      x_BLD, layer_index, call: vectors, the layer's number in the model,
+        `Call`.
+    """
     m, parts, aux = self.stack, self.stack.layer(self.kind), {}
 
     def rng_B(place):
@@ -289,12 +287,12 @@ class Block(nn.Module):
 
 
 class Repeat(nn.Module):
-  """One repeat of a segment's pattern, the body of a scan over repeats.
+  """A repeat of a segment's pattern, the body of a scan over repeats.
 
   pattern: kinds of its layers.
   stack, train, collect: as in `Block`.
-  alone: whether it is the only repeat. XLA then makes no loop of the scan, and
-    would take the forward pass for what the backward pass computes again.
+  alone: whether it is the only repeat: then XLA makes no loop, and would reuse
+    the forward pass where the backward pass is to recompute it.
   """
 
   pattern: tuple[str, ...]
@@ -305,6 +303,11 @@ class Repeat(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD, layer_index, call):
+    """Returns (x_BLD after the layers, aux).
+
+    Args:
+      x_BLD, layer_index, call: as in `Block`, for the first layer.
+    """
     block, policy, aux = Block, REMAT[self.stack.remat], {}
     if policy is not None:
       block = nn.remat(Block, policy=policy, prevent_cse=self.alone)
@@ -325,13 +328,11 @@ Segment = nn.scan(
 
 
 def run(module, stack: Stack, x_BLD: Array, call: Call, train, collect):
-  """The layers of a stack, as modules of the one that calls this.
+  """Runs the layers of a stack, as modules of the module that calls this.
 
   Args:
     module: the linen module whose method this is a part of.
-    stack: whose layers.
-    x_BLD: vectors of its sequence.
-    call: what they get.
+    stack, x_BLD, call: the layers, vectors of their sequence, their arguments.
     train, collect: as in `linen.MoE`.
 
   Returns:
@@ -347,11 +348,10 @@ def run(module, stack: Stack, x_BLD: Array, call: Call, train, collect):
 
 
 def dropping(stack: Stack, call: Call, rng, first, train: bool):
-  """(the call with keys for dropout, (x_BLD, place) -> x_BLD with dropout).
+  """Returns (call with keys for dropout, (x_BLD, place) -> x_BLD with dropout).
 
   Args:
-    stack: whose dropout it is.
-    call: without keys.
+    stack, call: the layers, with their rates; the call without keys.
     rng, first: as in `linen.MoE`.
     train: outside of training nothing is dropped.
   """

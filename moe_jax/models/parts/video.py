@@ -20,10 +20,13 @@ _FAN = nn.initializers.xavier_uniform()
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-  """How a model reads videos; the keys of `config.model.video`. Hashable.
+  """The options of a model that reads videos: keys of `config.model.video`.
+
+  They are hashable.
 
   patch: frames, rows and columns of a patch, which is one token.
-  num_waves: cosines and sines of the timestep that vectors are made of, an even number.
+  num_waves: number of the timestep's cosines and sines, from which its vectors
+    are made; even.
   """
 
   patch: items((integer(1), integer(1), integer(1)))
@@ -36,13 +39,13 @@ class Video:
       )
 
   def grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """Patches along frames, rows and columns of a video.
+    """Returns the number of patches along frames, rows and columns of a video.
 
     Args:
       shape: F, H, W and channels.
 
     Raises:
-      ConfigError: they are no whole numbers.
+      ConfigError: `patch` does not divide the lengths.
     """
     for size, side, name in zip(
       shape, self.patch, ("frames", "rows", "columns")
@@ -55,16 +58,16 @@ class Video:
     return tuple(size // side for size, side in zip(shape, self.patch))
 
   def tokens(self, shape: tuple[int, ...]) -> int:
-    """L: tokens of a video."""
+    """Returns L, the tokens of a video."""
     return math.prod(self.grid(shape))
 
   def places(self, shape: tuple[int, ...]) -> list[np.ndarray]:
-    """The frame, row and column [1, L] of every patch."""
+    """Returns the frame, row and column [1, L] of every patch."""
     return [x.reshape(1, -1) for x in np.indices(self.grid(shape))]
 
 
 def vectors(module: nn.Module, arch, video_BFHWC: Array) -> Array:
-  """x_BLD of videos; see `unpatched` for the way back.
+  """Returns the vectors x_BLD of the patches of videos.
 
   Args:
     module: the linen module that has the parameters.
@@ -83,7 +86,7 @@ def vectors(module: nn.Module, arch, video_BFHWC: Array) -> Array:
 
 
 def unpatched(arch, x_BLP: Array, shape: tuple[int, ...]) -> Array:
-  """Videos of the numbers of their patches.
+  """Returns videos made of the numbers of their patches.
 
   Args:
     arch: as in `vectors`.
@@ -96,7 +99,7 @@ def unpatched(arch, x_BLP: Array, shape: tuple[int, ...]) -> Array:
 
 
 def of_timesteps(module: nn.Module, arch, time_B: Array) -> Array:
-  """Vectors [B, D] of timesteps, in at least float32.
+  """Returns vectors [B, D] of timesteps, in at least float32.
 
   Args:
     module, arch: as in `vectors`.
@@ -115,7 +118,12 @@ def of_timesteps(module: nn.Module, arch, time_B: Array) -> Array:
 
 
 def of_texts(module: nn.Module, arch, text_BMT: Array) -> Array:
-  """Vectors [B, M, D] of a text's vectors, which somebody else's encoder has made."""
+  """Returns vectors [B, M, D] for the vectors that a text encoder has made.
+
+  Args:
+    module, arch: as in `vectors`.
+    text_BMT: from a text encoder outside of this package.
+  """
   text_BMT = text_BMT.astype(arch.dtype)
   x = linear(
     module, arch, text_BMT, "text_in", arch.d_model, "condition", _SMALL
@@ -127,7 +135,14 @@ def of_texts(module: nn.Module, arch, text_BMT: Array) -> Array:
 def of_classes(
   module: nn.Module, arch, label_B: Array, num_classes: int
 ) -> Array:
-  """Vectors [B, D] of classes; the last one of the table stands for none."""
+  """Returns vectors [B, D] of classes.
+
+  Args:
+    module, arch: as in `vectors`.
+    label_B: int32, in [0, num_classes); below 0: no class, which has a vector
+      too.
+    num_classes: of the data.
+  """
   init = roles.declared(_SMALL, (None, "embed"), "condition")
   table = module.param("classes", init, (num_classes + 1, arch.d_model))
   label_B = jnp.where(label_B < 0, num_classes, label_B)

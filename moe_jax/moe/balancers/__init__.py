@@ -84,7 +84,7 @@ def _check_number(recipe, wanted, key, place):
 
 def _check_max_vio(recipe, target, key):
   """Raises ConfigError for a MaxVio that loads do not reach, however uneven."""
-  # Where the number varies, one expert may have all the choices that there are.
+  # Where the number of experts varies, all tokens may choose a single expert.
   all_of_them = recipe.router.top_k or recipe.pool
   taken = all_of_them if recipe.router.fixed else 1
   most = recipe.pool / taken - 1

@@ -74,7 +74,7 @@ def first(start, lowest, highest):
     ConfigError: the lowest one is above the highest one.
   """
   known = all(isinstance(x, int | float) for x in (lowest, highest))
-  if known and lowest > highest:  # In a step they are arrays, checked before.
+  if known and lowest > highest:  # In a step they are arrays, already checked.
     raise ConfigError(
       f"lowest = {lowest:g} is above highest = {highest:g}; exchange them"
     )

@@ -67,7 +67,7 @@ def prices(score_TE, mask_T, top_k: int, sweeps: int):
     price_T = jnp.maximum(jax.lax.top_k(net_TE, last)[0].min(-1), 0)
     left_TE = score_TE - price_T[:, None]
     left_TE = jnp.where(mask_T[:, None], left_TE, -jnp.inf)
-    # Not all of them in order: XLA would sort for a slice.
+    # top_k is used without slices of its result, for which XLA would sort.
     down_EC = jax.lax.top_k(left_TE.T, min(most + 1, tokens))[0]
     place_1C = jnp.arange(down_EC.shape[1])[None, :]
     # Without a token beyond the full experts nothing has a price.

@@ -34,7 +34,7 @@ def build(
   """A balancer with the importance loss, or with the load loss.
 
   Args:
-    coefficient: what the loss is multiplied by.
+    coefficient: factor of the loss.
     of: "importance" or "load", see the head of this file.
     scope: over which tokens sums are formed, as in `switch`; "load" has the sums of
       whole groups and no smaller ones.

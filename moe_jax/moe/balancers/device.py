@@ -39,11 +39,11 @@ def build(
   """A balancer with a load loss of blocks of experts.
 
   Args:
-    coefficient: what the loss is multiplied by.
+    coefficient: factor of the loss.
     devices: D; it divides E.
     of: "assignments" or "tokens", see the head of this file.
-    scope: over which tokens f and P are formed, as in `switch`; "tokens" has the sums
-      of whole groups and no smaller ones.
+    scope: the tokens over which f and P are formed, as in `switch`. "tokens"
+      has sums of whole groups only: with "sequence" it raises ConfigError.
   """
   if of == "tokens" and scope == "sequence":
     raise ConfigError('of = "tokens" knows no scope "sequence"; use "group"')
@@ -64,7 +64,7 @@ def build(
     choice, num_experts = routing.choice, routing.prob_TE.shape[-1]
     sent_TKE = jax.nn.one_hot(choice.expert_TK, num_experts, dtype=bool)
     sent_TE = (sent_TKE & choice.valid_TK[..., None]).any(1) & mask_T[:, None]
-    # By device, in numbers of tokens.
+    # The tokens that are sent to each device.
     return {"sent": of_devices(sent_TE).any(-1).sum(0, dtype=jnp.int32)}
 
   def loss(state, stats, so_far_E, router_params):

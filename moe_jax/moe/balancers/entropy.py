@@ -20,7 +20,7 @@ def build(coefficient: number(0)) -> Balancer:
   """A balancer that only adds the loss of entropy.
 
   Args:
-    coefficient: what the loss is multiplied by. Summed over layers.
+    coefficient: factor of the loss, which is summed over layers.
   """
 
   def loss(state, stats, so_far_E, router_params):

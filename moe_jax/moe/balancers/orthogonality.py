@@ -32,7 +32,7 @@ def build(
   """A balancer that only adds a loss of the router's matrix.
 
   Args:
-    coefficient: what the loss is multiplied by. Summed over layers.
+    coefficient: factor of the loss, which is summed over layers.
     norm: "l1" or "squared", see the head of this file.
   """
 

@@ -38,9 +38,9 @@ def build(
 
   Args:
     decay: of the moving average of the bias; 0: the last step alone.
-    bins: of each expert's histogram.
-    width: how far scores are from 0 at most, 1 or more; None: scores are between 0
-      and 1. What lies outside of the bins is counted in the last ones.
+    bins: of each expert's histogram; wider than 0.1, they raise ConfigError.
+    width: the largest distance of a score from 0, 1 or more; None: scores are
+      between 0 and 1. Values outside of the bins are counted in the last ones.
   """
   # The largest difference of two scores.
   reach = 1.0 if width is None else 2 * width
@@ -59,7 +59,7 @@ def build(
     far_TE = cutoffs(score_TE, bias_E, top_k)[:, None] - score_TE
     low, high = _ends(bias_E, reach)
     count_EB = histogram(far_TE, mask_T, low, high, bins)
-    # How many assignments there are for each expert.
+    # The sum of all loads, of which each expert should have an equal share.
     assigned = routing.choice.valid_TK.sum(dtype=jnp.int32)
     return {"far_EB": count_EB, "assigned": assigned}
 
@@ -119,7 +119,7 @@ def cutoffs(score_TE, bias_E, top_k: int):
   """
   biased_TE = score_TE + bias_E.astype(score_TE.dtype)[None, :]
   last = min(top_k + 1, score_TE.shape[-1])
-  # Not a slice: XLA on CPU would sort all scores for that.
+  # A minimum in place of a slice, for which XLA on CPU would sort all scores.
   return jax.lax.top_k(biased_TE, last)[0].min(-1)
 
 

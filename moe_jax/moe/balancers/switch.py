@@ -36,7 +36,7 @@ def build(
   """A balancer with the load-balancing loss.
 
   Args:
-    coefficient: what the loss is multiplied by; 0.01 in Switch, 0.001 in
+    coefficient: factor of the loss; 0.01 in Switch, 0.001 in
       DeepSeekMoE. Summed over layers.
     scope: over which tokens f and P are formed before they are multiplied:
       "sequence" (DeepSeek-V3), "group" (GShard), "micro_batch": all tokens of

@@ -1,6 +1,6 @@
 """Ways to lay tokens out for their experts, one file each.
 
-What they share is which assignment gets a slot.
+They share the rule by which assignments get slots.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from moe_jax.moe import scores
 from moe_jax.moe.types import Array, Bound, Dispatcher, Loads, Plan, TokenChoice
 
 PART = Dispatcher  # `build` of each file returns one.
-ORDERS = ("token", "choice")  # In which assignments get slots, see `rank`.
+ORDERS = ("token", "choice")  # The order of getting slots, see `rank`.
 # Names that every remat policy keeps: a recompute cannot route differently.
 SAVED = ("expert", "slot", "kept")
 
@@ -193,7 +193,7 @@ class TokenPlan(flax.struct.PyTreeNode):
     def number(flags_GTK):
       return tokens.by_sequence(flags_GTK.sum(-1, dtype=jnp.int32))
 
-    # Not a slice of expert_GTK: XLA on CPU would sort all scores for that.
+    # A slice of expert_GTK would make XLA on CPU sort all scores.
     first_GTK = valid_GTK.at[..., 1:].set(False)
     shared = shares_slots(self.num_experts, self.bound)
     full_GS = number(valid_GTK & ~self.kept_GTK)

@@ -1,9 +1,9 @@
 """Products with weights: dense ones, and rows times those of their expert.
 
-Rows are sorted by expert. Several backends, one file or folder each:
-`matmul(x, w, sizes)`, where y[n] is x[n] times the matrix of row n's expert, or
-`network`, which is `grouped_network` itself. A backend that computes more rows
-than experts have says how many by `work`, see `estimate`.
+Rows are sorted by expert. There are several backends, each a file or a folder.
+A backend has `matmul(x, w, sizes)`, where y[n] is x[n] times the matrix of row
+n's expert, or `network`, which is `grouped_network` itself. If it computes more
+rows than experts have, its `work` says how many, see `estimate`.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from moe_jax.core.options import word
 from moe_jax.moe.kernels import gpu
 from moe_jax.moe.types import Array
 
-# The backend gpu has candidates, of which "gpu:NAME" is one alone.
+# "gpu" chooses among its candidates; "gpu:NAME" is a single candidate.
 BACKENDS = (
   *(m.name for m in pkgutil.iter_modules(__path__)),
   *(f"gpu:{name}" for name in gpu.CANDIDATES),
@@ -26,12 +26,17 @@ BACKENDS = (
 
 
 def backend_for(platform: str, wanted: str | None = None) -> str:
-  """The wanted backend, or the default of a platform ("cpu", "gpu", "tpu")."""
+  """Returns the wanted backend, or the default of a platform.
+
+  Args:
+    platform: "cpu", "gpu" or "tpu".
+    wanted: one of `BACKENDS`, or None.
+  """
   return wanted or (platform if platform in BACKENDS else "reference")
 
 
 def is_checked(backend: str) -> bool:
-  """Whether a backend declares over which mesh axes its result varies."""
+  """Whether a backend declares the mesh axes over which its result varies."""
   return getattr(_load(backend), "CHECKED", True)
 
 
@@ -58,7 +63,7 @@ def estimate(
   *,
   backend: str,
 ) -> dict[str, Work]:
-  """The work of a product of rows and weights, and of the gradients of either.
+  """Returns the work of a product of rows and weights, and of its gradients.
 
   Args:
     tokens_per_expert: rows of each of the device's experts.
@@ -68,8 +73,8 @@ def estimate(
     backend: a file of this folder. A TPU is that of `jax.set_mesh`.
 
   Returns:
-    {"forward", "rows", "weights"}. A backend that says nothing of it computes the
-    rows of the experts and no others.
+    {"forward", "rows", "weights"}. A backend without `work` computes the rows
+    of the experts and no others.
   """
   module = _load(backend)
   if hasattr(module, "work"):
@@ -79,7 +84,7 @@ def estimate(
 
 
 def chosen(backend: str) -> dict[str, str]:
-  """The candidates that a backend has used so far, by product."""
+  """Returns the candidates that a backend has used so far, by product."""
   name, _, candidate = backend.partition(":")
   return gpu.chosen(candidate or None) if name == "gpu" else {}
 
@@ -87,7 +92,7 @@ def chosen(backend: str) -> dict[str, str]:
 def grouped_network(
   expert, params, x_ND: Array, tokens_per_expert_E: Array, *, backend=None
 ) -> Array:
-  """Each expert's network on its own rows.
+  """Runs each expert's network on its own rows.
 
   Products are accumulated in at least float32.
 
@@ -95,8 +100,8 @@ def grouped_network(
     expert: expert(linear, params, x), which works row by row and takes its
       products through `linear(params, name, x)`, see `linear`.
     params: {name: [E, ...]}.
-    x_ND: rows sorted by expert; or a tuple, rows and then what `expert` reads beside
-      them, floats [N, ...].
+    x_ND: rows sorted by expert; or a tuple of the rows and of further inputs of
+      `expert`, floats [N, ...].
     tokens_per_expert_E: int32 >= 0, whose sum is at most N.
     backend: one of BACKENDS; None: the default of jax's backend.
 
@@ -121,27 +126,33 @@ def grouped_network(
     return y_NF if bias_EF is None else y_NF + bias_EF[expert_N]
 
   y_ND = expert(grouped, params, x_ND)
-  return _live(y_ND, tokens_per_expert_E)  # The bias is in all rows.
+  return _live(y_ND, tokens_per_expert_E)  # The bias was added to all rows.
 
 
 def _live(x_ND, tokens_per_expert_E):
-  """Zero in the rows that belong to nobody."""
+  """Zero in the rows that belong to no expert."""
   live = jnp.arange(x_ND.shape[0]) < tokens_per_expert_E.sum()
   return jnp.where(live[:, None], x_ND, 0)
 
 
 def linear(params, name: str, x: Array) -> Array:
-  """x @ params[name] + params[name_bias], if there is one."""
+  """Returns x @ params[name] + params[name_bias], if there is a bias.
+
+  Args:
+    params: {name: array} of one network.
+    name: of the matrix.
+    x: [..., inputs].
+  """
   y = product(x, params[name])
   bias = params.get(f"{name}_bias")
   if bias is None:
     return y
-  # Its rank is raised by hand, as tests forbid that it happens by itself.
+  # The rank of the bias is raised here: tests forbid that jax promotes it.
   return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
 
 
 def product(x: Array, w: Array, dtype=None) -> Array:
-  """x @ w, with all axes of x except the last joined to one.
+  """Returns x @ w, with all axes of x except the last joined to one.
 
   For the gradient of w, XLA on CPU would transpose x and dy in memory if they
   had more than two axes, which costs more than the products of a small layer.
@@ -152,7 +163,7 @@ def product(x: Array, w: Array, dtype=None) -> Array:
     dtype: of the result, or None for that of the operands.
 
   Returns:
-    [..., ...], the leading axes of x and then the other ones of w.
+    [..., ...], the leading axes of x and then the other axes of w.
   """
   x_ND, w_DF = x.reshape(-1, x.shape[-1]), w.reshape(w.shape[0], -1)
   y_NF = jnp.matmul(x_ND, w_DF, preferred_element_type=dtype)

@@ -19,23 +19,31 @@ from moe_jax.core import parallel
 from moe_jax.moe import kernels
 from moe_jax.moe.types import Array
 
-# Sizes of chunks, in sixteenths of the rows of an expert when loads are equal:
-# close to each other near there.
+# Sizes of chunks, in sixteenths of the rows of an expert when loads are equal;
+# near equal loads they lie close to each other.
 _SIZES = (4, 6, 8, 10, 12, 14, 15, 16, 17, 18, 20, 24)
-_LARGEST = 512  # Rows; what belongs to a chunk should fit a cache.
+_LARGEST = 512  # Rows; the arrays of a chunk should fit into a cache.
 _MULTIPLE = 16  # Products are fast for multiples of this many rows.
 
 
 def network(expert, params, x_ND: Array, sizes_E: Array) -> Array:
-  """See `grouped_network`."""
+  """Runs each expert's network on its own rows, see `kernels.grouped_network`.
+
+  Args:
+    expert, params, x_ND, sizes_E: as there; `sizes_E` is tokens_per_expert_E.
+  """
   params, x_ND, sizes_E = parallel.alike((params, x_ND, sizes_E))
-  if not _rows(x_ND):  # No chunk has a size.
+  if not _rows(x_ND):  # Without rows there is no size of a chunk.
     return expert(kernels.linear, _expert(params, 0), x_ND)
   return _network(expert, params, x_ND, sizes_E)
 
 
 def work(tokens_per_expert, rows, widths, dtype):
-  """See `kernels.estimate`: whole chunks."""
+  """Returns the work of whole chunks, see `kernels.estimate`.
+
+  Args:
+    tokens_per_expert, rows, widths, dtype: as in `kernels.estimate`.
+  """
   del widths, dtype
   sizes = _sizes(rows, len(tokens_per_expert))
   most, total = sizes[-1], 0
@@ -51,7 +59,7 @@ def _products(expert, params, x, known=None):
 
   Args:
     expert, params, x: see `network`.
-    known: the products, which are taken then and not computed; None: unknown.
+    known: the products, which then are not computed again; None: unknown.
   """
   products = []
   tokens = jax.tree.leaves(x)[0]
@@ -91,7 +99,7 @@ def _network(expert, params, x_ND, sizes_E):
 
 
 def _forward(expert, params, x_ND, sizes_E, keep=True):
-  """The result, and what the backward pass keeps if it is wanted."""
+  """The result, and the arrays for the backward pass, if `keep`."""
   rows = _rows(x_ND)
   room = rows + _sizes(rows, sizes_E.size)[-1]
   compute = functools.partial(_products, expert)
@@ -123,7 +131,7 @@ def _backward(expert, kept, dy_ND):
     grads, dx_CD = pull(_read(dy_ND, chunk))
     return _add(sums, grads, chunk), _write(dx_ND, dx_CD, chunk)
 
-  # All of it is written, so that it need not be zeros; XLA on CPU fills it.
+  # Every element is written later, so that these need not be zeros.
   wide = lambda w: jnp.promote_types(w.dtype, jnp.float32)  # noqa: E731
   sums = jax.tree.map(lambda w: lax.empty(w.shape, wide(w)), params)
   start = parallel.alike(((sums, _zeros(x_ND, room)), x_ND))[0]
@@ -137,7 +145,14 @@ _network.defvjp(_forward, _backward)
 
 
 class _Chunk(NamedTuple):
-  """expert; its first row; how many rows are its own; how many it has."""
+  """Some rows of an expert.
+
+  expert: its index.
+  first: the first row.
+  live: how many rows belong to the chunk.
+  size: how many rows are computed.
+  begins: whether this is the expert's first chunk.
+  """
 
   expert: Array
   first: Array
@@ -147,7 +162,7 @@ class _Chunk(NamedTuple):
 
 
 def _loop(body, carry, params, sizes_E, rows, every=False):
-  """carry after body(carry, weights of the expert, chunk) of every chunk.
+  """The carry after body(carry, weights of the expert, chunk) of all chunks.
 
   every: also run a chunk without live rows for experts that have no rows.
   """
@@ -157,15 +172,15 @@ def _loop(body, carry, params, sizes_E, rows, every=False):
 
   def expert(e, carry):
     weights = _expert(params, e)
-    # Whole chunks after the first one.
+    # The number of whole chunks after the first.
     more = jnp.maximum(sizes_E[e] - 1, 0) // most
     live = sizes_E[e] - more * most
     smaller = -1 if every else 0
     for size in sizes:
 
       def only(i, carry, size=size):
-        # i is 0, but what did not depend on it would be taken out of the loop
-        # by XLA, and be done for every size.
+        # i is 0. Without it XLA would move this work out of the loop, and do it
+        # for every size.
         first = starts_E[e] + i * size
         return body(carry, weights, _Chunk(e, first, live, size, True))
 
@@ -183,7 +198,7 @@ def _loop(body, carry, params, sizes_E, rows, every=False):
 
 
 def _sizes(rows, num_experts):
-  """The chunk sizes to compile, ascending, for this many rows in all."""
+  """The chunk sizes to compile, ascending, for `rows` rows of all experts."""
   mean = rows / num_experts
   mean /= -(-mean // _LARGEST)
   parts = (int(part * mean / 16) for part in _SIZES)
@@ -206,7 +221,7 @@ def _zeros(shapes, rows):
 
 
 def _read(tree, chunk):
-  """The rows of a chunk, zero where they are not its own."""
+  """The rows of a chunk, with zeros in rows that do not belong to it."""
   row = jnp.arange(chunk.size)
 
   def window(x):
@@ -236,7 +251,7 @@ def _add(sums, grads, chunk):
 
 
 def _cut(x_ND, sizes_E, rows):
-  """The rows without those that the last chunk wrote beyond its own."""
+  """The rows, with zeros where the last chunk wrote beyond its own rows."""
   room = x_ND.shape[0] - rows
   nothing = jnp.zeros((room, *x_ND.shape[1:]), x_ND.dtype)
   x_ND = lax.dynamic_update_slice_in_dim(x_ND, nothing, sizes_E.sum(), 0)

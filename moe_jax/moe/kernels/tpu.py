@@ -1,9 +1,9 @@
-"""The Pallas kernel megablox, which ships with jax, with tiles for each product.
+"""The Pallas kernel megablox, which ships with jax, with tiles by product.
 
-It splits rows, contraction and columns into tiles. A tile of rows that holds the
-rows of several experts is multiplied once for each of them. Tiles are chosen from
-the shape: those that take least time by the model of `_cost` among those that fit
-the chip's VMEM by the model of `vmem`.
+It splits rows, contraction and columns into tiles. A tile of rows that holds
+the rows of several experts is multiplied once for each of them. Tiles are
+chosen from the shape: among those that fit the chip's VMEM by the model of
+`vmem`, the fastest by the model of `_cost`.
 """
 
 import functools
@@ -23,7 +23,7 @@ megablox = importlib.import_module(
   "jax.experimental.pallas.ops.tpu.megablox.gmm"
 )
 
-CHECKED = False  # It does not say over which mesh axes its result varies.
+CHECKED = False  # The kernel does not declare its result's mesh axes.
 _LANES = 128
 _ROW_TILES = (128, 256, 512, 1024)
 _MIB = 2**20
@@ -33,8 +33,12 @@ _PER_BYTE, _PER_STEP = 256, 1.5e8
 
 
 class Chip(NamedTuple):
-  """vmem: bytes that XLA lets one kernel use; cores: that share its columns;
-  depth: products that a matrix unit adds up at once."""
+  """The numbers of a TPU that tiles depend on.
+
+  vmem: bytes that XLA lets one kernel use.
+  cores: number of cores that share its columns.
+  depth: products that a matrix unit adds up at once.
+  """
 
   vmem: int = 16 * _MIB
   cores: int = 2
@@ -42,8 +46,11 @@ class Chip(NamedTuple):
 
 
 class Product(NamedTuple):
-  """[m, k] times [k, n] for the rows m of each group; or, if over_rows, [k, m]
-  times [m, n]. itemsize: bytes of a number."""
+  """[m, k] times [k, n] for the rows m of each group; see `over_rows`.
+
+  itemsize: bytes of a number.
+  over_rows: whether it is [k, m] times [m, n] instead.
+  """
 
   m: int
   k: int
@@ -54,12 +61,20 @@ class Product(NamedTuple):
 
 
 class Tiles(NamedTuple):
+  """The sizes of a tile along the axes of a `Product`."""
+
   m: int
   k: int
   n: int
 
 
 def matmul(x_ND, w_EDF, tokens_per_expert_E):
+  """Returns y_NF, where y[n] is x[n] times the matrix of row n's expert.
+
+  Args:
+    x_ND, w_EDF: rows sorted by expert, and a matrix of each expert.
+    tokens_per_expert_E: rows of each expert.
+  """
   if x_ND.dtype not in (jnp.bfloat16, jnp.float32):
     _say_once(x_ND.dtype.name)
     return reference.matmul(x_ND, w_EDF, tokens_per_expert_E)
@@ -100,7 +115,7 @@ def _backward(kept, dy_MF):
     dy_MF, w_EDF, sizes_E, x_MD.dtype, tiling, transpose_rhs=True
   )
   tiling = _tiling(x_MD, num_experts, d, f, over_rows=True)
-  # It transposes x once more, so that XLA does neither.
+  # The kernel transposes x again: XLA cancels both transpositions.
   dw_EDF = megablox.tgmm(x_MD.T, dy_MF, sizes_E, w_EDF.dtype, tiling)
   return dx_MD, dw_EDF, None
 
@@ -114,7 +129,11 @@ def _tiling(x_MK, groups, k, n, over_rows=False):
 
 
 def work(tokens_per_expert, rows, widths, dtype):
-  """See `kernels.estimate`."""
+  """Returns the work of the kernel, see `kernels.estimate`.
+
+  Args:
+    tokens_per_expert, rows, widths, dtype: as in `kernels.estimate`.
+  """
   d, f = widths
   groups, size = len(tokens_per_expert), jnp.dtype(dtype).itemsize
   forward = Product(_padded(rows), d, f, groups, size)
@@ -133,10 +152,10 @@ def work(tokens_per_expert, rows, widths, dtype):
 
 
 def chip() -> Chip:
-  """The chip of `jax.set_mesh`, else of jax's first device; v5p if it is none."""
+  """Returns the chip of `jax.set_mesh`, or of jax's first device, or a v5p."""
   try:
     info = pltpu.get_tpu_info()
-  except ValueError:  # Another platform, as in the interpreter.
+  except ValueError:  # The platform is no TPU, as in the interpreter.
     return Chip()
   vmem = (32 if info.generation >= 6 else 16) * _MIB
   return Chip(vmem, info.num_cores, info.mxu_column_size)
@@ -144,8 +163,12 @@ def chip() -> Chip:
 
 @functools.cache
 def tiles(product: Product, chip: Chip) -> Tiles:
-  """The tiles for a product: the fastest by `_cost` of those that fit `vmem`."""
-  # Equal loads, if they are whole tiles, should begin at tiles.
+  """Returns the fastest tiles by `_cost` among those that fit `vmem`.
+
+  Args:
+    product, chip: the product, and the chip that computes it.
+  """
+  # If equal loads are whole tiles, each expert should begin at a tile.
   balanced = product.m / product.groups
   rows = product.m if balanced % _LANES else balanced
   fitting = (
@@ -169,10 +192,13 @@ def _splits(size):
 
 
 def vmem(product: Product, t: Tiles) -> int:
-  """Bytes of VMEM of a product with these tiles: enough, by up to a third.
+  """Returns bytes of VMEM of a product: enough, by up to a third.
 
-  Both operands and the result have two buffers each, sums are float32, and so
-  are the values in flight, whose share is that which the compiler reports.
+  Both operands and the result have two buffers each. Sums are float32, and so
+  are the values in flight, whose share is the one that the compiler reports.
+
+  Args:
+    product, t: the product and its tiles.
   """
   if product.over_rows:
     left, right, out = t.m * t.k, t.m * t.n, t.k * t.n
@@ -185,9 +211,12 @@ def vmem(product: Product, t: Tiles) -> int:
 
 
 def traffic(product: Product, t: Tiles) -> float:
-  """Bytes of memory that a product reads and writes.
+  """Returns the bytes of memory that a product reads and writes.
 
   A block is read again unless the step before it read the same one.
+
+  Args:
+    product, t: the product and its tiles.
   """
   m, k, n, groups = product[:4]
   rows = _visits(product, t) * t.m
@@ -203,19 +232,24 @@ def _cost(product, t, chip):
   """The time of a product, in operations of the chip."""
   columns, depth = _up(product.n, t.n), _up(product.k, t.k)
   steps = _visits(product, t) * depth * columns
-  steps *= _up(columns, chip.cores) * chip.cores / columns  # Some cores wait.
+  steps *= _up(columns, chip.cores) * chip.cores / columns  # Some cores idle.
   rows = max(t.m, chip.depth) if product.over_rows else t.m
   operations = steps * (2 * rows * t.k * t.n + _PER_STEP)
   return operations + _PER_BYTE * traffic(product, t)
 
 
 def _visits(product, t):
-  """Row tiles in all, if every expert but the first begins within one."""
+  """The number of row tiles, if all experts but the first begin within one."""
   return product.m / t.m + product.groups - 1
 
 
 def visited(row_tile: int, tokens_per_expert) -> int:
-  """Rows that are multiplied: whole tiles, once for each of their experts."""
+  """Returns the rows that are multiplied: whole tiles, once for each expert.
+
+  Args:
+    row_tile: rows of a tile.
+    tokens_per_expert: rows of each expert.
+  """
   total = begin = 0
   for size in map(int, tokens_per_expert):
     end = begin + size

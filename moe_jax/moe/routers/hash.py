@@ -70,7 +70,7 @@ def build(
     return scores.linear(*sizes) if learnt else {}
 
   def route(params, x_TD, *, num_experts, select, side, rng):
-    del select, rng  # Nothing is left to choose.
+    del select, rng  # The table has chosen already.
     table_VK = jnp.asarray(table(num_experts))
     expert_TK = table_VK[_token_ids(side) % vocab_size]
     expert_TK = checkpoint_name(expert_TK, "expert")

@@ -87,7 +87,7 @@ def chances(logits_TE, noisy_TE, size_TE, top_k: int):
   """
   best_TK = jax.lax.top_k(noisy_TE, top_k + 1)[0]
   outside = best_TK.min(-1, keepdims=True)
-  # Not a slice: XLA on CPU would sort all scores for that.
+  # A minimum in place of a slice, for which XLA on CPU would sort all scores.
   place_1K = jnp.arange(top_k + 1)[None, :]
   inside = jnp.where(place_1K < top_k, best_TK, jnp.inf)
   inside = inside.min(-1, keepdims=True)

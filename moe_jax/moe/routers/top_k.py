@@ -168,7 +168,7 @@ def _with_chances(routing, noisy_TE, noise):
 def _gives(noise, score, num_groups, top_groups):
   """`Router.gives` of these options; `score` is the one that chooses, if any."""
   if top_groups < num_groups:
-    # Neither quantiles nor smooth loads know of groups.
+    # Quantiles and smooth loads are wrong for a choice inside of groups.
     return _gives(0, score, 1, 1) - {"ungrouped"}
   chance = {"chance_TE"} if noise else set()
   in_range = {"score_range"} if score in ("softmax", "sigmoid") else set()
@@ -320,7 +320,7 @@ def _masked(choice, rng, chance):
     return choice
   factor = 1 - chance
   if rng is not None:
-    own = jax.random.fold_in(rng, 3)  # Not one of the three others.
+    own = jax.random.fold_in(rng, 3)  # A key beside the three of `route`.
     factor = jax.random.bernoulli(own, factor, choice.weight_TK.shape[:1])
     factor = factor[:, None].astype(choice.weight_TK.dtype)
   return choice.replace(weight_TK=choice.weight_TK * factor)

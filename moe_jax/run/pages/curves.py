@@ -16,9 +16,9 @@ import numpy as np
 from moe_jax.run.pages.plots import COLORS, Plot
 
 _SIZE = 4.4, 2.6  # Inches.
-_SHORT = 3  # Letters of a name that is not turned.
+_SHORT = 3  # Names of at most this many letters are not turned.
 _NUMBER = re.compile(r"(\d\.\d\d)\d+")
-MOST = 400  # Points of a line; of more, neighbouring ones are averaged.
+MOST = 400  # Points of a line; if it has more, neighbours are averaged.
 # Colours of the drawing, which become names of the page's style.
 _NAMED = {f"c{i}": f"#0a00{i:02x}" for i in range(COLORS)}
 _NAMED |= {"neutral": "#0b0001", "grid": "#0b0002", "text": "#0b0003"}
@@ -27,7 +27,7 @@ _DASHES |= {"floor": (0, (4, 3))}
 
 
 def svg(plot: Plot) -> str:
-  """Draws a figure of lines."""
+  """Returns a figure of lines as SVG."""
   room = max(map(len, plot.names), default=0) > _SHORT
   with figure(plot.title, (4.4, 3.6) if room else _SIZE) as (made, axes):
     for trace in plot.traces:
@@ -55,7 +55,7 @@ def figure(key: str, size: tuple[float, float] = _SIZE):
   """Yields (figure, axes) in the page's style.
 
   Args:
-    key: another one for each figure of a page, whose ids are made of it.
+    key: a word that no other figure of the page has; ids are made of it.
     size: width and height, in inches.
   """
   import matplotlib
@@ -88,7 +88,7 @@ def figure(key: str, size: tuple[float, float] = _SIZE):
 
 
 def text(made) -> str:
-  """The SVG element of a figure, without what belongs to a file of its own."""
+  """Returns the SVG element of a figure, without the head of a file."""
   out = io.StringIO()
   made.savefig(
     out, format="svg", transparent=True, dpi=144, metadata={"Date": None}
@@ -107,13 +107,23 @@ def text(made) -> str:
 
 
 def plain(label: str, most: int = 40) -> str:
-  """A text of a file as a label: printable, on one line, and short."""
+  """Returns a text of a file as a label: printable, on one line, and short.
+
+  Args:
+    label: the text.
+    most: letters of the label.
+  """
   label = "".join(c if c.isprintable() else "?" for c in str(label))
   return label if len(label) <= most else f"{label[: most - 1]}…"
 
 
 def ticks(axis, values: Sequence[float]) -> None:
-  """Sets few ticks of an axis, with words such as 20k for large numbers."""
+  """Sets few ticks of an axis, with words such as 20k for large numbers.
+
+  Args:
+    axis: of matplotlib.
+    values: that are drawn along it.
+  """
   from matplotlib import ticker
 
   axis.set_major_locator(ticker.MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))

@@ -1,4 +1,4 @@
-"""What a run is, in a few words, from its config.json and run.json."""
+"""A description of a run in few words, from its config.json and run.json."""
 
 import statistics
 from collections.abc import Sequence
@@ -7,13 +7,13 @@ from moe_jax.run import config as config_lib
 from moe_jax.run.pages import curves, html, plots, words
 from moe_jax.run.pages.read import Run, at
 
-# What of run.json may make two runs differ that have one config.
+# Facts of run.json in which two runs of the same config may differ.
 _ORIGIN = ("code", "git", "data", "devices", "mesh", "platform", "processes")
 _ORIGIN += ("python", "versions", "xla_flags")
 
 
 def number(value: float) -> str:
-  """A number with four digits, or all of a whole one."""
+  """Returns a number with four digits, or all digits of a whole number."""
   if value != value:
     return "nan"
   if abs(value) >= 10_000 or (isinstance(value, int) and abs(value) < 1e15):
@@ -22,7 +22,7 @@ def number(value: float) -> str:
 
 
 def large(value) -> str:
-  """A count such as 477,824 or 12.3 billion; "" of anything else."""
+  """Returns a count such as 477,824 or 12.3 billion; "" for anything else."""
   if type(value) is not int or not 0 <= value < 10**18:
     return ""
   for size, word in (
@@ -36,7 +36,7 @@ def large(value) -> str:
 
 
 def state(run: Run) -> html.Html:
-  """Its state and how many steps it has done."""
+  """Returns the state of a run, and how many steps it has done."""
   of = f" of {run.num_steps:,}" if run.num_steps else ""
   words = html.tag("span", run.state, kind=f"state {run.state}")
   left = _left(run)
@@ -44,7 +44,7 @@ def state(run: Run) -> html.Html:
 
 
 def _left(run):
-  """How long a running run will go on, by its throughput."""
+  """The time until a running run ends, by its throughput."""
   speed, tokens = _speed(run), at(run.facts, "tokens_per_step")
   steps = (run.num_steps or 0) - run.step
   if run.state != "running" or not large(tokens) or speed <= 0 or steps <= 0:
@@ -61,7 +61,7 @@ def _speed(run):
 
 
 def facts(run: Run) -> dict[str, str]:
-  """{name: words} of what a reader wants to know first."""
+  """Returns {name: words} of the facts that a reader wants to know first."""
   versions = at(run.facts, "versions")
   versions = versions if isinstance(versions, dict) else {}
   shown = [f"{k} {versions[k]}" for k in ("moe_jax", "jax") if k in versions]
@@ -90,13 +90,13 @@ def facts(run: Run) -> dict[str, str]:
 
 
 def when(run: Run) -> str:
-  """When the run was started, as its machine's clock said."""
+  """Returns the time when the run was started, by its machine's clock."""
   started = at(run.facts, "started")
   return started.replace("T", " ")[:40] if isinstance(started, str) else ""
 
 
 def latest(run: Run) -> dict[str, html.Html]:
-  """{title: number} of the metrics that a reader looks at first."""
+  """Returns {title: number} of the metrics that a reader looks at first."""
   train, validation = (
     lines[-1] if lines else {}
     for lines in (run.record.train, run.record.validation)
@@ -119,7 +119,7 @@ def latest(run: Run) -> dict[str, html.Html]:
 
 
 def parameters(run: Run) -> str:
-  """Parameters of the model, in all and for a token."""
+  """Returns the parameters of the model, in all and for a token."""
   total, active = (
     large(at(run.facts, f"parameters.{name}")) for name in ("total", "active")
   )
@@ -128,7 +128,7 @@ def parameters(run: Run) -> str:
 
 
 def devices(run: Run) -> str:
-  """The devices, and how they are shared out where there are several."""
+  """Returns the devices, and the mesh where there are several."""
   found, mesh = at(run.facts, "devices"), at(run.facts, "mesh")
   if not isinstance(found, list):
     return ""
@@ -173,7 +173,13 @@ def _balancers(config):
 
 
 def changed(config: dict) -> list[tuple[str, str, str]]:
-  """(key, value, default) of what differs from the defaults; [] without these."""
+  """Returns (key, value, default) of the values that are no defaults.
+
+  It is [] where the defaults cannot be read.
+
+  Args:
+    config: of the run.
+  """
   defaults = config_lib.defaults()
   if not defaults or not config:
     return []
@@ -187,7 +193,7 @@ def changed(config: dict) -> list[tuple[str, str, str]]:
 
 
 def differing(runs: Sequence[Run]) -> list[list[str]]:
-  """Rows of a key and its value in each run, of keys that are not all equal."""
+  """Returns rows of a key and its value in each run, for keys that differ."""
   flats = []
   for run in runs:
     config = config_lib.complete(run.config) if run.config else {}
@@ -201,18 +207,18 @@ def differing(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def value(given) -> str:
-  """A value of a config, in a table."""
+  """Returns a value of a config, as a table shows it."""
   return curves.plain(_plain(given), 120)
 
 
 def _short(given):
-  """A digest by its first digits; the "+" of an edited checkout stays."""
+  """The first digits of a digest; the "+" of an edited checkout stays."""
   digest = isinstance(given, str) and len(given) >= 40
   return given[:12] + "+" * given.endswith("+") if digest else given
 
 
 def _plain(given):
-  """A text that is the same of a tuple and of a list."""
+  """A text that is the same for a tuple and for a list."""
   if isinstance(given, list | tuple):
     return f"({', '.join(map(_plain, given))})"
   if isinstance(given, dict):

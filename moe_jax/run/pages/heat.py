@@ -8,13 +8,18 @@ import numpy as np
 from moe_jax.run.pages import curves
 
 _MOST_LAYERS = 12
-_MOST_CELLS = 200_000  # Of all maps of a page.
+_MOST_CELLS = 200_000  # Limit on the cells of all maps of a page.
 _MOST_STEPS = 160  # Columns of a map.
 _SHADES = 32  # Few shades make small files.
 
 
 class Map(NamedTuple):
-  """A map of a layer. load_ES: loads relative to their mean, experts x steps."""
+  """A map of a layer.
+
+  layer: its name.
+  steps: the steps of the columns.
+  load_ES: loads relative to their mean, experts x steps.
+  """
 
   layer: str
   steps: np.ndarray
@@ -22,11 +27,11 @@ class Map(NamedTuple):
 
 
 def maps(loads: dict, share: float = 1.0) -> list[Map]:
-  """The maps of a run: of at most `_MOST_LAYERS` layers, first to last.
+  """Returns maps of at most `_MOST_LAYERS` layers of a run, first to last.
 
   Args:
-    loads: {layer: (steps, one list of loads for each of them)}.
-    share: of the cells of a page that this run may have.
+    loads: {layer: (steps, a list of loads for each step)}.
+    share: the share of a page's cells that this run may have.
   """
   layers = sorted(loads)
   if len(layers) > _MOST_LAYERS:
@@ -49,7 +54,7 @@ def maps(loads: dict, share: float = 1.0) -> list[Map]:
 
 
 def largest(some: Sequence[Map]) -> float:
-  """The end of the colour scale: above nearly all loads, from 2 to 4."""
+  """Returns the end of the colour scale: 2 to 4, above nearly all loads."""
   loads = np.concatenate([m.load_ES.ravel() for m in some] or [[1.0]])
   loads = loads[np.isfinite(loads)]
   high = np.quantile(loads, 0.99) if loads.size else 2

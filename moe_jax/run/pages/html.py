@@ -1,8 +1,8 @@
 """Pieces of HTML: a page that loads nothing, tables, figures and legends.
 
-A plain str is text and is escaped wherever it enters; `Html` is what was made here.
-The policy of the page forbids scripts and anything from elsewhere, whatever a file
-of a run says.
+A plain str is text and is escaped wherever it enters; an `Html` was made here
+and is not. The policy of the page forbids scripts and anything from elsewhere,
+whatever a file of a run says.
 """
 
 import base64
@@ -21,25 +21,31 @@ class Html(str):
 
 
 def escape(text) -> Html:
-  """A text, or what str() makes of another object; `Html` as it is."""
+  """Returns an object's text, escaped; an `Html` stays unchanged."""
   if isinstance(text, Html):
     return text
-  # A path may hold bytes that are no text.
+  # A path may hold bytes that are not UTF-8.
   return Html(html.escape(str(text).encode(errors="replace").decode()))
 
 
 def key(name: str) -> Html:
-  """A name such as model.moe.top_k, which may break behind its dots."""
+  """Returns a name such as model.moe.top_k, which may break behind its dots."""
   return Html(re.sub(r"([._/])", r"\1<wbr>", escape(name)))
 
 
 def joined(parts: Iterable) -> Html:
-  """Pieces and texts one after another."""
+  """Returns pieces and texts one after another."""
   return Html("\n".join(map(escape, parts)))
 
 
 def tag(name: str, *parts, **attributes) -> Html:
-  """An element; the attribute "class" is `kind`."""
+  """Returns an element.
+
+  Args:
+    name: of the element.
+    *parts: its content, pieces or texts.
+    **attributes: by name; `kind` is the attribute "class".
+  """
   if "kind" in attributes:
     attributes = {"class": attributes.pop("kind")} | attributes
   words = "".join(f' {k}="{escape(v)}"' for k, v in attributes.items())
@@ -47,7 +53,7 @@ def tag(name: str, *parts, **attributes) -> Html:
 
 
 def linked(text: str) -> Html:
-  """A text of `words`, whose words in brackets become links to the glossary."""
+  """Returns a text of `words`, its words in brackets linked to the glossary."""
 
   def link(match):
     shown, _, word = match[1].partition("|")
@@ -59,7 +65,7 @@ def linked(text: str) -> Html:
 def table(
   head: Sequence, rows: Iterable[Sequence], *, numeric: bool = False
 ) -> Html:
-  """A table that scrolls in its own box, below a head that names its columns.
+  """Returns a table that scrolls in its own box, below a head of column names.
 
   Args:
     head, rows: cells.
@@ -72,7 +78,7 @@ def table(
 
 
 def facts(pairs: Mapping[str, str], kind: str = "facts") -> Html:
-  """Short facts beside each other; one without a value is left out.
+  """Returns short facts beside each other; a fact without a value is left out.
 
   Args:
     pairs: {name: fact}.
@@ -87,37 +93,57 @@ def facts(pairs: Mapping[str, str], kind: str = "facts") -> Html:
 
 
 def figure(title: str, drawing: Html, about="", legend="") -> Html:
-  """A figure with its title above, and below it what it shows."""
+  """Returns a figure with its title above, and below it a text about it.
+
+  Args:
+    title, about: texts; "" for no text about it.
+    drawing, legend: from `drawing` or `picture`, and `legend`; "": no legend.
+  """
   caption = tag("figcaption", about) if about else ""
   return tag("figure", tag("h3", title), legend, drawing, caption)
 
 
 def bullets(texts: Iterable) -> Html:
-  """A list of texts with code in backticks; "" without any."""
+  """Returns a list of texts with code in backticks; "" for no texts."""
   code = ((re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(t))) for t in texts)
   items = [tag("li", Html(text)) for text in code]
   return tag("ul", *items) if items else Html("")
 
 
 def drawing(svg: str, title: str) -> Html:
-  """A figure of `curves` or `heat`, with its title for readers who hear it."""
+  """Returns a figure of `curves` or `heat`, with its title for screen readers.
+
+  Args:
+    svg: the figure.
+    title: its title.
+  """
   named = f'<svg role="img" aria-label="{escape(title)}"'
   return Html(svg.replace("<svg", named, 1))
 
 
 def picture(png: bytes, title: str) -> Html:
-  """An image that is part of the page."""
+  """Returns an image that is part of the page.
+
+  Args:
+    png: the bytes of a PNG file.
+    title: words for readers who do not see it.
+  """
   data = base64.b64encode(png).decode()
   return Html(f'<img src="data:image/png;base64,{data}" alt="{escape(title)}">')
 
 
 def legend(items: Iterable[tuple]) -> Html:
-  """A list of lines, each by the arguments of `chip`."""
+  """Returns a list of lines, each given by the arguments of `chip`."""
   return tag("ul", *(tag("li", chip(*item)) for item in items), kind="legend")
 
 
 def chip(label: str, color: str, style: str, dots: bool = False) -> Html:
-  """A label behind a short piece of its line, see `plots.Trace`."""
+  """Returns a label behind a short piece of its line.
+
+  Args:
+    label: a text.
+    color, style, dots: see `plots.Trace`.
+  """
   color = color if color.startswith("#") else f"var(--{color})"
   dashes = f' stroke-dasharray="{_DASHES[style]}"' if style in _DASHES else ""
   dot = f'<circle cx="15" cy="6" r="4" fill="{color}"/>' * dots
@@ -128,12 +154,17 @@ def chip(label: str, color: str, style: str, dots: bool = False) -> Html:
 
 
 def details(summary: str, *parts) -> Html:
-  """Parts that a reader may open."""
+  """Returns parts that a reader may open.
+
+  Args:
+    summary: the text that is always shown.
+    *parts: pieces or texts.
+  """
   return tag("details", tag("summary", summary), *parts)
 
 
 def page(title: str, parts: Iterable, refresh: int | None = None) -> str:
-  """The whole file.
+  """Returns the text of the whole file.
 
   Args:
     title: of the window.
@@ -166,7 +197,7 @@ def _anchor(word):
 
 
 def _glossary(body):
-  """The words that a page links to, and those that explain them."""
+  """The words that a page links to, and the words that explain these."""
   used = [w for w in words.GLOSSARY if f'href="#{_anchor(w)}"' in body]
   if not used:
     return ""

@@ -9,7 +9,7 @@ from moe_jax.run.pages.read import Record, Run, at
 
 
 def make(runs: Sequence[Run], refresh: int | None = None) -> str:
-  """The page as a text.
+  """Returns the page as a text.
 
   Args:
     runs: from `read.run`; with several, each has its own colour.
@@ -41,7 +41,7 @@ def _head(run):
 
 
 def _heads(runs):
-  """A table with a line for each run, and another for what differs."""
+  """A table with a line for each run, and a table of their differences."""
   yield tag("h1", f"{len(runs)} runs")
   chips = _chips(runs)
   rows = [
@@ -76,8 +76,12 @@ def _chips(runs):
 
 
 def results(records: Sequence[Record]) -> Iterable[Html]:
-  """A table of the last metrics: of one run with training, of several of the
-  validation split."""
+  """Yields a table of the last metrics.
+
+  Args:
+    records: a single run, with its training metrics; or several, which are
+      compared on the validation split.
+  """
   yield tag("h2", "Latest metrics")
   columns = [(r.label, r.validation) for r in records]
   if len(records) == 1:
@@ -113,12 +117,12 @@ def _last(lines, name):
 def figures(
   records: Sequence[Record], loss_unit: str = "loss", maps: Iterable[Html] = ()
 ) -> Iterable[Html]:
-  """The curves of all metrics, in groups.
+  """Yields the curves of all metrics, in groups.
 
   Args:
-    records: of one run, or of several, each in its colour.
+    records: of a single run, or of several, each in its colour.
     loss_unit: see `plots.make`.
-    maps: what comes after the groups of learning and balance.
+    maps: the figures after the groups of learning and balance.
   """
   made = plots.make(records, loss_unit)
   looks = [(r.label, *plots.look(i)) for i, r in enumerate(records)]
@@ -211,7 +215,7 @@ def _pictures(runs):
 
 
 def _configs(runs):
-  """What differs from the defaults, and whole configs to open."""
+  """The values that are no defaults, and whole configs to open."""
   if any(run.config for run in runs):
     yield tag("h2", "Config")
   for run in runs:

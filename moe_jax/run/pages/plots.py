@@ -1,7 +1,7 @@
-"""The figures of one run, or of several laid over each other, as data.
+"""The figures of a run, or of several laid over each other, as data.
 
-Only what the runs have is drawn. A metric that never changes is no figure, and is
-listed by `Plots.constant`.
+Only metrics of the runs are drawn. A metric that never changes is no figure,
+and is listed by `Plots.constant`.
 """
 
 import colorsys
@@ -14,16 +14,16 @@ from moe_jax.run.pages.read import Record
 from moe_jax.run.pages.words import Group, Metric
 
 COLORS = 8  # Colours of the page's style, c0 to c7.
-# With them, 32 runs can be told apart.
+# Styles of lines: with the colours they tell 32 runs apart.
 LINES = ("line", "dashes", "points", "mixed")
-_MOST = 100  # Metrics of a family, and of those that are not known.
-_FEW = 4  # Metrics of a family that are a figure each for several runs.
+_MOST = 100  # Limit on the metrics of a family, and on unknown metrics.
+_FEW = 4  # For several runs, a family of at most this many has a figure each.
 
 
 class Trace(NamedTuple):
   """A line of a figure.
 
-  label: for the legend; "": it is not there.
+  label: for the legend; "": the line is not in it.
   x, y: numbers; y may be NaN.
   color: "c0" to "c7", "neutral" or a "#rrggbb".
   style: one of `LINES`, or "floor".
@@ -58,15 +58,15 @@ class Plots(NamedTuple):
 
 
 def look(index: int) -> tuple[str, str]:
-  """The colour and the style of the line of a run, by its number."""
+  """Returns the colour and the style of a run's line, by the run's index."""
   return f"c{index % COLORS}", LINES[index // COLORS % len(LINES)]
 
 
 def make(records: Sequence[Record], loss_unit: str = "loss") -> Plots:
-  """The figures of all metrics of some runs.
+  """Returns the figures of all metrics of some runs.
 
   Args:
-    records: one for each run.
+    records: of the runs.
     loss_unit: of the loss of their task.
   """
   names = metric_names(records)
@@ -90,7 +90,7 @@ def make(records: Sequence[Record], loss_unit: str = "loss") -> Plots:
 
 
 def metric_names(records: Sequence[Record]) -> list[str]:
-  """All metrics of some runs, in the order of the page."""
+  """Returns all metrics of some runs, in the order of the page."""
   lines = [x for r in records for x in (*r.train, *r.validation)]
   names = dict.fromkeys(k for line in lines for k in line if k != "step")
   known = [name for group in words.GROUPS for name in group.metrics]
@@ -99,13 +99,18 @@ def metric_names(records: Sequence[Record]) -> list[str]:
 
 
 def points(lines: list[dict], name: str) -> tuple[list, list]:
-  """(steps, values) of a metric."""
+  """Returns (steps, values) of a metric.
+
+  Args:
+    lines: of `read.Record`.
+    name: of the metric.
+  """
   there = [line for line in lines if name in line]
   return [line["step"] for line in there], [line[name] for line in there]
 
 
 def _others(names):
-  """The group of metrics that no group knows."""
+  """The group of metrics that are in no other group."""
   known = {name for group in words.GROUPS for name in group.metrics}
   bases = {name for group in words.GROUPS for name in group.families}
   bases |= {"ema", *words.BESIDE}
@@ -123,7 +128,7 @@ def _single(group, records, names):
 
 
 def _of_metric(name: str, metric: Metric, both: bool, records):
-  """The figure of a metric: of several runs, one for each split."""
+  """The figure of a metric; for several runs, a figure for each split."""
   if len(records) == 1:
     yield _plot(metric, _of_run(name, both, records[0]))
     return
@@ -142,7 +147,7 @@ def _of_metric(name: str, metric: Metric, both: bool, records):
       floor = _floor(name, lines)
       traces += [t for t in floor if t not in traces]
     title = f"{metric.title}, {split}" if in_training and both else metric.title
-    if any(len(t.x) > 1 for t in traces):  # A single value is in the table.
+    if any(len(t.x) > 1 for t in traces):  # The table has single values.
       yield _plot(metric._replace(title=title), traces)
 
 
@@ -173,7 +178,7 @@ def _floor(name, lines):
 
 def _plot(metric, traces, x_label="step", names=()):
   seen, shown = set(), []
-  for trace in traces:  # A label is shown once.
+  for trace in traces:  # The legend shows each label once.
     label = "" if trace.label in seen else trace.label
     shown.append(trace._replace(label=label))
     seen.add(label)
@@ -186,11 +191,11 @@ def _families(group, records, names):
   for base, metric in group.families.items():
     members = [n for n in names if n.startswith(f"{base}/")][:_MOST]
     if len(members) < 2:
-      continue  # It is that of the whole.
+      continue  # Its only member is the whole.
     if len(records) == 1:
       yield from _together(members, metric, records[0])
     elif base == "dropped":
-      continue  # All causes in one.
+      continue  # The figure of `dropped` shows all causes together.
     elif base != "max_vio" and len(members) <= _FEW:
       for name in members:
         title = f"{metric.title}: {_member(name)}"
@@ -208,7 +213,7 @@ def _together(members, metric, record):
     x, y = (x, y) if x else points(record.validation, name)
     found += [(name, x, y)] * (len(x) > 1 and any(y))
   colors = _colors(len(found))
-  shown = -(-len(found) // COLORS)  # More lines have a label each in so many.
+  shown = -(-len(found) // COLORS)  # Every n-th line has a label.
   traces = [
     Trace(
       _member(n) if i % shown == 0 or i == len(found) - 1 else "",
@@ -242,7 +247,7 @@ def _member(name):
 
 
 def _colors(number):
-  """Colours of the style; of many lines, hues in their order."""
+  """Colours of the style; for many lines, hues in their order."""
   if number <= COLORS:
     return [f"c{i}" for i in range(number)]
   hues = [0.72 - 0.66 * i / (number - 1) for i in range(number)]

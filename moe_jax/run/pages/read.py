@@ -1,7 +1,7 @@
-"""Reads the files of a run for its page, as much of them as is whole.
+"""Reads the files of a run for its page, the parts of them that are whole.
 
-The folder may be of a run that goes on, was stopped, or is of another version, and
-it is not trusted: a damaged file becomes a sentence in `Run.problems`.
+The run may be going on, or stopped, or of another version, and its folder is
+not trusted: a damaged file becomes a sentence in `Run.problems`.
 """
 
 import fcntl
@@ -24,7 +24,7 @@ _PICTURE_BYTES = 1_000_000  # Limit on all pictures of a page.
 
 
 class Record(NamedTuple):
-  """The lines of metrics that curves are drawn of.
+  """The lines of metrics that curves are made of.
 
   label: in words, such as the name of the work directory.
   train, validation: {metric: number} by line, each with its "step".
@@ -40,12 +40,13 @@ class Run(NamedTuple):
 
   path: the work directory.
   record: lines of metrics.
-  loads: {layer: (steps, one list of loads for each of them)}.
+  loads: {layer: (steps, a list of loads for each step)}.
   config, facts: of config.json and run.json; {} where they cannot be read.
   pictures: {name: (step, PNG) pairs, the latest first}.
   state: "finished", "running", "stopped" or "not begun".
-  step, num_steps: the last step in the metrics, and how many there will be, or None.
-  written: when metrics.jsonl was, in words; "" without it.
+  step, num_steps: the last step in the metrics, and the steps of the whole run
+    or None.
+  written: the time of metrics.jsonl, in words; "" without it.
   problems: a sentence for each file that is missing or damaged.
   """
 
@@ -63,7 +64,7 @@ class Run(NamedTuple):
 
 
 def run(path: str | os.PathLike, label: str) -> Run:
-  """Reads a work directory.
+  """Returns the files of a work directory.
 
   Args:
     path: the folder.
@@ -75,7 +76,7 @@ def run(path: str | os.PathLike, label: str) -> Run:
   path, problems = pathlib.Path(path), []
   _check_run(path)
   lines = _lines(path / "metrics.jsonl", problems)
-  # Those of a run that has just begun are still to be written.
+  # A run that has just begun has not written all of its files yet.
   begun = problems if lines else []
   config = _json(path, "config.json", "the config of a run", problems, begun)
   facts = _json(path, "run.json", "the record of a run", problems, begun)
@@ -98,8 +99,8 @@ def run(path: str | os.PathLike, label: str) -> Run:
 
 
 def labels(paths) -> list[str]:
-  """Short names of folders: the ends of their paths that tell them apart."""
-  # A path may hold bytes that are no text.
+  """Returns short names of folders: the ends of their paths that differ."""
+  # A path may hold bytes that are not UTF-8.
   texts = (os.path.abspath(p).encode(errors="replace").decode() for p in paths)
   parts = [pathlib.Path(text).parts for text in texts]
   for length in range(1, max(map(len, parts), default=0) + 1):
@@ -110,7 +111,12 @@ def labels(paths) -> list[str]:
 
 
 def at(tree: Any, key: str) -> Any:
-  """The value under a dotted key of nested dicts; None where there is none."""
+  """Returns a value of nested dicts; None if it is not there.
+
+  Args:
+    tree: the dicts.
+    key: names with dots between them, from the outside in.
+  """
   for name in key.split("."):
     tree = tree.get(name) if isinstance(tree, dict) else None
   return tree
@@ -131,7 +137,7 @@ def _check_run(path):
 
 
 def _json(path, name, what, problems, missing):
-  """A JSON object; {} and one more problem where it is damaged or not there."""
+  """A JSON object; {} and a further problem where it is damaged or missing."""
   try:
     return files.read_json(path / name, what, _REMEDY, allow_nan=True)
   except FileNotFoundError:
@@ -188,12 +194,12 @@ def _numbers(line):
 
 
 def number(value: float) -> float:
-  """A number that can be drawn; NaN in place of others."""
+  """Returns a number that can be drawn; NaN in place of any other."""
   return float(value) if abs(value) < _LARGEST else math.nan
 
 
 def _loads(lines):
-  """The loads by layer, of lines in which each expert has a number."""
+  """The loads by layer, from lines in which each expert has a number."""
   by_layer = {}
   for line in lines:
     for layer, loads in line.items():
@@ -219,7 +225,7 @@ def _pictures(folder):
 
 
 def _picture(path, most):
-  """The bytes of a whole PNG file; None of another one or a larger one."""
+  """The bytes of a whole PNG file; None if it is damaged or too large."""
   from PIL import Image  # Only where there are pictures.
 
   try:
@@ -234,7 +240,7 @@ def _picture(path, most):
 
 
 def _state(path, step):
-  """Whether a run that is not finished is running, by the lock on its folder."""
+  """ "running" or "stopped", by the lock on the folder of an unfinished run."""
   try:
     with (path / ".lock").open("rb") as file:
       fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -246,7 +252,7 @@ def _state(path, step):
 
 
 def _written(path):
-  """When a file was written, in local time; "" if it is not there."""
+  """The local time when a file was written; "" if it is not there."""
   try:
     seconds = path.stat().st_mtime
   except OSError:

@@ -1,4 +1,4 @@
-"""What the metrics of a run are called on its page, and what they mean.
+"""Titles and explanations of the metrics of a run, for its page.
 
 A word in brackets, as [load] or [loads|load], is a link to the glossary.
 """
@@ -7,8 +7,13 @@ from typing import NamedTuple
 
 
 class Metric(NamedTuple):
-  """title: of its figure; unit: of the vertical axis; about: what the figure shows,
-  and how to read it; log: whether its axis may be logarithmic."""
+  """The words for a metric.
+
+  title: of its figure.
+  unit: of the vertical axis.
+  about: the meaning of the figure, and how to read it.
+  log: whether its axis may be logarithmic.
+  """
 
   title: str
   unit: str
@@ -17,8 +22,12 @@ class Metric(NamedTuple):
 
 
 class Group(NamedTuple):
-  """metrics: by name. The figure of `families` has all metrics NAME/... of a name.
-  both: whether the validation split is drawn too."""
+  """Metrics that stand together on a page.
+
+  metrics: by name.
+  families: by name; a figure has all metrics NAME/... of a family.
+  both: whether the validation split is drawn too.
+  """
 
   heading: str
   about: str
@@ -228,6 +237,11 @@ OPTIMIZER = Group(
       " of instability.",
       log=True,
     ),
+    "learning_rate": Metric(
+      "Learning rate",
+      "learning rate",
+      "The learning rate of the schedule, before factors of parts of the model.",
+    ),
     "tokens_per_second": Metric(
       "Throughput",
       "tokens per second",
@@ -294,7 +308,7 @@ GLOSSARY = {
 
 
 def metric(name: str) -> Metric:
-  """A metric by name; one that is not known is described by its name."""
+  """Returns a metric by name; an unknown metric is described by its name."""
   for group in GROUPS:
     if name in group.metrics:
       return group.metrics[name]

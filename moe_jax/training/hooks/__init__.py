@@ -12,9 +12,10 @@ metrics: {name: number} of this step, with the names of metrics.jsonl, and
   "tokens_per_expert": {layer: assignments to each expert}, on the host. A step
   that was not applied may have NaN.
 
-A file with COLLECTS = True gets two more metrics: "routing", which experts every
-token chose (`traces.routed`, with a leading axis of micro-batches), and "batch", the
-step's batch on the host. Where it is among a run's hooks, every step returns them.
+A file with COLLECTS = True gets two more metrics: "routing", the experts that
+every token chose (`traces.routed`, with a leading axis of micro-batches), and
+"batch", the step's batch on the host. If it is among a run's hooks, every step
+returns them.
 
 Where several processes run together, all of them call every hook at the same
 steps, with the same metrics and the same distributed state, so that a hook may
@@ -54,10 +55,14 @@ def check(config) -> None:
 
 
 def build(config, run: Run) -> list[tuple[int, Hook]]:
-  """The hooks in `train.hooks` of a config, each with its `every`.
+  """Returns the hooks in `train.hooks` of a config, each with its `every`.
+
+  Args:
+    config: see `configs/base.py`.
+    run: the argument of all hooks.
 
   Raises:
-    ConfigError: as `check`; or a file's `build` returned something else.
+    ConfigError: as in `check`; or a file's `build` returned no function.
   """
   made = []
   for label in config.train.hooks:
@@ -73,12 +78,16 @@ def build(config, run: Run) -> list[tuple[int, Hook]]:
 
 
 def of_run(program, directory) -> list[tuple[int, Hook]]:
-  """The hooks of a program that runs in a `RunDirectory`; raises as `build`."""
+  """Returns the hooks of a program that runs; raises as `build`.
+
+  Args:
+    program, directory: the `Program`, and its `RunDirectory`.
+  """
   return build(program.config, Run(directory.path, program, directory.show))
 
 
 def collects(config) -> bool:
-  """Whether a hook asks for what tokens chose."""
+  """Whether a hook asks for the tokens' choices."""
   names = {own["name"] for own in config.train.hooks.values()}
   return any(
     getattr(registry.find("hooks", name, config.plugins), "COLLECTS", False)

@@ -1,10 +1,10 @@
-"""Shows the loads of a step's MoE layers as one picture: a map of layers and experts.
+"""Shows the loads of a step's MoE layers as a map of layers and experts.
 
-Rows are layers, from the first one on, and columns are experts. White is a load that is
-the mean of its layer, blue is a smaller one, and red a larger one, at its darkest from
-twice the mean on. Black is where a layer has no expert. The pictures are
-WORKDIR/pictures/loads/STEP.png, and TensorBoard and W&B get them where they are among the
-writers.
+Rows are layers, from the first one on, and columns are experts. White is the
+mean load of a layer, blue is a smaller load, and red a larger one, at its
+darkest from twice the mean on. Black is where a layer has no expert. The
+pictures are WORKDIR/pictures/loads/STEP.png, and TensorBoard and W&B get them
+where they are among the writers.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _SIDE = 12  # Pixels of an expert.
 
 
 def build(run: hooks.Run) -> hooks.Hook:
-  """Shows the loads, or nothing where a model has no MoE layers."""
+  """Returns a hook that shows the loads; without MoE layers it does nothing."""
 
   def show(state, step, metrics):
     del state
@@ -29,7 +29,11 @@ def build(run: hooks.Run) -> hooks.Hook:
 
 
 def load_map(loads: Sequence[np.ndarray]) -> np.ndarray:
-  """The picture, bytes [height, width, 3], of the loads [E] of each layer."""
+  """Returns the picture of loads, bytes [height, width, 3].
+
+  Args:
+    loads: [E] of each layer.
+  """
   import matplotlib
 
   shares = np.full((len(loads), max(map(len, loads))), np.nan)

@@ -1,7 +1,7 @@
-"""Shows what the task has to show of its model.
+"""Shows the pictures that a task makes of its model.
 
-The pictures are WORKDIR/pictures/NAME/STEP.png, and TensorBoard and W&B get them where
-they are among the writers.
+The pictures are WORKDIR/pictures/NAME/STEP.png, and TensorBoard and W&B get
+them where they are among the writers.
 """
 
 import jax
@@ -11,7 +11,14 @@ from moe_jax.training import hooks
 
 
 def build(run: hooks.Run) -> hooks.Hook:
-  """Shows the task's pictures."""
+  """Returns a hook that shows the task's pictures.
+
+  Args:
+    run: of the hook.
+
+  Raises:
+    ConfigError: several processes run together, or the task has no pictures.
+  """
   if jax.process_count() > 1:
     raise ConfigError(
       "the hook pictures runs the model in one process alone, and there are several;"

@@ -1,6 +1,6 @@
-"""Writes a router trace of a step: which experts every token chose.
+"""Writes a router trace of a step: the experts that every token chose.
 
-The step itself returns what it chose, so that the trace is of the numbers that were
+The step itself returns its choices, so that the trace has the numbers that were
 trained on; `task.replay` can force them in another run.
 """
 
@@ -13,7 +13,14 @@ COLLECTS = True
 
 
 def build(run: hooks.Run) -> hooks.Hook:
-  """Writes WORKDIR/trace/STEP.safetensors, see `traces`."""
+  """Returns a hook that writes WORKDIR/trace/STEP.safetensors, see `traces`.
+
+  Args:
+    run: of the hook.
+
+  Raises:
+    ConfigError: several processes run together, or the model has no choices.
+  """
   if jax.process_count() > 1:
     raise ConfigError(
       "the hook trace writes all rows of a batch, of which a process of several"

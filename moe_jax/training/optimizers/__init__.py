@@ -1,7 +1,7 @@
 """Optimizers by name: adamw, adafactor, muon, sgd, and those of plugins.
 
 An update is a direction, plus decoupled weight decay, times a learning rate.
-None of its numbers is compiled into a program: they are arguments of it.
+None of these numbers is compiled into a program: they are its arguments.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class Optimizer:
     one that `build` makes: sections with the same function, and numbers of the
     same names, share a compiled program.
   numbers: {name: number} for `direction`, which gets them as scalars in jit.
-  decays: whether weight decay goes with it.
+  decays: whether weight decay is added.
   """
 
   direction: Callable[[Mapping[str, Any], Any], optax.GradientTransformation]
@@ -46,18 +46,18 @@ class Optimizer:
   decays: bool = True
 
 
-PART = Optimizer  # `build` of each file returns one.
+PART = Optimizer  # The record that `build` of each file returns.
 
 
 def load(section: Mapping, plugins: tuple[str, ...] = ()) -> Optimizer:
-  """The optimizer that a section `optim` names.
+  """Returns the optimizer that a section `optim` names.
 
   Args:
     section: see `configs/base.py`.
     plugins: folders with optimizers/NAME.py of the user.
 
   Raises:
-    ConfigError: there is none, or its options are impossible.
+    ConfigError: there is no such optimizer, or its options are impossible.
   """
   return registry.from_config(
     "optimizers", section["optimizer"], "optim.optimizer", plugins=plugins
@@ -67,10 +67,10 @@ def load(section: Mapping, plugins: tuple[str, ...] = ()) -> Optimizer:
 def numbers(
   section: Mapping, num_steps: int, plugins: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-  """The numbers of a section `optim`: a tree of Python's floats and ints.
+  """Returns the numbers of a section `optim`: a tree of floats and ints.
 
   Python's numbers, and weakly typed arrays, do not change the dtype of a
-  parameter. All that does not need an array is computed here, in double
+  parameter. All numbers that need no array are computed here, in double
   precision.
 
   Args:
@@ -78,7 +78,7 @@ def numbers(
     num_steps: length of the run, the end of the schedule.
 
   Raises:
-    ConfigError: as `load`; or the schedule does not fit into the run.
+    ConfigError: as in `load`; or the schedule does not fit into the run.
   """
   optimizer = load(section, plugins)
   rates, decays = (
@@ -103,7 +103,7 @@ def numbers(
 
 
 def _of_all_parts(given, default=1.0):
-  """{part: number}, that of the rest where a part has none."""
+  """{part: number}; a part without its own has the number of "rest"."""
   rest = given.get("rest", default)
   return {part: given.get(part, rest) for part in roles.FACTORS}
 
@@ -111,7 +111,7 @@ def _of_all_parts(given, default=1.0):
 def build(
   direction: Callable, of_params, numbers: Mapping[str, Any]
 ) -> optax.GradientTransformation:
-  """The optimizer, which may be built inside of the compiled step.
+  """Returns the optimizer, which may be built inside of the compiled step.
 
   Args:
     direction: of an `Optimizer`.
@@ -137,7 +137,7 @@ def build(
 
 
 def _by_rate(numbers, of_params):
-  """Updates times the rate of a step, which parts may reach later than others."""
+  """Updates times the rate of a step; parts may have warm-ups of their own."""
   rate = schedules.rate(numbers["schedule"])
   if not numbers["warmups"]:
     return optax.scale_by_learning_rate(rate)

@@ -17,14 +17,13 @@ def build(
 ) -> optimizers.Optimizer:
   """Second moments are factored over rows and columns of large matrices.
 
-  In attention, heads and their width count as one axis, as in T5X.
-
-  Updates are clipped in their root mean square and scaled by that of the
-  parameter; the schedule is the learning rate.
+  In attention, heads and their width count as one axis, as in T5X. Updates are
+  clipped in their root mean square and scaled by that of the parameter; the
+  schedule is the learning rate.
 
   Args:
     decay: the moments of step t, from 1 on, keep a share of 1 - t^-decay.
-    most: and no more than this (0.99 in GShard and GLaM).
+    most: the largest share that they keep (0.99 in GShard and GLaM).
     clip: the largest root mean square of an update before the learning rate
       (ST-MoE, 2202.08906, table 4, tries 0.1 for stability).
   """
@@ -33,7 +32,11 @@ def build(
 
 
 def direction(numbers, of_params) -> optax.GradientTransformation:
-  """The transform of one array, for every layer and expert of every leaf."""
+  """Returns the transform of one array, for every layer and expert of a leaf.
+
+  Args:
+    numbers, of_params: see `optimizers.Optimizer`.
+  """
   tree = jax.tree.structure(of_params)
 
   def kept(step, decay):

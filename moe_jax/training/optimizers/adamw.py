@@ -20,13 +20,17 @@ def build(
     b2: decay of the average of their squares.
     eps: added to the root.
   """
-  # 1 - b is computed here, as float32 would lose bits of it.
+  # 1 - b is computed in double precision: float32 would lose bits of it.
   numbers = {"b1": b1, "b2": b2, "eps": eps, "new1": 1 - b1, "new2": 1 - b2}
   return optimizers.Optimizer(direction, numbers)
 
 
 def direction(n, of_params) -> optax.GradientTransformation:
-  """`optax.scale_by_adam` of these numbers; element by element."""
+  """Returns `optax.scale_by_adam` with numbers that are arguments.
+
+  Args:
+    n, of_params: see `optimizers.Optimizer`.
+  """
   del of_params
 
   def update(grads, state, params=None):

@@ -19,7 +19,7 @@ def build(
 ) -> optimizers.Optimizer:
   """Orthogonal directions for matrices, scaled to the size of AdamW's.
 
-  Embedding, output layer, scales and biases are AdamW's.
+  AdamW updates embedding, output layer, scales and biases.
 
   Args:
     momentum: decay of the average of gradients.
@@ -31,7 +31,11 @@ def build(
 
 
 def direction(numbers, of_params) -> optax.GradientTransformation:
-  """Both, each for its own leaves; `optax.partition` masks the others."""
+  """Returns Muon for hidden matrices, and AdamW for all other leaves.
+
+  Args:
+    numbers, of_params: see `optimizers.Optimizer`.
+  """
   axes_of_params = jax.tree.map(_axes, of_params)
 
   def like_adam(updates, params=None):
@@ -54,7 +58,7 @@ def direction(numbers, of_params) -> optax.GradientTransformation:
 
 
 def _axes(role):
-  """The axes of a matrix for optax; masked where there is none."""
+  """The axes of a matrix for optax; masked for other arrays."""
   if not role.is_hidden:
     return optax.MaskedNode()
   return contrib.MuonDimensionNumbers(*role.matrix_axes)

@@ -26,7 +26,7 @@ OPTIONS = {
 
 
 def numbers(section: Mapping, num_steps: int) -> dict[str, Any]:
-  """The numbers that `rate` takes; their names say which schedule it is.
+  """Returns the numbers that `rate` takes; their names tell the schedule.
 
   Args:
     section: `optim` of a config.
@@ -54,8 +54,8 @@ def numbers(section: Mapping, num_steps: int) -> dict[str, Any]:
       f' schedule "rsqrt" falls, from the {warmup} of the warm-up on; give one, such'
       " as 10_000 (T5)"
     )
-  # Step s counts from 0: the first update already moves, the warm-up's last
-  # one is at the peak.
+  # Step s counts from 0: the first update already moves, and the last update of
+  # the warm-up is at the peak.
   warm = _line(peak / max(warmup, 1), peak, warmup - 1)
   n = {"peak": peak, "warmup": warmup, "warm": warm}
   if section["schedule"] == "cosine":
@@ -73,7 +73,7 @@ def numbers(section: Mapping, num_steps: int) -> dict[str, Any]:
 
 
 def steps_of_longer(section: Mapping, num_steps: int) -> int | None:
-  """The number of first steps of a run whose rates are those of every longer run.
+  """Returns the number of first steps that have the same rates in longer runs.
 
   Args:
     section: `optim` of the config.
@@ -89,12 +89,15 @@ def steps_of_longer(section: Mapping, num_steps: int) -> int | None:
 
 
 def rate(n: Mapping[str, Any]) -> optax.Schedule:
-  """Linear warm-up to the peak, then one of
+  """Returns a schedule: linear warm-up to the peak, and then
 
   "constant"; "rsqrt": stable up to step `decay_steps`, then its peak times
-  sqrt(decay_steps / step) (T5, 1910.10683); "cosine" down to `final_fraction` of it at
-  the last step; "wsd": stable, then linear to `final_fraction` over the last
-  `decay_steps`.
+  sqrt(decay_steps / step) (T5, 1910.10683); "cosine" down to `final_fraction`
+  of it at the last step; "wsd": stable, then linear to `final_fraction` over
+  the last `decay_steps`.
+
+  Args:
+    n: from `numbers`.
   """
 
   def schedule(step):
@@ -113,7 +116,7 @@ def rate(n: Mapping[str, Any]) -> optax.Schedule:
 
 
 def _line(first, last, steps):
-  """A line from `first` to `last` in so many steps, at least 1."""
+  """A line from `first` to `last` in this many steps, at least 1."""
   steps, scalar = max(steps, 1), _scalar()
   inverse = float(scalar(1) / scalar(steps))
   return {"steps": steps, "inverse": inverse, "by": first - last, "last": last}

@@ -11,6 +11,10 @@ def build() -> optimizers.Optimizer:
 
 
 def direction(numbers, of_params) -> optax.GradientTransformation:
-  """The gradient."""
+  """Returns the gradient.
+
+  Args:
+    numbers, of_params: see `optimizers.Optimizer`.
+  """
   del numbers, of_params
   return optax.identity()

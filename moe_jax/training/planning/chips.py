@@ -1,10 +1,11 @@
-"""The one table of accelerators: rates and memory of a device.
+"""The table of accelerators: rates and memory of a device.
 
-Numbers of TPUs are those of the pages cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,
+Numbers of TPUs are those of the pages
+cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,
 tpu7x}; `memory` is what libtpu's compiler lets a program use. Numbers of GPUs
 are those of NVIDIA's data sheets, for products without sparsity. A chip of
-tpu7x is two devices, which have half of it each. "cpu" stands for virtual
-devices on this machine.
+tpu7x is two devices, which have half of its numbers each. "cpu" stands for
+virtual devices on this machine.
 """
 
 from typing import NamedTuple
@@ -20,10 +21,10 @@ class Chip(NamedTuple):
 
   name: as in a topology, "v5p".
   platform: "tpu", "gpu" or "cpu".
-  kind: how jax calls the device.
+  kind: jax's name for the device.
   flops: floating-point operations a second, of products in bfloat16.
-  memory: bytes that a program may use; None: unknown, and then so are the
-    rates, which are 0.
+  memory: bytes that a program may use; None: unknown, and then all rates are
+    unknown and 0.
   memory_rate: bytes a second, read from or written to memory.
   links: bytes a second that a device can send over all its links together.
   axis: bytes a second that it can send along one dimension of the torus. For a
@@ -73,7 +74,7 @@ CHIPS = {
 }
 
 
-# Other names that jax has for some kinds of devices.
+# Further names of jax for some kinds of devices.
 _ALSO = {
   "TPU v5p": "TPU v5",
   "TPU v5e": "TPU v5 lite",
@@ -82,16 +83,16 @@ _ALSO = {
 
 
 def of_device(kind: str) -> Chip | None:
-  """The chip that jax calls so, in `device.device_kind`; None: not in the table."""
+  """Returns the chip of a `device.device_kind`; None: not in the table."""
   kind = _ALSO.get(kind, kind)
   return next((chip for chip in CHIPS.values() if chip.kind == kind), None)
 
 
 def find(name: str) -> Chip:
-  """The chip of this name.
+  """Returns the chip of this name.
 
   Raises:
-    ConfigError: there is none.
+    ConfigError: there is no such chip.
   """
   if name not in CHIPS:
     raise ConfigError(

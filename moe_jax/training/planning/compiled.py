@@ -10,7 +10,7 @@ import jax
 from moe_jax.core.errors import ConfigError, first_line
 from moe_jax.training.planning import hlo, products
 
-# In the compiler's refusals: what it needs, and what there is.
+# The bytes needed, and the bytes that there are, in the compiler's refusals.
 _NEEDED = (
   re.compile(r"memory space hbm. Used ([\d.]+)([KMGT]) of"),
   re.compile(r"on HBM, .* temporaries \(([\d.]+)([KMGT])\)"),
@@ -19,9 +19,14 @@ _UNITS = {unit: 1024**i for i, unit in enumerate("KMGT", start=1)}
 
 
 class Compiled(NamedTuple):
-  """memory: {kind: bytes on a device}; fits: whether the compiler took it;
-  products: of a TPU, else None; moved: see `hlo.by_axes`; seconds: that
-  compiling took. Without `fits` the last three are None."""
+  """A compiled program, or a refused one, whose last three fields are None.
+
+  memory: {kind: bytes on a device}.
+  fits: whether the compiler took it.
+  products: of a TPU; None: unknown.
+  moved: see `hlo.by_axes`.
+  seconds: time that compiling took.
+  """
 
   memory: dict[str, int]
   fits: bool
@@ -35,7 +40,7 @@ def compile(lowered, arguments: dict, mesh, limit: int | None) -> Compiled:
 
   Args:
     lowered: a lowered function.
-    arguments: {kind: bytes on a device} of what it is called with.
+    arguments: {kind: bytes on a device} of its arguments.
     mesh: that it is lowered for.
     limit: bytes that a device has; None: unknown.
   """
@@ -57,7 +62,7 @@ def compile(lowered, arguments: dict, mesh, limit: int | None) -> Compiled:
 
 
 def bytes_on_a_device(tree) -> int:
-  """The bytes of some arrays on a device, by their shapes and shardings."""
+  """Returns the bytes of arrays on a device, by their shapes and shardings."""
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
     for x in jax.tree.leaves(tree)
@@ -76,7 +81,7 @@ def _memory(program, arguments):
 
 
 def _needed(error, given):
-  """Bytes of temporaries that a compiler was refused.
+  """Bytes of temporaries that a compiler did not find.
 
   Raises:
     ConfigError: it refused for another reason.

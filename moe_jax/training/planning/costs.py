@@ -1,10 +1,10 @@
 """Costs of a step on each device, in closed form: FLOPs, memory, collectives.
 
-All of it follows from the shapes of the parameters, their declared roles, and
-the config. A product of N rows with a matrix costs 2 N FLOPs a weight, and its
-backward pass twice as much; `model.remat` runs the forward pass of a block once
-more. Loads of experts are taken as equal. The file is long because a stage's FLOPs,
-memory and collectives are all read off the same `Step` and `Matrix`.
+They follow from the shapes of the parameters, their roles, and the config. A
+product of N rows with a matrix costs 2 N FLOPs a weight, and its backward pass
+twice as much; `model.remat` runs the forward pass of a block once more. Loads
+of experts are taken as equal. The file is long: all costs are read off `Step`
+and `Matrix`.
 """
 
 import math
@@ -22,10 +22,8 @@ from moe_jax.moe.types import TokenChoice
 from moe_jax.training import train_step
 
 FLOAT = 4  # Bytes of a parameter, a moment and a score.
-# Bytes of each score that softmax and its neighbours read and write, unfused.
-_OF_A_SCORE = 3 * FLOAT
-# Arrays of a parameter's shape that AdamW reads and writes.
-_OF_THE_OPTIMIZER = 7  # The others are taken for as many.
+_OF_A_SCORE = 3 * FLOAT  # Bytes that an unfused softmax moves for a score.
+_OF_THE_OPTIMIZER = 7  # Arrays that AdamW moves; others are taken alike.
 OUTSIDE = ("embedding", "head")  # Parts outside of the blocks.
 
 
@@ -54,7 +52,7 @@ class Step(NamedTuple):
   mesh: Any
 
   def over(self, axes) -> int:
-    """The number of devices along some axes."""
+    """Returns the number of devices along some axes."""
     return math.prod(self.mesh.shape[axis] for axis in axes)
 
 
@@ -95,10 +93,10 @@ class Matrix(NamedTuple):
 
   part: of the model, see `roles`.
   numbers: that a device uses, once they are gathered.
-  active: of them those that a token passes, with equal loads.
+  active: the numbers that multiply a token, with equal loads.
   sides: input and output width of all layers together, for rows of one token.
   stored: mesh axes that it is gathered over.
-  sublayer: path of the MoE layer whose routed experts it is of; else "".
+  sublayer: path of the MoE layer, for a matrix of routed experts; else "".
   lanes: the length of the last dimension, as a device stores it.
   last: whether it gives the output of its network.
   """
@@ -124,11 +122,10 @@ def check(config) -> None:
 
 
 def of_train_step(config, task, mesh) -> Step:
-  """The sizes of the training step of a config.
+  """Returns the sizes of the training step of a config.
 
   Args:
-    config: see `configs/base.py`.
-    task: `tasks.Task`.
+    config, task: see `configs/base.py` and `tasks.Task`.
     mesh: that it runs on.
   """
   remat, micro_batches = config.model.remat, config.train.accumulation
@@ -149,7 +146,11 @@ def of_train_step(config, task, mesh) -> Step:
 
 
 def of_decoding(config, mesh) -> Step:
-  """The sizes of a step that makes one token for each sequence."""
+  """Returns the sizes of a step that makes one token for each sequence.
+
+  Args:
+    config, mesh: as in `of_train_step`.
+  """
   return Step(
     tokens=config.eval.batch_size // parallel.token_shards(mesh),
     micro_batches=1,
@@ -165,12 +166,11 @@ def of_decoding(config, mesh) -> Step:
 
 
 def matrices(model, boxed, mesh) -> list[Matrix]:
-  """The matrices of a model.
+  """Returns the matrices of a model.
 
   Args:
-    model: a decoder.
+    model, mesh: a decoder, and the mesh that it lies on.
     boxed: shapes of its parameters, boxed with their roles.
-    mesh: that they lie on.
   """
   leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(boxed))
   found = []
@@ -211,12 +211,10 @@ def _matrix(model, path, role, shape, mesh):
 
 
 def stages(step: Step, model, found: list[Matrix]) -> list[Stage]:
-  """The stages of a step, in the order of the parts of the model.
+  """Returns the stages of a step, in the order of the parts of the model.
 
   Args:
-    step: its sizes.
-    model: a decoder.
-    found: its matrices.
+    step, model, found: its sizes, a decoder, and the decoder's matrices.
   """
   parts = dict.fromkeys(m.part for m in found)
   by_part = {part: _products(step, model, part, found) for part in parts}
@@ -238,7 +236,7 @@ def _products(step, model, part, found):
   repeats = 1 if part in OUTSIDE else step.forward
   once = 2 * step.tokens * step.micro_batches * sum(m.active for m in own)
   if part == "embedding" and not model.arch.tie_embeddings:
-    once = 0  # Looked up.
+    once = 0  # Rows are looked up.
   backward = 2 * step.backward
   touched = sum(m.numbers + step.tokens * m.sides for m in own)
   touched *= step.micro_batches * step.width * (repeats + backward)
@@ -261,7 +259,7 @@ def _weights_sent(step, matrix, repeats):
   part, stored = matrix.part, matrix.stored
   size = matrix.numbers * step.micro_batches
   weights = repeats * size * (FLOAT if part == "router" else step.width)
-  if part in OUTSIDE:  # Gathered before the loop over micro-batches.
+  if part in OUTSIDE:  # They are gathered before the loop over micro-batches.
     weights /= step.micro_batches
   # The gradient of a lookup is a sum of rows in float32.
   wide = part in ("router", "embedding")
@@ -272,8 +270,8 @@ def _weights_sent(step, matrix, repeats):
     yield _gathered(step, f"weights of {part}", "all-gather", stored, weights)
   if not step.backward:
     return
-  # The others hold copies of the weight. Some gradients are summed as wholes, of
-  # which each device then takes its part.
+  # Other devices hold copies of the weight. They sum some gradients as wholes,
+  # and then each takes its part.
   whole = part == "router" or part in OUTSIDE
   others = tuple(
     axis
@@ -326,23 +324,29 @@ def _mixing(step, model):
 
 
 def held(mesh, found: list[Matrix]) -> float:
-  """The numbers of all matrices that a device of a mesh stores."""
+  """Returns how many numbers of the matrices a device of a mesh stores.
+
+  Args:
+    mesh, found: see `stages`.
+  """
   return sum(
     m.numbers / math.prod(mesh.shape[axis] for axis in m.stored) for m in found
   )
 
 
 def buffers(step: Step, model):
-  """Yields (Sublayer, rows of a device's tokens, rows that it has room for).
+  """Yields (Sublayer, rows of a device's tokens, rows with room) of its layers.
 
-  Of one layer and micro-batch, as they are allocated.
+  Args:
+    step, model: see `stages`; rows are of a layer and micro-batch, as
+      allocated.
   """
   devices = step.mesh.shape["expert"]
   for sublayer in model.sublayers.values():
     tokens, recipe = sublayer.grouping.resolve(
       sublayer.recipe, step.sequence, step.backward
     )
-    if recipe.router.form is not TokenChoice:  # Its rows are its own.
+    if recipe.router.form is not TokenChoice:  # Its slots are always filled.
       rows = round(step.tokens * recipe.experts_per_token)
       yield sublayer, rows, rows
       continue
@@ -374,7 +378,7 @@ def _exchanges(step, model):
     row *= step.exchanges
     ragged = sublayer.recipe.dispatcher.ragged
     kind = "ragged-all-to-all" if ragged else "all-to-all"
-    # Ragged rows are sent as they are, slots with those that stay empty.
+    # Only ragged rows with a token are sent, but also slots that stay empty.
     real = min(home, step.tokens * sublayer.recipe.experts_per_token)
     wire = 2 * (real if ragged else home) * row * (1 - 1 / n)
     yield Sent("rows", kind, ("expert",), (home + room) * row, wire)
@@ -388,7 +392,7 @@ def _over_tensor(step, model):
   times = (2 + again + 2 * step.backward) * len(model.arch.layers)
   if (
     model.arch.vocab_size % n == 0
-  ):  # Rows that are looked up, and of the head.
+  ):  # Rows of the embedding's lookup, and of the head.
     times += 1 + step.backward
   size = times * step.tokens * model.arch.d_model
   size *= step.micro_batches * step.width

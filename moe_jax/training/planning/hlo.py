@@ -15,7 +15,7 @@ KINDS = (
   "reduce-scatter",
   "collective-permute",
 )
-# Bits of an element, by its name in HLO; of others the name has them, as f8e4m3.
+# Bits of an element, by its name in HLO; other names contain them, as f8e4m3.
 _BITS = {"token": 0, "pred": 8}
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _CALL = re.compile(r"(calls|to_apply)=%?([\w.-]+)")
@@ -29,9 +29,14 @@ _SENDS = re.compile(
 
 
 class Collective(NamedTuple):
-  """kind: of KINDS; size: bytes of its results on one device; groups: of
-  devices, by their place in the mesh; times: how often one call of the program
-  runs it; name: what jax calls the operation."""
+  """A collective of a compiled program.
+
+  kind: of KINDS.
+  size: bytes of its results on one device.
+  groups: of devices, by their place in the mesh.
+  times: how often a call of the program runs it.
+  name: jax's name of the operation.
+  """
 
   kind: str
   size: int
@@ -46,7 +51,7 @@ class Moved(NamedTuple):
   count: how many.
   results: bytes of their results on a device.
   arrays: bytes of the whole arrays that they gather, scatter or sum, which is
-    the same for any way of doing so; of an all-to-all, the results.
+    the same for all ways of doing so; of an all-to-all, the results.
   """
 
   count: int
@@ -55,7 +60,7 @@ class Moved(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-  """All collectives of a program, except those of a device with itself.
+  """Returns all collectives of a program, except of a device with itself.
 
   Args:
     text: `jax.jit(f).lower(...).compile().as_text()`.
@@ -63,7 +68,7 @@ def collectives(text: str) -> list[Collective]:
   found = []
   bodies, times = computations(text)
   for name, lines in bodies.items():
-    begun = {}  # An asynchronous operation has its result where it is done.
+    begun = {}  # An asynchronous operation has its result at its end.
     for line in lines:
       match = _SENDS.match(line)
       if not match:
@@ -86,7 +91,12 @@ def collectives(text: str) -> list[Collective]:
 def by_axes(
   found: list[Collective], mesh: jax.sharding.Mesh
 ) -> dict[tuple[str, tuple[str, ...]], Moved]:
-  """The collectives of a program by kind and mesh axes."""
+  """Returns the collectives of a program by kind and mesh axes.
+
+  Args:
+    found: from `collectives`.
+    mesh: that the program was compiled for.
+  """
   sums = {}
   for one in found:
     group = len(one.groups[0]) if one.kind == "reduce-scatter" else 1
@@ -98,7 +108,7 @@ def by_axes(
 
 
 def axes(groups, mesh: jax.sharding.Mesh) -> tuple[str, ...]:
-  """The axes of a mesh whose lines such groups are, or within which pairs lie.
+  """Returns the mesh axes that groups of devices are lines of, or pairs lie in.
 
   Args:
     groups: of places in the mesh, in the order of its devices.
@@ -113,7 +123,11 @@ def axes(groups, mesh: jax.sharding.Mesh) -> tuple[str, ...]:
 
 
 def computations(text):
-  """({name: its lines}, {name: how often a call of the program runs it})."""
+  """Returns ({name: its lines}, {name: how often a program's call runs it}).
+
+  Args:
+    text: as in `collectives`.
+  """
   computations, entry, lines = {}, None, None
   for line in text.splitlines():
     head = _HEAD.match(line)
@@ -154,7 +168,7 @@ def _trips(loop, condition):
 
 
 def _groups(attributes):
-  """Groups of devices, in any of the ways in which HLO writes them."""
+  """Groups of devices, in any of HLO's notations."""
   text = attributes.partition("replica_groups=")[2]
   if not text:
     pairs = attributes.partition("source_target_pairs=")[2]
@@ -206,7 +220,7 @@ def _tuples(array):
 
 
 def size_of(result: str) -> int:
-  """Bytes of "bf16[8,128]{1,0}" or of a tuple of such."""
+  """Returns the bytes of "bf16[8,128]{1,0}", or of a tuple of such arrays."""
   total = 0
   for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
     lengths = _numbers(shape) if shape else []

@@ -23,10 +23,10 @@ class Loads(NamedTuple):
     mean load: a layer waits for this device, and it receives as many times the
     bytes of equal loads.
   nodes: groups of experts, each on one node.
-  reached: of them that a token would be sent to, if its choices were
-    independent draws by these loads.
-  limited: at most so many with node-limited routing; None: no limit.
-  waits: what takes as many times longer as the slowest device has more load.
+  reached: nodes that a token would be sent to, if its choices were independent
+    draws by these loads.
+  limited: the most nodes of a token with node-limited routing; None: no limit.
+  waits: the parts of a layer whose time grows with the slowest device's load.
   """
 
   samples: int
@@ -38,13 +38,13 @@ class Loads(NamedTuple):
 
 
 def read(path: str) -> np.ndarray:
-  """Loads [N, E] of all kept steps and layers of a run.
+  """Returns loads [N, E] of all kept steps and layers of a run.
 
   Args:
     path: of its metrics.jsonl, or its folder.
 
   Raises:
-    ConfigError: there are none.
+    ConfigError: there is no file, or it has no such loads.
   """
   folder = pathlib.Path(path)
   if not path or not folder.exists():
@@ -83,7 +83,7 @@ def over_devices(
   nodes: int,
   limited: int | None,
 ) -> Loads:
-  """The loads of devices, which hold the experts in order.
+  """Returns the loads of devices, which hold the experts in order.
 
   Args:
     count_NE: from `read`.
@@ -113,7 +113,7 @@ def over_devices(
 
 
 def of_model(count_NE: np.ndarray, model, mesh) -> Loads:
-  """The loads of a run on the devices that hold a model.
+  """Returns the loads of a run on the devices that hold a model.
 
   Args:
     count_NE: from `read`.
@@ -144,7 +144,7 @@ def of_model(count_NE: np.ndarray, model, mesh) -> Loads:
 
 
 def _settings(recipe):
-  """(K, groups of experts, of which a token has as many, what waits)."""
+  """(K, groups of experts, limit on a token's groups, parts that wait)."""
   options = recipe.router.spec.options
   groups = options.get("num_expert_groups", 1)
   limited = options.get("top_expert_groups") if groups > 1 else None
@@ -156,7 +156,7 @@ def _settings(recipe):
 
 
 def text(loads: Loads) -> str:
-  """The loads for people."""
+  """Returns the loads for people."""
   half, late = loads.slowest
   if loads.waits:
     waits = f"its {' and its '.join(loads.waits)} take as many times longer"

@@ -10,7 +10,7 @@ from moe_jax.training.planning.plan import Plan, seconds
 
 
 def values(plan: Plan) -> dict:
-  """The plan for `--json`; bytes, FLOPs and seconds of one device."""
+  """Returns the plan for `--json`; bytes, FLOPs and seconds of one device."""
   low, high = seconds(plan.stages)
   return {
     "program": plan.program,
@@ -41,7 +41,7 @@ def values(plan: Plan) -> dict:
 
 
 def notes(plan: Plan) -> list[str]:
-  """Sentences that a reader of the plan should know."""
+  """Returns sentences that a reader of the plan should know."""
   if plan.chip.platform != "gpu":
     return []
   found = [
@@ -58,14 +58,14 @@ def notes(plan: Plan) -> list[str]:
 
 
 def utilization(plan: Plan) -> float | None:
-  """Model FLOPs over what the chip can do in the least time of a step."""
+  """Returns model FLOPs over the chip's FLOPs in the least time of a step."""
   if not plan.chip.flops:
     return None
   return plan.flops["model"] / (seconds(plan.stages)[0] * plan.chip.flops)
 
 
 def buffers(plan: Plan) -> list[dict]:
-  """The rows that experts of a device have room for, by kind of layer."""
+  """Returns the rows of a device's experts' buffers, by kind of layer."""
   d_model, size = plan.model.arch.d_model, plan.step.width
   return [
     {
@@ -79,10 +79,13 @@ def buffers(plan: Plan) -> list[dict]:
 
 
 def collectives(plan: Plan) -> list[dict]:
-  """The compiled collectives, each with what the closed form has of its axes.
+  """Returns the compiled collectives, each beside the closed form's bytes.
 
   A compiler may gather by an all-reduce of parts, or scatter by an all-reduce
-  whose result it cuts: what agrees is the size of the arrays over some axes.
+  whose result it cuts: only the sizes of the arrays over some axes agree.
+
+  Args:
+    plan: with collectives, if its program was compiled.
   """
   formula = {}
   for cost in plan.stages:
@@ -106,7 +109,7 @@ def collectives(plan: Plan) -> list[dict]:
 
 
 def text(plan: Plan) -> str:
-  """The plan for people."""
+  """Returns the plan for people."""
   parts = [_head(plan), _memory(plan)]
   parts.append(_flops(plan))
   if plan.moved:
@@ -117,7 +120,7 @@ def text(plan: Plan) -> str:
 
 
 def parameters(plan: Plan) -> str:
-  """A line for every parameter: how it lies on the mesh."""
+  """Returns a line for every parameter: how it lies on the mesh."""
   heads = "shape", "mesh axes", "shape on a device", "on a device", "in all"
   rows = ["", "{:48}{:>20}  {:20}{:>20}{:>12}{:>12}".format("", *heads)]
   for path, x in jax.tree_util.tree_leaves_with_path(plan.params):
@@ -138,7 +141,13 @@ def parameters(plan: Plan) -> str:
 
 
 def candidates(found: list, chip, most: int = 10) -> str:
-  """The best candidates of a search."""
+  """Returns the best candidates of a search, for people.
+
+  Args:
+    found: from `search.ranked`.
+    chip: of the devices.
+    most: number of candidates that are shown.
+  """
   fitting = sum(one.fits(chip) for one in found)
   rows = [
     f"{len(found)} candidates, of which {fitting} fit by the closed form:"
@@ -153,7 +162,11 @@ def candidates(found: list, chip, most: int = 10) -> str:
 
 
 def compared(one, plan: Plan) -> str:
-  """A candidate beside its compiled program."""
+  """Returns a sentence about a candidate and its compiled program.
+
+  Args:
+    one, plan: the `search.Candidate`, and its plan.
+  """
   real = sum(plan.memory.values())
   if not plan.compile_seconds:
     return (
@@ -167,7 +180,12 @@ def compared(one, plan: Plan) -> str:
 
 
 def quantity(number: float, unit: str) -> str:
-  """A number with a prefix, such as 2.92 GB or 31.4 ms."""
+  """Returns a number with a prefix, such as 2.92 GB or 31.4 ms.
+
+  Args:
+    number: >= 0.
+    unit: such as "B" or "s".
+  """
   number = float(f"{number:.3g}")  # 999.7 GB is 1 TB.
   for power, prefix in (
     (15, "P"),

@@ -1,6 +1,6 @@
 """A plan: a config's program compiled for a topology, and its costs.
 
-Long, as training and decoding are both here and share how a plan is made.
+This file is long because plans of training and of decoding share their code.
 """
 
 import functools
@@ -28,9 +28,14 @@ from moe_jax.training.planning import (
 
 
 class Cost(NamedTuple):
-  """A stage, and the least seconds for what it does: compute, read and write
-  memory, and receive over all links; spill: scores of attention to memory, which
-  a kernel may spare; along: receive over one dimension of the torus instead."""
+  """A stage, and the least seconds of its operations.
+
+  compute: of its FLOPs.
+  memory: of reading and writing memory.
+  links: of receiving over all links.
+  spill: of scores of attention to memory, which a kernel may spare.
+  along: of receiving over one dimension of the torus instead of all links.
+  """
 
   stage: costs.Stage
   compute: float = 0.0
@@ -41,7 +46,7 @@ class Cost(NamedTuple):
 
 
 def seconds(parts: list[Cost]) -> tuple[float, float]:
-  """The least time of some stages: if all overlaps, and if nothing does."""
+  """Returns the least seconds of stages: with full overlap, and without any."""
   sums = zip(*((part.compute, part.memory, part.links) for part in parts))
   low = max(map(sum, sums), default=0.0)
   high = (
@@ -55,8 +60,9 @@ class Plan(NamedTuple):
 
   program: "training step" or "decoding step"; topology: its name.
   mesh: {axis: length}.
-  memory: {kind: bytes}; limit: bytes that there are; even: {kind: bytes}, what
-    a device would hold of the state if it were split over all devices.
+  memory: {kind: bytes}.
+  limit: bytes that there are.
+  even: {kind: bytes} of the state on a device, if all devices shared it evenly.
   fits: whether memory is within the limit.
   flops: see `products.count`.
   moved: see `hlo.by_axes`.
@@ -64,7 +70,7 @@ class Plan(NamedTuple):
   tokens: of a step, of all devices.
   compile_seconds: 0 if nothing was compiled.
   params: shapes and shardings of the parameters.
-  config, chip, model, step: what it was made of.
+  config, chip, model, step: the parts that it was made of.
   """
 
   program: str
@@ -87,7 +93,10 @@ class Plan(NamedTuple):
 
 
 def build(config, chip, devices) -> tuple:
-  """(mesh, task, model) of a config on devices that are not there.
+  """Returns (mesh, task, model) of a config on devices that are not there.
+
+  Args:
+    config, chip, devices: as in `of_train_step`.
 
   Raises:
     ConfigError: impossible values, a model that is no decoder, or a backend of
@@ -101,7 +110,7 @@ def build(config, chip, devices) -> tuple:
         f'grouped_matmul = "{wanted}" is not of {chip.name}; a plan is of the'
         " platform's own, so set it to None"
       )
-  if chip.platform == "gpu":  # The others want a GPU before they compile.
+  if chip.platform == "gpu":  # Other backends compile on a GPU only.
     config = config.copy_and_resolve_references()
     config.model.moe.grouped_matmul = "gpu:xla"
   costs.check(config)
@@ -109,7 +118,7 @@ def build(config, chip, devices) -> tuple:
 
 
 def of_train_step(config, chip, devices, topology: str) -> Plan:
-  """The plan of the training step of a config.
+  """Returns the plan of the training step of a config.
 
   Args:
     config: its mesh is of the topology.
@@ -148,16 +157,16 @@ def of_train_step(config, chip, devices, topology: str) -> Plan:
 
 
 def of_decoding(config, chip, devices, topology: str) -> Plan:
-  """The plan of a step that makes one token for each of many sequences.
+  """Returns the plan of a step that makes one token for each of many sequences.
 
-  As many as `eval.batch_size`, with a cache of `data.seq_len` tokens, weights
-  and cache in `model.dtype`, and without capacities.
+  There are `eval.batch_size` sequences, with a cache of `data.seq_len` tokens,
+  weights and cache in `model.dtype`, and without capacities.
 
   Args:
     config, chip, devices, topology: as in `of_train_step`.
 
   Raises:
-    ConfigError: as `of_train_step`.
+    ConfigError: as in `of_train_step`.
   """
   config = config.copy_and_resolve_references()
   config.model = models.dropless(config.model.to_dict())
@@ -184,7 +193,7 @@ def of_decoding(config, chip, devices, topology: str) -> Plan:
 
 
 def _one_token(model, mesh, batch, length):
-  """The Call that makes one token for each of so many sequences."""
+  """The Call that makes one token for each of `batch` sequences."""
   rows = jax.NamedSharding(mesh, jax.P(parallel.TOKENS))
 
   def over_rows(path, x):
@@ -219,7 +228,11 @@ def _narrow(x, model):
 
 
 def state_bytes_per_parameter(config, task, model) -> float:
-  """Bytes of parameters, moving average and optimizer, for each parameter."""
+  """Returns bytes of parameters, average and optimizer, for each parameter.
+
+  Args:
+    config, task, model: see `configs/base.py` and `program.build`.
+  """
   numbers = train_step.numbers(config, model)
   parts = train_step.parts(config, model, task)
   init = functools.partial(train_step.init_state, **parts, numbers=numbers)
@@ -229,7 +242,11 @@ def state_bytes_per_parameter(config, task, model) -> float:
 
 
 def parameters(task, model):
-  """Shapes of a model's parameters, boxed with their roles."""
+  """Returns the shapes of a model's parameters, boxed with their roles.
+
+  Args:
+    task, model: from `program.build`.
+  """
   return models.variables(model)["params"]
 
 
@@ -264,12 +281,12 @@ def _plan(name, call, trees, *, step, boxed, flops_per_token, mesh, **given):
 
 
 def _flops(mesh, *args):
-  with jax.set_mesh(mesh):  # Tiles are those of its chip.
+  with jax.set_mesh(mesh):  # Sizes of tiles depend on its chip.
     return products.count(*args)
 
 
 def _compile(call, arguments, step, mesh, chip):
-  """The call compiled, unless what it is given leaves no room already."""
+  """The call compiled, unless its arguments leave no room already."""
   least = dict(arguments)
   if step.backward:  # A gradient is as large as its parameter.
     least["gradients"] = arguments["parameters"]
@@ -285,11 +302,12 @@ def _bytes(tree):
 
 
 def bounds(stage, step, chip, ring):
-  """The stage with the least seconds that it can take.
+  """Returns the stage with the least seconds that it can take.
 
   Args:
-    stage, step, chip: what it is of.
-    ring: devices along the longest dimension of the topology, or GPUs of a host.
+    stage, step, chip: the stage, and the step and the chip that it is of.
+    ring: devices along the longest dimension of the topology, or GPUs of a
+      host.
   """
   if not chip.flops:
     return Cost(stage)

@@ -1,4 +1,4 @@
-"""The FLOPs of a step: of the products in a compiled program, or in closed form."""
+"""The FLOPs of a step: of a compiled program's products, or in closed form."""
 
 import functools
 import math
@@ -27,9 +27,13 @@ _SHAPE = re.compile(r"\w+\[([\d,]*)\]")
 
 
 class Product(NamedTuple):
-  """flops: of one time; times: how often one call of the program runs it; rows:
-  of a kernel that multiplies ragged rows, None for other products; name: what
-  jax calls the operation."""
+  """A product of matrices in a compiled program.
+
+  flops: of one time.
+  times: how often a call of the program runs it.
+  rows: of a kernel that multiplies ragged rows; None for other products.
+  name: jax's name of the operation.
+  """
 
   flops: int
   times: int
@@ -43,7 +47,7 @@ class Product(NamedTuple):
 
 
 def products(text: str) -> list[Product]:
-  """All products of matrices in a program.
+  """Returns all products of matrices in a program.
 
   Args:
     text: `jax.jit(f).lower(...).compile().as_text()`, for a TPU.
@@ -72,7 +76,7 @@ def _or(match):
 
 
 def _product(out, kind, operands, rest, shapes):
-  """(FLOPs, rows of a kernel or None); None for what is no product."""
+  """(FLOPs, rows of a kernel or None); None for other instructions."""
   if kind == "custom-call":
     return _of_kernel(out, rest) if _KERNEL in rest else None
   x, w = (shapes[name] for name in re.findall(r"%([\w.-]+)", operands))
@@ -93,7 +97,7 @@ def _of_kernel(out, rest):
   matrices = [a for a in arrays if len(a) == 3]
   of_rows = [a for a in arrays if len(a) == 2 and a[0] > 1 and a[1] > 1]
   if len(matrices) != 1 or len(of_rows) != 2:
-    return None  # Another kernel.
+    return None  # This kernel is no product of rows.
   one = math.prod(matrices[0][1:])
   rows = math.isqrt(math.prod(map(math.prod, of_rows)) // one)
   return 2 * rows * one, rows
@@ -102,8 +106,8 @@ def _of_kernel(out, rest):
 def _of_convolution(out, x, w, rest):
   """FLOPs of a product that the compiler has written as a convolution.
 
-  Letters of a dimension: b and f of x and of the result, i and o of the weights,
-  and digits for those of the window.
+  Letters of a dimension: b and f of x and of the result, i and o of the
+  weights, and digits for the dimensions of the window.
   """
   of_x, of_w, of_out = re.search(
     r"dim_labels=(\w+)_(\w+)->(\w+)", rest
@@ -128,7 +132,7 @@ def _of_convolution(out, x, w, rest):
 
 @functools.cache
 def _taps(size, out, window, before, stride, spread, apart):
-  """The number of pairs of a result and a place in the window that meet an input."""
+  """Counts pairs of a result and a place in the window that meet an input."""
   place = stride * np.arange(out)[:, None] + apart * np.arange(window) - before
   return int(
     ((place % spread == 0) & (place >= 0) & (place // spread < size)).sum()
@@ -159,15 +163,15 @@ def count(found, step, model, matrices, stages, wanted) -> dict[str, float]:
   """Counts FLOPs in a compiled program, or else in closed form.
 
   Args:
-    found: `products` of the program; None: there is none to count in.
+    found: `products` of the program; None: they are not known.
     step, model, matrices, stages: see `costs.stages`.
     wanted: by `counts.flops_per_token`.
 
   Returns:
-    model: what is wanted.
-    useful: those of the program, but for recomputation, for empty rows of
-      buffers, and for rows that are computed in vain.
-    recomputed: what `model.remat` adds to the useful ones.
+    model: `wanted`.
+    useful: those of the program, without recomputation, empty rows of buffers,
+      and rows that are computed in vain.
+    recomputed: FLOPs that `model.remat` adds to the useful ones.
     padded: useful, with the rows that tiles of kernels hold in vain, when loads
       are equal; None: unknown.
     static: useful, with all rows of the buffers.
@@ -198,7 +202,7 @@ def _weighed(experts, ratios):
 
 
 def rows(step: costs.Step, model, matrices) -> dict[str, Rows]:
-  """The rows of experts, by the path of their layer.
+  """Returns the rows of experts, by the path of their layer.
 
   Args:
     step, model, matrices: see `costs.stages`.
@@ -230,17 +234,17 @@ def _of_program(found, experts):
 
 
 def _layer_of(product, experts):
-  """The Rows of the experts that a product is of; None: of none."""
+  """The Rows of the experts that a product belongs to; None: of no experts."""
   name = _AROUND.sub("/", product.name)
   return next((e for path, e in experts.items() if path + _SCOPE in name), None)
 
 
 def _in_tiles(step, model, recipe, used, room) -> float | None:
-  """Rows that kernels compute over those that experts have, for equal loads."""
+  """Rows that kernels compute over rows of the experts, for equal loads."""
   platform = parallel.platform(step.mesh)
   if not recipe.dispatcher.ragged:
     return 1.0
-  if platform == "gpu":  # The kernels of a run are chosen there.
+  if platform == "gpu":  # A run chooses its kernels on the device.
     return None
   here = recipe.num_experts // step.mesh.shape["expert"]
   each = math.ceil(used / here)

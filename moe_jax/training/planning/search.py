@@ -13,7 +13,7 @@ from moe_jax.moe import exchange
 from moe_jax.training import program
 from moe_jax.training.planning import chips, costs, plan, topologies
 
-# How many arrays of a size are there at the same time, in compiled programs.
+# Numbers of arrays of a kind at the same time, seen in compiled programs.
 _ARRAYS = {"scores": 2.0, "hidden": 6.0, "rows": 2.0, "logits": 2.0}
 _ARRAYS |= {
   "vectors": 3.0,
@@ -22,11 +22,11 @@ _ARRAYS |= {
   "floats": 7.0,
   "masks": 0.5,
 }
-# The memory of what is kept for the backward pass, over that without gaps.
+# The memory that arrays kept for the backward pass take, over their sizes.
 _PACKING = 1.1
 # The last dimension of an array on a TPU is stored in multiples of this.
 _LANES = 128
-# The share of memory that a candidate may take by an estimate that is no better.
+# The share of memory that a candidate may take, for the error of the estimate.
 _ROOM = 0.95
 # More shards of F and of heads make narrow products, and sum too often.
 _MOST_TENSOR = 8
@@ -39,7 +39,7 @@ _KEYS += ("train.reduce_experts_once", "model.remat")
 
 
 class Candidate(NamedTuple):
-  """A way to run a config, and what the closed form says of it.
+  """A way to run a config, and its costs in closed form.
 
   settings: {key of the config: value}.
   memory: bytes on a device.
@@ -60,12 +60,12 @@ class Candidate(NamedTuple):
     return " ".join([f"--mesh={mesh}", *(f"--config.{k}={v}" for k, v in rest)])
 
   def fits(self, chip: chips.Chip) -> bool:
-    """Whether it probably does."""
+    """Whether it probably fits into the chip's memory."""
     return self.memory <= _ROOM * chip.memory
 
 
 def ranked(config, chip: chips.Chip, devices, ring: int) -> list[Candidate]:
-  """All candidates: those that fit, fast ones first; then others, small ones first.
+  """Returns all candidates: first those that fit, by time; others, by size.
 
   Args:
     config: whose mesh, exchange, remat and micro-batches are replaced.
@@ -100,7 +100,7 @@ def ranked(config, chip: chips.Chip, devices, ring: int) -> list[Candidate]:
 
 
 def compiled(one: Candidate, config, chip, devices, topology: str) -> plan.Plan:
-  """The plan of a candidate.
+  """Returns the plan of a candidate.
 
   Args:
     one: the candidate.
@@ -112,11 +112,11 @@ def compiled(one: Candidate, config, chip, devices, topology: str) -> plan.Plan:
 
 
 def remedy(made: plan.Plan, config, devices) -> str:
-  """A sentence: by how much a step does not fit, and what would.
+  """Returns a sentence: by how much a step does not fit, and what would fit.
 
   Args:
     made: its plan.
-    config, devices: what it was made of.
+    config, devices: the arguments that the plan was made of.
   """
   needed, count = sum(made.memory.values()), len(devices)
   text = (
@@ -162,12 +162,13 @@ def _value(made, key):
 def temporaries(
   step: costs.Step, model, found: list[costs.Matrix], remat: str
 ) -> float:
-  """Bytes that a training step needs besides its arguments; an estimate.
+  """Estimates the bytes that a training step needs besides its arguments.
 
   They are gradients in float32 and weights in the compute dtype, as a device
-  stores them; what the forward pass keeps for the backward pass; and what the
-  backward pass of one block, or the output layer, needs meanwhile. `_ARRAYS`
-  counts arrays that are there at the same time, in compiled programs.
+  stores them; the arrays that the forward pass keeps for the backward pass; and
+  those that the backward pass of one block, or the output layer, needs
+  meanwhile. `_ARRAYS` counts arrays that are there at the same time, in
+  compiled programs.
 
   Args:
     step: its sizes.
@@ -221,8 +222,11 @@ def _rearranged(step, found):
 
 
 class _OfExperts(NamedTuple):
-  """Bytes of the layers of a sublayer: inside: that one layer's backward pass
-  needs; sent, hidden: of what all layers keep."""
+  """Bytes of the layers of a sublayer.
+
+  inside: that the backward pass of one layer needs.
+  sent, hidden: that all layers keep of rows, and of hidden units.
+  """
 
   inside: float
   sent: float
@@ -234,7 +238,7 @@ def _of_experts(step, model, sublayer, home, room):
   hidden = room * sublayer.recipe.experts.width * step.width
   hidden /= step.mesh.shape["tensor"]
   layers = len(sublayer.numbers)
-  # Results are gathered to their tokens, of which a ring has all devices'.
+  # Results are gathered to their tokens; all_gather has those of all devices.
   ring = sublayer.recipe.exchange == "all_gather"
   tokens = step.tokens * (step.mesh.shape["expert"] if ring else 1)
   gathered = (sublayer.recipe.router.top_k or 0) + _ARRAYS["tokens"]
@@ -251,7 +255,12 @@ def _of_experts(step, model, sublayer, home, room):
 
 
 def with_settings(config, settings: dict):
-  """A copy of a config with other values."""
+  """Returns a copy of a config with other values.
+
+  Args:
+    config: stays unchanged.
+    settings: {key: value}.
+  """
   config = config.copy_and_resolve_references()
   config.update_from_flattened_dict(settings)
   return config

@@ -41,7 +41,7 @@ _COMPILERS = {
 
 
 def parse(text: str) -> tuple[chips.Chip, tuple[int, ...]]:
-  """(chip, its shape) of CHIP:SHAPE.
+  """Returns (chip, its shape) of CHIP:SHAPE.
 
   Raises:
     ConfigError: it is not of this form, or there is no such chip or shape.
@@ -74,13 +74,20 @@ def _no_topology(chip, text, why):
 
 
 def ring(topology: str) -> int:
-  """Devices along the longest dimension of CHIP:SHAPE, or GPUs of a host."""
+  """Returns the devices along the longest dimension, or GPUs of a host.
+
+  Args:
+    topology: CHIP:SHAPE.
+  """
   chip, shape = parse(topology)
   return shape[-1] if chip.platform == "gpu" else max(shape)
 
 
 def prepare(chip: chips.Chip, shape: tuple[int, ...]) -> None:
   """Sets up this process to compile for a topology, before jax is imported.
+
+  Args:
+    chip, shape: from `parse`.
 
   Raises:
     ConfigError: its compiler is not installed.
@@ -115,7 +122,10 @@ def _installed(module: str) -> bool:
 
 
 def devices(chip: chips.Chip, shape: tuple[int, ...]) -> list:
-  """The devices of a topology.
+  """Returns the devices of a topology.
+
+  Args:
+    chip, shape: from `parse`.
 
   Raises:
     ConfigError: there is no such topology.
@@ -134,7 +144,7 @@ def devices(chip: chips.Chip, shape: tuple[int, ...]) -> list:
       )
     else:
       found = _gpus(chip, shape)
-  except Exception as e:  # jax raises what its plugins raise.
+  except Exception as e:  # jax's plugins raise many kinds of errors.
     raise _no_topology(chip, name, first_line(e)) from None
   return found.devices
 
@@ -162,15 +172,16 @@ def _gpus(chip, shape):
 
 
 def sizes(text: str, axes: tuple[str, ...], count: int) -> tuple[int, ...]:
-  """The lengths of a mesh, from "data:8,expert:8"; an axis left out has 1.
+  """Returns the lengths of a mesh, from "data:8,expert:8"; other axes have 1.
 
   Args:
-    text: AXIS:LENGTH, separated by commas; one length may be -1: what is left.
+    text: AXIS:LENGTH, separated by commas; one length may be -1, for all
+      devices that are left.
     axes: of a mesh.
     count: devices.
 
   Raises:
-    ConfigError: another form, or a mesh that is not of so many devices.
+    ConfigError: another form, or a mesh with another number of devices.
   """
   lengths, given = dict.fromkeys(axes, 1), set()
   for part in text.split(","):

@@ -1,4 +1,4 @@
-"""The parameters that a run starts with, when they are those of another model."""
+"""The parameters that a run starts with, when they come from another model."""
 
 import functools
 import json
@@ -31,7 +31,7 @@ OPTIONS = {
 
 
 def check_config(config) -> None:
-  """Raises ConfigError for a config that says what to make of no weights."""
+  """Raises ConfigError for options of other weights where there are none."""
   if config.init_from is not None:
     return
   for name in (parts.NEW, "upcycle"):
@@ -43,16 +43,17 @@ def check_config(config) -> None:
 
 
 def read(path: str, model, config) -> dict | None:
-  """{"params", "balance"} of another model, adapted to this one, or None to upcycle.
+  """Returns {"params", "balance"} of another model; None if it is upcycled.
 
   Args:
     path: a run's work directory, one of its checkpoints, a folder of
-      `moe_jax.upcycle` or published weights, a name on the Hugging Face hub, or what
-      `hf.of_config` reads.
+      `moe_jax.upcycle` or published weights, a name on the Hugging Face hub, or
+      a source of `hf.of_config`.
     model, config: of the run. Parameters of `config.init_new` are not taken.
 
   Raises:
-    ConfigError: there are none, or of a model that does not fit; says where.
+    ConfigError: there are no such weights, or those of a model that does not
+      fit; the message says where.
   """
   check(path)
   if config.upcycle:
@@ -67,7 +68,7 @@ def read(path: str, model, config) -> dict | None:
 
 
 def replaced(state, given: Mapping | None, model, config, path: str, seed: int):
-  """A new TrainState with parameters of another model.
+  """Returns a new TrainState with parameters of another model.
 
   Balancers go on from the state that they had there, where both have it and the
   router is not new; optimizer and random key are those of a new run.
@@ -75,12 +76,13 @@ def replaced(state, given: Mapping | None, model, config, path: str, seed: int):
   Args:
     state: of step 0.
     given: from `read`; None: they are made by `config.upcycle`.
-    model, config: of the run. Without `config.upcycle`, the other model is the same.
+    model, config: of the run. Without `config.upcycle`, the other model is the
+      same.
     path: as in `read`.
     seed: of the run; added to that of `config.upcycle`.
 
   Raises:
-    ConfigError: as `read`.
+    ConfigError: as in `read`.
   """
   if given is None:
     source = _read(lambda path: trained.of_folder(place(path)), path)
@@ -93,7 +95,7 @@ def replaced(state, given: Mapping | None, model, config, path: str, seed: int):
     given = upcycling.upcycled(*args)
     made = given["params"], model, config.init_new, path, dict
     given = {**given, "params": parts.taken(*made)}
-  # Arrays of its own, because a step gives up those of the state.
+  # The average has arrays of its own: a step donates those of the state.
   ema = state.ema and _placed(given["params"], state.ema)
   params = _placed(given["params"], state.params)
   balance, before = state.balance, given.get("balance", {})
@@ -106,7 +108,7 @@ def replaced(state, given: Mapping | None, model, config, path: str, seed: int):
 def check(path: str | None) -> None:
   """Raises ConfigError for a path that has no weights; None is no path.
 
-  Those of a name on the hub are there when it returns.
+  Weights of a name on the hub are downloaded when it returns.
   """
   if path is None or of_config.exists(path):
     return
@@ -122,12 +124,12 @@ def check(path: str | None) -> None:
 
 
 def place(path: str) -> str:
-  """The path; a name on the hub is replaced by the folder of its snapshot."""
+  """Returns the path; a name on the hub becomes the folder of its snapshot."""
   return path if pathlib.Path(path).exists() else hub.weights(path)
 
 
 def variables(path: str, config, model=None) -> dict:
-  """{"params", "balance"} of a run or of published weights, in numpy.
+  """Returns {"params", "balance"} of a run or of published weights, in numpy.
 
   Args:
     path: as in `read`.
@@ -135,8 +137,8 @@ def variables(path: str, config, model=None) -> dict:
     model: of the run, which says where the arrays of `hf.of_config` belong.
 
   Raises:
-    ConfigError: there are none at the path, they cannot be read, or their tokens
-      are others.
+    ConfigError: there are none at the path, they cannot be read, or their
+      tokens are others.
   """
   return _source(path, config, model)[0]
 
@@ -190,16 +192,22 @@ def write(path: str, config, variables: Mapping) -> None:
 
 
 def own(task, model, seed: int) -> dict:
-  """The variables that a run of this seed starts with by itself, in numpy."""
-  rng, _ = jax.random.split(jax.random.key(seed))  # As in `init_state`.
+  """Returns the variables that a run starts with by itself, in numpy.
+
+  Args:
+    task, model: of the run.
+    seed: of the run.
+  """
+  rng, _ = jax.random.split(jax.random.key(seed))  # Split as in `init_state`.
   made = jax.jit(lambda rng: nn.unbox(models.init(model, rng)))(rng)
   return jax.device_get(dict(made))
 
 
 def distance(source, model, variables: Mapping, length: int = 32) -> float:
-  """The largest difference of two models' logits, on random tokens of the source.
+  """Returns the largest difference of two models' logits, on random tokens.
 
-  Only logits of tokens that both know are compared.
+  Tokens are those of the source, and only logits of tokens that both models
+  have are compared.
 
   Args:
     source: a `trained.Trained`.

@@ -1,8 +1,9 @@
 """More steps for a run whose steps so far are the first ones of a longer run.
 
-With the schedules "constant" and "rsqrt" all of them are. With "wsd" those before the
-decay are: the run goes on from the last checkpoint before it, and what was written
-since then becomes a run of its own, in a folder inside. With "cosine" none are.
+With the schedules "constant" and "rsqrt" all of them are. With "wsd" those
+before the decay are: the run goes on from the last checkpoint before it, and
+all files since then become a run of its own, in a folder inside. With "cosine"
+none are.
 """
 
 import pathlib
@@ -35,8 +36,8 @@ def extend(
     lines: of metrics.jsonl.
 
   Raises:
-    ConfigError: fewer steps, or steps that are not those of a longer run and cannot
-      be taken back.
+    ConfigError: fewer steps, or steps that no longer run has and that cannot be
+      taken back.
     RunError: the folder cannot be written to.
   """
   about = f"{path} holds a run of {before} steps, and {KEY} is now"
@@ -71,7 +72,7 @@ def extend(
 
 
 def _set_aside(path, before, folders):
-  """Makes a run of its own of all that a run has so far.
+  """Makes a separate run of all that a run has so far.
 
   Args:
     path: the work directory.
@@ -80,7 +81,7 @@ def _set_aside(path, before, folders):
   """
   aside = path / f"run_of_{before}_steps"
   with files.writing(aside):
-    # It is there if a process was killed here.
+    # The folder is there if a process was killed at this point.
     if not aside.exists():
       ignored = shutil.ignore_patterns(*_NOT_COPIED)
       with files.whole_folder(aside) as whole:

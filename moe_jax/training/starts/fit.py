@@ -1,4 +1,4 @@
-"""Whether a model fits the one whose weights it is to begin with (upcycling)."""
+"""Whether a model fits the model whose weights it begins with (upcycling)."""
 
 import dataclasses
 import json
@@ -21,13 +21,13 @@ _IDLE = ("init_scale",)
 # Keys of `config.model` that change nothing in what a model computes.
 _NO_FUNCTION = ("vocab_size", "remat", "dtype", "exchange", "grouped_matmul")
 _NO_FUNCTION += ("init_scale", "embedding_variance")
-# Options of routers that are of training, or compared elsewhere.
+# Options of routers that matter in training only, or are compared elsewhere.
 _OF_TRAINING = ("top_k", "jitter", "noise", "init_scale", "second_expert")
 _OF_TRAINING += ("second_threshold", "allow_constant_weight", "priority")
 
 
 def changes(source, target, how) -> str:
-  """Why the target computes something else than the source; "": it does not.
+  """Returns the reason why the target computes another function, or "".
 
   Args:
     source, target: models that `check` does not refuse.
@@ -73,7 +73,7 @@ def _bounded(grouping):
 
 
 def _that_count(recipe):
-  """The options that decide a layer's choices and weights, beside parameters and K."""
+  """The options, besides parameters and K, that decide choices and weights."""
   spec = recipe.router.spec
   options = {k: x for k, x in spec.options.items() if k not in _OF_TRAINING}
   balancers = {k: b.spec.name for k, b in recipe.balancers if b.select}
@@ -93,7 +93,7 @@ def _averages(router):
 
 
 def check_text(source, config, path: str) -> None:
-  """Raises ConfigError for a config whose tokens mean something else.
+  """Raises ConfigError for a config whose tokens have another meaning.
 
   Args:
     source: a `trained.Trained`.
@@ -109,7 +109,7 @@ def check_text(source, config, path: str) -> None:
 
 
 def check_run(old: Mapping, config, path: str) -> None:
-  """`check_text` for a run, whose task may be another.
+  """Raises ConfigError as `check_text` does, for a run of any task.
 
   Args:
     old: the content of the run's config.json.
@@ -125,10 +125,10 @@ def check_run(old: Mapping, config, path: str) -> None:
 
 
 def check_published(arch, tokenizer, config, path: str) -> None:
-  """`check_text` for published weights.
+  """Raises ConfigError as `check_text` does, for published weights.
 
   Args:
-    arch: of their model, with what their folder says beside.
+    arch: of their model, with the tokens that their folder names.
     tokenizer: of their folder; None: it has none.
     config, path: as in `check_text`.
   """
@@ -161,7 +161,7 @@ def _check_equal(pairs, path):
 
 
 def tell_differences(old: Mapping, config, path: str) -> None:
-  """Warns of options of a model whose weights begin another one's.
+  """Warns of options in which a model differs from the source of its weights.
 
   Args:
     old: the section `model` of the source.
@@ -182,7 +182,11 @@ def tell_differences(old: Mapping, config, path: str) -> None:
 
 
 def check(source, target, how) -> None:
-  """Raises ConfigError for models that do not fit together."""
+  """Raises ConfigError for models that do not fit together.
+
+  Args:
+    source, target, how: as in `changes`.
+  """
   if type(source) is not type(target):
     raise ConfigError(
       f"the source is of the kind {type(source).__name__} and the target of"
@@ -204,7 +208,7 @@ def check(source, target, how) -> None:
 
 
 def _check_used(source, target):
-  """Raises ConfigError for parameters of the source that the target has not."""
+  """Raises ConfigError for parameters of the source that the target lacks."""
   paths = [
     traverse_util.flatten_dict(
       nn.unbox(models.variables(one))["params"], sep="/"
@@ -225,7 +229,7 @@ def _has_experts(paths):
 
 
 def _pairs(one, other, old, new):
-  """(words, paths of the source, of the target) of each layer, and of all else."""
+  """(words, paths of the source, of the target) of each layer and the rest."""
   inner = set()
   for ours, theirs in zip(one.stacks, other.stacks):
     both = zip(_of_layers(old, ours), _of_layers(new, theirs))
@@ -337,7 +341,7 @@ def _check_networks(layer, made, how, place):
 
 
 def _check_beside(layer, made, place):
-  """Raises ConfigError for other networks beside the experts than the source has."""
+  """Raises ConfigError if networks beside the experts are not the source's."""
   if made.mlp is not None and (layer.recipe is None or layer.mlp is None):
     raise ConfigError(
       f"the target has a dense network after its experts in {place}, for which the"
@@ -361,12 +365,16 @@ def _check_beside(layer, made, place):
 
 
 def num_parts(layer, made) -> int:
-  """G: experts that are together one dense network of the source."""
+  """Returns G, the number of experts that together are a dense network.
+
+  Args:
+    layer, made: of the source, which has the network, and of the target.
+  """
   return max(1, layer.mlp.width // made.recipe.experts.width)
 
 
 def places(stack):
-  """(path, repeat) of every layer of a stack."""
+  """Yields (path, repeat) of every layer of a stack."""
   for name, pattern, repeats, _ in stack.segments:
     for repeat in range(repeats):
       for i in range(len(pattern)):

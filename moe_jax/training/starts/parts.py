@@ -1,4 +1,4 @@
-"""Which parameters of a run are those of other weights, and which begin new."""
+"""Parameters that a run takes from other weights, and those that begin new."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,16 +20,16 @@ _SHOWN = 3  # Parameters in a message.
 
 
 def of(model) -> dict[str, str]:
-  """{path of a parameter: the part of the model that it belongs to}."""
+  """Returns {path of a parameter: the part of the model that it belongs to}."""
   return _parts(models.variables(model)["params"])
 
 
 def of_run(file: str, plugins: tuple[str, ...]) -> dict[str, str]:
-  """`of` the model of a run; {} for a model that cannot be built here.
+  """Returns `of` the model of a run; {} for a model that cannot be built here.
 
   Args:
     file: the run's config.json.
-    plugins: the folders whose code may be run, in the place of the run's own.
+    plugins: the folders whose code may be run, in place of the run's own.
   """
   from moe_jax.training import program
 
@@ -48,22 +48,22 @@ def taken(
   path: str,
   parts_there: Callable[[], Mapping[str, str]],
 ) -> dict:
-  """The parameters that a model takes from other weights, nested.
+  """Returns the parameters that a model takes from other weights, nested.
 
-  Those of the parts in `new` begin new, whether they would fit or not. All others
-  have to be there in the same shape, and nothing else may be there.
+  Parameters of the parts in `new` begin new, whether they would fit or not. All
+  others must be there in the same shape, and nothing else may be there.
 
   Args:
     given: the other weights, nested.
     model: from `models.build`.
     new: names of parts.
     path: of the other weights, for messages.
-    parts_there: returns {parameter: its part} of the model of the other weights, or
-      {} if that is not known.
+    parts_there: () -> {parameter: its part} of the model of the other weights,
+      or {} if that is not known.
 
   Raises:
-    ConfigError: parameters that do not fit, all of them in one sentence; or a part
-      that neither model has.
+    ConfigError: parameters do not fit, all of them in one sentence; or neither
+      model has a part.
   """
   boxed = models.variables(model)["params"]
   there, here, own = _flat(given), _flat(nn.unbox(boxed)), _parts(boxed)
@@ -92,7 +92,7 @@ def taken(
 
 
 def _tell(path, new, begun, left):
-  """Says what begins new, and what is not used."""
+  """Says which parameters begin new, and which are not used."""
   if not new or not processes.is_first():
     return
   words = f"parameters that begin new, of {', '.join(new)}: {_counted(begun)}"
@@ -101,7 +101,7 @@ def _tell(path, new, begun, left):
 
 
 def _sentence(path, misfits, there, here, parts):
-  """The error for parameters that do not fit: how many, the first, what to do."""
+  """The error for parameters that do not fit: how many, the first, a remedy."""
   words = []
   for what, names in misfits.items():
     tables = {"there": there, "here": here}
@@ -124,7 +124,7 @@ def _sentence(path, misfits, there, here, parts):
 
 
 def _counted(names):
-  """How many names there are, and the first of them."""
+  """The number of names, and the first of them."""
   first = [*sorted(names)[:_SHOWN], *["..."] * (len(names) > _SHOWN)]
   return f"{len(names)} ({', '.join(first)})" if names else "0"
 

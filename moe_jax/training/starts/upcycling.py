@@ -1,24 +1,25 @@
 """Upcycling: the weights of a model as the start of one with more experts.
 
-A target layer with experts gets them from the dense network of the same layer of
-the source, or from its fewer experts, one after another; all else is copied. The
-methods:
+The experts of a target layer come from the dense network of the same layer of
+the source, or from its fewer experts, one after another; all else is copied.
+The methods:
 
   copy      every expert is the network (Sparse Upcycling, 2212.05055).
   drop      and a share of each expert's hidden units begins anew, with the mean
             and the deviation of the weights that it had (Drop-Upcycling,
             2502.19261).
   granular  the network is cut into G = d_ff / d_expert narrow ones, and expert
-            e G + g is the g-th of them, its output times G. The experts of one cut
+            e G + g is the g-th of them, its output times G. The experts of one
+            cut
             have the same logits, so that a token takes all of them (virtual
             groups, 2410.07524, which spreads the factor over the matrices).
 
-A router that the source does not have keeps the target's first values; one with
-fewer experts is repeated, so that copies have equal logits (2604.19835).
+A router that the source does not have keeps the target's first values; a router
+with fewer experts is repeated, so that copies have equal logits (2604.19835).
 
 The function of the source is kept where weights of a token add up to 1
-(`renormalize`), nothing is dropped or drawn, and a token takes all copies of what
-it took: see `keeps`.
+(`renormalize`), nothing is dropped or drawn, and a token takes all copies of
+the experts that it took: see `keeps`.
 """
 
 from collections.abc import Mapping
@@ -35,13 +36,14 @@ _EXPERTS, _DENSE, _ROUTER = "moe/experts/", "mlp/", "moe/router/"
 
 
 class Upcycling(NamedTuple):
-  """Options.
+  """The options of upcycling.
 
-  method: see above.
-  ratio: share of an expert's hidden units that "drop" begins anew; None: a half.
-  router_noise: deviation of what is added to copied columns of a router, over
-    their own.
-  seed: of what is drawn.
+  method: see the head of this file.
+  ratio: share of an expert's hidden units that "drop" begins anew; None: a
+    half.
+  router_noise: deviation of the noise on copied columns of a router, over their
+    own.
+  seed: of all draws.
   """
 
   method: word("copy", "drop", "granular") = "copy"
@@ -56,21 +58,22 @@ COPY = Upcycling()
 def upcycled(
   source, source_variables: Mapping, target, initial: Mapping, how=COPY
 ) -> dict:
-  """The variables that a model begins with.
+  """Returns the variables that a model begins with.
 
   Args:
     source: model of the same layers, dense or with fewer experts.
     source_variables: its variables.
     target: model with experts.
-    initial: its own first variables.
+    initial: the target's own first variables.
     how: options.
 
   Returns:
-    Variables as `initial` has them, in numpy: the parameters, and in "balance" the
-    states of balancers, of the source where both have the same balancer.
+    Variables as `initial` has them, in numpy: the parameters, and in "balance"
+    the states of balancers, those of the source where both have the same
+    balancer.
 
   Raises:
-    ConfigError: the source does not fit the target; says where.
+    ConfigError: the source does not fit the target; the message says where.
   """
   fit.check(source, target, how)
   rng = np.random.default_rng(how.seed)
@@ -96,7 +99,7 @@ def upcycled(
 
 
 def _states(source, source_variables, target, initial):
-  """States of balancers: of experts that are copies, those of what they copy."""
+  """States of balancers; a copied expert has the state of its original."""
   made = _flat(initial.get("balance", {}))
   given = _flat(source_variables.get("balance", {}))
   for one, other in zip(source.arch.stacks, target.arch.stacks):
@@ -121,7 +124,7 @@ def _states(source, source_variables, target, initial):
 
 
 def _repeated(state, shape, times):
-  """A state for so many times the experts; None: it cannot be of this shape."""
+  """A state for `times` as many experts; None: it cannot have this shape."""
   if state.shape == shape:
     return state
   if not shape or state.shape != (*shape[:-1], shape[-1] // times):
@@ -155,7 +158,7 @@ def _experts(layer, made, name, old):
     given = old[_EXPERTS + name]
     return np.concatenate([given] * (number // len(given)))
   whole, cuts = old[_DENSE + name], fit.num_parts(layer, made)
-  if name == "down_bias":  # Once for all parts of a network.
+  if name == "down_bias":  # The weights of a network's parts add up to 1.
     parts = [whole] * cuts
   elif name == "down":
     parts = [x * cuts for x in np.split(whole, cuts, axis=0)]
@@ -169,7 +172,7 @@ def _router(layer, made, path, own, old, how, rng, place):
   last = own.shape[-1] == made.recipe.num_experts
   if layer.recipe is None:
     cuts = fit.num_parts(layer, made)
-    # The parts of a network have the logits of the first of them.
+    # All parts of a network have the logits of its first part.
     return np.repeat(own[..., ::cuts], cuts, axis=-1) if last else own
   given = _fitting(old, path, own.shape[:-1], place, 1)
   if not last:
@@ -206,13 +209,13 @@ def _begin_anew(new, kept, how, rng):
 
 
 def _of_model(given, path, own, more):
-  """A parameter beside the layers, which is that of the source.
+  """A parameter beside the layers, which comes from the source.
 
   Args:
     given: parameters of the source.
     path, own: of the parameter, and the target's first values.
-    more: whether it has entries for tokens, of which the target may have more. Those
-      keep its own values.
+    more: whether it has entries for tokens, of which the target may have more.
+      These keep the target's values.
   """
   found = given.get(path)
   if not more or found is None or found.shape == own.shape:
@@ -232,7 +235,7 @@ def _fitting(given, path, shape, place, free=0):
     free: number of axes that may have any length.
 
   Raises:
-    ConfigError: it is not there, or of another shape.
+    ConfigError: it is not there, or has another shape.
   """
   found = given.get(path)
   if found is None or found.shape[: found.ndim - free] != shape:

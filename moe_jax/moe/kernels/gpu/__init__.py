@@ -2,22 +2,22 @@
 
 A layer needs three products of every matrix: y = x w in the forward pass, and
 dx = dy wᵀ and dw = xᵀ dy in the backward pass. The kernels that compute them
-differ by several times in speed, and which one is fastest depends on the
-product and on its shape. So each product is chosen for itself:
+differ by several times in speed, and the fastest depends on the product and on
+its shape. So a kernel is chosen for each product:
 
 1. A candidate, which is a file of this folder, refuses the products that it
    cannot compute: because of the dtype, the widths, the device, or a package
    that is not installed.
-2. tiles.json holds times that were measured, by kind of device. Of those
-   candidates that do not refuse, the fastest at the nearest shape is taken, with
-   its tiles. Its first entries are the measurements that tokamax 0.0.17 ships;
-   `python -m benchmarks.on_accelerator` measures new ones. Nothing is measured
-   in a run.
+2. tiles.json holds times that were measured, by kind of device. The fastest
+   candidate at the nearest shape, among those that do not refuse, is taken with
+   its tiles. The file's first entries are the measurements that tokamax 0.0.17
+   ships; `python -m benchmarks.on_accelerator` measures new ones. No run
+   measures anything.
 3. Where no device like this one was measured, the first candidate in `ORDER` is
    taken, with the first of its tilings.
 
-XLA's own ragged_dot takes whatever remains. It is right, but multiplies all rows
-by every expert's matrix, and a notice says so.
+XLA's own ragged_dot computes all other products. It is right, but multiplies
+all rows by every expert's matrix, and a notice says so.
 
 A candidate has three functions:
   refusal(product, device) -> why it cannot compute the product, or None.
@@ -39,22 +39,28 @@ from absl import logging
 
 from moe_jax.core.errors import ConfigError
 
-CHECKED = False  # Not all kernels say over which mesh axes their result varies.
+CHECKED = False  # Some kernels do not declare their result's mesh axes.
 CANDIDATES = ("mosaic", "triton", "pallas", "xla")
-# By product: who is first where nothing was measured.
+# {product: candidates, the first choice without measurements first}.
 ORDER = {
   "y": CANDIDATES,
   "dx": CANDIDATES,
   "dw": ("triton", "pallas", "mosaic", "xla"),
 }
 HALVES = ("bfloat16", "float16")
-# Its times hold for all devices of compute capability 9, as far as is known.
+# The times of this device are taken for all devices of compute capability 9.
 _HOPPER = "NVIDIA H100 80GB HBM3"
 TABLE = pathlib.Path(__file__).parent / "tiles.json"
 
 
 class Product(NamedTuple):
-  """kind: "y", "dx" or "dw"; rows of x and dy; E, D and F of w_EDF."""
+  """A product of a layer.
+
+  kind: "y", "dx" or "dw".
+  rows: of x and dy.
+  num_experts, d, f: E, D and F of w_EDF.
+  dtype: of its operands.
+  """
 
   kind: str
   rows: int
@@ -72,23 +78,23 @@ class Choice(NamedTuple):
 
 
 _chosen: dict[tuple[Product, str | None], Choice] = {}
-_wrong: set[str] = set()  # Candidates, see `leave_out`.
+_wrong: set[str] = set()  # Candidates that are left out, see `leave_out`.
 _said: set[str] = set()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def matmul(x_ND, w_EDF, sizes_E, only: str | None = None):
-  """y_NF, where y[n] is x[n] times the matrix of row n's expert.
+  """Returns y_NF, where y[n] is x[n] times the matrix of row n's expert.
 
   Args:
-    x_ND: rows sorted by expert; those that belong to nobody are finite, and so
-      are their gradients dy.
+    x_ND: rows sorted by expert; rows of no expert are finite, and so are their
+      gradients dy.
     w_EDF: a matrix of each expert.
     sizes_E: rows of each expert.
-    only: the one candidate to use; None: the best one.
+    only: the single candidate to use; None: the best one.
 
   Raises:
-    ConfigError: the only candidate refuses.
+    ConfigError: the candidate `only` refuses.
   """
   return compute("y", x_ND, w_EDF, sizes_E, w_EDF.shape[1:], only)
 
@@ -108,7 +114,13 @@ matmul.defvjp(_forward, _backward)
 
 
 def compute(kind: str, a, b, sizes_E, widths: tuple[int, int], only=None):
-  """One product: "y" of (x, w), "dx" of (dy, w), or "dw" of (x, dy)."""
+  """Computes "y" of (x, w), "dx" of (dy, w), or "dw" of (x, dy).
+
+  Args:
+    kind, a, b: which of the three, and its operands.
+    sizes_E, only: as in `matmul`.
+    widths: (D, F).
+  """
   product = Product(kind, len(a), len(sizes_E), *widths, a.dtype.name)
   if product.rows == 0:
     only = "xla"
@@ -117,14 +129,14 @@ def compute(kind: str, a, b, sizes_E, widths: tuple[int, int], only=None):
 
 
 def only(candidate: str) -> types.SimpleNamespace:
-  """This backend with one candidate, which says why where it cannot."""
+  """Returns this backend with a single candidate."""
   return types.SimpleNamespace(
     matmul=lambda x, w, sizes: matmul(x, w, sizes, candidate), CHECKED=CHECKED
   )
 
 
 def chosen(only: str | None = None) -> dict[str, str]:
-  """The candidates that this process has used, {product: candidate and tiles}.
+  """Returns the candidates of this process, {product: candidate and tiles}.
 
   Args:
     only: as in `matmul`.
@@ -139,7 +151,11 @@ def chosen(only: str | None = None) -> dict[str, str]:
 
 
 def choose(product: Product, only: str | None = None) -> Choice:
-  """The candidate for a product and its tiles, see the top of this file."""
+  """Returns the candidate for a product, and its tiles: see the file's head.
+
+  Args:
+    product, only: the product; and as in `matmul`.
+  """
   if (product, only) not in _chosen:
     _chosen[product, only] = _choose(product, only)
   return _chosen[product, only]
@@ -178,11 +194,11 @@ def _shape(product):
 
 
 def nearest(product: Product, device, ready: list[str]) -> Choice | None:
-  """The fastest entry of the table at the nearest shape that was measured.
+  """Returns the fastest entry of the table at the nearest measured shape.
 
   Args:
-    product: what is to be computed.
-    device: on which; None is returned where nothing is known of its kind.
+    product: to be computed.
+    device: that computes it; for an unknown kind None is returned.
     ready: names of candidates that can compute it.
   """
   known = [
@@ -206,7 +222,7 @@ def nearest(product: Product, device, ready: list[str]) -> Choice | None:
 
 
 def _measured(device):
-  """The entries of its kind of device, and those that hold for it too."""
+  """The entries of this kind of device, and those that hold for it too."""
   kinds = {device.device_kind: None}
   if generation(device) == 9:
     kinds[_HOPPER] = None
@@ -215,36 +231,40 @@ def _measured(device):
 
 @functools.cache
 def table() -> dict[str, list[dict]]:
-  """tiles.json; entries that a benchmark adds hold for its process."""
+  """Returns tiles.json; entries that a benchmark adds hold for its process."""
   return json.loads(TABLE.read_text())
 
 
 def learn(kind: str, entries: list[dict]) -> None:
-  """Adds measurements of a kind of device to this process's table."""
+  """Adds measurements of a kind of device to this process's table.
+
+  Args:
+    kind, entries: of the device; as in tiles.json.
+  """
   table().setdefault(kind, []).extend(entries)
   _chosen.clear()
 
 
 def leave_out(candidate: str) -> None:
-  """Takes a candidate, which has given wrong results, from this process's choice."""
+  """Takes a candidate that gave wrong results out of this process's choice."""
   _wrong.add(candidate)
   _chosen.clear()
 
 
 def load(candidate: str):
-  """The module of a candidate."""
+  """Returns the module of a candidate."""
   return importlib.import_module(f"{__name__}.{candidate}")
 
 
 def device() -> jax.Device:
-  """The device that products are chosen for: all of a run are of one kind."""
+  """Returns the device that products are chosen for: a run has one kind."""
   return jax.devices()[0]
 
 
 def generation(device) -> int:
-  """The major compute capability: 9 of an H100, 0 of what is no NVIDIA GPU."""
+  """Returns the major compute capability: 9 of an H100; 0 if it has none."""
   major, _, _ = str(getattr(device, "compute_capability", 0)).partition(".")
-  return int(major) if major.isdecimal() else 0  # AMD's are names.
+  return int(major) if major.isdecimal() else 0  # AMD's GPUs have a name there.
 
 
 def needs(
@@ -254,13 +274,13 @@ def needs(
   dtypes: tuple[str, ...] = HALVES,
   multiple: int = 64,
 ) -> str | None:
-  """Why a kernel cannot compute a product, as far as that is known before.
+  """Returns the reason why a kernel cannot compute a product, or None.
 
   Args:
     product, device: as in `refusal`.
     generations: major compute capabilities with the instructions it takes.
     dtypes: that it multiplies.
-    multiple: what D and F are multiples of.
+    multiple: a number that must divide D and F.
   """
   if generation(device) not in generations:
     return f"it does not run on {device.device_kind}"
@@ -272,6 +292,10 @@ def needs(
 
 
 def whole_tiles(x, multiple: int = 64):
-  """Rows padded with zeros to a multiple, if they are none."""
+  """Returns rows, padded with zeros to a multiple of `multiple`.
+
+  Args:
+    x, multiple: the rows; and their number in a tile.
+  """
   missing = -len(x) % multiple
   return jnp.pad(x, ((0, missing), (0, 0))) if missing else x

@@ -1,8 +1,9 @@
 """tokamax's Pallas kernels for tensor cores, which the extra of CUDA installs.
 
-From Ampere on; the gradient of weights on Hopper only. tokamax's own gradient of
-rows copies all weights transposed, and that of weights copies the rows
-transposed: this is in its kernels, and calling them one by one does not avoid it.
+They run from Ampere on; the gradient of weights on Hopper only. tokamax's own
+gradient of rows copies all weights transposed, and that of weights copies the
+rows transposed: its kernels do so, and calling them one by one does not avoid
+it.
 """
 
 import functools
@@ -19,13 +20,23 @@ _IMPORTING = threading.Lock()
 
 
 def refusal(product, device):
+  """Returns why it cannot compute a product; see the head of the package.
+
+  Args:
+    product, device: as in `gpu.needs`.
+  """
   generations = range(9, 10) if product.kind == "dw" else range(8, 100)
   return gpu.needs(product, device, generations) or missing("pallas_mosaic_gpu")
 
 
 def tilings(product, device):
+  """Returns tiles worth trying; see the head of the package.
+
+  Args:
+    product, device: as in `gpu.needs`.
+  """
   if gpu.generation(device) != 9:
-    return [{}]  # Whatever tokamax takes there.
+    return [{}]  # tokamax chooses the tiles itself.
   names = ("block_m", "num_stages", "persistent")
   names += ("grid_minor_dim", "grid_tile_width")
   tried = (
@@ -37,6 +48,12 @@ def tilings(product, device):
 
 
 def run(kind, a, b, sizes_E, tiles):
+  """Computes a product; see the head of the package.
+
+  Args:
+    kind, a, b, sizes_E: as in `gpu.compute`.
+    tiles: one of `tilings`.
+  """
   from tokamax._src.ops.ragged_dot import pallas_mosaic_gpu as kernel
 
   rows = len(a)
@@ -49,7 +66,12 @@ def run(kind, a, b, sizes_E, tiles):
 
 
 def ragged_dot(op, kind, a, b, sizes_E):
-  """A product by an operation of tokamax, in a's dtype."""
+  """Computes a product by an operation of tokamax, in a's dtype.
+
+  Args:
+    op: the operation.
+    kind, a, b, sizes_E: as in `gpu.compute`.
+  """
   from tokamax._src.ops.ragged_dot import base
 
   numbers = {
@@ -57,7 +79,7 @@ def ragged_dot(op, kind, a, b, sizes_E):
     "dx": base.TRANS_RHS_RAGGED_DOT_DIM_NUMS,
     "dw": base.RAGGED_CONTRACTING_DOT_DIM_NUMS,
   }
-  # The device was looked at already, in `refusal`.
+  # `refusal` has checked the device already.
   return op.replace(bypass_device_check=True)(
     a,
     b,
@@ -70,7 +92,7 @@ def ragged_dot(op, kind, a, b, sizes_E):
 
 @functools.cache
 def missing(module):
-  """Why tokamax's kernels of a module are not there; None if they are."""
+  """Returns why a module of tokamax's kernels is not there; None if it is."""
   try:
     with _IMPORTING:
       importlib.import_module(f"tokamax._src.ops.ragged_dot.{module}")

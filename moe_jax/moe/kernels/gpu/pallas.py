@@ -1,8 +1,8 @@
 """The Pallas kernels for Hopper that ship with jax; no product copies anything.
 
-The gradient of rows reads the weights transposed from shared memory, and so does
-that of weights with the rows. A tile finds its expert by comparing with each of
-them, so y and dx are for few experts.
+The gradient of rows reads the weights transposed from shared memory, and that
+of weights reads the rows so. A tile finds its expert by comparing with each
+expert, so y and dx are for few experts.
 """
 
 from moe_jax.moe.kernels import gpu
@@ -11,18 +11,34 @@ _MOST_EXPERTS = 64
 
 
 def refusal(product, device):
+  """Returns why it cannot compute a product; see the head of the package.
+
+  Args:
+    product, device: as in `gpu.needs`.
+  """
   if product.kind != "dw" and product.num_experts > _MOST_EXPERTS:
     return f"it is for {_MOST_EXPERTS} experts of a device at most"
   return gpu.needs(product, device, range(9, 10))
 
 
 def tilings(product, device):
+  """Returns tiles worth trying; see the head of the package.
+
+  Args:
+    product, device: as in `gpu.needs`.
+  """
   names = ("block_m", "block_n", "block_k", "max_concurrent_steps")
   tried = ((128, 128, 64, 4), (128, 128, 64, 6), (64, 128, 64, 4))
   return [dict(zip(names, t)) | {"grid_block_n": 4} for t in tried]
 
 
 def run(kind, a, b, sizes_E, tiles):
+  """Computes a product; see the head of the package.
+
+  Args:
+    kind, a, b, sizes_E: as in `gpu.compute`.
+    tiles: one of `tilings`.
+  """
   from jax.experimental.pallas.ops.gpu import (
     ragged_dot_mgpu,
     transposed_ragged_dot_mgpu,
@@ -44,7 +60,11 @@ def run(kind, a, b, sizes_E, tiles):
 
 
 def dividing(tiles, **widths):
-  """The tiles, cut to 64 where they do not divide the width that they tile."""
+  """Returns tiles, cut to 64 where they do not divide the width that they tile.
+
+  Args:
+    tiles, **widths: {tile: its size}, and {tile: the width that it tiles}.
+  """
   cut = {
     k: tiles[k] if width % tiles[k] == 0 else 64 for k, width in widths.items()
   }

@@ -12,12 +12,17 @@ import shutil
 from moe_jax.moe.kernels import gpu
 from moe_jax.moe.kernels.gpu import mosaic
 
-_VERSION = 3, 9  # What the kernels of tokamax 0.0.17 are written for.
-# Where Triton looks for the assembler: that of Ampere, and that of newer GPUs.
+_VERSION = 3, 9  # The kernels of tokamax 0.0.17 are written for this Triton.
+# Variables with Triton's assemblers, for Ampere and for newer GPUs.
 _ASSEMBLERS = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
 
 
 def refusal(product, device):
+  """Returns why it cannot compute a product; see the head of the package.
+
+  Args:
+    product, device: as in `gpu.needs`.
+  """
   floats = (*gpu.HALVES, "float32")
   why = gpu.needs(product, device, range(8, 100), floats, multiple=1)
   return why or mosaic.missing("triton") or _too_old()
@@ -25,7 +30,7 @@ def refusal(product, device):
 
 @functools.cache
 def _too_old():
-  """Why tokamax's kernels are not for the Triton that is there; None if they are."""
+  """The reason why tokamax's kernels do not fit this Triton, or None."""
   import triton
 
   if tuple(map(int, triton.__version__.split(".")[:2])) < _VERSION:
@@ -35,6 +40,11 @@ def _too_old():
 
 
 def tilings(product, device):
+  """Returns tiles worth trying; see the head of the package.
+
+  Args:
+    product, device: as in `gpu.needs`.
+  """
   names = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
   tried = (
     *((128, 128, 32, 4, 4), (128, 256, 32, 8, 5), (256, 128, 32, 8, 5)),
@@ -44,6 +54,12 @@ def tilings(product, device):
 
 
 def run(kind, a, b, sizes_E, tiles):
+  """Computes a product; see the head of the package.
+
+  Args:
+    kind, a, b, sizes_E: as in `gpu.compute`.
+    tiles: one of `tilings`.
+  """
   from tokamax._src.ops.ragged_dot import triton as kernel
 
   _match_assembler()
@@ -56,7 +72,7 @@ def _match_assembler():
   """Lets Triton write for the assembler that XLA has, which is often older.
 
   Triton writes PTX of the version of its own assembler, and XLA then fails with
-  "Unsupported .version". The variables of the environment go first.
+  "Unsupported .version". Variables that the user has set take precedence.
   """
   from jax._src.lib import cuda_path
   from triton import knobs

@@ -13,14 +13,30 @@ _ROWS = jax.lax.RaggedDotDimensionNumbers(
 
 
 def refusal(product, device):
+  """Returns None: it computes every product.
+
+  Args:
+    product, device: as in `gpu.needs`.
+  """
   return None
 
 
 def tilings(product, device):
+  """Returns the only tiling, which has no options.
+
+  Args:
+    product, device: as in `gpu.needs`.
+  """
   return [{}]
 
 
 def run(kind, a, b, sizes_E, tiles):
+  """Computes a product; see the head of the package.
+
+  Args:
+    kind, a, b, sizes_E: as in `gpu.compute`.
+    tiles: is not used.
+  """
   if kind != "dw":
     return reference.matmul(a, b if kind == "y" else b.mT, sizes_E)
   accumulator = jnp.promote_types(a.dtype, jnp.float32)
