@@ -122,7 +122,8 @@ def get_config() -> ConfigDict:
   moe.equal_experts = False  # all of a layer begin equal (V-MoE)
   moe.init_scale = 1.0  # variance of expert weights times fan-in (Switch: 0.1)
   moe.tokens_per_group = "sequence"  # or a number, or "8 sequences"
-  moe.capacity_factor = 2.0  # slots over balanced load; None: dropless (sorted)
+  # Slots over balanced load; None: nothing is dropped, with the dispatcher sorted.
+  moe.capacity_factor = 2.0
   # Outside of training; None: the same; or "dropless".
   moe.eval_capacity_factor = None
   moe.capacity = None  # slots in a group of any size; None: by the factors

@@ -9,6 +9,7 @@ with `needs`, the metrics of the curves that it draws, if there are any.
 
 import pathlib
 import statistics
+import textwrap
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
@@ -19,6 +20,9 @@ _COLORS += ["#0072b2", "#d55e00", "#cc79a7", "#888888"]
 _LINES = ["-", (0, (6, 2)), (0, (1, 1)), "-.", (0, (3, 1, 1, 1, 1, 1))]
 _LINES += [(0, (10, 4)), (0, (1, 4)), (0, (8, 1, 1, 1, 1, 1))]
 _MARKERS = list("osD^vPX*")
+# Inches of a single figure: small, so that its letters are large on a page.
+_SIZE = 4.4, 3.4
+_WIDE, _TALL = 46, 30  # Letters of a line of its axes' labels.
 
 
 class Curve(NamedTuple):
@@ -66,7 +70,8 @@ class Curve(NamedTuple):
       axes.axhline(level, color="grey", lw=3, alpha=0.5, label=self.floor_label)
     if self.log:
       _log_scale(axes, "y")
-    axes.set(xlabel="step (band: lowest to highest seed)", ylabel=self.label)
+    axes.set_xlabel("step (band: lowest to highest seed)")
+    axes.set_ylabel(textwrap.fill(self.label, _TALL))
     save(figure, axes, folder, self.name or self.metric)
 
 
@@ -111,7 +116,8 @@ class Scatter(NamedTuple):
     elif all(r.get(self.x, 0) >= 0 for r in rows):  # A share, for instance.
       axes.set_xlim(left=max(axes.get_xlim()[0], -0.05))
     bars = "points: seeds" if few else "bars: 95 % interval"
-    axes.set(xlabel=f"{self.x_label} ({bars})", ylabel=self.y_label)
+    axes.set_xlabel(textwrap.fill(f"{self.x_label} ({bars})", _WIDE))
+    axes.set_ylabel(textwrap.fill(self.y_label, _TALL))
     save(figure, axes, folder, f"{self.y}_over_{self.x}")
 
 
@@ -171,8 +177,8 @@ def panels(count: int):
   """(figure, its axes beside each other). A notebook's figures stay its own."""
   from matplotlib.figure import Figure  # Not pyplot, which has one backend.
 
-  width = 6 if count == 1 else 4 * count
-  figure = Figure(figsize=(width, 4), layout="constrained")
+  size = _SIZE if count == 1 else (4 * count, 4)
+  figure = Figure(figsize=size, layout="constrained")
   return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
@@ -189,14 +195,18 @@ def _log_scale(axes, which):
 
 def save(figure, axes, folder, name: str) -> None:
   """Writes name.png and name.pdf, with the legend of these axes on top."""
-  if axes.get_legend_handles_labels()[0]:
+  if labels := axes.get_legend_handles_labels()[1]:
+    # An inch has 13 letters; line and gap of a label take the room of 9.
+    room = 13 * figure.get_figwidth() / (9 + max(map(len, labels)))
     figure.legend(
-      loc="outside upper center", ncols=3, handlelength=3, fontsize="small"
+      loc="outside upper center",
+      ncols=int(min(max(room, 1), 3)),
+      handlelength=3,
     )
   path = pathlib.Path(folder, name.replace("/", "_"))
   # Equal figures are equal files.
   for kind, dated in (("png", {}), ("pdf", {"CreationDate": None})):
-    figure.savefig(f"{path}.{kind}", dpi=150, metadata=dated)
+    figure.savefig(f"{path}.{kind}", dpi=200, metadata=dated)
 
 
 def band(points: list[dict], arm: str, metric: str) -> tuple[list, ...]:

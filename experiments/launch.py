@@ -53,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   stages = [*range(len(experiment.sweep.stages))] if args.tune else [None]
   # First the arms that others start from are tuned, in all stages, then the others.
   stages *= 2 if args.tune and experiment.sweep.starts else 1
+  if args.dry_run:
+    train.dry_run(experiment.launch(args.seeds, stages[0]))
+    return 0
   for stage in [] if args.list or args.report else stages:
     train.train(experiment.launch(args.seeds, stage), deadline)
     rows = processes.by_first(runs.finished, *place)
@@ -70,6 +73,7 @@ def _arguments(argv):
   add("--minutes", **minutes, help="stop after them, with everything saved")
   for name, text in (
     ("report", "of finished runs; run nothing"),
+    ("dry_run", "check every arm and count, then stop; nothing is trained"),
     ("list", "questions, or the arms of QUESTION and what is finished"),
     ("tune", "choose what is tuned for each arm"),
     ("fresh", "run again even where results are committed, and compare"),
@@ -91,7 +95,12 @@ def _check(args, overrides, experiment):
       f"{experiment.question.name} tunes nothing at scale {experiment.scale};"
       " leave out --tune"
     )
-  if args.list:
+  if args.dry_run and (args.list or args.report or args.publish):
+    raise ConfigError(
+      "--dry_run checks what would be trained; leave out --list, --report and"
+      " --publish"
+    )
+  if args.list or args.dry_run:
     return
   if not args.tune:
     _check_rows(args, overrides, experiment)
@@ -137,6 +146,8 @@ def _tell(args, experiment) -> int:
   if args.list:
     print(*experiment.status(args.seeds), sep="\n")
     return 0
+  from moe_jax.run.pages import words
+
   folder, question = experiment.workdir / "report", experiment.question
   wanted = [] if args.tune else experiment.launch(args.seeds).runs
   missing = [run.name for run in wanted if experiment.row(run) is None]
@@ -153,7 +164,11 @@ def _tell(args, experiment) -> int:
       " --report to run them, or wait for the launch that does"
     )
   shown = question.report
-  text = report.write(folder, question.title, shown, rows, curves, choices)
+  configs = experiment.sweep.configs().values()
+  unit = words.loss_unit(config.task.name for config in configs)
+  text = report.write(
+    *(folder, question.title, shown, rows, curves, choices), loss_unit=unit
+  )
   print(f"\n{text}\n")
   if missing:
     print("Not finished, so not in it:", *missing, sep="\n- ")

@@ -88,8 +88,13 @@ def load(name: str | None) -> Question:
     ConfigError: there is none, or a file of it defines too little.
   """
   if name not in names():
-    missing = f'there is no question "{name}"' if name else "give a QUESTION"
-    raise ConfigError(missing + did_you_mean(name or "", names()))
+    known = did_you_mean(name or "", names())
+    if not name:
+      raise ConfigError(f"give a QUESTION{known}")
+    raise ConfigError(
+      f'there is no question "{name}"{known}{"." * (known[-1:] != "?")} For one'
+      " of your own, give --questions=FOLDER, the folder that contains it"
+    )
   package = importlib.import_module(f"experiments.{name}")
   folder, title = pathlib.Path(package.__file__).parent, package.__doc__ or name
   scales = _read(folder, "sweep", "SCALES", None)

@@ -6,8 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from experiments import intervals, runs
-from moe_jax.core import files
+from experiments import intervals, page, runs
 
 
 class Column(NamedTuple):
@@ -96,6 +95,7 @@ def write(
   rows: list[dict],
   curves: list[dict],
   notes: Sequence[str] = (),
+  loss_unit: str = "loss",
 ) -> str:
   """Writes a report; everything in it is read back from its two csv files, but for
   the curves of report.html, which has those of all metrics.
@@ -107,6 +107,7 @@ def write(
     rows: a dict for each finished run: `runs.KEYS`, then metrics.
     curves: the same with a `step`, a dict for each step of each run.
     notes: lines for the end of the table's text.
+    loss_unit: of the loss in report.html.
 
   Returns the text of table.md.
   """
@@ -135,54 +136,8 @@ def write(
   ]
   text = "\n\n".join("\n".join(block) for block in blocks if block)
   (folder / "table.md").write_text(text + "\n")
-  _write_page(folder, title, table, blocks[2:], whole)
+  page.write(folder, title, table, blocks[2:], whole, loss_unit)
   return text
-
-
-def _write_page(folder, title, table, blocks, curves):
-  """Writes report.html: the table, the figures, and the curves of every arm."""
-  # Slow to import, and --help does without.
-  from moe_jax.run.pages import html, page
-
-  head, *rows = table
-  figures = (
-    html.figure(
-      path.stem.replace("_", " "), html.picture(path.read_bytes(), path.stem)
-    )
-    for path in sorted(folder.glob("*.png"))
-    if path.with_suffix(".pdf").exists()  # `figures.save` writes both.
-  )
-  arms = runs.grouped((point["arm"], point) for point in curves)
-  parts = [
-    html.tag("h1", title),
-    html.table(head, rows, numeric=True),
-    *(html.bullets(line.removeprefix("- ") for line in b) for b in blocks),
-    html.tag("h2", "Figures"),
-    html.tag("div", *figures, kind="grid"),
-    *page.figures([_record(*arm) for arm in arms.items()]),
-  ]
-  files.write_text(folder / "report.html", html.page(title, parts))
-
-
-def _record(arm, points):
-  """The curves of an arm for a page, each the mean over its seeds."""
-  from moe_jax.run.pages import read
-
-  splits = {"train": {}, "validation": {}}
-  for point in points:
-    for name in point.keys() - {*runs.KEYS, "step"}:
-      metric = name.removeprefix("validation/")
-      lines = splits["train" if metric == name else "validation"]
-      line = lines.setdefault(point["step"], {})
-      line.setdefault(metric, []).append(point[name])
-  means = (
-    [
-      {"step": step} | {k: statistics.fmean(line[k]) for k in sorted(line)}
-      for step, line in sorted(lines.items())
-    ]
-    for lines in splits.values()
-  )
-  return read.Record(arm, *means)
 
 
 def _without_missing(report, rows):

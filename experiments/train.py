@@ -5,10 +5,16 @@ import sys
 import time
 
 from experiments import plan, runs, sweeps
-from moe_jax.core.errors import ConfigError, Diverged, Interrupted, InUse
+from moe_jax.core.errors import (
+  ConfigError,
+  Diverged,
+  Interrupted,
+  InUse,
+  RunError,
+)
 from moe_jax.core.progress import Progress
 from moe_jax.run import processes, provenance, run_directory
-from moe_jax.training import loop
+from moe_jax.training import loop, train_step
 from moe_jax.training import program as programs
 from moe_jax.training.starts import fit, upcycling
 
@@ -27,6 +33,8 @@ def train(launch: plan.Launch, deadline: float | None = None) -> None:
   """
   _check(launch)
   processes.by_first(print, launch.summary, flush=True)
+  if not launch.open:
+    return
   steps = sum(run.config.train.num_steps for run in launch.open)
   left, started = list(launch.open), time.monotonic()
   every = {run.folder for run in (*launch.runs, *launch.open)}
@@ -38,32 +46,81 @@ def train(launch: plan.Launch, deadline: float | None = None) -> None:
       f"{e}; {len(left)} of {len(every)} runs are left, {left[0].name} first, and"
       " --report shows the finished ones"
     ) from None
-  if launch.open:
-    others = len(launch.open) - trained
+  others = len(launch.open) - trained
+  text = (
+    f"{trained} runs took {time.monotonic() - started:.0f} s,"
+    f" {compiling:.0f} s of them compiling."
+  )
+  words = "are left to another launch, or lack what they start from"
+  text += f" {others} {words}." * (others > 0)
+  processes.by_first(print, text, flush=True)
+
+
+def dry_run(launch: plan.Launch) -> None:
+  """Does all but compile and train: checks every arm, and prints its size.
+
+  Args:
+    launch: the runs.
+
+  Raises:
+    ConfigError: an arm that cannot run.
+  """
+  _check(launch)
+  processes.by_first(print, launch.summary, flush=True)
+  for name, config in launch.configs.items():
+    with _named(name, launch):
+      facts = _traced(config)
+    sizes, tokens = facts["parameters"], facts["tokens_per_step"]
     text = (
-      f"{trained} runs took {time.monotonic() - started:.0f} s,"
-      f" {compiling:.0f} s of them compiling."
+      f"{name}: {sizes['total']:,} parameters, {sizes['active']:,} active for a"
+      f" token; {config.train.num_steps:,} steps of {tokens:,} tokens"
     )
-    words = "are left to another launch, or lack what they start from"
-    text += f" {others} {words}." * (others > 0)
     processes.by_first(print, text, flush=True)
+  processes.by_first(
+    print, "All arms can run; nothing was trained (--dry_run)."
+  )
+
+
+def _traced(config):
+  """What `provenance.of_model` tells of a config, whose steps can be traced."""
+  mesh, task, model = programs.build(config)
+  task.train(0, None)  # Refuses too little data.
+  task.validation(None)
+  numbers = train_step.numbers(config, model)
+  made = programs.functions(config, mesh, task, model, numbers)
+  for call in (made.init, made.train_step, made.eval_step):
+    call.function.lower(*call.arguments)
+  return provenance.of_model(config, mesh, task, model, made.sizes)
 
 
 def _check(launch):
   """Raises ConfigError for an arm that cannot run, or that processes differ in."""
   for name, config in launch.configs.items():
-    try:
+    with _named(name, launch):
       programs.build(config, prepare=False)
-    except ConfigError as e:
-      raise ConfigError(
-        f"arm {name}: {e}. To run the others without it, give --arm=NAME for"
-        " each of them"
-      ) from None
   for run in {run.folder.parent: run for run in launch.open}.values():
     if run.start and run.config.upcycle:
       _check_start(run)
   for config in launch.configs.values():
     processes.check_same(provenance.of_process(launch.workdir, config))
+
+
+@contextlib.contextmanager
+def _named(name, launch):
+  """Errors that are raised inside name the arm, and how to run the others."""
+  bad, arms = name.partition(" ")[0], {}
+  for run in launch.runs:
+    if bad not in (run.arm, run.start and run.start.arm):
+      arms[f"--arm={run.arm}"] = None
+  remedy = f" To run the others, give {' '.join(arms)}" if arms else ""
+  try:
+    yield
+  except (ConfigError, RunError) as e:
+    sentence = f"arm {name}: {e}"
+    raise type(e)(f"{sentence}.{remedy}" if remedy else sentence) from None
+  except Exception as e:
+    e.add_note(f"This happened in the arm {name}.{remedy}")
+    raise
 
 
 def _check_start(run):
@@ -93,9 +150,13 @@ def _train_all(left, launch, progress, deadline):
     finished, data = processes.by_first(run.begun, together)
     if not finished and run.config_digest != digest:
       progress.set_postfix_str(f"{run.name}: compiling")
-      program = programs.Program(run.config, data, compiled)
+      begun = time.monotonic()
+      with _named(run.name.partition(" seed ")[0], launch):
+        program = programs.Program(run.config, data, compiled)
       digest = run.config_digest
       compiling += program.compile_seconds
+      if not progress.disable:  # The time left is that of the steps.
+        progress.start_t += time.monotonic() - begun
     progress.about = f"{run.name}: "
     if not finished and _train_one(run, program, progress, deadline):
       trained += 1

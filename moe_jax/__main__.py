@@ -40,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     ConfigError: there is no such command.
   """
   name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-  if name in ("-h", "--help"):
+  if name == "--version":
+    print(f"moe_jax {moe_jax.__version__}")
+    return 0
+  if name in ("-h", "--help", "help"):
     print(f"moe_jax {moe_jax.__version__}\n")
     print("usage: moe-jax COMMAND [--help] ...\n")
     print(*(f"  {n:12}{words}" for n, (_, words) in COMMANDS.items()), sep="\n")

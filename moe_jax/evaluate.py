@@ -47,7 +47,7 @@ def main(argv=None) -> int:
   trace = args.trace and traces.Writer(loaded.model, corpus.domains)
   task, sums = next_token.on_corpus(loaded, corpus, trace=trace, **settings)
   scored = sum(int(part["loss"].weight) for part in sums.values())
-  words = [f"{name} = {value}" for name, value in settings.items()]
+  words = [f"{k} = {'all' if v is None else v}" for k, v in settings.items()]
   words += ["dropless" if args.hf or args.dropless else "the run's capacity"]
   print(f"{scored} tokens, with {', '.join(words)}")
   told = _report(sums, task, loaded.model)

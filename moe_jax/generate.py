@@ -12,6 +12,7 @@ python -m moe_jax.generate --checkpoint=runs/t5 --beams=4 \\
 
 import itertools
 import re
+import sys
 
 import numpy as np
 
@@ -60,6 +61,9 @@ def main(argv=None) -> int:
   )
   several = 1 if beams is None else beams.num_returned
   longest = max(map(len, before))
+  if args.experts:
+    words = "Under each text: its tokens, and in each layer their experts, best first."
+    print(words, file=sys.stderr)
   for row, filled in enumerate(made.tokens_BN.tolist()):
     number, tokens = row // several, [t for t in filled if t >= 0]
     if start and len(prompts) > 1 and row % several == 0:

@@ -32,9 +32,10 @@ def main(argv=None) -> int:
   args = _parser().parse_args(argv)
   paths = [pathlib.Path(path) for path in args.paths]
   for path in paths:
-    if not path.exists():
+    if not path.exists() and args.follow is None:
       raise ConfigError(f"{path} is not there; give a run's folder, or a trace")
-  folders = [path.is_dir() for path in paths]
+  # A run that --follow names may begin later.
+  folders = [path.is_dir() or not path.exists() for path in paths]
   if all(folders):
     return _page(args, paths)
   if any(folders) or args.follow is not None or args.open:
@@ -62,8 +63,8 @@ def _parser():
     type=int,
     const=_SECONDS,
     metavar="SECONDS",
-    help="draw the page again while runs go on; a browser that shows it loads it"
-    " again (default: every %(const)s seconds)",
+    help="wait for runs to begin, and draw the page again while they go on; a"
+    " browser that shows it loads it again (default: every %(const)s seconds)",
   )
   return parser
 
@@ -80,6 +81,12 @@ def _page(args, paths):
     raise ConfigError(
       f"--out={out} is a folder; give a file, {out}/report.html"
     )
+  if out.suffix.lower() not in (".html", ".htm"):
+    raise ConfigError(
+      f"--out={out} would be a page in HTML; give a name that ends in .html"
+    )
+  if args.follow is not None:
+    _wait(paths, args.follow)
   named, drawn = list(zip(paths, read.labels(paths))), None
   while True:
     began = time.monotonic()
@@ -90,11 +97,34 @@ def _page(args, paths):
       files.write_text(out, page.make(runs, refresh))
     if drawn is None:
       _tell(out, runs, args.open)
+    else:
+      _tell_changes(out, drawn, runs)
     drawn = runs
     if not refresh:
       return 0
     # The run itself needs the processor more.
     time.sleep(max(refresh, 4 * (time.monotonic() - began)))
+
+
+def _wait(paths, seconds):
+  """Waits until a run has begun in each folder, and says so once."""
+  from moe_jax.run.pages import read
+
+  told = False
+  while missing := [str(path) for path in paths if not read.has_begun(path)]:
+    if not told:
+      print(f"waiting for a run to begin in {', '.join(missing)}", flush=True)
+    told = True
+    time.sleep(seconds)
+
+
+def _tell_changes(out, before, runs):
+  """Says which runs are finished, or have stopped, since the last drawing."""
+  for old, new in zip(before, runs):
+    if new.state != old.state:
+      name = f"{new.path}: " * (len(runs) > 1)
+      of = f" of {new.num_steps}" if new.num_steps else ""
+      print(f"{name}{new.state}, step {new.step}{of}: {out}", flush=True)
 
 
 def _tell(out, runs, shown):

@@ -22,50 +22,35 @@
 # Here are eight experts and one sentence. Every tensor between $x$ and $y$ is
 # shown, first computed from the equations, then by the parts of `moe_jax`, and
 # at the end `moe_ffn` does all of it at once. The letters at the end of a name
-# are its shape: `T` tokens, `D` width, `E` experts, `K` choices, `C` slots.
+# are its shape: `T` tokens, `D` width, `E` experts, `K` choices, `C` slots. It
+# takes seconds.
+#
+# On Colab, run this in a cell of its own first, with the address of your copy of
+# the repository:
+#
+# ```
+# !git clone ADDRESS moe_jax
+# %cd moe_jax
+# %pip install -q -e '.[notebooks]'
+# ```
 
 # %%
 import dataclasses
+import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib import pyplot as plt
 
+import moe_jax
 from moe_jax.core import registry
 from moe_jax.moe import dispatchers, experts, groups, layer
 from moe_jax.moe.types import Rows, Side
 from moe_jax.training import metrics
 
-np.set_printoptions(precision=2, suppress=True, linewidth=100)
-sentence = "the cat sat on the mat and the dog sat on the rug"
-words = sentence.split()
-T, D, E, K, F = len(words), 16, 8, 2, 32
-
-
-def show(value_TX, columns, title, digits=2):
-  """A picture of a matrix with a row for each word, its numbers written in."""
-  value_TX = np.asarray(value_TX, float)
-  figure, axes = plt.subplots(
-    figsize=(1.5 + 0.62 * value_TX.shape[1], 4.2), layout="constrained"
-  )
-  axes.imshow(value_TX, cmap="Blues", aspect="auto")
-  half = value_TX.min() + 0.6 * np.ptp(value_TX)
-  for (t, x), value in np.ndenumerate(value_TX):
-    axes.text(
-      x,
-      t,
-      f"{value:.{digits}f}",
-      ha="center",
-      va="center",
-      color="white" if value > half else "black",
-      fontsize=8,
-    )
-  axes.set_xticks(range(len(columns)), columns)
-  axes.set_yticks(range(T), words)
-  axes.set_title(title, fontsize=10)
-  plt.show()
-
+sys.path.insert(0, str(pathlib.Path(moe_jax.__file__).parents[1]))
+from notebooks import draw  # noqa: E402
 
 # %% [markdown]
 # ## Tokens
@@ -75,6 +60,9 @@ def show(value_TX, columns, title, digits=2):
 # treated equally below, as far as their slots last.
 
 # %%
+sentence = "the cat sat on the mat and the dog sat on the rug"
+words = sentence.split()
+T, D, E, K, F = len(words), 16, 8, 2, 32
 vocabulary = sorted(set(words))
 embedding_VD = jax.random.normal(jax.random.key(0), (len(vocabulary), D))
 x_TD = embedding_VD[jnp.array([vocabulary.index(w) for w in words])]
@@ -84,7 +72,8 @@ print("x_TD", x_TD.shape)
 # ## Score
 #
 # The router is one matrix. Its logits become a distribution over the experts:
-# $s_t = \text{softmax}(x_t W)$.
+# $s_t = \text{softmax}(x_t W)$. A row of the picture is a word and adds up to 1;
+# white is 0. The two reddest numbers of a row will be its experts.
 
 # %%
 router = registry.load("routers", "top_k", top_k=K, renormalize=True)
@@ -92,7 +81,7 @@ router_params = router.init(jax.random.key(15), D, E)
 logits_TE = x_TD @ router_params["kernel"]
 prob_TE = jax.nn.softmax(logits_TE)
 names = [f"e{e}" for e in range(E)]
-show(prob_TE, names, "prob_TE: scores of eight experts")
+draw.matrix(prob_TE, words, names, "prob_TE: scores of eight experts")
 
 # %% [markdown]
 # ## Choose and weigh
@@ -133,7 +122,7 @@ np.testing.assert_allclose(routing.choice.weight_TK, weight_TK, rtol=1e-5)
 
 # %%
 load_E = np.bincount(np.ravel(expert_TK), minlength=E)
-print("load_E", load_E, "balanced:", T * K / E)
+print("load_E", load_E.tolist(), "balanced:", T * K / E)
 print("by hand", (load_E.max() - load_E.mean()) / load_E.mean())
 print("MaxVio ", metrics.max_vio(load_E))
 print("floor  ", round(metrics.max_vio_floor(T, E, K), 2))
@@ -202,14 +191,15 @@ print("y_ECD", y_ECD.shape)
 # %% [markdown]
 # ## Combine
 #
-# Back to the tokens, each expert's answer times its weight, and summed. The last
-# word found both of its experts full: its row is zero, and all that is left of
-# it is the residual.
+# Back to the tokens, each expert's answer times its weight, and summed. Red
+# numbers are above zero and blue ones below. The last word found both of its
+# experts full: its row is white, and all that is left of it is the residual.
 
 # %%
 y_TD = jnp.einsum("TKEC,TK,ECD->TD", slot_TKEC, weight_TK, y_ECD)
 np.testing.assert_allclose(plan.combine(rows)[0], y_TD, rtol=1e-4, atol=1e-5)
-show(y_TD[:, :8], [f"d{d}" for d in range(8)], "y_TD, its first columns")
+columns = [f"d{d}" for d in range(8)]
+draw.matrix(y_TD[:, :8], words, columns, "y_TD, its first columns")
 
 # %% [markdown]
 # ## The layer
@@ -225,7 +215,7 @@ y_GTD, stats, _ = layer.moe_ffn(recipe, params, {}, x_TD[None], in_groups)
 np.testing.assert_allclose(y_GTD[0], y_TD, rtol=1e-4, atol=1e-5)
 layers = {"00": metrics.Layer(stats, router)}
 for name, value in metrics.routing(layers).items():
-  print(f"{name:20}{float(value.value()):.3f}")
+  print(f"{name:22}{float(value.value()):.3f}")
 
 # %% [markdown]
 # ## Change one thing

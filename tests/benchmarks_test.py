@@ -442,7 +442,7 @@ def test_speed_of_a_step_is_paired():
 
 
 def test_what_there_is_not():
-  with pytest.raises(ConfigError, match='no shape "S9"; did you mean'):
+  with pytest.raises(ConfigError, match='no shape "S9"; known: S1'):
     moe_layer.main(["--shapes=S9"])
   with pytest.raises(ConfigError, match='"sorted" .*did you mean "sorted/cpu"'):
     moe_layer.main(["--shapes=S1", "--only=sorted"])

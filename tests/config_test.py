@@ -377,3 +377,26 @@ def test_flags_that_count_something():
       argparse.ArgumentTypeError, match="from 1 to 2147483647"
     ):
       config_lib.at_least_1(text)
+
+
+def test_an_unknown_key_in_a_file_and_flags_that_lack_something(tmp_path):
+  file = tmp_path / "mine.py"
+  lines = ["from configs import tiny", "def get_config():"]
+  lines += [
+    "  c = tiny.get_config()",
+    "  c.model.moe.num_expert = 4",
+    "  return c",
+  ]
+  file.write_text("\n".join(lines))
+  wanted = (
+    'mine.py, line 4: there is no key "num_expert"; did you mean "num_experts"'
+  )
+  with pytest.raises(ConfigError, match=wanted):
+    config_lib.load(str(file))
+  parser = config_lib.parser("A command.")
+  for argument, words in {
+    "--model.moe.top_k=1": "write --config.model.moe.top_k=1",
+    "30": "belongs to no flag; write --FLAG=30",
+  }.items():
+    with pytest.raises(ConfigError, match=words):
+      config_lib.parse(parser, ["--config=tiny", argument])

@@ -513,7 +513,9 @@ def test_a_missing_folder_says_what_to_give(make_dataset, tmp_path):
   with pytest.raises(ConfigError, match="nowhere does not exist; give"):
     corpora.prepare("mine", data_dir=tmp_path / "nowhere", cache_dir=tmp_path)
   folder = pathlib.Path(make_dataset({"train": [{"text": "abc"}]}))
-  with pytest.raises(ConfigError, match="has no dataset_info.json; give"):
+  with pytest.raises(
+    ConfigError, match="holds nothing that is read, but .*; give text in"
+  ):
     corpora.prepare("mine", data_dir=folder.parent, cache_dir=tmp_path)
 
 

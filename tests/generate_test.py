@@ -301,7 +301,7 @@ def test_the_command_on_a_run(tmp_path, capsys):
     evaluate.main([f"--hf={parity.FOLDER / 'mixtral_a'}"])
   with pytest.raises(ConfigError, match="--ema"):
     generate.main([f"--hf={run}", "--ema", "--prompt=x"])
-  with pytest.raises(ConfigError, match="no work directory"):
+  with pytest.raises(ConfigError, match="has no config.json of a run; give"):
     generate.main([f"--checkpoint={tmp_path / 'none'}", "--prompt=x"])
 
 

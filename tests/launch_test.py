@@ -1,18 +1,22 @@
 """Launching a small question, from nothing to its report."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 
 import pytest
+import tqdm.std
 
 import experiments
 from benchmarks import train_step
 from experiments import launch, plan, questions, runs, sweeps, tuning
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError, Interrupted
+from moe_jax.core.progress import Progress
 from moe_jax.launch import local
 from moe_jax.run import command, run_directory
 from moe_jax.training import loop, program
@@ -105,7 +109,7 @@ def test_a_launch(small, programs, capsys):
   names = {p.name for p in (work / "report").iterdir()}
   csvs = {"results.csv", "curves.csv"}
   figures = {"max_vio.png", "max_vio.pdf"}
-  assert names == {"table.md", "table.tex"} | csvs | figures
+  assert names == {"table.md", "table.tex", "report.html"} | csvs | figures
   assert (work / "report" / "table.md").read_text() in first
   for seed in "01":
     config = json.loads((of(work, "bias", seed) / "config.json").read_text())
@@ -662,6 +666,10 @@ def test_listing_writes_nothing(small, capsys):
   "flags, words",
   [
     (["balanc"], 'did you mean "balance"?'),
+    (["second"], "vision. For one of your own, give --questions=FOLDER, the"),
+    (["balance", "--dry_rum"], 'did you mean "--dry_run"?'),
+    (["balance", "--dry_run", "--list"], "leave out --list"),
+    (["balance", "--dry_run", "--arm=bios"], 'did you mean "bias"?'),
     (["balance", "--scale=pod"], 'no scale "pod"; it has: demo'),
     (["balance", "--arm=bios"], 'did you mean "bias"?'),
     (["balance", "--seeds=0"], "give 1 or more"),
@@ -697,10 +705,93 @@ def test_a_wrong_arm_stops_before_training(small, programs, overrides, words):
   right = '{"b": {"name": "bias", "rate": 0.1}}'
   assert right in SWEEP
   (folder / "sweep.py").write_text(SWEEP.replace(right, overrides))
-  match = f"arm bias: .*{words}.*To run the others without it, give --arm=NAME"
-  with pytest.raises(ConfigError, match=match):
-    launch.main(["balance", f"--workdir={work}"])
+  match = f"arm bias: .*{words}.*To run the others, give --arm=none$"
+  for flags in ([], ["--dry_run"]):
+    with pytest.raises(ConfigError, match=match):
+      launch.main(["balance", f"--workdir={work}", *flags])
   assert not programs
+
+
+def test_an_unexpected_error_names_its_arm(small, programs, monkeypatch):
+  """Before anything is trained; it stays a traceback."""
+  _, work = small
+  build = program.build
+
+  def refuse(config, **options):
+    if config.model.moe.balancers:
+      raise ValueError("k must not be larger")
+    return build(config, **options)
+
+  monkeypatch.setattr(program, "build", refuse)
+  for flags in ([], ["--dry_run"]):
+    with pytest.raises(ValueError, match="larger") as caught:
+      launch.main(["balance", f"--workdir={work}", *flags])
+    note = "This happened in the arm bias. To run the others, give --arm=none"
+    assert caught.value.__notes__ == [note]
+  assert not programs
+
+
+def test_a_dry_run_counts_and_writes_nothing(small, programs, capsys):
+  _, work = small
+  assert launch.main(["balance", f"--workdir={work}", "--dry_run"]) == 0
+  out = capsys.readouterr().out.splitlines()
+  assert out[-1] == "All arms can run; nothing was trained (--dry_run)."
+  found = [
+    re.fullmatch(r"(\w+): ([\d,]+) parameters, .*", x) for x in out[-3:-1]
+  ]
+  assert [match[1] for match in found] == ["none", "bias"]
+  assert not programs and not work.exists()
+  # The counts are those of the runs, whose sizes have a row.
+  run(capsys, work, "--arm=none", "--seeds=1")
+  row = json.loads((of(work, "none", 0) / "row.json").read_text())
+  total, active = row["total_parameters"], row["active_parameters"]
+  words = f"none: {total:,} parameters, {active:,} active for a token; 6 steps"
+  assert found[0][0].startswith(words)
+
+
+def test_finished_runs_have_no_progress_line(small, programs, capsys):
+  _, work = small
+  flags = ["balance", f"--workdir={work}", "--arm=none", "--seeds=1"]
+  assert launch.main(flags) == 0
+  assert "steps" in capsys.readouterr().err
+  assert launch.main(flags) == 0
+  out, err = capsys.readouterr()
+  assert "1 of 1 runs finished" in out and not err
+
+
+def test_compiling_is_not_in_the_time_left(small, programs, monkeypatch):
+  """However long it takes."""
+  _, work = small
+  make, elapsed, late = program.Program, [], 0.0
+
+  def slow(*arguments):
+    nonlocal late
+    late += 3600.0
+    return make(*arguments)
+
+  def update(progress, *arguments):
+    elapsed.append(progress.format_dict["elapsed"])
+    return counted(progress, *arguments)
+
+  counted = Progress.update
+  monkeypatch.setattr(program, "Program", slow)
+  monkeypatch.setattr(Progress, "update", update)
+  of_tqdm, of_loop = tqdm.std.time, time.monotonic
+  monkeypatch.setattr(tqdm.std, "time", lambda: of_tqdm() + late)
+  monkeypatch.setattr(time, "monotonic", lambda: of_loop() + late)
+  assert launch.main(["balance", f"--workdir={work}", "--seeds=1"]) == 0
+  assert late == 7200.0 and elapsed and max(elapsed) < 3600
+
+
+@pytest.mark.parametrize("flags", [[], ["-u"]])
+def test_output_that_nobody_reads(flags):
+  """It ends in silence, with the exit code of other tools in a pipe."""
+  read, write = os.pipe()
+  os.close(read)
+  words = [sys.executable, *flags, "-m", "moe_jax", "--help"]
+  done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE)
+  os.close(write)
+  assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_without_a_question():

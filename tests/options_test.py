@@ -93,7 +93,7 @@ def test_what_fits_and_what_does_not(option, right, wrong):
       "a.b = 1.5 is not a number of 0 or more and below",
     ),
     (number(above=0), 1e300, r"a.b = 1e\+300 .* above 0 in float32"),
-    (word("sum", "mean"), "some", 'one of "sum", "mean"; did you mean "sum"'),
+    (word("sum", "mean"), "summ", 'one of "sum", "mean"; did you mean "sum"'),
     (optional(flag()), 3, "a.b = 3 is not True or False or None; give one"),
     (
       either(integer(1), word("sequence")),

@@ -6,7 +6,7 @@
 Each page is shown 400 and 1400 pixels wide, light and dark. A fault is whatever a
 page should never do: ask for anything beside itself, write to the console, scroll
 sideways, show an image that cannot be read or a figure without lines, or let the
-words of a figure overlap or be too small to read. It ends with exit code 1 if there
+words of a figure overlap, cross its edge or be too small to read. It ends with exit code 1 if there
 is one. Pages of a site may load the files of its folder. It needs Chromium, which no
 other test does.
 """
@@ -49,7 +49,11 @@ _MEASURE = """
     const boxes = [...svg.querySelectorAll("text")].map(
       t => [t.textContent, t.getBoundingClientRect(),
         parseFloat(getComputedStyle(t).fontSize) * svg.getScreenCTM().a]);
+    const edge = svg.getBoundingClientRect();
     boxes.forEach(([word, a, size], i) => {
+      if (a.left < edge.left - 1 || a.right > edge.right + 1 ||
+          a.top < edge.top - 1 || a.bottom > edge.bottom + 1)
+        faults.push(`${title}: "${word}" crosses the edge of the figure`);
       if (size < LEAST)
         faults.push(`${title}: the letters of "${word}" have ${size} pixels`);
       for (const [other, b] of boxes.slice(i + 1))

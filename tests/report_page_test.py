@@ -12,10 +12,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments import page as experiment_page
 from experiments import report as experiment_report
 from moe_jax import report
 from moe_jax.core.errors import ConfigError
-from moe_jax.run.pages import curves, heat, page, plots, read, words
+from moe_jax.run.pages import (
+  curves,
+  describe,
+  heat,
+  page,
+  plots,
+  read,
+  words,
+)
 from moe_jax.run.pages.plots import Plot, Trace
 from moe_jax.run.pages.read import Record
 from tests import small
@@ -127,7 +136,7 @@ def test_the_page_of_a_run(tmp_path):
     "4, router top_k, K = 2, capacity 1.0",
     "bias, switch, z_loss",
     "12,345 tokens per second",
-    "floor 0.01",
+    "training, floor 0.01",
     "nats per token",
   ):
     assert words_of_it in seen.text, words_of_it
@@ -170,6 +179,56 @@ def test_no_file_can_write_html(tmp_path):
     assert not {"script", "b", "i"} & {*seen.tags}
     assert not [k for k, _ in seen.attributes if k.startswith("on")]
     assert EVIL in seen.text
+
+
+def test_cards_are_of_the_last_evaluation_where_it_has_the_metric(tmp_path):
+  """Training comes before there is any, and for what is in training alone."""
+  train = {"step": 20, "split": "train", "loss": 3, "max_vio": 0.2}
+  train |= {"max_vio_floor": 0.05, "grad_norm": 7}
+  late = {"step": 20, "split": "validation", "loss": 4, "max_vio": 0.5}
+  run = read.run(write(tmp_path / "a", [train, late]), "a")
+  shown = {k: Seen(v).text for k, v in describe.latest(run).items()}
+  assert shown == {
+    "Loss": "4 validation",
+    "MaxVio": "0.5 validation",
+    "Norm of the gradient": "7 training",
+  }
+  run = read.run(write(tmp_path / "b", [train]), "b")
+  shown = {k: Seen(v).text for k, v in describe.latest(run).items()}
+  assert shown["Loss"] == "3 training"
+  assert shown["MaxVio"] == "0.2 training, floor 0.05"
+
+
+def test_times_have_the_same_form(tmp_path):
+  facts = describe.facts(read.run(write(tmp_path / "a"), "a"))
+  for name in ("Started", "Last line written"):
+    form = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d{4}"
+    assert re.fullmatch(form, facts[name]), name
+
+
+def test_lines_of_equal_runs_are_all_seen(tmp_path):
+  """Each is thinner than the ones below it, and has gaps of another form."""
+  assert len({plots.look(i) for i in range(32)}) == 32
+  train = [{"step": s, "loss": s} for s in (1, 2)]
+  made = plots.make([Record(name, train, []) for name in "abc"])
+  ((_, (plot, *_)), *_) = made.groups
+  widths = [t.width for t in plot.traces]
+  assert widths == sorted(widths, reverse=True) and len({*widths}) == 3
+  assert [t.style for t in plot.traces] == ["line", "dashes", "points"]
+  svg = curves.svg(plot)
+  drawn = re.findall(r"stroke: var\(--c(\d)\)[^\"]*", svg)
+  assert drawn == ["0", "1", "2"]  # The whole line is below the others.
+
+
+def test_the_label_of_a_map_is_not_cut_off():
+  """It is shorter than the height of its bar, where letters are widest."""
+  shown = heat.Map("0", np.array([1, 2]), np.ones((1, 2)))
+  root = ElementTree.fromstring(heat.svg(shown, 2.0, "a"))
+  texts = [e for e in root.iter("{http://www.w3.org/2000/svg}text")]
+  (label,) = (e for e in texts if e.text and e.text.startswith("load"))
+  size = float(re.search(r"([\d.]+)px", label.get("style"))[1])
+  height = float(root.get("viewBox").split()[3])
+  assert 0.75 * size * len(label.text) < height
 
 
 def test_a_figure_has_its_numbers():
@@ -412,13 +471,20 @@ def test_the_command(tmp_path, monkeypatch, capsys):
   assert text == (one / "report.html").read_text()
 
 
-def test_the_page_follows_a_run(tmp_path, monkeypatch):
-  """It is drawn again until the run is finished, and reloads until then."""
-  path, all_lines = write(tmp_path / "a", []), few()
+def test_the_page_follows_a_run(tmp_path, monkeypatch, capsys):
+  """It waits for the run, and is drawn again until the run is finished."""
+  path, all_lines = tmp_path / "a", few()
   pages = []
 
   def more(seconds):
     assert seconds >= 5
+    if not (path / "config.json").exists():
+      if path.exists():
+        path.rmdir()
+        write(path, [])
+      else:
+        path.mkdir()
+      return
     pages.append((path / "report.html").read_text())
     with (path / "metrics.jsonl").open("a") as file:
       file.write("".join(json.dumps(x) + "\n" for x in all_lines[:2]))
@@ -428,6 +494,14 @@ def test_the_page_follows_a_run(tmp_path, monkeypatch):
   assert not report.main([str(path), "--follow=5"])
   pages.append((path / "report.html").read_text())
   assert len(pages) == 4
+  page_path = path / "report.html"
+  assert capsys.readouterr().out.splitlines() == [
+    f"waiting for a run to begin in {path}",
+    f"{path}: not begun, step 0",
+    f"Page: {page_path}",
+    f"stopped, step 10 of 30: {page_path}",
+    f"finished, step 30 of 30: {page_path}",
+  ]
   reloads = ['http-equiv="refresh" content="5"' in text for text in pages]
   assert reloads == [True, True, True, False]
   assert [f"step {n} of 30" in t for n, t in zip((0, 10, 20, 30), pages)] == [
@@ -447,6 +521,8 @@ def test_bad_arguments(tmp_path):
     ([run / ".."], f"such as {run}/../0"),
     ([run, "--follow=0"], "--follow=0 is no time"),
     ([run, f"--out={tmp_path}"], "is a folder; give a file"),
+    ([run, "--out=a.pdf"], "--out=a.pdf would be a page in HTML; give a name"),
+    ([tmp_path, "--follow"], f"give a run inside of it, such as {run}$"),
   ):
     with pytest.raises(ConfigError, match=words_of_it):
       report.main([*map(str, arguments)])
@@ -471,19 +547,40 @@ def test_the_page_of_an_experiment(tmp_path):
     (experiment_report.Column("loss", digits=2, meaning="of `it`."),),
     plots=[experiment_report_plot()],
   )
-  experiment_report.write(tmp_path, "Why?", made, rows, points, ["A note."])
+  experiment_report.write(
+    *(tmp_path, "Why?", made, rows, points, ["A note."]),
+    loss_unit="nats per image",
+  )
   text = (tmp_path / "report.html").read_text()
   seen = Seen(text)
   assert "b&lt;" in text and "Why?" in seen.text and "A note." in seen.text
   assert "1.50 [1.00, 2.00]" in seen.text and "<code>it</code>" in text
   titles = re.findall("<figure><h3>(.*?)</h3>", text)
-  assert titles == ["loss", "Loss, training", "Loss, validation"]
-  record = experiment_report._record("a", points[:4])
+  assert titles == ["Loss", "Loss, training", "Loss, validation"]
+  assert text.count("nats per image") == 2  # The axes of these.
+  record = experiment_page._record("a", points[:4])
   assert record.train == [{"step": 1, "loss": 1.5}, {"step": 2, "loss": 2.5}]
   assert record.validation == [
     {"step": 1, "loss": 1.0},
     {"step": 2, "loss": 2.0},
   ]
+
+
+@pytest.mark.parametrize(
+  "stem, title",
+  [
+    ("max_vio", "MaxVio"),
+    (
+      "bits_per_byte_over_max_vio_global",
+      "Bits per byte over MaxVio of the validation split",
+    ),
+    ("validation_loss", "Loss, validation"),
+    ("train_dropped_over_my_own", "Dropped assignments, training over my own"),
+    ("ranges", "Ranges"),
+  ],
+)
+def test_titles_of_the_figures_of_an_experiment(stem, title):
+  assert experiment_page.figure_title(stem) == title
 
 
 def experiment_report_plot():

@@ -224,7 +224,7 @@ REFUSED = {
   "has the shape .*change nothing that makes": [
     *("--checkpoint={high}", "--low={low}", "--config.model.d_ff=40")
   ],
-  "no work directory of a run": ["--checkpoint={out}"],
+  "has no config.json of a run": ["--checkpoint={out}"],
 }
 
 

@@ -31,7 +31,7 @@ def test_what_a_run_says(config, tmp_path, capsys):
   assert "decoder, 39.4 K parameters, 27.1 K of them active" in model
   assert "python_sources, 8 rows in a step (512 tokens)" in data
   assert f"{len(jax.devices())} x cpu" in devices
-  assert "top_k 2 of 4 experts, capacity 2, balanced by switch" in recipe
+  assert "top_k 2 of 4 experts, capacity factor 2, balanced by switch" in recipe
   assert "adamw at 0.003, cosine, 3 steps" in recipe
   assert str(tmp_path / "run") in writes
   assert "compiled in" in said
@@ -80,7 +80,7 @@ def test_a_model_without_experts_and_several_recipes(config):
   }
   facts["recipe"] = {str(i): recipe for i in range(5)}
   text = summary.begin(config, facts, None)
-  assert text.count("soft 8 experts, dropless, balanced by nothing") == 3
+  assert text.count("soft 8 experts, no token is dropped, no balancer") == 3
   assert "2 more recipes" in text
 
 

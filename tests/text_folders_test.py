@@ -1,8 +1,10 @@
 """Text of one's own: files, folders and patterns of prose, objects and rows."""
 
 import gzip
+import itertools
 import json
 import os
+import re
 
 import pyarrow
 import pyarrow.parquet
@@ -10,7 +12,9 @@ import pytest
 
 from moe_jax import main
 from moe_jax.core.errors import ConfigError
-from moe_jax.data.text import corpora, folders
+from moe_jax.data import batches, sources
+from moe_jax.data.text import corpora, folders, mixed
+from moe_jax.data.text import documents as reading
 
 NUMBER = 60  # Documents of each kind, of which some are held out.
 
@@ -138,6 +142,12 @@ def test_what_is_not_utf8(place, tmp_path, caplog):
   corpus = prepared(place, tmp_path, skip_not_utf8=True)
   assert sorted(documents(corpus, "code")) == sorted(texts("code")[5:])
   assert "Left out: 5 documents are not UTF-8" in caplog.text
+  (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+  words = (
+    "^1 document is not UTF-8: part 1 of .*; convert it, or leave it out with"
+  )
+  with pytest.raises(ConfigError, match=f"{words} --config.data.skip_not"):
+    prepared(tmp_path / "a.txt", tmp_path)
 
 
 def test_domains_without_validation_are_said(place, tmp_path, caplog):
@@ -154,29 +164,218 @@ def test_a_place_in_the_place_of_a_name(place):
     corpora.prepare(str(place))
 
 
-def test_what_cannot_be_read(place, tmp_path):
-  empty = tmp_path / "empty"
-  empty.mkdir()
-  (empty / "a.bin").write_bytes(b"a")
-  few = tmp_path / "few.jsonl"
-  few.write_text('{"text": "a"}\n{"body": "b", "title": "c"}\n')
-  broken = tmp_path / "broken.jsonl"
-  broken.write_text('{"text": "a"}\n[1]\n')
-  refused = {
-    "or text in files such as .txt, .md": {"place": empty},
-    "does not exist": {"place": tmp_path / "nothing"},
-    'line 2 of .*few.jsonl has no text "text"; it has: body, title': {
-      "place": few
-    },
-    "line 2 of .*broken.jsonl: it is no JSON object": {"place": broken},
-    '"body" of dataset text is not there; .* of text: text': {
-      "place": place / "lines.jsonl",
-      "text_feature": "body",
-    },
-  }
-  for words, options in refused.items():
-    with pytest.raises(ConfigError, match=words):
-      prepared(options.pop("place"), tmp_path, **options)
+def test_a_place_without_text(tmp_path):
+  """The sentence says what lies there, and what to give, text first."""
+  give = (
+    "; give text in files such as .txt, .md, .jsonl or .parquet, or the folder"
+  )
+  for names, words in (
+    ([], "is empty"),
+    (["a.png"], "holds nothing that is read, but a.png"),
+    ("cab", "holds nothing that is read, but 3 files or folders, such as a"),
+  ):
+    empty = tmp_path / f"of {len(names)}"
+    empty.mkdir()
+    for name in names:
+      (empty / name).write_bytes(b"a")
+    with pytest.raises(ConfigError, match=re.escape(f"{empty} {words}{give}")):
+      prepared(empty, tmp_path)
+  with pytest.raises(ConfigError, match="nothing does not exist; give text"):
+    prepared(tmp_path / "nothing", tmp_path)
+  with pytest.raises(
+    ConfigError, match="a.png is a file of a kind that is not"
+  ):
+    prepared(tmp_path / "of 1" / "a.png", tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "words"),
+  [
+    (
+      "first.jsonl",
+      b'{"body": "b", "n": 1, "on": true, "none": null, "tags": [], "in": {}}',
+      'line 1 of .*first.jsonl has no text field "text"; it has the fields body'
+      r" \(text\), n \(number\), on \(true or false\), none \(null\), tags"
+      r" \(list\), in \(object\); set --config.data.text_feature to",
+    ),
+    (
+      "later.jsonl",
+      b'{"text": "a"}\n{"text": 1}\n',
+      r'line 2 of .*later.jsonl .* "text"; it has the fields text \(number\); set',
+    ),
+    ("none.jsonl", b"{}", "line 1 of .*none.jsonl .*; it has no fields; set"),
+    (
+      "broken.jsonl",
+      b'{"text": "a"}\n[1]\n',
+      "line 2 of .*broken.jsonl: it is no JSON object",
+    ),
+    (
+      "cut.jsonl.gz",
+      gzip.compress(b'{"text": "a"}\n' * 99)[:-9],
+      "the file .*cut.jsonl.gz cannot be read .*; mend it or take it away",
+    ),
+    ("a.parquet", b"PAR", "the file .*a.parquet cannot be read .*; mend it"),
+  ],
+)
+def test_what_cannot_be_read(name, content, words, tmp_path):
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(ConfigError, match=words):
+    prepared(tmp_path / name, tmp_path)
+
+
+def test_examples_on_lines_without_any_text(tmp_path):
+  (tmp_path / "train.jsonl").write_text('{"text": 1}')
+  words = '"text" .* is not there; set .* of text: it has none$'
+  with pytest.raises(ConfigError, match=words):
+    prepared(tmp_path, tmp_path / "other")
+
+
+def test_rows_without_a_text(tmp_path):
+  rows = {"text": ["a", None], "more": [{"a": 1}, None], "n": [[1], [2]]}
+  path = tmp_path / "rows.parquet"
+  pyarrow.parquet.write_table(pyarrow.table(rows), path)
+  words = (
+    r'row 2 of .* "text"; .* text \(null\), more \(null\), n \(list\); set'
+  )
+  with pytest.raises(ConfigError, match=words):
+    prepared(path, tmp_path)
+  with pytest.raises(
+    ConfigError, match=r'row 1 of .* "more"; .*more \(object\)'
+  ):
+    prepared(path, tmp_path, text_feature="more")
+
+
+def test_links_without_an_end_and_files_that_vanish(tmp_path, monkeypatch):
+  place = tmp_path / "text"
+  place.mkdir()
+  (place / "a.txt").write_text("a")
+  (place / "round").symlink_to(place)  # Folders behind links are not read.
+  assert [
+    f.path.name for f in folders.find(str(place), sources.SPLITS)["train"]
+  ] == ["a.txt"]
+  found = folders.find(str(place), sources.SPLITS)
+  builder = folders.Builder(found, {"data.text_feature": "text"}, "domain")
+  (place / "a.txt").unlink()
+  with pytest.raises(ConfigError, match="the file .*a.txt cannot be read"):
+    list(builder.examples("train"))
+  (place / "b.txt").symlink_to(place / "b.txt")
+  with pytest.raises(ConfigError, match="data.dir .*b.txt'.; take that file"):
+    prepared(place, tmp_path)
+
+
+def test_marks_line_ends_and_zeros(tmp_path):
+  """The byte order mark is no text; all other bytes stay."""
+  place = tmp_path / "text"
+  place.mkdir()
+  (place / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\0\r\n")
+  (place / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "three"}\r\n')
+  found = documents(prepared(place, tmp_path), "text")
+  assert sorted(found) == ["one\r\ntwo\0\r\n", "three"]
+  (place / "b.jsonl").unlink()
+  (place / "a.txt").write_bytes(b"\xef\xbb\xbf")
+  assert [*folders._pieces(b"\xef\xbb\xbf")] == []
+
+
+def of_splits(corpus, domain="text"):
+  """The texts of a domain in the splits train and validation."""
+  both = []
+  for split in corpora.SPLITS:
+    content = corpus.tokens(split, domain).tolist()
+    words = "".join(chr(x) if x < 256 else "|" for x in content)
+    both.append(words.split("|")[:-1])
+  return both
+
+
+def hashed(split, number):
+  """Texts of 100 bytes that the hash gives to a split."""
+  every = (f"{i:040d}\n{i:058d}\n" for i in itertools.count())
+  chosen = (t for t in every if sources.split_of(t.encode()) == split)
+  return list(itertools.islice(chosen, number))
+
+
+@pytest.mark.parametrize("split", sources.SPLITS)
+@pytest.mark.parametrize("number", [2, 8, 20])
+def test_a_domain_is_in_both_splits(split, number, tmp_path):
+  """Whatever its hashes are; a sixteenth of its bytes is held out, or more."""
+  lines = hashed(split, number)
+  path = tmp_path / "a.jsonl"
+  path.write_text("".join(json.dumps({"text": x}) + "\n" for x in lines))
+  train, validation = of_splits(prepared(path, tmp_path))
+  begin, end = lines[-1][:41], lines[-1][41:]
+  if number == 20:  # A sixteenth of 2000 bytes is more than the last text.
+    begin, end = "", lines[-1]
+  if split == "train":
+    assert train == [*lines[:-1], *([begin] if begin else [])]
+    assert validation == [end]
+  elif begin:
+    assert (train, validation) == ([begin], [*lines[:-1], end])
+  else:
+    assert (train, validation) == ([end], lines[:-1])
+
+
+def test_a_domain_that_has_both_splits_is_not_changed(tmp_path):
+  train, validation = hashed("train", 3), hashed("validation", 2)
+  for order in itertools.permutations([*train, *validation]):
+    pairs = (("text", [x.encode()]) for x in order)
+    placed = [*reading._both_splits(pairs, ())]
+    for split, own in zip(sources.SPLITS, (train, validation)):
+      given = [texts[0].decode() for s, _, texts in placed if s == split]
+      assert given == [x for x in order if x in own]
+
+
+@pytest.mark.parametrize("size", [255, 256, 3000])
+def test_a_small_file_is_enough(size, tmp_path):
+  for i in range(8):  # Whatever its hash is.
+    text = (f"{i:09d}\n" * size)[:size]
+    path = tmp_path / f"{size}-{i}.txt"
+    path.write_text(text)
+    if size < 256:
+      train, validation = of_splits(prepared(path, tmp_path))
+      assert len(train) + len(validation) == 1
+      continue
+    (train,), (validation,) = of_splits(prepared(path, tmp_path))
+    assert train + validation == text and train[-1] == "\n"
+    assert size / 16 - 1 < len(validation) < size / 16 + 10
+  path.write_text("a" * 300)
+  assert of_splits(prepared(path, tmp_path)) == [["a" * 300], []]
+
+
+def test_a_file_without_validation_text_says_what_to_do(tmp_path):
+  path = tmp_path / "a.txt"
+  path.write_text("a" * 300)
+  corpus = prepared(path, tmp_path)
+  with pytest.raises(
+    ConfigError, match="into the folders train and validation"
+  ):
+    batches.validation_batches(corpus, seq_len=8, batch_size=1)
+
+
+def test_text_is_called_by_its_place(tmp_path):
+  """Unless it has a name of its own; also in a mixture that goes on."""
+  path = tmp_path / "poems"
+  path.mkdir()
+  (path / "a.txt").write_text("a line\n" * 99)
+  part = {"name": "python_sources", "dir": str(path)}
+  shared = {"tokenizer": "bytes", "cache_dir": str(tmp_path / "cache")}
+  one = mixed.prepare(part | shared | {"mixture": {}})
+  assert one.name == "poems"
+  named = part | {"name": "verse"}
+  other = mixed.prepare(named | shared | {"mixture": {}})
+  assert (other.name, other.fingerprint) == ("verse", one.fingerprint)
+  data = shared | {"mixture": {"b": part, "a": named}}
+  both = mixed.prepare(data)
+  (path / "a.txt").write_text("changed")
+  again = mixed.prepare(data, fingerprint=both.fingerprint)
+  assert again.fingerprint == both.fingerprint
+
+
+def test_the_folder_of_the_readme_has_one_warning(tmp_path, caplog):
+  corpus = prepared("docs", tmp_path)
+  assert {"text", "site_pages"} <= {*corpus.domains}
+  for domain in corpus.domains:
+    assert all(corpus.tokens(s, domain).size > 1 for s in corpora.SPLITS)
+  (said,) = [r.message for r in caplog.records if r.levelname == "WARNING"]
+  assert "files in docs are not read, such as docs/architecture.svg" in said
 
 
 def test_a_run_on_text_of_ones_own(place, tmp_path):

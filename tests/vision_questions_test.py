@@ -179,7 +179,7 @@ def test_fewer_slots(run, monkeypatch):
 
 def test_slots_of_experts_without_any(run, tmp_path):
   """Experts that take all of their tokens have no slots to be short of."""
-  with pytest.raises(ConfigError, match="no work directory"):
+  with pytest.raises(ConfigError, match="has no config.json of a run"):
     slots.measure([tmp_path / "sparse" / "0" / "0"])
   folder = tmp_path / "soft" / "0" / "0"
   folder.mkdir(parents=True)

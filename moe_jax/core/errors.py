@@ -2,6 +2,8 @@
 
 import difflib
 
+_NEAR = 0.65  # Of difflib: with less, two words only share some letters.
+
 
 class ConfigError(ValueError):
   """A request that cannot be fulfilled; the message says what to do instead.
@@ -44,8 +46,11 @@ def nearest(word, known) -> str:
     word: what the user wrote.
     known: the words that are allowed.
   """
-  near = difflib.get_close_matches(str(word), sorted(known), n=1, cutoff=0.5)
-  return f'; did you mean "{near[0]}"?' if near else ""
+  # All flags begin alike, which makes none of them near.
+  words = {w.lstrip("-"): w for w in sorted(known)}
+  word = str(word).lstrip("-")
+  near = difflib.get_close_matches(word, words, n=1, cutoff=_NEAR)
+  return f'; did you mean "{words[near[0]]}"?' if near else ""
 
 
 def did_you_mean(word, known) -> str:

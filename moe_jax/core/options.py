@@ -51,8 +51,11 @@ class Option:
     """
     if not self.fits(value):
       near = nearest(value, self.choices) if isinstance(value, str) else ""
+      # A lone word where several may stand.
+      lone = isinstance(value, str) and self.fits((value,))
+      one = f"({shown(value)},)" if lone else "one"
       raise ConfigError(
-        f"{key} = {shown(value)} is not {self.words}{near or '; give one'}"
+        f"{key} = {shown(value)} is not {self.words}{near or f'; give {one}'}"
       )
     self.inside(value, key)
 

@@ -260,7 +260,8 @@ def check_validation(corpus: corpora.Corpus, counts: Mapping[str, int]) -> None:
     if not any(counts[name] for name in names):
       raise ConfigError(
         f"dataset {corpus.name} has no validation text to predict in {names},"
-        f" but {corpus.num_tokens['validation']} tokens; use more data"
+        f" but {corpus.num_tokens['validation']} tokens; use more text, or put files"
+        " of your own into the folders train and validation"
       )
 
 

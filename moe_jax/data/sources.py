@@ -41,7 +41,7 @@ class Wanted(Protocol):
 
   @property
   def words(self) -> str:
-    """The files that `plain` looks for, for a message."""
+    """The files that `plain` looks for, for a message after "give"."""
 
 
 def find(
@@ -187,15 +187,17 @@ def _from_directory(data_dir, wanted):
   folder = epath.Path(data_dir).expanduser()
   plain = wanted.plain(folder)
   if not plain and not (folder / "dataset_info.json").exists():
-    reason = "has no dataset_info.json" if folder.exists() else "does not exist"
     raise ConfigError(
-      f"data.dir {folder} {reason}; give the folder of one version of a "
-      "prepared TFDS dataset, such as ~/tensorflow_datasets/NAME/1.0.0, or one"
-      f" with {wanted.words}"
+      f"data.dir {folder} {_without_data(folder)}; give {wanted.words}, or the"
+      " folder of one version of a prepared TFDS dataset, such as"
+      " ~/tensorflow_datasets/NAME/1.0.0"
     )
   read = map(epath.Path, plain[0] if plain else sorted(folder.iterdir()))
   # A pattern is no folder: its files may lie in several.
-  stats = [(str(f).removeprefix(f"{folder}/"), f.stat()) for f in read]
+  with in_a_sentence(
+    f"data.dir {folder} cannot be read", "take that file away"
+  ):
+    stats = [(str(f).removeprefix(f"{folder}/"), f.stat()) for f in read]
   files = "".join(f"{name} {s.length} {s.mtime}\n" for name, s in stats)
   digest = hashlib.sha256(files.encode()).hexdigest()
   versions = {"data_dir": str(folder), "files": digest}
@@ -218,6 +220,19 @@ def _from_directory(data_dir, wanted):
     return builder
 
   return versions, opened
+
+
+def _without_data(folder):
+  """Words for a place without a dataset."""
+  if not folder.exists():
+    return "does not exist"
+  if not folder.is_dir():
+    return "is a file of a kind that is not read"
+  names = sorted(path.name for path in folder.iterdir())
+  if not names:
+    return "is empty"
+  several = f"{len(names)} files or folders, such as " if names[1:] else ""
+  return f"holds nothing that is read, but {several}{names[0]}"
 
 
 @contextlib.contextmanager

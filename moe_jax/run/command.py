@@ -1,8 +1,9 @@
 """The end of a command: exit codes, errors in one sentence, and signals.
 
 0: done. 2: something is wrong, and one sentence says what to do. 75: a signal
-stopped it, and the same command goes on. 1, with a traceback: a fault of this
-project, or of a config file or plugin if the traceback ends there.
+stopped it, and the same command goes on. 141: nobody reads its output any more,
+as after `| head`. 1, with a traceback: a fault of this project, or of a config
+file or plugin if the traceback ends there.
 
 It imports nothing slow, so that a signal that arrives while a command imports
 the rest is handled too.
@@ -11,8 +12,10 @@ the rest is handled too.
 import contextlib
 import errno
 import json
+import logging
 import os
 import re
+import select
 import signal
 import sys
 import time
@@ -28,6 +31,7 @@ _PEER = re.compile("Gloo|(closed|reset) by peer|remote process exited")
 # Seconds in which the other processes can say what was wrong before the first
 # process ends: they end with it.
 _LAST_WORDS = 2.0
+_UNREAD = 128 + signal.SIGPIPE  # The exit code of other tools in a pipe.
 index = None  # Number of this process among several; `processes.join` sets it.
 called = None  # The words that called a command; moe_jax/__main__.py sets them.
 
@@ -46,12 +50,18 @@ def run(main: Callable[[], int]) -> None:
   for number in SIGNALS:
     if signal.getsignal(number) != signal.SIG_IGN:
       signal.signal(number, _end)
+  # In the form of errors, ours and those of libraries.
+  logging.addLevelName(logging.WARNING, "warning")
+  logging.basicConfig(format="%(levelname)s: %(message)s")
   try:
-    sys.exit(main())
+    sys.exit(_flushed(main))
   except Interrupted as e:
     print(e, file=sys.stderr)
     sys.exit(75)
   except Exception as e:
+    if isinstance(e, BrokenPipeError) and _drop_unread():
+      leave("nobody reads the output of this process", _UNREAD)
+      sys.exit(_UNREAD)
     sentence = _sentence(e)
     if sentence is None:
       leave(traceback.format_exc(), 1)
@@ -59,6 +69,29 @@ def run(main: Callable[[], int]) -> None:
     leave(f"error: {sentence}", 2)
     print(f"error: {sentence}", file=sys.stderr)
     sys.exit(2)
+
+
+def _flushed(main):
+  """The exit code of a command, once its output has been written."""
+  try:
+    code = main()
+  except SystemExit as e:  # Of --help, for instance.
+    code = e.code
+  sys.stdout.flush()
+  return code
+
+
+def _drop_unread() -> bool:
+  """Sends output that nobody reads to nowhere; returns whether there is any."""
+  outputs = select.poll()
+  for stream in (sys.stdout, sys.stderr):
+    outputs.register(stream, 0)
+  unread = [fd for fd, event in outputs.poll(0) if event & select.POLLERR]
+  for fd in unread:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, fd)
+    os.close(nowhere)
+  return bool(unread)
 
 
 def write_json(path: str, value) -> None:

@@ -12,7 +12,7 @@ import traceback
 
 import ml_collections
 
-from moe_jax.core import files, registry
+from moe_jax.core import files
 from moe_jax.core.errors import ConfigError, did_you_mean, first_line
 from moe_jax.core.options import integer
 from moe_jax.run import command, shipped
@@ -75,7 +75,7 @@ def load(spec: str, overrides=(), *, trust_plugins: bool = False):
 
 
 def _from_python(path, variant):
-  get_config = _get_config(pathlib.Path(path))
+  get_config = shipped.get_config(pathlib.Path(path))
   if variant and not inspect.signature(get_config).parameters:
     raise ConfigError(f'{path} has no variants, so it has no ":{variant}"')
   try:
@@ -84,8 +84,18 @@ def _from_python(path, variant):
     frames = traceback.extract_tb(e.__traceback__)
     lines = [f", line {f.lineno}" for f in frames if f.filename.endswith(path)]
     place = "".join([path, *lines[-1:]])
-    problem = first_line(e.args[0] if e.args else e)
-    raise ConfigError(f"{place}: {problem}") from None
+    raise ConfigError(f"{place}: {_problem(e)}") from None
+
+
+def _problem(error):
+  """Returns a few words for what is wrong with a line of a config."""
+  text = str(error.args[0] if error.args else error)
+  unknown = re.search('Key "([^"]*)" does not exist', text)
+  if not unknown:
+    return first_line(text)
+  near = re.search('Did you mean "([^"]*)"', text)
+  remedy = f'; did you mean "{near[1]}"?' if near else "; see configs/base.py"
+  return f'there is no key "{unknown[1]}"{remedy}'
 
 
 def locked(values) -> ml_collections.ConfigDict:
@@ -202,7 +212,9 @@ def _with_tuples(value):
 @functools.cache
 def defaults() -> dict:
   """Returns the values of configs/base.py, as nested dicts."""
-  return _get_config(shipped.folder() / "configs" / "base.py")().to_dict()
+  return shipped.get_config(
+    shipped.folder() / "configs" / "base.py"
+  )().to_dict()
 
 
 def complete(values: dict) -> dict:
@@ -319,8 +331,7 @@ def parser(description: str, multihost: bool = False) -> Parser:
   """
   epilog = "Any value of the config is set by --config.SECTION.KEY=VALUE."
   parser = Parser(description, multihost, epilog=epilog)
-  words = "a Python file with get_config(), the name of one in configs/, or the"
-  words += " config.json of a run"
+  words = "a Python file with get_config(), a name in configs/, or a run's config.json"
   add = parser.add_argument
   add("--config", required=True, metavar="FILE[:VARIANT]", help=words)
   add_trust(parser)
@@ -368,27 +379,17 @@ def parse_overrides(parser: Parser, argv=None):
   """
   args, rest = parser.parse_known_args(argv)
   for text in rest:
+    if not text.startswith("--"):
+      raise ConfigError(f'"{text}" belongs to no flag; write --FLAG={text}')
     if not text.startswith("--config."):
+      if text[2:].partition(".")[0] in defaults():
+        raise ConfigError(
+          f'unknown argument "{text}"; write --config.{text[2:]}'
+        )
       flags = parser._option_string_actions
       remedy = did_you_mean(text.partition("=")[0], flags)
       raise ConfigError(f'unknown argument "{text}"{remedy}')
   return args, [text.removeprefix("--config.") for text in rest]
-
-
-def _get_config(path):
-  if path.suffix == ".py":
-    # Configs import `configs.base`, from the folder above or the shipped ones.
-    sys.path[:0] = [str(path.resolve().parent.parent), str(shipped.folder())]
-    try:
-      module = registry.import_file(path, f"config_{path.stem}")
-    finally:
-      del sys.path[:2]
-    if hasattr(module, "get_config"):
-      return module.get_config
-  raise ConfigError(
-    f"{path} is neither a Python file with get_config() nor the config.json of"
-    " a run"
-  )
 
 
 def _parse(text):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 # The metrics of the last table, in its order, and their meanings.
 _MEANINGS = {
-  "loss": "what is minimised, lower is better",
+  "loss": "of the task, without the losses of balancers; lower is better",
   "bits_per_byte": "of the text, lower is better",
   "accuracy": "share of right classes, higher is better",
   "accuracy_5": "share with the right class among five, higher is better",
@@ -85,12 +85,15 @@ def _experts(recipe):
   router = recipe["router"]
   chosen = f"{router['top_k']} of " if "top_k" in router else ""
   balancers = [x["name"] for x in recipe["balancers"].values()]
-  bound = recipe.get("capacity") or recipe.get("capacity_factor")
-  return (
-    f"{router['name']} {chosen}{recipe['num_experts']} experts,"
-    f" {'capacity ' + format(bound, 'g') if bound else 'dropless'},"
-    f" balanced by {' and '.join(balancers) or 'nothing'}"
+  bound = "no token is dropped"
+  if slots := recipe.get("capacity"):
+    bound = f"{slots} slots in an expert"
+  elif factor := recipe.get("capacity_factor"):
+    bound = f"capacity factor {factor:g}"
+  balanced = (
+    f"balanced by {' and '.join(balancers)}" if balancers else "no balancer"
   )
+  return f"{router['name']} {chosen}{recipe['num_experts']} experts, {bound}, {balanced}"
 
 
 def end(values: Mapping[str, float], path, steps: int) -> str:

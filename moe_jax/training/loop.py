@@ -9,6 +9,7 @@ the checkpoint (the sums of a line that has not been written yet).
 import contextlib
 import sys
 import time
+from collections.abc import Mapping
 
 import jax
 
@@ -27,6 +28,9 @@ from moe_jax.training.checkpoint import Checkpoints, newest_first
 from moe_jax.training.optimizers import schedules
 from moe_jax.training.program import Program
 from moe_jax.training.starts import extension
+
+# Seconds without a progress line, so that a resumed run shows no step 0.
+_DELAY = 0.01
 
 
 def train_and_evaluate(config, workdir) -> dict[str, float]:
@@ -52,29 +56,39 @@ def train_and_evaluate(config, workdir) -> dict[str, float]:
     finished = directory.logged(config.train.num_steps, "validation")
     if finished is not None:
       return finished
-    start = config.init_from
-    if "data" not in directory.facts:  # A new run.
-      starts.check(start)
-    program = _told(config, directory)
-    progress = Progress(config.train.num_steps, "steps")
+    program, given = _prepared(config, directory)
+    progress = Progress(config.train.num_steps, "steps", delay=_DELAY)
+    options = {"start": config.init_from, "given": given}
     with contextlib.closing(progress):
-      return run(program, config.seed, directory, progress, start=start)
+      return run(program, config.seed, directory, progress, **options)
 
 
-def _told(config, directory):
-  """The Program of a run, of which the first process tells the user."""
+def _prepared(config, directory):
+  """The Program of a run, and the weights that it starts with or None.
 
-  def tell(text):
+  The first process tells the user of it before it compiles.
+  """
+  given = None
+
+  def tell(text, end="\n"):
     if processes.is_first():
-      print(text, file=sys.stderr, flush=True)
+      print(text, end=end, file=sys.stderr, flush=True)
 
-  def begin(facts):
+  def before(program, facts):
+    nonlocal given
+    # Weights may be refused, for which nobody should wait.
+    if is_new and config.init_from is not None:
+      given = starts.read(config.init_from, program.model, config)
     devices = {"devices": [d.device_kind for d in jax.devices()]}
     tell(summary.begin(config, facts | devices, directory.path))
+    tell("compiling ...", end=" ")
 
-  program = Program(config, directory.facts.get("data"), tell=begin)
+  is_new = "data" not in directory.facts
+  if is_new:
+    starts.check(config.init_from)
+  program = Program(config, directory.facts.get("data"), before=before)
   tell(f"compiled in {program.compile_seconds:.0f} s")
-  return program
+  return program, given
 
 
 def run(
@@ -84,8 +98,9 @@ def run(
   progress,
   deadline: float | None = None,
   start: str | None = None,
+  given: Mapping | None = None,
 ) -> dict[str, float]:
-  """Trains one seed with a program, from its newest checkpoint if it has one.
+  """Trains one seed, from its newest checkpoint on; returns the last metrics.
 
   Args:
     program: compiled functions; shared by all seeds.
@@ -94,9 +109,7 @@ def run(
     progress: Progress, told of every step.
     deadline: time.monotonic() at which to stop as at a signal; None: never.
     start: of the first weights, as init_from in a config; None: random ones.
-
-  Returns:
-    The final metrics of the validation split.
+    given: what `starts.read` returned of them; None: it is read here.
 
   Raises:
     ConfigError, RunError, Interrupted: as in `train_and_evaluate`.
@@ -113,7 +126,7 @@ def run(
     signals.Stop(deadline) as stop,
   ):
     places = directory, checkpoints, progress
-    state, step, lines = _begin(program, seed, start, *places)
+    state, step, lines = _begin(program, seed, start, given, *places)
     stream = program.batches(seed)
     made = hooks.of_run(program, directory)
     while True:
@@ -139,7 +152,7 @@ def run(
       step += 1
 
 
-def _begin(program, seed, start, directory, checkpoints, progress):
+def _begin(program, seed, start, given, directory, checkpoints, progress):
   """(state, step, lines) of a new run, or of its newest checkpoint."""
   processes.check_same({"the data's fingerprint": program.task.fingerprint})
   restored = checkpoints.restore(program.abstract_state)
@@ -148,7 +161,8 @@ def _begin(program, seed, start, directory, checkpoints, progress):
   if restored is None:
     of_run = program.model, program.config
     # Before the run compiles or writes: the weights may be refused.
-    given = None if start is None else starts.read(start, *of_run)
+    if given is None and start is not None:
+      given = starts.read(start, *of_run)
     state = program.init(jax.random.key(seed))
     if start is not None:
       state = starts.replaced(state, given, *of_run, start, seed)
@@ -259,7 +273,7 @@ class Lines:
     # Sums of the next line of metrics.
     self._means = {k: Mean(*pair) for k, pair in (begun or {}).items()}
     self._tokens, self._since = 0.0, time.monotonic()
-    self._told = step  # Steps that the progress line knows of.
+    self._told, self._note = step, ""  # What the progress line knows.
 
   def save(self, checkpoints: Checkpoints, step: int, state) -> None:
     """Writes the checkpoint after a step, with all that a restart needs.
@@ -269,6 +283,7 @@ class Lines:
       step, state: the number of steps done, and the TrainState.
     """
     self._add_up()
+    self._tell(step)
     self._directory.sync()
     begun = {k: (m.total, m.weight) for k, m in self._means.items()}
     meta = {
@@ -311,7 +326,12 @@ class Lines:
       self._directory.log(step, "loads", self._loads)
     self._means, self._tokens, self._since = {}, 0.0, now
     note = [f"{k} {values[k]:.3f}" for k in ("loss", "max_vio") if k in values]
-    self._progress.update(step - self._told, ", ".join(note))
+    self._note = ", ".join(note)
+    self._tell(step)
+
+  def _tell(self, step):
+    """Moves the progress line to a step."""
+    self._progress.update(step - self._told, self._note)
     self._told = step
 
   def _add_up(self):

@@ -92,7 +92,7 @@ class Program:
     config,
     fingerprint: str | None = None,
     compiled: dict | None = None,
-    tell=lambda facts: None,
+    before=lambda program, facts: None,
   ):
     """Prepares the data, builds the model, compiles the steps.
 
@@ -102,7 +102,8 @@ class Program:
       compiled: functions of other programs, which configs that differ only in
         numbers of the optimizer and the balancers share. This program adds its
         own.
-      tell: takes `provenance.of_model` before the steps are compiled.
+      before: called before the steps are compiled, with this and what
+        `provenance.of_model` returns.
 
     Raises:
       ConfigError: impossible values; before anything is compiled.
@@ -125,7 +126,7 @@ class Program:
     key = _structure(config, self.task, numbers)
     made = {} if compiled is None else compiled
     if key not in made:
-      made[key] = self._compile(numbers, tell)
+      made[key] = self._compile(numbers, before)
     self.init, step, self.eval_step, self.abstract_state, self.sizes = made[key]
     numbers = jax.tree.map(self._everywhere, numbers)
     self.train_step = lambda state, batch: step(state, batch, numbers)
@@ -182,11 +183,11 @@ class Program:
       for k in self.task.spec
     }
 
-  def _compile(self, numbers, tell):
+  def _compile(self, numbers, before):
     """Makes the shared (init, train_step, eval_step, abstract_state, sizes)."""
     of_run = self.config, self.mesh, self.task, self.model
     made = functions(*of_run, numbers)
-    tell(provenance.of_model(*of_run, made.sizes))
+    before(self, provenance.of_model(*of_run, made.sizes))
     calls = made.init, made.train_step, made.eval_step
     lowered = [call.function.lower(*call.arguments) for call in calls]
     return *(one.compile() for one in lowered), made.state, made.sizes

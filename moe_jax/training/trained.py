@@ -181,7 +181,10 @@ def _run_of(path):
   for one in (folder, *folder.parents[:2]):
     if (one / "config.json").exists():
       return one
-  raise ConfigError(f"{path} is no work directory of a run, nor in one")
+  raise ConfigError(
+    f"{path} has no config.json of a run; give a run's work directory or a checkpoint"
+    " in one"
+  )
 
 
 def is_of_text(config) -> bool:

@@ -46,7 +46,7 @@ class Features(prepared.Features):
   @property
   def words(self) -> str:
     """See `sources.Wanted`."""
-    return f"{super().words}, or with arrays such as train_video.npy"
+    return f"{super().words}, or arrays such as train_video.npy"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """The features of a dataset that are read, and its documents."""
 
+import collections
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from moe_jax.core.errors import ConfigError
 from moe_jax.data import sources
 from moe_jax.data.text import folders, lines
+
+_PART = 16  # One byte in 16 is held out where the hash holds nothing out.
 
 
 class Features(NamedTuple):
@@ -60,7 +63,7 @@ class Features(NamedTuple):
           what = f"is not text but a {type(features[text]).__name__}"
         raise ConfigError(
           f'the feature "{text}" of dataset {name} {what}; set {key} to a feature of'
-          f" text: {', '.join(sorted(texts))}"
+          f" text: {', '.join(sorted(texts)) or 'it has none'}"
         )
     # The default feature of the domain need not be there.
     if self.domain not in ("domain", "none", *features):
@@ -86,15 +89,16 @@ class Features(NamedTuple):
       return None  # TFDS has datasets in parquet too.
     found = folders.find(str(folder), sources.SPLITS)
     paths = [file.path for own in found.values() for file in own]
-    options = names, self.domain, self.skip_not_utf8
+    options = self.texts, self.domain, self.skip_not_utf8
     return (paths, lambda: folders.Builder(found, *options)) if found else None
 
   @property
   def words(self) -> str:
     """See `sources.Wanted`."""
-    names = (f"train.{name}" for name in self.texts.values())
-    kinds = f"train.jsonl, train.tsv or {' and '.join(names)}"
-    return f"{kinds}, or text in files such as .txt, .md, .jsonl or .parquet"
+    if isinstance(self.text, str):
+      return "text in files such as .txt, .md, .jsonl or .parquet"
+    names = " and ".join(f"train.{name}" for name in self.text)
+    return f"pairs in train.jsonl, train.tsv or {names}, or in .parquet files"
 
 
 def label_names(builder, features: Features) -> list[str]:
@@ -113,8 +117,9 @@ def read(
 ) -> Iterator[tuple[str, str, bytes, tuple[int, ...]]]:
   """Yields (split, domain, text as bytes, tokens before it) of every document.
 
-  The hash of an example's first text decides whether it is held out, where
-  there is no validation split.
+  Where there is no validation split, the hash of an example's first text decides
+  whether it is held out. In files of one's own no domain stays without such an
+  example by chance, see `_both_splits`.
 
   Args:
     name: of the dataset, for errors.
@@ -124,20 +129,77 @@ def read(
   Raises:
     ConfigError: a file of the dataset is damaged.
   """
-  names = label_names(builder, features)
   held_out = "validation" in builder.info.splits
   for split in sources.SPLITS if held_out else ("train",):
-    for example in sources.examples(name, builder, split):
-      texts = [_as_bytes(example[name]) for name in features.texts.values()]
-      domain = example.get(features.domain, "text")
-      if names:  # TFDS has -1 for a document without a label.
-        domain = names[domain] if domain >= 0 else "unlabelled"
-      else:
-        domain = _as_bytes(domain).decode("utf-8", "replace")
-      own_split = split if held_out else sources.split_of(texts[0])
+    pairs = _texts(name, builder, features, split)
+    if held_out:
+      placed = ((split, *pair) for pair in pairs)
+    elif isinstance(builder, folders.Builder):
+      placed = _both_splits(pairs, builder.alone)
+    else:
+      placed = ((sources.split_of(texts[0]), d, texts) for d, texts in pairs)
+    for own_split, domain, texts in placed:
       texts[0] = texts[0] and features.prefix.encode() + texts[0]
       for text, begin in zip(texts, features.begins):
         yield own_split, domain, text, begin if text else ()
+
+
+def _texts(name, builder, features, split):
+  """Yields (domain, texts) of every example of a split."""
+  names = label_names(builder, features)
+  for example in sources.examples(name, builder, split):
+    texts = [_as_bytes(example[name]) for name in features.texts.values()]
+    domain = example.get(features.domain, "text")
+    if names:  # TFDS has -1 for a document without a label.
+      domain = names[domain] if domain >= 0 else "unlabelled"
+    else:
+      domain = _as_bytes(domain).decode("utf-8", "replace")
+    yield domain, texts
+
+
+def _both_splits(
+  pairs: Iterator[tuple[str, list[bytes]]], alone: Collection[str]
+) -> Iterator[tuple[str, str, list[bytes]]]:
+  """Yields (split, domain, texts); a domain with enough text has both splits.
+
+  The hash decides, except for a domain whose examples all have hashes of one
+  split. The end of its last text is held out then: the lines with about a
+  sixteenth of the domain's bytes, or the whole text if it has no earlier line.
+  A single example per domain is kept in memory.
+
+  Args:
+    pairs: (domain, texts) of every example.
+    alone: domains with a single example, that is long enough to be cut.
+  """
+  kept, splits = {}, {}  # {domain: its last texts}, {domain: its splits so far}
+  sizes = collections.Counter()  # Bytes.
+  for domain, texts in pairs:
+    split, before = sources.split_of(texts[0]), splits.setdefault(domain, set())
+    sizes[domain] += len(texts[0])
+    if domain in kept:
+      yield *before, domain, kept.pop(domain)
+    # Domains are numbered in the order in which their first texts are yielded.
+    if before <= {split} and (before or domain in alone):
+      kept[domain] = texts
+    else:
+      yield split, domain, texts
+    before.add(split)
+  for domain, texts in kept.items():
+    yield from _cut(domain, texts, *splits[domain], sizes[domain])
+
+
+def _cut(domain, texts, split, size):
+  """Yields the last example of a domain whose other examples are in `split`."""
+  text, *others = texts
+  begin = text.rfind(b"\n", 0, max(len(text) - size // _PART, 0)) + 1
+  if begin and not others:  # A pair stays whole.
+    yield "train", domain, [text[:begin]]
+    yield "validation", domain, [text[begin:]]
+  elif len(text) < size:
+    other = "validation" if split == "train" else "train"
+    yield other, domain, texts
+  else:  # It is the only text of its domain, and has a single line.
+    yield "train", domain, texts
 
 
 def _as_bytes(value):

@@ -13,17 +13,20 @@ in, or "text". Where the folders `train` and `validation` are both there, they
 are the splits, and domains are the folders in these.
 """
 
+import codecs
+import collections
 import gzip
 import json
 import mmap
 import pathlib
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from absl import logging
 
 from moe_jax.core.errors import ConfigError
+from moe_jax.data import sources
 
 _PROSE = ".txt .text .md .rst .tex .html .xml .org"
 _CODE = ".py .pyi .c .cc .cpp .cu .h .hpp .java .js .ts .go .rs .rb .sh .scala .swift .kt"
@@ -32,6 +35,7 @@ OBJECTS = (".jsonl", ".jsonl.gz", ".parquet")
 _SHOWN = 3  # Names in a message.
 _LONG = 2**14  # A file with more bytes is cut into several documents.
 _PIECE = 2**12  # The least bytes of these documents, except the last.
+_LEAST = 2**8  # A lone file with fewer bytes is not cut for validation.
 _LONGEST = 2**20  # The most bytes of these documents, where lines are longer.
 
 
@@ -81,7 +85,8 @@ def _split(split, paths, root):
   if read and len(read) < len(files):
     other = next(file.path for file in files if not file.suffix)
     logging.warning(
-      "%d of %d files in %s have no suffix of text and are not read, such as %s",
+      "%d of %d files in %s are not read, such as %s; text is in files such as"
+      " .txt, .md, .py, .jsonl and .parquet",
       *(len(files) - len(read), len(files), root, other),
     )
   return {split: read} if read else {}
@@ -100,12 +105,14 @@ class Builder:
 
   info: with `features` and `splits`, as in TFDS. A split has the number and the
     bytes of its files.
+  alone: the domains of the training files that have a single document, whose
+    end may be held out.
   """
 
   def __init__(
     self,
     files: dict[str, list[File]],
-    texts: Sequence[str],
+    texts: Mapping[str, str],
     domain: str,
     skip_not_utf8: bool = False,
   ):
@@ -113,8 +120,8 @@ class Builder:
 
     Args:
       files: from `find`.
-      texts: the fields of objects and rows that are read; the text of a prose
-        file counts as the first one.
+      texts: {key of the config: the field of objects and rows that is read};
+        the text of a prose file counts as the first one.
       domain: the field that names the domain.
       skip_not_utf8: leave out documents that are not UTF-8, with a warning.
 
@@ -123,7 +130,7 @@ class Builder:
     """
     import tensorflow_datasets as tfds
 
-    self._files, self._texts, self._domain = files, tuple(texts), domain
+    self._files, self._texts, self._domain = files, texts, domain
     self._skip = skip_not_utf8
     splits = {
       split: types.SimpleNamespace(
@@ -134,14 +141,16 @@ class Builder:
     }
     features = {name: tfds.features.Text() for name in self._names()}
     self.info = types.SimpleNamespace(features=features, splits=splits)
+    self.alone = _alone(files[sources.SPLITS[0]])
 
   def _names(self):
     """The fields of the first object or row, or of prose if there are none."""
     for file in sum(self._files.values(), []):
       if file.suffix in OBJECTS:
-        for _, fields in _objects(file):
-          return [k for k, v in fields.items() if isinstance(v, str)]
-    return self._texts[:1]
+        for where, fields in _objects(file):
+          _check_texts(fields, self._texts, where)
+          return [k for k, v in fields.items() if isinstance(v, str | bytes)]
+    return [*self._texts.values()][:1]
 
   def examples(self, split: str) -> Iterator[dict]:
     """Yields the documents of a split, one after the other.
@@ -150,35 +159,62 @@ class Builder:
       ConfigError: an object or row without a text, or documents that are not UTF-8.
     """
     broken = []
+    names = [*self._texts.values()]
     for file in self._files[split]:
-      for where, fields in _documents(file, self._texts):
-        fields = {k: v for k, v in fields.items() if v is not None}
-        texts = [_text(fields, name, where) for name in self._texts]
-        if all(map(_is_utf8, texts)):
-          yield {self._domain: file.domain} | fields
+      for where, fields in _documents(file, names[0]):
+        _check_texts(fields, self._texts, where)
+        if all(_is_utf8(fields[name]) for name in names):
+          known = {k: v for k, v in fields.items() if v is not None}
+          yield {self._domain: file.domain} | known
         else:
           broken.append(where)
     if broken:
       several = (
-        f"{len(broken)} documents are not UTF-8: {', '.join(broken[:_SHOWN])}"
+        "1 document is" if len(broken) == 1 else f"{len(broken)} documents are"
       )
+      several += f" not UTF-8: {', '.join(broken[:_SHOWN])}"
       several += ", ..." if len(broken) > _SHOWN else ""
       if not self._skip:
+        them = "it" if len(broken) == 1 else "them"
         raise ConfigError(
-          f"{several}; convert them, or set data.skip_not_utf8=True"
+          f"{several}; convert {them}, or leave {them} out with"
+          " --config.data.skip_not_utf8=True"
         )
       logging.warning("Left out: %s", several)
 
 
-def _text(fields, name, where):
-  text = fields.get(name)
-  if not isinstance(text, str | bytes):
-    known = ", ".join(k for k, v in fields.items() if isinstance(v, str))
-    raise ConfigError(
-      f'{where} has no text "{name}"; it has: {known or "no text at all"}; set'
-      " data.text_feature to one that all have"
-    )
-  return text
+def _alone(files):
+  """The domains that are a single short file, and so a single document."""
+  if any(file.suffix in OBJECTS for file in files):
+    return set()  # Objects may name any domain.
+  numbers = collections.Counter(file.domain for file in files)
+  return {
+    file.domain
+    for file in files
+    if numbers[file.domain] == 1 and _LEAST <= file.path.stat().st_size <= _LONG
+  }
+
+
+def _check_texts(fields, texts, where):
+  """Raises ConfigError for an object or row that lacks a text."""
+  for key, name in texts.items():
+    if not isinstance(fields.get(name), str | bytes):
+      kinds = (f"{k} ({_kind(v)})" for k, v in fields.items())
+      others = ", ".join(kinds)
+      raise ConfigError(
+        f'{where} has no text field "{name}"; it has'
+        f" {f'the fields {others}' if others else 'no fields'}; set"
+        f" --config.{key} to a field that is text in all of them"
+      )
+
+
+def _kind(value):
+  """A word for the type of a field."""
+  if value is None or isinstance(value, bool):
+    return {None: "null"}.get(value, "true or false")
+  words = {str: "text", bytes: "text", int: "number", float: "number"}
+  words |= {list: "list", dict: "object"}
+  return words.get(type(value), type(value).__name__)
 
 
 def _is_utf8(text):
@@ -189,24 +225,30 @@ def _is_utf8(text):
   return True
 
 
-def _documents(file, texts):
+def _documents(file, name):
   """Yields (words for its place, fields) of each document of a file."""
   if file.suffix in OBJECTS:
     yield from _objects(file)
     return
-  if not file.path.stat().st_size:
-    return
-  with (
-    file.path.open("rb") as raw,
-    mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as content,
-  ):
-    for number, piece in enumerate(_pieces(content), 1):
-      yield f"part {number} of {file.path}", {texts[0]: piece}
+  with _readable(file), file.path.open("rb") as raw:
+    if not file.path.stat().st_size:
+      return
+    with mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as content:
+      for number, piece in enumerate(_pieces(content), 1):
+        yield f"part {number} of {file.path}", {name: piece}
+
+
+def _readable(file):
+  """Turns the errors of reading a file into one sentence with its path."""
+  return sources.in_a_sentence(
+    f"the file {file.path} cannot be read", "mend it or take it away"
+  )
 
 
 def _pieces(content):
   """The documents of a file; a long one is cut at empty lines or line ends."""
-  begin = 0
+  mark = codecs.BOM_UTF8  # Some editors begin files with it; it is no text.
+  begin = len(mark) if content[: len(mark)] == mark else 0
   while len(content) - begin > _LONG:
     end = _end(content, begin)
     yield content[begin:end]
@@ -231,7 +273,7 @@ def _end(content, begin):
 
 def _objects(file):
   """Yields (words for its place, fields) of each object or row of a file."""
-  with file.path.open("rb") as raw:
+  with _readable(file), file.path.open("rb") as raw:
     if file.suffix == ".parquet":
       import pyarrow.parquet
 
@@ -246,9 +288,10 @@ def _objects(file):
     for number, line in enumerate(lines, 1):
       where = f"line {number} of {file.path}"
       try:
+        line = line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"")
         fields = json.loads(line.decode(errors="surrogateescape"))
         if not isinstance(fields, dict):
           raise ValueError("it is no JSON object")
       except (ValueError, RecursionError) as e:
         raise ConfigError(f"{where}: {e}; mend it") from None
-      yield where, {k: v for k, v in fields.items() if v is not None}
+      yield where, fields

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import pathlib
 from collections.abc import Mapping
 
 from moe_jax.core.errors import ConfigError
@@ -22,6 +23,7 @@ _DATASET = {
   "domain_feature": str,
   "skip_not_utf8": bool,
 }
+_DEFAULT = "python_sources"  # `data.name` of `configs/base.py`.
 # Keys of a part that has pairs, whose defaults are those of the task.
 _IDS = items(integer(0))
 PAIR = {"source": text(), "target": text(), "prefix": str}
@@ -54,7 +56,14 @@ def of_config(
     how |= {"plugins": config.plugins, "fingerprint": fingerprint}
     return prepare(data, **how)
   tokenizer = tokenizers.load(data.tokenizer)
-  return corpora.Corpus(data.name, tokenizer.num_bytes_V)
+  return corpora.Corpus(_name(data), tokenizer.num_bytes_V)
+
+
+def _name(part):
+  """The name of a dataset; files that got no name have that of their place."""
+  if part.get("dir") and part["name"] == _DEFAULT:
+    return pathlib.PurePath(part["dir"]).name or _DEFAULT
+  return part["name"]
 
 
 def prepare(
@@ -84,6 +93,7 @@ def prepare(
 
   def prepared(part, **options):
     options |= {k: part[k] for k in _DATASET if k in part and k != "dir"}
+    options["name"] = _name(part)
     own = {k: part[k] for k in PAIR if k in part}
     if pair is not None:
       own = {**pair, **own}
@@ -104,7 +114,7 @@ def prepare(
   weights = {label: part.get("weight", 1.0) for label, part in parts.items()}
   if fingerprint is not None:
     # A source may have changed since the run began: look for the parts it had.
-    names = (part["name"] for part in parts.values())
+    names = map(_name, parts.values())
     caches = (corpora.cached(name, shared["cache_dir"]) for name in names)
     for choice in itertools.product(*caches):
       corpus = join(dict(zip(parts, choice)), weights)

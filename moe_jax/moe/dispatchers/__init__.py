@@ -223,6 +223,6 @@ def check_bound(recipe) -> None:
     raise ConfigError(
       "the dispatchers einsum and gather give every expert the same number of"
       " slots: they need a capacity_factor and expert_buckets ="
-      f" {recipe.num_experts}; use the dispatcher sorted for dropless or"
-      " bucket-bounded routing"
+      f" {recipe.num_experts}; routing without drops or with buckets of several"
+      " experts needs --config.model.moe.dispatcher.name=sorted"
     )

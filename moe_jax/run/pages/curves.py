@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_jax.run.pages.plots import COLORS, Plot
+from moe_jax.run.pages.plots import COLORS, LINES, Plot
 
 _SIZE = 4.4, 2.6  # Inches.
 _SHORT = 3  # Names of at most this many letters are not turned.
@@ -39,10 +39,10 @@ def svg(plot: Plot) -> str:
         *(x, y),
         color=color,
         ls=_DASHES.get(trace.style, "-"),
-        lw=1.2 if trace.dots or trace.style == "floor" else 1.7,
+        lw=1.2 if trace.style == "floor" else trace.width,
         marker="o" if trace.dots or plot.names or len(x) == 1 else "",
-        ms=4.5,
-        zorder=1.5 if trace.style == "floor" else 2,
+        ms=2.7 * trace.width,
+        zorder=_height(trace.style),
       )
     _scale(axes, plot)
     axes.set_xlabel(plain(plot.x_label))
@@ -154,6 +154,11 @@ def _scale(axes, plot):
   names = [plain(plot.names[i], 18) for i in shown]
   long = max(map(len, names)) > _SHORT
   axes.set_xticks(shown, names, rotation=90 if long else 0)
+
+
+def _height(style):
+  """The zorder of a line: those with gaps are above the others."""
+  return 1.5 if style == "floor" else 2 + LINES.index(style) / 10
 
 
 def _thin(x, y):

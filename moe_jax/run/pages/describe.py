@@ -96,25 +96,22 @@ def when(run: Run) -> str:
 
 
 def latest(run: Run) -> dict[str, html.Html]:
-  """Returns {title: number} of the metrics that a reader looks at first."""
-  train, validation = (
-    lines[-1] if lines else {}
-    for lines in (run.record.train, run.record.validation)
-  )
+  """Returns {title: number} of the metrics that a reader looks at first.
+
+  Each is of the last evaluation where that has it, else of the last training line.
+  """
+  splits = {"validation": run.record.validation, "training": run.record.train}
+  last = {split: lines[-1] for split, lines in splits.items() if lines}
   found = {}
   for name in (*words.LEARNING.metrics, "max_vio", "dropped", "grad_norm"):
-    of_split = name in words.LEARNING.metrics and name in validation
-    split, line = (
-      ("validation", validation) if of_split else ("training", train)
-    )
-    if name in line:
-      note = (
-        f"floor {number(train['max_vio_floor'])}"
-        if (name == "max_vio" and "max_vio_floor" in train)
-        else split
-      )
-      shown = number(line[name]), html.tag("small", note)
-      found[words.metric(name).title] = html.joined(shown)
+    for split, line in last.items():
+      if name in line:
+        note, floor = split, words.FLOORS.get(name)
+        if floor in line:
+          note += f", floor {number(line[floor])}"
+        shown = number(line[name]), html.tag("small", note)
+        found[words.metric(name).title] = html.joined(shown)
+        break
   return found
 
 

@@ -93,7 +93,7 @@ def svg(shown: Map, end: float, key: str) -> str:
     bar = made.colorbar(
       image, ax=axes, extend="max" if above else "neither", aspect=14
     )
-    bar.set_label("load / mean load, 1: balanced")
+    bar.set_label("load / mean load")
     bar.set_ticks(np.arange(end + 1))
     bar.solids.set_rasterized(True)  # Without seams between its shades.
     bar.outline.set_visible(False)

@@ -16,9 +16,7 @@ def make(runs: Sequence[Run], refresh: int | None = None) -> str:
     refresh: see `html.page`.
   """
   records, several = [run.record for run in runs], len(runs) > 1
-  tasks = {str(at(run.config, "task.name")) for run in runs}
-  units = {words.LOSS_UNITS.get(task, "loss") for task in tasks}
-  unit = units.pop() if len(units) == 1 else "loss"
+  unit = words.loss_unit(str(at(run.config, "task.name")) for run in runs)
   parts = [
     *(_heads(runs) if several else _head(runs[0])),
     *(tag("p", text, kind="warn") for run in runs for text in run.problems),

@@ -28,6 +28,7 @@ class Trace(NamedTuple):
   color: "c0" to "c7", "neutral" or a "#rrggbb".
   style: one of `LINES`, or "floor".
   dots: whether its points are marked.
+  width: of the line, in points.
   """
 
   label: str
@@ -36,6 +37,7 @@ class Trace(NamedTuple):
   color: str
   style: str
   dots: bool = False
+  width: float = 1.7
 
 
 class Plot(NamedTuple):
@@ -58,8 +60,17 @@ class Plots(NamedTuple):
 
 
 def look(index: int) -> tuple[str, str]:
-  """Returns the colour and the style of a run's line, by the run's index."""
-  return f"c{index % COLORS}", LINES[index // COLORS % len(LINES)]
+  """Returns the colour and the style of a run's line, by the run's index.
+
+  Neighbours differ in both, so that a line shows through the gaps of the next.
+  """
+  style = (index + index // COLORS) % len(LINES)
+  return f"c{index % COLORS}", LINES[style]
+
+
+def _width(index, number):
+  """The width of a run's line, which is drawn over those of earlier runs."""
+  return 3.2 - 1.6 * index / (number - 1)
 
 
 def make(records: Sequence[Record], loss_unit: str = "loss") -> Plots:
@@ -143,7 +154,8 @@ def _of_metric(name: str, metric: Metric, both: bool, records):
       x, y = points(lines, name)
       color, style = look(i)
       dots = split == "validation"
-      traces += [Trace("", x, y, color, style, dots)] * bool(x)
+      width = _width(i, len(records))
+      traces += [Trace("", x, y, color, style, dots, width)] * bool(x)
       floor = _floor(name, lines)
       traces += [t for t in floor if t not in traces]
     title = f"{metric.title}, {split}" if in_training and both else metric.title
@@ -233,7 +245,8 @@ def _profile(members, metric, records):
       last |= line
     y = [last.get(name, math.nan) for name in members]
     color, style = look(i)
-    traces.append(Trace("", range(len(members)), y, color, style))
+    x, width = range(len(members)), _width(i, len(records))
+    traces.append(Trace("", x, y, color, style, width=width))
   about = f"{metric.about} These are the values of the last line."
   some = metric._replace(about=about)
   label = "layer" if members[0].startswith("max_vio/") else "part"

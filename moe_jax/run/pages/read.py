@@ -74,7 +74,8 @@ def run(path: str | os.PathLike, label: str) -> Run:
     ConfigError: the folder holds no run.
   """
   path, problems = pathlib.Path(path), []
-  _check_run(path)
+  if not has_begun(path):
+    raise _no_run(path, "give the --workdir of a run")
   lines = _lines(path / "metrics.jsonl", problems)
   # A run that has just begun has not written all of its files yet.
   begun = problems if lines else []
@@ -122,17 +123,27 @@ def at(tree: Any, key: str) -> Any:
   return tree
 
 
-def _check_run(path):
-  """Raises ConfigError for a folder without a file of a run."""
+def has_begun(path: pathlib.Path) -> bool:
+  """Returns whether a folder is there and has a file of a run.
+
+  Args:
+    path: the folder.
+
+  Raises:
+    ConfigError: it holds folders of runs instead.
+  """
   if any((path / name).exists() for name in _FILES):
-    return
+    return True
   depths = ("*/", "*/*/", "*/*/*/")
   inside = (p for d in depths for p in path.glob(f"{d}config.json"))
-  one = next(inside, None)
-  remedy = f"give a run inside of it, such as {one.parent}" if one else ""
-  raise ConfigError(
-    f"{path} holds no run, as it has none of {', '.join(_FILES)};"
-    f" {remedy or 'give the --workdir of a run'}"
+  if one := next(inside, None):
+    raise _no_run(path, f"give a run inside of it, such as {one.parent}")
+  return False
+
+
+def _no_run(path, remedy):
+  return ConfigError(
+    f"{path} holds no run, as it has none of {', '.join(_FILES)}; {remedy}"
   )
 
 
@@ -252,9 +263,9 @@ def _state(path, step):
 
 
 def _written(path):
-  """The local time when a file was written; "" if it is not there."""
+  """The local time when a file was written, with its zone; "" without it."""
   try:
     seconds = path.stat().st_mtime
   except OSError:
     return ""
-  return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+  return time.strftime("%Y-%m-%d %H:%M:%S%z", time.localtime(seconds))

@@ -3,6 +3,7 @@
 A word in brackets, as [load] or [loads|load], is a link to the glossary.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -305,6 +306,16 @@ GLOSSARY = {
   "step": "one update of the optimizer, by one batch",
   "validation": "data that is held out of training, evaluated now and then",
 }
+
+
+def loss_unit(tasks: Iterable[str]) -> str:
+  """Returns the unit of the loss of tasks; "loss" if they do not share one.
+
+  Args:
+    tasks: names of the tasks.
+  """
+  units = {LOSS_UNITS.get(task, "loss") for task in tasks}
+  return units.pop() if len(units) == 1 else "loss"
 
 
 def metric(name: str) -> Metric:

@@ -62,6 +62,10 @@ def extend(
   if kept or (done <= shared and done < before):
     if done > shared:
       _set_aside(path, before, folders[: len(there) - len(kept)])
+    print(
+      f"{path} goes from {before} to {config.train.num_steps} steps",
+      file=sys.stderr,
+    )
     return
   decays = f"its learning rate decays after step {shared}, and "
   raise ConfigError(
