@@ -91,7 +91,7 @@ def _page(args, paths):
   while True:
     began = time.monotonic()
     runs = [read.run(*each) for each in named]
-    going_on = any(run.state != "finished" for run in runs)
+    going_on = any(run.state in ("running", "not begun") for run in runs)
     refresh = args.follow if going_on else None
     if runs != drawn:
       files.write_text(out, page.make(runs, refresh))

@@ -254,9 +254,9 @@ def finished(tmp_path_factory):
       "constant",
       12,
       {},
-      "is now 12; a run can get more steps, not fewer: give 20",
+      "is now 12, but 20 steps are done; give 20",
     ),
-    ("wsd", 19, {}, "is now 19; a run can get more steps, not fewer"),
+    ("wsd", 19, {}, "is now 19, but 20 steps are done"),
     (
       "constant",
       LONG,
@@ -299,3 +299,32 @@ def test_a_run_that_was_killed_before_its_first_checkpoint(whole, tmp_path):
   assert not checkpoint.newest_first(tmp_path / "checkpoints")
   train(config(LONG), tmp_path)
   assert not kill.difference(whole("constant"), tmp_path)
+
+
+def test_a_mistyped_number_of_steps_is_taken_back(finished, tmp_path):
+  """As long as no step was made that the shorter run does not have."""
+  folder = finished("constant", tmp_path)
+  lines = run_directory.read_metrics(folder, "validation")
+  for steps in (4000, 400, 20):
+    path = folder / "config.json"
+    config_ = config(steps, "constant")
+    with run_directory.RunDirectory(folder, config_, extension.extend):
+      assert json.loads(path.read_text())["train"]["num_steps"] == steps
+  assert loop.train_and_evaluate(config(20, "constant"), folder) == {
+    k: v for k, v in lines[-1].items() if k not in ("step", "split")
+  }
+
+
+def test_links_and_copies_that_were_never_whole(tmp_path):
+  """A link to data stays a link, and what a killed process left goes."""
+  run, data = tmp_path / "run", tmp_path / "data"
+  train(config(SHORT, "wsd"), run)
+  data.mkdir()
+  (data / "large").write_bytes(b"0" * 99)
+  (run / "texts").symlink_to(data)
+  (run / "gone").symlink_to(tmp_path / "nothing")
+  (run / ".run_of_20_steps-x").mkdir()
+  train(config(LONG, "wsd"), run)
+  aside = run / f"run_of_{SHORT}_steps"
+  assert (aside / "texts").is_symlink() and (aside / "gone").is_symlink()
+  assert not [*run.glob(".run_of_*")]

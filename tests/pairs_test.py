@@ -178,7 +178,10 @@ def test_a_cache_is_made_once_for_what_the_files_hold(folder, prepare):
       '"en" .* not there; set task.target',
     ),
     ({"train_jsonl": '{"de": "\\ud800", "en": ""}'}, "line 1 .*surrogates"),
-    ({"train_de": "a\n"}, "holds nothing that is read, but train.de; .*train.de and train.en"),
+    (
+      {"train_de": "a\n"},
+      "holds nothing that is read, but train.de; .*train.de and train.en",
+    ),
     ({"train_tsv": ""}, "no documents in the split train"),
     ({"train_tsv": "\t\n"}, "hold no text; set task.source and task.target"),
   ],

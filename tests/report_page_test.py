@@ -133,7 +133,7 @@ def test_the_page_of_a_run(tmp_path):
     "git 0123456789ab+",
     "2026-11-30 10:29:18+0000",
     "next_token on small",
-    "4, router top_k, K = 2, capacity 1.0",
+    "4, router top_k, K = 2, capacity factor 1.0",
     "bias, switch, z_loss",
     "12,345 tokens per second",
     "training, floor 0.01",
@@ -472,9 +472,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
 
 def test_the_page_follows_a_run(tmp_path, monkeypatch, capsys):
-  """It waits for the run, and is drawn again until the run is finished."""
+  """It waits for the run, and is drawn again until the run is finished or killed."""
   path, all_lines = tmp_path / "a", few()
-  pages = []
+  pages, lock = [], []
 
   def more(seconds):
     assert seconds >= 5
@@ -482,6 +482,8 @@ def test_the_page_follows_a_run(tmp_path, monkeypatch, capsys):
       if path.exists():
         path.rmdir()
         write(path, [])
+        lock.append((path / ".lock").open("w"))
+        fcntl.flock(lock[0], fcntl.LOCK_EX)
       else:
         path.mkdir()
       return
@@ -497,9 +499,8 @@ def test_the_page_follows_a_run(tmp_path, monkeypatch, capsys):
   page_path = path / "report.html"
   assert capsys.readouterr().out.splitlines() == [
     f"waiting for a run to begin in {path}",
-    f"{path}: not begun, step 0",
+    f"{path}: running, step 0",
     f"Page: {page_path}",
-    f"stopped, step 10 of 30: {page_path}",
     f"finished, step 30 of 30: {page_path}",
   ]
   reloads = ['http-equiv="refresh" content="5"' in text for text in pages]
@@ -507,6 +508,17 @@ def test_the_page_follows_a_run(tmp_path, monkeypatch, capsys):
   assert [f"step {n} of 30" in t for n, t in zip((0, 10, 20, 30), pages)] == [
     True
   ] * 4
+
+
+def test_the_page_follows_no_run_that_was_killed(tmp_path, monkeypatch, capsys):
+  path = write(tmp_path / "a", few()[:2])
+  lock = (path / ".lock").open("w")
+  fcntl.flock(lock, fcntl.LOCK_EX)
+  monkeypatch.setattr(report.time, "sleep", lambda seconds: lock.close())
+  assert not report.main([str(path), "--follow"])
+  *_, last = capsys.readouterr().out.splitlines()
+  assert last == f"stopped, step 10 of 30: {path / 'report.html'}"
+  assert 'http-equiv="refresh"' not in (path / "report.html").read_text()
 
 
 def test_bad_arguments(tmp_path):

@@ -1,6 +1,7 @@
 """Text of one's own: files, folders and patterns of prose, objects and rows."""
 
 import gzip
+import io
 import itertools
 import json
 import os
@@ -97,26 +98,30 @@ def test_folders_that_are_splits(tmp_path):
   assert corpus.num_documents == {"train": {"a": 3}, "validation": {"a": 2}}
 
 
+def pieces_of(content):
+  return folders._pieces(io.BytesIO(content))
+
+
 def test_long_files_are_several_documents():
   """They end at empty lines, or at line ends, and nothing is lost."""
   lines = [b"line %d\n" % i + b"\n" * (i % 9 == 0) for i in range(9000)]
   for content in (b"".join(lines), b"".join(x.rstrip() + b"\n" for x in lines)):
-    pieces = [*folders._pieces(content)]
+    pieces = [*pieces_of(content)]
     assert b"".join(pieces) == content and len(pieces) > 10
     end = b"\n\n" if b"\n\n" in content else b"\n"
     assert all(piece.endswith(end) for piece in pieces[:-1])
     assert all(2**12 < len(piece) <= 2**14 for piece in pieces[:-1])
-  assert [*folders._pieces(b"a" * 99_999)] == [b"a" * 99_999]
-  assert [*folders._pieces(b"")] == []
+  assert [*pieces_of(b"a" * 99_999)] == [b"a" * 99_999]
+  assert [*pieces_of(b"")] == []
   for word in ("aß", "é", "\U0001f600"):
     content = word.encode() * 2**20  # One line of megabytes.
-    pieces = [*folders._pieces(content)]
+    pieces = [*pieces_of(content)]
     assert b"".join(pieces) == content
     assert max(map(len, pieces)) <= 2**20 and len(pieces) > 1
     assert all(set(piece.decode()) <= {*word} for piece in pieces)
   line = b"a" * 99_999 + b"\n"
-  assert [*folders._pieces(line * 3)] == [line] * 3
-  assert len([*folders._pieces(b"\x80" * 2**22)]) == 4
+  assert [*pieces_of(line * 3)] == [line] * 3
+  assert len([*pieces_of(b"\x80" * 2**22)]) == 4
 
 
 def test_changed_files_make_another_corpus(place, tmp_path):
@@ -157,6 +162,36 @@ def test_domains_without_validation_are_said(place, tmp_path, caplog):
   assert (
     "of the 6 domains of text is held out for validation: rare" in caplog.text
   )
+
+
+def test_only_the_wanted_columns_of_parquet_are_read(tmp_path, monkeypatch):
+  texts = [f"caption {i} of a picture" for i in range(NUMBER)]
+  images = [b"\0" * 2**12] * NUMBER
+  table = pyarrow.table(
+    {"text": texts, "image": images, "domain": ["a"] * NUMBER}
+  )
+  pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+  asked, original = [], pyarrow.parquet.ParquetFile.iter_batches
+
+  def iter_batches(self, size, columns):
+    asked.append((size, columns))
+    return original(self, size, columns=columns)
+
+  monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", iter_batches)
+  corpus = prepared(tmp_path / "rows.parquet", tmp_path / "caches")
+  assert sum(own["a"] for own in corpus.num_documents.values()) == NUMBER
+  # The first row is read whole, to say which fields there are.
+  assert {size: sorted(columns) for size, columns in asked} == {
+    1: ["domain", "image", "text"],
+    1024: ["domain", "text"],
+  }
+
+
+def test_blank_lines_among_objects(tmp_path):
+  lines = [json.dumps({"text": f"text {i}"}) for i in range(NUMBER)]
+  (tmp_path / "rows.jsonl").write_text("\n\n".join(lines) + "\n\n \n")
+  corpus = prepared(tmp_path / "rows.jsonl", tmp_path / "caches")
+  assert sum(own["text"] for own in corpus.num_documents.values()) == NUMBER
 
 
 def test_a_place_in_the_place_of_a_name(place):
@@ -273,7 +308,7 @@ def test_marks_line_ends_and_zeros(tmp_path):
   assert sorted(found) == ["one\r\ntwo\0\r\n", "three"]
   (place / "b.jsonl").unlink()
   (place / "a.txt").write_bytes(b"\xef\xbb\xbf")
-  assert [*folders._pieces(b"\xef\xbb\xbf")] == []
+  assert [*pieces_of(b"\xef\xbb\xbf")] == []
 
 
 def of_splits(corpus, domain="text"):

@@ -485,3 +485,25 @@ def test_a_fast_library_that_differs_is_named(tmp_path, monkeypatch):
   assert found.decode(found.encode(b"a fox")) == "a fox"
   with pytest.raises(ConfigError, match="differently; run: pip uninstall fast"):
     found.encode_all([t.encode() for t in TEXTS])
+
+
+def test_a_character_that_was_white_space(tmp_path):
+  """The libraries follow other versions of Unicode, with a pattern of GPT-2's kind."""
+  tokenizer = by_bytes()
+  pattern = library.Regex(r" ?\p{L}+| ?[^\s\p{L}]+|\s+(?!\S)|\s+")
+  split = pre_tokenizers.Split(pattern, "isolated")
+  letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, letters])
+  vocab = {c: i for i, c in enumerate(ALPHABET)}
+  space = "\u0120"
+  vocab[space + space] = len(vocab)
+  content = json.loads(tokenizer.to_str())
+  content["model"] |= {"vocab": vocab, "merges": [[space, space]]}
+  path = tmp_path / "tokenizer.json"
+  path.write_text(json.dumps(content))
+  made = library.Tokenizer.from_file(str(path))
+  texts = ["a  \u180e_a", "  \u180e", "\n\n\u180e", "plain  text"] * 3
+  for text, tokens in zip(
+    texts, tokenizers.load(path).encode_all([t.encode() for t in texts])
+  ):
+    assert tokens.tolist() == made.encode(text).ids

@@ -17,7 +17,6 @@ import codecs
 import collections
 import gzip
 import json
-import mmap
 import pathlib
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +35,8 @@ _SHOWN = 3  # Names in a message.
 _LONG = 2**14  # A file with more bytes is cut into several documents.
 _PIECE = 2**12  # The least bytes of these documents, except the last.
 _LEAST = 2**8  # A lone file with fewer bytes is not cut for validation.
+_AT_ONCE = 2**23  # Bytes of a file that are read together.
+_ROWS = 1024  # Rows of a parquet file that are read together.
 _LONGEST = 2**20  # The most bytes of these documents, where lines are longer.
 
 
@@ -161,7 +162,7 @@ class Builder:
     broken = []
     names = [*self._texts.values()]
     for file in self._files[split]:
-      for where, fields in _documents(file, names[0]):
+      for where, fields in _documents(file, names, self._domain):
         _check_texts(fields, self._texts, where)
         if all(_is_utf8(fields[name]) for name in names):
           known = {k: v for k, v in fields.items() if v is not None}
@@ -225,17 +226,14 @@ def _is_utf8(text):
   return True
 
 
-def _documents(file, name):
+def _documents(file, names, domain):
   """Yields (words for its place, fields) of each document of a file."""
   if file.suffix in OBJECTS:
-    yield from _objects(file)
+    yield from _objects(file, {*names, domain})
     return
   with _readable(file), file.path.open("rb") as raw:
-    if not file.path.stat().st_size:
-      return
-    with mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as content:
-      for number, piece in enumerate(_pieces(content), 1):
-        yield f"part {number} of {file.path}", {name: piece}
+    for number, piece in enumerate(_pieces(raw), 1):
+      yield f"part {number} of {file.path}", {names[0]: piece}
 
 
 def _readable(file):
@@ -245,11 +243,15 @@ def _readable(file):
   )
 
 
-def _pieces(content):
-  """The documents of a file; a long one is cut at empty lines or line ends."""
+def _pieces(raw):
+  """The documents of an open file; a long one is cut at empty lines or line ends."""
   mark = codecs.BOM_UTF8  # Some editors begin files with it; it is no text.
-  begin = len(mark) if content[: len(mark)] == mark else 0
-  while len(content) - begin > _LONG:
+  begin, content = 0, raw.read(_AT_ONCE).removeprefix(mark)
+  while True:
+    if len(content) - begin <= _LONGEST:
+      begin, content = 0, content[begin:] + raw.read(_AT_ONCE)
+    if len(content) - begin <= _LONG:
+      break
     end = _end(content, begin)
     yield content[begin:end]
     begin = end
@@ -258,7 +260,7 @@ def _pieces(content):
 
 
 def _end(content, begin):
-  """The end of the document that begins at `begin`."""
+  """The end of the document that begins at `begin`; up to `_LONGEST` is there of it."""
   least, most = begin + _PIECE, begin + _LONG
   for mark, last in ((b"\n\n", most), (b"\n", most), (b"\n", begin + _LONGEST)):
     end = content.find(mark, least, last) + len(mark)
@@ -271,14 +273,20 @@ def _end(content, begin):
   return next(starts, last)  # A character of UTF-8 stays whole.
 
 
-def _objects(file):
-  """Yields (words for its place, fields) of each object or row of a file."""
+def _objects(file, wanted=None):
+  """Yields (words for its place, fields) of each object or row of a file.
+
+  Only the wanted columns of a parquet file are read. Others may be large.
+  """
   with _readable(file), file.path.open("rb") as raw:
     if file.suffix == ".parquet":
       import pyarrow.parquet
 
       number = 0
-      for batch in pyarrow.parquet.ParquetFile(raw).iter_batches(1024):
+      table = pyarrow.parquet.ParquetFile(raw)
+      names = [k for k in table.schema_arrow.names if not wanted or k in wanted]
+      size = _ROWS if wanted else 1
+      for batch in table.iter_batches(size, columns=names):
         for row in batch.to_pylist():
           number += 1
           yield f"row {number} of {file.path}", row
@@ -287,6 +295,8 @@ def _objects(file):
     lines = gzip.GzipFile(fileobj=raw) if zipped else raw
     for number, line in enumerate(lines, 1):
       where = f"line {number} of {file.path}"
+      if not line.strip():
+        continue
       try:
         line = line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"")
         fields = json.loads(line.decode(errors="surrogateescape"))

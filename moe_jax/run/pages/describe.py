@@ -157,8 +157,13 @@ def _experts(config):
     return ""
   words = f"{moe['num_experts']}, router {at(moe, 'router.name')}"
   words += f", K = {at(moe, 'top_k')}" if at(moe, "top_k") else ""
+  if slots := at(moe, "capacity"):
+    return f"{words}, {slots} slots in an expert"
   factor = at(moe, "capacity_factor")
-  return words + (", dropless" if factor is None else f", capacity {factor}")
+  bound = (
+    "no token is dropped" if factor is None else f"capacity factor {factor}"
+  )
+  return f"{words}, {bound}"
 
 
 def _balancers(config):

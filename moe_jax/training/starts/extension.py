@@ -40,12 +40,17 @@ def extend(
       taken back.
     RunError: the folder cannot be written to.
   """
-  about = f"{path} holds a run of {before} steps, and {KEY} is now"
-  about += f" {config.train.num_steps}"
-  if config.train.num_steps < before:
+  steps = config.train.num_steps
+  about = f"{path} holds a run of {before} steps, and {KEY} is now {steps}"
+  folders = checkpoint.newest_first(path / "checkpoints")
+  there = [int(folder.name) for folder in folders]
+  done = max([*there, *(line["step"] for line in lines)], default=0)
+  if steps < before and done > (
+    schedules.steps_of_longer(config.optim, steps) or 0
+  ):
     raise ConfigError(
-      f"{about}; a run can get more steps, not fewer: give {before} or more, or"
-      " choose another --workdir"
+      f"{about}, but {done} steps are done; give {before} or more, or choose another"
+      " --workdir"
     )
   shared = schedules.steps_of_longer(config.optim, before)
   another = f"start another run with --config.init_from={path}"
@@ -55,9 +60,6 @@ def extend(
       f" every step depends on that number; give {before}, or {another} and the"
       " schedule constant or wsd, with which a run can get more steps"
     )
-  folders = checkpoint.newest_first(path / "checkpoints")
-  there = [int(folder.name) for folder in folders]
-  done = max([*there, *(line["step"] for line in lines)], default=0)
   kept = [step for step in there if step <= shared]
   if kept or (done <= shared and done < before):
     if done > shared:
@@ -84,12 +86,15 @@ def _set_aside(path, before, folders):
     folders: the checkpoints that are to leave it.
   """
   aside = path / f"run_of_{before}_steps"
+  for killed in path.glob(".run_of_*"):  # Copies that were never whole.
+    shutil.rmtree(killed, ignore_errors=True)
   with files.writing(aside):
     # The folder is there if a process was killed at this point.
     if not aside.exists():
       ignored = shutil.ignore_patterns(*_NOT_COPIED)
       with files.whole_folder(aside) as whole:
-        shutil.copytree(path, whole, ignore=ignored, dirs_exist_ok=True)
+        options = {"symlinks": True, "dirs_exist_ok": True}
+        shutil.copytree(path, whole, ignore=ignored, **options)
     (aside / "checkpoints").mkdir(exist_ok=True)
     for folder in folders:
       folder.rename(aside / "checkpoints" / folder.name)

@@ -80,7 +80,7 @@ def taken(
     for words, names in misfits.items()
   }
   if any(misfits.values()):
-    raise ConfigError(_sentence(path, misfits, there, here, parts))
+    raise ConfigError(_sentence(path, misfits, there, here, parts, new))
   for name in {*new} - {*parts.values()}:
     raise ConfigError(
       f"{NEW} has the part {name}, of which neither this model nor that of {path} has"
@@ -100,7 +100,7 @@ def _tell(path, new, begun, left):
   print(f"{words}; all others are those of {path}", file=sys.stderr)
 
 
-def _sentence(path, misfits, there, here, parts):
+def _sentence(path, misfits, there, here, parts, new):
   """The error for parameters that do not fit: how many, the first, a remedy."""
   words = []
   for what, names in misfits.items():
@@ -114,7 +114,8 @@ def _sentence(path, misfits, there, here, parts):
     if names:
       words.append(f"{what}: {_counted(listed)}")
   named = {parts.get(name) for name in sum(misfits.values(), [])}
-  new = tuple(part for part in roles.FACTORS if part in named - {"rest"})
+  named = {*named, *new} - {"rest"}
+  new = tuple(part for part in roles.FACTORS if part in named)
   remedy = f', or let parts begin new, --config.{NEW}="{new}"' if new else ""
   return (
     f"init_from = {path} is of another model ({', '.join(words)}); make the sizes"
