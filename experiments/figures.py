@@ -7,6 +7,7 @@ A plot is anything with draw(rows, points, folder), which writes its files, and
 with `needs`, the metrics of the curves that it draws, if there are any.
 """
 
+import math
 import pathlib
 import statistics
 import textwrap
@@ -22,6 +23,7 @@ _LINES += [(0, (10, 4)), (0, (1, 4)), (0, (8, 1, 1, 1, 1, 1))]
 _MARKERS = list("osD^vPX*")
 # Inches of a single figure: small, so that its letters are large on a page.
 _SIZE = 4.4, 3.4
+_ROW = 0.22  # Inches of a row of the legend.
 _WIDE, _TALL = 46, 30  # Letters of a line of its axes' labels.
 
 
@@ -198,11 +200,11 @@ def save(figure, axes, folder, name: str) -> None:
   if labels := axes.get_legend_handles_labels()[1]:
     # An inch has 13 letters; line and gap of a label take the room of 9.
     room = 13 * figure.get_figwidth() / (9 + max(map(len, labels)))
-    figure.legend(
-      loc="outside upper center",
-      ncols=int(min(max(room, 1), 3)),
-      handlelength=3,
-    )
+    columns = int(min(max(room, 1), 3))
+    # The legend gets room of its own, so that the axes keep theirs.
+    more = _ROW * math.ceil(len(labels) / columns)
+    figure.set_figheight(figure.get_figheight() + more)
+    figure.legend(loc="outside upper center", ncols=columns, handlelength=3)
   path = pathlib.Path(folder, name.replace("/", "_"))
   # Equal figures are equal files.
   for kind, dated in (("png", {}), ("pdf", {"CreationDate": None})):
