@@ -269,9 +269,7 @@ def test_rows_without_a_text(tmp_path):
   rows = {"text": ["a", None], "more": [{"a": 1}, None], "n": [[1], [2]]}
   path = tmp_path / "rows.parquet"
   pyarrow.parquet.write_table(pyarrow.table(rows), path)
-  words = (
-    r'row 2 of .* "text"; .* text \(null\), more \(null\), n \(list\); set'
-  )
+  words = r'row 2 of .* "text"; it has the fields text \(null\); set'
   with pytest.raises(ConfigError, match=words):
     prepared(path, tmp_path)
   with pytest.raises(
