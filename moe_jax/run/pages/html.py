@@ -7,12 +7,14 @@ whatever a file of a run says.
 
 import base64
 import html
+import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from moe_jax.run.pages import style, words
+from moe_jax.run.pages import words
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+_STYLE = pathlib.Path(__file__).with_name("style.css")
 _DASHES = {"dashes": "7 3", "points": "2 3", "mixed": "8 2 2 2", "floor": "5 4"}
 
 
@@ -183,7 +185,7 @@ def page(title: str, parts: Iterable, refresh: int | None = None) -> str:
       Html('<link rel="icon" href="data:,">'),
       Html(reload),
       tag("title", title),
-      Html(f"<style>{style.CSS}</style>"),
+      Html(f"<style>\n{_STYLE.read_text(encoding='utf-8')}</style>"),
     ]
   )
   return (
