@@ -82,7 +82,7 @@ def dry_run(launch: plan.Launch) -> None:
 
 
 def _traced(config):
-  """What `provenance.of_model` tells of a config, whose steps can be traced."""
+  """The facts of `provenance.of_model` about a config, whose steps are traced."""
   mesh, task, model = programs.build(config)
   task.train(0, None)  # Refuses too little data.
   task.validation(None)

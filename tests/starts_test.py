@@ -1,6 +1,7 @@
 """Runs that begin with other weights: what does not fit, and what begins new."""
 
 import os
+import sys
 import tempfile
 
 import flax.linen as nn
@@ -115,6 +116,42 @@ def test_another_number_of_experts(run, tmp_path, capsys):
       wanted = (new if begins else old)[name]
       np.testing.assert_array_equal(x, wanted, err_msg=name)
     assert flat(found)[ROUTER].shape == (2, 32, 8)
+
+
+def test_weights_are_read_once_before_compiling_and_let_go(
+  run, tmp_path, monkeypatch
+):
+  """Weights that do not fit are refused at once, and others do not stay."""
+  read, kept, original = [], [], starts.read
+
+  def once(*args):
+    read.append(original(*args))
+    return read[-1]
+
+  def compiled(self, *args):
+    raise InterruptedError
+
+  def taken(state, weights, *args):
+    assert weights is read[0]
+    read.clear()
+    kept.append(sys.getrefcount(weights))
+    raise InterruptedError
+
+  monkeypatch.setattr(starts, "read", once)
+  monkeypatch.setattr(starts, "replaced", taken)
+  flags = [*FLAGS, BIAS, f"--config.init_from={run}"]
+  with pytest.raises(InterruptedError):
+    main.main([*flags, f"--workdir={tmp_path / 'a'}"])
+  # The caller's variable, the argument, and that of getrefcount.
+  assert kept[0] <= 4 and not read
+  with (
+    pytest.raises(ConfigError, match="of another model"),
+    monkeypatch.context() as m,
+  ):
+    m.setattr(jax.stages.Lowered, "compile", compiled)
+    main.main(
+      [*flags, "--config.model.d_model=64", f"--workdir={tmp_path / 'b'}"]
+    )
 
 
 def test_a_router_that_would_fit_begins_new_too(run):

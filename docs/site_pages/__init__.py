@@ -1,1 +1,1 @@
-"""What docs/conf.py adds to the pages while the site is built."""
+"""Text that docs/conf.py adds to the pages while the site is built."""

@@ -9,7 +9,7 @@ the checkpoint (the sums of a line that has not been written yet).
 import contextlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import jax
 
@@ -64,21 +64,20 @@ def train_and_evaluate(config, workdir) -> dict[str, float]:
 
 
 def _prepared(config, directory):
-  """The Program of a run, and the weights that it starts with or None.
+  """The Program of a run, and a list of the weights that it starts with, if any.
 
   The first process tells the user of it before it compiles.
   """
-  given = None
+  given = []
 
   def tell(text, end="\n"):
     if processes.is_first():
       print(text, end=end, file=sys.stderr, flush=True)
 
   def before(program, facts):
-    nonlocal given
     # Weights may be refused, for which nobody should wait.
     if is_new and config.init_from is not None:
-      given = starts.read(config.init_from, program.model, config)
+      given.append(starts.read(config.init_from, program.model, config))
     devices = {"devices": [d.device_kind for d in jax.devices()]}
     tell(summary.begin(config, facts | devices, directory.path))
     tell("compiling ...", end=" ")
@@ -98,7 +97,7 @@ def run(
   progress,
   deadline: float | None = None,
   start: str | None = None,
-  given: Mapping | None = None,
+  given: Sequence = (),
 ) -> dict[str, float]:
   """Trains one seed, from its newest checkpoint on; returns the last metrics.
 
@@ -109,7 +108,7 @@ def run(
     progress: Progress, told of every step.
     deadline: time.monotonic() at which to stop as at a signal; None: never.
     start: of the first weights, as init_from in a config; None: random ones.
-    given: what `starts.read` returned of them; None: it is read here.
+    given: a list of what `starts.read` returned, emptied here; else it is read.
 
   Raises:
     ConfigError, RunError, Interrupted: as in `train_and_evaluate`.
@@ -161,11 +160,12 @@ def _begin(program, seed, start, given, directory, checkpoints, progress):
   if restored is None:
     of_run = program.model, program.config
     # Before the run compiles or writes: the weights may be refused.
-    if given is None and start is not None:
-      given = starts.read(start, *of_run)
+    if start is not None:
+      # Nobody else holds on to them, as they may fill the memory.
+      weights = given.pop() if given else starts.read(start, *of_run)
     state = program.init(jax.random.key(seed))
     if start is not None:
-      state = starts.replaced(state, given, *of_run, start, seed)
+      state = starts.replaced(state, weights, *of_run, start, seed)
       facts["init_from"] = starts.place(start)
     directory.start_over(**facts)
     return state, 0, Lines(program, directory, progress)
