@@ -40,7 +40,14 @@ FACTS = {
   "git": "0123456789abcdef" * 2 + "01234567+",
   "started": "2026-11-30T10:29:18+0000",
   "tokens_per_step": 512,
-  "recipe": {"0, 1": {}},
+  "recipe": {
+    "0, 1": {
+      "num_experts": 4,
+      "router": {"name": "top_k", "top_k": 2},
+      "balancers": {"a": {"name": "bias"}, "b": {"name": "z_loss"}},
+      "capacity_factor": 1.0,
+    }
+  },
 }
 
 
@@ -133,8 +140,7 @@ def test_the_page_of_a_run(tmp_path):
     "git 0123456789ab+",
     "2026-11-30 10:29:18+0000",
     "next_token on small",
-    "4, router top_k, K = 2, capacity factor 1.0",
-    "bias, switch, z_loss",
+    "top_k 2 of 4 experts, capacity factor 1.0, balanced by bias and z_loss",
     "12,345 tokens per second",
     "training, floor 0.01",
     "nats per token",

@@ -1,11 +1,13 @@
 """The five lines that a run begins with, and the table that it ends with."""
 
+import math
+
 import jax
 import pytest
 
 from configs import tiny
 from moe_jax import main as train_command
-from moe_jax.run import run_directory, summary
+from moe_jax.run import run_directory, summary, wording
 from moe_jax.training import loop
 
 
@@ -28,10 +30,14 @@ def test_what_a_run_says(config, tmp_path, capsys):
   ]
   assert [line.split()[0] for line in lines] == list(summary.LINES)
   model, data, devices, recipe, writes = lines
-  assert "decoder, 39.4 K parameters, 27.1 K of them active" in model
+  assert "decoder, parameters: 39,360, of which 27,072 active" in model
   assert "python_sources, 8 rows in a step (512 tokens)" in data
-  assert f"{len(jax.devices())} x cpu" in devices
-  assert "top_k 2 of 4 experts, capacity factor 2, balanced by switch" in recipe
+  assert (
+    f"{len(jax.devices())} × cpu; mesh data {len(jax.devices())}" in devices
+  )
+  assert (
+    "top_k 2 of 4 experts, capacity factor 2.0, balanced by switch" in recipe
+  )
   assert "adamw at 0.003, cosine, 3 steps" in recipe
   assert str(tmp_path / "run") in writes
   assert "compiled in" in said
@@ -54,7 +60,7 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys, monkeypatch):
   flags = ["--config=tiny", "--dry_run", "--config.train.num_steps=7"]
   assert train_command.main(flags) == 0
   said = capsys.readouterr().out
-  assert "27.1 K of them active" in said and "7 steps" in said
+  assert "of which 27,072 active" in said and "7 steps" in said
   assert "nothing (--dry_run)" in said
   assert [*tmp_path.iterdir()] == []
 
@@ -69,9 +75,9 @@ def test_a_model_without_experts_and_several_recipes(config):
     "recipe": {},
   }
   text = summary.begin(config, facts, None)
-  assert "1.23 K parameters, 2.5 T of them" in text
-  assert "8 x TPU v5p, mesh fsdp:2, expert:4" in text
-  assert "no experts" in text and "(10 M tokens)" in text
+  assert "parameters: 1,234, of which 2.5 trillion active" in text
+  assert "8 × TPU v5p; mesh fsdp 2, expert 4\n" in text
+  assert "no experts" in text and "(10 million tokens)" in text
   recipe = {
     "num_experts": 8,
     "router": {"name": "soft"},
@@ -84,10 +90,25 @@ def test_a_model_without_experts_and_several_recipes(config):
   assert "2 more recipes" in text
 
 
-def test_numbers_of_any_size():
-  assert [summary._count(x) for x in (0, 999, 1000, 671e9)] == [
+def test_counts_of_any_size():
+  counts = (0, 999_999, 1_000_000, 671e9, 12_345 * 10**9)
+  assert [wording.count(x) for x in counts] == [
     "0",
-    "999",
-    "1 K",
-    "671 B",
+    "999,999",
+    "1 million",
+    "671 billion",
+    "12.35 trillion",
   ]
+  for no_count in (None, True, "7", -1, math.nan, 10**400):
+    assert wording.count(no_count) == ""
+
+
+def test_facts_of_another_version_or_a_damaged_file():
+  for facts in ({}, {"devices": 3, "mesh": [1], "recipe": "top_k"}):
+    assert wording.parameters(facts) == ""
+    assert wording.devices(facts) == wording.experts(facts) == ""
+  facts = {"devices": [1, "a", 1], "mesh": {"data": "2"}, "recipe": {"0": 5}}
+  assert wording.devices(facts) == "2 × 1, 1 × a; 1 used"
+  assert wording.experts(facts) == (
+    "None None experts, no token is dropped, no balancer"
+  )

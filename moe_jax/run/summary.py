@@ -3,8 +3,9 @@
 Both are made of the contents of the run's files, which programs read.
 """
 
-import math
 from collections.abc import Mapping
+
+from moe_jax.run import wording
 
 # The metrics of the last table, in its order, and their meanings.
 _MEANINGS = {
@@ -20,7 +21,6 @@ _MEANINGS = {
   "router_entropy": "of the routing probabilities, nats",
 }
 LINES = ("model", "data", "devices", "recipe", "writes")
-_SHOWN_EXPERTS = 3  # Recipes in the line, where layers differ.
 
 
 def begin(config, facts: Mapping, path) -> str:
@@ -32,68 +32,29 @@ def begin(config, facts: Mapping, path) -> str:
     path: the work directory; None: nothing is written.
   """
   texts = (
-    _model(config, facts),
+    f"{config.model.name}, parameters: {wording.parameters(facts)}",
     _data(config, facts),
-    _devices(facts),
+    wording.devices(facts),
     _recipe(config, facts),
     f"{path}" if path else "nothing (--dry_run)",
   )
   return "\n".join(f"{name:8} {text}" for name, text in zip(LINES, texts))
 
 
-def _model(config, facts):
-  sizes = facts["parameters"]
-  return (
-    f"{config.model.name}, {_count(sizes['total'])} parameters,"
-    f" {_count(sizes['active'])} of them active for a token"
-  )
-
-
 def _data(config, facts):
-  given = facts.get("tokens_per_step")
   batch = f"{config.data.batch_size} rows in a step"
-  if given:
-    batch += f" ({_count(given)} tokens)"
-  name = config.data.dir or config.data.name
-  if config.data.mixture:
-    name = " + ".join(config.data.mixture)
+  if tokens := facts.get("tokens_per_step"):
+    batch += f" ({wording.count(tokens)} tokens)"
+  name = wording.data(config.to_dict())
   return f"{name}, {batch}, fingerprint {facts['data'][:12]}"
-
-
-def _devices(facts):
-  kinds = facts["devices"]
-  mesh = {k: n for k, n in facts["mesh"].items() if n > 1}
-  split = ", ".join(f"{k}:{n}" for k, n in mesh.items())
-  text = f"{len(kinds)} x {kinds[0]}" if kinds else "none"
-  used = math.prod(facts["mesh"].values())
-  return f"{text}, mesh {split}" if split else f"{text}, {used} used"
 
 
 def _recipe(config, facts):
   optim, steps = config.optim, config.train.num_steps
-  texts = [_experts(x) for x in facts["recipe"].values()]
-  more = len(texts) - _SHOWN_EXPERTS
-  texts = texts[:_SHOWN_EXPERTS] + [f"{more} more recipes"] * (more > 0)
-  experts = "; ".join(texts) or "no experts"
   return (
-    f"{experts}; {optim.optimizer.name} at {optim.learning_rate:g},"
-    f" {optim.schedule}, {steps:,} steps"
+    f"{wording.experts(facts)}; {optim.optimizer.name} at"
+    f" {optim.learning_rate:g}, {optim.schedule}, {steps:,} steps"
   )
-
-
-def _experts(recipe):
-  router = recipe["router"]
-  chosen = f"{router['top_k']} of " if "top_k" in router else ""
-  balancers = [x["name"] for x in recipe["balancers"].values()]
-  bound = "no token is dropped"
-  if slots := recipe.get("capacity"):
-    bound = f"{slots} slots in an expert"
-  elif factor := recipe.get("capacity_factor"):
-    bound = f"capacity factor {factor:g}"
-  balanced = (
-    f"balanced by {' and '.join(balancers)}" if balancers else "no balancer"
-  )
-  return f"{router['name']} {chosen}{recipe['num_experts']} experts, {bound}, {balanced}"
 
 
 def end(values: Mapping[str, float], path, steps: int) -> str:
@@ -117,11 +78,3 @@ def end(values: Mapping[str, float], path, steps: int) -> str:
       f" python -m moe_jax.report {path} draws them.",
     ]
   )
-
-
-def _count(number) -> str:
-  """A number with three digits and a unit: 39.4 K."""
-  for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-    if number >= size:
-      return f"{number / size:.3g} {unit}"
-  return f"{number:.3g}"

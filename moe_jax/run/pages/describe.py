@@ -4,8 +4,10 @@ import statistics
 from collections.abc import Sequence
 
 from moe_jax.run import config as config_lib
+from moe_jax.run import wording
 from moe_jax.run.pages import curves, html, plots, words
-from moe_jax.run.pages.read import Run, at
+from moe_jax.run.pages.read import Run
+from moe_jax.run.wording import at
 
 # Facts of run.json in which two runs of the same config may differ.
 _ORIGIN = ("code", "git", "data", "devices", "mesh", "platform", "processes")
@@ -21,20 +23,6 @@ def number(value: float) -> str:
   return f"{value:.4g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.2e}"
 
 
-def large(value) -> str:
-  """Returns a count such as 477,824 or 12.3 billion; "" for anything else."""
-  if type(value) is not int or not 0 <= value < 10**18:
-    return ""
-  for size, word in (
-    (10**12, "trillion"),
-    (10**9, "billion"),
-    (10**6, "million"),
-  ):
-    if value >= size:
-      return f"{value / size:.4g} {word}"
-  return f"{value:,}"
-
-
 def state(run: Run) -> html.Html:
   """Returns the state of a run, and how many steps it has done."""
   of = f" of {run.num_steps:,}" if run.num_steps else ""
@@ -47,7 +35,8 @@ def _left(run):
   """The time until a running run ends, by its throughput."""
   speed, tokens = _speed(run), at(run.facts, "tokens_per_step")
   steps = (run.num_steps or 0) - run.step
-  if run.state != "running" or not large(tokens) or speed <= 0 or steps <= 0:
+  tokens_known = wording.count(tokens) not in ("", "0")
+  if run.state != "running" or not tokens_known or speed <= 0 or steps <= 0:
     return ""
   minutes = steps * float(tokens) / speed / 60
   words = f"{minutes / 60:,.1f} h" if minutes > 90 else f"{minutes:.0f} min"
@@ -67,18 +56,17 @@ def facts(run: Run) -> dict[str, str]:
   shown = [f"{k} {versions[k]}" for k in ("moe_jax", "jax") if k in versions]
   python, speed = at(run.facts, "python"), _speed(run)
   shown += [f"Python {python}"] * (python is not None)
-  tokens, git = at(run.facts, "tokens_per_step"), at(run.facts, "git")
+  git = at(run.facts, "git")
+  batch = wording.count(at(run.facts, "tokens_per_step"))
   resumed = at(run.facts, "continued")
-  sparse = at(run.facts, "recipe") != {}
   times = len(resumed) if isinstance(resumed, list) else 0
   found = {
     "Task": _task(run.config),
     "Model": _model(run.config),
-    "Experts": _experts(run.config) if sparse else "none",
-    "Balancers": _balancers(run.config) if sparse else "",
-    "Parameters": parameters(run),
-    "Batch": f"{large(tokens)} tokens in a step" if large(tokens) else "",
-    "Devices": devices(run),
+    "Experts": wording.experts(run.facts),
+    "Parameters": wording.parameters(run.facts),
+    "Batch": f"{batch} tokens in a step" if batch else "",
+    "Devices": wording.devices(run.facts),
     "Speed": f"{speed:,.0f} tokens per second" if speed else "",
     "Versions": ", ".join(shown),
     "Code": f"git {_short(git)}" if isinstance(git, str) and git else "",
@@ -115,63 +103,15 @@ def latest(run: Run) -> dict[str, html.Html]:
   return found
 
 
-def parameters(run: Run) -> str:
-  """Returns the parameters of the model, in all and for a token."""
-  total, active = (
-    large(at(run.facts, f"parameters.{name}")) for name in ("total", "active")
-  )
-  both = active and active != total
-  return f"{total}, of which {active} active" if both else total
-
-
-def devices(run: Run) -> str:
-  """Returns the devices, and the mesh where there are several."""
-  found, mesh = at(run.facts, "devices"), at(run.facts, "mesh")
-  if not isinstance(found, list):
-    return ""
-  kinds = dict.fromkeys(map(str, found))
-  words = ", ".join(f"{list(map(str, found)).count(k)} × {k}" for k in kinds)
-  axes = mesh.items() if isinstance(mesh, dict) else ()
-  split = ", ".join(f"{axis} {size}" for axis, size in axes if size != 1)
-  return f"{words}; mesh {split}" if split else words
-
-
 def _task(config):
-  name, mixture = at(config, "task.name"), at(config, "data.mixture")
-  data = mixture if isinstance(mixture, dict) and mixture else None
-  data = ", ".join(map(str, data)) if data else at(config, "data.name")
-  where = at(config, "data.dir")
-  data = data if where is None else where
-  return f"{name} on {data}" if name else ""
+  name = at(config, "task.name")
+  return f"{name} on {wording.data(config)}" if name else ""
 
 
 def _model(config):
   name, layers = at(config, "model.name"), at(config, "model.num_layers")
   width = at(config, "model.d_model")
   return f"{name}, {layers} layers, width {width}" if name else ""
-
-
-def _experts(config):
-  moe = at(config, "model.moe")
-  if at(moe, "num_experts") is None:
-    return ""
-  words = f"{moe['num_experts']}, router {at(moe, 'router.name')}"
-  words += f", K = {at(moe, 'top_k')}" if at(moe, "top_k") else ""
-  if slots := at(moe, "capacity"):
-    return f"{words}, {slots} slots in an expert"
-  factor = at(moe, "capacity_factor")
-  bound = (
-    "no token is dropped" if factor is None else f"capacity factor {factor}"
-  )
-  return f"{words}, {bound}"
-
-
-def _balancers(config):
-  balancers = at(config, "model.moe.balancers")
-  if not isinstance(balancers, dict):
-    return ""
-  names = (f"{at(v, 'name')}" for v in balancers.values())
-  return ", ".join(names) or "none"
 
 
 def changed(config: dict) -> list[tuple[str, str, str]]:

@@ -3,9 +3,11 @@
 import json
 from collections.abc import Iterable, Sequence
 
+from moe_jax.run import wording
 from moe_jax.run.pages import curves, describe, heat, html, plots, words
 from moe_jax.run.pages.html import Html, tag
-from moe_jax.run.pages.read import Record, Run, at
+from moe_jax.run.pages.read import Record, Run
+from moe_jax.run.wording import at
 
 
 def make(runs: Sequence[Run], refresh: int | None = None) -> str:
@@ -46,8 +48,8 @@ def _heads(runs):
     [
       chip,
       describe.state(run),
-      describe.parameters(run) or "–",
-      describe.devices(run) or "–",
+      wording.parameters(run.facts) or "–",
+      wording.devices(run.facts) or "–",
       describe.when(run) or "–",
     ]
     for chip, run in zip(chips, runs)

@@ -10,11 +10,12 @@ import math
 import os
 import pathlib
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from moe_jax.core import files
 from moe_jax.core.errors import ConfigError
 from moe_jax.run.run_directory import LOADS
+from moe_jax.run.wording import at
 
 _FILES = ("config.json", "run.json", "metrics.jsonl")
 _REMEDY = "bring it back as it was"
@@ -109,18 +110,6 @@ def labels(paths) -> list[str]:
     if len({*names}) == len({*parts}):
       return names
   return ["/".join(p) for p in parts]
-
-
-def at(tree: Any, key: str) -> Any:
-  """Returns a value of nested dicts; None if it is not there.
-
-  Args:
-    tree: the dicts.
-    key: names with dots between them, from the outside in.
-  """
-  for name in key.split("."):
-    tree = tree.get(name) if isinstance(tree, dict) else None
-  return tree
 
 
 def has_begun(path: pathlib.Path) -> bool:
