@@ -155,7 +155,13 @@ def test_revisions_and_folders(cache, published):
     assert found == str(older / "high")
   with pytest.raises(ConfigError, match="hf:org/name has no safetensors files"):
     hub.weights("hf:org/name")
-  for path in ("hf:name", "hf:", "hf:org/name@", "hf:org/na me"):
+  for path in (
+    "hf:name",
+    "hf:",
+    "hf:org/name@",
+    "hf:org/na me",
+    "hf:org/name/a/..",
+  ):
     with pytest.raises(
       ConfigError, match="no name on the .* hf:ORG/NAME, with"
     ):

@@ -350,27 +350,54 @@ def test_a_domain_that_has_both_splits_is_not_changed(tmp_path):
   train, validation = hashed("train", 3), hashed("validation", 2)
   for order in itertools.permutations([*train, *validation]):
     pairs = (("text", [x.encode()]) for x in order)
-    placed = [*reading._both_splits(pairs, ())]
+    placed = [*reading._both_splits(pairs)]
     for split, own in zip(sources.SPLITS, (train, validation)):
       given = [texts[0].decode() for s, _, texts in placed if s == split]
       assert given == [x for x in order if x in own]
 
 
-@pytest.mark.parametrize("size", [255, 256, 3000])
+@pytest.mark.parametrize("size", [30, 256, 3000])
 def test_a_small_file_is_enough(size, tmp_path):
   for i in range(8):  # Whatever its hash is.
     text = (f"{i:09d}\n" * size)[:size]
     path = tmp_path / f"{size}-{i}.txt"
     path.write_text(text)
-    if size < 256:
-      train, validation = of_splits(prepared(path, tmp_path))
-      assert len(train) + len(validation) == 1
-      continue
     (train,), (validation,) = of_splits(prepared(path, tmp_path))
     assert train + validation == text and train[-1] == "\n"
     assert size / 16 - 1 < len(validation) < size / 16 + 10
   path.write_text("a" * 300)
   assert of_splits(prepared(path, tmp_path)) == [["a" * 300], []]
+
+
+def test_a_single_object_is_enough_for_its_domain(tmp_path):
+  """In all forms: the end of its text is held out."""
+  text = "".join(f"line {i}\n" for i in range(32))
+  several = [{"text": text, "domain": "a"}, {"text": text, "domain": "b"}]
+  (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, several)))
+  corpus = prepared(tmp_path / "x.jsonl", tmp_path)
+  for domain in "ab":
+    (train,), (validation,) = of_splits(corpus, domain)
+    assert train + validation == text and 16 <= len(validation) < 26
+
+
+def test_no_domains_where_none_are_asked_for(place, tmp_path):
+  corpus = prepared(place, tmp_path, domain_feature="none")
+  assert corpus.domains == ("text",)
+  by_domain = prepared(place, tmp_path)
+  assert len(by_domain.domains) > 1
+  for split in corpora.SPLITS:
+    both = (x.num_documents[split].values() for x in (corpus, by_domain))
+    total, parts = (sum(x) for x in both)
+    assert total == parts
+
+
+def test_links_to_folders_are_said(place, tmp_path, caplog):
+  """They are not followed, as a link may lead to a folder it is in."""
+  before = prepared(place, tmp_path).fingerprint
+  (place / "again").symlink_to(place)
+  assert prepared(place, tmp_path).fingerprint == before
+  assert f"such as {place / 'again'}" in caplog.text
+  assert "and not behind links to folders" in caplog.text
 
 
 def test_a_file_without_validation_text_says_what_to_do(tmp_path):

@@ -17,7 +17,9 @@ from moe_jax.core.errors import ConfigError, first_line
 
 PREFIX = "hf:"
 _PLAIN = re.compile(r"\w[\w.-]*/[\w.-]+")
-_NAME = re.compile(rf"{PREFIX}({_PLAIN.pattern})((?:/[^/@]+)*)(?:@(\S+))?")
+_NAME = re.compile(
+  rf"{PREFIX}({_PLAIN.pattern})((?:/(?!\.+(?:/|@|$))[^/@]+)*)(?:@(\S+))?"
+)
 _OF_MODELS = ("config.json", "generation_config.json", "tokenizer.json")
 _OF_MODELS += ("*.safetensors", "*.safetensors.index.json")
 # A dataset may have its rows in several forms: the first form here is read.

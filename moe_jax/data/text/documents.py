@@ -2,7 +2,7 @@
 
 import collections
 import pathlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from moe_jax.core.errors import ConfigError
@@ -135,7 +135,7 @@ def read(
     if held_out:
       placed = ((split, *pair) for pair in pairs)
     elif isinstance(builder, folders.Builder):
-      placed = _both_splits(pairs, builder.alone)
+      placed = _both_splits(pairs)
     else:
       placed = ((sources.split_of(texts[0]), d, texts) for d, texts in pairs)
     for own_split, domain, texts in placed:
@@ -149,7 +149,8 @@ def _texts(name, builder, features, split):
   names = label_names(builder, features)
   for example in sources.examples(name, builder, split):
     texts = [_as_bytes(example[name]) for name in features.texts.values()]
-    domain = example.get(features.domain, "text")
+    none = features.domain == "none"
+    domain = "text" if none else example.get(features.domain, "text")
     if names:  # TFDS has -1 for a document without a label.
       domain = names[domain] if domain >= 0 else "unlabelled"
     else:
@@ -158,7 +159,7 @@ def _texts(name, builder, features, split):
 
 
 def _both_splits(
-  pairs: Iterator[tuple[str, list[bytes]]], alone: Collection[str]
+  pairs: Iterator[tuple[str, list[bytes]]],
 ) -> Iterator[tuple[str, str, list[bytes]]]:
   """Yields (split, domain, texts); a domain with enough text has both splits.
 
@@ -169,7 +170,6 @@ def _both_splits(
 
   Args:
     pairs: (domain, texts) of every example.
-    alone: domains with a single example, that is long enough to be cut.
   """
   kept, splits = {}, {}  # {domain: its last texts}, {domain: its splits so far}
   sizes = collections.Counter()  # Bytes.
@@ -178,8 +178,7 @@ def _both_splits(
     sizes[domain] += len(texts[0])
     if domain in kept:
       yield *before, domain, kept.pop(domain)
-    # Domains are numbered in the order in which their first texts are yielded.
-    if before <= {split} and (before or domain in alone):
+    if before <= {split}:
       kept[domain] = texts
     else:
       yield split, domain, texts

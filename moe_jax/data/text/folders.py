@@ -14,7 +14,6 @@ are the splits, and domains are the folders in these.
 """
 
 import codecs
-import collections
 import gzip
 import json
 import pathlib
@@ -34,7 +33,6 @@ OBJECTS = (".jsonl", ".jsonl.gz", ".parquet")
 _SHOWN = 3  # Names in a message.
 _LONG = 2**14  # A file with more bytes is cut into several documents.
 _PIECE = 2**12  # The least bytes of these documents, except the last.
-_LEAST = 2**8  # A lone file with fewer bytes is not cut for validation.
 _AT_ONCE = 2**23  # Bytes of a file that are read together.
 _ROWS = 1024  # Rows of a parquet file that are read together.
 _LONGEST = 2**20  # The most bytes of these documents, where lines are longer.
@@ -87,7 +85,7 @@ def _split(split, paths, root):
     other = next(file.path for file in files if not file.suffix)
     logging.warning(
       "%d of %d files in %s are not read, such as %s; text is in files such as"
-      " .txt, .md, .py, .jsonl and .parquet",
+      " .txt, .md, .py, .jsonl and .parquet, and not behind links to folders",
       *(len(files) - len(read), len(files), root, other),
     )
   return {split: read} if read else {}
@@ -95,10 +93,13 @@ def _split(split, paths, root):
 
 def _inside(folder):
   """The files in a folder at any depth, in order, without hidden ones."""
-  paths = sorted(folder.rglob("*"))
-  names = (path.relative_to(folder).parts for path in paths)
-  hidden = [any(part[0] == "." for part in own) for own in names]
-  return [p for p, h in zip(paths, hidden) if not h and not p.is_dir()]
+  paths = (
+    path
+    for path in sorted(folder.rglob("*"))
+    if not any(part[0] == "." for part in path.relative_to(folder).parts)
+  )
+  # A link to a folder is not followed, and counts as a file that is not read.
+  return [path for path in paths if path.is_symlink() or not path.is_dir()]
 
 
 class Builder:
@@ -106,8 +107,6 @@ class Builder:
 
   info: with `features` and `splits`, as in TFDS. A split has the number and the
     bytes of its files.
-  alone: the domains of the training files that have a single document, whose
-    end may be held out.
   """
 
   def __init__(
@@ -142,7 +141,6 @@ class Builder:
     }
     features = {name: tfds.features.Text() for name in self._names()}
     self.info = types.SimpleNamespace(features=features, splits=splits)
-    self.alone = _alone(files[sources.SPLITS[0]])
 
   def _names(self):
     """The fields of the first object or row, or of prose if there are none."""
@@ -182,18 +180,6 @@ class Builder:
           " --config.data.skip_not_utf8=True"
         )
       logging.warning("Left out: %s", several)
-
-
-def _alone(files):
-  """The domains that are a single short file, and so a single document."""
-  if any(file.suffix in OBJECTS for file in files):
-    return set()  # Objects may name any domain.
-  numbers = collections.Counter(file.domain for file in files)
-  return {
-    file.domain
-    for file in files
-    if numbers[file.domain] == 1 and _LEAST <= file.path.stat().st_size <= _LONG
-  }
 
 
 def _check_texts(fields, texts, where):
