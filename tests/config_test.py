@@ -329,6 +329,9 @@ def test_a_run_has_no_variants_and_may_lack_a_tuple(tmp_path):
   path.write_text(json.dumps(values))
   with pytest.raises(ConfigError, match='no variants, so it has no ":small"'):
     config_lib.load(f"{path}:small")
+  path.with_name("a:b").mkdir()  # Folders may have colons.
+  path = path.rename(path.with_name("a:b") / path.name)
+  assert config_lib.load(str(path)).to_json() == json.dumps(values)
   older = json.loads(json.dumps(values))
   del older["plugins"], older["model"]["prefix"]
   run_directory._check_same(tmp_path, older, values)

@@ -3,6 +3,7 @@
 import fcntl
 import html.parser
 import json
+import math
 import pathlib
 import re
 import webbrowser
@@ -285,6 +286,11 @@ def test_maps_are_relative_to_the_mean_of_a_step():
   assert [many[0].layer, many[-1].layer, len(many)] == ["00", "60", 12]
   wide = heat.maps({"0": (list(range(900)), [[1.0] * 64] * 900)})[0]
   assert wide.steps[[0, -1]].tolist() == [0, 899] and len(wide.steps) == 160
+
+
+def test_a_metric_without_a_number_is_named(tmp_path):
+  nan = [{"step": i, "split": "train", "loss": math.nan} for i in (1, 2)]
+  assert "as they never change: loss (nan)" in drawn(write(tmp_path / "a", nan))
 
 
 def test_states(tmp_path):

@@ -1,12 +1,15 @@
 """A run's files: what is refused, what is told, and nothing lost in silence."""
 
+import fcntl
+import functools
 import json
 import os
+import threading
 
 import pytest
 
 from configs import tiny
-from moe_jax.core.errors import ConfigError, RunError
+from moe_jax.core.errors import ConfigError, InUse, RunError
 from moe_jax.run import provenance, run_directory
 from moe_jax.run.run_directory import RunDirectory
 
@@ -69,6 +72,17 @@ def test_a_folder_in_which_nothing_began(tmp_path, config):
   config.seed = 3
   with pytest.raises(ConfigError, match="config.seed = 2, and now it is 3"):
     RunDirectory(tmp_path, config)
+
+
+def test_a_page_may_look_at_the_lock_as_a_run_begins(tmp_path, config):
+  """Not longer than a moment: whoever keeps the lock is another run."""
+  with (tmp_path / ".lock").open("a") as file:
+    fcntl.flock(file, fcntl.LOCK_SH)
+    with pytest.raises(InUse, match="another run is going on"):
+      RunDirectory(tmp_path, config)
+    release = functools.partial(fcntl.flock, file, fcntl.LOCK_UN)
+    threading.Timer(run_directory._MOMENT / 4, release).start()
+    RunDirectory(tmp_path, config).close()
 
 
 @pytest.mark.parametrize("name", ["config.json", "run.json"])

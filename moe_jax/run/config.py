@@ -56,7 +56,7 @@ def load(spec: str, overrides=(), *, trust_plugins: bool = False):
     ConfigError: there is no such file, variant or key, or a value has another
       type, or plugins are not trusted.
   """
-  path, _, variant = spec.partition(":")
+  path, variant = re.fullmatch("(.*?)(?::([^/:]*))?", spec, re.S).groups()
   path = shipped.config(path)
   if path.endswith(".json"):
     if variant:

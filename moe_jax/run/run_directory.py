@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import pathlib
@@ -21,6 +22,7 @@ from moe_jax.run import processes, provenance, writers
 _CONFIG, _FACTS, _METRICS = "config.json", "run.json", "metrics.jsonl"
 LOADS = "loads"  # The split of lines with the load of every expert, by layer.
 _STEPS = "train.num_steps"
+_MOMENT = 0.2  # Seconds.
 _REMEDY = "bring it back as it was, or choose another --workdir"
 
 
@@ -347,8 +349,13 @@ def _check_same(path, known, wanted, but=frozenset()):
 def _lock(path):
   """Opens a file that the system keeps locked while this process lives."""
   file = (path / ".lock").open("a+", errors="replace")
+  lock = functools.partial(fcntl.flock, file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+      lock()
+    except BlockingIOError:  # A page that is drawn holds it for a moment.
+      time.sleep(_MOMENT)
+      lock()
   except BlockingIOError:
     with file:
       file.seek(0)

@@ -53,7 +53,7 @@ class Plot(NamedTuple):
 
 
 class Plots(NamedTuple):
-  """groups: (group, its figures) pairs; constant: {metric: its only value}."""
+  """groups: (group, its figures) pairs; constant: {metric: its only value, or NaN}."""
 
   groups: list[tuple[Group, list[Plot]]]
   constant: dict[str, float]
@@ -93,8 +93,8 @@ def make(records: Sequence[Record], loss_unit: str = "loss") -> Plots:
       if len(values) > 1 and not (causes and name == "dropped"):
         unit = loss_unit if plot.y_label == "loss" else plot.y_label
         kept.append(plot._replace(y_label=unit))
-      elif len(values) == 1 and name:
-        constant[name] = values.pop()
+      elif len(values) < 2 and name:
+        constant[name] = max(values, default=math.nan)
     if kept:
       groups.append((group, kept))
   return Plots(groups, constant)
