@@ -24,7 +24,7 @@ _MARKERS = list("osD^vPX*")
 # Inches of a single figure: small, so that its letters are large on a page.
 _SIZE = 4.4, 3.4
 _ROW = 0.22  # Inches of a row of the legend.
-_WIDE, _TALL = 46, 30  # Letters of a line of its axes' labels.
+_WIDE, _TALL = 46, 34  # Letters of a line of its axes' labels.
 
 
 class Curve(NamedTuple):
@@ -36,6 +36,7 @@ class Curve(NamedTuple):
   floor_label: of that line.
   log: logarithmic vertical axis.
   arms: rows -> names of the arms that it shows; None: all.
+  minus: an arm. Others are drawn as their difference to it, paired by seed.
   name: of the files; "": that of the metric.
   """
 
@@ -45,6 +46,7 @@ class Curve(NamedTuple):
   floor_label: str = ""
   log: bool = False
   arms: Callable[[list[dict]], Collection[str]] | None = None
+  minus: str = ""
   name: str = ""
 
   @property
@@ -61,6 +63,9 @@ class Curve(NamedTuple):
     """
     figure, (axes,) = panels(1)
     arms = self.arms(rows) if self.arms else [r["arm"] for r in rows]
+    if self.minus:
+      points = differences(points, self.metric, self.minus)
+      axes.axhline(0, color="black", lw=0.5)
     for arm, style in styles(arms).items():
       steps, mean, low, high = band(points, arm, self.metric)
       if steps:
@@ -83,6 +88,7 @@ class Scatter(NamedTuple):
   x, y: metrics of results.csv.
   x_label, y_label: of the axes.
   log: logarithmic horizontal axis.
+  arms: as of `Curve`.
   """
 
   x: str
@@ -90,6 +96,7 @@ class Scatter(NamedTuple):
   x_label: str
   y_label: str
   log: bool = False
+  arms: Callable[[list[dict]], Collection[str]] | None = None
 
   def draw(self, rows: list[dict], points: list[dict], folder) -> None:
     """Writes <y>_over_<x>.png and .pdf. An arm without an x is a line across.
@@ -100,6 +107,9 @@ class Scatter(NamedTuple):
       folder: to write to.
     """
     del points
+    if self.arms:
+      shown = self.arms(rows)
+      rows = [r for r in rows if r["arm"] in shown]
     figure, (axes,) = panels(1)
     few = True
     for arm, style in styles(r["arm"] for r in rows if self.y in r).items():
@@ -133,8 +143,8 @@ MAX_VIO = Curve(
 BITS_OVER_MAX_VIO = Scatter(
   "max_vio_global",
   "bits_per_byte",
-  x_label="MaxVio over all validation windows",
-  y_label="bits per byte of the validation windows",
+  x_label="validation MaxVio",
+  y_label="validation bits per byte",
   log=True,
 )
 
@@ -185,12 +195,16 @@ def panels(count: int):
 
 
 def _log_scale(axes, which):
-  """Plain numbers at 1, 2 and 5 of every decade."""
+  """Plain numbers at 1, 2 and 5 of every decade, or evenly in a short range."""
   from matplotlib import ticker
 
   axes.set(**{f"{which}scale": "log"})
   axis = getattr(axes, f"{which}axis")
-  axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+  low, high = getattr(axes, f"get_{which}lim")()
+  few = high < 5 * low  # Of these numbers.
+  axis.set_major_locator(
+    ticker.MaxNLocator(4) if few else ticker.LogLocator(subs=(1, 2, 5))
+  )
   axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
   axis.set_minor_formatter(ticker.NullFormatter())
 
@@ -207,8 +221,38 @@ def save(figure, axes, folder, name: str) -> None:
     figure.legend(loc="outside upper center", ncols=columns, handlelength=3)
   path = pathlib.Path(folder, name.replace("/", "_"))
   # Equal figures are equal files.
-  for kind, dated in (("png", {}), ("pdf", {"CreationDate": None})):
-    figure.savefig(f"{path}.{kind}", dpi=200, metadata=dated)
+  figure.savefig(f"{path}.pdf", metadata={"CreationDate": None})
+  figure.savefig(f"{path}.png", dpi=200)
+  _with_palette(f"{path}.png")
+
+
+def _with_palette(path):
+  """Makes the file a third as large: a figure has few colours."""
+  from PIL import Image
+
+  with Image.open(path) as image:
+    small = image.convert("RGB").quantize()
+  small.save(path, optimize=True)
+
+
+def differences(points: list[dict], metric: str, baseline: str) -> list[dict]:
+  """The points with a metric less that of an arm, at the same seed and step.
+
+  Args:
+    points: as in `Curve.draw`; those that have no such partner are left out.
+    metric: of which the difference is taken.
+    baseline: the arm.
+  """
+  metric_of = {
+    (p["seed"], p["step"]): p[metric]
+    for p in points
+    if p["arm"] == baseline and metric in p
+  }
+  return [
+    p | {metric: p[metric] - metric_of[p["seed"], p["step"]]}
+    for p in points
+    if metric in p and (p["seed"], p["step"]) in metric_of
+  ]
 
 
 def band(points: list[dict], arm: str, metric: str) -> tuple[list, ...]:

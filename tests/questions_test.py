@@ -1,9 +1,10 @@
 """The committed questions, whole and of their rows; and one's own."""
 
-import subprocess
+import re
 import sys
 
 import pytest
+from PIL import Image
 
 import experiments
 from experiments import columns, launch, questions, runs, sweeps
@@ -12,21 +13,16 @@ from moe_jax.core.errors import ConfigError
 from moe_jax.models import counts
 from tests.house import ROOT
 
-TRACKED = subprocess.run(
-  ["git", "ls-files", "experiments"],
-  cwd=ROOT,
-  capture_output=True,
-  check=True,
-  text=True,
-).stdout.split()
-COMMITTED = [
-  n for n in questions.names() if f"experiments/{n}/sweep.py" in TRACKED
-]
+# Beside them may be questions that somebody works on.
+COMMITTED = re.findall(
+  r"\]\(\.\./experiments/(\w+)/README\.md\)",
+  (ROOT / "docs" / "results.md").read_text(),
+)
 TABLES = [
   (name, scale)
   for name in COMMITTED
   for scale in questions.load(name).scales
-  if f"experiments/{name}/figures/{scale}.md" in TRACKED
+  if (ROOT / "experiments" / name / "figures" / f"{scale}.md").exists()
 ]
 
 
@@ -66,8 +62,17 @@ def test_a_committed_table_is_of_the_committed_rows(
   assert table == (kept / f"{scale}.md").read_text()
   shown = table.split("\n\n", 1)[1]  # All but the title.
   assert shown in (question.folder / "README.md").read_text()
-  for path in made.glob("*.png"):
-    assert (kept / f"{scale}_{path.name}").exists()
+  drawn, committed = (
+    {path.name.removeprefix(f"{scale}_"): _size(path) for path in paths}
+    for paths in (made.glob("*.png"), kept.glob(f"{scale}_*.png"))
+  )
+  assert drawn == committed
+
+
+def _size(path):
+  """Pixels of a picture."""
+  with Image.open(path) as image:
+    return image.size
 
 
 def counted(config, vocab_size=257):
@@ -127,16 +132,19 @@ SCALES = {"demo": demo}
 """
 
 
+NAME = "question_of_a_test"
+
+
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
   """The folder of a question, as small as one may be."""
-  folder = tmp_path / "of_mine" / "mine"
+  folder = tmp_path / "of_mine" / NAME
   folder.mkdir(parents=True)
   (folder / "__init__.py").write_text('"""Is it mine?"""\n')
   (folder / "sweep.py").write_text(SWEEP)
   monkeypatch.setattr(experiments, "__path__", list(experiments.__path__))
   yield folder
-  for name in [m for m in sys.modules if m.startswith("experiments.mine")]:
+  for name in [m for m in sys.modules if m.startswith(f"experiments.{NAME}")]:
     del sys.modules[name]
 
 
@@ -147,17 +155,18 @@ def test_a_question_may_lie_anywhere(mine, tmp_path, capsys):
     launch.main([flag, "--help"])
   assert stopped.value.code == 0
   words = " ".join(capsys.readouterr().out.split())
-  assert "load_balancing, mine, modalities, routers, scaling" in words
+  known = questions.names()
+  assert {NAME, *COMMITTED} <= {*known} and ", ".join(known) in words
   assert launch.main([flag, "--list"]) == 0
   listed = capsys.readouterr().out.splitlines()
-  assert "mine                    Is it mine?" in listed
-  assert [line.split()[0] for line in listed] == questions.names()
+  assert f"{NAME}      Is it mine?" in listed
+  assert [line.split()[0] for line in listed] == known
   work = f"--workdir={tmp_path / 'work'}"
-  assert launch.main([flag, "mine", "--list", work]) == 0
+  assert launch.main([flag, NAME, "--list", work]) == 0
   assert (
     "k1                      0 of 2 seeds finished" in capsys.readouterr().out
   )
-  question = questions.load("mine")
+  question = questions.load(NAME)
   assert question.folder == mine and question.report is columns.REPORT
 
 
@@ -165,7 +174,7 @@ def test_a_question_may_lie_anywhere(mine, tmp_path, capsys):
   "names, file, text, words",
   [
     ("nowhere", "sweep.py", SWEEP, "nowhere holds no question; a question is"),
-    ("of_mine/mine", "sweep.py", SWEEP, "mine holds no question; a question"),
+    (f"of_mine/{NAME}", "sweep.py", SWEEP, f"{NAME} holds no question; a"),
     ("of_mine", "sweep.py", None, "sweep.py has to define SCALES; see docs"),
     ("of_mine", "sweep.py", "", "sweep.py has to define SCALES; see docs"),
     ("of_mine", "plot.py", "", "plot.py has to define REPORT; see docs"),
@@ -176,7 +185,7 @@ def test_a_question_that_is_not_whole(mine, names, file, text, words):
   path.unlink() if text is None else path.write_text(text)
   flag = f"--questions={mine.parents[1] / names}"
   with pytest.raises(ConfigError, match=words):
-    launch.main([flag, "mine", "--list"])
+    launch.main([flag, NAME, "--list"])
 
 
 @pytest.mark.parametrize("name", ["gating", "report"])
@@ -187,7 +196,6 @@ def test_a_question_takes_no_name_of_another_module(mine, name):
 
 
 def test_a_launch_without_a_question_names_them(capsys):
-  with pytest.raises(
-    ConfigError, match="give a QUESTION; known: balancers, gating, load"
-  ):
+  known = ", ".join(questions.names())
+  with pytest.raises(ConfigError, match=f"give a QUESTION; known: {known}"):
     launch.main([])

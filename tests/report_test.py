@@ -204,6 +204,28 @@ def test_bands_and_figures(tmp_path):
       assert (tmp_path / f"{name}.{kind}").read_bytes().startswith(magic)
 
 
+def test_a_curve_of_differences_is_paired_by_seed(tmp_path):
+  points = [
+    {"arm": arm, "seed": seed, "step": step, "x": value + step}
+    for arm, seed, value in (
+      *(("a", 0, 1.0), ("a", 1, 5.0), ("b", 0, 3.0), ("b", 1, 6.0)),
+      ("b", 2, 9.0),  # Without a partner.
+    )
+    for step in (10, 20)
+  ]
+  found = figures.differences(points, "x", "a")
+  assert figures.band(found, "b", "x") == (
+    [10, 20],
+    [1.5] * 2,
+    [1] * 2,
+    [2] * 2,
+  )
+  assert figures.band(found, "a", "x")[1] == [0, 0]
+  curve = figures.Curve("x", "x", arms=lambda _: ["b"], minus="a", name="less")
+  curve.draw([{"arm": "a"}, {"arm": "b"}], points, tmp_path)
+  assert (tmp_path / "less.png").exists()
+
+
 def test_matches_are_of_the_means():
   def words(b):
     pair = report.Claim("loss", "b", "a", alike="bits_per_byte")

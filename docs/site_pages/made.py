@@ -189,10 +189,19 @@ def _commands():
   return _told
 
 
+def answered() -> list[pathlib.Path]:
+  """The READMEs of the questions that have rows and an answer."""
+  return [
+    path
+    for path in sorted(ROOT.glob("experiments/*/README.md"))
+    if path.with_name("results.csv").exists()
+    and "## Answer\n" in path.read_text()
+  ]
+
+
 def questions() -> str:
-  """The answer of every committed question, with its figure and its rows."""
-  paths = sorted(ROOT.glob("experiments/*/README.md"))
-  return "\n\n".join(map(_question, paths))
+  """The answer of every answered question, with its figure and its rows."""
+  return "\n\n".join(map(_question, answered()))
 
 
 def _question(path):

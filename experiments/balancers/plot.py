@@ -34,11 +34,22 @@ _OTHERS = [
 ]
 
 
-def _shown(rows):
-  """The arms of the headline, and those of one kind each besides."""
-  shown = (*sweep.HEADLINE, "adaptive", "bip")
-  return [arm for arm in dict.fromkeys(r["arm"] for r in rows) if arm in shown]
+def _arms(*names):
+  """rows -> the arms of these names, in every layout and size."""
 
+  def shown(rows):
+    arms = dict.fromkeys(r["arm"] for r in rows)
+    return [arm for arm in arms if {arm, arm.split("-", 1)[-1]} & {*names}]
+
+  return shown
+
+
+# More arms than these cannot be told apart. The curves of the headline's other arms
+# lie on those of `micro_batch_1e-2` and of `sign`.
+_CURVES = _arms(
+  *("none", "micro_batch_1e-2", "z_loss"), *("sign", "sign_z_loss", "quantile")
+)
+_ENDS = _arms(*sweep.HEADLINE, *sweep.Z_LOSS)
 
 REPORT = Report(
   columns=(
@@ -94,8 +105,7 @@ REPORT = Report(
     for pair in (*_HEADLINE, *_Z_LOSS, *_OTHERS)
   ),
   plots=(
-    # More curves than these cannot be told apart.
-    figures.MAX_VIO._replace(arms=_shown),
-    figures.BITS_OVER_MAX_VIO,
+    figures.MAX_VIO._replace(arms=_CURVES),
+    figures.BITS_OVER_MAX_VIO._replace(arms=_ENDS),
   ),
 )

@@ -15,6 +15,15 @@ _PAIRS = (
   ("sigmoid-raw-bias", "softmax-renorm-loss"),
 )
 
+
+def _max_vio(balancer):
+  """MaxVio of the arms with this balancer."""
+  arms = [f"{gate}-{form}-{balancer}" for gate in _GATES for form in _FORMS]
+  return figures.MAX_VIO._replace(
+    arms=lambda _: arms, name=f"max_vio_{balancer}"
+  )
+
+
 REPORT = Report(
   columns=(
     columns.BITS_PER_BYTE,
@@ -33,5 +42,5 @@ REPORT = Report(
   claims=tuple(
     Claim("bits_per_byte", *pair, alike="max_vio_global") for pair in _PAIRS
   ),
-  plots=(figures.BITS_OVER_MAX_VIO, figures.MAX_VIO),
+  plots=(*map(_max_vio, _BALANCERS), figures.BITS_OVER_MAX_VIO),
 )

@@ -32,6 +32,7 @@ REPORT = Report(
       "step MaxVio / floor",
       digits=2,
       over="train/max_vio_floor",
+      meaning="step MaxVio over step floor, run by run (1: a random router).",
     ),
     columns.DROPPED,
     Column(

@@ -32,9 +32,7 @@ REPORT = Report(
   ),
   claims=tuple(Claim(loss, *pair) for loss in _LOSSES for pair in _PAIRS),
   plots=tuple(
-    figures.Curve(
-      f"validation/{loss}", f"validation loss of {loss[5:]} tokens, nats"
-    )
+    figures.Curve(f"validation/{loss}", f"validation nats per {loss[5:]} token")
     for loss in _LOSSES
   ),
 )

@@ -11,6 +11,8 @@ MARGIN = 0.5  # Nats above the lowest loss before at which a run is not stable.
 WARM_UP = 50
 LOSS = "validation/loss"
 _BASE = "switch_1.25"
+# Each kind of model at the paper's capacity; the other figure has all capacities.
+_MODELS = ("t5", "t5_wide", _BASE, "top2_1.25")
 _PAIRS = (
   *((arm, "t5") for arm in sweep.HEADLINE[1:]),
   *((f"switch_{c}", f"top2_{c}") for c in sweep.CAPACITIES),
@@ -136,7 +138,14 @@ REPORT = Report(
   findings=(medians, stability),
   plots=(
     figures.Curve(
-      "loss", "training loss, nats per target", arms=lambda _: sweep.HEADLINE
+      "loss", "training loss, nats per target", arms=lambda _: _MODELS
+    ),
+    figures.Curve(
+      LOSS,
+      "validation loss minus that of t5, nats per target",
+      arms=lambda _: sweep.HEADLINE[2:],
+      minus="t5",
+      name="loss_minus_t5",
     ),
   ),
 )

@@ -1,6 +1,8 @@
 """The report of timesteps."""
 
 import statistics
+from collections.abc import Collection
+from typing import NamedTuple
 
 from experiments import columns, figures, runs
 from experiments.report import Claim, Column, Report
@@ -60,11 +62,18 @@ def _losses(row):
   }
 
 
-class Ranges:
-  """The loss of each range of timesteps over that of `one`, in percent."""
+class Ranges(NamedTuple):
+  """The loss of each range of timesteps over that of `one`, in percent.
+
+  name: of the files.
+  arms: that it shows.
+  """
+
+  name: str
+  arms: Collection[str]
 
   def draw(self, rows: list[dict], points: list[dict], folder) -> None:
-    """Writes ranges.png and ranges.pdf.
+    """Writes <name>.png and <name>.pdf.
 
     Args:
       rows: of the report.
@@ -73,7 +82,7 @@ class Ranges:
     """
     del points
     by_place = {(r["arm"], r["seed"]): _losses(r) for r in rows}
-    arms = [r["arm"] for r in rows if r["arm"] != "one"]
+    arms = [r["arm"] for r in rows if r["arm"] in self.arms]
     figure, (axes,) = figures.panels(1)
     for arm, style in figures.styles(arms).items():
       pairs = [
@@ -100,9 +109,9 @@ class Ranges:
     axes.axhline(0, color="black", lw=0.5)
     axes.set(
       xlabel="timestep, from data (0) to noise (1)",
-      ylabel="validation loss over that of one, percent",
+      ylabel="loss above that of one, percent",
     )
-    figures.save(figure, axes, folder, "ranges")
+    figures.save(figure, axes, folder, self.name)
 
 
 REPORT = Report(
@@ -129,5 +138,8 @@ REPORT = Report(
   ),
   claims=tuple(Claim("loss", *pair) for pair in _PAIRS),
   derive=derive,
-  plots=(Ranges(),),
+  plots=(
+    Ranges("ranges", (*sweep.PAIRS, "one_long")),
+    Ranges("ranges_of_layers", ("moe", "by_time_2", "by_time_8")),
+  ),
 )

@@ -109,6 +109,16 @@ def crossings(rows: list[dict]) -> list[str]:
   return lines
 
 
+def _curve(name, arms):
+  """Arms that have the FLOPs of the model from scratch, or nearly so."""
+  return figures.Curve(
+    LOSS,
+    "validation bits per byte, after the dense model's training",
+    arms=lambda _: arms,
+    name=name,
+  )
+
+
 REPORT = Report(
   columns=(
     columns.BITS_PER_BYTE,
@@ -140,8 +150,7 @@ REPORT = Report(
   needs=(LOSS,),
   findings=(crossings,),
   plots=(
-    figures.Curve(
-      LOSS, "validation bits per byte, after the dense model's training"
-    ),
+    _curve("starts", ("dense_on", "scratch", "copy", "copy_long")),
+    _curve("methods", ("scratch", *sweep.COPIES, "scratch_granular")),
   ),
 )

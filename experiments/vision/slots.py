@@ -115,7 +115,7 @@ def draw(rows: list[dict], folder: pathlib.Path) -> None:
     label = f"{arm}: {order}"
     axes.plot([*own], means, label=label, color=style.color, ls=style.line)
   axes.set(
-    xlabel="slots over assignments at evaluation (means over seeds)",
+    xlabel="slots over assignments (means over seeds)",
     ylabel="validation accuracy, percent",
   )
   figures.save(figure, axes, folder, "slots")
