@@ -20,6 +20,7 @@ def get_config():
   c.optim.warmup_steps = 5
   c.train.num_steps = 20
   c.train.log_every = 5
+  c.train.loads_every = 5
   c.eval.batch_size = 8
   c.eval.batches_per_domain = 2
   return c

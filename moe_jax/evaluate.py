@@ -23,6 +23,8 @@ def main(argv=None) -> int:
 
   if args.json:
     command.check_writable(args.json)  # Tells now, not after minutes.
+  if args.checkpoint and overrides:
+    print(f"Other than in the run: {', '.join(overrides)}")
   args.hf = args.hf and hub.weights(args.hf)
   if args.hf and args.dataset is None and not args.config:
     _refuse_no_text(args.hf)
@@ -163,11 +165,12 @@ def _refuse_no_text(path):
 def _report(sums, task, model, **more) -> dict:
   """Prints metrics and the most used experts; returns them for a file."""
   from moe_jax import models
+  from moe_jax.run.pages import words
   from moe_jax.training import evaluation
 
   values, rows = evaluation.table(sums, task, model) | more, []
   for name, value in values.items():
-    print(f"{name:32}{value:12.4f}")
+    print(f"{name:32}{value:12.4f}  {words.unit(name)}".rstrip())
   if models.sublayers(model):
     shares = evaluation.specialisation(sums, models.sublayers(model))
     table = evaluation.describe(shares)
@@ -314,9 +317,7 @@ def _arguments(argv):
   parser = config_lib.Parser(__doc__)
   add, count = parser.add_argument, config_lib.at_least_1
   trained.add_flags(parser)
-  words = (
-    "as config.data.name has it, or a label of data.mixture (default: all)"
-  )
+  words = "config.data.name, or a label of data.mixture (default: all)"
   add("--dataset", metavar="NAME", help=words)
   add("--data_dir", metavar="DIR", help="folder of a prepared TFDS dataset")
   add("--seq_len", type=count, help="tokens (default: the run's, or 256)")
@@ -324,12 +325,10 @@ def _arguments(argv):
   words = "experts take all their tokens, as those of published decoders do"
   add("--dropless", action="store_true", help=words)
   add("--batches_per_domain", type=count, help="default: all")
-  words = "which experts every token chose, see docs/runs.md"
-  add("--trace", metavar="FILE", help=words)
+  add("--trace", metavar="FILE", help="experts of tokens, see docs/runs.md")
   words = "also translate N validation pairs, for their BLEU (extra: bleu)"
   add("--bleu", type=count, metavar="N", help=words)
-  words = "beams of the search for --bleu (default: 4)"
-  add("--beams", type=count, metavar="N", help=words)
+  add("--beams", type=count, metavar="N", help="of --bleu (default: 4)")
   words = "accuracy of a linear classifier after 1,5,... images of every class"
   add("--few_shot", type=_shots, metavar="N,N,...", help=words)
   words = "has the task of --hf, and the model of V-MoE's and Wan2.2's weights"

@@ -37,7 +37,7 @@ def main(argv=None) -> int:
   processes.join(args.multihost, args.multihost_timeout)
   values = loop.train_and_evaluate(config, args.workdir)
   if processes.is_first():
-    print(summary.end(values, args.workdir, config.train.num_steps))
+    print(summary.end(values, args.workdir, config))
   return 0
 
 
@@ -45,6 +45,7 @@ def _dry_run(config):
   """Does all but compile and train; prints the first words of a run."""
   import jax
 
+  from moe_jax.run import config as config_lib
   from moe_jax.run import provenance, summary
   from moe_jax.training import program, starts, train_step
 
@@ -60,6 +61,9 @@ def _dry_run(config):
   facts = provenance.of_model(config, mesh, task, model, made.sizes)
   facts["devices"] = [device.device_kind for device in jax.devices()]
   print(summary.begin(config, facts, None))
+  own = config_lib.differences(config.to_dict(), config_lib.defaults())
+  print("\nIts values that differ from those of configs/base.py:\n")
+  print(*(f"  {key} = {value!r}" for key, value in own.items()), sep="\n")
   return 0
 
 

@@ -123,7 +123,7 @@ def _parser(config_lib):
   add(
     "--compile", type=config_lib.at_least_1, default=3, metavar="N", help=words
   )
-  words = "loads of a run with the hook `loads`"
+  words = "the loads in the metrics of a run"
   add("--load", metavar="METRICS.JSONL", help=words)
   add("--json", metavar="PATH", help="also write JSON there")
   return parser

@@ -101,10 +101,13 @@ def test_evaluation(run, tmp_path, capsys):
   for name in ("loss", "accuracy", "max_vio"):
     assert found[name] == pytest.approx(wanted[name], rel=1e-5)
   assert 0.1 < found["few_shot/1"] < found["few_shot/5"] < 1
-  assert "106 examples, 64 at a time" in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert "106 examples, 64 at a time" in said and "Other than" not in said
   less = ["--config.model.moe.eval_capacity_factor=0.5"]
   less.append("--config.model.moe.capacity_multiple=1")
   plain = metrics_of(run, tmp_path / "b.json", *less)
+  changed = ", ".join(flag.removeprefix("--config.") for flag in less)
+  assert f"Other than in the run: {changed}\n" in capsys.readouterr().out
   best = ["--config.model.moe.router.priority=score"]
   by_score = metrics_of(run, tmp_path / "c.json", *less, *best)
   assert plain["dropped"] > 0.4 and by_score["dropped"] > 0.4

@@ -296,7 +296,9 @@ def test_the_command_on_a_run(tmp_path, capsys):
   left.write_text(right)
   evaluated = ["--batch_size=8", "--batches_per_domain=1"]
   assert evaluate.main([f"--checkpoint={run}", *evaluated]) == 0
-  assert "bits_per_byte" in capsys.readouterr().out, "of the run's own data"
+  said = capsys.readouterr().out
+  assert re.search(r"bits_per_byte +\d\.\d+  bits per byte of text\n", said)
+  assert "Other than" not in said
   with pytest.raises(ConfigError, match="give the text .* --dataset=NAME"):
     evaluate.main([f"--hf={parity.FOLDER / 'mixtral_a'}"])
   with pytest.raises(ConfigError, match="--ema"):

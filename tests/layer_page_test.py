@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+from flax import nnx
 
 import moe_jax
 from tests.house import ROOT
@@ -16,9 +17,18 @@ EXAMPLES = dict(
 )
 
 
+@pytest.fixture(autouse=True)
+def eager_sharding():
+  """Takes back a switch of Flax that an example turns off."""
+  before = nnx.using_eager_sharding()
+  yield
+  nnx.use_eager_sharding(before)
+
+
 def test_there_is_an_example_for_each_way_to_hold_parameters():
-  assert list(EXAMPLES) == ["Plain functions", "Linen", "NNX"]
-  assert PAGE.count("```python") == 3
+  ways = ["Plain functions", "Linen", "NNX", "The linen module in NNX"]
+  assert list(EXAMPLES) == ways
+  assert PAGE.count("```python") == 4
   for name in moe_jax._PLACES:
     assert f"`moe_jax.{name}`" in PAGE
     assert any(f"moe_jax.{name}(" in text for text in EXAMPLES.values())

@@ -92,6 +92,10 @@ def test_routing_metrics_by_definition():
   ):
     want = np.mean([one(c) for c in count_RE])
     assert found[name] == pytest.approx(want, rel=1e-12)
+  names = [*found]
+  start = names.index("max_vio")
+  layers = [f"max_vio/{r:02d}" for r in range(R)]
+  assert names[start + 1 : start + 1 + R] == layers
   for r in range(R):
     want = oracle.max_vio(count_RE[r])
     assert found[f"max_vio/{r:02d}"] == pytest.approx(want, rel=1e-12)

@@ -1,5 +1,6 @@
 """Several processes are one run: `tests.pod` with two of them, and refusals."""
 
+import io
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
@@ -347,6 +349,10 @@ def test_launch_local_shows_who_says_what(tmp_path, capsys):
   error = 'error: there is no config file "configs/nothing.py"'
   starts = sorted(line.split(";")[0] for line in said if "error" in line)
   assert starts == [f"[1] {error}", error]
+  # What a library says of every connection is left out.
+  lines = b"[Gloo] Rank 1 is connected to 1 peer ranks.\na step\n"
+  local._show(1, types.SimpleNamespace(stdout=io.BytesIO(lines)))
+  assert capsys.readouterr().out == "[1] a step\n"
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,11 @@ def test_what_a_run_says(config, tmp_path, capsys):
   assert "adamw at 0.003, cosine, 3 steps" in recipe
   assert str(tmp_path / "run") in writes
   assert "compiled in" in said
-  table = summary.end(values, tmp_path / "run", 3)
+  table = summary.end(values, tmp_path / "run", config)
+  assert table.startswith(
+    "On the validation split, 1 batches of 8 rows for each domain, after 3 steps:"
+  )
+  assert "nats per token, without the losses" in table
   shown = {row.split()[0]: row for row in table.splitlines() if row[:2] == "  "}
   assert f"{values['bits_per_byte']:.4f}" in shown["bits_per_byte"]
   assert "lower is better" in shown["bits_per_byte"]
@@ -62,6 +66,11 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys, monkeypatch):
   said = capsys.readouterr().out
   assert "of which 27,072 active" in said and "7 steps" in said
   assert "nothing (--dry_run)" in said
+  own = dict(
+    x.split(" = ") for x in said.split("base.py:")[1].split("\n  ")[1:]
+  )
+  assert own["model.d_model"] == "32" and own["train.num_steps"].strip() == "7"
+  assert "model.norm" not in own and len(own) < 25
   assert [*tmp_path.iterdir()] == []
 
 

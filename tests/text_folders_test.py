@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 
 import pyarrow
 import pyarrow.parquet
@@ -410,7 +411,7 @@ def test_a_file_without_validation_text_says_what_to_do(tmp_path):
     batches.validation_batches(corpus, seq_len=8, batch_size=1)
 
 
-def test_text_is_called_by_its_place(tmp_path):
+def test_text_is_called_by_its_place(tmp_path, caplog):
   """Unless it has a name of its own; also in a mixture that goes on."""
   path = tmp_path / "poems"
   path.mkdir()
@@ -424,9 +425,28 @@ def test_text_is_called_by_its_place(tmp_path):
   assert (other.name, other.fingerprint) == ("verse", one.fingerprint)
   data = shared | {"mixture": {"b": part, "a": named}}
   both = mixed.prepare(data)
+  assert mixed.prepare(data, fingerprint=both.fingerprint) == both
+  assert "have changed" not in caplog.text
   (path / "a.txt").write_text("changed")
   again = mixed.prepare(data, fingerprint=both.fingerprint)
   assert again.fingerprint == both.fingerprint
+  said = f"The files in {path} have changed since this run began"
+  assert caplog.text.count(said) == 2
+
+
+def test_a_run_that_goes_on_says_that_its_files_have_changed(
+  place, tmp_path, caplog
+):
+  first = prepared(place, tmp_path)
+  assert prepared(place, tmp_path, fingerprint=first.fingerprint) == first
+  assert "have changed" not in caplog.text
+  (place / "code" / "new.py").write_text("one more")
+  assert prepared(place, tmp_path, fingerprint=first.fingerprint) == first
+  assert f"The files in {place} have changed since this run" in caplog.text
+  caplog.clear()
+  shutil.rmtree(place)  # The run goes on without its files too.
+  assert prepared(place, tmp_path, fingerprint=first.fingerprint) == first
+  assert not caplog.text
 
 
 def test_the_folder_of_the_readme_has_one_warning(tmp_path, caplog):

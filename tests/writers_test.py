@@ -1,5 +1,6 @@
 """Metrics in other places: the same numbers, and only once."""
 
+import json
 import pathlib
 import sys
 import types
@@ -11,6 +12,7 @@ from moe_jax.core.errors import ConfigError, Interrupted
 from moe_jax.data.text import mixed
 from moe_jax.run import config as config_lib
 from moe_jax.run import run_directory, writers
+from moe_jax.run.pages import describe, read
 from moe_jax.training import loop, program
 from tests.loop_test import Told
 from tests.small import SmallCorpus, config
@@ -74,11 +76,13 @@ def events(path, kind):
     content = content[16 + size :]
 
 
-def test_wandb_goes_on_under_the_same_id(run, monkeypatch):
+def test_wandb_goes_on_under_the_same_id(run, monkeypatch, capsys):
   """A stand-in takes the two calls that are made."""
-  made = []
+  made, link = [], "https://a.page/of/the/run"
 
   class Run:
+    url = link
+
     def __init__(self, **options):
       self.options, self.logged, self.finished = options, [], False
       made.append(self)
@@ -98,6 +102,13 @@ def test_wandb_goes_on_under_the_same_id(run, monkeypatch):
   assert first.options["resume"] == "allow"
   assert first.options["config"]["model"]["d_model"] == 16
   assert first.finished and second.finished
+  said = f"its metrics are shown at {link}\n"
+  assert capsys.readouterr().err.count(said) == 2
+  facts = json.loads((folder / "run.json").read_text())
+  assert facts["links"] == [link]
+  assert all("links" not in later for later in facts["continued"])
+  shown = describe.facts(read.run(folder, "a"))
+  assert shown["Shown at"] == link
   lines = run_directory.read_metrics(folder, "train")
   logged = [x for x in first.logged + second.logged if "train/loss" in x[1]]
   assert [s for s, _ in logged] == [x["step"] for x in lines]

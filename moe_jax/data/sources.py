@@ -8,6 +8,8 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+from absl import logging
+
 from moe_jax.core import hub, registry
 from moe_jax.core.errors import ConfigError, first_line, nearest
 
@@ -64,6 +66,23 @@ def find(
     data_dir = hub.dataset(name)
   data_dir = data_dir or _known_to_tfds(name, plugins, wanted)
   return _from_directory(data_dir, wanted)
+
+
+def tell_changed(made, data_dir, wanted: Wanted) -> None:
+  """Warns if files have changed since the data of a run were prepared.
+
+  Args:
+    made: the data, with `name` and `sources`.
+    data_dir: as in `find`; None: the data are not read from files of a user.
+    wanted: as in `find`.
+  """
+  with contextlib.suppress(ConfigError):  # The files may be gone.
+    if data_dir and find(made.name, data_dir, (), wanted)[0] != made.sources:
+      logging.warning(
+        "The files in %s have changed since this run began, which goes on with its"
+        " prepared data; give another --workdir to train on the new ones",
+        data_dir,
+      )
 
 
 def split_of(text: bytes) -> str:

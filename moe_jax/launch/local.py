@@ -127,6 +127,8 @@ def _show(number, process):
   with process.stdout as said:
     for line in said:
       text = line.decode(errors="replace")
+      if text.startswith("[Gloo] Rank"):  # It is connected to the others.
+        continue
       text = f"[{number}] {text}" if number else text
       with contextlib.suppress(OSError):  # Nobody listens; the process goes on.
         print(text, end="", flush=True)
@@ -135,8 +137,10 @@ def _show(number, process):
 def _arguments(argv):
   parser = config_lib.Parser(__doc__)
   add = parser.add_argument
-  add("--processes", type=config_lib.at_least_1, default=2)
-  add("--devices_per_process", type=config_lib.at_least_1, default=1)
+  count, both = config_lib.at_least_1, " (default: %(default)s)"
+  add("--processes", type=count, default=2, help="their number" + both)
+  words = "CPU devices of each process" + both
+  add("--devices_per_process", type=count, default=1, help=words)
   add("--module", default="moe_jax.main", help="what the processes run")
   add("rest", nargs="+", metavar="-- --config=... --workdir=...")
   return parser.parse_args(argv)

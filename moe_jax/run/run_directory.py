@@ -148,7 +148,10 @@ class RunDirectory(contextlib.ExitStack):
         cannot begin.
     """
     self.lines = processes.by_first(lambda: self._begin_files(step, lines))
-    self.describe(step, **facts)
+    links = [writer.link for writer in self._writers if writer.link]
+    self.describe(step, **facts, **({"links": links} if links else {}))
+    for link in links:
+      print(f"its metrics are shown at {link}", file=sys.stderr)
     if step and processes.is_first():
       print(f"{self.path} goes on after step {step}", file=sys.stderr)
 

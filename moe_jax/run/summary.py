@@ -6,17 +6,18 @@ Both are made of the contents of the run's files, which programs read.
 from collections.abc import Mapping
 
 from moe_jax.run import wording
+from moe_jax.run.pages import words
 
 # The metrics of the last table, in its order, and their meanings.
 _MEANINGS = {
-  "loss": "of the task, without the losses of balancers; lower is better",
+  "loss": "{unit}, without the losses of balancers; lower is better",
   "bits_per_byte": "of the text, lower is better",
   "accuracy": "share of right classes, higher is better",
   "accuracy_5": "share with the right class among five, higher is better",
   "max_vio": "largest load over the mean load, minus 1; 0: equal loads",
   "max_vio_floor": "the same of random choices",
-  "dropped": "share of assignments that were not computed",
-  "dead_experts": "experts that no token chose, mean over layers",
+  "dropped": "share of assignments that were not computed; 0 is best",
+  "dead_experts": "experts that no token chose, mean over layers; 0 is best",
   "experts_per_token": "experts that the router chose, mean",
   "router_entropy": "of the routing probabilities, nats",
 }
@@ -57,19 +58,26 @@ def _recipe(config, facts):
   )
 
 
-def end(values: Mapping[str, float], path, steps: int) -> str:
+def end(values: Mapping[str, float], path, config) -> str:
   """Returns the table of a finished run: the metrics that matter most.
 
   Args:
     values: the last metrics of the validation split.
     path: the work directory.
-    steps: of training.
+    config: of the run.
   """
+  unit = words.loss_unit([config.task.name])
   rows = [
-    (k, values[k], about) for k, about in _MEANINGS.items() if k in values
+    (k, values[k], about.format(unit=unit))
+    for k, about in _MEANINGS.items()
+    if k in values
   ]
   width = max((len(name) for name, _, _ in rows), default=0)
-  lines = [f"On the validation split after {steps:,} steps:"]
+  batches = config.eval.batches_per_domain
+  part = f", {batches} batches of {config.eval.batch_size} rows for each domain"
+  part = "" if batches is None else part
+  steps = config.train.num_steps
+  lines = [f"On the validation split{part}, after {steps:,} steps:"]
   lines += [f"  {k:{width}} {x:10.4f}  {about}" for k, x, about in rows]
   return "\n".join(
     [

@@ -19,11 +19,13 @@ class Writer(NamedTuple):
   log: (step, split, metrics) -> None, takes a line of metrics.
   image: (step, name, pixels) -> None, takes bytes [height, width, 3].
   close: () -> None, ends it.
+  link: the page on which its metrics are shown; None: there is no page.
   """
 
   log: Callable
   image: Callable
   close: Callable
+  link: str | None = None
 
 
 def _tensorboard(config, path, step):
@@ -74,7 +76,7 @@ def _wandb(config, path, step):
   def image(step, name, pixels):
     run.log({name: wandb.Image(pixels)}, step=step)
 
-  return Writer(log, image, run.finish)
+  return Writer(log, image, run.finish, run.url)
 
 
 # {name: (function that begins it, its library)}.

@@ -148,9 +148,11 @@ def routing(layers: Mapping[str, Layer]) -> dict[str, Mean]:
     out[name] = out.get(name, Mean(0.0, 0.0)) + mean
 
   for number, layer in layers.items():
+    vio = max_vio(layer.count_E)
+    add("max_vio", vio)
+    out[f"max_vio/{number}"] = Mean(vio, 1.0)  # Those of all layers in a row.
+  for layer in layers.values():
     s, count_E, tokens = layer.stats, layer.count_E, float(layer.tokens)
-    add("max_vio", max_vio(count_E))
-    add(f"max_vio/{number}", max_vio(count_E))
     add("min_vio", min_vio(count_E))
     add("load_cv", load_cv(count_E))
     add("dead_experts", (count_E == 0).sum())

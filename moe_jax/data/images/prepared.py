@@ -185,6 +185,7 @@ def prepare(
   if fingerprint is not None:
     for folder in caches.entries(name, cache_dir):
       if (images := _open(folder, fingerprint)) is not None:
+        sources.tell_changed(images, data_dir, features)
         return images
   source = sources.find(name, data_dir, plugins, features)
   folder = caches.entry(name, cache_dir, [_FORMAT, source[0], features, size])

@@ -114,13 +114,12 @@ def prepare(
   """Returns the corpus of a dataset; makes its cache where there is none yet.
 
   Args:
-    name: a dataset of `registry.names("datasets")`, or any that TFDS knows, as
+    name: a dataset of `registry.names("datasets")`, or any of TFDS, such as
       "wikipedia/20230601.en"; with `data_dir`, any word to call it by.
     data_dir: folder of a prepared TFDS dataset (the one with dataset_info.json) in
       array_record or parquet format, or texts, see `folders` and `lines`. Documents
       of its split `train` are held out by their hash if there is no `validation`.
-    text_feature: the feature that is read. Two make two documents of an example,
-      which stand one after the other, see `pairs`.
+    text_feature: the feature that is read; two make two documents, see `pairs`.
     domain_feature: a feature (text or class label) that names a document's
       domain; "none", or "domain" where there is no such feature: one domain
       called "text".
@@ -129,20 +128,21 @@ def prepare(
     tokenizer: see `tokenizers.load`.
     cache_dir: of the caches; None: $XDG_CACHE_HOME/moe_jax or ~/.cache/moe_jax.
     plugins: folders with datasets of your own, see registry.load.
-    fingerprint: only this content will do. A run that resumes passes the one
-      that it recorded, and so keeps its data when a dependency has changed.
+    fingerprint: only this content will do. A run that resumes passes the one that it
+      recorded, and keeps its data. A warning says that files have changed.
     skip_not_utf8: leave out documents of `folders` that are not UTF-8.
     whole: whether tokens must stand for all bytes of the text, for bits per byte.
 
   Raises:
     ConfigError: no such dataset, folder, feature, split or content, or no space.
   """
-  for corpus in cached(name, cache_dir, fingerprint) if fingerprint else ():
-    return corpus
-  tokenizer = tokenizers.load(tokenizer)
   features = documents.Features(
     text_feature, domain_feature, prefix, skip_not_utf8=skip_not_utf8
   )
+  for corpus in cached(name, cache_dir, fingerprint) if fingerprint else ():
+    sources.tell_changed(corpus, data_dir, features)
+    return corpus
+  tokenizer = tokenizers.load(tokenizer)
   source = sources.find(name, data_dir, plugins, features)
   more = [] if whole or tokenizer.name == "bytes" else ["lossy"]
   more += ["skip_not_utf8"] * skip_not_utf8

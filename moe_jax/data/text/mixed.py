@@ -119,6 +119,8 @@ def prepare(
     for choice in itertools.product(*caches):
       corpus = join(dict(zip(parts, choice)), weights)
       if corpus.fingerprint == fingerprint:
+        for part, own in zip(parts.values(), choice):  # Tells of changed files.
+          prepared(part, fingerprint=own.fingerprint)
         return corpus
   made = {label: prepared(part) for label, part in parts.items()}
   return corpora.wanted(join(made, weights), fingerprint)

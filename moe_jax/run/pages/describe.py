@@ -58,7 +58,7 @@ def facts(run: Run) -> dict[str, str]:
   shown += [f"Python {python}"] * (python is not None)
   git = at(run.facts, "git")
   batch = wording.count(at(run.facts, "tokens_per_step"))
-  resumed = at(run.facts, "continued")
+  resumed, links = at(run.facts, "continued"), at(run.facts, "links")
   times = len(resumed) if isinstance(resumed, list) else 0
   found = {
     "Task": _task(run.config),
@@ -73,6 +73,7 @@ def facts(run: Run) -> dict[str, str]:
     "Started": when(run),
     "Resumed": f"{times} times" if times > 1 else "once" * times,
     "Last line written": run.written,
+    "Shown at": ", ".join(map(str, links)) if type(links) is list else "",
   }
   return {k: curves.plain(v, 200) for k, v in found.items()}
 

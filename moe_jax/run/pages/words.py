@@ -67,6 +67,13 @@ def loss_unit(tasks: Iterable[str]) -> str:
   return units.pop() if len(units) == 1 else "loss"
 
 
+def unit(name: str) -> str:
+  """Returns the unit of a metric such as max_vio/00; "" where it has none."""
+  base = name.partition("/")[0]
+  found = metric(base).unit
+  return "" if found == base else found
+
+
 def metric(name: str) -> Metric:
   """Returns a metric by name; an unknown metric is described by its name."""
   for group in GROUPS:
