@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from PIL import Image
 
-from moe_jax import evaluate, generate, main, models, params
+from moe_jax import evaluate, generate, main, params
 from moe_jax.core import parallel
 from moe_jax.core.errors import ConfigError
 from moe_jax.data.images import prepared
@@ -20,7 +19,7 @@ from moe_jax.moe import types
 from moe_jax.run import config as config_lib
 from moe_jax.tasks import classify_images, few_shot, pictures
 from moe_jax.training import program, starts, trained
-from tests import pair_of_runs
+from tests import compiled, pair_of_runs
 
 FLAGS = (
   "--config=configs/vmoe.py:tiny",
@@ -448,7 +447,7 @@ def test_pictures_where_slots_or_experts_choose(router):
   c = config_lib.locked(values)
   task = program.build_task(c)
   model = program.build_model(c, task)
-  variables = nn.unbox(models.init(model, jax.random.key(0)))
+  variables = compiled.init(model, jax.random.key(0))
   picture = task.pictures(model, variables)["experts"]
   assert picture.shape == (2 * 66, 8 * 66, 3)
   assert 2 < len(colours(picture[66:])) <= 9

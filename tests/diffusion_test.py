@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from configs import base, wan2_2
 from moe_jax import models
@@ -23,7 +22,7 @@ from moe_jax.models.generation import flow
 from moe_jax.models.parts import video
 from moe_jax.tasks import denoise
 from moe_jax.training import program
-from tests import pair_of_runs, tiers, wan_parity
+from tests import compiled, pair_of_runs, tiers, wan_parity
 from tests.encoder_decoder_training_test import assert_close
 
 
@@ -73,8 +72,8 @@ def test_the_public_code(name, tmp_path):
   params = wan.to_params(arrays, model, name)
   condition = Condition(text_BMT=given["text"])
   with jax.default_matmul_precision("highest"):
-    found, _ = model.apply(
-      {"params": params}, given["video"], given["time"], condition
+    found, _ = compiled.apply(
+      model, {"params": params}, given["video"], given["time"], condition
     )
   np.testing.assert_allclose(found, given["predicted"], atol=1e-5)
   back = wan.of_params(params, model)
@@ -126,7 +125,8 @@ def test_the_condition_matters():
 
   def predicted(text, mask=None):
     condition = Condition(text_BMT=text, mask_BM=mask)
-    return model.apply({"params": params}, video, time, condition)[0]
+    variables = {"params": params}
+    return compiled.apply(model, variables, video, time, condition)[0]
 
   plain = predicted(text)
   assert np.abs(predicted(0 * text) - plain).max() > 1e-2
@@ -146,7 +146,7 @@ def pair():
   model = models.build(section(), video_shape=(1, 4, 4, 1), num_classes=3)
   made = []
   for seed in range(2):
-    variables = nn.unbox(models.init(model, jax.random.key(seed)))
+    variables = compiled.init(model, jax.random.key(seed))
     rng = np.random.default_rng(seed)
     noise = jax.tree.map(
       lambda x, rng=rng: rng.normal(0, 0.1, x.shape).astype(x.dtype), variables
@@ -182,7 +182,7 @@ def test_two_networks_as_each_by_hand():
 
     def v(labels, variables=variables, x=x, time=time):
       labels = np.asarray(labels, np.int32)
-      return model.apply(variables, x, time, Condition(labels))[0]
+      return compiled.apply(model, variables, x, time, Condition(labels))[0]
 
     none = v([-1, -1])
     x = x + (times[i + 1] - times[i]) * (none + guidance * (v(label) - none))
@@ -263,7 +263,7 @@ def test_noise_says_the_same_as_velocity():
 def test_the_text_that_guidance_leads_away_from():
   """Zeros, or one that is given; at a guidance of 1 it plays no part."""
   model = models.build(section(), video_shape=(1, 4, 4, 1), text=(3, 5))
-  variables = nn.unbox(models.init(model, jax.random.key(0)))
+  variables = compiled.init(model, jax.random.key(0))
   rng = np.random.default_rng(0)
   variables = jax.tree.map(
     lambda x: x + rng.normal(0, 0.1, x.shape).astype(x.dtype), variables
@@ -281,7 +281,8 @@ def test_the_text_that_guidance_leads_away_from():
   ones = np.ones(2, np.float32)
 
   def v(text):
-    return model.apply(variables, noise, ones, Condition(text_BMT=text))[0]
+    given = noise, ones, Condition(text_BMT=text)
+    return compiled.apply(model, variables, *given)[0]
 
   for none in (None, away):
     start = v(0 * text if none is None else none)
@@ -294,7 +295,7 @@ def test_both_a_class_and_a_text():
   """Each changes what is predicted."""
   sizes = {"video_shape": (1, 4, 4, 1), "num_classes": 3, "text": (3, 5)}
   model = models.build(section(), **sizes)
-  variables = nn.unbox(models.init(model, jax.random.key(0)))
+  variables = compiled.init(model, jax.random.key(0))
   rng = np.random.default_rng(0)
   variables = jax.tree.map(
     lambda x: x + rng.normal(0, 0.1, x.shape).astype(x.dtype), variables
@@ -304,7 +305,7 @@ def test_both_a_class_and_a_text():
 
   def predicted(**changes):
     own = condition._replace(**changes)
-    return np.asarray(model.apply(variables, video, time, own)[0])
+    return np.asarray(compiled.apply(model, variables, video, time, own)[0])
 
   plain = predicted()
   assert np.abs(predicted(label_B=np.array([1, 2])) - plain).max() > 1e-3

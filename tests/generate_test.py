@@ -21,7 +21,13 @@ from moe_jax.models.generation import decoding
 from moe_jax.models.generation.beam import Beams
 from moe_jax.models.generation.decoding import Sampling
 from moe_jax.training import checkpoint, program, trained
-from tests import beam_test, encoder_decoder_test, parity, tokenizers_test
+from tests import (
+  beam_test,
+  compiled,
+  encoder_decoder_test,
+  parity,
+  tokenizers_test,
+)
 from tests.small import SmallCorpus
 
 LOGITS = np.log([0.4, 0.3, 0.2, 0.06, 0.04]).astype(np.float32)
@@ -86,7 +92,7 @@ def test_experts_are_those_of_the_whole_forward_pass(loaded):
   model, variables = loaded
   made = decoding.generate(model, variables, [[3, 1, 4]], 6, experts=True)
   tokens = np.array([[3, 1, 4, *made.tokens_BN[0]]])[:, :-1]
-  _, aux = model.apply(variables, tokens, collect="routing")
+  _, aux = compiled.apply(model, variables, tokens, collect="routing")
   for i in range(2):  # A repeat of two layers.
     whole = aux["decoder"][str(i)]["moe"]["choice"].expert_TK[0, 0]
     np.testing.assert_array_equal(
@@ -278,7 +284,9 @@ def test_the_command_on_a_run(tmp_path, capsys):
   tokens = [*prompts[0], *made.tokens_BN[0].tolist()]
   text = found.tokenizer.decode([t for t in tokens if t != 256])
   assert "\n".join(lines).startswith(text)
-  logits = found.model.apply(found.variables, np.array([tokens[:-1]]))[0]
+  logits = compiled.apply(
+    found.model, found.variables, np.array([tokens[:-1]])
+  )[0]
   assert logits[0, -5:].argmax(-1).tolist() == tokens[-5:]
   flags += ["--mesh=1,2,4,1", "--ema"]
   assert generate.main([f"--checkpoint={run}", *flags]) == 0

@@ -16,7 +16,7 @@ from moe_jax.moe.routers import hash as hash_router
 from moe_jax.moe.types import Side, SlotChoice
 from moe_jax.tasks import next_token
 from moe_jax.training import program
-from tests import oracle
+from tests import compiled, oracle
 
 T, D, E, V = 12, 5, 8, 40
 
@@ -803,8 +803,8 @@ def test_a_decoder_chooses_by_token():
   rng = np.random.default_rng(0)
   tokens_BL = rng.integers(0, 257, (1, c.data.seq_len)).astype(np.int32)
   tokens_BL[0, 1::3] = 7
-  variables = model.init(jax.random.key(0), tokens_BL)
-  _, aux = model.apply(variables, tokens_BL, collect="routing")
+  variables = compiled.init(model, jax.random.key(0))
+  _, aux = compiled.apply(model, variables, tokens_BL, collect="routing")
   found = [
     x.expert_TK
     for x in jax.tree.leaves(aux, is_leaf=lambda x: hasattr(x, "expert_TK"))

@@ -18,7 +18,7 @@ from moe_jax.moe import linen
 from moe_jax.run import config as config_lib
 from moe_jax.run import run_directory
 from moe_jax.training import loop, program, traces
-from tests import mesh_cases, small
+from tests import compiled, mesh_cases, small
 from tests.loop_test import Told
 
 STEPS = 4
@@ -83,7 +83,8 @@ def test_a_trace_is_what_the_model_chose(recorded):
   )
   state = made.init(jax.random.key(3))
   inputs, mask = (jnp.asarray(batch[k][0]) for k in ("inputs", "mask"))
-  _, aux = made.model.apply(
+  _, aux = compiled.apply(
+    made.model,
     {"params": state.params, "balance": state.balance},
     *(inputs, mask, jax.random.fold_in(state.rng, 0)),
     train=True,

@@ -20,7 +20,7 @@ from moe_jax.run import config as config_lib
 from moe_jax.training import checkpoint, starts, trained
 from moe_jax.training.starts import fit, upcycling
 from moe_jax.training.starts.upcycling import Upcycling
-from tests import parity
+from tests import compiled, parity
 
 V, L = 40, 12
 SUM_1 = {"name": "top_k", "renormalize": True}
@@ -155,7 +155,7 @@ def test_the_target_may_have_more_tokens():
     params = upcycling.upcycled(source[0], *variables)["params"]
     token_BL = np.arange(V, dtype=np.int32)[None, :L]
     found, wanted = (
-      model.apply({"params": params}, token_BL)[0]
+      compiled.apply(model, {"params": params}, token_BL)[0]
       for model, params in ((target, params), source)
     )
     assert found.shape[-1] == V + 3
@@ -448,7 +448,7 @@ def test_a_bias_of_selection_goes_on():
   token_BL = np.arange(L, dtype=np.int32)[None]
   given = {"params": params, "balance": state}
   wanted, ours = (
-    one.apply(weights, token_BL)[0]
+    compiled.apply(one, weights, token_BL)[0]
     for one, weights in ((source, given), (model, found))
   )
   np.testing.assert_allclose(ours, wanted, atol=1e-5, rtol=1e-5)

@@ -21,7 +21,7 @@ from moe_jax.moe.routers import top_k
 from moe_jax.moe.types import Side
 from moe_jax.tasks import classify_images
 from moe_jax.training import balancing, program
-from tests import images_test, pair_of_runs, tiers, vision_parity
+from tests import compiled, images_test, pair_of_runs, tiers, vision_parity
 from tests.encoder_decoder_training_test import assert_close
 
 
@@ -76,8 +76,9 @@ def test_the_public_code(name, monkeypatch):
   assert back.keys() == arrays.keys()
   for path, array in back.items():
     np.testing.assert_array_equal(array, arrays[path])
+  apply = functools.partial(model.apply, **options)
   with jax.default_matmul_precision("highest"):
-    found, aux = model.apply({"params": params}, image, **options)
+    found, aux = jax.jit(apply)({"params": params}, image)
   np.testing.assert_allclose(found, logits, atol=1e-5)
   names = vision_parity.losses(s)
   # Their sum over losses and layers, for every group.
@@ -113,7 +114,8 @@ def test_priority_and_capacity_matter():
     _, model = made(name)
     params = vmoe.to_params(arrays, model, name)
     assert (
-      np.abs(model.apply({"params": params}, image)[0] - logits).max() > 1e-3
+      np.abs(compiled.apply(model, {"params": params}, image)[0] - logits).max()
+      > 1e-3
     )
 
 
@@ -314,8 +316,8 @@ def test_padding_changes_no_image():
   image = stored("tight")[1]
   mask = np.array([True, True, False, True, True, False])
   filled = np.where(mask[:, None, None, None], image, np.nan)
-  logits, aux = model.apply({"params": params}, filled, mask)
-  alone, of_alone = model.apply({"params": params}, image[mask])
+  logits, aux = compiled.apply(model, {"params": params}, filled, mask)
+  alone, of_alone = compiled.apply(model, {"params": params}, image[mask])
   np.testing.assert_allclose(logits[mask], alone, atol=1e-6)
   for stats in (aux, of_alone):
     (count,) = [
@@ -328,7 +330,7 @@ def test_vectors_before_the_classes():
   _, model = made("ample")
   params = vmoe.to_params(stored("ample")[0], model, "here")
   image = stored("ample")[1]
-  vector, _ = model.apply({"params": params}, image, classify=False)
+  vector, _ = compiled.apply(model, {"params": params}, image, classify=False)
   logits = vector @ params["head"] + params["head_bias"][None]
   np.testing.assert_allclose(logits, stored("ample")[2], atol=1e-5)
 
@@ -336,7 +338,7 @@ def test_vectors_before_the_classes():
 def test_equal_experts():
   for equal in (True, False):
     _, model = made("ample", equal_experts=equal)
-    params = nn.unbox(models.init(model, jax.random.key(0)))["params"]
+    params = compiled.init(model, jax.random.key(0))["params"]
     experts = params["encoder"]["1"]["moe"]["experts"]
     for name in ("up", "down"):
       first, *others = experts[name][0]
