@@ -1765,17 +1765,16 @@ FAULTS = (
     "upcycling_test.py::test_weights_that_do_not_add_up_to_1",
   ),
   Fault(
-    "a run has begun before its start is looked at",
+    "a run compiles before its start is looked at",
     "moe_jax/training/loop.py",
-    "    state = program.init(jax.random.key(seed))\n    if start",
-    "    directory.start_over(**facts)\n"
-    "    state = program.init(jax.random.key(seed))\n    if start",
-    "upcycling_test.py::test_weights_of_another_model",
+    "    if is_new and config.init_from is not None:",
+    "    if is_new and not config:",
+    "starts_test.py::test_weights_are_read_once_before_compiling_and_let_go",
   ),
   Fault(
     "tokens of languages stand before empty texts",
-    "moe_jax/data/text/documents.py",
-    "begin if text else ()",
+    "moe_jax/data/text/corpora.py",
+    "begin if tokens.size else ()",
     "begin",
     "pairs_test.py::test_tokens_of_languages_stand_before_both_sides",
   ),

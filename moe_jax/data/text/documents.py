@@ -141,7 +141,7 @@ def read(
     for own_split, domain, texts in placed:
       texts[0] = texts[0] and features.prefix.encode() + texts[0]
       for text, begin in zip(texts, features.begins):
-        yield own_split, domain, text, begin if text else ()
+        yield own_split, domain, text, begin
 
 
 def _texts(name, builder, features, split):
