@@ -1,7 +1,7 @@
 """The site of these pages: python -m sphinx -W --keep-going -b html docs build/docs
 
 The pages are plain Markdown that reads as well without the site. What is made while it
-is built stands in docs/site: tables from the code in the place of comments
+is built stands in docs/site_pages: tables from the code in the place of comments
 `<!-- site: ... -->`, links out of this folder, and docstrings of the package.
 """
 
@@ -36,6 +36,7 @@ html_title = "moe_jax"
 html_static_path = ["site_pages/static"]
 html_css_files = ["site.css"]
 html_copy_source = False
+html_show_copyright = False
 html_show_sphinx = False
 highlight_language = "text"
 pygments_style = "friendly"

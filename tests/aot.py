@@ -29,7 +29,7 @@ LENGTH, ROWS, WIDTH, NUM_EXPERTS = 256, 8, 256, 8
 
 
 class Share(NamedTuple):
-  """What a device has of a layer: E experts, of which each token takes K."""
+  """The share of a device in a layer: E experts, of which each token takes K."""
 
   num_experts: int
   top_k: int

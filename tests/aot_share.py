@@ -1,4 +1,4 @@
-"""What one device of a published model computes, compiled for a TPU.
+"""The share of one device in a published model, compiled for a TPU.
 
 A layer of the device's local experts on one device, forward and backward, as
 dropless and as slots at capacity 1. Operations are those of XLA's cost analysis,
@@ -22,7 +22,7 @@ DRAWS = 20  # Of random loads.
 
 
 def report(mesh, share: aot.Share, dtype: str, kernel: str) -> str:
-  """What the compiler and the model of the kernel say, a line for each."""
+  """Lines that the compiler and the model of the kernel give."""
   rows = aot.ROWS * share.length * share.top_k
   ideal = 9 * 2 * rows * share.d_model * share.d_expert
   program = compiled(mesh, "dropless", share, dtype, grouped_matmul=kernel)

@@ -199,7 +199,7 @@ def test_importance_does_not_see_the_noise():
 
 
 def test_load():
-  """Of what routers observe, through the sums of a group."""
+  """Sums of routers' observations are those of a group."""
   routing, mask_T = routing_of()
   balancer = load("cv_squared", coefficient=0.5, of="load")
   observed = balancer.observe({}, routing, jnp.asarray(mask_T))
@@ -766,7 +766,7 @@ def test_the_committed_dynamics():
 
 
 def test_the_dynamics_of_a_rule(monkeypatch):
-  """As the committed rows say it: skewed at first, even after ten steps."""
+  """Loads are skewed at first and even after ten steps, as in the committed rows."""
   monkeypatch.setattr(dynamics, "STEPS", 20)
   row = next(r for r in dynamics.read() if r["balancer"] == "proportional")
   recipe = dynamics.recipe_of(*dynamics.BALANCERS["proportional"])

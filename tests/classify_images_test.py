@@ -94,7 +94,7 @@ def metrics_of(run, path, *flags):
 
 
 def test_evaluation(run, tmp_path, capsys):
-  """As at the end of the run; with other routing; and after a few images."""
+  """Metrics are those of the run's end; with other routing; and after a few images."""
   found = metrics_of(run, tmp_path / "a.json", "--few_shot=1,5")
   (wanted,) = lines(run, "validation")
   for name in ("loss", "accuracy", "max_vio"):
@@ -237,7 +237,7 @@ def test_whole_numbers_are_no_weights(files):
 
 
 def test_files_of_vmoe_are_evaluated(run, files, tmp_path):
-  """As the run that they were written from, with slots of the flags."""
+  """Metrics are those of the run that wrote the files, with slots of the flags."""
   prefix, found = files.prefix, {}
   for name, source in {
     "run": [f"--checkpoint={run}"],
@@ -348,7 +348,7 @@ def test_few_shots_of_a_model_that_knows_all():
 
 @pytest.mark.parametrize("size", [(60, 7), (12, 40), (9, 9)])
 def test_few_shots_solve_the_normal_equations(size, monkeypatch):
-  """Of fewer and of more vectors than features, as `numpy.linalg.solve` does."""
+  """It solves for fewer and for more vectors than features, as numpy does."""
   rng = np.random.default_rng(0)
   x_NF, target_NC = rng.normal(size=size), rng.normal(size=(size[0], 3))
 
@@ -395,7 +395,7 @@ def test_few_shots_that_are_refused():
 
 
 def test_few_shots_choose_without_the_images_that_count(monkeypatch):
-  """Of two regularisations that are alike on one half, the first one is taken."""
+  """If two regularisations are alike on one half, the first one is taken."""
   monkeypatch.setattr(few_shot, "_REGULARISATIONS", np.array([1e9, 1e-9]))
   rng = np.random.default_rng(0)
   label_N = np.repeat([0, 1], [6, 4])

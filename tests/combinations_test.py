@@ -109,7 +109,7 @@ def legal():
 
 
 def covering():
-  """Of all these, some with every router, layout and balancer."""
+  """Some combinations, among them every router, layout and balancer."""
   left = {*ROUTERS, *BALANCERS, *range(len(LAYOUTS))}
   for case in legal():
     name, number, balancer = case

@@ -67,7 +67,7 @@ def of_case(name, wider=0):
 
 @pytest.mark.parametrize("name", wan_parity.CASES)
 def test_the_public_code(name, tmp_path):
-  """What is predicted within 1e-5, and names both ways, through files too."""
+  """Predictions within 1e-5, and names both ways, through files too."""
   model, arrays, given = of_case(name)
   params = wan.to_params(arrays, model, name)
   condition = Condition(text_BMT=given["text"])
@@ -102,7 +102,7 @@ def test_the_public_code(name, tmp_path):
 
 @pytest.mark.parametrize("name, channels", [("t2v_a14b", 16), ("i2v_a14b", 36)])
 def test_sizes_to_the_unit(name, channels):
-  """Of one of the two networks, by the shapes of the published config."""
+  """The sizes of one of the two networks, by the published config."""
   c = wan2_2.get_config(name)
   task = program.build_task(c, prepare=False)
   model = program.build_model(c, task)

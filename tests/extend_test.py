@@ -123,7 +123,7 @@ def test_a_longer_run_is_the_same_run(whole, tmp_path, capsys):
 
 
 def test_from_before_the_decay(whole, tmp_path, capsys):
-  """What was written since then is a run of its own."""
+  """All that was written since then becomes a run of its own."""
   short = tmp_path / "short"
   first = train(config(SHORT, "wsd"), short)
   lines, params = kill.lines(short), checkpoint.load_params(short)
@@ -302,7 +302,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint(whole, tmp_path):
 
 
 def test_a_mistyped_number_of_steps_is_taken_back(finished, tmp_path):
-  """As long as no step was made that the shorter run does not have."""
+  """It is possible until a step is made that the shorter run does not have."""
   folder = finished("constant", tmp_path)
   lines = run_directory.read_metrics(folder, "validation")
   for steps in (4000, 400, 20):

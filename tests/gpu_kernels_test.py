@@ -1,4 +1,4 @@
-"""Which kernel a GPU gets for a product, and that each kernel is right.
+"""The kernel that a GPU gets for a product; each kernel is right.
 
 The kernels run in Pallas' interpreter, on a stand-in for a device.
 """
@@ -74,7 +74,7 @@ def product(kind="y", rows=131072, e=128, d=2048, f=768, dtype="bfloat16"):
 
 
 def test_a_product_gets_the_fastest_of_its_shape(on):
-  """What tokamax's authors measured for the shape of Qwen3-30B-A3B."""
+  """The tiles that tokamax's authors measured for the shape of Qwen3-30B-A3B."""
   on(device())
   found = {kind: gpu.choose(product(kind)) for kind in gpu.ORDER}
   assert {k: c.candidate for k, c in found.items()} == {
@@ -327,7 +327,7 @@ def tokamax(monkeypatch):
 
 
 class Assembler:
-  """As Triton sees ptxas: its path and the version of CUDA that it is of."""
+  """The path of ptxas and its version of CUDA, as Triton sees them."""
 
   def __init__(self, path, version):
     self.path, self.version = path, version

@@ -361,7 +361,7 @@ def _generated(model, texts):
 
 
 def check(folder: pathlib.Path, names) -> int:
-  """As `parity.check`, by the logits of texts without padding."""
+  """Does what `parity.check` does, on the logits of texts without padding."""
 
   def without_padding(model, expected):
     with repair():

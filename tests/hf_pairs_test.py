@@ -184,7 +184,7 @@ def read(model_type, **fields):
   ],
 )
 def test_the_sparse_layers_of_switch(count, sparse, layers):
-  """As the reference's class places them, odd ones included."""
+  """Layers with experts are where the reference's class places them."""
   options = {"num_layers": count, "num_sparse_encoder_layers": sparse}
   ours = read("switch_transformers", **options)
   assert "".join(kind[0] for kind in ours["encoder.layers"]) == layers
@@ -198,7 +198,7 @@ def test_the_sparse_layers_of_switch(count, sparse, layers):
 
 
 def test_small_models_of_presets_can_be_saved():
-  """Of NLLB as they train, as nothing is dropped in evaluation; of Switch dropless."""
+  """NLLB's as they train, as evaluation drops nothing; Switch's dropless."""
   section = configs.nllb_moe.get_config("tiny").model.to_dict()
   family, _ = config.write(models.build(section, vocab_size=288).arch, None)
   assert family.model_type == "nllb-moe"
@@ -265,7 +265,7 @@ def test_the_sparse_layers_of_nllb(step, layers):
   ],
 )
 def test_fields_there_and_back(model_type, fields, wanted):
-  """What is read is written so that the same is read."""
+  """A config that was read and written is read as the same."""
   ours = read(model_type, **fields)
   assert {key: ours[key] for key in wanted} == wanted
   arch = architecture.build(ours, "config.json").arch
@@ -420,7 +420,7 @@ def test_missing_and_unknown_tensors(folder):
 
 
 def test_files_of_a_model_without_its_output_layer(tmp_path):
-  """As the published NLLB-MoE has been converted."""
+  """Files are like those of the converted, published NLLB-MoE."""
   shutil.copytree(parity.FOLDER / "nllb_moe_a", tmp_path / "m")
   file = tmp_path / "m" / "model.safetensors"
   whole = {k.removeprefix("model."): x for k, x in load_file(file).items()}

@@ -118,7 +118,7 @@ def test_a_run_begins_with_a_name(on_hub, published, tmp_path):
 
 @pytest.mark.parametrize("name", ["hf:org/name", "org/name"])
 def test_commands_on_a_name(on_hub, tmp_path, name, capsys):
-  """As on its folder."""
+  """They do what they do on its folder."""
   told = []
   for place in (name, on_hub):
     more = ["--dataset=python_sources", "--batches_per_domain=1"]

@@ -127,7 +127,7 @@ def test_folders_of_images(tmp_path):
 
 
 def test_what_is_no_image_of_a_class(tmp_path, monkeypatch):
-  """What is hidden is not read, and other files are counted in a warning."""
+  """Hidden files are not read, and others are counted in a warning."""
   path, warnings = folder_of(tmp_path / "a"), []
   wanted = of_folder(path, tmp_path)
   monkeypatch.setattr(

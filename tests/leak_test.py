@@ -1,4 +1,4 @@
-"""What expert choice reads of later tokens."""
+"""The leak of expert choice: it reads later tokens."""
 
 import flax.linen as nn
 import jax

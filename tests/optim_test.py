@@ -177,7 +177,7 @@ def test_adafactor_by_hand():
 
 
 def test_adafactor_takes_heads_together():
-  """As T5X does: a row or a column for each number of each head."""
+  """Factors are those of T5X: a row or a column for each number of each head."""
   heads, width = 4, 36
   axes = {"query": ("embed", "heads", None), "out": ("heads", None, "embed")}
   roles = {name: Role("attention", names) for name, names in axes.items()}

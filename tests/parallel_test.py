@@ -518,7 +518,7 @@ def test_a_bounded_buffer_drops_the_same_on_every_mesh(sizes, kind):
 @pytest.mark.parametrize("layout", BOUNDS)
 @pytest.mark.parametrize("sizes", [(1, 1, 4, 1), (1, 2, 2, 2)])
 def test_rows_of_a_buffer(sizes, layout, kind):
-  """What `buffer_rows` says is what the experts of a device are given."""
+  """The experts of a device are given the rows that `buffer_rows` says."""
   recipe, args, _ = layer_case(layout, True)
   seen = set()
 

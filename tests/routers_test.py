@@ -592,7 +592,7 @@ def test_padding_takes_no_capacity():
 
 
 def test_loads_are_forced():
-  """As wanted to a token, and no expert above all tokens."""
+  """Loads are as wanted to a token, and no expert has more than all tokens."""
   for exponent in (0.0, 0.5, 1.0, 3.0):
     share_E = forced.shares(16, 4, exponent)
     assert share_E.max() <= 1 and share_E.sum() == pytest.approx(4)

@@ -84,7 +84,7 @@ def about(module):
 
 
 def section(kind, name, needed):
-  """How a config names a part."""
+  """The words by which a config names a part."""
   options = {k: v for k, v in needed.items() if k not in GIVEN.get(kind, ())}
   return f"`{ {'name': name} | options }`"
 

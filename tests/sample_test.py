@@ -117,7 +117,7 @@ def test_samples_in_parts(runs, tmp_path, monkeypatch):
 
 
 def test_samples_on_a_mesh(runs, tmp_path, monkeypatch):
-  """As on one device; the samples beyond the number fill the devices."""
+  """Samples are those of one device; more of them fill the devices."""
   monkeypatch.setattr(parallel, "mesh_or_none", MESH_OR_NONE)
   devices, build = [], program.build_model
 

@@ -241,7 +241,7 @@ def test_tokens_that_a_published_model_knows(name, own, size):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_the_tokenizer_alone_gives_a_task_of_the_same_shapes(name):
-  """As for the parameters of a config, or a plan."""
+  """The task without its data, as for counting parameters or for a plan."""
   c = tiny.get_config()
   c.task = {"name": name, "targets_length": 40, "z_loss": 1e-4}
   c.data.name = "nothing_that_is_there"

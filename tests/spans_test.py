@@ -118,7 +118,7 @@ def corrupted(tokens, noise, separate):
 
 
 def decoder_inputs(targets):
-  """What the decoder reads before each of (token, document)."""
+  """The tokens that the decoder reads before each of (token, document)."""
   read, last = [], None
   for token, document in targets:
     read.append(last[0] if last and last[1] == document else END)
@@ -241,7 +241,7 @@ def test_sides_are_those_of_the_oracle(length, seed, share, separate):
 
 
 def test_all_divisions_are_equally_likely():
-  """Of 9 tokens, 4 of them noise in 2 spans: 3 times 4 divisions."""
+  """9 tokens with 4 of noise in 2 spans have 3 times 4 divisions."""
   own = corruption(noise_density=0.45, mean_span=2.0)
   noise_RN = spans.noise(0, np.arange(12_000), 9, own)
   counts = collections.Counter(map(tuple, noise_RN.tolist()))

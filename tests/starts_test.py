@@ -66,7 +66,7 @@ ROUTER, EXPERTS = "decoder/0/moe/router/kernel", "decoder/0/moe/experts/"
 
 
 def test_all_that_does_not_fit_is_in_one_sentence(run):
-  """How many, the first ones with both shapes, and the parts that they are of."""
+  """Their number, the first ones with both shapes, and their parts are told."""
   wide = ["--config.model.moe.num_experts=8", "--config.model.norm=layer_bias"]
   c, _, model = built(*wide)
   with pytest.raises(ConfigError) as e:
@@ -179,7 +179,7 @@ def test_a_router_that_would_fit_begins_new_too(run):
 
 
 class State:
-  """What `starts.replaced` takes of a train state."""
+  """The attributes of a train state that `starts.replaced` reads."""
 
   ema = None
 

@@ -160,7 +160,7 @@ SIZES += [*(f"gshard.py:{size}" for size in GSHARD), "st_moe.py:32b"]
 
 @pytest.mark.parametrize("name", [*SIZES, "nllb_moe.py:54b"])
 def test_batches_are_whole_groups(name):
-  """Of training and of evaluation, as a run checks before it begins."""
+  """Checks slots of training and of evaluation, as a run does before it begins."""
   c = load(name)
   task = program.build_task(c, prepare=False)
   assert program.build_model(c, task).arch.stacks

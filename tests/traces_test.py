@@ -71,7 +71,7 @@ def test_the_hook_changes_nothing(recorded, tmp_path):
 
 
 def test_a_trace_is_what_the_model_chose(recorded):
-  """Of the first step, from the initial parameters."""
+  """Choices are those of the first step, from the initial parameters."""
   folder, made, _ = recorded
   trace = traces.load(folder / "trace" / "00000001.safetensors")
   assert trace.step == 1 and [*trace.layers] == ["00", "01"]
@@ -369,7 +369,7 @@ def test_specialisation():
 
 
 def test_evaluate_and_report(recorded, tmp_path, monkeypatch, capsys):
-  """Of a run's parameters, and of those two steps before."""
+  """Traces of a run's parameters, and of those two steps before."""
   folder, _, _ = recorded
   monkeypatch.setattr(mixed, "prepare", lambda *a, **k: small.SmallCorpus())
   files = []

@@ -125,7 +125,7 @@ def test_weights_that_do_not_add_up_to_1(name, value):
 
 
 def test_a_softmax_of_the_chosen_adds_up_to_1():
-  """As Mixtral has it."""
+  """Experts with the options of Mixtral."""
   chosen = {"name": "top_k", "score_before_top_k": False}
   source = made(dense(section()), seed=1)
   model, params = up(source, section(router=chosen))
@@ -229,7 +229,7 @@ def test_a_share_of_units_begins_anew():
 
 
 def test_experts_that_were_there_stay():
-  """Of a source with experts, only what is added begins anew."""
+  """Where the source has experts, only parameters that are added begin anew."""
   source = made(section(num_experts=2), seed=1)
   _, params = up(source, section(), method="drop")
   old = source[1]["decoder"]["0"]["moe"]["experts"]["up"]
@@ -239,7 +239,7 @@ def test_experts_that_were_there_stay():
 
 
 class State(NamedTuple):
-  """What `starts.replaced` takes of a state."""
+  """The attributes of a state that `starts.replaced` reads."""
 
   params: dict
   balance: dict

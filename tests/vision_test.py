@@ -108,7 +108,7 @@ def test_the_losses_of_classes_are_those_of_the_public_code(name):
 
 
 def test_priority_and_capacity_matter():
-  """What the cases above tell apart does change the logits."""
+  """The options that the cases above tell apart change the logits."""
   arrays, image, logits, _ = stored("tight_priority")
   for name in ("tight", "ample_priority", "scarce_priority"):
     _, model = made(name)
