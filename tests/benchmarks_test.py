@@ -298,6 +298,7 @@ def test_loads_of_zipf_follow_its_law():
   assert (equal_TK[:, 0] != equal_TK[:, 1]).all()
 
 
+@pytest.mark.long
 def test_a_profile(small, tmp_path, capsys):
   path = tmp_path / "profile.json"
   flags = ["--shapes=small", "--rounds=1", "--processes=2", f"--json={path}"]

@@ -45,6 +45,7 @@ def translator(tmp_path, monkeypatch):
   return tmp_path, task
 
 
+@pytest.mark.long
 def test_the_bleu_of_a_run(translator, tmp_path, capsys):
   """Also of a run whose slots no single token has."""
   run, _ = translator

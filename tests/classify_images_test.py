@@ -71,6 +71,7 @@ def files(run):
   return Files(f"{run}/weights", model, config, variables["params"])
 
 
+@pytest.mark.long
 def test_it_learns(run):
   losses = [row["loss"] for row in lines(run, "train")]
   assert losses[-1] < 0.8 * losses[0]
@@ -158,6 +159,7 @@ def test_other_images_and_classes(run, tmp_path, caplog):
   assert first["loss"] == pytest.approx(loss, rel=1e-4)
 
 
+@pytest.mark.long
 def test_other_classes_with_a_moving_average(run, tmp_path):
   flags = [f"--config.init_from={run}", "--config.task.num_classes=12"]
   started(tmp_path, *flags, "--config.train.ema=0.9")
@@ -205,6 +207,7 @@ def test_files_of_vmoe_are_of_images(files, tmp_path):
     main.main([*flags, f"--workdir={tmp_path}/text"])
 
 
+@pytest.mark.long
 def test_files_of_vmoe_begin_a_run_on_other_images(
   run, files, tmp_path, caplog, monkeypatch
 ):

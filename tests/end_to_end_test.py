@@ -198,6 +198,7 @@ def check_commands(run, capsys):
   assert "weights_bytes" in counted and "kv_cache" not in counted
 
 
+@pytest.mark.long
 def test_two_recipes_in_one_decoder(ask, tmp_path, monkeypatch, capsys):
   """Metrics by layer, counts, checkpoints and the report know which is which."""
   monkeypatch.setattr(mixed, "prepare", lambda *a, **k: small.SmallCorpus())

@@ -31,6 +31,7 @@ def fresh(monkeypatch):
   monkeypatch.setattr(gpu, "_chosen", {})
 
 
+@pytest.mark.long
 def test_all_of_it(tmp_path, capsys):
   path = tmp_path / "it.json"
   assert on_accelerator.main(["--minutes=30", f"--json={path}"]) == 0

@@ -22,7 +22,7 @@ from moe_jax.core.roles import FACTORS, Role
 from moe_jax.run import config as config_lib
 from moe_jax.training import optimizers, train_step
 from moe_jax.training.optimizers import schedules
-from tests import mesh_cases, tiers
+from tests import mesh_cases
 from tests.small import ROWS, L, V, config, task, training
 
 R, E = 2, 3
@@ -573,7 +573,8 @@ def test_warm_up_stable_decay():
 # On a mesh.
 
 
-@pytest.mark.parametrize("name", tiers.only(["muon"], ["adafactor", "muon"]))
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
 def test_three_steps_on_a_mesh(name):
   """The same losses as without one; moments lie where their parameters do."""
   c = config()

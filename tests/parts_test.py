@@ -194,6 +194,7 @@ def layer_of(name):
 
 
 @pytest.mark.parametrize("name", tiers.only(QUICK, LAYERS))
+@pytest.mark.long
 def test_they_train_on_a_mesh_as_without_one(name):
   """Two steps of SGD with two micro-batches each; and every part has learnt."""
   names = QUICK if name in QUICK else OTHERS

@@ -145,6 +145,7 @@ def config(targets=True, **changes):
   return c
 
 
+@pytest.mark.long
 def test_a_bias_moves_to_the_number_of_networks():
   c, task = config(), small.task()
   model = program.build_model(c, task)

@@ -99,6 +99,7 @@ def test_other_configs_code_and_runs_are_refused(tmp_path):
       assert said.startswith("error: another run is going on in")
 
 
+@pytest.mark.long
 def test_other_flags_of_an_experiment_are_refused(tmp_path, monkeypatch):
   """Also where they would not make it run the same things in turn."""
   monkeypatch.setenv("PYTHONPATH", str(pod.ROOT))

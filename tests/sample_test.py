@@ -59,6 +59,7 @@ def frames(path):
     return [np.asarray(one.convert("RGB")) for one in frames]
 
 
+@pytest.mark.long
 def test_both_learn_in_their_own_range(runs):
   ranges = {"high": 1, "low": 7}
   for expert, number in ranges.items():
@@ -384,6 +385,7 @@ def test_guidance_of_each_network(runs, tmp_path, monkeypatch):
     sample.main([*flags, "--guidance=4,3,2"])
 
 
+@pytest.mark.long
 def test_any_number_of_samples_fills_whole_groups(tmp_path):
   """The rest is left out, and the first few are the same."""
   flags = ["--config.train.num_steps=2", "--config.task.boundary=None"]

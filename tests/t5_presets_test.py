@@ -13,7 +13,6 @@ from moe_jax.models import counts
 from moe_jax.moe.types import Side
 from moe_jax.run import config as config_lib
 from moe_jax.training import program, train_step
-from tests import tiers
 
 TINY = ("switch", "gshard", "st_moe", "nllb_moe")
 
@@ -231,17 +230,12 @@ def test_rates_of_t5():
     assert float(rate(step)) == pytest.approx(want, rel=1e-5)
 
 
-# A layer on each side.
-SHORT = ["--config.model.pattern=('moe',)", "--config.model.num_layers=1"]
-LEARNS = {"switch, short": SHORT, **{name: [] for name in TINY}}
-
-
-@pytest.mark.parametrize("name", tiers.only(["switch, short"], LEARNS))
+@pytest.mark.long
+@pytest.mark.parametrize("name", TINY)
 def test_tiny_learns(name, tmp_path):
   """Real text, through the command; the loss falls, and metrics are there."""
   flags = [
-    f"--config=configs/{name.partition(',')[0]}.py:tiny",
-    *LEARNS[name],
+    f"--config=configs/{name}.py:tiny",
     "--config.train.num_steps=30",
     "--config.train.log_every=5",
     "--config.optim.learning_rate=0.03",

@@ -20,7 +20,7 @@ from moe_jax.run import config as config_lib
 from moe_jax.training import checkpoint, starts, trained
 from moe_jax.training.starts import fit, upcycling
 from moe_jax.training.starts.upcycling import Upcycling
-from tests import compiled, parity
+from tests import compiled, parity, tiers
 
 V, L = 40, 12
 SUM_1 = {"name": "top_k", "renormalize": True}
@@ -475,6 +475,7 @@ def run(tmp_path_factory):
 KEPT_STILL = "--config.optim.learning_rate=0"
 
 
+@pytest.mark.long
 def test_from_a_run_to_a_run(run, capsys, monkeypatch):
   folder, flags = run
   out = folder / "moe"
@@ -552,7 +553,7 @@ def test_a_run_may_make_its_experts_itself(run):
     main.main([*flags, "--config.upcycle={'metod': 1}", "--workdir=x"])
 
 
-@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("name", tiers.only(["llama"], ["llama", "t5"]))
 def test_the_sizes_of_published_weights(name, tmp_path, capsys):
   """A config of any sizes will do where those of the source are asked for."""
   c = dense(section() if name == "llama" else encoder_decoder())

@@ -143,6 +143,7 @@ def run(tmp_path_factory):
   return folder / "0"
 
 
+@pytest.mark.long
 def test_fewer_slots(run, monkeypatch):
   """Rows of both orders, which agree where all have slots, and with `evaluate`."""
   monkeypatch.setattr(slots, "CAPACITIES", (0.25, 8.0))
