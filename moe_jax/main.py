@@ -62,7 +62,7 @@ def _dry_run(config):
   facts["devices"] = [device.device_kind for device in jax.devices()]
   print(summary.begin(config, facts, None))
   own = config_lib.differences(config.to_dict(), config_lib.defaults())
-  print("\nIts values that differ from those of configs/base.py:\n")
+  print("\nValues of the config that differ from those of configs/base.py:\n")
   print(*(f"  {key} = {value!r}" for key, value in own.items()), sep="\n")
   return 0
 

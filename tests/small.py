@@ -17,6 +17,7 @@ class SmallCorpus:
   """Two domains of random bytes, as `corpora.prepare` would return."""
 
   name, fingerprint, sources = "small", "0", {}
+  about = "random bytes of a and b"
   vocab_size, domains, end_of_document = V, ("a", "b"), V - 1
   num_bytes_V, parts = BYTES, ((1.0, ("a", "b")),)
   num_tokens = {

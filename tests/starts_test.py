@@ -81,6 +81,13 @@ def test_all_that_does_not_fit_is_in_one_sentence(run):
   ):
     assert words in told, words
   assert "left over" not in told
+  # Of another width nothing fits: beginning new would keep nothing.
+  c, _, model = built("--config.model.d_model=64")
+  with pytest.raises(
+    ConfigError, match="make the sizes equal, give other"
+  ) as e:
+    starts.read(str(run), model, c)
+  assert "init_new" not in str(e.value)
   # The other way round, they are left over.
   c, _, model = built()
   given, other = random(built(more)[2]), built(more)[2]

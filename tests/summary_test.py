@@ -1,6 +1,7 @@
 """The five lines that a run begins with, and the table that it ends with."""
 
 import math
+import re
 
 import jax
 import pytest
@@ -31,7 +32,8 @@ def test_what_a_run_says(config, tmp_path, capsys):
   assert [line.split()[0] for line in lines] == list(summary.LINES)
   model, data, devices, recipe, writes = lines
   assert "decoder, parameters: 39,360, of which 27,072 active" in model
-  assert "python_sources, 8 rows in a step (512 tokens)" in data
+  about = r"python_sources: [\d,]+ documents to train on, [\d,]+ held out, of"
+  assert re.search(f"{about} code, docstrings, 8 rows in a step", data), data
   assert (
     f"{len(jax.devices())} × cpu; mesh data {len(jax.devices())}" in devices
   )
@@ -40,7 +42,9 @@ def test_what_a_run_says(config, tmp_path, capsys):
   )
   assert "adamw at 0.003, cosine, 3 steps" in recipe
   assert str(tmp_path / "run") in writes
-  assert "compiled in" in said
+  assert re.search(
+    r"compiled in \d+ s, and the mesh computes what one device does\n", said
+  )
   table = summary.end(values, tmp_path / "run", config)
   assert table.startswith(
     "On the validation split, 1 batches of 8 rows for each domain, after 3 steps:"

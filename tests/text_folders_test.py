@@ -150,7 +150,8 @@ def test_what_is_not_utf8(place, tmp_path, caplog):
   assert "Left out: 5 documents are not UTF-8" in caplog.text
   (tmp_path / "a.txt").write_bytes(b"caf\xe9")
   words = (
-    "^1 document is not UTF-8: part 1 of .*; convert it, or leave it out with"
+    "^1 document is not UTF-8: part 1 of .*; convert it .from Latin-1 with"
+    " iconv -f latin1 -t utf-8., or leave it out with"
   )
   with pytest.raises(ConfigError, match=f"{words} --config.data.skip_not"):
     prepared(tmp_path / "a.txt", tmp_path)

@@ -181,7 +181,7 @@ def _is_open(place):
 def _from_json(path):
   """The config that a run left behind; a key that it lacks has its default."""
   what = "the config.json of a run"
-  remedy = "give one, or a Python file such as configs/base.py"
+  remedy = "bring it back as it was, or give another config"
   values = files.read_json(path, what, remedy)
   try:
     for name in ("data", "model", "optim", "train"):
@@ -239,7 +239,7 @@ def of_another_version(values: dict) -> str:
   names = ", ".join([*unknown[:3], *["..."] * (len(unknown) > 3)])
   return (
     f"is a config of another version of moe_jax, with {names}, which this version"
-    " does not know; use the version that run.json names"
+    " does not know; use the revision of the code that run.json names"
   )
 
 

@@ -58,6 +58,7 @@ def of_model(config, mesh, task, model, sizes: dict) -> dict:
   return {
     "data": task.fingerprint,
     "data_sources": task.sources,
+    "data_about": f"{task.name}: {task.about}" if task.about else "",
     "given": dict(task.given),
     "mesh": dict(parallel.grid(mesh).shape),
     "grouped_matmul": backend,

@@ -46,7 +46,7 @@ def _data(config, facts):
   batch = f"{config.data.batch_size} rows in a step"
   if tokens := facts.get("tokens_per_step"):
     batch += f" ({wording.count(tokens)} tokens)"
-  name = wording.data(config.to_dict())
+  name = facts.get("data_about") or wording.data(config.to_dict())
   return f"{name}, {batch}, fingerprint {facts['data'][:12]}"
 
 
@@ -83,6 +83,6 @@ def end(values: Mapping[str, float], path, config) -> str:
     [
       *lines,
       f"All {len(values)} metrics are in {path}/metrics.jsonl;"
-      f" python -m moe_jax.report {path} draws them.",
+      f" moe-jax report {path} draws them.",
     ]
   )

@@ -44,6 +44,7 @@ class Task:
   pictures: (model, variables) -> {name: bytes [height, width, 3]}, for the hook
     `pictures`; None: there are none.
   name: of the data.
+  about: the size of the data and its domains, in words.
   fingerprint: changes when the data does.
   sources: {name: version} of everything that the data was made from, for
     run.json.
@@ -66,6 +67,7 @@ class Task:
   check_few_shot: Callable[[Any], None] = lambda shots: None
   pictures: Callable[..., Mapping[str, Any]] | None = None
   name: str = ""
+  about: str = ""
   fingerprint: str = ""
   sources: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   end: int | None = None

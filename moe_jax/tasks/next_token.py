@@ -93,6 +93,7 @@ def of_corpus(config, corpus, mesh=None, recorded=None, **options) -> Task:
     ),
     domains=tuple(corpus.domains),
     name=corpus.name,
+    about=corpus.about,
     fingerprint=corpus.fingerprint,
     sources=corpus.sources,
   )

@@ -133,6 +133,7 @@ def of_corpus(config, corpus, data, **how) -> dict:
     ),
     "domains": tuple(corpus.domains),
     "name": corpus.name,
+    "about": corpus.about,
     "fingerprint": corpus.fingerprint,
     "sources": corpus.sources,
   }

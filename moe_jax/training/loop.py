@@ -86,7 +86,10 @@ def _prepared(config, directory):
   if is_new:
     starts.check(config.init_from)
   program = Program(config, directory.facts.get("data"), before=before)
-  tell(f"compiled in {program.compile_seconds:.0f} s")
+  same = (
+    ", and the mesh computes what one device does" if program.mesh_check else ""
+  )
+  tell(f"compiled in {program.compile_seconds:.0f} s{same}")
   return program, given
 
 

@@ -26,6 +26,7 @@ Table = Mapping[str, Mapping[str, Any]]  # {split: {domain: value}}
 
 _FORMAT = 3  # Add one when the meaning of the files changes.
 _MOST_DOMAINS = 256
+_SHOWN = 5  # Names of domains in a sentence.
 _AT_ONCE = 2**23  # Bytes of text that are made tokens together.
 _QUICK = 3.0  # Seconds in which no progress is shown.
 _MOST_LOST = 0.01  # Share of a text's bytes that its tokens may lose.
@@ -81,6 +82,16 @@ class Corpus:
   def end_of_document(self) -> int:
     """The token that ends a document."""
     return self.vocab_size - 1
+
+  @property
+  def about(self) -> str:
+    """The numbers of its documents, and its domains, in words."""
+    train, held_out = (
+      sum(self.num_documents.get(split, {}).values()) for split in SPLITS
+    )
+    names = ", ".join(self.domains[:_SHOWN])
+    names += ", ..." if len(self.domains) > _SHOWN else ""
+    return f"{train:,} documents to train on, {held_out:,} held out, of {names}"
 
   def tokens(self, split: str, domain: str) -> np.ndarray:
     """Returns the tokens of a domain, one document after the other.
@@ -331,7 +342,7 @@ def _tell_held_out(name, domains, counts):
   if bare:
     logging.warning(
       "No document of %d of the %d domains of %s is held out for validation: %s",
-      *(len(bare), len(domains), name, ", ".join(bare[:5])),
+      *(len(bare), len(domains), name, ", ".join(bare[:_SHOWN])),
     )
 
 

@@ -176,8 +176,8 @@ class Builder:
       if not self._skip:
         them = "it" if len(broken) == 1 else "them"
         raise ConfigError(
-          f"{several}; convert {them}, or leave {them} out with"
-          " --config.data.skip_not_utf8=True"
+          f"{several}; convert {them} (from Latin-1 with iconv -f latin1 -t utf-8), or"
+          f" leave {them} out with --config.data.skip_not_utf8=True"
         )
       logging.warning("Left out: %s", several)
 

@@ -115,6 +115,8 @@ def _sentence(path, misfits, there, here, parts, new):
       words.append(f"{what}: {_counted(listed)}")
   named = {parts.get(name) for name in sum(misfits.values(), [])}
   named = {*named, *new} - {"rest"}
+  if {*parts.values()} - {"rest"} <= named:
+    named = ()  # Nothing would be kept.
   new = tuple(part for part in roles.FACTORS if part in named)
   remedy = f', or let parts begin new, --config.{NEW}="{new}"' if new else ""
   return (
