@@ -64,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _arguments(argv):
-  parser = config_lib.Parser(__doc__, multihost=True)
+  name = "python -m experiments.launch"
+  about = __doc__.replace(name, command.called or name)
+  parser = config_lib.Parser(about, multihost=True)
   questions.add_arguments(parser, argv)
   add = parser.add_argument
   add("--seeds", type=int, metavar="N", help="seeds 0 to N - 1 of each arm")
@@ -172,7 +174,7 @@ def _tell(args, experiment) -> int:
   print(f"\n{text}\n")
   if missing:
     print("Not finished, so not in it:", *missing, sep="\n- ")
-  print(f"Report: {folder}")
+  print(f"Report: {folder}, page: {folder / 'report.html'}")
   if args.fresh:
     lines, same = report.compare(rows, experiment.published)
     print(*lines, sep="\n")

@@ -330,7 +330,7 @@ def make(
       f'{question.name} has no scale "{scale}"; it has:'
       f" {', '.join(question.scales)}"
     )
-  sweep = question.scales[scale]()
+  sweep = question.scales[scale]().beside(question.folder)
   names, sweep = sweep.asked(arms or (), overrides)
   folder = pathlib.Path(workdir or pathlib.Path("runs", question.name, scale))
   return Experiment(question, scale, sweep, names, folder, fresh)

@@ -69,6 +69,27 @@ class Sweep:
           f" {self.starts[source]}; give it one that starts from none"
         )
 
+  def beside(self, folder: pathlib.Path) -> "Sweep":
+    """The same sweep, which takes plugins that lie in a folder from there.
+
+    Args:
+      folder: of the question. Plugins that are not in it keep their path, which is
+        relative to where the command runs.
+    """
+
+    def found(plugins):
+      if not isinstance(plugins, list | tuple):  # `apply` refuses it.
+        return plugins
+      paths = [(folder / path, path) for path in plugins]
+      return tuple(str(own) if own.is_dir() else path for own, path in paths)
+
+    arms = {
+      name: {k: found(v) if k == "plugins" else v for k, v in own.items()}
+      for name, own in self.arms.items()
+    }
+    config = apply(self.config, {"plugins": found(self.config.plugins)})
+    return dataclasses.replace(self, config=config, arms=arms)
+
   def asked(
     self, arms: Collection[str], texts: Sequence[str]
   ) -> tuple[tuple[str, ...], "Sweep"]:
@@ -164,11 +185,11 @@ def digest(config: ml_collections.ConfigDict) -> str:
   """Twelve hexadecimal digits that change with the options of a run.
 
   These are the values that differ from configs/base.py, but for the seed and,
-  for instance, the mesh; and the files of plugins, as a path alone does not say
-  what they do. An option that is added to configs/base.py changes no digest.
+  for instance, the mesh; and the files of plugins, wherever they lie. An option that
+  is added to configs/base.py changes no digest.
   """
   values = config_lib.differences(config.to_dict(), base.get_config().to_dict())
-  idle = ("seed", *config_lib.IDLE)
+  idle = ("seed", "plugins", *config_lib.IDLE)
   values = {k: v for k, v in values.items() if not k.startswith(idle)}
   values["plugin_files"] = [
     (f.relative_to(folder).as_posix(), f.read_text())

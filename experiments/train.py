@@ -4,6 +4,8 @@ import contextlib
 import sys
 import time
 
+import jax
+
 from experiments import plan, runs, sweeps
 from moe_jax.core.errors import (
   ConfigError,
@@ -13,7 +15,7 @@ from moe_jax.core.errors import (
   RunError,
 )
 from moe_jax.core.progress import Progress
-from moe_jax.run import processes, provenance, run_directory
+from moe_jax.run import processes, provenance, run_directory, wording
 from moe_jax.training import loop, train_step
 from moe_jax.training import program as programs
 from moe_jax.training.starts import fit, upcycling
@@ -31,10 +33,11 @@ def train(launch: plan.Launch, deadline: float | None = None) -> None:
     ConfigError: an arm that cannot run, before any of them does.
     Interrupted: a signal or the deadline stopped it; says what is left.
   """
-  _check(launch)
+  meshes = _check(launch)
   processes.by_first(print, launch.summary, flush=True)
   if not launch.open:
     return
+  _tell_devices(meshes)
   steps = sum(run.config.train.num_steps for run in launch.open)
   left, started = list(launch.open), time.monotonic()
   every = {run.folder for run in (*launch.runs, *launch.open)}
@@ -65,20 +68,31 @@ def dry_run(launch: plan.Launch) -> None:
   Raises:
     ConfigError: an arm that cannot run.
   """
-  _check(launch)
+  meshes = _check(launch)
   processes.by_first(print, launch.summary, flush=True)
-  for name, config in launch.configs.items():
-    with _named(name, launch):
-      facts = _traced(config)
+  _tell_devices(meshes)
+
+  def count(name, config):
+    facts = _traced(config)
     sizes, tokens = facts["parameters"], facts["tokens_per_step"]
     text = (
       f"{name}: {sizes['total']:,} parameters, {sizes['active']:,} active for a"
       f" token; {config.train.num_steps:,} steps of {tokens:,} tokens"
     )
     processes.by_first(print, text, flush=True)
+
+  _of_each(launch, count)
   processes.by_first(
     print, "All arms can run; nothing was trained (--dry_run)."
   )
+
+
+def _tell_devices(meshes):
+  """Prints each mesh of several devices."""
+  kinds = [device.device_kind for device in jax.devices()]
+  for mesh in dict.fromkeys(filter(None, meshes)):
+    words = wording.devices({"devices": kinds, "mesh": dict(mesh.shape)})
+    processes.by_first(print, f"  devices: {words}", flush=True)
 
 
 def _traced(config):
@@ -94,25 +108,61 @@ def _traced(config):
 
 
 def _check(launch):
-  """Raises ConfigError for an arm that cannot run, or that processes differ in."""
-  for name, config in launch.configs.items():
-    with _named(name, launch):
-      programs.build(config, prepare=False)
+  """The mesh of each arm, or None for one device.
+
+  Raises:
+    ConfigError: an arm that cannot run, or that processes differ in.
+  """
+
+  def mesh_of(name, config):
+    del name
+    return programs.build(config, prepare=False)[0]
+
+  meshes = _of_each(launch, mesh_of)
   for run in {run.folder.parent: run for run in launch.open}.values():
     if run.start and run.config.upcycle:
       _check_start(run)
   for config in launch.configs.values():
     processes.check_same(provenance.of_process(launch.workdir, config))
+  return meshes
+
+
+def _of_each(launch, do):
+  """Returns do(name, config) of each arm.
+
+  Where some fail, all are tried, and the error of the first is raised: it says
+  which ones can run.
+  """
+  results, failed = [], {}
+  for name, config in launch.configs.items():
+    try:
+      results.append(do(name, config))
+    except Exception as e:
+      failed[name] = e
+  for name, error in failed.items():
+    with _named(name, launch, failed):
+      raise error
+  return results
 
 
 @contextlib.contextmanager
-def _named(name, launch):
-  """Errors that are raised inside name the arm, and how to run the others."""
-  bad, arms = name.partition(" ")[0], {}
+def _named(name, launch, failed=None):
+  """Errors that are raised inside name the arm, and how to run the others.
+
+  Args:
+    name, launch: of the arm.
+    failed: {name: error} of all arms that cannot run; None: only this one.
+  """
+  failed = failed or {name: None}
+  bad, arms = {failing.partition(" ")[0] for failing in failed}, {}
   for run in launch.runs:
-    if bad not in (run.arm, run.start and run.start.arm):
+    if not bad & {run.arm, run.start and run.start.arm}:
       arms[f"--arm={run.arm}"] = None
   remedy = f" To run the others, give {' '.join(arms)}" if arms else ""
+  if len(failed) > 1 and not arms:
+    texts = {str(error) for error in failed.values()}
+    remedy = " No other arm can run" * (len(texts) > 1)
+    remedy = remedy or " This holds for all arms"
   try:
     yield
   except (ConfigError, RunError) as e:
@@ -155,8 +205,8 @@ def _train_all(left, launch, progress, deadline):
         program = programs.Program(run.config, data, compiled)
       digest = run.config_digest
       compiling += program.compile_seconds
-      if not progress.disable:  # The time left is that of the steps.
-        progress.start_t += time.monotonic() - begun
+      others = {later.config_digest for later in left} - {digest}
+      progress.pause(time.monotonic() - begun, to_come=len(others))
     progress.about = f"{run.name}: "
     if not finished and _train_one(run, program, progress, deadline):
       trained += 1

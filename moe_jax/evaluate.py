@@ -1,8 +1,8 @@
 """Loss and routing metrics on a dataset, of a run or of published weights.
 
-python -m moe_jax.evaluate --hf=PATH --dataset=python_sources
-python -m moe_jax.evaluate --checkpoint=RUN --config.model.moe.router.priority=score
-python -m moe_jax.evaluate --hf=PREFIX --config=configs/vmoe.py:imagenet_s_32
+moe-jax evaluate --hf=PATH --dataset=python_sources
+moe-jax evaluate --checkpoint=RUN --config.model.moe.router.priority=score
+moe-jax evaluate --hf=PREFIX --config=configs/vmoe.py:imagenet_s_32
 """
 
 from moe_jax.core import hub

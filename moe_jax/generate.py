@@ -1,12 +1,12 @@
 """Generates text from a model, and prints the experts that each token used.
 
-python -m moe_jax.generate --checkpoint=runs/tiny --prompt="def " --experts
+moe-jax generate --checkpoint=runs/tiny --prompt="def " --experts
 
 A decoder continues the prompt. An encoder-decoder answers it: the encoder reads the
 prompt, and the decoder writes the text. In a run of the task span_corruption,
 <extra_id_0>, <extra_id_1>, ... in a prompt are the spans that are to be filled in:
 
-python -m moe_jax.generate --checkpoint=runs/t5 --beams=4 \\
+moe-jax generate --checkpoint=runs/t5 --beams=4 \\
   --prompt="def <extra_id_0>(self):"
 """
 

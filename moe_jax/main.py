@@ -1,6 +1,6 @@
 """Trains one model.
 
-python -m moe_jax.main --config=configs/tiny.py --workdir=runs/tiny
+moe-jax train --config=tiny --workdir=runs/tiny
 
 With --dry_run it builds the model and the data, checks them, counts, and stops.
 """

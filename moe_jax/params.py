@@ -1,6 +1,6 @@
 """Total and active parameters of any config, without allocating any.
 
-python -m moe_jax.params --config=configs/base.py
+moe-jax params --config=configs/base.py
 """
 
 from moe_jax.run import command

@@ -1,6 +1,6 @@
 """Plans a run on devices that are not there.
 
-python -m moe_jax.plan --config=configs/tiny.py --topology=v5p:2x2x1 \\
+moe-jax plan --config=configs/tiny.py --topology=v5p:2x2x1 \\
   --mesh=fsdp:2,expert:2
 
 Compiles the run's own training step (or a step of decoding) for a TPU or GPU

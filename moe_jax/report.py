@@ -1,20 +1,21 @@
 """Makes a page of runs, or tables and figures of router traces.
 
-python -m moe_jax.report WORKDIR ... [--open] [--follow]
-python -m moe_jax.report TRACE --out=DIR
-python -m moe_jax.report EARLY TRACE --out=DIR
+moe-jax report WORKDIR ... [--open] [--follow]
+moe-jax report TRACE --out=DIR
+moe-jax report EARLY TRACE --out=DIR
 
 A folder is the work directory of a run. Its files become one HTML page that loads
 nothing else: a description of the run, its curves, the loads of its experts,
 its pictures and its config. Several runs are laid over each other.
 
-A file is a trace of `python -m moe_jax.evaluate --trace=FILE` or of the hook trace.
+A file is a trace of `moe-jax evaluate --trace=FILE` or of the hook trace.
 With an earlier trace of the same text, saturation tells how many of a token's
 experts were the same then. Definitions are those of OLMoE (2409.02060, 5), see
 `traces`.
 """
 
 import pathlib
+import sys
 import time
 
 import numpy as np
@@ -75,6 +76,7 @@ def _page(args, paths):
 
   if args.follow is not None and args.follow < 1:
     raise ConfigError(f"--follow={args.follow} is no time; give 1 or more")
+  paths = paths if args.follow else _without_refused(paths)
   out = paths[0] if len(paths) == 1 else pathlib.Path()
   out = pathlib.Path(args.out or out / "report.html")
   if out.is_dir():
@@ -106,6 +108,16 @@ def _page(args, paths):
     time.sleep(max(refresh, 4 * (time.monotonic() - began)))
 
 
+def _without_refused(paths):
+  """Several folders without those of runs that were refused before they began."""
+  refused = [p for p in paths if {f.name for f in p.iterdir()} == {".lock"}]
+  if len(refused) == len(paths):
+    return paths
+  for path in refused:
+    print(f"{path} is left out: it holds only .lock", file=sys.stderr)
+  return [path for path in paths if path not in refused]
+
+
 def _wait(paths, seconds):
   """Waits until a run has begun in each folder, and says so once."""
   from moe_jax.run.pages import read
@@ -131,9 +143,12 @@ def _tell(out, runs, shown):
   """Says what was drawn, and opens it with --open."""
   import webbrowser
 
+  from moe_jax.run.pages import curves
+
   for run in runs:
     print(f"{run.path}: {run.state}, step {run.step}")
-    print(*run.problems, sep="\n", end="\n" * bool(run.problems))
+    for problem in run.problems:
+      print(curves.plain(problem, 1000))
   print(f"Page: {out}", flush=True)
   if shown:
     webbrowser.open(out.absolute().as_uri())

@@ -1,6 +1,6 @@
 """Images or short videos from a diffusion transformer, as PNG or GIF files.
 
-python -m moe_jax.sample --checkpoint=RUN --out=samples --number=16 --label=3
+moe-jax sample --checkpoint=RUN --out=samples --number=16 --label=3
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Makes the start of a model with experts from a dense one, or from fewer experts.
 
-  python -m moe_jax.upcycle --checkpoint=runs/dense --config=CONFIG --out=DIR
-  python -m moe_jax.main --config=CONFIG --config.init_from=DIR --workdir=runs/moe
+  moe-jax upcycle --checkpoint=runs/dense --config=CONFIG --out=DIR
+  moe-jax train --config=CONFIG --config.init_from=DIR --workdir=runs/moe
 
 CONFIG describes the new model. It has the layers, widths and attention of the
 source, or gets them with --like_source. docs/upcycling.md explains the methods,

@@ -1,12 +1,12 @@
 """Every router, balancer and dispatcher keeps the contract of its kind.
 
-The files of `moe_jax/{routers,balancers,dispatchers}` are found by themselves,
+The files of `moe_jax/moe/{routers,balancers,dispatchers}` are found by themselves,
 and so are those of the plugin folders in the environment variable
 MOE_JAX_PLUGINS (separated as in PATH). A file may hold
 
   CONTRACT_OPTIONS = {...}: what its `build` is called with here.
   CONTRACT_EXCEPTIONS = {property: reason}: what it does not keep, and why;
-    the properties are PROPERTIES below.
+    the properties are PROPERTIES below, and docs/extending.md explains them.
 """
 
 import functools
@@ -213,6 +213,56 @@ def shape_of_routing(name, options, dtype=np.float32):
 
 def load(kind, name, options):
   return registry.load(kind, name, plugins=PLUGINS, **dict(options))
+
+
+# Comparisons.
+
+
+def leaves(tree):
+  """(name, array) of every leaf, with names such as stats.extra.margin."""
+  return [
+    (jax.tree_util.keystr(path, simple=True, separator="."), np.asarray(leaf))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  ]
+
+
+def same(got, want, words, rtol=1e-7, atol=1e-6):
+  """Two trees are equal; else the message names the leaves that are not.
+
+  Args:
+    got, want: of one structure.
+    words: what is wrong with a leaf that differs.
+    rtol, atol: as in numpy.testing.assert_allclose.
+  """
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  wrong = []
+  for (name, a), (_, b) in zip(leaves(got), leaves(want), strict=True):
+    assert a.shape == b.shape, f"{name} has shape {a.shape}, and not {b.shape}"
+    if not np.allclose(a, b, rtol, atol, equal_nan=True):
+      most = abs(a.astype(float) - b.astype(float)).max()
+      wrong.append(f"{name} {words} (by up to {most:.2g})")
+  assert not wrong, "; ".join(wrong)
+
+
+def test_a_difference_is_named_by_its_leaf():
+  one = {"y": np.zeros(2), "stats": random_stats(0)}
+  other = {"y": np.full(2, 1e-7), "stats": random_stats(0)}
+  same(one, other, "differs")
+  extra = {"margin": np.array([1.0, 2.0]), "fine": np.zeros(3)}
+  one["stats"] = one["stats"].replace(extra=extra)
+  other["stats"] = other["stats"].replace(
+    extra=extra | {"margin": np.array([1.0, 2.5])}
+  )
+  text = r"^stats.extra.margin changes \(by up to 0.5\)"
+  with pytest.raises(AssertionError, match=text):
+    same(one, other, "changes")
+  with pytest.raises(AssertionError, match="^y has shape"):
+    same({"y": np.zeros(2)}, {"y": np.zeros((1, 2))}, "changes")
+
+
+def check_finite(tree, words=""):
+  for name, leaf in leaves(tree):
+    assert np.isfinite(leaf).all(), f"{name} is not finite {words}"
 
 
 # Inputs.
@@ -423,11 +473,13 @@ def projection(array):
 def test_router_gradient(name, options):
   """The weights alone carry a gradient to every parameter."""
   params, _ = router_program(name, options)
-  gradients = jax.tree.leaves(router_gradient(name, options)(params, tokens(0)))
-  assert gradients
-  for leaf in gradients:
-    assert np.isfinite(leaf).all()
-    assert abs(leaf).max() > 1e-4
+  # That of the weights, and that of all outputs.
+  gradients = router_gradient(name, options)(params, tokens(0))
+  assert jax.tree.leaves(gradients)
+  check_finite(gradients)
+  for gradient in gradients:
+    for parameter, leaf in leaves(gradient):
+      assert abs(leaf).max() > 1e-4, f"{parameter} gets no gradient"
 
 
 @pytest.mark.parametrize("name,options", parts("routers", "extreme", VARIANTS))
@@ -440,8 +492,7 @@ def test_router_extremes(name, options):
     routing = jax.device_get(run(params, tokens_, None))
     check_decision(routing, tokens_["mask"])
     gradients = router_gradient(name, options)(params, tokens_)
-    for leaf in jax.tree.leaves(gradients):
-      assert np.isfinite(leaf).all(), size
+    check_finite(gradients, f"for inputs of size {size}")
 
 
 @pytest.mark.parametrize(
@@ -465,26 +516,21 @@ def test_router_expert_symmetry(name, options):
     )
     check_renumbered(after.choice, before.choice, order_E)
     if before.prob_TE is not None:
-      np.testing.assert_allclose(
-        after.prob_TE, before.prob_TE[..., order_E], atol=1e-6
-      )
+      want = {"prob_TE": before.prob_TE[..., order_E]}
+      same({"prob_TE": after.prob_TE}, want, NUMBERED)
+
+
+NUMBERED = "depends on the numbers of the experts"
 
 
 def check_renumbered(after, before, order_E):
   """The same decision, with expert i for what was expert order[i]."""
   if isinstance(before, TokenChoice):
-    np.testing.assert_array_equal(order_E[after.expert_TK], before.expert_TK)
-    np.testing.assert_array_equal(after.valid_TK, before.valid_TK)
-    np.testing.assert_allclose(after.weight_TK, before.weight_TK, atol=1e-6)
-    return
-  axis = 1 if isinstance(before, SlotChoice) else 2
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(
-      a, np.take(b, order_E, axis), atol=1e-6
-    ),
-    after,
-    before,
-  )
+    after = after.replace(expert_TK=order_E[after.expert_TK])
+  else:
+    axis = 1 if isinstance(before, SlotChoice) else 2
+    before = jax.tree.map(lambda a: np.take(a, order_E, axis), before)
+  same(after, before, NUMBERED)
 
 
 @pytest.mark.parametrize(
@@ -499,23 +545,17 @@ def test_router_token_symmetry(name, options):
     before, after = jax.device_get(
       [run(params, t, None) for t in (before, after)]
     )
+    placed = "depends on a token's place in its group"
     if before.prob_TE is not None:
-      np.testing.assert_allclose(
-        after.prob_TE, permuted(before.prob_TE, order_GT), atol=1e-6
-      )
+      want = {"prob_TE": permuted(before.prob_TE, order_GT)}
+      same({"prob_TE": after.prob_TE}, want, placed)
     if isinstance(before.choice, SlotChoice):
-      for g in range(G):  # New token i is the old token order[i].
-        old_EC = order_GT[g][after.choice.token_EC[g]]
-        np.testing.assert_array_equal(old_EC, before.choice.token_EC[g])
-      np.testing.assert_allclose(
-        after.choice.weight_EC, before.choice.weight_EC, atol=1e-6
-      )
+      # New token i is the old token order[i].
+      token_EC = [order_GT[g][after.choice.token_EC[g]] for g in range(G)]
+      choice = after.choice.replace(token_EC=np.stack(token_EC))
+      same(choice, before.choice, placed)
       continue
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
-      after.choice,
-      permuted(before.choice, order_GT),
-    )
+    same(after.choice, permuted(before.choice, order_GT), placed)
 
 
 @pytest.mark.parametrize("name,options", parts("routers", "groups", VARIANTS))
@@ -536,16 +576,17 @@ def test_router_groups(name, options):
       rng=rng,
     )
 
-  def same(together, alone):
-    # Logits may be large, and a dot product rounds relative to its terms.
-    atol = 1e-6 * max(1, np.abs(alone).max())
-    np.testing.assert_allclose(together, alone, rtol=0, atol=atol)
-
   together = jax.device_get(run(params, tokens_, keys()))
   for g in range(G):
     alone = route_one(jax.tree.map(lambda a, g=g: a[g], tokens_), keys()[g])
+    alone = jax.device_get(alone)
     part = jax.tree.map(lambda a, g=g: a[g], together)
-    jax.tree.map(same, part, jax.device_get(alone))
+    # Logits may be large, and a dot product rounds relative to its terms.
+    scale = jax.tree.map(lambda a: max(1, np.abs(a).max()), alone)
+    part, alone = (
+      jax.tree.map(np.divide, tree, scale) for tree in (part, alone)
+    )
+    same(part, alone, "differs from that of the group alone", rtol=0)
 
 
 # Routers and dispatchers in the layer.
@@ -618,10 +659,10 @@ program = functools.cache(Program)
 PAIR = "router,router_options,dispatcher,options,bound"
 
 
-def close(a, b):
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), a, b
-  )
+def close(got, want, words):
+  """What a layer returned twice, (y, stats), is the same but for rounding."""
+  got, want = (dict(zip(("y", "stats"), pair)) for pair in (got, want))
+  same(got, want, words, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(PAIR, pairs("padding"))
@@ -643,14 +684,16 @@ def test_padding(router, router_options, dispatcher, options, bound):
 
     other = tokens(seed + 100, skew=-5.0) | {"mask": mask_GT}
     filled = where(mask_GT, tokens_, other)
-    close(run(filled), (y_GTD, stats))
+    close(run(filled), (y_GTD, stats), "changes with what padding holds")
 
     if movable:
       # Behind all other tokens instead of among them.
       order_GT = np.argsort(~mask_GT, axis=1, kind="stable")
       moved_GTD, moved_stats = run(permuted(tokens_, order_GT))
-      close(moved_GTD, permuted(y_GTD, order_GT))
-      close(moved_stats.kept_E.sum(1), stats.kept_E.sum(1))
+      kept_GE, moved_GE = (s.kept_E.sum(1) for s in (stats, moved_stats))
+      before = permuted(y_GTD, order_GT), {"kept_E": kept_GE}
+      moved = moved_GTD, {"kept_E": moved_GE}
+      close(moved, before, "changes with the place of padding")
 
 
 @pytest.mark.parametrize(PAIR, pairs("capacity"))
@@ -730,9 +773,10 @@ def test_groups(router, router_options, dispatcher, options, bound):
   swapped = jax.tree.map(lambda a: a[::-1], these)
   first = lambda result: jax.tree.map(lambda a: a[0], result)  # noqa: E731
   last = lambda result: jax.tree.map(lambda a: a[1], result)  # noqa: E731
-  close(first(run(these)), first(run(twice)))
-  close(first(run(these)), last(run(twice)))
-  close(first(run(these)), last(run(swapped)))
+  words = "of a group changes with other groups"
+  close(first(run(these)), first(run(twice)), words)
+  close(first(run(these)), last(run(twice)), words)
+  close(first(run(these)), last(run(swapped)), words)
 
 
 @pytest.mark.parametrize(PAIR, pairs("one_trace"))
@@ -743,8 +787,7 @@ def test_one_trace(router, router_options, dispatcher, options, bound):
   traces = run.route._cache_size(), run.lay_out._cache_size()
   for skew, padded in ((0.0, 0.0), (5.0, 0.0), (0.0, 1.0)):
     y_GTD, stats = run(tokens(0, skew, padded))
-    for leaf in (y_GTD, *jax.tree.leaves(stats)):
-      assert np.isfinite(leaf).all()
+    check_finite({"y": y_GTD, "stats": stats}, f"with {padded:.0%} of padding")
   assert traces == (run.route._cache_size(), run.lay_out._cache_size())
 
 
@@ -837,7 +880,8 @@ def test_one_group_alone(name, options, bound):
   together = jax.device_get(run(routing, tokens_))
   for g in range(G):
     one = functools.partial(jax.tree.map, lambda a, g=g: a[g : g + 1])
-    close(one(together), jax.device_get(run(one(routing), one(tokens_))))
+    alone = jax.device_get(run(one(routing), one(tokens_)))
+    close(one(together), alone, "differs from that of the group alone")
 
 
 # Balancers.
@@ -972,7 +1016,7 @@ def test_balancer_select(name, options):
     assert selection_TE.shape == score_TE.shape
     assert selection_TE.dtype == score_TE.dtype
     assert jnp.isfinite(selection_TE).all()
-  jax.tree.map(np.testing.assert_array_equal, state, before)
+  same(state, before, "of the state is changed by select", rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name,options", parts("balancers", "update"))
@@ -986,13 +1030,9 @@ def test_balancer_update(name, options):
     stats = empty if step == 3 else observed(balancer, step)
     state = update(state, stats, step)
     assert jax.tree.structure(state) == jax.tree.structure(first)
-    jax.tree.map(check_same_kind, state, first)
-    for leaf in jax.tree.leaves(state):
-      assert jnp.isfinite(leaf).all()
-
-
-def check_same_kind(a, b):
-  assert a.shape == b.shape and a.dtype == b.dtype
+    for (leaf, a), (_, b) in zip(leaves(state), leaves(first), strict=True):
+      assert a.shape == b.shape and a.dtype == b.dtype, leaf
+    check_finite(state, f"after step {step}")
 
 
 @pytest.mark.parametrize("name,options", parts("balancers", "splitting"))
@@ -1007,9 +1047,8 @@ def test_balancer_splitting(name, options):
   whole = jax.tree.map(lambda a: a.sum((0, 1), keepdims=True), stats)
   for other in (flat, tall, whole):
     got = balancer.update(state, other, 1)
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), got, want
-    )
+    words = "of the state depends on how groups share the sums"
+    same(got, want, words, atol=1e-7)
 
 
 @pytest.mark.parametrize("name,options", parts("balancers", "empty"))
@@ -1021,11 +1060,9 @@ def test_balancer_empty(name, options):
     lambda a: np.pad(a, [(0, 1), (0, 2)] + [(0, 0)] * (a.ndim - 2)), stats
   )
   state = balancer.init(E)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7),
-    balancer.update(state, longer, 0),
-    balancer.update(state, stats, 0),
-  )
+  got, want = (balancer.update(state, s, 0) for s in (longer, stats))
+  words = "of the state changes with empty sequences"
+  same(got, want, words, atol=1e-7)
   if balancer.loss is not None:
     np.testing.assert_allclose(
       value(balancer, longer), value(balancer, stats), rtol=1e-6
@@ -1075,6 +1112,15 @@ def test_balancer_collapse(name, options):
 
 
 # The exceptions themselves.
+
+
+@pytest.mark.parametrize("kind", sorted(PROPERTIES))
+def test_each_property_is_explained(kind):
+  text = (pathlib.Path(__file__).parents[1] / "docs/extending.md").read_text()
+  table = text[text.index("| property |") :].partition("\n\n")[0]
+  rows = [line.split("|")[1:-1] for line in table.splitlines()[2:]]
+  named = [row[0].strip(" `") for row in rows if kind in row[1]]
+  assert sorted(named) == sorted(PROPERTIES[kind])
 
 
 @pytest.mark.parametrize("kind", sorted(PROPERTIES))

@@ -13,6 +13,7 @@ import pytest
 
 import moe_jax
 from configs import base
+from moe_jax.hf import families
 from tests import house
 from tests.house import ROOT
 
@@ -103,14 +104,14 @@ def test_commands_of_claims_have_what_they_name():
   blocks = re.findall(r"```bash\n(.*?)```", PAGES["docs/claims.md"], re.S)
   words = shlex.split(" ".join(blocks).replace("\\\n", " "))
   questions = [
-    words[i + 1] for i, word in enumerate(words) if word == "experiments.launch"
+    words[i + 1] for i, word in enumerate(words) if word == "experiment"
   ]
   assert len(questions) > 5
   for name in questions:
     assert (ROOT / "experiments" / name / "sweep.py").exists(), name
   configs = [w.partition("=")[2] for w in words if w.startswith("--config=")]
   for file, _, variant in (config.partition(":") for config in configs):
-    spec = importlib.import_module(file.removesuffix(".py").replace("/", "."))
+    spec = importlib.import_module(f"configs.{file}")
     assert spec.get_config(*([variant] if variant else [])), file
   for key in (w for w in words if w.startswith("--config.")):
     value = base.get_config()
@@ -141,7 +142,7 @@ def test_the_results_list_the_questions_that_are_answered():
   listed = [
     link.removeprefix("../")
     for link in links(PAGES["docs/results.md"])
-    if link.startswith("../experiments/")
+    if re.fullmatch(r"\.\./experiments/\w+/README\.md", link)
   ]
   assert listed == ANSWERED
 
@@ -173,7 +174,36 @@ def test_every_command_is_in_cli():
     is_script = path.name == "__main__.py"  # Which calls the others.
     if '__name__ == "__main__"' in path.read_text() and not is_script:
       name = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
-      assert f"<!-- site: command {name} -->" in PAGES["docs/cli.md"], name
+      assert f"<!-- made: command {name} -->" in PAGES["docs/cli.md"], name
+
+
+@pytest.mark.parametrize("page", ["cli", "configs", "results"])
+def test_the_text_from_the_code_is_up_to_date(page):
+  text = PAGES[f"docs/{page}.md"]
+  assert text.count("<!-- made: ") == text.count("<!-- end -->") > 0
+  assert pages.rewritten(text) == text, (
+    f"run python docs/site_pages and commit docs/{page}.md"
+  )
+
+
+def test_only_text_between_comments_is_made_again():
+  text = "a\n<!-- made: escaped x_y -->\nold\n<!-- end -->\nb\n"
+  new = "a\n<!-- made: escaped x_y -->\n\nx\\_y\n\n<!-- end -->\nb\n"
+  assert pages.rewritten(text) == pages.rewritten(new) == new
+
+
+def test_the_table_of_published_models_has_every_family_and_preset():
+  section = PAGES["docs/models.md"].split("\n## ")[1]
+  rows = [line.split("|")[1:-1] for line in section.splitlines() if "|" in line]
+  presets, read = (
+    {name for row in rows[2:] for name in re.findall(r"`([\w:-]+)`", row[i])}
+    for i in (1, 2)
+  )
+  assert read == set(families.known())
+  known = {path.stem for path in ROOT.glob("configs/[!_]*.py")}
+  assert {name.partition(":")[0] for name in presets} == known - {
+    *("base", "tiny", "published")
+  }
 
 
 def test_the_options_page_has_every_key():
@@ -256,6 +286,9 @@ def test_the_site_shows_the_flags_of_commands():
   assert text.startswith("Counts the parameters of a config.")
   assert "| `--config=FILE[:VARIANT]` | " in text and "; needed |" in text
   assert "one of `f32`, `bf16`, `f16`, `f8`" in text
+  assert made._named("python -m moe_jax.main\npython -m tests.pod x") == (
+    "moe-jax train\npython -m tests.pod x"
+  )
   assert made.escaped("a_b|{c}") == r"a\_b\|\{c\}"
 
 
@@ -376,4 +409,4 @@ def test_the_site_has_no_warnings(tmp_path):
   assert done.returncode == 0, done.stderr
   text = (tmp_path / "api.html").read_text()
   assert 'id="moe_jax.moe.layer.moe_ffn"' in text
-  assert "<!-- site:" not in (tmp_path / "configs.html").read_text()
+  assert "<!-- site:" not in (tmp_path / "api.html").read_text()

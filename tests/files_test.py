@@ -72,7 +72,9 @@ def test_lines_and_those_that_are_broken(tmp_path, monkeypatch):
     for rest in (b"\n", b"\n2\n", b"\n2"):
       with pytest.raises(ConfigError, match="^line 2 of .* is not x .*; y$"):
         read(b"1\n" + broken + rest)
-      assert read(b"1\n" + broken + rest, until_broken=True) == [1]
+      whole, damaged = [1, 2] if b"2" in rest else [1], []
+      assert read(b"1\n" + broken + rest, damaged=damaged) == whole
+      assert damaged == [2]
   monkeypatch.setattr(files, "MAX_BYTES", 3)
   with pytest.raises(ConfigError, match="^line 1 of .* larger than 3 bytes"):
     read(b"11111\n")

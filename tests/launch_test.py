@@ -97,6 +97,8 @@ def run(capsys, workdir, *flags):
   capsys.readouterr()
   assert launch.main(["balance", f"--workdir={workdir}", *flags]) == 0
   out = capsys.readouterr().out
+  page = workdir / "report" / "report.html"
+  assert page.exists() and f"Report: {page.parent}, page: {page}\n" in out
   return out[out.index("# Is it small?") : out.index("Report:")]
 
 
@@ -712,6 +714,38 @@ def test_a_wrong_arm_stops_before_training(small, programs, overrides, words):
   assert not programs
 
 
+@pytest.mark.parametrize(
+  "none, bias, hint",
+  [
+    ("gone", "gone", " This holds for all arms"),
+    ("gone", "lost", " No other arm can run"),
+  ],
+)
+def test_where_no_arm_can_run_none_is_recommended(
+  small, programs, none, bias, hint
+):
+  folder, work = small
+  arms = f"""sweeps.over("plugins", {{
+    "none": ("{none}",), "bias": ("{bias}",)}})"""
+  start, end = SWEEP.index("sweeps.over"), SWEEP.index("  return sweeps")
+  text = f"{SWEEP[:start]}{arms}\n{SWEEP[end:]}"
+  (folder / "sweep.py").write_text(text)
+  for flags in ([], ["--dry_run"]):
+    with pytest.raises(ConfigError, match=f"arm none: .*/gone.*there.{hint}$"):
+      launch.main(["balance", f"--workdir={work}", *flags])
+  with pytest.raises(ConfigError, match="/gone is not there$"):
+    launch.main(["balance", f"--workdir={work}", "--arm=none"])
+  assert not programs
+
+
+def test_a_mesh_is_told(small, capsys):
+  _, work = small
+  flags = ["balance", f"--workdir={work}", "--dry_run", "--arm=none"]
+  assert launch.main([*flags, "--config.mesh=(2,1,4,1)"]) == 0
+  out = capsys.readouterr().out.splitlines()
+  assert "  devices: 8 × cpu; mesh data 2, expert 4" in out
+
+
 def test_an_unexpected_error_names_its_arm(small, programs, monkeypatch):
   """Before anything is trained; it stays a traceback."""
   _, work = small
@@ -759,10 +793,12 @@ def test_finished_runs_have_no_progress_line(small, programs, capsys):
   assert "1 of 1 runs finished" in out and not err
 
 
-def test_compiling_is_not_in_the_time_left(small, programs, monkeypatch):
-  """However long it takes."""
+def test_the_time_left_has_the_compilations_to_come(
+  small, programs, monkeypatch
+):
+  """An hour each; none of them makes the steps seem slow."""
   _, work = small
-  make, elapsed, late = program.Program, [], 0.0
+  make, seen, late = program.Program, [], 0.0
 
   def slow(*arguments):
     nonlocal late
@@ -770,8 +806,10 @@ def test_compiling_is_not_in_the_time_left(small, programs, monkeypatch):
     return make(*arguments)
 
   def update(progress, *arguments):
-    elapsed.append(progress.format_dict["elapsed"])
-    return counted(progress, *arguments)
+    counted(progress, *arguments)
+    facts = progress.format_dict
+    left = facts["total"] - facts["n"]
+    seen.append((facts["elapsed"], left and left / facts["rate"]))
 
   counted = Progress.update
   monkeypatch.setattr(program, "Program", slow)
@@ -780,7 +818,28 @@ def test_compiling_is_not_in_the_time_left(small, programs, monkeypatch):
   monkeypatch.setattr(tqdm.std, "time", lambda: of_tqdm() + late)
   monkeypatch.setattr(time, "monotonic", lambda: of_loop() + late)
   assert launch.main(["balance", f"--workdir={work}", "--seeds=1"]) == 0
-  assert late == 7200.0 and elapsed and max(elapsed) < 3600
+  hours = [tuple(round(seconds / 3600, 1) for seconds in one) for one in seen]
+  assert list(dict.fromkeys(hours)) == [(1, 1), (2, 0)], "spent and left"
+
+
+def test_the_time_left_is_known_after_the_first_units(monkeypatch, capsys):
+  now = 100.0
+  monkeypatch.setattr(tqdm.std, "time", lambda: now)
+  with Progress(10, "steps") as progress:
+    now += 60.0
+    progress.pause(60.0, to_come=1)
+    now += 20.0
+    progress.update(2)
+    assert progress.format_dict["elapsed"] == 80
+    assert 8 / progress.format_dict["rate"] == pytest.approx(8 * 10 + 60)
+    progress.skip(3)  # They say nothing about the speed.
+    assert 5 / progress.format_dict["rate"] == pytest.approx(5 * 10 + 60)
+    now += 100.0
+    progress.pause(100.0, to_come=0)
+    assert 5 / progress.format_dict["rate"] == pytest.approx(5 * 10)
+  lines = capsys.readouterr().err.splitlines()
+  assert lines[0] == "0/10 steps, 00:00 spent, ? left"
+  assert lines[1] == "2/10 steps, 01:20 spent, 02:20 left"
 
 
 @pytest.mark.parametrize("flags", [[], ["-u"]])
@@ -792,6 +851,21 @@ def test_output_that_nobody_reads(flags):
   done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE)
   os.close(write)
   assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize(
+  "words, called",
+  [
+    (["experiments.launch"], "python -m experiments.launch"),
+    (["moe_jax", "experiment"], "moe-jax experiment"),
+  ],
+)
+def test_help_has_the_words_that_called_it(words, called):
+  done = subprocess.run(
+    [sys.executable, "-m", *words, "--help"], capture_output=True, text=True
+  )
+  assert done.stdout.startswith(f"usage: {called} ")
+  assert f"\n  {called} load_balancing --scale=demo\n" in done.stdout
 
 
 def test_without_a_question():

@@ -791,7 +791,7 @@ FAULTS = (
   Fault(
     "a damaged line of metrics ends them without a word",
     "moe_jax/core/files.py",
-    'if until_broken or not (line.endswith(b"\\n") or file.readline(1)):',
+    'if not (line.endswith(b"\\n") or file.peek(1)):',
     "if True:",
     "run_directory_test.py::test_a_damaged_line_of_metrics",
   ),

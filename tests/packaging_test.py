@@ -54,8 +54,10 @@ def table_rows():
 
 
 def commands():
-  cells = [cell for row in table_rows() for cell in row]
-  return re.findall(r"`python -m ([\w.]+)", "\n".join(cells))
+  """The modules of the commands in tables, under either of their names."""
+  cells = "\n".join(cell for row in table_rows() for cell in row)
+  named = re.findall(r"`(?:python -m|moe-jax) ([a-z][\w.]*)", cells)
+  return [moe_jax_main.COMMANDS.get(name, (name,))[0] for name in named]
 
 
 def tree_paths():

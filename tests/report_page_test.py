@@ -148,8 +148,9 @@ def test_the_page_of_a_run(tmp_path):
   ):
     assert words_of_it in seen.text, words_of_it
   titles = re.findall("<figure><h3>(.*?)</h3>", text)
+  mine = "mine (reported by a part)"
   expected = ["Loss", "MaxVio", "MaxVio of each layer", "Layer 00", "Layer 01"]
-  assert titles == [*expected, "Norm of the gradient", "extra/mine"]
+  assert titles == [*expected, "Norm of the gradient", mine]
   assert "dropped (0), tokens_per_second (12,345)" in text
   policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
   assert ("content", policy) in seen.attributes and "script" not in seen.tags
@@ -198,7 +199,6 @@ def test_cards_are_of_the_last_evaluation_where_it_has_the_metric(tmp_path):
   assert shown == {
     "Loss": "4 validation",
     "MaxVio": "0.5 validation",
-    "Norm of the gradient": "7 training",
   }
   run = read.run(write(tmp_path / "b", [train]), "b")
   shown = {k: Seen(v).text for k, v in describe.latest(run).items()}
@@ -216,7 +216,7 @@ def test_times_have_the_same_form(tmp_path):
 def test_lines_of_equal_runs_are_all_seen(tmp_path):
   """Each is thinner than the ones below it, and has gaps of another form."""
   assert len({plots.look(i) for i in range(32)}) == 32
-  train = [{"step": s, "loss": s} for s in (1, 2)]
+  train = [{"step": s, "loss": s} for s in (1, 2, 3)]
   made = plots.make([Record(name, train, []) for name in "abc"])
   ((_, (plot, *_)), *_) = made.groups
   widths = [t.width for t in plot.traces]
@@ -257,6 +257,29 @@ def test_a_figure_has_its_numbers():
   rise = np.diff(corners[:, 1])
   np.testing.assert_allclose(rise[1] / rise[0], -0.5, atol=0.01)
   assert "#0" not in made  # All colours are of the page's style.
+
+
+def test_the_scale_and_the_points_of_a_figure():
+  """A logarithmic axis says so, and two points are not connected."""
+
+  def shown(y, style="line", log=False):
+    trace = Trace("", range(len(y)), y, "c0", style)
+    svg = curves.svg(Plot("a", "", "step", "unit", [trace], log))
+    found = ElementTree.fromstring(svg).iter()
+    found = [(e.tag.rpartition("}")[2], e) for e in found]
+    texts = {e.text for tag, e in found if tag == "text"}
+    drawn = [
+      (tag, e) for tag, e in found if "stroke: var(--c0)" in e.get("style", "")
+    ]
+    lines = sum(tag == "path" and bool(e.get("clip-path")) for tag, e in drawn)
+    return texts, lines, sum(tag == "use" for tag, e in drawn)
+
+  texts, *drawn = shown([1, 2, 30], log=True)
+  assert "unit (log)" in texts and drawn == [1, 0]
+  texts, *drawn = shown([1, 2])
+  assert "unit" in texts and drawn == [0, 2]
+  assert shown([1, 2], "floor")[1:] == (1, 0)
+  assert "unit" in shown([1, 2, 3], log=True)[0]  # It spans too little.
 
 
 def test_long_lines_keep_their_extremes():
@@ -340,6 +363,26 @@ def test_differences_of_one_config_are_none(tmp_path):
   assert "Their configs are equal." in text
 
 
+def test_an_option_that_is_not_given_has_its_default(tmp_path):
+  """It is not known for other parts, nor where the code is of a plugin."""
+  model = small.config().to_dict()["model"]
+
+  def differing(plugins=(), **more):
+    runs = []
+    for router in ({"name": "top_k"}, {"name": "top_k"} | more):
+      changes = {"model": model | {"moe": model["moe"] | {"router": router}}}
+      path = tmp_path / str(len([*tmp_path.iterdir()]))
+      path = write(path, [], **changes, plugins=plugins)
+      runs.append(read.run(path, "a"))
+    return describe.differing(runs)
+
+  key = "model.moe.router.score"
+  assert differing(score="sigmoid") == [[key, "softmax", "sigmoid"]]
+  assert differing(score="softmax") == []
+  assert differing(["x"], score="sigmoid") == [[key, "–", "sigmoid"]]
+  assert differing(odd=1) == [["model.moe.router.odd", "–", "1"]]
+
+
 def test_the_differences_from_the_defaults(tmp_path):
   text = re.sub("<wbr>", "", drawn(write(tmp_path / "a", [])))
   row = "<tr><td>data.seq_len</td>\n<td>16</td>\n<td>256</td></tr>"
@@ -413,7 +456,8 @@ def test_a_damaged_file_is_one_sentence(name, content, tmp_path):
   assert bool(run.config) == (name != "config.json")
 
 
-def test_lines_before_a_damaged_one_are_shown(tmp_path):
+def test_all_but_damaged_lines_are_shown(tmp_path):
+  """The run is as far as its last whole line."""
   path = write(tmp_path / "a")
   text = (path / "metrics.jsonl").read_text()
   half = text[: len(text) // 2]
@@ -421,8 +465,17 @@ def test_lines_before_a_damaged_one_are_shown(tmp_path):
   assert not read.run(path, "a").problems
   (path / "metrics.jsonl").write_text(f"{half}\n{text}")
   run = read.run(path, "a")
-  assert len(run.problems) == 1 and "line 4 of" in run.problems[0]
-  assert [line["step"] for line in run.record.train] == [10]
+  told = (
+    f"1 of 13 lines of {path / 'metrics.jsonl'} cannot be read: 4; bring it back"
+    " as it was. The page shows the other lines."
+  )
+  assert run.problems == [told] and told in Seen(drawn(path)).text
+  assert [line["step"] for line in run.record.train] == [10, 10, 20, 30]
+  assert (run.state, run.step) == ("finished", 30)
+  (path / "metrics.jsonl").write_text("?\n" * 12 + text)
+  (problem,) = read.run(path, "a").problems
+  assert "12 of 21 lines of" in problem and ": 1, 2," in problem
+  assert "9, 10, ...; bring" in problem
 
 
 def test_strange_numbers(tmp_path):
@@ -443,7 +496,11 @@ def test_a_folder_of_another_version(tmp_path):
   config = json.loads((path / "config.json").read_text())
   del config["train"]
   (path / "config.json").write_text(json.dumps(config | {"new": {"key": 1}}))
-  assert read.run(path, "a").state == "stopped"
+  run = read.run(path, "a")
+  assert run.state == "stopped"
+  (problem,) = run.problems
+  assert problem.startswith(f"{path / 'config.json'} is a config of another")
+  assert "with model, new.key, which this version does not know" in problem
   assert "<td>new.<wbr>key</td>" in drawn(path)
   Seen(drawn(path, write(tmp_path / "b", few())))
 
@@ -481,6 +538,22 @@ def test_the_command(tmp_path, monkeypatch, capsys):
   assert not report.main([str(one), f"--out={tmp_path / 'other.html'}"])
   text = (tmp_path / "other.html").read_text()
   assert text == (one / "report.html").read_text()
+
+
+def test_folders_of_refused_runs_are_left_out(tmp_path, monkeypatch, capsys):
+  """Among several folders, but not where there is no other."""
+  run, refused = write(tmp_path / "a", few()), tmp_path / "b"
+  refused.mkdir()
+  (refused / ".lock").touch()
+  monkeypatch.chdir(tmp_path)
+  assert not report.main([str(run), str(refused)])
+  told = capsys.readouterr()
+  assert told.err.startswith(f"{refused} is left out: it holds only .lock")
+  assert told.out.splitlines()[0] == f"{run}: finished, step 30"
+  for paths in ([refused], [refused, refused]):
+    with pytest.raises(ConfigError, match="b holds no run"):
+      report.main([*map(str, paths)])
+  assert not capsys.readouterr().err
 
 
 def test_the_page_follows_a_run(tmp_path, monkeypatch, capsys):

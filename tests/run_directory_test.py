@@ -125,11 +125,14 @@ def test_a_damaged_line_of_metrics(begun, config, line, capsys):
   with pytest.raises(ConfigError, match="^line 2 of .* is not a line of metr"):
     run_directory.read_metrics(begun, "train")
   with RunDirectory(begun, config) as directory:
-    with pytest.raises(ConfigError, match="1 whole lines up to step 10, where"):
+    words = "1 of 3 lines of metrics.jsonl cannot be read: 2"
+    short = "has 1 whole lines up to step 10, where 2 were written"
+    with pytest.raises(ConfigError, match=rf"{short} \({words}\); bring it"):
       directory.go_on(10, 2)
-    with pytest.raises(ConfigError, match="^line 2 of"):
+    with pytest.raises(ConfigError, match=f"{begun}: {words}; bring it back"):
       directory.start_over()
-    assert directory.logged(5, "train") == {"loss": 1 / 5}
+    for step in (5, 15):
+      assert directory.logged(step, "train") == {"loss": 1 / step}
     # After the checkpoint they are written again.
     directory.go_on(5, 1, data="abc")
     assert (

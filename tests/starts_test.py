@@ -77,7 +77,7 @@ def test_all_that_does_not_fit_is_in_one_sentence(run):
     f"(parameters of another shape: 4 ({EXPERTS}down: [2, 4, 32, 32] there and [2, 8, 32, 32] here, ",
     "missing there: 3 (decoder/0/attention_norm/bias: [2, 32] here, ",
     "--config.init_new=\"('router', 'experts', 'norm')\"",
-    "moe_jax.upcycle",
+    "moe-jax upcycle",
   ):
     assert words in told, words
   assert "left over" not in told

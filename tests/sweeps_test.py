@@ -78,9 +78,30 @@ def test_overrides():
     sweeps.apply(base, {"model.moe.topk": 1})
 
 
+def test_plugins_of_a_question_lie_beside_it(tmp_path):
+  """First there, then where the command runs; and a digest is of their files."""
+  digests = []
+  for folder in (tmp_path / "here", tmp_path / "there"):
+    (folder / "parts" / "routers").mkdir(parents=True)
+    (folder / "parts" / "routers" / "mine.py").write_text("x = 1")
+    config = sweeps.apply(tiny.get_config(), {"plugins": ("parts", "no_parts")})
+    arms = {"all": {}, "none": {"plugins": ()}, "own": {"plugins": ("parts",)}}
+    sweep = sweeps.Sweep(config, arms).beside(folder)
+    own = str(folder / "parts")
+    assert {k: c.plugins for k, c in sweep.configs().items()} == {
+      "all": (own, "no_parts"),
+      "none": (),
+      "own": (own,),
+    }
+    digests.append(sweeps.digest(sweep.configs()["own"]))
+  assert digests[0] == digests[1] != sweeps.digest(tiny.get_config())
+  (folder / "parts" / "routers" / "mine.py").write_text("x = 2")
+  assert sweeps.digest(sweep.configs()["own"]) != digests[0]
+
+
 # A value for each key that it does not have.
 CHANGED = {str: "other", int: 12345, float: 0.12345, tuple: ("x",)}
-IDLE = (*config_lib.IDLE, "seed")
+IDLE = (*config_lib.IDLE, "seed", "plugins")
 
 
 @pytest.mark.parametrize(

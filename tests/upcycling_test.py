@@ -506,7 +506,7 @@ def test_weights_of_another_model(run, capsys):
   folder, flags = run
   place = f"--config.init_from={folder}/dense"
   other = folder / "other"
-  with pytest.raises(ConfigError, match="moe_jax.upcycle"):
+  with pytest.raises(ConfigError, match="moe-jax upcycle"):
     main.main([*flags, *MORE, KEPT_STILL, place, f"--workdir={other}"])
   # The folder takes another config.
   assert not (other / "run.json").exists()

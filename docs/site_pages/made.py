@@ -1,6 +1,7 @@
 """Markdown that is made from the code: configs, commands, results, the package.
 
-Each function is called for a comment `<!-- site: NAME ARGUMENTS -->` in a page.
+Each function is called for a comment `<!-- made: NAME ARGUMENTS -->` or
+`<!-- site: NAME ARGUMENTS -->` in a page; `pages` explains the difference.
 """
 
 import ast
@@ -21,6 +22,8 @@ _TELL = """
 import argparse, importlib, json, runpy, sys
 
 def tell(parser, *args, **kwargs):
+  if not parser.add_help:  # It looks ahead for a flag that the command needs.
+    return argparse.Namespace(questions=None), []
   flags = [
     {
       "flags": a.option_strings or [a.dest],
@@ -150,9 +153,17 @@ def command(module: str) -> str:
 
 def _about(block):
   """A paragraph of a description, or commands as code."""
-  if re.match(r"\s|python -m", block):
-    return f"```text\n{textwrap.dedent(block)}\n```"
+  if re.match(r"\s|python -m|moe-jax", block):
+    return f"```text\n{_named(textwrap.dedent(block))}\n```"
   return escaped(" ".join(block.split()))
+
+
+def _named(text):
+  """Commands by their names of the script `moe-jax`, where they have one."""
+  from moe_jax import __main__ as names
+
+  short = {place: f"moe-jax {n}" for n, (place, _) in names.COMMANDS.items()}
+  return re.sub(r"python -m ([\w.]+)", lambda m: short.get(m[1], m[0]), text)
 
 
 def _flag(flag):
@@ -177,7 +188,7 @@ def _commands():
   """{module: its parser} of all commands that cli.md has."""
   if not _told:
     text = (ROOT / "docs" / "cli.md").read_text()
-    names = re.findall(r"<!-- site: command ([\w.]+) -->", text)
+    names = re.findall(r"<!-- made: command ([\w.]+) -->", text)
     done = subprocess.run(
       [sys.executable, "-c", _TELL, *names],
       cwd=ROOT,
@@ -224,7 +235,7 @@ def _question(path):
       f"![{words}](../experiments/{name}/{figure})",
       f"Committed: {'; '.join(counts)}."
       f" [Arms, tables and notes](../experiments/{name}/README.md)."
-      f" `python -m experiments.launch {name} --scale=cpu --report`",
+      f" `moe-jax experiment {name} --scale=cpu --report`",
     ]
   )
 

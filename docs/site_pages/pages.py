@@ -1,8 +1,11 @@
-"""Pages as the site shows them: tables made from the code, and links that hold.
+"""Text of the pages that is made from the code, and links that hold on the site.
 
-A comment `<!-- site: NAME ARGUMENTS -->` in a page is replaced by Markdown that a
-function of `made` returns. The README, CONTRIBUTING, the changelog and the questions'
-READMEs lie outside of docs/, and are copied to docs/repository while the site is built.
+Functions of `made` return the Markdown. Between the comments `<!-- made: NAME ARGUMENTS
+-->` and `<!-- end -->` it is committed: `python docs/site_pages` writes it. A comment
+`<!-- site: NAME ARGUMENTS -->` is replaced by it while the site is built.
+
+The README, CONTRIBUTING, the changelog and the questions' READMEs lie outside of docs/,
+and are copied to docs/repository while the site is built.
 """
 
 import functools
@@ -23,6 +26,9 @@ OUTSIDE = (
   "experiments/*/README.md",
 )
 _MARK = re.compile(r"^<!-- site: (\w+) ?([^>]*?) ?-->$", re.M)
+_KEPT = re.compile(
+  r"^(<!-- made: (\w+) ?([^>]*?) ?-->\n).*?^<!-- end -->$", re.M | re.S
+)
 # Code, whose brackets are no links, or a link or picture.
 _LINK = re.compile(
   r"^```.*?^```$|`[^`\n]+`(?!\])|(!?)\[((?:[^\[\]]|`[^`]*`)*)\]\(([^()\s]+)\)",
@@ -62,6 +68,17 @@ def read(app, docname: str, source: list[str]) -> None:
 
 def _made(mark):
   return getattr(made, mark[1])(*mark[2].split())
+
+
+def rewritten(text: str) -> str:
+  """A page whose committed text is made again."""
+
+  def again(match):
+    head, name, arguments = match.groups()
+    text = getattr(made, name)(*arguments.split())
+    return f"{head}\n{text}\n\n<!-- end -->"
+
+  return _KEPT.sub(again, text)
 
 
 def linked(text: str, path: str, folder: pathlib.Path) -> str:

@@ -42,7 +42,7 @@ def read_json(path, what: str, remedy: str, *, allow_nan=False) -> dict:
 
 
 def read_json_lines(
-  path, what: str, remedy: str, *, check: Callable, until_broken: bool = False
+  path, what: str, remedy: str, *, check: Callable, damaged: list | None = None
 ) -> list:
   """Returns the JSON values in a file that has one on each line.
 
@@ -52,26 +52,27 @@ def read_json_lines(
   Args:
     path, what, remedy: as in `read_json`.
     check: called with each value; raises ValueError for a wrong one.
-    until_broken: return the values before the first broken line, in place of
-      an error. The caller must know how many there should be.
+    damaged: gets the numbers of broken lines, from 1, in place of an error.
 
   Raises:
     ConfigError: the file cannot be read, or a line is broken.
     FileNotFoundError: there is no such file.
   """
-  values = []
+  values, number = [], 0
   with _readable(path, remedy), open(path, "rb") as file:
     while line := file.readline(MAX_BYTES + 1):
+      number += 1
       try:
-        value = _parse(line, allow_nan=True)
-        check(value)
+        check(value := _parse(line, allow_nan=True))
+        values.append(value)
       except ValueError as e:
-        if until_broken or not (line.endswith(b"\n") or file.readline(1)):
+        if not (line.endswith(b"\n") or file.peek(1)):
           break
-        raise ConfigError(
-          f"line {len(values) + 1} of {path} is not {what} ({e}); {remedy}"
-        ) from None
-      values.append(value)
+        if damaged is None:
+          raise ConfigError(
+            f"line {number} of {path} is not {what} ({e}); {remedy}"
+          ) from None
+        damaged.append(number)
   return values
 
 

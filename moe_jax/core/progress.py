@@ -10,10 +10,14 @@ _LINE = "{n_fmt}/{total_fmt} {unit}, {elapsed} spent, {remaining} left{postfix}"
 class Progress(tqdm):
   """Counts units of work on stderr of the first process.
 
+  The time left is that of the other units, at the speed so far, and of the pauses
+  that are to come.
+
   about: text before the notes.
   """
 
   about = ""
+  _paused, _pauses, _to_come = 0.0, 0, 0
 
   def __init__(self, total: int | None, what: str, **more):
     """Shows a line on which no unit is done.
@@ -41,6 +45,28 @@ class Progress(tqdm):
     """
     self.set_postfix_str(self.about + note, refresh=False)
     super().update(n)
+
+  def pause(self, seconds: float, to_come: int) -> None:
+    """Counts a time in which no unit could be done, such as that of compiling.
+
+    Args:
+      seconds: how long it was. It is spent, and has no part in the speed.
+      to_come: number of pauses that follow, each about as long as those so far.
+    """
+    self._paused += seconds
+    self._pauses += 1
+    self._to_come = to_come
+
+  @property
+  def format_dict(self):
+    """The contents of a line. tqdm divides the units that are left by `rate`."""
+    facts = super().format_dict
+    done, left = self.n - self.initial, (self.total or 0) - self.n
+    if done > 0 and left > 0:
+      seconds = left * (facts["elapsed"] - self._paused) / done
+      seconds += self._to_come * self._paused / max(self._pauses, 1)
+      facts["rate"] = left / max(seconds, 1e-9)
+    return facts
 
   def skip(self, n: int) -> None:
     """Counts n units of an earlier process, which have taken no time here."""

@@ -1,15 +1,15 @@
 r"""A pod of processes on this machine, each with CPU devices of its own.
 
-  python -m moe_jax.launch.local --processes=2 --devices_per_process=2 -- \
-    --config=configs/tiny.py --workdir=runs/tiny
+  moe-jax launch --processes=2 --devices_per_process=2 -- \
+    --config=tiny --workdir=runs/tiny
 
-The words after -- go to `python -m moe_jax.main` in every process, or to
-another --module; with --module=moe_jax they begin with the name of a command,
-such as experiment. The processes talk over the loopback interface. The first
-one's output is shown unchanged, the others' with their number before it. A
-signal is passed on to all of them, and a second one ends them at once; where
-one fails, or this process is killed, the others are ended. Exit codes are those
-of the run.
+The words after -- go to `moe-jax train` in every process, or to another
+--module; with --module=moe_jax they begin with the name of a command, such as
+experiment. The processes talk over the loopback interface. The first one's
+output is shown unchanged, but for Gloo's greetings, the others' with their
+number before it. A signal is passed on to all of them, and a second one ends
+them at once; where one fails, or this process is killed, the others are ended.
+Exit codes are those of the run.
 """
 
 import contextlib

@@ -73,7 +73,7 @@ def _meet(mode, timeout):
     raise ConfigError(
       "there are to be several processes, but this is no cluster that jax knows"
       f" ({first_line(e)}); set {_ADDRESS}, {_COUNT} and {_INDEX}, use"
-      " python -m moe_jax.launch.local, or run alone with --multihost=off"
+      " moe-jax launch, or run alone with --multihost=off"
     ) from None
   except (RuntimeError, TimeoutError) as e:
     where = given.get("coordinator_address", "the first process")

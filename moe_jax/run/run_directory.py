@@ -17,7 +17,7 @@ from absl import logging
 from moe_jax.core import files
 from moe_jax.core.errors import ConfigError, InUse, RunError
 from moe_jax.run import config as config_lib
-from moe_jax.run import processes, provenance, writers
+from moe_jax.run import processes, provenance, wording, writers
 
 _CONFIG, _FACTS, _METRICS = "config.json", "run.json", "metrics.jsonl"
 LOADS = "loads"  # The split of lines with the load of every expert, by layer.
@@ -95,8 +95,7 @@ class RunDirectory(contextlib.ExitStack):
           f" {facts[name]!r:.50}); {_REMEDY}"
         )
     if other:
-      lines = self._lines(until_broken=True)
-      self._extend(self.path, before, self._config, lines)
+      self._extend(self.path, before, self._config, self._lines()[0])
       begun_with.setdefault("train", {})["num_steps"] = steps
       text = json.dumps(begun_with, indent=2, sort_keys=True)
       files.write_text(self.path / _CONFIG, text + "\n")
@@ -157,21 +156,24 @@ class RunDirectory(contextlib.ExitStack):
 
   def _begin_files(self, step, lines):
     """Begins the writers; returns how many lines metrics.jsonl keeps."""
-    # A line that broke after the checkpoint is written again.
-    there = self._lines(until_broken=step > 0)
+    path, (there, damaged) = self.path / _METRICS, self._lines()
+    lost = wording.damaged(damaged, there, _METRICS)
+    # Lines after the checkpoint are written again, so these may be damaged.
     kept = [line for line in there if line["step"] <= step]
-    if not step:
-      self._check_lost(max((line["step"] for line in there), default=0))
     if len(kept) < lines:
       raise ConfigError(
-        f"{self.path / _METRICS} has {len(kept)} whole lines up to step {step},"
-        f" where {lines} were written; bring them back, or choose another"
-        " --workdir to start again"
+        f"{path} has {len(kept)} whole lines up to step {step}, where {lines} were"
+        f" written{lost and f' ({lost})'}; {_REMEDY} (evaluate, generate and"
+        " init_from read checkpoints only, and still work)"
       )
+    if not step:
+      if lost:
+        raise ConfigError(f"{self.path}: {lost}; {_REMEDY}")
+      self._check_lost(max((line["step"] for line in there), default=0))
     self._writers = writers.begin(self._config, self.path, step)
     for writer in self._writers:
       self.callback(writer.close)
-    if (self.path / _METRICS).exists():
+    if path.exists():
       self._write(_METRICS, "".join(json.dumps(x) + "\n" for x in kept))
     return len(kept)
 
@@ -285,15 +287,16 @@ class RunDirectory(contextlib.ExitStack):
     """
 
     def find():
-      for line in self._lines(until_broken=True):
+      for line in self._lines()[0]:
         if (line.pop("step"), line.pop("split")) == (step, split):
           return line
 
     return processes.by_first(find)
 
-  def _lines(self, **options):
-    there = (self.path / _METRICS).exists()
-    return _read_lines(self.path, **options) if there else []
+  def _lines(self):
+    """The whole lines of metrics, and the numbers of the damaged ones."""
+    there, damaged = (self.path / _METRICS).exists(), []
+    return _read_lines(self.path, damaged=damaged) if there else [], damaged
 
   def _write(self, name, text):
     files.write_text(self.path / name, text)

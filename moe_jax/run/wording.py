@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 _UNITS = {"trillion": 10**12, "billion": 10**9, "million": 10**6}
+_SHOWN_LINES = 10
 _SHOWN_RECIPES = 3  # Recipes in a line, where layers differ.
 
 
@@ -31,6 +32,22 @@ def count(value: Any) -> str:
     if value >= size:
       return f"{value / size:.4g} {word}"
   return f"{value:,.0f}"
+
+
+def damaged(numbers: list[int], whole: list, file) -> str:
+  """Returns words such as "2 of 66 lines of FILE cannot be read: 5, 66".
+
+  They are "" if all lines can be read.
+
+  Args:
+    numbers: of the lines that cannot be read, from 1.
+    whole: the other lines.
+    file: its name or path.
+  """
+  shown = ", ".join(map(str, numbers[:_SHOWN_LINES]))
+  shown += ", ..." * (len(numbers) > _SHOWN_LINES)
+  of = f"{len(numbers):,} of {len(numbers) + len(whole):,} lines of {file}"
+  return f"{of} cannot be read: {shown}" if numbers else ""
 
 
 def parameters(facts: dict) -> str:

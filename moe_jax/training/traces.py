@@ -207,7 +207,7 @@ def load(path: str | pathlib.Path) -> Trace:
     why = "a folder" if pathlib.Path(path).is_dir() else first_line(e)
     raise ConfigError(
       f"{path} is no router trace ({why}); make one with"
-      " python -m moe_jax.evaluate --trace=FILE, or the hook trace"
+      " moe-jax evaluate --trace=FILE, or the hook trace"
     ) from None
 
 

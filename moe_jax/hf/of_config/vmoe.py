@@ -1,6 +1,6 @@
 """Weights of V-MoE and Soft MoE as their public code names and stores them.
 
-  python -m moe_jax.main --config=configs/vmoe.py:s_32 --config.init_from=PREFIX
+  moe-jax train --config=configs/vmoe.py:s_32 --config.init_from=PREFIX
   ...
 
 A checkpoint is the files PREFIX.index and PREFIX.data-00000-of-00001, ... Only

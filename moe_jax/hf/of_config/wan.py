@@ -1,6 +1,6 @@
 r"""Weights of Wan2.2's networks as their public code names them (safetensors).
 
-  python -m moe_jax.sample --config=configs/wan2_2.py:t2v_a14b \
+  moe-jax sample --config=configs/wan2_2.py:t2v_a14b \
     --wan=HIGH_NOISE_FOLDER --wan_low=LOW_NOISE_FOLDER ...
 
 Each folder has one network, which the config describes.

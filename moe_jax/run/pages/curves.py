@@ -18,6 +18,7 @@ from moe_jax.run.pages.plots import COLORS, LINES, Plot
 _SIZE = 4.4, 2.6  # Inches.
 _SHORT = 3  # Names of at most this many letters are not turned.
 _NUMBER = re.compile(r"(\d\.\d\d)\d+")
+_FEW = 2  # Points that no line connects.
 MOST = 400  # Points of a line; if it has more, neighbours are averaged.
 # Colours of the drawing, which become names of the page's style.
 _NAMED = {f"c{i}": f"#0a00{i:02x}" for i in range(COLORS)}
@@ -33,20 +34,22 @@ def svg(plot: Plot) -> str:
     for trace in plot.traces:
       color = _NAMED.get(trace.color, trace.color)
       x, y, low, high = _thin(trace.x, trace.y)
+      few = len(x) <= _FEW and (len(x) == 1 or trace.style != "floor")
       if len(plot.traces) <= COLORS:
         axes.fill_between(x, low, high, color=color, alpha=0.25, lw=0)
       axes.plot(
         *(x, y),
         color=color,
-        ls=_DASHES.get(trace.style, "-"),
+        ls="" if few else _DASHES.get(trace.style, "-"),
         lw=1.2 if trace.style == "floor" else trace.width,
-        marker="o" if trace.dots or plot.names or len(x) == 1 else "",
+        marker="o" if trace.dots or plot.names or few else "",
         ms=2.7 * trace.width,
         zorder=_height(trace.style),
       )
     _scale(axes, plot)
     axes.set_xlabel(plain(plot.x_label))
-    axes.set_ylabel(plain(plot.y_label))
+    scale = " (log)" * (axes.get_yscale() == "log")
+    axes.set_ylabel(plain(plot.y_label) + scale)
     return text(made)
 
 

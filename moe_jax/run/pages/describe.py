@@ -1,8 +1,11 @@
 """A description of a run in few words, from its config.json and run.json."""
 
+import contextlib
 import statistics
 from collections.abc import Sequence
 
+from moe_jax.core import options, registry
+from moe_jax.core.errors import ConfigError
 from moe_jax.run import config as config_lib
 from moe_jax.run import wording
 from moe_jax.run.pages import curves, html, plots, words
@@ -12,6 +15,9 @@ from moe_jax.run.wording import at
 # Facts of run.json in which two runs of the same config may differ.
 _ORIGIN = ("code", "git", "data", "devices", "mesh", "platform", "processes")
 _ORIGIN += ("python", "versions", "xla_flags")
+# Folders of the parts that sections of a config describe.
+_KINDS = ("attention", "balancers", "dispatchers", "optimizers", "routers")
+_KINDS += ("tasks",)
 
 
 def number(value: float) -> str:
@@ -92,7 +98,7 @@ def latest(run: Run) -> dict[str, html.Html]:
   splits = {"validation": run.record.validation, "training": run.record.train}
   last = {split: lines[-1] for split, lines in splits.items() if lines}
   found = {}
-  for name in (*words.LEARNING.metrics, "max_vio", "dropped", "grad_norm"):
+  for name in (*words.LEARNING.metrics, "max_vio", "dropped"):
     for split, line in last.items():
       if name in line:
         note, floor = split, words.FLOORS.get(name)
@@ -144,9 +150,24 @@ def differing(runs: Sequence[Run]) -> list[list[str]]:
     origin = (k for k in _ORIGIN if k in run.facts)
     flats[-1] |= {f"run.json: {k}": _short(run.facts[k]) for k in origin}
   keys = {key for flat in flats for key in flat}
+  for run, flat in zip(runs, flats):
+    flat |= {key: _default(run.config, key) for key in keys - flat.keys()}
   keys = sorted(keys, key=lambda key: (key.startswith("run.json: "), key))
-  rows = [[k, *(value(f[k]) if k in f else "–" for f in flats)] for k in keys]
+  rows = [[k, *(value(flat[k]) for flat in flats)] for k in keys]
   return [row for row in rows if len({*row[1:]}) > 1]
+
+
+def _default(config, key):
+  """The default of an option of a part; "–" where that is not known."""
+  place, _, option = key.rpartition(".")
+  names = (k for name in place.split(".") for k in (name, f"{name}s"))
+  kinds, known = [name for name in names if name in _KINDS], {}
+  # The folder is not trusted, so no plugin that it names is imported.
+  if kinds and not at(config, "plugins"):
+    with contextlib.suppress(ConfigError):  # There is no such part.
+      part = registry.find(kinds[-1], at(config, f"{place}.name"))
+      known = options.defaults(part.build)
+  return known.get(option, "–")
 
 
 def value(given) -> str:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from moe_jax.core import files
 from moe_jax.core.errors import ConfigError
+from moe_jax.run import config as config_lib
+from moe_jax.run import wording
 from moe_jax.run.run_directory import LOADS
 from moe_jax.run.wording import at
 
@@ -82,6 +84,8 @@ def run(path: str | os.PathLike, label: str) -> Run:
   begun = problems if lines else []
   config = _json(path, "config.json", "the config of a run", problems, begun)
   facts = _json(path, "run.json", "the record of a run", problems, begun)
+  if words := config_lib.of_another_version(config):
+    problems.append(f"{path / 'config.json'} {words}.")
   train, validation = (
     [_numbers(x) for x in lines if x["split"] == split]
     for split in ("train", "validation")
@@ -148,24 +152,20 @@ def _json(path, name, what, problems, missing):
 
 
 def _lines(path, problems):
-  """The lines of metrics before the first damaged one."""
-
-  def read(**options):
-    what = "a line of metrics"
-    return files.read_json_lines(
-      path, what, _REMEDY, check=_check_line, **options
-    )
-
+  """The whole lines of metrics."""
+  damaged, what = [], "a line of metrics"
   try:
-    return read()
+    whole = files.read_json_lines(
+      path, what, _REMEDY, check=_check_line, damaged=damaged
+    )
   except FileNotFoundError:
     return []  # A run that has just begun.
   except ConfigError as e:
-    problems.append(f"{e}. The page shows the lines before it.")
-  try:
-    return read(until_broken=True)
-  except (ConfigError, FileNotFoundError):
+    problems.append(f"{e}.")
     return []
+  if lost := wording.damaged(damaged, whole, path):
+    problems.append(f"{lost}; {_REMEDY}. The page shows the other lines.")
+  return whole
 
 
 def _check_line(line):

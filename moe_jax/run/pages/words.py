@@ -79,6 +79,8 @@ def metric(name: str) -> Metric:
   for group in GROUPS:
     if name in group.metrics:
       return group.metrics[name]
+  title = f"{name.removeprefix('extra/')} (reported by a part)"
   return Metric(
-    name, name, "A metric that the task or a part of the run reports."
+    title if name.startswith("extra/") else name,
+    *(name, "A metric that the task or a part of the run reports."),
   )

@@ -1,1 +1,1 @@
-"""Plans of a run on devices that are not there: `python -m moe_jax.plan`."""
+"""Plans of a run on devices that are not there: `moe-jax plan`."""

@@ -121,7 +121,7 @@ def _sentence(path, misfits, there, here, parts, new):
   remedy = f', or let parts begin new, --config.{NEW}="{new}"' if new else ""
   return (
     f"init_from = {path} is of another model ({', '.join(words)}); make the sizes"
-    " equal, give other weights (python -m moe_jax.upcycle makes experts of dense"
+    " equal, give other weights (moe-jax upcycle makes experts of dense"
     f" ones){remedy}"
   )
 
