@@ -126,7 +126,7 @@ config = config_lib.load(
 RUN = pathlib.Path("runs", "mine")
 with contextlib.redirect_stderr(sys.stdout):  # Progress goes to stderr.
   final = loop.train_and_evaluate(config, RUN)
-print("\n" + summary.end(final, RUN, STEPS))
+print("\n" + summary.end(final, RUN, config))
 print("In this folder:", *sorted(path.name for path in RUN.glob("[a-z]*")))
 
 # %% [markdown]
