@@ -150,8 +150,8 @@ def _tell(out, runs, shown):
     for problem in run.problems:
       print(curves.plain(problem, 1000))
   print(f"Page: {out}", flush=True)
-  if shown:
-    webbrowser.open(out.absolute().as_uri())
+  if shown and not webbrowser.open(out.absolute().as_uri()):
+    print("no browser could be opened")
 
 
 def _traces(args, paths):

@@ -528,7 +528,7 @@ def test_labels():
 def test_the_command(tmp_path, monkeypatch, capsys):
   one, two = (write(tmp_path / name, few()) for name in "ab")
   opened = []
-  monkeypatch.setattr(webbrowser, "open", opened.append)
+  monkeypatch.setattr(webbrowser, "open", lambda x: not opened.append(x))
   monkeypatch.chdir(tmp_path)
   assert not report.main([str(one), "--open"])
   assert opened == [(one / "report.html").as_uri()]
