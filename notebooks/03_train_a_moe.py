@@ -192,9 +192,9 @@ draw.loads(
 
 # %%
 flags = [f"--checkpoint={RUN}", "--temperature=0.6", "--seed=1"]
-_ = generate.main(
-  [*flags, "--prompt=The router ", "--num_tokens=6", "--experts"]
-)
+flags += ["--prompt=The router ", "--num_tokens=6", "--experts"]
+with contextlib.redirect_stderr(sys.stdout):
+  generate.main(flags)
 
 # %% [markdown]
 # A longer text is easier to read in colours. It has as many letters as the rows of
