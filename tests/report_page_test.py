@@ -314,6 +314,9 @@ def test_maps_are_relative_to_the_mean_of_a_step():
 def test_a_metric_without_a_number_is_named(tmp_path):
   nan = [{"step": i, "split": "train", "loss": math.nan} for i in (1, 2)]
   assert "as they never change: loss (nan)" in drawn(write(tmp_path / "a", nan))
+  one = {"step": 2, "split": "validation", "loss": 3, "max_vio_global": 0.5}
+  shown = drawn(write(tmp_path / "b", [one]))
+  assert "(nan)" not in shown and "max_vio_global" in shown  # In the table.
 
 
 def test_states(tmp_path):

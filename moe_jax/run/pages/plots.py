@@ -87,13 +87,12 @@ def make(records: Sequence[Record], loss_unit: str = "loss") -> Plots:
     drawn = [*_single(group, records, names), *_families(group, records, names)]
     kept = []
     for name, plot in drawn:
-      values = {
-        y for t in plot.traces if t.style != "floor" for y in t.y if y == y
-      }
+      given = [y for t in plot.traces if t.style != "floor" for y in t.y]
+      values = {y for y in given if y == y}
       if len(values) > 1 and not (causes and name == "dropped"):
         unit = loss_unit if plot.y_label == "loss" else plot.y_label
         kept.append(plot._replace(y_label=unit))
-      elif len(values) < 2 and name:
+      elif len(values) < 2 and name and given:
         constant[name] = max(values, default=math.nan)
     if kept:
       groups.append((group, kept))
