@@ -30,7 +30,7 @@ COMMANDS = "commands"  # The files at the top level, after all rooms.
 # The code lines that the package has, rounded up. A commit that deletes code
 # lowers this number, and one that adds a feature raises it by that feature. The
 # aim was 7,000: to reach it, features or messages about wrong input would go.
-MOST_CODE_LINES = 21_158
+MOST_CODE_LINES = 21_159
 MOST_ROOMS = 8
 # Files of a room or one of its folders, without __init__.py. Folders of parts, which
 # the registry finds by name, may have any number.

@@ -445,8 +445,16 @@ def test_a_run_that_goes_on_says_that_its_files_have_changed(
   assert prepared(place, tmp_path, fingerprint=first.fingerprint) == first
   assert f"The files in {place} have changed since this run" in caplog.text
   caplog.clear()
+  (place / "code" / "new.py").unlink()
+  for i in range(4):  # The same text with another time is no other text.
+    os.utime(place / "code" / "0.py", (i, i))
+    assert prepared(place, tmp_path).fingerprint == first.fingerprint
+    prepared(place, tmp_path, fingerprint=first.fingerprint)
+  assert "have changed" not in caplog.text
+  caplog.clear()
   shutil.rmtree(place)  # The run goes on without its files too.
-  assert prepared(place, tmp_path, fingerprint=first.fingerprint) == first
+  again = prepared(place, tmp_path, fingerprint=first.fingerprint)
+  assert again.fingerprint == first.fingerprint
   assert not caplog.text
 
 

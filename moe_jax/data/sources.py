@@ -5,7 +5,7 @@ import hashlib
 import inspect
 import io
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from absl import logging
@@ -68,16 +68,17 @@ def find(
   return _from_directory(data_dir, wanted)
 
 
-def tell_changed(made, data_dir, wanted: Wanted) -> None:
+def tell_changed(made: Sequence, data_dir, wanted: Wanted) -> None:
   """Warns if files have changed since the data of a run were prepared.
 
   Args:
-    made: the data, with `name` and `sources`.
+    made: prepared data of equal content, each with `name` and `sources`.
     data_dir: as in `find`; None: the data are not read from files of a user.
     wanted: as in `find`.
   """
   with contextlib.suppress(ConfigError):  # The files may be gone.
-    if data_dir and find(made.name, data_dir, (), wanted)[0] != made.sources:
+    known = [one.sources for one in made]
+    if data_dir and find(made[0].name, data_dir, (), wanted)[0] not in known:
       logging.warning(
         "The files in %s have changed since this run began, which goes on with its"
         " prepared data; give another --workdir to train on the new ones",

@@ -183,10 +183,11 @@ def prepare(
       a file is damaged; or there is no space.
   """
   if fingerprint is not None:
-    for folder in caches.entries(name, cache_dir):
-      if (images := _open(folder, fingerprint)) is not None:
-        sources.tell_changed(images, data_dir, features)
-        return images
+    folders = caches.entries(name, cache_dir)
+    made = [*filter(None, (_open(folder, fingerprint) for folder in folders))]
+    if made:
+      sources.tell_changed(made, data_dir, features)
+      return made[0]
   source = sources.find(name, data_dir, plugins, features)
   folder = caches.entry(name, cache_dir, [_FORMAT, source[0], features, size])
 

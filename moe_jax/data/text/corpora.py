@@ -150,9 +150,9 @@ def prepare(
   features = documents.Features(
     text_feature, domain_feature, prefix, skip_not_utf8=skip_not_utf8
   )
-  for corpus in cached(name, cache_dir, fingerprint) if fingerprint else ():
-    sources.tell_changed(corpus, data_dir, features)
-    return corpus
+  if fingerprint and (made := [*cached(name, cache_dir, fingerprint)]):
+    sources.tell_changed(made, data_dir, features)
+    return made[0]
   tokenizer = tokenizers.load(tokenizer)
   source = sources.find(name, data_dir, plugins, features)
   more = [] if whole or tokenizer.name == "bytes" else ["lossy"]
